@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: MIT
+"""The reference: ConvNN in plain eager PyTorch, and how results are compared with it.
+
+Nothing here is fast or small. It imports torch only, and only tests and benchmarks import it.
+"""
+
+from .certificate import assert_certified_selection, assert_exact_selection
+from .compare import assert_aggregate, assert_forward, assert_select, assert_values
+from .convnn import aggregate, forward, modulate, normalize, select, similarities_at, similarity
+
+__all__ = [
+    "aggregate",
+    "assert_aggregate",
+    "assert_certified_selection",
+    "assert_exact_selection",
+    "assert_forward",
+    "assert_select",
+    "assert_values",
+    "forward",
+    "modulate",
+    "normalize",
+    "select",
+    "similarities_at",
+    "similarity",
+]

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""Is a selection right: exactly where similarities are exact, else by a certificate in float64.
+
+Error bound of a similarity, with u the unit roundoff (2^-24, or 2^-53 for float64), D columns, and
+gamma(n) = n u / (1 - n u), which bounds the relative error of n roundings (Higham 2002, section 3):
+
+- dot: D products and D - 1 additions in any order: gamma(D) * sum |q_d k_d|.
+- euclidean: a difference, its square and the additions: gamma(D + 2) * sum (q_d - k_d)^2.
+- cosine: with c the exact value and a = sum |q_d k_d| / (||q|| ||k||) <= 1. The product of the rows
+  as for dot, with at most 6 roundings more for each term (scaling and division of both rows):
+  gamma(D + 6) * a. Each norm: gamma(D + 2) / 2 for the square root of the sum of squares, 2 u for
+  root and scaling; the two norms and their combination: gamma(D + 8) * |c|.
+
+A term below the smallest normal number may be lost entirely: D times that number is added. The
+float64 reference has rounding errors of its own: for float64 inputs the bound is doubled.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .convnn import EPSILON, allowed_keys, compute_dtype, normalize, select
+
+# Elements of the largest temporary tensor of a comparison.
+WORKSPACE = 2**23
+
+
+def query_chunks(N: int, elements_per_query: int) -> Iterator[slice]:
+    step = max(1, WORKSPACE // max(1, elements_per_query))
+    for start in range(0, N, step):
+        yield slice(start, min(start + step, N))
+
+
+def fail(name: str, wrong: Tensor, *details: tuple[str, Tensor]) -> None:
+    """Raise for the first True of `wrong`, with the details at that position."""
+    if not bool(wrong.any()):
+        return
+    position = tuple(wrong.nonzero()[0].tolist())
+    shown = ", ".join(
+        f"{label} {tensor.expand(wrong.shape)[position].item()!r}" for label, tensor in details
+    )
+    raise AssertionError(f"{name}: {int(wrong.sum())} wrong, the first at {position}: {shown}")
+
+
+def _check_form(query: Tensor, key: Tensor, similarities: Tensor, indices: Tensor, k: int) -> None:
+    shape = (*query.shape[:-1], k)
+    for name, result, dtype in (
+        ("similarities", similarities, compute_dtype(query.dtype)),
+        ("indices", indices, torch.int64),
+    ):
+        if result.shape != shape or result.dtype != dtype:
+            raise AssertionError(
+                f"{name}: expected {dtype} {shape}, got {result.dtype} {tuple(result.shape)}"
+            )
+    if indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= key.shape[-2]:
+            raise AssertionError(f"indices: from {low} to {high}, key has {key.shape[-2]} rows")
+
+
+def assert_exact_selection(
+    query: Tensor,
+    key: Tensor,
+    similarities: Tensor,
+    indices: Tensor,
+    k: int,
+    candidates: Tensor | None = None,
+    self_indices: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    metric: str = "dot",
+    order: str = "similarity",
+) -> None:
+    """Indices and similarities equal the reference's in float64, element by element.
+
+    For inputs of small integers with `dot` or `euclidean`, where every partial sum is exact.
+    """
+    if metric == "cosine":
+        raise ValueError("cosine is not exact, even for integers: use the certificate")
+    _check_form(query, key, similarities, indices, k)
+    Q, K = query.detach().double(), key.detach().double()
+    for tensor in (Q, K):
+        if not bool((tensor == tensor.round()).all()):
+            raise ValueError("an exact selection needs inputs of integers")
+    largest = (Q.abs().max() + K.abs().max()).square() if Q.numel() and K.numel() else 0.0
+    if float(largest) * query.shape[-1] >= 1 / torch.finfo(similarities.dtype).eps:
+        raise ValueError("the integers are too large: partial sums may be rounded")
+    lead, M = query.shape[:-2], key.shape[-2]
+    per_query = lead.numel() * M * (query.shape[-1] if metric == "euclidean" else 1)
+    for rows in query_chunks(query.shape[-2], per_query):
+        s, I = select(
+            Q[..., rows, :],
+            K,
+            k,
+            candidates,
+            None if self_indices is None else self_indices[rows],
+            key_mask,
+            metric,
+            order,
+        )
+        got_I, got_s = indices[..., rows, :], similarities.detach()[..., rows, :].double()
+        details = (
+            ("expected index", I),
+            ("got", got_I),
+            ("expected similarity", s),
+            ("got", got_s),
+        )
+        fail("indices", got_I != I, *details)
+        fail("similarities", got_s != s, *details)
+
+
+def _similarity_bounds(
+    Q: Tensor, K: Tensor, metric: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact similarities S of float64 Q [B, n, D] and K [B, M, D], and the least and the greatest
+    value that a computation in `dtype` may return for each pair: three float64 [B, n, M].
+
+    A NaN in S says that the pair is NaN in any computation. Where the outcome of an overflow
+    depends on the order of operations, the least is -inf and the greatest NaN.
+    """
+    D = Q.shape[-1]
+    finfo = torch.finfo(dtype)
+    u = finfo.eps / 2
+
+    def gamma(n: int) -> float:
+        return n * u / (1 - n * u)
+
+    lost = D * finfo.tiny
+    if metric == "cosine":
+        Q_unit, K_unit = normalize(Q), normalize(K)
+        S = Q_unit @ K_unit.mT
+        bound = gamma(D + 6) * (Q_unit.abs() @ K_unit.abs().mT) + gamma(D + 8) * S.abs() + lost
+        # A row whose norm is within rounding of epsilon may count as zero or not.
+        for X, dim in ((Q, -1), (K, -2)):
+            norm = torch.linalg.vector_norm(X, dim=-1)
+            unsure = (norm / EPSILON - 1).abs() <= gamma(D + 8)
+            bound = bound + unsure.unsqueeze(dim).double()
+        magnitude = torch.zeros_like(S)
+    else:
+        Q_finite, K_finite = (torch.where(X.isfinite(), X, 0.0) for X in (Q, K))
+        if metric == "dot":
+            S = Q @ K.mT
+            magnitude = Q_finite.abs() @ K_finite.abs().mT
+            bound = gamma(D) * magnitude + lost
+        else:
+            S = -(Q.unsqueeze(-2) - K.unsqueeze(-3)).square().sum(dim=-1)
+            magnitude = torch.where(S.isfinite(), -S, 0.0)
+            bound = gamma(D + 2) * magnitude + lost
+    if dtype == torch.float64:
+        bound = 2 * bound
+
+    # Overflow. Where terms of one sign alone exceed the largest number and those of the other
+    # sign do not, the result is that infinity; where both may, anything can come out.
+    largest = finfo.max
+    finite_rows = Q.isfinite().all(dim=-1, keepdim=True) & K.isfinite().all(dim=-1).unsqueeze(-2)
+    over = finite_rows & (S.abs() > 1.01 * largest) & (magnitude - S.abs() < 0.98 * largest)
+    S = torch.where(over & S.isfinite(), S.sign() * math.inf, S)
+    unsure = (magnitude > 0.98 * largest) & ~over
+    if metric == "euclidean":
+        # One sign only: there is no inf - inf, whatever the order.
+        unsure = unsure & finite_rows
+    S = torch.where(unsure, 0.0, S)
+    settled = S.isfinite()
+    least = torch.where(settled, S - bound, S)
+    greatest = torch.where(settled, S + bound, S)
+    least = torch.where(unsure, -math.inf, least)
+    greatest = torch.where(unsure, 0.0 if metric == "euclidean" else math.nan, greatest)
+    return S, least, greatest
+
+
+def _at_most(a: Tensor, b: Tensor) -> Tensor:
+    """a <= b where NaN is above every number."""
+    return b.isnan() | (~a.isnan() & (a <= b))
+
+
+def assert_certified_selection(
+    query: Tensor,
+    key: Tensor,
+    similarities: Tensor,
+    indices: Tensor,
+    k: int,
+    candidates: Tensor | None = None,
+    self_indices: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    metric: str = "cosine",
+    order: str = "similarity",
+) -> None:
+    """The certificate of a selection, in float64 from the inputs as given.
+
+    - Indices are in range, allowed and unique; self, if it may be a neighbor, is there, and first
+      under order="similarity". Missing places are as many as must be, last, -inf and index 0.
+    - Neighbors are in the total order of the returned similarities, or of the indices.
+    - Each returned similarity lies within the error bound of its pair.
+    - The best unreturned key <= the worst returned one + both bounds. So every key outside that
+      band around the k-th similarity is returned if above and not returned if below it.
+    - Pairs that are NaN or infinite in any computation are so here, and tie by index.
+    """
+    _check_form(query, key, similarities, indices, k)
+    lead, (N, D), M = query.shape[:-2], query.shape[-2:], key.shape[-2]
+    B = lead.numel()
+    if B * N == 0:
+        return
+    Q, K = query.detach().double().reshape(B, N, D), key.detach().double().reshape(B, M, D)
+    all_s, all_I = similarities.detach().double().reshape(B, N, k), indices.reshape(B, N, k)
+    mask = None if key_mask is None else key_mask.reshape(B, M)
+    per_query = B * M * (D if metric == "euclidean" else 4)
+    for rows in query_chunks(N, per_query):
+        own = None if self_indices is None else self_indices[rows]
+        allowed, is_self = allowed_keys(Q[:, rows], K, candidates, own, mask)
+        S, least, greatest = _similarity_bounds(Q[:, rows], K, metric, similarities.dtype)
+        _certify(S, least, greatest, all_s[:, rows], all_I[:, rows], allowed, is_self, order)
+
+
+def _certify(
+    S: Tensor,
+    least: Tensor,
+    greatest: Tensor,
+    s: Tensor,
+    I: Tensor,
+    allowed: Tensor,
+    is_self: Tensor,
+    order: str,
+) -> None:
+    B, n, M = S.shape
+    k = I.shape[-1]
+    place = torch.arange(k, device=I.device)
+    real = place < allowed.sum(dim=-1, keepdim=True)
+    fail("missing place with a similarity", ~real & (s != -math.inf), ("similarity", s))
+    fail("missing place with an index other than 0", ~real & (I != 0), ("index", I))
+    fail("neighbor that is not allowed", real & ~allowed.gather(-1, I), ("index", I))
+
+    # Missing places count in a column of their own.
+    columns = I.masked_fill(~real, M)
+    counts = torch.zeros(B, n, M + 1, dtype=torch.int64, device=I.device)
+    counts = counts.scatter_add(-1, columns, torch.ones_like(columns))[..., :M]
+    fail("neighbor that is returned more than once", counts > 1, ("times", counts))
+    fail("self is not among the neighbors", is_self & (counts == 0), ("times", counts))
+
+    own = is_self.gather(-1, I) & real
+    if order == "index":
+        disordered = real[..., 1:] & (I[..., :-1] > I[..., 1:])
+        fail("indices do not ascend", disordered, ("index", I[..., :-1]), ("next", I[..., 1:]))
+    else:
+        has_self = is_self.any(dim=-1, keepdim=True)
+        fail("self is not first", has_self & (place == 0) & ~own, ("index", I))
+        a, b = s[..., :-1], s[..., 1:]
+        tie = (a == b) | (a.isnan() & b.isnan())
+        descending = _at_most(b, a) & ~tie
+        in_order = descending | (tie & (I[..., :-1] < I[..., 1:])) | own[..., :-1]
+        details = (
+            ("similarity", a),
+            ("next", b),
+            ("index", I[..., :-1]),
+            ("next", I[..., 1:]),
+        )
+        fail("neighbors are not in the total order", real[..., 1:] & ~in_order, *details)
+
+    S_I, least_I, greatest_I = S.gather(-1, I), least.gather(-1, I), greatest.gather(-1, I)
+    anything = greatest_I.isnan() & ~S_I.isnan()
+    within = torch.where(S_I.isnan(), s.isnan(), (least_I <= s) & (s <= greatest_I)) | anything
+    details = (("got", s), ("least", least_I), ("greatest", greatest_I), ("index", I))
+    fail("similarity outside its error bound", real & ~within, *details)
+
+    # The worst returned neighbor by its greatest possible value; self is there in any case.
+    chosen = real & ~own
+    neutral = torch.where(chosen, greatest_I, math.nan)
+    order_value = torch.where(neutral.isnan(), math.inf, neutral)
+    worst = order_value.amin(dim=-1, keepdim=True)
+    all_may_be_nan = neutral.isnan().all(dim=-1, keepdim=True)
+    unreturned = allowed & (counts == 0)
+    beaten = torch.where(least.isnan(), all_may_be_nan, least <= worst)
+    fail(
+        "key that is nearer than a returned neighbor",
+        unreturned & ~beaten,
+        ("its similarity", S),
+        ("the worst returned, with its bound", worst),
+    )
+
+    # Certain non-finite values tie exactly, so the lowest indices are the neighbors.
+    for name, of_kind in (
+        ("NaN", torch.isnan),
+        ("inf", torch.isposinf),
+        ("-inf", torch.isneginf),
+    ):
+        certain = of_kind(least) & of_kind(greatest)
+        last = torch.where(chosen & certain.gather(-1, I), I, -1).amax(dim=-1, keepdim=True)
+        j = torch.arange(M, device=I.device).expand_as(S)
+        skipped = unreturned & certain & (j < last)
+        fail(f"tie of {name} not broken by index", skipped, ("index", j), ("returned", last))

@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: MIT
+"""Run an operator, forward and backward, and compare all it returns with the reference.
+
+A selection is certified or compared exactly (certificate.py). Every other tensor is compared by
+`assert_values` with the reference in float64 and with same-precision eager PyTorch, both at the
+neighbors that the operator returned: a flipped neighbor can neither hide nor excuse an error.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .certificate import (
+    assert_certified_selection,
+    assert_exact_selection,
+    fail,
+    query_chunks,
+)
+from .convnn import aggregate, compute_dtype, similarities_at, similarity
+
+# Evaluations of eager PyTorch that gauge its rounding errors, each with sums in another order.
+ORDERS = 8
+
+# Tensors by argument name, None where an optional one is not given.
+Tensors = dict[str, Any]
+
+
+def _ulp(magnitude: float, dtype: torch.dtype) -> float:
+    """The distance of neighboring numbers of `dtype` at `magnitude`."""
+    finfo = torch.finfo(dtype)
+    exponent = math.frexp(max(magnitude, finfo.tiny))[1] - 1
+    return finfo.eps * 2.0**exponent
+
+
+def _maximum(X: Tensor) -> float:
+    return float(X.abs().max()) if X.numel() else 0.0
+
+
+def _rms(X: Tensor) -> float:
+    # Scaled, because squares of 1e200 overflow.
+    largest = _maximum(X)
+    return largest * float((X / largest).square().mean().sqrt()) if largest else 0.0
+
+
+def assert_values(
+    name: str, result: Tensor, reference64: Tensor, eager: Tensor | Iterable[Tensor]
+) -> None:
+    """`result` is about as accurate as `eager`, the same computation in the same precision.
+
+    Maximum and RMS error against `reference64` are at most twice those of `eager` plus 2 ulp of
+    the result's dtype at the maximum and the RMS of the reference. NaN and infinities are where
+    the reference, in the result's dtype, or `eager` has them.
+
+    The error of one evaluation of a few elements is a matter of luck. `eager` may therefore be
+    several evaluations, drawn until the largest of their errors admits the result.
+    """
+    if result.shape != reference64.shape:
+        raise AssertionError(
+            f"{name}: expected shape {list(reference64.shape)}, got {list(result.shape)}"
+        )
+    result, exact = result.detach(), reference64.detach().double()
+    expected = exact.to(result.dtype)
+    usable = result.isfinite() & expected.isfinite()
+    exact = exact[usable]
+    error = (result[usable].double() - exact).abs()
+
+    def same_kind(other: Tensor) -> Tensor:
+        not_finite = torch.where(result.isnan(), other.isnan(), result == other)
+        return torch.where(result.isfinite(), other.isfinite(), not_finite)
+
+    right_kind = same_kind(expected)
+    eager_errors = {_maximum: 0.0, _rms: 0.0}
+    complaint = ""
+    for evaluation in [eager] if isinstance(eager, Tensor) else eager:
+        if result.dtype != evaluation.dtype:
+            raise AssertionError(f"{name}: expected {evaluation.dtype}, got {result.dtype}")
+        right_kind |= same_kind(evaluation)
+        eager_error = (evaluation[usable].double() - exact).abs()
+        eager_error = eager_error[eager_error.isfinite()]
+        complaint = ""
+        for measure, label in ((_maximum, "maximum"), (_rms, "RMS")):
+            eager_errors[measure] = max(eager_errors[measure], measure(eager_error))
+            tolerance = 2 * eager_errors[measure] + 2 * _ulp(measure(exact), result.dtype)
+            if not measure(error) <= tolerance:
+                where = tuple(usable.nonzero()[int(error.argmax())].tolist())
+                complaint = (
+                    f"{name}: {label} error {measure(error):.3g} > {tolerance:.3g} (eager "
+                    f"{eager_errors[measure]:.3g}, {label} {measure(exact):.3g}); the largest "
+                    f"error at {where}: {result[where].item()!r} for {reference64[where].item()!r}"
+                )
+        if not complaint and bool(right_kind.all()):
+            return
+    fail(f"{name}: NaN or infinity", ~right_kind, ("got", result), ("expected", expected))
+    raise AssertionError(complaint)
+
+
+@dataclass
+class _Problem:
+    """What an operator was given, and the neighbors it chose: enough to compute the rest again.
+
+    Query and key are there unless the similarities were given, value unless only `select` ran.
+    """
+
+    tensors: Tensors
+    indices: Tensor
+    missing: Tensor
+    metric: str = "cosine"
+    rho: str = "softmax"
+    scale: float = 1.0
+    # The gradients of the outputs, by name; empty for a forward pass alone.
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+    def evaluate(
+        self,
+        wide: Callable[[torch.dtype], torch.dtype],
+        inputs: Tensors | None = None,
+        shuffle: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Outputs and "gradient of ..." of each tensor, in the dtypes that `wide` gives.
+
+        Chunks of queries bound the memory. With `shuffle`, every sum is taken in a random order.
+        """
+        inputs = self.tensors if inputs is None else inputs
+        given = {name: X.detach().to(wide(X.dtype)) for name, X in inputs.items() if X is not None}
+        gradients = {f"gradient of {name}": torch.zeros_like(X) for name, X in given.items()}
+        parts: dict[str, list[Tensor]] = {}
+        N, k = self.indices.shape[-2:]
+        rows_at_once = [given[name].shape[-2] for name in ("key",) if name in given]
+        columns = [given[name].shape[-1] for name in ("query", "value") if name in given]
+        per_query = self.indices.shape[:-2].numel() * max(k * max(columns), *rows_at_once, 1)
+        for rows in query_chunks(N, per_query) if N else [slice(0, 0)]:
+            leaves = {
+                name: (X[..., rows, :] if name in ("query", "similarities") else X)
+                .detach()
+                .requires_grad_(bool(self.grads))
+                for name, X in given.items()
+            }
+            outputs = self._outputs(leaves, rows, shuffle)
+            for name, output in outputs.items():
+                parts.setdefault(name, []).append(output.detach())
+            roots = [name for name, output in outputs.items() if output.requires_grad]
+            if not roots:
+                continue
+            found = torch.autograd.grad(
+                [outputs[name] for name in roots],
+                list(leaves.values()),
+                [self.grads[name][..., rows, :].to(outputs[name].dtype) for name in roots],
+                allow_unused=True,
+            )
+            for name, gradient in zip(leaves, found, strict=True):
+                total = gradients[f"gradient of {name}"]
+                if name in ("query", "similarities"):
+                    total = total[..., rows, :]
+                if gradient is not None:
+                    total += gradient
+        results = {name: torch.cat(chunks, dim=-2) for name, chunks in parts.items()}
+        return {**results, **gradients} if self.grads else results
+
+    def _outputs(
+        self, leaves: dict[str, Tensor], rows: slice, shuffle: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        I, missing = self.indices[..., rows, :], self.missing[..., rows, :]
+        X: Tensors = {"query": None, "key": None, "value": None, "similarities": None}
+        X |= {"weight": None, "bias": None, **leaves}
+        restore: dict[str, Callable[[Tensor], Tensor]] = {
+            name: lambda result: result for name in ("output", "similarities")
+        }
+        if shuffle is not None:
+            X, I, missing, restore = _shuffled(X, I, missing, shuffle)
+        outputs = {}
+        s = X["similarities"]
+        if s is None:
+            s = _similarities(X["query"], X["key"], I, self.metric, missing)
+            outputs["similarities"] = restore["similarities"](s)
+        if X["value"] is not None:
+            Y = aggregate(X["value"], s, I, X["weight"], X["bias"], self.rho, self.scale)
+            outputs["output"] = restore["output"](Y)
+        return outputs
+
+
+def _similarities(
+    query: Tensor, key: Tensor, indices: Tensor, metric: str, missing: Tensor
+) -> Tensor:
+    """The similarities of given neighbors: exact pairs in float64, else as eager has them.
+
+    Eager PyTorch takes them from the matrix product Q K^T, which sums one column after another;
+    a separate sum for each pair is more accurate and would ask too much. Where inputs are not
+    finite, S would bring 0 * inf into the gradient.
+    """
+    finite = bool(query.isfinite().all()) and bool(key.isfinite().all())
+    if query.dtype == torch.float64 or metric == "euclidean" or not finite:
+        return similarities_at(query, key, indices, metric, missing)
+    s = similarity(query, key, metric).gather(-1, indices)
+    return s.masked_fill(missing, -math.inf)
+
+
+def _shuffled(
+    X: Tensors, I: Tensor, missing: Tensor, generator: torch.Generator
+) -> tuple[Tensors, Tensor, Tensor, dict[str, Callable[[Tensor], Tensor]]]:
+    """The same problem with queries, columns, neighbors, channels and outputs in random order,
+    and what puts its outputs back into theirs. Autograd does that for the gradients."""
+
+    def order(size: int) -> Tensor:
+        return torch.randperm(size, generator=generator)
+
+    def permute(T: Tensor, *orders: Tensor | None) -> Tensor:
+        for dim, by in enumerate(reversed(orders), start=1):
+            T = T if by is None else T.index_select(-dim, by)
+        return T
+
+    N, k = (order(size) for size in I.shape[-2:])
+    shuffled = dict(X)
+    if X["query"] is not None:
+        D = order(X["query"].shape[-1])
+        shuffled |= {"query": permute(X["query"], N, D), "key": permute(X["key"], None, D)}
+    if X["similarities"] is not None:
+        shuffled["similarities"] = permute(X["similarities"], N, k)
+    outputs = None
+    if X["value"] is not None:
+        C = outputs = order(X["value"].shape[-1])
+        shuffled["value"] = permute(X["value"], None, C)
+        weight = X["weight"]
+        if weight is not None and weight.shape[1] == len(C):
+            outputs = order(weight.shape[0])
+            shuffled["weight"] = permute(weight, outputs, C, k)
+        elif weight is not None:
+            shuffled["weight"] = permute(weight, C, None, k)
+        if X["bias"] is not None:
+            shuffled["bias"] = permute(X["bias"], outputs)
+    back = [None if by is None else by.argsort() for by in (N, k, outputs)]
+    restore = {
+        "similarities": lambda s: permute(s, back[0], back[1]),
+        "output": lambda Y: permute(Y, back[0], back[2]),
+    }
+    return shuffled, permute(I, N, k), permute(missing, N, k), restore
+
+
+def _double(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64
+
+
+def _eager_evaluations(problem: _Problem) -> Iterator[dict[str, Tensor]]:
+    """The problem in the precision of its inputs, first as it is, then in other orders."""
+    tensors = problem.tensors
+    generator = torch.Generator().manual_seed(0)
+    orders = [None] + [generator] * (ORDERS - 1)
+    given = [X for X in tensors.values() if X is not None]
+    if all(X.dtype != torch.float64 for X in given):
+        for shuffle in orders:
+            yield problem.evaluate(compute_dtype, shuffle=shuffle)
+        return
+    # The float64 reference is its own eager computation and would show no error. Rounding errors
+    # of the right size come from float32, on inputs that float32 holds; twice, because the
+    # difference of two float64 computations has the errors of both.
+    single = {name: None if X is None else X.detach().float() for name, X in tensors.items()}
+    exact = problem.evaluate(_double, single)
+    ratio = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    for shuffle in orders:
+        rough = problem.evaluate(compute_dtype, single, shuffle)
+        eager = problem.evaluate(compute_dtype, shuffle=shuffle)
+        for name, X in eager.items():
+            error = (rough[name].double() - exact[name]) * ratio
+            eager[name] = X + torch.where(error.isfinite(), error, 0.0).to(X.dtype)
+        yield eager
+
+
+def _compare(problem: _Problem, results: dict[str, Tensor]) -> None:
+    """Each result, outputs and gradients by name, by `assert_values`."""
+    exact = problem.evaluate(_double)
+    evaluations = _eager_evaluations(problem)
+    drawn: list[dict[str, Tensor]] = []
+
+    def eager(name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        for i in range(ORDERS):
+            if i == len(drawn):
+                drawn.append(next(evaluations))
+            yield drawn[i][name].to(dtype)
+
+    for name, result in results.items():
+        assert_values(name, result, exact[name], eager(name, result.dtype))
+
+
+def _run(
+    operator: Callable[[Tensors], dict[str, Tensor]],
+    tensors: Tensors,
+    backward: bool,
+    grads: dict[str, Tensor | None],
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs of the operator, gradients of its inputs, and the output gradients they are for.
+
+    Output gradients that are not given are random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    leaves = {
+        name: None if X is None else X.detach().requires_grad_(backward)
+        for name, X in tensors.items()
+    }
+    outputs = operator(leaves)
+    if not backward:
+        return outputs, {}, {}
+    complete = {}
+    for name, output in outputs.items():
+        grad = grads.get(name)
+        if grad is None:
+            grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        complete[name] = grad.to(output.dtype)
+    roots = [name for name, output in outputs.items() if output.requires_grad]
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    found = torch.autograd.grad(
+        [outputs[name] for name in roots],
+        list(wanted.values()),
+        [complete[name] for name in roots],
+        allow_unused=True,
+    )
+    gradients = {
+        # No gradient stands for a gradient of zero, and only for that.
+        f"gradient of {name}": torch.zeros_like(leaf) if gradient is None else gradient
+        for (name, leaf), gradient in zip(wanted.items(), found, strict=True)
+    }
+    return {name: X.detach() for name, X in outputs.items()}, gradients, complete
+
+
+def assert_select(
+    operator: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    candidates: Tensor | None = None,
+    self_indices: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    metric: str = "cosine",
+    order: str = "similarity",
+    exact: bool = False,
+    backward: bool = True,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Run `operator` as `select`, forward and backward, and check all it returns.
+
+    `exact` adds the exact comparison. Returns similarities and indices.
+    """
+    options = (candidates, self_indices, key_mask, metric, order)
+    chosen: list[Tensor] = []
+
+    def run(leaves: Tensors) -> dict[str, Tensor]:
+        s, I = operator(leaves["query"], leaves["key"], k, *options)
+        chosen.append(I)
+        return {"similarities": s}
+
+    tensors: Tensors = {"query": query, "key": key}
+    outputs, gradients, grads = _run(run, tensors, backward, {}, seed)
+    s, I = outputs["similarities"], chosen[0]
+    assert_certified_selection(query, key, s, I, k, *options)
+    if exact:
+        assert_exact_selection(query, key, s, I, k, *options)
+    problem = _Problem(tensors, I, s == -math.inf, metric, grads=grads)
+    _compare(problem, {**outputs, **gradients})
+    return s, I
+
+
+def assert_aggregate(
+    operator: Callable[..., Tensor],
+    value: Tensor,
+    similarities: Tensor,
+    indices: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    rho: str = "softmax",
+    scale: float = 1.0,
+    backward: bool = True,
+    grad_output: Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Run `operator` as `aggregate`, forward and backward, and check all it returns.
+
+    `grad_output` replaces the random gradient of the output. Returns the output.
+    """
+
+    def run(leaves: Tensors) -> dict[str, Tensor]:
+        value, s, weight, bias = leaves.values()
+        return {"output": operator(value, s, indices, weight, bias, rho, scale)}
+
+    tensors: Tensors = {
+        "value": value,
+        "similarities": similarities,
+        "weight": weight,
+        "bias": bias,
+    }
+    outputs, gradients, grads = _run(run, tensors, backward, {"output": grad_output}, seed)
+    missing = similarities.detach() == -math.inf
+    problem = _Problem(tensors, indices, missing, rho=rho, scale=scale, grads=grads)
+    _compare(problem, {**outputs, **gradients})
+    return outputs["output"]
+
+
+def assert_forward(
+    operator: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    candidates: Tensor | None = None,
+    self_indices: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    metric: str = "cosine",
+    rho: str = "softmax",
+    scale: float = 1.0,
+    order: str = "similarity",
+    exact: bool = False,
+    backward: bool = True,
+    grad_output: Tensor | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `operator` as `forward`, forward and backward, and check all it returns.
+
+    `exact` adds the exact comparison of the selection; `grad_output` replaces the random gradient
+    of the output. Returns output, similarities and indices.
+    """
+    options = (candidates, self_indices, key_mask, metric)
+    chosen: list[Tensor] = []
+
+    def run(leaves: Tensors) -> dict[str, Tensor]:
+        query, key, value, weight, bias = leaves.values()
+        Y, s, I = operator(query, key, value, k, weight, bias, *options, rho, scale, order)
+        chosen.append(I)
+        return {"output": Y, "similarities": s}
+
+    tensors: Tensors = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "weight": weight,
+        "bias": bias,
+    }
+    outputs, gradients, grads = _run(run, tensors, backward, {"output": grad_output}, seed)
+    s, I = outputs["similarities"], chosen[0]
+    assert_certified_selection(query, key, s, I, k, *options, order)
+    if exact:
+        assert_exact_selection(query, key, s, I, k, *options, order)
+    problem = _Problem(tensors, I, s == -math.inf, metric, rho, scale, grads)
+    _compare(problem, {**outputs, **gradients})
+    return outputs["output"], s, I
