@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""Which backend runs a call, and why the others cannot.
+
+CPU tensors go from the dispatcher straight to the C++ kernels. CUDA tensors come here: this module
+is the one owner of the CUDA dispatch key.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convnn_kernels import checks, dispatch, native
+
+BACKENDS = ("triton", "cuda", "cpu")
+
+_CHECKS: dict[str, Callable[..., None]] = {
+    "convnn::forward": checks.check_forward,
+    "convnn::select": checks.check_select,
+    "convnn::aggregate": checks.check_aggregate,
+}
+
+# One choice for the whole process: backward runs in threads of the autograd engine.
+_forced: str | None = os.environ.get("CONVNN_BACKEND") or None
+
+
+def available() -> dict[str, str | None]:
+    """For each backend, why it cannot run on this machine; None if it can."""
+    return {
+        "triton": "this version has no Triton kernels",
+        "cuda": native.load()["cuda"] or "this version has no CUDA kernels",
+        "cpu": native.load()["cpu"] or None,
+    }
+
+
+def backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Forces one backend for all calls of the process, within a ``with`` block.
+
+    It takes precedence over the environment variable ``CONVNN_BACKEND``, which forces one from the
+    start.
+
+    Args:
+        name: "triton", "cuda" or "cpu".
+
+    Raises:
+        RuntimeError: at once, if there is no such backend or it cannot run on this machine; at a
+            call within the block, if the backend cannot run that call.
+    """
+    _require(name, "backend: name")
+    return _force(name)
+
+
+@contextlib.contextmanager
+def _force(name: str) -> Iterator[None]:
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _require(name: str, what: str) -> None:
+    """Raises unless ``name`` is a backend that can run on this machine."""
+    if name not in BACKENDS:
+        raise RuntimeError(f"{what} must be 'triton', 'cuda' or 'cpu', got '{name}'")
+    reasons = available()
+    if reasons[name]:
+        can = [f"'{each}'" for each, reason in reasons.items() if not reason]
+        raise RuntimeError(
+            f"{what} must be a backend that can run here ({', '.join(can)}), "
+            f"got '{name}': {reasons[name]}"
+        )
+
+
+def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The kernel of ``op`` for the CUDA key: it checks the arguments, then picks a backend."""
+    name = op.name()
+    defaults = dispatch.defaults(op)
+
+    def choose(*args: Any) -> Any:
+        if name in _CHECKS:
+            _CHECKS[name](name, *args, *defaults[len(args) :])
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        reasons = available() | {"cpu": "it takes tensors on cpu only"}
+        if _forced is not None:
+            _require(_forced, "CONVNN_BACKEND")
+            raise RuntimeError(
+                f"{name}: the forced backend '{_forced}' cannot run tensors on {device}: "
+                f"{reasons[_forced]}"
+            )
+        why = "; ".join(f"{each}: {reason}" for each, reason in reasons.items())
+        raise RuntimeError(f"{name}: no backend can run tensors on {device}: {why}")
+
+    return choose
+
+
+def forced_kernel(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
+    """A kernel of ``op`` that stands before those of all devices, if one must.
+
+    The C++ kernels for CPU tensors do not ask which backend is forced. Where ``CONVNN_BACKEND``
+    forces another, this kernel, of the BackendSelect key, asks for them.
+    """
+    if _forced in (None, "cpu"):
+        return None
+
+    def ask(keyset: Any, *args: Any) -> Any:
+        if _forced is not None:
+            _require(_forced, "CONVNN_BACKEND")
+        return op.redispatch(keyset & dispatch.BELOW_BACKEND_SELECT, *args)
+
+    return ask

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT
+"""Argument checks of the operators, on metadata only: sizes may be symbolic.
+
+The texts are those of ``csrc/checks.h``, which makes the same checks in the same order for the
+CPU kernels and adds the ones that must read values. A test holds both to one table.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+METRICS = ("cosine", "dot", "euclidean")
+ORDERS = ("similarity", "index")
+RHOS = ("softmax", "ones", "similarity")
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_forward(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    candidates: Tensor | None,
+    self_indices: Tensor | None,
+    key_mask: Tensor | None,
+    metric: str,
+    rho: str,
+    scale: float,
+    order: str,
+) -> None:
+    """Check the arguments of ``forward``: those of ``select``, then value and the convolution."""
+    check_select(op, query, key, k, candidates, self_indices, key_mask, metric, order)
+    _check_value(op, value)
+    _check_device(op, "value", value, "query", query)
+    lead = list(query.shape[:-2])
+    if list(value.shape[:-2]) != lead:
+        raise RuntimeError(
+            f"{op}: value must have the leading dimensions {lead} of query, "
+            f"got shape {list(value.shape)}"
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise RuntimeError(
+            f"{op}: value must have the {key.shape[-2]} rows of key, got shape {list(value.shape)}"
+        )
+    check_convolution(op, value, k, weight, bias, rho, scale)
+
+
+def check_select(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    candidates: Tensor | None,
+    self_indices: Tensor | None,
+    key_mask: Tensor | None,
+    metric: str,
+    order: str,
+) -> None:
+    """Check the arguments of ``select``.
+
+    Raises:
+        RuntimeError: naming the operator, the argument, what was expected and what came.
+    """
+    _check_given(op, "query", query)
+    _check_given(op, "key", key)
+    if query.dim() < 2:
+        raise RuntimeError(
+            f"{op}: query must have at least 2 dimensions [..., N, D], "
+            f"got shape {list(query.shape)}"
+        )
+    if query.dtype not in _FLOATING:
+        raise RuntimeError(
+            f"{op}: query must be float64, float32, float16 or bfloat16, got {_name(query.dtype)}"
+        )
+    if key.dim() != query.dim():
+        raise RuntimeError(
+            f"{op}: key must have as many dimensions as query ({query.dim()}), "
+            f"got shape {list(key.shape)}"
+        )
+    _check_dtype(op, "key", key, query.dtype, " as query is")
+    _check_device(op, "key", key, "query", query)
+    lead = list(query.shape[:-2])
+    rows, columns = query.shape[-2:]
+    if list(key.shape[:-2]) != lead:
+        raise RuntimeError(
+            f"{op}: key must have the leading dimensions {lead} of query, "
+            f"got shape {list(key.shape)}"
+        )
+    if key.shape[-1] != columns:
+        raise RuntimeError(
+            f"{op}: key must have the {columns} columns of query, got shape {list(key.shape)}"
+        )
+    _check_choice(op, "metric", metric, METRICS)
+    _check_choice(op, "order", order, ORDERS)
+
+    if candidates is not None:
+        _check_dtype(op, "candidates", candidates, torch.int64)
+        _check_device(op, "candidates", candidates, "query", query)
+        if candidates.dim() != 1:
+            raise RuntimeError(
+                f"{op}: candidates must have shape [R], got shape {list(candidates.shape)}"
+            )
+    if self_indices is not None:
+        _check_dtype(op, "self_indices", self_indices, torch.int64)
+        _check_device(op, "self_indices", self_indices, "query", query)
+        if self_indices.dim() != 1 or self_indices.shape[0] != rows:
+            raise RuntimeError(
+                f"{op}: self_indices must have shape [{rows}], one row of key for each query, "
+                f"got shape {list(self_indices.shape)}"
+            )
+    if key_mask is not None:
+        _check_dtype(op, "key_mask", key_mask, torch.bool)
+        _check_device(op, "key_mask", key_mask, "query", query)
+        if list(key_mask.shape) != list(key.shape[:-1]):
+            raise RuntimeError(
+                f"{op}: key_mask must have shape {list(key.shape[:-1])}, "
+                f"got shape {list(key_mask.shape)}"
+            )
+
+    if candidates is None:
+        most, of_what = key.shape[-2], "the rows of key"
+    else:
+        most, of_what = candidates.shape[0], "the candidates"
+    # torch._check: under torch.compile either side may be known only at run time.
+    for in_range in (k >= 1, k <= most):
+        torch._check(in_range, lambda: f"{op}: k must be between 1 and {most} ({of_what}), got {k}")
+
+
+def check_aggregate(
+    op: str,
+    value: Tensor,
+    similarities: Tensor,
+    indices: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rho: str,
+    scale: float,
+) -> None:
+    """Check the arguments of ``aggregate``.
+
+    Raises:
+        RuntimeError: naming the operator, the argument, what was expected and what came.
+    """
+    _check_value(op, value)
+    _check_given(op, "similarities", similarities)
+    _check_given(op, "indices", indices)
+    shape = list(similarities.shape)
+    lead = list(value.shape[:-2])
+    if similarities.dtype not in (torch.float32, torch.float64):
+        raise RuntimeError(
+            f"{op}: similarities must be float32 or float64, got {_name(similarities.dtype)}"
+        )
+    _check_device(op, "similarities", similarities, "value", value)
+    if similarities.dim() != value.dim():
+        raise RuntimeError(
+            f"{op}: similarities must have as many dimensions as value ({value.dim()}), "
+            f"got shape {shape}"
+        )
+    if shape[:-2] != lead:
+        raise RuntimeError(
+            f"{op}: similarities must have the leading dimensions {lead} of value, "
+            f"got shape {shape}"
+        )
+    torch._check(
+        similarities.shape[-1] >= 1,
+        lambda: f"{op}: similarities must have at least one column (k >= 1), got shape {shape}",
+    )
+    _check_dtype(op, "indices", indices, torch.int64)
+    _check_device(op, "indices", indices, "value", value)
+    if list(indices.shape) != shape:
+        raise RuntimeError(
+            f"{op}: indices must have the shape {shape} of similarities, "
+            f"got shape {list(indices.shape)}"
+        )
+    check_convolution(op, value, similarities.shape[-1], weight, bias, rho, scale)
+
+
+def check_convolution(
+    op: str,
+    value: Tensor,
+    k: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rho: str,
+    scale: float,
+) -> None:
+    """Check what modulates and convolves the k neighbours: weight, bias, rho and scale."""
+    channels = value.shape[-1]
+    if weight is not None:
+        _check_dtype(op, "weight", weight, value.dtype, " as value is")
+        _check_device(op, "weight", weight, "value", value)
+        if not (_is_dense(weight, channels, k) or _is_depthwise(weight, channels, k)):
+            raise RuntimeError(
+                f"{op}: weight must have shape [O, {channels}, {k}] or [{channels}, 1, {k}], "
+                f"got shape {list(weight.shape)}"
+            )
+    if bias is not None:
+        _check_dtype(op, "bias", bias, value.dtype, " as value is")
+        _check_device(op, "bias", bias, "value", value)
+        outputs = channels if weight is None else weight.shape[0]
+        if bias.dim() != 1 or bias.shape[0] != outputs:
+            raise RuntimeError(
+                f"{op}: bias must have shape [{outputs}], got shape {list(bias.shape)}"
+            )
+    _check_choice(op, "rho", rho, RHOS)
+    if not math.isfinite(scale):
+        raise RuntimeError(f"{op}: scale must be finite, got {scale:g}")
+    if scale != 1.0 and rho != "softmax":
+        raise RuntimeError(
+            f"{op}: scale must be 1.0 unless rho is 'softmax', got {scale:g} with rho '{rho}'"
+        )
+
+
+def _is_dense(weight: Tensor, channels: int, k: int) -> bool:
+    return weight.dim() == 3 and weight.shape[1] == channels and weight.shape[2] == k
+
+
+def _is_depthwise(weight: Tensor, channels: int, k: int) -> bool:
+    return (
+        weight.dim() == 3
+        and weight.shape[0] == channels
+        and weight.shape[1] == 1
+        and weight.shape[2] == k
+    )
+
+
+def _check_given(op: str, name: str, tensor: Tensor) -> None:
+    # The dispatcher lets None through for a tensor that is not optional.
+    if not isinstance(tensor, Tensor):
+        raise RuntimeError(f"{op}: {name} must be a tensor, got None")
+
+
+def _check_value(op: str, value: Tensor) -> None:
+    _check_given(op, "value", value)
+    if value.dim() < 2:
+        raise RuntimeError(
+            f"{op}: value must have at least 2 dimensions [..., M, C], "
+            f"got shape {list(value.shape)}"
+        )
+    if value.dtype not in _FLOATING:
+        raise RuntimeError(
+            f"{op}: value must be float64, float32, float16 or bfloat16, got {_name(value.dtype)}"
+        )
+
+
+def _check_dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype, why: str = "") -> None:
+    if tensor.dtype != dtype:
+        raise RuntimeError(f"{op}: {name} must be {_name(dtype)}{why}, got {_name(tensor.dtype)}")
+
+
+def _check_device(op: str, name: str, tensor: Tensor, other: str, reference: Tensor) -> None:
+    if tensor.device != reference.device:
+        raise RuntimeError(
+            f"{op}: {name} must be on {reference.device} as {other} is, got {tensor.device}"
+        )
+
+
+def _check_choice(op: str, name: str, choice: str, choices: Sequence[str]) -> None:
+    if choice not in choices:
+        quoted = [f"'{each}'" for each in choices]
+        expected = ", ".join(quoted[:-1]) + f" or {quoted[-1]}"
+        raise RuntimeError(f"{op}: {name} must be {expected}, got '{choice}'")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""The one module that uses PyTorch's unpublished dispatcher interface.
+
+``torch.library`` registers kernels for any dispatch key, but has no published way to go on with
+the next one. The names used here are those that PyTorch's own ``register_autograd`` and
+``register_autocast`` use.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Autocast for this device switched off, without the bookkeeping of ``torch.autocast``."""
+    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+
+
+def defaults(op: torch._ops.OpOverload) -> tuple[Any, ...]:
+    """The default values of the arguments of ``op``, None where there is none."""
+    return tuple(argument.default_value for argument in op._schema.arguments)
+
+
+def needs_autograd(args: tuple[Any, ...]) -> bool:
+    """Whether a call with ``args`` must be recorded, or may carry forward-mode tangents."""
+    # An open forward-mode level is the one sign of a tangent that costs nothing to read.
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    )
+
+
+def call(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """``op(*args)``, past its Autograd kernel where that has nothing to do.
+
+    That kernel is Python: without it, the dispatcher goes from here to C++ and back.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or needs_autograd(args)
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` for use inside a kernel of the Autograd key.
+
+    Under ``torch.func`` the dispatcher already calls that kernel once for each level, as it does
+    for PyTorch's own operators. ``Function.apply`` would try to start over from the outermost
+    level, and fail, so the node is recorded at the level of the call.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def redispatch(op: torch._ops.OpOverload, below: torch._C.DispatchKeySet, *args: Any) -> Any:
+    """Goes on with ``op`` from the forward of a function applied by ``apply``.
+
+    PyTorch runs that forward with gradients off, which outer levels of ``torch.func`` would take
+    for their own.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return op.redispatch(below, *args)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return op.redispatch(below, *args)

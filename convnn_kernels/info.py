@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""``python -m convnn_kernels.info [--json]``: what was built and what can run here."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from convnn_kernels import native
+from convnn_kernels.backends import choose
+from convnn_kernels.version import __version__
+
+
+def collect() -> dict[str, Any]:
+    """The report as JSON-able values; None stands for "not there", or for "nothing against it"."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {
+            "convnn_kernels": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torch_cuda": torch.version.cuda,
+            "triton": _version("triton"),
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "cpu_instruction_set": native.cpu_instruction_set() or None,
+            "cpu_threads": torch.get_num_threads(),
+            "cuda_devices": devices,
+        },
+        "build": {**native.build_report(), **_introspect()},
+        "backends": choose.available(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    # Asked for without importing the package.
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _introspect() -> dict[str, Any]:
+    try:
+        from convnn_kernels import introspect
+    except ImportError:
+        # Built without Python's headers; build_report() says so.
+        return {}
+    return {
+        "compiler": introspect.compiler(),
+        "cpu_instruction_sets": introspect.cpu_instruction_sets(),
+        "cuda_architectures": introspect.cuda_architectures(),
+        "cuda_kernels": introspect.cuda_kernels(),
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text, one fact a line."""
+    versions, machine, build = report["versions"], report["machine"], report["build"]
+    devices = ", ".join(machine["cuda_devices"]) or "none"
+    instruction_set = machine["cpu_instruction_set"] or "none: CONVNN_CPU_ISA cannot run here"
+    sections = {
+        "versions": {
+            "convnn_kernels": versions["convnn_kernels"],
+            "Python": versions["python"],
+            "PyTorch": f"{versions['torch']} (CUDA {versions['torch_cuda'] or 'none'})",
+            "Triton": versions["triton"] or "not installed",
+        },
+        "machine": {
+            "platform": machine["platform"],
+            "CPU kernels": f"{instruction_set}, {machine['cpu_threads']} threads",
+            "CUDA devices": devices,
+        },
+        "built": {
+            "compiler": build.get("compiler", "unknown"),
+            "against": f"PyTorch {build.get('torch', 'unknown')}",
+            **{part: _outcome(build.get(part)) for part in ("cpu", "cuda", "introspect")},
+        },
+        "backends that can run here": {
+            name: f"no: {reason}" if reason else "yes"
+            for name, reason in report["backends"].items()
+        },
+    }
+    lines = []
+    for title, facts in sections.items():
+        lines.append(title)
+        lines += [f"  {name:<16}{fact}" for name, fact in facts.items()]
+    return "\n".join(lines)
+
+
+def _outcome(part: dict[str, str] | None) -> str:
+    if part is None:
+        return "unknown"
+    return part["built"] if "built" in part else f"no: {part['skipped']}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m convnn_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    report = collect()
+    print(json.dumps(report, indent=2) if parser.parse_args().json else render(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""Loads the C++ libraries, which register their implementations of the ``convnn`` operators."""
+
+import ctypes
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "lib"
+_HOW_TO_BUILD = "Build it from the checkout:  pip install -e . --no-build-isolation"
+
+
+def library(name: str) -> Path:
+    """Where the library of backend ``name`` ("cpu" or "cuda") is, if it was built."""
+    return FOLDER / f"libconvnn_{name}.so"
+
+
+def build_report() -> dict[str, str | dict[str, str]]:
+    """What the build wrote down: for each part, ``{"built": detail}`` or ``{"skipped": reason}``.
+
+    Empty if nothing was built.
+    """
+    try:
+        return json.loads((FOLDER / "build.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+@functools.cache
+def load() -> dict[str, str]:
+    """Loads the libraries once.
+
+    Returns, for "cpu" and "cuda", an empty string if the library is loaded and the reason if it is
+    not. Raises ImportError if the CPU library is missing or cannot be loaded: without it the
+    package is of no use. The CUDA library is an alternative to Triton: its absence is reported.
+    """
+    path = library("cpu")
+    if not path.exists():
+        raise ImportError(f"convnn_kernels: the CPU library {path} is missing. {_HOW_TO_BUILD}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"convnn_kernels: PyTorch {torch.__version__} cannot load {path}, which needs PyTorch "
+            f"2.11 or newer. {_HOW_TO_BUILD}\n{error}"
+        ) from error
+    return {"cpu": "", "cuda": _load_cuda()}
+
+
+def cpu_instruction_set() -> str:
+    """Which of the compiled instruction sets the CPU kernels use here; see ``CONVNN_CPU_ISA``.
+
+    Empty if that variable names one that cannot run here.
+    """
+    ask = ctypes.CDLL(str(library("cpu"))).convnn_cpu_instruction_set
+    ask.restype = ctypes.c_char_p
+    return (ask() or b"").decode()
+
+
+def _load_cuda() -> str:
+    path = library("cuda")
+    if not path.exists():
+        part = build_report().get("cuda", {})
+        reason = part.get("skipped") if isinstance(part, dict) else None
+        return f"not built: {reason}" if reason else "not built"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} has no CUDA"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"PyTorch {torch.__version__} cannot load {path}: {error}"
+    return ""

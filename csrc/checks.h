@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: MIT
+// Argument checks of the entry files: each raises before anything runs and names the argument, what
+// was expected and what came. The same checks, in the same order and words, stand in
+// convnn_kernels/checks.py for the paths that come through Python; a test holds them equal.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "params.h"
+
+namespace convnn::checks {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << "convnn::" << op << ": ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::UInt16:
+      return "uint16";
+    case ScalarType::UInt32:
+      return "uint32";
+    case ScalarType::UInt64:
+      return "uint64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    default:
+      return "dtype " + std::to_string(int(dtype));
+  }
+}
+
+inline std::string name_of(const Shape& shape, size_t dims) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < dims; ++i) text << (i ? ", " : "") << shape[i];
+  text << "]";
+  return text.str();
+}
+inline std::string shape_of(const Tensor& tensor) {
+  return name_of(tensor.sizes(), size_t(tensor.dim()));
+}
+// The leading dimensions: all but the last two.
+inline std::string leading_of(const Tensor& tensor) {
+  return name_of(tensor.sizes(), size_t(tensor.dim()) - 2);
+}
+
+inline std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  const std::string index = std::to_string(tensor.get_device_index());
+  if (tensor.is_cuda()) return "cuda:" + index;
+  return "device " + index;
+}
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
+         a.get_device_index() == b.get_device_index();
+}
+
+inline int64_t rows_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 2); }
+inline int64_t columns_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+inline int64_t batch_of(const Tensor& tensor) {
+  int64_t batch = 1;
+  for (int64_t i = 0; i < tensor.dim() - 2; ++i) batch *= tensor.size(i);
+  return batch;
+}
+inline bool same_leading(const Tensor& a, const Tensor& b) {
+  for (int64_t i = 0; i < a.dim() - 2; ++i) {
+    if (a.size(i) != b.size(i)) return false;
+  }
+  return true;
+}
+
+inline std::optional<DType> dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline std::optional<Metric> metric_of(const std::string& name) {
+  if (name == "cosine") return Metric::cosine;
+  if (name == "dot") return Metric::dot;
+  if (name == "euclidean") return Metric::euclidean;
+  return std::nullopt;
+}
+inline std::optional<Order> order_of(const std::string& name) {
+  if (name == "similarity") return Order::similarity;
+  if (name == "index") return Order::index;
+  return std::nullopt;
+}
+inline std::optional<Rho> rho_of(const std::string& name) {
+  if (name == "softmax") return Rho::softmax;
+  if (name == "ones") return Rho::ones;
+  if (name == "similarity") return Rho::similarity;
+  return std::nullopt;
+}
+
+// None for a required tensor reaches the operator as an undefined one.
+inline void check_given(const char* op, const char* name, const Tensor& tensor) {
+  if (!tensor.defined()) fail(op, name, " must be a tensor, got None");
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor,
+                           const char* shape) {
+  if (tensor.dim() < 2) {
+    fail(op, name, " must have at least 2 dimensions ", shape, ", got shape ", shape_of(tensor));
+  }
+  if (!dtype_of(tensor)) {
+    fail(op, name, " must be float64, float32, float16 or bfloat16, got ",
+         name_of(tensor.scalar_type()));
+  }
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype) {
+  if (tensor.scalar_type() != dtype) {
+    fail(op, name, " must be ", name_of(dtype), ", got ", name_of(tensor.scalar_type()));
+  }
+}
+
+inline void check_dtype_as(const char* op, const char* name, const Tensor& tensor,
+                           const char* other_name, const Tensor& other) {
+  if (tensor.scalar_type() != other.scalar_type()) {
+    fail(op, name, " must be ", name_of(other.scalar_type()), " as ", other_name, " is, got ",
+         name_of(tensor.scalar_type()));
+  }
+}
+
+inline void check_device_as(const char* op, const char* name, const Tensor& tensor,
+                            const char* other_name, const Tensor& other) {
+  if (!same_device(tensor, other)) {
+    fail(op, name, " must be on ", device_of(other), " as ", other_name, " is, got ",
+         device_of(tensor));
+  }
+}
+
+inline void check_leading_as(const char* op, const char* name, const Tensor& tensor,
+                             const char* other_name, const Tensor& other) {
+  if (tensor.dim() != other.dim() || !same_leading(tensor, other)) {
+    fail(op, name, " must have the leading dimensions ", leading_of(other), " of ", other_name,
+         ", got shape ", shape_of(tensor));
+  }
+}
+
+// What select and forward share.
+inline void check_select(const char* op, const Tensor& query, const Tensor& key, int64_t k,
+                         const OptionalTensor& candidates, const OptionalTensor& self_indices,
+                         const OptionalTensor& key_mask, const std::string& metric,
+                         const std::string& order) {
+  check_given(op, "query", query);
+  check_given(op, "key", key);
+  check_floating(op, "query", query, "[..., N, D]");
+  if (key.dim() != query.dim()) {
+    fail(op, "key must have as many dimensions as query (", query.dim(), "), got shape ",
+         shape_of(key));
+  }
+  check_dtype_as(op, "key", key, "query", query);
+  check_device_as(op, "key", key, "query", query);
+  check_leading_as(op, "key", key, "query", query);
+  if (columns_of(key) != columns_of(query)) {
+    fail(op, "key must have the ", columns_of(query), " columns of query, got shape ",
+         shape_of(key));
+  }
+  if (!metric_of(metric)) {
+    fail(op, "metric must be 'cosine', 'dot' or 'euclidean', got '", metric, "'");
+  }
+  if (!order_of(order)) fail(op, "order must be 'similarity' or 'index', got '", order, "'");
+  if (candidates) {
+    check_dtype(op, "candidates", *candidates, ScalarType::Long);
+    check_device_as(op, "candidates", *candidates, "query", query);
+    if (candidates->dim() != 1) {
+      fail(op, "candidates must have shape [R], got shape ", shape_of(*candidates));
+    }
+  }
+  const int64_t n = rows_of(query), m = rows_of(key);
+  if (self_indices) {
+    check_dtype(op, "self_indices", *self_indices, ScalarType::Long);
+    check_device_as(op, "self_indices", *self_indices, "query", query);
+    if (self_indices->dim() != 1 || self_indices->size(0) != n) {
+      fail(op, "self_indices must have shape [", n, "], one row of key for each query, got shape ",
+           shape_of(*self_indices));
+    }
+  }
+  if (key_mask) {
+    check_dtype(op, "key_mask", *key_mask, ScalarType::Bool);
+    check_device_as(op, "key_mask", *key_mask, "query", query);
+    bool same = key_mask->dim() == key.dim() - 1;
+    for (int64_t i = 0; same && i < key_mask->dim(); ++i) same = key_mask->size(i) == key.size(i);
+    if (!same) {
+      fail(op, "key_mask must have shape ", name_of(key.sizes(), size_t(key.dim()) - 1),
+           ", got shape ", shape_of(*key_mask));
+    }
+  }
+  const int64_t most = candidates ? candidates->size(0) : m;
+  if (k < 1 || k > most) {
+    fail(op, "k must be between 1 and ", most,
+         candidates ? " (the candidates)" : " (the rows of key)", ", got ", k);
+  }
+}
+
+// What aggregate and forward share. Returns the kind of convolution and, in `outputs`, its width.
+inline Convolution check_convolution(const char* op, const Tensor& value, int64_t k,
+                                     const OptionalTensor& weight, const OptionalTensor& bias,
+                                     const std::string& rho, double scale, int64_t& outputs) {
+  const int64_t c = columns_of(value);
+  Convolution convolution = Convolution::none;
+  outputs = c;
+  if (weight) {
+    check_dtype_as(op, "weight", *weight, "value", value);
+    check_device_as(op, "weight", *weight, "value", value);
+    const bool fits = weight->dim() == 3 && weight->size(2) == k;
+    if (fits && weight->size(1) == c) {
+      convolution = Convolution::dense;
+      outputs = weight->size(0);
+    } else if (fits && weight->size(1) == 1 && weight->size(0) == c) {
+      convolution = Convolution::depthwise;
+    } else {
+      fail(op, "weight must have shape [O, ", c, ", ", k, "] or [", c, ", 1, ", k, "], got shape ",
+           shape_of(*weight));
+    }
+  }
+  if (bias) {
+    check_dtype_as(op, "bias", *bias, "value", value);
+    check_device_as(op, "bias", *bias, "value", value);
+    if (bias->dim() != 1 || bias->size(0) != outputs) {
+      fail(op, "bias must have shape [", outputs, "], got shape ", shape_of(*bias));
+    }
+  }
+  if (!rho_of(rho)) fail(op, "rho must be 'softmax', 'ones' or 'similarity', got '", rho, "'");
+  if (!std::isfinite(scale)) fail(op, "scale must be finite, got ", scale);
+  if (scale != 1.0 && rho != "softmax") {
+    fail(op, "scale must be 1.0 unless rho is 'softmax', got ", scale, " with rho '", rho, "'");
+  }
+  return convolution;
+}
+
+inline void check_value_as(const char* op, const Tensor& value, const Tensor& query,
+                           const Tensor& key) {
+  check_given(op, "value", value);
+  check_floating(op, "value", value, "[..., M, C]");
+  check_device_as(op, "value", value, "query", query);
+  check_leading_as(op, "value", value, "query", query);
+  if (rows_of(value) != rows_of(key)) {
+    fail(op, "value must have the ", rows_of(key), " rows of key, got shape ", shape_of(value));
+  }
+}
+
+inline void check_aggregate(const char* op, const Tensor& value, const Tensor& similarities,
+                            const Tensor& indices) {
+  check_given(op, "value", value);
+  check_floating(op, "value", value, "[..., M, C]");
+  check_given(op, "similarities", similarities);
+  check_given(op, "indices", indices);
+  if (similarities.scalar_type() != ScalarType::Float &&
+      similarities.scalar_type() != ScalarType::Double) {
+    fail(op, "similarities must be float32 or float64, got ", name_of(similarities.scalar_type()));
+  }
+  check_device_as(op, "similarities", similarities, "value", value);
+  if (similarities.dim() != value.dim()) {
+    fail(op, "similarities must have as many dimensions as value (", value.dim(), "), got shape ",
+         shape_of(similarities));
+  }
+  check_leading_as(op, "similarities", similarities, "value", value);
+  if (columns_of(similarities) < 1) {
+    fail(op, "similarities must have at least one column (k >= 1), got shape ",
+         shape_of(similarities));
+  }
+  check_dtype(op, "indices", indices, ScalarType::Long);
+  check_device_as(op, "indices", indices, "value", value);
+  bool same = indices.dim() == similarities.dim();
+  for (int64_t i = 0; same && i < indices.dim(); ++i) {
+    same = indices.size(i) == similarities.size(i);
+  }
+  if (!same) {
+    fail(op, "indices must have the shape ", shape_of(similarities), " of similarities, got shape ",
+         shape_of(indices));
+  }
+}
+
+// values [count] in host memory.
+inline void check_range(const char* op, const char* name, const int64_t* values, int64_t count,
+                        int64_t m) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < 0 || values[i] >= m) {
+      fail(op, name, " must be in [0, ", m, "), got ", values[i], " at position ", i);
+    }
+  }
+}
+
+}  // namespace convnn::checks

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: MIT
+// The modulation rho of section 4.1 and its derivative, one query row at a time, in float64.
+#pragma once
+
+#include <cmath>
+
+#include "tile.h"
+
+namespace convnn::CONVNN_ISA {
+
+inline double similarity_at(const AggregateParams& p, int64_t place) {
+  return p.similarity_dtype == DType::float64 ? static_cast<const double*>(p.similarities)[place]
+                                              : static_cast<const float*>(p.similarities)[place];
+}
+
+// A similarity of -inf marks a missing neighbor: it is left out everywhere, whatever rho is.
+inline bool is_missing(double similarity) {
+  return similarity == -std::numeric_limits<double>::infinity();
+}
+
+// rho [k] of the row of p.similarities that starts at place `first`; 0 for a missing neighbor.
+template <class A>
+inline void modulate(const AggregateParams& p, int64_t first, A* rho) {
+  if (p.rho != Rho::softmax) {
+    for (int64_t j = 0; j < p.k; ++j) {
+      const double s = similarity_at(p, first + j);
+      rho[j] = is_missing(s) ? A(0) : p.rho == Rho::ones ? A(1) : A(s);
+    }
+    return;
+  }
+  double largest = -std::numeric_limits<double>::infinity();
+  for (int64_t j = 0; j < p.k; ++j) {
+    const double s = similarity_at(p, first + j);
+    if (!is_missing(s) && p.scale * s > largest) largest = p.scale * s;
+  }
+  double sum = 0;
+  for (int64_t j = 0; j < p.k; ++j) {
+    const double s = similarity_at(p, first + j);
+    if (!is_missing(s)) sum += std::exp(p.scale * s - largest);
+  }
+  for (int64_t j = 0; j < p.k; ++j) {
+    const double s = similarity_at(p, first + j);
+    rho[j] = is_missing(s) ? A(0) : A(std::exp(p.scale * s - largest) / sum);
+  }
+}
+
+// grad_similarities of one row from grad_rho [k] and rho [k].
+template <class A>
+inline void modulate_backward(const AggregateBackwardParams& p, int64_t first, const A* rho,
+                              const A* grad_rho) {
+  const AggregateParams& f = p.forward;
+  double mean = 0;  // softmax: sum over j of rho_j grad_rho_j
+  if (f.rho == Rho::softmax) {
+    for (int64_t j = 0; j < f.k; ++j) {
+      if (!is_missing(similarity_at(f, first + j))) mean += double(rho[j]) * double(grad_rho[j]);
+    }
+  }
+  for (int64_t j = 0; j < f.k; ++j) {
+    double grad = 0;
+    if (!is_missing(similarity_at(f, first + j))) {
+      if (f.rho == Rho::softmax) grad = f.scale * rho[j] * (grad_rho[j] - mean);
+      if (f.rho == Rho::similarity) grad = grad_rho[j];
+    }
+    if (f.similarity_dtype == DType::float64) {
+      static_cast<double*>(p.grad_similarities)[first + j] = grad;
+    } else {
+      static_cast<float*>(p.grad_similarities)[first + j] = float(grad);
+    }
+  }
+}
+
+}  // namespace convnn::CONVNN_ISA

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT
+// The gradients of select on the CPU, from g = grad_similarities at the selected neighbors:
+//
+//   dot        dq_i = sum_j g_ij k_j                  dk_m = sum g_ij q_i
+//   euclidean  dq_i = sum_j -2 g_ij (q_i - k_j)       dk_m = sum 2 g_ij (q_i - k_m)
+//   cosine     dq_i = (I - q^ q^T) t / ||q_i||,       dk_m = (I - k^ k^T) u / ||k_m||,
+//              t = sum_j g_ij k^_j                    u = sum g_ij q^_i
+//
+// where j runs over the neighbors of i, and the sums of dk over the pairs (i, j) with I_ij = m.
+// A task owns query rows or key rows; for key rows those pairs come from the inverse of the
+// neighbor list, in a fixed order, so nothing is scattered. Sums are in float64: a key may be in
+// many pairs. A row of norm <= epsilon has gradient
+// exactly 0.
+#pragma once
+
+#include "kernels.h"
+#include "modulate.h"
+#include "normalize.h"
+
+namespace convnn::CONVNN_ISA {
+
+template <class T>
+class SelectBackward {
+  using A = accumulate_t<T>;
+
+ public:
+  static size_t scratch_bytes(const SelectBackwardParams& p) {
+    return size_t(p.d) * sizeof(double);
+  }
+
+  static void query_norms(const SelectBackwardParams& p, double* inverse_norms, int64_t begin,
+                          int64_t end) {
+    norms(static_cast<const T*>(p.query), p.d, inverse_norms, begin, end);
+  }
+  static void key_norms(const SelectBackwardParams& p, double* inverse_norms, int64_t begin,
+                        int64_t end) {
+    norms(static_cast<const T*>(p.key), p.d, inverse_norms, begin, end);
+  }
+
+  static void query_rows(const SelectBackwardParams& p, const double* query_norms,
+                         const double* key_norms, int64_t begin, int64_t end, void* scratch) {
+    const A* grads = static_cast<const A*>(p.grad_similarities);
+    double* sum = static_cast<double*>(scratch);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t first_key = row / p.n * p.m;
+      const T* q = static_cast<const T*>(p.query) + row * p.d;
+      bool in_pairs = false;
+      clear(sum, p.d);
+      for (int64_t place = row * p.k; place < (row + 1) * p.k; ++place) {
+        if (missing(p, place)) continue;
+        in_pairs = true;
+        const int64_t key_row = first_key + p.indices[place];
+        const T* k = static_cast<const T*>(p.key) + key_row * p.d;
+        add(p.metric, sum, grads[place], k, q, key_norms, key_row, p.d);
+      }
+      finish(p.metric, in_pairs, sum, q, query_norms, row, p.d,
+             static_cast<T*>(p.grad_query) + row * p.d);
+    }
+  }
+
+  static void key_rows(const SelectBackwardParams& p, const InverseNeighbors& inverse,
+                       const double* query_norms, const double* key_norms, int64_t begin,
+                       int64_t end, void* scratch) {
+    double* sum = static_cast<double*>(scratch);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / p.m;
+      const int64_t* offsets = inverse.offsets + b * (p.m + 1) + row % p.m;
+      const int64_t* places = inverse.places + b * p.n * p.k;
+      const A* grads = static_cast<const A*>(p.grad_similarities) + b * p.n * p.k;
+      const T* k = static_cast<const T*>(p.key) + row * p.d;
+      clear(sum, p.d);
+      for (int64_t at = offsets[0]; at < offsets[1]; ++at) {
+        const int64_t slot = places[at] / p.n, i = places[at] % p.n;
+        const int64_t query_row = b * p.n + i;
+        const T* q = static_cast<const T*>(p.query) + query_row * p.d;
+        add(p.metric, sum, grads[i * p.k + slot], q, k, query_norms, query_row, p.d);
+      }
+      finish(p.metric, offsets[0] < offsets[1], sum, k, key_norms, row, p.d,
+             static_cast<T*>(p.grad_key) + row * p.d);
+    }
+  }
+
+ private:
+  static void norms(const T* rows, int64_t d, double* inverse_norms, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      inverse_norms[row] = normalizer(rows + row * d, d).inverse_norm();
+    }
+  }
+
+  static void clear(double* sum, int64_t d) {
+    for (int64_t t = 0; t < d; ++t) sum[t] = 0;
+  }
+
+  static bool missing(const SelectBackwardParams& p, int64_t place) {
+    return is_missing(static_cast<const A*>(p.similarities)[place]);
+  }
+
+  // Adds what the pair (own, other) gives to the gradient of `own`, before finish().
+  static void add(Metric metric, double* sum, double grad, const T* other, const T* own,
+                  const double* other_norms, int64_t other_row, int64_t d) {
+    if (metric == Metric::euclidean) {
+      for (int64_t t = 0; t < d; ++t) {
+        sum[t] += 2 * grad * (double(widen(other[t])) - double(widen(own[t])));
+      }
+    } else {
+      const double scale = metric == Metric::cosine ? grad * other_norms[other_row] : grad;
+      for (int64_t t = 0; t < d; ++t) sum[t] += scale * double(widen(other[t]));
+    }
+  }
+
+  // Cosine: projects the sum onto the tangent space of the row and divides by its norm. A row that
+  // is in no pair has gradient 0 whatever it holds.
+  static void finish(Metric metric, bool in_pairs, const double* sum, const T* own,
+                     const double* own_norms, int64_t row, int64_t d, T* grad) {
+    const double inverse = metric == Metric::cosine ? own_norms[row] : 1;
+    if (metric != Metric::cosine || !in_pairs || inverse == 0) {
+      for (int64_t t = 0; t < d; ++t) narrow(inverse == 0 ? A(0) : A(sum[t]), grad[t]);
+      return;
+    }
+    const double along = dot(sum, own, d) * inverse;
+    for (int64_t t = 0; t < d; ++t) {
+      const double unit = double(widen(own[t])) * inverse;
+      narrow(A((sum[t] - unit * along) * inverse), grad[t]);
+    }
+  }
+};
+
+template <class T>
+SelectBackwardKernel select_backward_kernel() {
+  using K = SelectBackward<T>;
+  return {K::scratch_bytes, K::query_norms, K::key_norms, K::query_rows, K::key_rows};
+}
+
+}  // namespace convnn::CONVNN_ISA

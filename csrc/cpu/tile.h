@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT
+// The one matrix tile that every product on the CPU goes through, and its sizes.
+//
+//   c[r][j] (+)= sum over t of a[t][r] * b[t][j]        r < kTileRows, j < kTileColumns<A>
+//
+// Operands are packed so that step t reads one short row of each. The sum over t is taken in a
+// fixed order, in registers; lanes are columns. So an element depends on its own row and column
+// only, never on where in a tile they lie: equal rows give equal bits.
+#pragma once
+
+#include "vector.h"
+
+namespace convnn::CONVNN_ISA {
+
+// kTileRows * kTileVectors accumulators, plus kTileVectors operands and one broadcast, fit the
+// registers: 32 of them with AVX-512 and on AArch64, 16 otherwise.
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+template <class A>
+constexpr int kTileColumns = kTileVectors * kLanes<A>;
+
+// A thread works on this many tiles of rows at a time, so that a packed panel of columns read
+// once from the outer cache serves all of them.
+constexpr int kBlockTiles = 4;
+constexpr int kBlockRows = kBlockTiles * kTileRows;
+
+// Steps summed before the sum is added to c: partial sums stay short, and so do their errors, which
+// grow with their length.
+constexpr int64_t kSummedSteps = 32;
+
+// a [depth, kTileRows], b [depth, kTileColumns], c [kTileRows, ldc].
+// SquaredDifference: c[r][j] = -sum over t of (a[t][r] - b[t][j])^2 instead of the product.
+template <class A, bool SquaredDifference = false>
+inline void multiply_tile(const A* a, const A* b, int64_t depth, A* c, int64_t ldc,
+                          bool accumulate = false) {
+  using V = Vector<A>;
+  int64_t t = 0;
+  do {
+    V sum[kTileRows][kTileVectors] = {};
+    const int64_t stop = min_of(t + kSummedSteps, depth);
+    for (; t < stop; ++t) {
+      V column[kTileVectors];
+      for (int v = 0; v < kTileVectors; ++v) column[v] = load(b + v * kLanes<A>);
+      for (int r = 0; r < kTileRows; ++r) {
+        for (int v = 0; v < kTileVectors; ++v) {
+          if constexpr (SquaredDifference) {
+            const V difference = column[v] - a[r];
+            sum[r][v] -= difference * difference;
+          } else {
+            sum[r][v] += column[v] * a[r];
+          }
+        }
+      }
+      a += kTileRows;
+      b += kTileColumns<A>;
+    }
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int v = 0; v < kTileVectors; ++v) {
+        A* to = c + r * ldc + v * kLanes<A>;
+        store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+      }
+    }
+    accumulate = true;
+  } while (t < depth);
+}
+
+// The sum of term(0) ... term(count - 1) in float64, in a fixed order: 16 interleaved partial sums,
+// then their sum.
+template <class Term>
+inline double sum_of(int64_t count, const Term& term) {
+  constexpr int kPartial = 16;
+  double partial[kPartial] = {};
+  int64_t i = 0;
+  for (; i + kPartial <= count; i += kPartial) {
+    for (int p = 0; p < kPartial; ++p) partial[p] += term(i + p);
+  }
+  for (int p = 0; i + p < count; ++p) partial[p] += term(i + p);
+  double sum = 0;
+  for (int p = 0; p < kPartial; ++p) sum += partial[p];
+  return sum;
+}
+
+// The dot product of two rows, in float64.
+template <class X, class Y>
+inline double dot(const X* x, const Y* y, int64_t count) {
+  return sum_of(count, [&](int64_t i) { return double(widen(x[i])) * double(widen(y[i])); });
+}
+
+}  // namespace convnn::CONVNN_ISA

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: MIT
+// Element types and SIMD vectors of one instruction set. Compiled once per instruction set, in the
+// namespace CONVNN_ISA: no code of one set can be linked into another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace convnn::CONVNN_ISA {
+
+struct half {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// What sums over elements of T are kept in.
+template <class T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class T>
+using accumulate_t = typename Accumulate<T>::type;
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline double widen(double x) { return x; }
+inline float widen(float x) { return x; }
+inline float widen(bfloat16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float widen(half x) {
+  // The exponent moves from bias 15 to bias 127 by one exact product, subnormals included.
+  const float magnitude = float_of(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
+  const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;  // inf and NaN
+  return float_of(bits_of(magnitude) | special | (uint32_t(x.bits & 0x8000) << 16));
+}
+
+// Rounds to nearest, ties to even.
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(float x, bfloat16& out) {
+  const uint32_t bits = bits_of(x);
+  out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void narrow(float x, half& out) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t rounded;
+  if (magnitude >= 0x47800000) {  // 65536 and above, inf, NaN
+    rounded = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded bits at the end
+    rounded = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    rounded = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  out.bits = uint16_t(rounded | ((bits >> 16) & 0x8000));
+}
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vector = typename VectorOf<A>::type;
+
+template <class A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+template <class A>
+inline Vector<A> load(const A* from) {
+  Vector<A> x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <class A>
+inline void store(A* to, Vector<A> x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+// The sign bit of each lane, lane 0 lowest: of a comparison's result, where it holds.
+#if defined(__AVX512F__)
+inline uint32_t lane_bits(Vector<float> a) { return _mm512_movepi32_mask(_mm512_castps_si512(a)); }
+inline uint32_t lane_bits(Vector<double> a) { return _mm512_movepi64_mask(_mm512_castpd_si512(a)); }
+#elif defined(__AVX2__)
+inline uint32_t lane_bits(Vector<float> a) { return uint32_t(_mm256_movemask_ps(a)); }
+inline uint32_t lane_bits(Vector<double> a) { return uint32_t(_mm256_movemask_pd(a)); }
+#elif defined(__x86_64__)
+inline uint32_t lane_bits(Vector<float> a) { return uint32_t(_mm_movemask_ps(a)); }
+inline uint32_t lane_bits(Vector<double> a) { return uint32_t(_mm_movemask_pd(a)); }
+#else
+template <class V>
+inline uint32_t lane_bits(V a) {
+  constexpr int kSize = int(sizeof(a[0]));
+  unsigned char bytes[kVectorBytes];
+  std::memcpy(bytes, &a, sizeof bytes);
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kVectorBytes / kSize; ++lane) {
+    bits |= uint32_t(bytes[lane * kSize + kSize - 1] >> 7) << lane;
+  }
+  return bits;
+}
+#endif
+
+// Carves typed arrays out of one block of memory. Built on null it only counts the bytes.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(at);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace convnn::CONVNN_ISA

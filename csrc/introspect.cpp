@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: MIT
+// The module convnn_kernels.introspect: what was built, known at build time and answered without
+// torch, without the libraries and without a GPU.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace {
+
+std::vector<std::string> split(const char* list) {
+  std::istringstream stream(list);
+  std::vector<std::string> items;
+  for (std::string item; std::getline(stream, item, ',');) {
+    items.push_back(item);
+  }
+  return items;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(introspect, m) {
+  m.doc() = "What the native parts of convnn_kernels were built for.";
+  m.def(
+      "version", [] { return std::string(CONVNN_VERSION); },
+      "Version of convnn_kernels that was built.");
+  m.def(
+      "compiler", [] { return std::string(CONVNN_COMPILER); },
+      "Name and version of the C++ compiler.");
+  m.def(
+      "cpu_instruction_sets", [] { return split(CONVNN_INSTRUCTION_SETS); },
+      "Instruction sets the CPU kernels were compiled for, from the plainest to the widest.");
+  m.def(
+      "cuda_architectures", [] { return split(CONVNN_CUDA_ARCHITECTURES); },
+      "Architectures the CUDA kernels were compiled for; empty without the CUDA library.");
+  m.def(
+      "cuda_kernels", [] { return std::map<std::string, std::map<std::string, long>>(); },
+      "Resources of each CUDA kernel by name; empty without the CUDA library.");
+}

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: MIT
+// What an operator is asked to do, as plain data: no torch, no CUDA. Every backend written in C++
+// takes these. Tensors are dense and row-major, their leading dimensions flattened into `batch`;
+// shapes stand beside the pointers. A pointer that the caller left out is null.
+#pragma once
+
+#include <cstdint>
+
+namespace convnn {
+
+enum class DType : int { float64, float32, float16, bfloat16 };
+enum class Metric : int { cosine, dot, euclidean };
+enum class Rho : int { softmax, ones, similarity };
+enum class Order : int { similarity, index };
+enum class Convolution : int { none, depthwise, dense };
+
+// A row whose norm is at most this has cosine 0 with every row, and gradient 0.
+constexpr double kCosineEpsilon = 1e-12;
+
+struct SelectParams {
+  int64_t batch, n, m, d, k;
+  DType dtype;
+  Metric metric;
+  Order order;
+  const void* query;            // [batch, n, d] dtype
+  const void* key;              // [batch, m, d] dtype
+  const int64_t* candidates;    // [r] or null: every row of key
+  int64_t r;                    // number of candidates
+  const int64_t* self_indices;  // [n] or null
+  const bool* key_mask;         // [batch, m] or null: true = may be a neighbor
+  void* similarities;           // [batch, n, k] float32, float64 for float64
+  int64_t* indices;             // [batch, n, k]
+};
+
+struct SelectBackwardParams {
+  int64_t batch, n, m, d, k;
+  DType dtype;
+  Metric metric;
+  const void* grad_similarities;  // [batch, n, k] float32, float64 for float64
+  const void* query;              // [batch, n, d] dtype
+  const void* key;                // [batch, m, d] dtype
+  const void* similarities;       // [batch, n, k] float32, float64 for float64
+  const int64_t* indices;         // [batch, n, k]
+  void* grad_query;               // [batch, n, d] dtype, or null: not needed
+  void* grad_key;                 // [batch, m, d] dtype, or null: not needed
+};
+
+struct AggregateParams {
+  int64_t batch, n, m, c, o, k;  // o: output channels; c without a dense convolution
+  DType dtype;                   // of value, weight, bias, output
+  DType similarity_dtype;        // float32 or float64
+  Convolution convolution;
+  Rho rho;
+  double scale;
+  const void* value;         // [batch, m, c] dtype
+  const void* similarities;  // [batch, n, k] similarity_dtype; -inf marks a missing neighbor
+  const int64_t* indices;    // [batch, n, k]
+  const void* weight;        // dense [o, c, k], depthwise [c, 1, k], or null
+  const void* bias;          // [o] or null
+  void* output;              // [batch, n, o] dtype
+};
+
+struct AggregateBackwardParams {
+  AggregateParams forward;  // without bias and output
+  const void* grad_output;  // [batch, n, o] dtype
+  void* grad_value;         // [batch, m, c] dtype, or null: not needed
+  void* grad_similarities;  // [batch, n, k] similarity_dtype, or null
+  void* grad_weight;        // as weight, or null
+  void* grad_bias;          // [o] dtype, or null
+};
+
+}  // namespace convnn

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: MIT
+"""Drives CMake; what is built, and from which sources, stands in CMakeLists.txt.
+
+The environment may set ``CONVNN_CUDA`` (1 requires the CUDA library, 0 leaves it out),
+``TORCH_CUDA_ARCH_LIST`` (as in PyTorch), ``CONVNN_WERROR`` (1 makes warnings errors), ``MAX_JOBS``
+(parallel compilers) and, as CMake reads them, ``CXX`` and ``CXXFLAGS``.
+"""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+# What one compiler process may take, in bytes: more of them than fit would exhaust the memory.
+CXX_JOB = 1.5e9
+NVCC_JOB = 5e9
+
+
+def find_tool(name: str) -> str:
+    """Path of ``cmake`` or ``ninja``: from its Python package, else on PATH."""
+    try:
+        package = importlib.import_module(name)
+        folder = getattr(package, "CMAKE_BIN_DIR", None) or package.BIN_DIR
+        return str(Path(folder) / name)
+    except ImportError:
+        found = shutil.which(name)
+    if found is None:
+        raise SystemExit(f"convnn_kernels: {name} was not found. Install it:  pip install {name}")
+    return found
+
+
+def run_tool(*command: str) -> None:
+    """Runs a build step. Its own output says what went wrong, so a failure adds no traceback."""
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit("convnn_kernels: the build failed; the reason stands above.")
+
+
+def available_memory() -> float:
+    """Bytes that can be used now, as far as Linux tells, within the container's limit."""
+    limits = [float("inf")]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(float(line.split()[1]) * 1024)
+        limits.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(limits)
+
+
+def parallel_jobs(job_memory: float) -> int:
+    """``MAX_JOBS``, or as many compilers as there are cores and memory for."""
+    wanted = os.environ.get("MAX_JOBS", "")
+    if wanted:
+        if not wanted.isdigit() or int(wanted) < 1:
+            raise SystemExit(f"convnn_kernels: MAX_JOBS must be a positive number, got '{wanted}'")
+        return int(wanted)
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return int(max(1, min(cores, available_memory() // job_memory)))
+
+
+class Build(build):
+    def run(self) -> None:
+        # Modules that an earlier build left here would ride along into the wheel.
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class CMakeBuild(build_ext):
+    def run(self) -> None:
+        source = Path(__file__).parent.resolve()
+        folder = source / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        # An editable install puts the results into the checkout, any other into the wheel.
+        target = source if self.inplace else Path(self.build_lib).resolve()
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        configured_for = json.dumps(
+            [sys.executable, *(os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX"))]
+        )
+        stamp = folder / "configured-for.json"
+        # CMake keeps the first answers it got. An isolated build has a Python of its own each time.
+        fresh = stamp.exists() and stamp.read_text() != configured_for
+        run_tool(
+            *(cmake, "-S", str(source), "-B", str(folder), "-G", "Ninja"),
+            *(["--fresh"] if fresh else []),
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCONVNN_WERROR={os.environ.get('CONVNN_WERROR') or 0}",
+        )
+        stamp.write_text(configured_for)
+        report = json.loads((folder / "build.json").read_text())
+        jobs = parallel_jobs(NVCC_JOB if "built" in report["cuda"] else CXX_JOB)
+        run_tool(cmake, "--build", str(folder), "--parallel", str(jobs))
+        run_tool(cmake, "--install", str(folder), "--prefix", str(target))
+        for part in ("cpu", "cuda", "introspect"):
+            for outcome, detail in report[part].items():
+                text = f"{part} ({detail})" if outcome == "built" else f"{part}: {detail}"
+                print(f"convnn_kernels: {outcome} {text}", flush=True)
+
+
+setup(
+    # Names what CMake builds, so that the wheel is marked for this platform and Python.
+    ext_modules=[Extension("convnn_kernels.introspect", ["csrc/introspect.cpp"])],
+    cmdclass={"build": Build, "build_ext": CMakeBuild},
+)
