@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: MIT
+"""Random cases: a seed is a case, and its id says what is in it."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+METRICS = ("cosine", "dot", "euclidean")
+RHOS = ("softmax", "ones", "similarity")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# Sizes at which tiles and vectors end, with one more and one less, and the smallest.
+TILE_EDGES = (8, 16, 32, 48, 64, 128, 256)
+SIZES = sorted({1, 2, 3, *(edge + step for edge in TILE_EDGES for step in (-1, 0, 1))})
+LEADS = ((), (1,), (2,), (3,), (2, 2), (1, 3), (2, 1, 2), (0,))
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded")
+CONTENTS = ("normal", "integers", "duplicates", "zero_rows", "constant", "near_ties", "scales")
+
+# Limits that keep a case at some milliseconds: pairs times D, and gathered elements.
+MAX_PRODUCTS = 2**19
+MAX_GATHERED = 2**17
+
+SHORT = {
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a seed stands for. `tensors` and `options` make the arguments of an operator."""
+
+    seed: int
+    lead: tuple[int, ...]
+    N: int
+    M: int
+    D: int
+    C: int
+    O: int
+    k: int
+    query_dtype: torch.dtype
+    value_dtype: torch.dtype
+    metric: str
+    rho: str
+    scale: float
+    order: str
+    weight: str
+    bias: bool
+    candidates: int | None
+    has_self: bool
+    key_mask: str
+    layout: str
+    content: str
+
+    @property
+    def id(self) -> str:
+        shape = f"N{self.N}-M{self.M}-D{self.D}-C{self.C}-k{self.k}"
+        lead = "x".join(map(str, self.lead))
+        parts = [f"s{self.seed}", f"B{lead}" if lead else "", shape]
+        parts += [f"{SHORT[self.query_dtype]}_{SHORT[self.value_dtype]}", self.metric, self.rho]
+        parts += [f"scale{self.scale:g}" if self.scale != 1.0 else ""]
+        parts += [self.weight + (f"{self.O}" if self.weight == "dense" else "")]
+        parts += ["bias" if self.bias else "", "self" if self.has_self else ""]
+        parts += [f"R{self.candidates}" if self.candidates is not None else ""]
+        parts += [f"mask_{self.key_mask}" if self.key_mask != "none" else ""]
+        parts += ["by_index" if self.order == "index" else "", self.layout, self.content]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every similarity is exactly representable."""
+        return self.content == "integers" and self.metric != "cosine"
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """query, key, value, weight, bias, candidates, self_indices and key_mask."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        def randint(high: int, shape: tuple[int, ...]) -> Tensor:
+            return torch.randint(high, shape, generator=generator)
+
+        def rows(*shape: int) -> Tensor:
+            return _rows(self.content, randn, randint, shape)
+
+        def strided(X: Tensor, dtype: torch.dtype) -> Tensor:
+            return with_layout(X.to(dtype), self.layout)
+
+        weight = bias = None
+        if self.weight == "dense":
+            weight = strided(randn(self.O, self.C, self.k), self.value_dtype)
+        elif self.weight == "depthwise":
+            weight = strided(randn(self.C, 1, self.k), self.value_dtype)
+        if self.bias:
+            outputs = self.O if self.weight == "dense" else self.C
+            bias = strided(randn(outputs), self.value_dtype)
+        candidates = own = None
+        if self.candidates is not None:
+            candidates = torch.randperm(self.M, generator=generator)[: self.candidates]
+            candidates = with_layout(candidates, self.layout)
+        if self.has_self:
+            own = with_layout(randint(self.M, (self.N,)), self.layout)
+        return {
+            "query": strided(rows(*self.lead, self.N, self.D), self.query_dtype),
+            "key": strided(rows(*self.lead, self.M, self.D), self.query_dtype),
+            "value": strided(randn(*self.lead, self.M, self.C), self.value_dtype),
+            "weight": weight,
+            "bias": bias,
+            "candidates": candidates,
+            "self_indices": own,
+            "key_mask": self._mask(generator),
+        }
+
+    def _mask(self, generator: torch.Generator) -> Tensor | None:
+        keep = {"half": 0.5, "most": 0.1, "all": 0.0}
+        if self.key_mask not in keep:
+            return None
+        mask = torch.rand(*self.lead, self.M, generator=generator) < keep[self.key_mask]
+        return with_layout(mask, self.layout)
+
+    def arguments(self) -> dict[str, object]:
+        """All arguments of `forward`."""
+        return {
+            **self.tensors(),
+            "k": self.k,
+            "metric": self.metric,
+            "rho": self.rho,
+            "scale": self.scale,
+            "order": self.order,
+        }
+
+
+def _rows(
+    content: str,
+    randn: Callable[..., Tensor],
+    randint: Callable[[int, tuple[int, ...]], Tensor],
+    shape: tuple[int, ...],
+) -> Tensor:
+    """Rows of queries or keys."""
+    X = randn(*shape)
+    n = shape[-2]
+    if content == "integers":
+        return randint(7, shape).double() - 3
+    if content == "duplicates":
+        # A few distinct rows, each in many places.
+        return X[..., randint(min(n, 5), (n,)), :] if n else X
+    if content == "zero_rows":
+        return X * (randint(3, (*shape[:-1], 1)) > 0)
+    if content == "constant":
+        return torch.ones_like(X) * 0.3
+    if content == "near_ties":
+        # All keys lie within a few float32 steps of each other.
+        return 0.7 + 1e-6 * X
+    if content == "scales":
+        # Norms from 1e-4 to 1e4, within float16.
+        return X * 10.0 ** (randint(7, (*shape[:-1], 1)) - 3).double()
+    return X
+
+
+def with_layout(X: Tensor, layout: str) -> Tensor:
+    """The same numbers with other strides. Elements between those of X are NaN, or True.
+
+    `expanded` repeats the first batch element, or the first row, with a stride of 0.
+    """
+    if layout == "transposed" and X.ndim >= 2:
+        return X.mT.contiguous().mT
+    if layout in ("sliced", "offset", "transposed"):
+        # One element too many on every side, and every other one used in the last dimension.
+        step = 1 if layout == "offset" else 2
+        larger = [size + 2 for size in X.shape[:-1]] + [step * X.shape[-1] + 2]
+        fill = X.new_full(larger, float("nan")) if X.is_floating_point() else X.new_ones(larger)
+        inner = [slice(1, 1 + size) for size in X.shape[:-1]]
+        view = fill[(*inner, slice(1, 1 + step * X.shape[-1], step))]
+        return view.copy_(X)
+    if layout == "expanded" and X.ndim >= 2 and X.shape[0] > 1:
+        return X[:1].expand(X.shape)
+    return X
+
+
+def make_case(seed: int) -> Case:
+    """The case of a seed. Sizes are drawn anew until the case is small enough."""
+    draw = random.Random(seed)
+    while True:
+        lead = draw.choice(LEADS)
+        batch = 1
+        for size in lead:
+            batch *= size
+        N, M, D, C = (draw.choice(SIZES) for _ in range(4))
+        N = 0 if draw.random() < 0.01 else N
+        R = draw.randint(1, M) if draw.random() < 0.3 else None
+        most = M if R is None else R
+        # Small k is common; all of the keys is a case of its own.
+        k = draw.choice((1, min(9, most), draw.randint(1, most), most))
+        weight = draw.choice(("none", "depthwise", "dense"))
+        outputs = draw.choice(SIZES[:12])
+        if weight == "dense" and outputs == C == 1:
+            weight = "depthwise"
+        products = batch * N * M * D
+        gathered = batch * N * k * max(C, D) * (outputs if weight == "dense" else 1)
+        # A dense product is cheaper for each element than a gather.
+        most_gathered = MAX_GATHERED * (4 if weight == "dense" else 1)
+        if products <= MAX_PRODUCTS and gathered <= most_gathered:
+            break
+    rho = draw.choice(RHOS)
+    query_dtype = draw.choice(DTYPES)
+    return Case(
+        seed=seed,
+        lead=lead,
+        N=N,
+        M=M,
+        D=D,
+        C=C,
+        O=outputs,
+        k=k,
+        query_dtype=query_dtype,
+        value_dtype=query_dtype if draw.random() < 0.6 else draw.choice(DTYPES),
+        metric=draw.choice(METRICS),
+        rho=rho,
+        scale=draw.choice((1.0, 0.125, 3.0, -1.0)) if rho == "softmax" else 1.0,
+        order=draw.choice(("similarity", "similarity", "index")),
+        weight=weight,
+        bias=draw.random() < 0.5,
+        candidates=R,
+        has_self=draw.random() < 0.3,
+        key_mask=draw.choice(("none", "none", "half", "most", "all")),
+        layout=draw.choice(LAYOUTS),
+        content=draw.choice(CONTENTS),
+    )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""Seeds, thread count, and processes of their own for tests that need one."""
+
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+THREADS = 2
+
+
+def _instruction_sets() -> list[str]:
+    """The CPU paths that can run here. CONVNN_CPU_ISA chooses one when the library is loaded."""
+    available = ["portable"]
+    if platform.machine() == "x86_64":
+        capability = torch.backends.cpu.get_cpu_capability()
+        if capability in ("AVX2", "AVX512"):
+            available.append("avx2")
+        if capability == "AVX512":
+            available.append("avx512")
+    return available
+
+
+INSTRUCTION_SETS = _instruction_sets()
+
+
+@pytest.fixture(autouse=True)
+def _fixed_state() -> Iterator[None]:
+    """Every test starts from one seed, two threads and default switches, and leaves them so."""
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+    # Memory that Python allocates uninitialized holds NaN, so that reading it is seen.
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """Run code in a process of its own and return what it prints; fail if it fails.
+
+    The process imports what this one does: the tests' modules, python_ref and the package.
+    """
+
+    def run(code: str, timeout: float = 300.0, **environment: str) -> str:
+        paths = [path for path in sys.path if path] + [str(Path(__file__).parent), str(ROOT)]
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if done.returncode != 0:
+            pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done.stdout
+
+    return run

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""The build: what it makes, what it says, and what it says when something is missing."""
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import convnn_kernels
+from convnn_kernels import native
+
+introspect = pytest.importorskip("convnn_kernels.introspect", reason="needs Python headers")
+
+ROOT = Path(__file__).parent.parent
+CMake = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def _tool(name: str) -> str:
+    # The Python packages put their programs beside the interpreter, which need not be on PATH.
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name) or name
+
+
+@pytest.fixture
+def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CMake:
+    """Configures the checkout in a folder of its own, with the given environment."""
+
+    def run(
+        *options: str, python: str = sys.executable, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        command = [
+            *(_tool("cmake"), "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+            f"-DPython_EXECUTABLE={python}",
+        ]
+        return subprocess.run([*command, *options], capture_output=True, text=True)
+
+    return run
+
+
+def _message(done: subprocess.CompletedProcess[str]) -> str:
+    """What CMake said as it failed, without its line breaks."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stderr.split())
+
+
+def test_missing_compiler_says_what_to_install(configure: CMake) -> None:
+    message = _message(configure(CXX="/nonexistent/c++"))
+    assert "no C++ compiler was found (CXX='/nonexistent/c++')" in message
+    assert "apt install g++" in message
+    assert "dnf install gcc-c++" in message
+
+
+def test_missing_torch_says_what_to_install(configure: CMake, tmp_path: Path) -> None:
+    # Without the site module, an interpreter sees no installed package.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    python.chmod(0o755)
+    message = _message(configure(python=str(python)))
+    assert f"PyTorch is not installed for {python}" in message
+    assert "pip install 'torch>=2.11'" in message
+
+
+@pytest.mark.skipif(
+    "skipped" not in native.build_report()["cuda"], reason="the CUDA library was built"
+)
+def test_forced_cuda_says_what_is_missing(configure: CMake) -> None:
+    message = _message(configure(CONVNN_CUDA="1"))
+    assert "CONVNN_CUDA=1, but the CUDA library cannot be built: " in message
+    assert "no sources in csrc/cuda" in message or "nvcc was not found" in message
+
+
+def test_cuda_can_be_left_out(configure: CMake) -> None:
+    done = configure(CONVNN_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "skipping cuda: CONVNN_CUDA=0" in done.stdout
+
+
+def test_wrong_setting_is_refused(configure: CMake) -> None:
+    assert "CONVNN_CUDA must be 0, 1 or empty, got 'yes'" in _message(configure(CONVNN_CUDA="yes"))
+
+
+def test_report_agrees_with_introspect() -> None:
+    report = native.build_report()
+    assert report["cpu"] == {"built": ", ".join(introspect.cpu_instruction_sets())}
+    assert introspect.cpu_instruction_sets()[0] == "portable"
+    built = bool(introspect.cuda_architectures())
+    assert built == ("built" in report["cuda"])
+    assert built == native.library("cuda").exists()
+    assert re.fullmatch(r"\w+ \d+(\.\d+)*", introspect.compiler())
+
+
+def test_one_version_number() -> None:
+    versions = {
+        convnn_kernels.__version__,
+        importlib.metadata.version("convnn_kernels"),
+        introspect.version(),
+        native.build_report()["version"],
+    }
+    assert len(versions) == 1
+
+
+def test_missing_library_says_how_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    with pytest.raises(ImportError, match=r"libconvnn_cpu\.so is missing\. .* pip install -e \."):
+        native.load.__wrapped__()
+
+
+def test_unloadable_library_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "libconvnn_cpu.so").write_text("not a library")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    with pytest.raises(ImportError, match=r"which needs PyTorch 2\.11 or newer"):
+        native.load.__wrapped__()
+
+
+def _lines(*command: str) -> list[str]:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"needs {command[0]}")
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_library_has_no_search_path() -> None:
+    dynamic = _lines("readelf", "--dynamic", str(native.library("cpu")))
+    assert not [line for line in dynamic if "RPATH" in line or "RUNPATH" in line]
+
+
+def test_library_needs_only_the_stable_abi() -> None:
+    """It asks PyTorch for C functions alone, which stay the same from one version to the next."""
+    symbols = _lines("nm", "--dynamic", "--undefined-only", str(native.library("cpu")))
+    names = {line.split()[-1].partition("@")[0] for line in symbols}
+    assert not [name for name in names if re.search(r"(2at|3c10|5torch)", name)]
+    assert [name for name in names if name.startswith(("aoti_torch_", "torch_"))]
+
+
+@pytest.mark.skipif(
+    "avx2" not in introspect.cpu_instruction_sets(), reason="built for one instruction set"
+)
+def test_wide_instructions_stay_in_their_namespaces() -> None:
+    """Code outside ``avx2`` and ``avx512`` runs on every machine, so it must not use AVX.
+
+    The linker keeps one copy of an inline function that all of them use: the portable one.
+    """
+    function, wide = "", set()
+    for line in _lines("objdump", "-d", "-C", "--no-show-raw-insn", str(native.library("cpu"))):
+        if line.endswith(">:"):
+            function = line
+        elif re.search(r"\tv[a-z]|%[yz]mm", line):
+            wide.add(function)
+    assert wide, "the kernels use no AVX at all"
+    assert not [name for name in wide if "avx2::" not in name and "avx512::" not in name]

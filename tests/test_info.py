@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""``python -m convnn_kernels.info``."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import convnn_kernels
+from convnn_kernels import info
+
+introspect = pytest.importorskip("convnn_kernels.introspect", reason="needs Python headers")
+
+
+def test_json_report(run_python: Callable[..., str]) -> None:
+    code = """
+        import runpy, sys
+        sys.argv = ["info", "--json"]
+        runpy.run_module("convnn_kernels.info", run_name="__main__")
+    """
+    report = json.loads(run_python(code, CONVNN_CPU_ISA="portable"))
+    assert report["versions"]["convnn_kernels"] == convnn_kernels.__version__
+    assert report["versions"]["torch"] == str(torch.__version__)
+    assert report["build"]["cpu_instruction_sets"] == introspect.cpu_instruction_sets()
+    assert report["machine"]["cpu_instruction_set"] == "portable"
+    assert set(report["backends"]) == {"triton", "cuda", "cpu"}
+    assert report["backends"]["cpu"] is None
+
+
+def test_text_names_each_part_and_each_backend_once() -> None:
+    report = info.collect()
+    text = info.render(report)
+    assert report["machine"]["cpu_instruction_set"] in introspect.cpu_instruction_sets()
+    assert f"{report['machine']['cpu_instruction_set']}, " in text
+    for backend, reason in report["backends"].items():
+        outcome = f"no: {reason}" if reason else "yes"
+        assert [line.split(maxsplit=1) for line in text.splitlines()].count([backend, outcome]) == 1
+
+
+def test_text_without_a_build_report() -> None:
+    report = info.collect()
+    report["build"] = {}
+    assert "unknown" in info.render(report)
+
+
+def test_impossible_instruction_set_is_reported(run_python: Callable[..., str]) -> None:
+    code = "from convnn_kernels import info; print(info.render(info.collect()))"
+    assert "CONVNN_CPU_ISA" in run_python(code, CONVNN_CPU_ISA="abacus")
+
+
+def test_imports_nothing_heavy_beyond_torch(run_python: Callable[..., str]) -> None:
+    code = """
+        import sys
+        import torch
+        before = set(sys.modules)
+        import convnn_kernels.info
+        print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+    """
+    heavy = {"triton", "numpy", "scipy", "matplotlib", "skimage", "pytest", "python_ref"}
+    assert not heavy & set(run_python(code).split())

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""Peak memory of forward and backward, in a process of its own, against what they return."""
+
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+]
+
+# Prints the bytes of inputs, outputs and gradients, and by how many bytes the peak of resident
+# memory rose over what was resident before any of them existed.
+MEASURE = """
+    import json, pathlib, torch, convnn_kernels
+
+    def resident(field):
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+
+    def size(*tensors):
+        return sum(X.numel() * X.element_size() for X in tensors)
+
+    def run(N, k):
+        query, key, value = (torch.randn(N, 64).requires_grad_() for _ in range(3))
+        weight = torch.randn(64, 1, k).requires_grad_()
+        inputs = (query, key, value, weight)
+        outputs = {operation}
+        grads = [torch.ones_like(X) for X in outputs if X.requires_grad]
+        gradients = torch.autograd.grad([X for X in outputs if X.requires_grad], inputs, grads)
+        return size(*inputs, *outputs, *grads, *gradients)
+
+    torch.set_num_threads(2)
+    run(64, 3)  # starts threads and fills caches that stay
+    before = resident("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    total = run({N}, {k})
+    print(json.dumps(dict(total=total, rise=resident("VmHWM") - before)))
+"""
+
+CONVNN = "torch.ops.convnn.forward(query, key, value, k, weight)"
+# Materialises N x M, as eager PyTorch does, and nothing else that is large.
+EAGER = """(
+            *(lambda S: (S.values, S.indices))((query @ key.mT).topk(k)),
+            value.square() * weight[:, 0, 0]
+        )"""
+
+
+def measure(run_python: Callable[..., str], operation: str, N: int, k: int) -> tuple[int, int]:
+    code = MEASURE.format(operation=operation, N=N, k=k)
+    found = json.loads(run_python(code, timeout=900.0).splitlines()[-1])
+    return found["total"], found["rise"]
+
+
+@pytest.mark.parametrize(("N", "k"), [(65_536, 9), (16_384, 512)])
+def test_no_more_than_twice_what_is_returned(
+    N: int, k: int, run_python: Callable[..., str]
+) -> None:
+    total, rise = measure(run_python, CONVNN, N, k)
+    print(f"inputs, outputs and gradients {total / 2**20:.0f} MiB, peak {rise / 2**20:.0f} MiB")
+    assert rise <= 2 * total
+
+
+def test_an_allocation_of_all_pairs_is_seen(run_python: Callable[..., str]) -> None:
+    """The control: S at a fourth of the size already exceeds the limit."""
+    total, rise = measure(run_python, EAGER, 16_384, 9)
+    assert rise > 2 * total

@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: MIT
+"""Each gate refuses a result that is wrong in one place. A gate that admits it proves nothing."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import python_ref
+from python_ref import (
+    assert_aggregate,
+    assert_certified_selection,
+    assert_exact_selection,
+    assert_forward,
+    assert_select,
+    assert_values,
+)
+
+N, M, D, C, K = 11, 60, 64, 6, 5
+
+
+class Selection:
+    """A right selection, to be spoiled."""
+
+    def __init__(self, metric: str, integers: bool = False, **options: object) -> None:
+        if integers:
+            self.query, self.key = (torch.randint(-3, 4, (n, 8)).float() for n in (N, M))
+        else:
+            self.query, self.key = torch.randn(N, D), torch.randn(M, D)
+        self.options = {"k": K, "metric": metric, **options}
+        self.s, self.I = python_ref.select(self.query, self.key, **self.options)
+
+    def certify(self) -> None:
+        assert_certified_selection(self.query, self.key, self.s, self.I, **self.options)
+
+    def compare(self) -> None:
+        assert_exact_selection(self.query, self.key, self.s, self.I, **self.options)
+
+    def replace(self, row: int, place: int, index: int) -> None:
+        """Another key at one place, with its own, right similarity."""
+        self.I[row, place] = index
+        at = self.I[row : row + 1, place : place + 1]
+        metric = self.options["metric"]
+        self.s[row, place] = python_ref.similarities_at(
+            self.query[row : row + 1], self.key, at, metric
+        )
+
+
+each_metric = pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+
+
+@each_metric
+def test_the_right_selection_is_admitted(metric: str) -> None:
+    Selection(metric).certify()
+    if metric != "cosine":
+        right = Selection(metric, integers=True)
+        right.certify()
+        right.compare()
+
+
+@each_metric
+def test_a_farther_neighbor(metric: str) -> None:
+    """The sixth instead of the fifth, with its right similarity."""
+    wrong = Selection(metric)
+    _, I = python_ref.select(wrong.query, wrong.key, K + 1, metric=metric)
+    wrong.replace(3, K - 1, int(I[3, K]))
+    with pytest.raises(AssertionError, match="nearer than a returned neighbor"):
+        wrong.certify()
+
+
+@each_metric
+def test_neighbors_exchanged(metric: str) -> None:
+    wrong = Selection(metric)
+    wrong.I[2, :2], wrong.s[2, :2] = wrong.I[2, :2].flip(0), wrong.s[2, :2].flip(0)
+    with pytest.raises(AssertionError, match="total order"):
+        wrong.certify()
+
+
+@each_metric
+def test_indices_exchanged(metric: str) -> None:
+    wrong = Selection(metric)
+    wrong.I[2, 1:3] = wrong.I[2, 1:3].flip(0)
+    with pytest.raises(AssertionError, match="outside its error bound"):
+        wrong.certify()
+
+
+@each_metric
+def test_a_duplicate(metric: str) -> None:
+    wrong = Selection(metric)
+    wrong.I[4, 2], wrong.s[4, 2] = wrong.I[4, 1], wrong.s[4, 1]
+    with pytest.raises(AssertionError, match="more than once"):
+        wrong.certify()
+
+
+@each_metric
+def test_one_neighbor_in_every_place(metric: str) -> None:
+    wrong = Selection(metric)
+    wrong.I[:], wrong.s[:] = wrong.I[:, :1].clone(), wrong.s[:, :1].clone()
+    with pytest.raises(AssertionError, match="more than once"):
+        wrong.certify()
+
+
+@each_metric
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_similarities_of_rounded_inputs(metric: str, dtype: torch.dtype) -> None:
+    """A product in half precision, or in TF32, whose rounding is that of float16."""
+    wrong = Selection(metric)
+    query, key = wrong.query.to(dtype).float(), wrong.key.to(dtype).float()
+    wrong.s, wrong.I = python_ref.select(query, key, K, metric=metric)
+    with pytest.raises(AssertionError, match=r"outside its error bound|nearer than"):
+        wrong.certify()
+
+
+@each_metric
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_one_rounded_similarity(metric: str, dtype: torch.dtype) -> None:
+    wrong = Selection(metric)
+    exact = wrong.s[:, K - 1]
+    row = int((exact - exact.to(dtype).float()).abs().argmax())
+    wrong.s[row, K - 1] = wrong.s[row, K - 1].to(dtype).float()
+    with pytest.raises(AssertionError, match=r"outside its error bound|total order"):
+        wrong.certify()
+
+
+def test_euclidean_by_expansion_at_an_offset() -> None:
+    """|q|^2 + |k|^2 - 2 q.k in float32."""
+    wrong = Selection("euclidean")
+    wrong.query, wrong.key = wrong.query + 1000, wrong.key + 1000
+    squares = [X.square().sum(dim=-1) for X in (wrong.query, wrong.key)]
+    S = 2 * wrong.query @ wrong.key.mT - squares[0].unsqueeze(-1) - squares[1]
+    wrong.s, wrong.I = S.sort(dim=-1, descending=True, stable=True)
+    wrong.s, wrong.I = wrong.s[:, :K], wrong.I[:, :K]
+    with pytest.raises(AssertionError, match=r"outside its error bound|nearer than"):
+        wrong.certify()
+
+
+@each_metric
+def test_a_masked_key(metric: str) -> None:
+    mask = torch.rand(M) < 0.7
+    wrong = Selection(metric, key_mask=mask)
+    wrong.options["key_mask"] = mask.clone()
+    wrong.options["key_mask"][wrong.I[5, 2]] = False
+    with pytest.raises(AssertionError, match="not allowed"):
+        wrong.certify()
+
+
+@each_metric
+def test_a_key_that_is_no_candidate(metric: str) -> None:
+    wrong = Selection(metric)
+    others = torch.arange(M)
+    wrong.options["candidates"] = others[others != wrong.I[5, 2]]
+    with pytest.raises(AssertionError, match="not allowed"):
+        wrong.certify()
+
+
+@each_metric
+def test_self_left_out_or_not_first(metric: str) -> None:
+    own = torch.arange(N)
+    wrong = Selection(metric)
+    wrong.options["self_indices"] = own
+    with pytest.raises(AssertionError, match="self is not"):
+        wrong.certify()
+    wrong = Selection(metric, self_indices=own)
+    wrong.I, wrong.s = wrong.I.roll(1, dims=-1), wrong.s.roll(1, dims=-1)
+    with pytest.raises(AssertionError, match="self is not first"):
+        wrong.certify()
+
+
+def test_missing_places() -> None:
+    mask = torch.zeros(M, dtype=torch.bool)
+    mask[:3] = True
+    wrong = Selection("dot", key_mask=mask)
+    wrong.certify()
+    wrong.I[1, 4] = 7
+    with pytest.raises(AssertionError, match="index other than 0"):
+        wrong.certify()
+    wrong = Selection("dot", key_mask=mask)
+    wrong.s[1, 4] = 0.0
+    with pytest.raises(AssertionError, match="missing place with a similarity"):
+        wrong.certify()
+    wrong = Selection("dot", key_mask=mask)
+    wrong.s[1, 2], wrong.I[1, 2] = -math.inf, 0
+    with pytest.raises(AssertionError):
+        wrong.certify()
+
+
+def test_order_by_index() -> None:
+    wrong = Selection("dot", order="index")
+    wrong.certify()
+    wrong.options["order"] = "similarity"
+    with pytest.raises(AssertionError, match="total order"):
+        wrong.certify()
+    wrong = Selection("dot")
+    wrong.options["order"] = "index"
+    with pytest.raises(AssertionError, match="do not ascend"):
+        wrong.certify()
+
+
+@pytest.mark.parametrize("index", [-1, M])
+def test_an_index_out_of_range(index: int) -> None:
+    wrong = Selection("dot")
+    wrong.I[0, 0] = index
+    with pytest.raises(AssertionError, match="indices: from"):
+        wrong.certify()
+
+
+def test_wrong_tie_order() -> None:
+    """All keys tie: the last ones instead of the first, then the first in the wrong order."""
+    for metric in ("dot", "euclidean"):
+        wrong = Selection(metric, integers=True)
+        wrong.key[:] = wrong.key[0].clone()
+        wrong.s, wrong.I = python_ref.select(wrong.query, wrong.key, K, metric=metric)
+        wrong.compare()
+        first = wrong.I.clone()
+        wrong.I = first + M - K
+        with pytest.raises(AssertionError, match="indices"):
+            wrong.compare()
+        wrong.I = first.flip(-1)
+        with pytest.raises(AssertionError, match="indices"):
+            wrong.compare()
+        with pytest.raises(AssertionError, match="total order"):
+            wrong.certify()
+
+
+def test_wrong_nan_order() -> None:
+    wrong = Selection("dot")
+    wrong.key[[20, 30, 40]] = math.nan
+    wrong.s, wrong.I = python_ref.select(wrong.query, wrong.key, 2, metric="dot")
+    wrong.options["k"] = 2
+    wrong.certify()
+    right = wrong.I.clone()
+    wrong.I = right + 10
+    with pytest.raises(AssertionError, match="tie of NaN"):
+        wrong.certify()
+    wrong.I = right.flip(-1)
+    with pytest.raises(AssertionError, match="total order"):
+        wrong.certify()
+    # NaN below the numbers.
+    wrong = Selection("dot")
+    wrong.key[20] = math.nan
+    wrong.s, wrong.I = python_ref.select(
+        wrong.query, wrong.key, K, key_mask=torch.arange(M) != 20, metric="dot"
+    )
+    with pytest.raises(AssertionError, match="nearer than a returned neighbor"):
+        wrong.certify()
+
+
+def test_a_number_for_nan() -> None:
+    wrong = Selection("dot")
+    wrong.key[20] = math.nan
+    wrong.s, wrong.I = python_ref.select(wrong.query, wrong.key, K, metric="dot")
+    wrong.s[0, 0] = 1e30
+    with pytest.raises(AssertionError, match="outside its error bound"):
+        wrong.certify()
+
+
+# Values
+
+
+def test_values() -> None:
+    exact = torch.randn(40, 30, dtype=torch.float64)
+    eager = exact.float()
+    assert_values("right", exact.float(), exact, eager)
+    for spoil in (
+        lambda X: X.index_put_((torch.tensor(3), torch.tensor(4)), X.max() * 1e-6 + X[3, 4]),
+        lambda X: X.copy_(X.bfloat16().float()),
+        lambda X: X.mul_(1 + 5e-7),
+        lambda X: X[0, 0].fill_(math.nan),
+        lambda X: X[0, 0].fill_(math.inf),
+        lambda X: X[3].copy_(X[4].clone()),
+    ):
+        wrong = exact.float()
+        spoil(wrong)
+        with pytest.raises(AssertionError):
+            assert_values("wrong", wrong, exact, eager)
+    with pytest.raises(AssertionError, match="shape"):
+        assert_values("wrong", exact.float()[1:], exact, eager)
+    with pytest.raises(AssertionError, match="expected"):
+        assert_values("wrong", exact, exact, eager)
+    missing = exact.clone()
+    missing[0, 0] = math.nan
+    with pytest.raises(AssertionError, match="NaN"):
+        assert_values("wrong", exact.float(), missing, missing.float())
+
+
+class Spoiled(torch.autograd.Function):
+    """The identity, but for one element of the value or of the gradient."""
+
+    @staticmethod
+    def forward(ctx: object, X: Tensor, forward: Callable, backward: Callable) -> Tensor:
+        ctx.backward_ = backward
+        return forward(X.clone())
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple:
+        return ctx.backward_(grad.clone()), None, None
+
+
+def one_element(X: Tensor) -> Tensor:
+    """X with its largest element too large by a thousandth."""
+    X = X.contiguous()
+    flat = X.view(-1)
+    flat[flat.abs().argmax()] *= 1.001
+    return X
+
+
+def unchanged(X: Tensor) -> Tensor:
+    return X
+
+
+def spoiled(X: Tensor, value: bool = False) -> Tensor:
+    if value:
+        return Spoiled.apply(X, one_element, unchanged)
+    return Spoiled.apply(X, unchanged, one_element)
+
+
+NAMES = ("query", "key", "value", "weight", "bias")
+
+
+@pytest.mark.parametrize("name", [None, *NAMES, "output", "similarities"])
+def test_one_wrong_element(name: str | None) -> None:
+    """In the output, the similarities or a gradient of `forward`; None spoils nothing."""
+    inputs = {
+        "query": torch.randn(N, D),
+        "key": torch.randn(M, D),
+        "value": torch.randn(M, C),
+        "weight": torch.randn(4, C, K),
+        "bias": torch.randn(4),
+    }
+
+    def forward(*arguments: object) -> tuple[Tensor, ...]:
+        query, key, value, k, weight, bias, *rest = arguments
+        leaves = dict(zip(NAMES, (query, key, value, weight, bias), strict=True))
+        if name in NAMES:
+            leaves[name] = spoiled(leaves[name])
+        query, key, value, weight, bias = leaves.values()
+        Y, s, I = python_ref.forward(query, key, value, k, weight, bias, *rest)
+        if name == "output":
+            Y = spoiled(Y, value=True)
+        if name == "similarities":
+            s = spoiled(s, value=True)
+        return Y, s, I
+
+    for metric in ("cosine", "dot", "euclidean"):
+        if name is None:
+            assert_forward(forward, **inputs, k=K, metric=metric)
+            continue
+        with pytest.raises(AssertionError, match=rf"{name}|error bound"):
+            assert_forward(forward, **inputs, k=K, metric=metric)
+
+
+def test_a_flipped_neighbor_does_not_excuse_a_wrong_output() -> None:
+    """The output is compared at the neighbors that were returned, not at the right ones."""
+
+    def forward(*arguments: object) -> tuple[Tensor, ...]:
+        Y, s, I = python_ref.forward(*arguments)
+        I = I.clone()
+        I[0, K - 1] = (I[0, K - 1] + 1) % M
+        return Y, s, I
+
+    with pytest.raises(AssertionError):
+        assert_forward(forward, torch.randn(N, D), torch.randn(M, D), torch.randn(M, C), K)
+
+
+def test_a_lost_gradient() -> None:
+    """One of the queries that chose a key is left out of its gradient; or there is none at all."""
+
+    def lost(grad: Tensor) -> Tensor:
+        grad[0] = 0
+        return grad
+
+    def select(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        return python_ref.select(Spoiled.apply(query, unchanged, lost), *rest)
+
+    def detached(query: Tensor, key: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        return python_ref.select(query.detach(), key, *rest)
+
+    for operator in (select, detached):
+        with pytest.raises(AssertionError, match="gradient of query"):
+            assert_select(operator, torch.randn(N, D), torch.randn(M, D), K)
+
+
+def test_a_missing_neighbor_that_counts() -> None:
+    """-inf as an ordinary similarity under rho = ones."""
+
+    def aggregate(value: Tensor, s: Tensor, *rest: object) -> Tensor:
+        return python_ref.aggregate(value, s.nan_to_num(neginf=0.0), *rest)
+
+    s = torch.randn(N, K)
+    s[3, 4] = -math.inf
+    I = torch.randint(M, (N, K))
+    with pytest.raises(AssertionError, match="output"):
+        assert_aggregate(aggregate, torch.randn(M, C), s, I, rho="ones")
+
+
+def test_half_precision_sums() -> None:
+    """Sums in bfloat16 instead of float32 with one rounding at the end."""
+
+    def aggregate(value: Tensor, s: Tensor, indices: Tensor, *rest: object) -> Tensor:
+        total = torch.zeros(N, C, dtype=torch.bfloat16)
+        for j in range(indices.shape[1]):
+            total = total + value[indices[:, j]]
+        return total
+
+    value, s, I = torch.randn(M, C).bfloat16(), torch.randn(N, 400), torch.randint(M, (N, 400))
+    with pytest.raises(AssertionError, match="output"):
+        assert_aggregate(aggregate, value, s, I, rho="ones", backward=False)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: MIT
+"""The reference against results computed by hand and against Algorithm 1 as eager PyTorch."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import python_ref
+
+INF = math.inf
+
+
+def algorithm_1(
+    q: Tensor, k: Tensor, v: Tensor, conv: torch.nn.Conv1d, rho: str = "softmax"
+) -> Tensor:
+    """Algorithm 1 on [B, C, N] after its projections, with S as in Eq. 3: rows are queries."""
+    neighbors = conv.kernel_size[0]
+    k_norm = F.normalize(k, p=2, dim=1)
+    q_norm = F.normalize(q, p=2, dim=1)
+    S = q_norm.mT @ k_norm
+    kmax, kargmax = torch.topk(S, k=neighbors, dim=-1)
+    if rho == "softmax":
+        kmax = torch.softmax(kmax, dim=-1)
+    elif rho == "ones":
+        kmax = torch.ones_like(kmax)
+    B, C, N = v.shape
+    v = v.unsqueeze(-1).expand(B, C, N, neighbors)
+    kmax = kmax.unsqueeze(1).expand(B, C, N, neighbors)
+    kargmax = kargmax.unsqueeze(1).expand(B, C, N, neighbors)
+    x_nn = kmax * torch.gather(v, dim=2, index=kargmax)
+    return conv(x_nn.reshape(B, C, -1))
+
+
+@pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_forward_is_algorithm_1(rho: str, depthwise: bool) -> None:
+    B, C, N, k = 2, 6, 20, 5
+    q, key, v = (torch.randn(B, C, N, dtype=torch.float64) for _ in range(3))
+    groups, outputs = (C, C) if depthwise else (1, 4)
+    conv = torch.nn.Conv1d(C, outputs, k, stride=k, groups=groups, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (q, key, v)] + list(conv.parameters())
+    printed = algorithm_1(q, key, v, conv, rho)
+    Y, _, _ = python_ref.forward(q.mT, key.mT, v.mT, k, conv.weight, conv.bias, rho=rho)
+    torch.testing.assert_close(Y.mT, printed)
+    grad = torch.randn_like(printed)
+    expected = torch.autograd.grad(printed, leaves, grad, allow_unused=True)
+    found = torch.autograd.grad(Y.mT, leaves, grad, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            torch.zeros(()) if one is None else one, torch.zeros(()) if other is None else other
+        )
+
+
+def test_algorithm_1_as_printed_has_queries_and_keys_exchanged() -> None:
+    """`k_norm.T @ q_norm` is S transposed: its rows are keys."""
+    q, k = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    k_norm, q_norm = F.normalize(k, p=2, dim=0), F.normalize(q, p=2, dim=0)
+    S = python_ref.similarity(q.mT, k.mT)
+    torch.testing.assert_close((k_norm.T @ q_norm).T, S)
+    assert not torch.allclose(k_norm.T @ q_norm, S)
+
+
+def test_all_neighbors_with_softmax_are_attention() -> None:
+    """Section 5.2: k = N, softmax, depthwise weights of one and no bias."""
+    B, heads, N, D = 2, 3, 17, 8
+    q, k, v = (torch.randn(B, heads, N, D, dtype=torch.float64) for _ in range(3))
+    ones = torch.ones(D, 1, N, dtype=torch.float64)
+    scale = D**-0.5
+    attention = F.scaled_dot_product_attention(q, k, v)
+    Y, _, _ = python_ref.forward(q, k, v, N, ones, metric="dot", scale=scale)
+    torch.testing.assert_close(Y, attention)
+    Y, _, _ = python_ref.forward(q, k, v, N, metric="dot", scale=scale)
+    torch.testing.assert_close(Y, attention)
+
+
+def test_selection_by_position_is_a_convolution() -> None:
+    """Section 5.1: neighbors by position, in the order of the index, are a convolution's taps."""
+    C, N, k = 4, 12, 3
+    x = torch.randn(1, C, N, dtype=torch.float64)
+    conv = torch.nn.Conv1d(C, 5, k, dtype=torch.float64)
+    position = torch.arange(N, dtype=torch.float64).reshape(1, N, 1)
+    Y, _, I = python_ref.forward(
+        position[:, 1:-1],
+        position,
+        x.mT,
+        k,
+        conv.weight,
+        conv.bias,
+        metric="euclidean",
+        rho="ones",
+        order="index",
+    )
+    assert I[0].tolist() == [[i, i + 1, i + 2] for i in range(N - 2)]
+    torch.testing.assert_close(Y.mT, conv(x))
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("dot", [[3.0, 4.0, 7.0, 0.0], [-3.0, -4.0, -7.0, 0.0]]),
+        ("euclidean", [[-20.0, -18.0, -13.0, -25.0], [-32.0, -34.0, -41.0, -25.0]]),
+        ("cosine", [[0.6, 0.8, 1.4 / math.sqrt(2), 0.0], [-0.6, -0.8, -1.4 / math.sqrt(2), 0.0]]),
+    ],
+)
+def test_similarity_by_hand(metric: str, expected: list[list[float]]) -> None:
+    Q = torch.tensor([[3.0, 4.0], [-3.0, -4.0]], dtype=torch.float64)
+    K = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    S = python_ref.similarity(Q, K, metric)
+    torch.testing.assert_close(S, torch.tensor(expected, dtype=torch.float64))
+    I = torch.tensor([[3, 0], [2, 1]])
+    torch.testing.assert_close(python_ref.similarities_at(Q, K, I, metric), S.gather(-1, I))
+
+
+# Similarities of the one query with six keys: 5, 3, NaN, 5, -inf, 0.
+KEYS = torch.tensor([[5.0], [3.0], [math.nan], [5.0], [-INF], [0.0]])
+ONE = torch.tensor([[1.0]])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [2, 0, 3, 1, 5, 4]),
+        ({"order": "index"}, [0, 1, 2, 3, 4, 5]),
+        ({"self_indices": torch.tensor([5])}, [5, 2, 0, 3, 1, 4]),
+        ({"self_indices": torch.tensor([5]), "k": 3}, [5, 2, 0]),
+        ({"self_indices": torch.tensor([5]), "k": 3, "order": "index"}, [0, 2, 5]),
+        ({"candidates": torch.tensor([4, 1, 3]), "k": 3}, [3, 1, 4]),
+        (
+            {"candidates": torch.tensor([4, 1, 3]), "k": 3, "self_indices": torch.tensor([0])},
+            [0, 3, 1],
+        ),
+        ({"key_mask": torch.tensor([1, 1, 0, 1, 0, 1]).bool(), "k": 4}, [0, 3, 1, 5]),
+        (
+            {
+                "key_mask": torch.tensor([1, 1, 0, 1, 0, 1]).bool(),
+                "self_indices": torch.tensor([2]),
+                "k": 2,
+            },
+            [0, 3],
+        ),
+    ],
+)
+def test_select_by_hand(options: dict, expected: list[int]) -> None:
+    options = {"k": 6, "metric": "dot", **options}
+    s, I = python_ref.select(ONE, KEYS, **options)
+    assert I[0].tolist() == expected
+    values = KEYS[torch.tensor(expected), 0]
+    torch.testing.assert_close(s[0], values, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", ["similarity", "index"])
+def test_missing_places_are_last(order: str) -> None:
+    mask = torch.tensor([False, True, False, False, True, True])
+    s, I = python_ref.select(ONE, KEYS, 5, key_mask=mask, metric="dot", order=order)
+    assert I[0].tolist() == ([1, 5, 4, 0, 0] if order == "similarity" else [1, 4, 5, 0, 0])
+    assert s[0].tolist() == (
+        [3, 0, -INF, -INF, -INF] if order == "similarity" else [3, -INF, 0, -INF, -INF]
+    )
+
+
+def test_signed_zeros_tie() -> None:
+    keys = torch.tensor([[-0.0], [0.0], [-0.0], [0.0]])
+    _, I = python_ref.select(ONE, keys, 4, metric="dot")
+    assert I[0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("rho", "scale", "expected"),
+    [
+        ("ones", 1.0, [1.0, 0.0, 1.0]),
+        ("similarity", 1.0, [math.log(3), 0.0, 0.0]),
+        ("softmax", 1.0, [0.75, 0.0, 0.25]),
+        ("softmax", -1.0, [0.25, 0.0, 0.75]),
+        ("softmax", 0.0, [0.5, 0.0, 0.5]),
+    ],
+)
+def test_modulate_by_hand(rho: str, scale: float, expected: list[float]) -> None:
+    s = torch.tensor([math.log(3), -INF, 0.0], dtype=torch.float64)
+    weights = python_ref.modulate(s, rho, scale)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+    assert python_ref.modulate(torch.full((2,), -INF), rho).tolist() == [0.0, 0.0]
+
+
+def test_aggregate_by_hand() -> None:
+    V = torch.tensor([[1.0, 2.0], [3.0, 5.0], [math.nan, math.nan]])
+    s = torch.tensor([[2.0, -1.0, -INF]])
+    I = torch.tensor([[1, 0, 2]])
+    bias = torch.tensor([10.0, 20.0])
+    Y = python_ref.aggregate(V, s, I, None, bias, "similarity")
+    assert Y.tolist() == [[2 * 3 - 1 + 10, 2 * 5 - 2 + 20]]
+    depthwise = torch.tensor([[[1.0, 2.0, 7.0]], [[3.0, 4.0, 7.0]]])
+    Y = python_ref.aggregate(V, s, I, depthwise, None, "ones")
+    assert Y.tolist() == [[3 + 2 * 1, 3 * 5 + 4 * 2]]
+    dense = torch.tensor([[[1.0, 2.0, 7.0], [3.0, 4.0, 7.0]]])
+    Y = python_ref.aggregate(V, s, I, dense, None, "ones")
+    assert Y.tolist() == [[3 + 2 * 1 + 3 * 5 + 4 * 2]]
+
+
+def test_normalize_at_zero_and_at_the_limits() -> None:
+    X = torch.tensor([[0.0, 0.0], [3e-13, 4e-13], [3e20, 4e20], [3e-10, 4e-10], [3e38, 2e38]])
+    X.requires_grad_()
+    unit = python_ref.normalize(X)
+    six, eight = 0.6, 0.8
+    expected = [[0, 0], [0, 0], [six, eight], [six, eight], [3 / 13**0.5, 2 / 13**0.5]]
+    torch.testing.assert_close(unit, torch.tensor(expected))
+    (grad,) = torch.autograd.grad(unit, X, torch.ones_like(X))
+    assert grad[:2].tolist() == [[0, 0], [0, 0]]
+    # (g - u (u . g)) / norm
+    torch.testing.assert_close(grad[3], torch.tensor([1 - six * 1.4, 1 - eight * 1.4]) / 5e-10)
+    huge = torch.tensor([[3e200, 4e200]], dtype=torch.float64)
+    torch.testing.assert_close(
+        python_ref.normalize(huge), torch.tensor([[six, eight]], dtype=torch.float64)
+    )
+
+
+def test_normalize_gradcheck() -> None:
+    X = torch.randn(4, 5, dtype=torch.float64) * torch.tensor([[1e-6], [1.0], [1e3], [2.0]])
+    assert torch.autograd.gradcheck(python_ref.normalize, X[1:].requires_grad_())
+
+
+def test_half_similarities_are_float32() -> None:
+    Q, K = torch.randn(5, 7, dtype=torch.bfloat16), torch.randn(6, 7, dtype=torch.bfloat16)
+    S = python_ref.similarity(Q, K)
+    assert S.dtype == torch.float32
+    torch.testing.assert_close(S, python_ref.similarity(Q.float(), K.float()), rtol=0, atol=0)
