@@ -27,7 +27,7 @@ class Aggregate {
   static constexpr int64_t kPanel = kTileColumns<A>;
 
   struct Scratch {
-    A* rho;       // [kBlockRows, k]
+    double* rho;  // [kBlockRows, k]
     A* gathered;  // dense: [kBlockTiles, slots_at_once * c, kTileRows]
     A* output;    // dense: [kBlockRows, padded_outputs]
     size_t bytes;
@@ -35,7 +35,7 @@ class Aggregate {
     Scratch(const AggregateParams& p, void* base) {
       const bool dense = p.convolution == Convolution::dense;
       Arena arena(base);
-      rho = arena.take<A>(kBlockRows * p.k);
+      rho = arena.take<double>(kBlockRows * p.k);
       gathered = arena.take<A>(dense ? kBlockRows * slots_at_once(p) * p.c : 0);
       output = arena.take<A>(dense ? kBlockRows * padded_outputs(p) : 0);
       bytes = arena.used();
@@ -102,7 +102,7 @@ class Aggregate {
  private:
   // One row without a dense convolution. weight [k, c] or null.
   static void weighted_sum(const AggregateParams& p, const T* value, const A* weight, int64_t row,
-                           const A* rho) {
+                           const double* rho) {
     const int64_t* indices = p.indices + row * p.k;
     T* output = static_cast<T*>(p.output) + row * p.o;
     for (int64_t first = 0; first < p.c; first += kChannels) {
@@ -153,8 +153,8 @@ class Aggregate {
             for (int64_t c = 0; c < p.c; ++c) to[c * kTileRows] = 0;
           } else {
             const T* v = value + p.indices[place] * p.c;
-            const A scale = scratch.rho[r * p.k + slot + j];
-            for (int64_t c = 0; c < p.c; ++c) to[c * kTileRows] = scale * A(widen(v[c]));
+            const double scale = scratch.rho[r * p.k + slot + j];
+            for (int64_t c = 0; c < p.c; ++c) to[c * kTileRows] = A(scale * double(widen(v[c])));
           }
         }
       }

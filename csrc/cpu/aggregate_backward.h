@@ -27,8 +27,8 @@ class AggregateBackward {
   static constexpr int64_t kPanel = kTileColumns<A>;
 
   struct Scratch {
-    A* rho;            // [kBlockRows, k]
-    A* grad_rho;       // [kBlockRows, k]
+    double* rho;       // [kBlockRows, k]
+    double* grad_rho;  // [kBlockRows, k]
     A* gathered;       // dense: [kBlockTiles, slots_at_once * o, kTileRows]
     A* product;        // dense: [kBlockRows, padded_channels]
     int64_t* cursors;  // [kBlockRows]
@@ -44,8 +44,8 @@ class AggregateBackward {
       const int64_t padded = ceil_div(min_of(kWeightChannels, p.c), kPanel) * kPanel;
       const int64_t padded_outputs = ceil_div(p.o, kTileRows) * kTileRows;
       Arena arena(base);
-      rho = arena.take<A>(kBlockRows * p.k);
-      grad_rho = arena.take<A>(kBlockRows * p.k);
+      rho = arena.take<double>(kBlockRows * p.k);
+      grad_rho = arena.take<double>(kBlockRows * p.k);
       gathered = arena.take<A>(dense * kBlockRows * slots_at_once(p) * p.o);
       product = arena.take<A>(dense * kBlockRows * padded_channels(p));
       cursors = arena.take<int64_t>(kBlockRows);
@@ -95,8 +95,8 @@ class AggregateBackward {
     return Scratch(p.forward, nullptr).bytes;
   }
 
-  static void query_rows(const AggregateBackwardParams& p, const void* packed_weight, void* all_rho,
-                         int64_t begin, int64_t end, void* base) {
+  static void query_rows(const AggregateBackwardParams& p, const void* packed_weight,
+                         double* all_rho, int64_t begin, int64_t end, void* base) {
     const AggregateParams& f = p.forward;
     const Scratch scratch(f, base);
     const int64_t blocks = ceil_div(f.n, kBlockRows);
@@ -105,7 +105,7 @@ class AggregateBackward {
       const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
       const int64_t rows = min_of(kBlockRows, f.n - first_row);
       const int64_t first = b * f.n + first_row;
-      A* rho = all_rho ? static_cast<A*>(all_rho) + first * f.k : scratch.rho;
+      double* rho = all_rho ? all_rho + first * f.k : scratch.rho;
       for (int64_t r = 0; r < rows; ++r) modulate(f, (first + r) * f.k, rho + r * f.k);
       if (!p.grad_similarities) continue;
       if (f.rho != Rho::ones) {
@@ -125,7 +125,7 @@ class AggregateBackward {
   }
 
   static void key_rows(const AggregateBackwardParams& p, const InverseNeighbors& inverse,
-                       const void* packed_weight, const void* all_rho, int64_t begin, int64_t end,
+                       const void* packed_weight, const double* all_rho, int64_t begin, int64_t end,
                        void* base) {
     const AggregateParams& f = p.forward;
     const Scratch scratch(f, base);
@@ -135,8 +135,7 @@ class AggregateBackward {
       const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
       const int64_t rows = min_of(kBlockRows, f.m - first_row);
       const Chosen chosen = {inverse.offsets + b * (f.m + 1) + first_row,
-                             inverse.places + b * f.n * f.k,
-                             static_cast<const A*>(all_rho) + b * f.n * f.k,
+                             inverse.places + b * f.n * f.k, all_rho + b * f.n * f.k,
                              static_cast<const T*>(p.grad_output) + b * f.n * f.o};
       T* grad_value = static_cast<T*>(p.grad_value) + (b * f.m + first_row) * f.c;
       if (f.convolution == Convolution::dense) {
@@ -154,11 +153,10 @@ class AggregateBackward {
     return f.k * ceil_div(f.c, f.convolution == Convolution::dense ? kWeightChannels : kChannels);
   }
 
-  static void weight(const AggregateBackwardParams& p, const void* all_rho, int64_t begin,
+  static void weight(const AggregateBackwardParams& p, const double* rho, int64_t begin,
                      int64_t end, void* base) {
     const AggregateParams& f = p.forward;
     const Scratch scratch(f, base);
-    const A* rho = static_cast<const A*>(all_rho);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t slot = task % f.k, part = task / f.k;
       if (f.convolution == Convolution::dense) {
@@ -192,13 +190,13 @@ class AggregateBackward {
   struct Chosen {
     const int64_t* offsets;  // [rows + 1]
     const int64_t* places;   // [n * k] slot * n + query row
-    const A* rho;            // [n, k]
+    const double* rho;       // [n, k]
     const T* grad_output;    // [n, o]
   };
 
   // grad_rho [k] of one row without a dense convolution. weight [k, c] or null.
   static void grad_rho(const AggregateBackwardParams& p, const T* value, const A* weight,
-                       int64_t row, A* grad_rho) {
+                       int64_t row, double* grad_rho) {
     const AggregateParams& f = p.forward;
     const T* grad_output = static_cast<const T*>(p.grad_output) + row * f.o;
     for (int64_t j = 0; j < f.k; ++j) {
@@ -332,8 +330,8 @@ class AggregateBackward {
   }
 
   // grad_weight [c, 1, k] at one slot, kChannels channels from `first` on.
-  static void depthwise_grad_weight(const AggregateBackwardParams& p, const A* rho, int64_t slot,
-                                    int64_t first) {
+  static void depthwise_grad_weight(const AggregateBackwardParams& p, const double* rho,
+                                    int64_t slot, int64_t first) {
     const AggregateParams& f = p.forward;
     const int64_t channels = min_of(kChannels, f.c - first);
     T* to = static_cast<T*>(p.grad_weight) + first * f.k + slot;
@@ -356,7 +354,7 @@ class AggregateBackward {
 
   // grad_weight [o, c, k] at one slot, kWeightChannels channels from `first` on: a product over
   // the rows of the whole batch.
-  static void dense_grad_weight(const AggregateBackwardParams& p, const A* rho, int64_t slot,
+  static void dense_grad_weight(const AggregateBackwardParams& p, const double* rho, int64_t slot,
                                 int64_t first, const Scratch& scratch) {
     const AggregateParams& f = p.forward;
     const int64_t channels = min_of(kWeightChannels, f.c - first);
@@ -401,15 +399,16 @@ class AggregateBackward {
   }
 
   // rho V[I] of `depth` rows at one slot to packed [channels / kPanel, depth, kPanel].
-  static void gather_channels(const AggregateParams& f, const A* rho, int64_t slot, int64_t row,
-                              int64_t depth, int64_t first, int64_t channels, A* packed) {
+  static void gather_channels(const AggregateParams& f, const double* rho, int64_t slot,
+                              int64_t row, int64_t depth, int64_t first, int64_t channels,
+                              A* packed) {
     for (int64_t t = 0; t < depth; ++t) {
       const int64_t place = (row + t) * f.k + slot;
       const bool missing = is_missing(similarity_at(f, place));
       const T* v = missing ? nullptr : value_row(f, row + t, place) + first;
       for (int64_t c = 0; c < ceil_div(channels, kPanel) * kPanel; ++c) {
         packed[(c / kPanel * depth + t) * kPanel + c % kPanel] =
-            missing || c >= channels ? A(0) : rho[place] * A(widen(v[c]));
+            missing || c >= channels ? A(0) : A(rho[place] * double(widen(v[c])));
       }
     }
   }
@@ -418,17 +417,8 @@ class AggregateBackward {
 template <class T>
 AggregateBackwardKernel aggregate_backward_kernel() {
   using K = AggregateBackward<T>;
-  return {kBlockRows,
-          K::packed_weight_bytes,
-          K::pack_weight,
-          K::scratch_bytes,
-          sizeof(accumulate_t<T>),
-          K::query_rows,
-          K::key_rows,
-          K::weight_tasks,
-          K::weight,
-          K::bias_tasks,
-          K::bias};
+  return {kBlockRows,  K::packed_weight_bytes, K::pack_weight, K::scratch_bytes, K::query_rows,
+          K::key_rows, K::weight_tasks,        K::weight,      K::bias_tasks,    K::bias};
 }
 
 }  // namespace convnn::CONVNN_ISA

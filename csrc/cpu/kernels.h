@@ -66,18 +66,17 @@ struct AggregateBackwardKernel {
   size_t (*packed_weight_bytes)(const AggregateBackwardParams&);  // as for AggregateKernel
   void (*pack_weight)(const AggregateBackwardParams&, void* packed);
   size_t (*scratch_bytes)(const AggregateBackwardParams&);
-  size_t modulation_size;  // bytes of one element of rho
   // Tasks: blocks of query rows of each batch element. Writes grad_similarities where it is
   // needed, and rho [batch, n, k] for the passes below where it is not null.
-  void (*query_rows)(const AggregateBackwardParams&, const void* packed_weight, void* rho,
+  void (*query_rows)(const AggregateBackwardParams&, const void* packed_weight, double* rho,
                      int64_t begin, int64_t end, void* scratch);
   // Tasks: blocks of key rows of each batch element. Writes grad_value.
   void (*key_rows)(const AggregateBackwardParams&, const InverseNeighbors&,
-                   const void* packed_weight, const void* rho, int64_t begin, int64_t end,
+                   const void* packed_weight, const double* rho, int64_t begin, int64_t end,
                    void* scratch);
   // Tasks: as many as weight_tasks says. Writes grad_weight.
   int64_t (*weight_tasks)(const AggregateBackwardParams&);
-  void (*weight)(const AggregateBackwardParams&, const void* rho, int64_t begin, int64_t end,
+  void (*weight)(const AggregateBackwardParams&, const double* rho, int64_t begin, int64_t end,
                  void* scratch);
   // Tasks: as many as bias_tasks says. Writes grad_bias.
   int64_t (*bias_tasks)(const AggregateBackwardParams&);

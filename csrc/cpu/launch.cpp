@@ -249,11 +249,12 @@ void aggregate_backward(const AggregateBackwardParams& p, ParallelFor parallel_f
   kernel.pack_weight(p, weight.get());
 
   const bool needs_rho = p.grad_value || p.grad_weight;
-  const Memory rho = allocate(needs_rho ? size_t(f.batch * f.n * f.k) * kernel.modulation_size : 0);
+  const Memory rho_memory = allocate(needs_rho ? size_t(f.batch * f.n * f.k) * sizeof(double) : 0);
+  double* rho = static_cast<double*>(rho_memory.get());
   if (needs_rho || p.grad_similarities) {
     run(parallel_for, f.batch * ceil_div(f.n, kernel.rows_per_task), block_work, scratch_bytes,
         [&](int64_t begin, int64_t end, void* scratch) {
-          kernel.query_rows(p, weight.get(), needs_rho ? rho.get() : nullptr, begin, end, scratch);
+          kernel.query_rows(p, weight.get(), rho, begin, end, scratch);
         });
   }
   if (p.grad_value) {
@@ -264,14 +265,14 @@ void aggregate_backward(const AggregateBackwardParams& p, ParallelFor parallel_f
     const InverseNeighbors view = inverse.view();
     run(parallel_for, f.batch * ceil_div(f.m, kernel.rows_per_task), block_work, scratch_bytes,
         [&](int64_t begin, int64_t end, void* scratch) {
-          kernel.key_rows(p, view, weight.get(), rho.get(), begin, end, scratch);
+          kernel.key_rows(p, view, weight.get(), rho, begin, end, scratch);
         });
   }
   const double rows = double(f.batch * f.n);
   if (p.grad_weight) {
     run(parallel_for, kernel.weight_tasks(p), rows * (dense ? double(f.o) : 1.0) * 64,
         scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
-          kernel.weight(p, rho.get(), begin, end, scratch);
+          kernel.weight(p, rho, begin, end, scratch);
         });
   }
   if (p.grad_bias) {

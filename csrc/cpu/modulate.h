@@ -19,12 +19,11 @@ inline bool is_missing(double similarity) {
 }
 
 // rho [k] of the row of p.similarities that starts at place `first`; 0 for a missing neighbor.
-template <class A>
-inline void modulate(const AggregateParams& p, int64_t first, A* rho) {
+inline void modulate(const AggregateParams& p, int64_t first, double* rho) {
   if (p.rho != Rho::softmax) {
     for (int64_t j = 0; j < p.k; ++j) {
       const double s = similarity_at(p, first + j);
-      rho[j] = is_missing(s) ? A(0) : p.rho == Rho::ones ? A(1) : A(s);
+      rho[j] = is_missing(s) ? 0 : p.rho == Rho::ones ? 1 : s;
     }
     return;
   }
@@ -36,23 +35,22 @@ inline void modulate(const AggregateParams& p, int64_t first, A* rho) {
   double sum = 0;
   for (int64_t j = 0; j < p.k; ++j) {
     const double s = similarity_at(p, first + j);
-    if (!is_missing(s)) sum += std::exp(p.scale * s - largest);
+    rho[j] = is_missing(s) ? 0 : std::exp(p.scale * s - largest);
+    sum += rho[j];
   }
   for (int64_t j = 0; j < p.k; ++j) {
-    const double s = similarity_at(p, first + j);
-    rho[j] = is_missing(s) ? A(0) : A(std::exp(p.scale * s - largest) / sum);
+    if (!is_missing(similarity_at(p, first + j))) rho[j] /= sum;
   }
 }
 
 // grad_similarities of one row from grad_rho [k] and rho [k].
-template <class A>
-inline void modulate_backward(const AggregateBackwardParams& p, int64_t first, const A* rho,
-                              const A* grad_rho) {
+inline void modulate_backward(const AggregateBackwardParams& p, int64_t first, const double* rho,
+                              const double* grad_rho) {
   const AggregateParams& f = p.forward;
   double mean = 0;  // softmax: sum over j of rho_j grad_rho_j
   if (f.rho == Rho::softmax) {
     for (int64_t j = 0; j < f.k; ++j) {
-      if (!is_missing(similarity_at(f, first + j))) mean += double(rho[j]) * double(grad_rho[j]);
+      if (!is_missing(similarity_at(f, first + j))) mean += rho[j] * grad_rho[j];
     }
   }
   for (int64_t j = 0; j < f.k; ++j) {

@@ -9,7 +9,8 @@
 // Selection from a strip row: the columns fall into groups, one group for each lane of a scan
 // block of kScanVectors vectors, and one pass over the row takes the maximum of every group. The
 // k-th largest of these maxima is a lower bound for the k-th similarity of the row, so only
-// elements of groups that reach it can matter: on average little more than k of them. They are
+// elements of groups that reach it can matter: on average little more than k of them. (A bound a
+// little lower serves as well and is found faster.) They are
 // collected with their positions as ranks; once k are known, only what is strictly above the k-th
 // is collected, since an equal one later in the row has the larger index. What is collected is
 // reduced to the best k whenever its buffer is full, and ordered at the end.
@@ -75,8 +76,6 @@ constexpr int64_t kChunk = 1024;     // columns of S kept at a time
 constexpr int64_t kScanVectors = 8;  // vectors of one scan block
 template <class A>
 constexpr int64_t kScanColumns = kScanVectors * kLanes<A>;
-template <class A>
-constexpr int64_t kGroups = kChunk / kScanVectors;
 static_assert(kChunk % kScanColumns<float> == 0 && kChunk % kScanColumns<double> == 0);
 static_assert(kChunk % kTileColumns<float> == 0 && kChunk % kTileColumns<double> == 0);
 
@@ -84,6 +83,8 @@ static_assert(kChunk % kTileColumns<float> == 0 && kChunk % kTileColumns<double>
 template <class A>
 class BestColumns {
   using V = Vector<A>;
+  using Keys = decltype(V{} > V{});  // as many integers of the same size
+  using Key = std::remove_reference_t<decltype(Keys{}[0])>;
 
  public:
   static int64_t capacity(int64_t k) { return 2 * k + 2 * kScanColumns<A>; }
@@ -100,7 +101,7 @@ class BestColumns {
 
   // row [kChunk]: similarities of the columns first ... first + columns - 1. It holds -inf after
   // them and at the excluded column.
-  void scan(const A* row, int64_t first, int64_t columns, Rank<A>* group_ranks) {
+  void scan(const A* row, int64_t first, int64_t columns) {
     if (wanted_ == 0) return;
     const int64_t blocks = ceil_div(columns, kScanColumns<A>);
     V group_max[kChunk / kScanColumns<A>];
@@ -115,7 +116,7 @@ class BestColumns {
       group_max[block] = largest;
     }
     const bool has_nan = lane_bits(unordered) != 0;
-    if (!complete_) bound_ = kth_group_max(group_max, blocks, group_ranks);
+    if (!complete_) bound_ = bound_of(group_max, blocks);
 
     for (int64_t block = 0; block < blocks; ++block) {
       if (count_ + kScanColumns<A> > capacity_) keep_best();
@@ -162,7 +163,7 @@ class BestColumns {
   const Rank<A>* ranks() const { return ranks_; }
 
  private:
-  static V as_mask(decltype(V{} > V{}) comparison) {
+  static V as_mask(Keys comparison) {
     V mask;
     std::memcpy(&mask, &comparison, sizeof mask);
     return mask;
@@ -172,18 +173,49 @@ class BestColumns {
     if (column != excluded_) ranks_[count_++] = Rank<A>(similarity, column);
   }
 
-  // The `wanted`-th largest group maximum: so many elements reach it, so the row's `wanted`-th
-  // does.
-  A kth_group_max(const V* group_max, int64_t blocks, Rank<A>* group_ranks) const {
-    const int64_t groups = blocks * kLanes<A>;
-    if (wanted_ > groups) return -std::numeric_limits<A>::infinity();
+  // A number that at least `wanted` group maxima reach, so that the row's `wanted`-th similarity
+  // does, and hardly more: found by bisection over the numbers in their order, counting lanes.
+  A bound_of(const V* group_max, int64_t blocks) const {
+    if (wanted_ > blocks * kLanes<A>) return -std::numeric_limits<A>::infinity();
+    Keys keys[kChunk / kScanColumns<A>];
+    Key low = std::numeric_limits<Key>::max(), high = std::numeric_limits<Key>::min();
     for (int64_t block = 0; block < blocks; ++block) {
+      keys[block] = in_order(group_max[block]);
       for (int lane = 0; lane < kLanes<A>; ++lane) {
-        group_ranks[block * kLanes<A> + lane] = Rank<A>(group_max[block][lane], 0);
+        low = keys[block][lane] < low ? keys[block][lane] : low;
+        high = keys[block][lane] > high ? keys[block][lane] : high;
       }
     }
-    std::nth_element(group_ranks, group_ranks + wanted_ - 1, group_ranks + groups);
-    return group_ranks[wanted_ - 1].similarity();
+    const int64_t enough = wanted_ + wanted_ / 8;
+    int64_t reached = blocks * kLanes<A>;  // how many reach `low`
+    while (reached > enough && low < high) {
+      const Key middle = (low | high) - ((low ^ high) >> 1);  // rounded up, without overflow
+      int64_t count = 0;
+      for (int64_t block = 0; block < blocks; ++block) {
+        count += __builtin_popcount(lane_bits(as_mask(keys[block] >= middle)));
+      }
+      if (count >= wanted_) {
+        low = middle;
+        reached = count;
+      } else {
+        high = middle - 1;
+      }
+    }
+    A bound;
+    low = in_order(low);
+    std::memcpy(&bound, &low, sizeof bound);
+    return bound;
+  }
+
+  // The bits of a number as an integer of the same order, and back.
+  template <class Bits>
+  static Bits in_order(Bits bits) {
+    return bits ^ ((bits >> (8 * sizeof(A) - 1)) & std::numeric_limits<Key>::max());
+  }
+  static Keys in_order(V x) {
+    Keys bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return in_order(bits);
   }
 
   void keep_best() {
@@ -216,7 +248,6 @@ class Select {
     A* self_panel;         // [d, kPanel]
     A* self_tile;          // [kTileRows, kPanel]
     Rank<A>* ranks;        // [kBlockRows, capacity]
-    Rank<A>* group_ranks;  // [kGroups]
     size_t bytes;
 
     Scratch(const SelectParams& p, void* base) {
@@ -227,7 +258,6 @@ class Select {
       self_panel = arena.take<A>(p.self_indices ? p.d * kPanel : 0);
       self_tile = arena.take<A>(kTileRows * kPanel);
       ranks = arena.take<Rank<A>>(kBlockRows * BestColumns<A>::capacity(p.k));
-      group_ranks = arena.take<Rank<A>>(kGroups<A>);
       bytes = arena.used();
     }
   };
@@ -249,11 +279,13 @@ class Select {
     }
   }
 
-  static void multiply(const SelectParams& p, const A* queries, const A* panel, A* c, int64_t ldc) {
+  // columns: how many of the panel are wanted.
+  static void multiply(const SelectParams& p, const A* queries, const A* panel, int64_t columns,
+                       A* c, int64_t ldc) {
     if (p.metric == Metric::euclidean) {
-      multiply_tile<A, true>(queries, panel, p.d, c, ldc);
+      multiply_columns<A, true>(queries, panel, p.d, columns, c, ldc);
     } else {
-      multiply_tile<A>(queries, panel, p.d, c, ldc);
+      multiply_columns<A, false>(queries, panel, p.d, columns, c, ldc);
     }
   }
 
@@ -329,7 +361,7 @@ class Select {
       for (int64_t c = 0; c < chunk; c += kPanel) {
         for (int64_t tile = 0; tile < tiles; ++tile) {
           multiply(p, scratch.queries + tile * kTileRows * p.d, packed + (first + c) * p.d,
-                   scratch.strip + tile * kTileRows * kChunk + c, kChunk);
+                   chunk - c, scratch.strip + tile * kTileRows * kChunk + c, kChunk);
         }
       }
       const int64_t scanned = ceil_div(chunk, kScanColumns<A>) * kScanColumns<A>;
@@ -338,7 +370,7 @@ class Select {
         for (int64_t c = chunk; c < scanned; ++c) strip[c] = kLowest;
         const int64_t self = self_columns[r] - first;
         if (self >= 0 && self < chunk) strip[self] = kLowest;
-        best[r].scan(strip, first, chunk, scratch.group_ranks);
+        best[r].scan(strip, first, chunk);
       }
     }
 
@@ -361,7 +393,8 @@ class Select {
           const int64_t self = p.self_indices[first_row + first + r];
           pack_row(p, key + self * p.d, scratch.self_panel + r - step, kPanel);
         }
-        multiply(p, scratch.queries + first * p.d, scratch.self_panel, scratch.self_tile, kPanel);
+        multiply(p, scratch.queries + first * p.d, scratch.self_panel, kPanel, scratch.self_tile,
+                 kPanel);
         for (int64_t r = step; r < stop; ++r) {
           scratch.self_similarities[first + r] = scratch.self_tile[r * kPanel + r - step];
         }

@@ -34,19 +34,20 @@ constexpr int64_t kSummedSteps = 32;
 
 // a [depth, kTileRows], b [depth, kTileColumns], c [kTileRows, ldc].
 // SquaredDifference: c[r][j] = -sum over t of (a[t][r] - b[t][j])^2 instead of the product.
-template <class A, bool SquaredDifference = false>
+// Vectors: how many of the columns are computed, in whole vectors.
+template <class A, bool SquaredDifference = false, int Vectors = kTileVectors>
 inline void multiply_tile(const A* a, const A* b, int64_t depth, A* c, int64_t ldc,
                           bool accumulate = false) {
   using V = Vector<A>;
   int64_t t = 0;
   do {
-    V sum[kTileRows][kTileVectors] = {};
+    V sum[kTileRows][Vectors] = {};
     const int64_t stop = min_of(t + kSummedSteps, depth);
     for (; t < stop; ++t) {
-      V column[kTileVectors];
-      for (int v = 0; v < kTileVectors; ++v) column[v] = load(b + v * kLanes<A>);
+      V column[Vectors];
+      for (int v = 0; v < Vectors; ++v) column[v] = load(b + v * kLanes<A>);
       for (int r = 0; r < kTileRows; ++r) {
-        for (int v = 0; v < kTileVectors; ++v) {
+        for (int v = 0; v < Vectors; ++v) {
           if constexpr (SquaredDifference) {
             const V difference = column[v] - a[r];
             sum[r][v] -= difference * difference;
@@ -59,13 +60,27 @@ inline void multiply_tile(const A* a, const A* b, int64_t depth, A* c, int64_t l
       b += kTileColumns<A>;
     }
     for (int r = 0; r < kTileRows; ++r) {
-      for (int v = 0; v < kTileVectors; ++v) {
+      for (int v = 0; v < Vectors; ++v) {
         A* to = c + r * ldc + v * kLanes<A>;
         store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
       }
     }
     accumulate = true;
   } while (t < depth);
+}
+
+// The same for the first `columns` of the tile, rounded up to whole vectors: a short last panel
+// costs no more than it holds.
+template <class A, bool SquaredDifference, int Vectors = kTileVectors>
+inline void multiply_columns(const A* a, const A* b, int64_t depth, int64_t columns, A* c,
+                             int64_t ldc) {
+  if constexpr (Vectors > 1) {
+    if (columns <= (Vectors - 1) * kLanes<A>) {
+      multiply_columns<A, SquaredDifference, Vectors - 1>(a, b, depth, columns, c, ldc);
+      return;
+    }
+  }
+  multiply_tile<A, SquaredDifference, Vectors>(a, b, depth, c, ldc);
 }
 
 // The sum of term(0) ... term(count - 1) in float64, in a fixed order: 16 interleaved partial sums,
