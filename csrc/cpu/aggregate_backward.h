@@ -80,12 +80,11 @@ class AggregateBackward {
     if (f.convolution != Convolution::dense) return Aggregate<T>::pack_weight(f, packed);
     const T* weight = static_cast<const T*>(f.weight);
     A* to = static_cast<A*>(packed);
-    for (int64_t c = 0; c < padded_channels(f); ++c) {
-      A* panel = to + c / kPanel * kPanel * f.k * f.o + c % kPanel;
-      for (int64_t o = 0; o < f.o; ++o) {
+    for (int64_t o = 0; o < f.o; ++o) {
+      for (int64_t c = 0; c < padded_channels(f); ++c) {
+        A* panel = to + (c / kPanel * f.k * f.o + o) * kPanel + c % kPanel;
         for (int64_t j = 0; j < f.k; ++j) {
-          panel[(j * f.o + o) * kPanel] =
-              c < f.c ? A(widen(weight[(o * f.c + c) * f.k + j])) : A(0);
+          panel[j * f.o * kPanel] = c < f.c ? A(widen(weight[(o * f.c + c) * f.k + j])) : A(0);
         }
       }
     }
@@ -389,11 +388,12 @@ class AggregateBackward {
   static void gather_outputs(const AggregateBackwardParams& p, int64_t row, int64_t depth,
                              int64_t height, A* packed) {
     const int64_t outputs = p.forward.o;
-    for (int64_t t = 0; t < depth; ++t) {
-      const T* g = static_cast<const T*>(p.grad_output) + (row + t) * outputs;
-      for (int64_t o = 0; o < height; ++o) {
-        packed[(o / kTileRows * depth + t) * kTileRows + o % kTileRows] =
-            o < outputs ? A(widen(g[o])) : A(0);
+    const T* grad_output = static_cast<const T*>(p.grad_output) + row * outputs;
+    for (int64_t first = 0; first < height; first += kTileRows) {
+      const int64_t given = min_of(kTileRows, outputs - first);
+      for (int64_t t = 0; t < depth; ++t, packed += kTileRows) {
+        const T* g = grad_output + t * outputs + first;
+        for (int64_t o = 0; o < kTileRows; ++o) packed[o] = o < given ? A(widen(g[o])) : A(0);
       }
     }
   }
@@ -406,9 +406,12 @@ class AggregateBackward {
       const int64_t place = (row + t) * f.k + slot;
       const bool missing = is_missing(similarity_at(f, place));
       const T* v = missing ? nullptr : value_row(f, row + t, place) + first;
-      for (int64_t c = 0; c < ceil_div(channels, kPanel) * kPanel; ++c) {
-        packed[(c / kPanel * depth + t) * kPanel + c % kPanel] =
-            missing || c >= channels ? A(0) : A(rho[place] * double(widen(v[c])));
+      for (int64_t panel = 0; panel < channels; panel += kPanel) {
+        A* to = packed + panel * depth + t * kPanel;
+        const int64_t given = missing ? 0 : min_of(kPanel, channels - panel);
+        const double scale = rho[place];
+        for (int64_t c = 0; c < given; ++c) to[c] = A(scale * double(widen(v[panel + c])));
+        for (int64_t c = given; c < kPanel; ++c) to[c] = 0;
       }
     }
   }

@@ -245,8 +245,10 @@ void aggregate_backward(const AggregateBackwardParams& p, ParallelFor parallel_f
   const size_t scratch_bytes = kernel.scratch_bytes(p);
   const bool dense = f.convolution == Convolution::dense;
   const double block_work = double(kernel.rows_per_task * f.k * f.c) * (dense ? double(f.o) : 1.0);
-  const Memory weight = allocate(kernel.packed_weight_bytes(p));
-  kernel.pack_weight(p, weight.get());
+  const bool needs_grad_rho = p.grad_similarities && f.rho != Rho::ones;
+  const bool needs_weight = p.grad_value || needs_grad_rho;
+  const Memory weight = allocate(needs_weight ? kernel.packed_weight_bytes(p) : 0);
+  if (needs_weight) kernel.pack_weight(p, weight.get());
 
   const bool needs_rho = p.grad_value || p.grad_weight;
   const Memory rho_memory = allocate(needs_rho ? size_t(f.batch * f.n * f.k) * sizeof(double) : 0);
