@@ -38,7 +38,7 @@ def kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return autograd
 
 
-class _Node(torch.autograd.Function):
+class _Node(dispatch.Node):
     """A call of an operator in the autograd graph; no forward-mode."""
 
     @staticmethod

@@ -13,6 +13,11 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+# What ``torch.autograd.Function`` is made of. Under ``torch.func`` the dispatcher already calls an
+# Autograd kernel once for each level, as it does for PyTorch's own operators; ``Function.apply``
+# would start over from the outermost level, and fail, so the node is of one level.
+Node = torch.autograd.function._SingleLevelFunction
+
 BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
@@ -51,17 +56,12 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
         return op(*args)
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply`` for use inside a kernel of the Autograd key.
-
-    Under ``torch.func`` the dispatcher already calls that kernel once for each level, as it does
-    for PyTorch's own operators. ``Function.apply`` would try to start over from the outermost
-    level, and fail, so the node is recorded at the level of the call.
-    """
+def apply(node: Any, *args: Any) -> Any:
+    """``node.apply``, of a subclass of ``Node``, for use inside a kernel of the Autograd key."""
     if not torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
+        return node.apply(*args)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+        return node.apply(*args)
 
 
 def redispatch(op: torch._ops.OpOverload, below: torch._C.DispatchKeySet, *args: Any) -> Any:
