@@ -8,7 +8,7 @@ neighbors that the operator returned: a flipped neighbor can neither hide nor ex
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .certificate import (
     fail,
     query_chunks,
 )
-from .convnn import aggregate, compute_dtype, similarities_at, similarity
+from .convnn import aggregate, compute_dtype, neighbor_rows, normalize, similarities_at, similarity
 
 # Evaluations of eager PyTorch that gauge its rounding errors, each with sums in another order.
 ORDERS = 8
@@ -47,13 +47,21 @@ def _rms(X: Tensor) -> float:
 
 
 def assert_values(
-    name: str, result: Tensor, reference64: Tensor, eager: Tensor | Iterable[Tensor]
+    name: str,
+    result: Tensor,
+    reference64: Tensor,
+    eager: Tensor | Iterable[Tensor],
+    precision: torch.dtype | None = None,
+    terms: Tensor | None = None,
 ) -> None:
     """`result` is about as accurate as `eager`, the same computation in the same precision.
 
     Maximum and RMS error against `reference64` are at most twice those of `eager` plus 2 ulp of
-    the result's dtype at the maximum and the RMS of the reference. NaN and infinities are where
-    the reference, in the result's dtype, or `eager` has them.
+    the result's scale, which is the maximum and the RMS of the reference. An ulp is that of the
+    result's dtype, or of `precision` where the computation before it had less. Where the reference
+    is a difference that may cancel entirely, `terms` are what is subtracted, and the scale is at
+    least theirs. NaN and infinities are where the reference, in the result's dtype, or `eager` has
+    them.
 
     The error of one evaluation of a few elements is a matter of luck. `eager` may therefore be
     several evaluations, drawn until the largest of their errors admits the result.
@@ -67,6 +75,8 @@ def assert_values(
     usable = result.isfinite() & expected.isfinite()
     exact = exact[usable]
     error = (result[usable].double() - exact).abs()
+    scaled_by = [exact] if terms is None else [exact, terms[usable].nan_to_num(0.0, 0.0, 0.0)]
+    finest = [result.dtype] if precision is None else [result.dtype, precision]
 
     def same_kind(other: Tensor) -> Tensor:
         not_finite = torch.where(result.isnan(), other.isnan(), result == other)
@@ -84,12 +94,13 @@ def assert_values(
         complaint = ""
         for measure, label in ((_maximum, "maximum"), (_rms, "RMS")):
             eager_errors[measure] = max(eager_errors[measure], measure(eager_error))
-            tolerance = 2 * eager_errors[measure] + 2 * _ulp(measure(exact), result.dtype)
+            ulp = max(_ulp(max(map(measure, scaled_by)), dtype) for dtype in finest)
+            tolerance = 2 * eager_errors[measure] + 2 * ulp
             if not measure(error) <= tolerance:
                 where = tuple(usable.nonzero()[int(error.argmax())].tolist())
                 complaint = (
                     f"{name}: {label} error {measure(error):.3g} > {tolerance:.3g} (eager "
-                    f"{eager_errors[measure]:.3g}, {label} {measure(exact):.3g}); the largest "
+                    f"{eager_errors[measure]:.3g}, ulp {ulp:.3g}); the largest "
                     f"error at {where}: {result[where].item()!r} for {reference64[where].item()!r}"
                 )
         if not complaint and bool(right_kind.all()):
@@ -170,11 +181,12 @@ class _Problem:
             name: lambda result: result for name in ("output", "similarities")
         }
         if shuffle is not None:
-            X, I, missing, restore = _shuffled(X, I, missing, shuffle)
+            X, I, missing, restore = _shuffled(X, I, missing, self.metric, shuffle)
         outputs = {}
         s = X["similarities"]
         if s is None:
-            s = _similarities(X["query"], X["key"], I, self.metric, missing)
+            by_column = shuffle is not None
+            s = _similarities(X["query"], X["key"], I, self.metric, missing, by_column)
             outputs["similarities"] = restore["similarities"](s)
         if X["value"] is not None:
             Y = aggregate(X["value"], s, I, X["weight"], X["bias"], self.rho, self.scale)
@@ -183,26 +195,42 @@ class _Problem:
 
 
 def _similarities(
-    query: Tensor, key: Tensor, indices: Tensor, metric: str, missing: Tensor
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor,
+    metric: str,
+    missing: Tensor,
+    by_column: bool,
 ) -> Tensor:
     """The similarities of given neighbors: exact pairs in float64, else as eager has them.
 
     Eager PyTorch takes them from the matrix product Q K^T, which sums one column after another;
     a separate sum for each pair is more accurate and would ask too much. Where inputs are not
-    finite, S would bring 0 * inf into the gradient.
+    finite, S would bring 0 * inf into the gradient. `by_column` spells the columns out, because
+    small products sum in some other way.
     """
     finite = bool(query.isfinite().all()) and bool(key.isfinite().all())
-    if query.dtype == torch.float64 or metric == "euclidean" or not finite:
-        return similarities_at(query, key, indices, metric, missing)
-    s = similarity(query, key, metric).gather(-1, indices)
+    if by_column:
+        Q, K_nn = neighbor_rows(query, key, indices, metric, missing)
+        s = torch.zeros_like(K_nn[..., 0])
+        for q, k in zip(Q.unbind(-1), K_nn.unbind(-1), strict=True):
+            s = s - (q - k).square() if metric == "euclidean" else s + q * k
+    elif query.dtype == torch.float64 or metric == "euclidean" or not finite:
+        s = similarities_at(query, key, indices, metric, missing)
+    else:
+        s = similarity(query, key, metric).gather(-1, indices)
     return s.masked_fill(missing, -math.inf)
 
 
 def _shuffled(
-    X: Tensors, I: Tensor, missing: Tensor, generator: torch.Generator
+    X: Tensors, I: Tensor, missing: Tensor, metric: str, generator: torch.Generator
 ) -> tuple[Tensors, Tensor, Tensor, dict[str, Callable[[Tensor], Tensor]]]:
     """The same problem with queries, columns, neighbors, channels and outputs in random order,
-    and what puts its outputs back into theirs. Autograd does that for the gradients."""
+    and what puts its outputs back into theirs. Autograd does that for the gradients.
+
+    Rows of equal elements have one order only. For the cosine all rows are scaled by a random
+    factor, which changes nothing but the rounding of the unit rows.
+    """
 
     def order(size: int) -> Tensor:
         return torch.randperm(size, generator=generator)
@@ -217,6 +245,12 @@ def _shuffled(
     if X["query"] is not None:
         D = order(X["query"].shape[-1])
         shuffled |= {"query": permute(X["query"], N, D), "key": permute(X["key"], None, D)}
+        if metric == "cosine":
+            for name in ("query", "key"):
+                rows = shuffled[name]
+                factor = 0.5 + 0.5 * torch.rand((), generator=generator).to(rows.dtype)
+                is_zero = normalize(rows.detach()).eq(0).all(dim=-1, keepdim=True)
+                shuffled[name] = rows * torch.where(is_zero, 1.0, factor)
     if X["similarities"] is not None:
         shuffled["similarities"] = permute(X["similarities"], N, k)
     outputs = None
@@ -268,9 +302,38 @@ def _eager_evaluations(problem: _Problem) -> Iterator[dict[str, Tensor]]:
         yield eager
 
 
+def _projected_terms(problem: _Problem) -> dict[str, Tensor]:
+    """The gradients of query and key before the cosine takes away their part along the row.
+
+    For parallel rows nothing is left of them but rounding errors.
+    """
+    if problem.metric != "cosine" or problem.tensors.get("query") is None:
+        return {}
+    tensors, norms = dict(problem.tensors), {}
+    for name in ("query", "key"):
+        X = problem.tensors[name].detach().double()
+        norms[name] = torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+        tensors[name] = normalize(X)
+    terms = replace(problem, tensors=tensors, metric="dot").evaluate(_double)
+    return {
+        f"gradient of {name}": terms[f"gradient of {name}"] / norm
+        for name, norm in norms.items()
+        if problem.grads
+    }
+
+
+def _precision(problem: _Problem, name: str) -> torch.dtype:
+    """The least precise dtype that a result is computed in."""
+    tensors = problem.tensors
+    names = ("query", "key") if name == "similarities" else tuple(tensors)
+    dtypes = {compute_dtype(tensors[n].dtype) for n in names if tensors.get(n) is not None}
+    return torch.float32 if torch.float32 in dtypes else torch.float64
+
+
 def _compare(problem: _Problem, results: dict[str, Tensor]) -> None:
     """Each result, outputs and gradients by name, by `assert_values`."""
     exact = problem.evaluate(_double)
+    terms = _projected_terms(problem)
     evaluations = _eager_evaluations(problem)
     drawn: list[dict[str, Tensor]] = []
 
@@ -281,7 +344,14 @@ def _compare(problem: _Problem, results: dict[str, Tensor]) -> None:
             yield drawn[i][name].to(dtype)
 
     for name, result in results.items():
-        assert_values(name, result, exact[name], eager(name, result.dtype))
+        assert_values(
+            name,
+            result,
+            exact[name],
+            eager(name, result.dtype),
+            _precision(problem, name),
+            terms.get(name),
+        )
 
 
 def _run(

@@ -75,6 +75,29 @@ def similarity(query: Tensor, key: Tensor, metric: str = "cosine") -> Tensor:
     return Q @ K.mT
 
 
+def neighbor_rows(
+    query: Tensor,
+    key: Tensor,
+    indices: Tensor,
+    metric: str = "cosine",
+    missing: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Q [..., N, 1, D] and K[I] [..., N, k, D], normalized for the cosine.
+
+    Key rows where `missing` [..., N, k] is True are 0, and no gradient comes from there: nothing
+    of them reaches a result, not even a NaN.
+    """
+    dtype = compute_dtype(query.dtype)
+    Q, K_nn = query.to(dtype), gather_rows(key.to(dtype), indices)
+    if missing is not None:
+        K_nn = K_nn.masked_fill(missing.unsqueeze(-1), 0.0)
+        Q = Q.masked_fill(missing.all(dim=-1, keepdim=True), 0.0)
+    if metric == "cosine":
+        # After the gather: a NaN row of K that is nobody's neighbor must not reach its gradient.
+        Q, K_nn = normalize(Q), normalize(K_nn)
+    return Q.unsqueeze(-2), K_nn
+
+
 def similarities_at(
     query: Tensor,
     key: Tensor,
@@ -84,19 +107,9 @@ def similarities_at(
 ) -> Tensor:
     """The similarities [..., N, k] of every query with the key rows `indices` [..., N, k].
 
-    Differentiable; S is not formed. Places where `missing` [..., N, k] is True get -inf, and
-    nothing of the key row there reaches a gradient, not even a NaN.
+    Differentiable; S is not formed. Places where `missing` [..., N, k] is True get -inf.
     """
-    dtype = compute_dtype(query.dtype)
-    Q, K = query.to(dtype), key.to(dtype)
-    K_nn = gather_rows(K, indices)
-    if missing is not None:
-        K_nn = K_nn.masked_fill(missing.unsqueeze(-1), 0.0)
-        Q = Q.masked_fill(missing.all(dim=-1, keepdim=True), 0.0)
-    if metric == "cosine":
-        # After the gather: a NaN row of K that is nobody's neighbor must not reach its gradient.
-        Q, K_nn = normalize(Q), normalize(K_nn)
-    Q = Q.unsqueeze(-2)
+    Q, K_nn = neighbor_rows(query, key, indices, metric, missing)
     s = -(Q - K_nn).square().sum(dim=-1) if metric == "euclidean" else (Q * K_nn).sum(dim=-1)
     return s if missing is None else s.masked_fill(missing, -math.inf)
 

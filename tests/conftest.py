@@ -33,14 +33,10 @@ INSTRUCTION_SETS = _instruction_sets()
 
 @pytest.fixture(autouse=True)
 def _fixed_state() -> Iterator[None]:
-    """Every test starts from one seed, two threads and default switches, and leaves them so."""
+    """Every test starts from one seed and two threads, and leaves the switches as they were."""
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
-    # Memory that Python allocates uninitialized holds NaN, so that reading it is seen.
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(THREADS)
 
