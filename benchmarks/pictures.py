@@ -30,17 +30,12 @@ _STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
 }
 
-# Marker, line and gray value tell the lines apart without color. Eager with candidates is left
-# out: the tables have it.
+# Marker, line and gray value tell the lines apart without color, and smaller markers lie on larger
+# ones where lines meet. Eager with candidates is left out: the tables have it.
 _LINES: dict[str, dict[str, Any]] = {
-    "convnn-all": {"color": "#000000", "marker": "o", "linestyle": "-", "linewidth": 2},
-    "convnn-random": {"color": "#0050a0", "marker": "s", "linestyle": "-"},
-    "convnn-spatial": {
-        "color": "#0050a0",
-        "marker": "D",
-        "linestyle": "--",
-        "markerfacecolor": "white",
-    },
+    "convnn-all": {"color": "#000000", "marker": "o", "linestyle": "-", "markersize": 10},
+    "convnn-random": {"color": "#3b7dd8", "marker": "s", "linestyle": "--", "markersize": 6},
+    "convnn-spatial": {"color": "#0a2f6b", "marker": "+", "linestyle": ":", "markersize": 12},
     "eager": {"color": "#b04000", "marker": "^", "linestyle": "--"},
     "sdpa": {"color": "#707070", "marker": "v", "linestyle": "-."},
     "conv2d": {"color": "#909090", "marker": "x", "linestyle": ":"},
@@ -91,13 +86,11 @@ def _plot(
                 and value > 0
             )
             if points:
-                axis.plot(
-                    *zip(*points, strict=True), label=PEERS[peer].label, markersize=6, **style
-                )
+                axis.plot(*zip(*points, strict=True), label=PEERS[peer].label, **style)
         axis.set(xscale="log", yscale="log", title=passes, xlabel="N, tokens")
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.grid(True, color="#dddddd", linewidth=0.7)
     axes[0].set_ylabel(unit)
     figure.suptitle(

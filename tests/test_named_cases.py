@@ -23,6 +23,20 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 each_weight = pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The reference is faster on one thread; results do not depend on it."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads(_one_thread: None) -> None:
+    torch.set_num_threads(2)
+
+
+on_two_threads = pytest.mark.usefixtures("two_threads")
+
+
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
@@ -337,6 +351,7 @@ def test_every_small_width(metric: str, dtype: torch.dtype) -> None:
         assert_forward(ops.forward, query, key, value, 3, metric=metric, seed=D)
 
 
+@on_two_threads
 @each_metric
 def test_more_neighbors_than_a_tile_holds(metric: str) -> None:
     """Large k, then small, then large again: nothing is left over from another k."""
@@ -348,16 +363,19 @@ def test_more_neighbors_than_a_tile_holds(metric: str) -> None:
         assert torch.equal(I, fresh[k][1])
 
 
+@on_two_threads
 def test_more_than_65535_queries() -> None:
     query, key = randn(65_540, 2), randn(5, 2)
     assert_forward(ops.forward, query, key, randn(5, 3), 2)
 
 
+@on_two_threads
 def test_more_than_65535_batch_elements() -> None:
     query, key = randn(65_540, 2, 2), randn(65_540, 3, 2)
     assert_forward(ops.forward, query, key, randn(65_540, 3, 2), 2)
 
 
+@on_two_threads
 @each_metric
 def test_indices_past_16_bits(metric: str) -> None:
     """Row indices above 32,767 and 65,535, found and gathered."""
@@ -371,6 +389,7 @@ def test_indices_past_16_bits(metric: str) -> None:
 
 
 @pytest.mark.slow
+@on_two_threads
 def test_more_than_2_to_the_32_pairs() -> None:
     """The last queries and the last keys, behind 2^32 pairs."""
     N = 65_600
@@ -508,6 +527,7 @@ def test_missing_neighbors_add_nothing(metric: str, rho: str, order: str) -> Non
 # Gradients
 
 
+@on_two_threads
 @each_metric
 @each_weight
 def test_all_queries_choose_one_key(metric: str, kind: str) -> None:
@@ -657,6 +677,7 @@ def test_too_few_keys_are_refused(M: int) -> None:
             ops.select(randn(2, 3), randn(M, 3), k)
 
 
+@on_two_threads
 def test_calls_from_several_threads() -> None:
     inputs = [(randn(60, 8), randn(200, 8), randn(200, 8)) for _ in range(4)]
     expected = [ops.forward(*tensors, 9) for tensors in inputs]
@@ -683,6 +704,7 @@ def _forked(query: Tensor, key: Tensor, expected: Tensor) -> None:
     raise SystemExit(0 if torch.equal(I, expected) else 1)
 
 
+@on_two_threads
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_process_does_not_hang() -> None:
     query, key = randn(500, 32), randn(500, 32)
