@@ -10,6 +10,7 @@ from convnn_kernels.nn.candidates import (
 )
 from convnn_kernels.nn.convnn import ConvNN1d, ConvNN2d
 from convnn_kernels.nn.hybrid import HybridBranch2d
+from convnn_kernels.nn.replace import Replaced, replace
 
 __all__ = [
     "AllCandidates",
@@ -19,5 +20,7 @@ __all__ = [
     "ConvNNAttention",
     "HybridBranch2d",
     "RandomCandidates",
+    "Replaced",
     "SpatialCandidates",
+    "replace",
 ]
