@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: MIT
+"""Where and from what a result came: machine, versions, commit."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# Of all the flags a CPU reports, those that decide which kernels can run.
+_CPU_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+    "sve2",
+    "bf16",
+)
+
+
+def _cpu() -> dict[str, Any]:
+    model, flags = platform.processor() or platform.machine(), set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = (part.strip() for part in line.partition(":"))
+        if name == "model name":
+            model = value
+        elif name in ("flags", "Features"):
+            flags.update(value.split())
+    return {
+        "model": model,
+        "architecture": platform.machine(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "logical_cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "pytorch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "features": [feature for feature in _CPU_FEATURES if feature in flags],
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    head = _git("rev-parse", "--verify", "HEAD")
+    # Results are left out: a run must not make the next one look as if the sources had changed.
+    changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return {
+        "commit": head.strip() if head else None,
+        "dirty": None if changes is None else bool(changes.strip()),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def make_stamp(device: str, threads: int) -> dict[str, Any]:
+    """commit and dirty are None outside a git checkout; a version is None if not installed."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "threads": threads,
+        "cpu": _cpu(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                name: _version(name)
+                for name in ("torch", "convnn_kernels", "numpy", "scikit-image")
+            },
+        },
+        **_commit(),
+    }
