@@ -169,6 +169,12 @@ def test_positions() -> None:
     assert not any("positions" in name for name in reduced_vit().state_dict())
 
 
+def test_vit_sees_where_a_patch_is() -> None:
+    model = reduced_vit(layer="attention").eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(model(x), model(x.flip(-1).unflatten(-1, (8, 4)).flip(-1).flatten(3)))
+
+
 def test_every_row_builds() -> None:
     with torch.device("meta"):
         for row in ROWS.values():
