@@ -81,6 +81,36 @@ def test_gflops() -> None:
     )
 
 
+def test_the_papers_gflops_are_what_its_profiler_sees() -> None:
+    """All six numbers follow from one rule, and ours from counting all products.
+
+    Counted are linear layers, 1×1 convolutions, products of matrices and elementwise ones; not
+    convolutions with padding="same", nor Conv1d. Queries are all tokens of the padded map.
+    """
+
+    def printed(flops: float) -> str:
+        return f"{int(flops / 1e6) / 1e3:.3f}"
+
+    maps, inputs = (32, 16, 8, 8, 4, 4, 2, 2), (3, 64, 128, 256, 256, 512, 512, 512)
+    outputs = (*inputs[1:], 512)
+    classifier = 2 * (25088 * 4096 + 4096 * 4096 + 4096 * 10)
+    fusions = sum(2 * n**2 * c**2 for n, c in zip(maps, outputs, strict=True))
+    search = sum(2 * (n + 2) ** 4 * c for n, c in zip(maps, inputs, strict=True))
+    positions = sum(2 * (n + 2) ** 4 * 2 for n in maps)
+    assert printed(classifier + fusions) == "0.293"
+    assert printed(classifier + fusions + search) == "0.325"
+    assert printed(classifier + fusions + search + positions) == "0.331"
+
+    N, E, blocks, k, r = 197, 192, 12, 9, 32
+    rest = 2 * 196 * 768 * E + blocks * N * (2 * 12 * E * E + 2 * E) + 2 * E * 10
+    assert printed(rest + blocks * 4 * N * N * E) == "2.507"
+    modulation = blocks * N * k * E
+    assert printed(rest + blocks * 2 * N * N * E + modulation) == "2.333"
+    # Of the keys, only those of the candidates are projected.
+    saved = blocks * 2 * (N - r) * E * E
+    assert printed(rest - saved + blocks * 2 * N * r * E + modulation) == "2.037"
+
+
 def reduced_vgg(**options) -> nn.Module:
     return vgg11(10, **{**REDUCED["vgg11"], **options})
 
