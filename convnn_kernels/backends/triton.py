@@ -274,7 +274,7 @@ def _select(
         if k <= tiles.LONGEST_LIST:
             refine(0, blocks, tile["ROWS"], None, None, 0)
             return s, I
-        bound = torch.full((B, N), 2**63 - 1, dtype=torch.int64, device=Q.device)
+        bound = torch.empty((B, N), dtype=torch.int64, device=Q.device)
         for place in range(0, k, tiles.LONGEST_LIST):
             refine(0, blocks, tile["ROWS"], None, bound, place)
         return _finish_passes(s, I, M, order)
@@ -523,7 +523,7 @@ def _select_backward(
         norms = (*_norms(Q)[:2], *_norms(K)[:2])
     sizes = (N, M, D, k, B2, *Q.stride(), *K.stride())
     if need_query:
-        tile = tiles.query_grad(arch, D)
+        tile = tiles.query_grad(arch, D, k)
         grid = (B * _cdiv(N, tile["BLOCK_N"]) * _cdiv(D, tile["BLOCK_D"]),)
         kernels.query_grad_kernel[grid](
             g, s, I, Q, K, *norms, grad_query, *sizes, METRIC=METRICS[metric], **tile

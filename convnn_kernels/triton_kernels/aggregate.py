@@ -121,15 +121,19 @@ def aggregate_depthwise_kernel(
 
     b_max, b_sum = softmax_terms(p_similarities, p_indices, o_r, m_n, M, k, scale, RHO, BLOCK_K)
     b_y = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for j in range(0, k):
-        b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
-        p = p_v + b_row[:, None] * stride_vm + o_c[None, :] * stride_vc
-        b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
-        b_x = modulate(b_s, m, b_max, b_sum, scale, RHO)[:, None] * b_v
-        if HAS_WEIGHT:
-            b_w = tl.load(p_weight + o_c * stride_wc + j * stride_wk, m_c, 0.0)
-            b_x = b_x * b_w.to(tl.float32)[None, :]
-        b_y += b_x
+    # Sums of BLOCK_K terms first: rounding errors grow with the longest sum.
+    for start in range(0, k, BLOCK_K):
+        b_part = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for j in range(start, tl.minimum(start + BLOCK_K, k)):
+            b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+            p = p_v + b_row[:, None] * stride_vm + o_c[None, :] * stride_vc
+            b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
+            b_x = modulate(b_s, m, b_max, b_sum, scale, RHO)[:, None] * b_v
+            if HAS_WEIGHT:
+                b_w = tl.load(p_weight + o_c * stride_wc + j * stride_wk, m_c, 0.0)
+                b_x = b_x * b_w.to(tl.float32)[None, :]
+            b_part += b_x
+        b_y += b_part
     if HAS_BIAS:
         b_y += tl.load(p_bias + o_c * stride_b, m_c, 0.0).to(tl.float32)[None, :]
     p = p_output + o_r[:, None] * C + o_c[None, :]

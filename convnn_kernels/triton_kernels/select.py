@@ -210,8 +210,8 @@ def sweep_kernel(
 
     inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
     if METRIC == COSINE:
-        norm = tl.load(p_query_norm + b * N + o_n, m_n, 1.0)
-        inverse_q = tl.where(norm == 0.0, 0.0, 1.0 / norm)
+        norm_q = tl.load(p_query_norm + b * N + o_n, m_n, 1.0)
+        inverse_q = tl.where(norm_q == 0.0, 0.0, 1.0 / norm_q)
     if ONE_BLOCK_D:
         m_q = m_n[:, None] & (o_d < D)[None, :]
         b_q = tl.load(p_q_tile, m_q, 0.0)
@@ -242,8 +242,8 @@ def sweep_kernel(
                 else:
                     b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
         if METRIC == COSINE:
-            norm = tl.load(p_key_norm + b * M + row, m_c, 1.0)
-            b_s = b_s * tl.where(norm == 0.0, 0.0, 1.0 / norm)[None, :]
+            norm_k = tl.load(p_key_norm + b * M + row, m_c, 1.0)
+            b_s = b_s * tl.where(norm_k == 0.0, 0.0, 1.0 / norm_k)[None, :]
         if HAS_MASK:
             p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
             m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
@@ -423,7 +423,7 @@ def refine_kernel(
             b_order = tl.where(is_own, ORDER_OF_SELF, b_order)
         b_key = tl.where(m_c, pack(b_order, row), NOTHING)
         if HAS_BOUND:
-            b_key = tl.where(b_key < bound[:, None], b_key, NOTHING)
+            b_key = tl.where((b_key < bound[:, None]) | (place == 0), b_key, NOTHING)
         b_list = merge(b_list, b_key, LOG_TILE, LOG_LIST)
 
     if HAS_BOUND:

@@ -60,6 +60,7 @@ def query_grad_kernel(
     METRIC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """dq of BLOCK_N queries and BLOCK_D columns."""
     pid = tl.program_id(0).to(tl.int64)
@@ -78,20 +79,26 @@ def query_grad_kernel(
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
     b_dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_along = tl.zeros([BLOCK_N], tl.float32)
-    for j in range(0, k):
-        b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
-        b_g = tl.load(p_grad + o_r * k + j, m, 0.0)
-        p = p_k + b_row[:, None] * stride_km + o_d[None, :] * stride_kd
-        b_k = tl.load(p, m[:, None] & m_d[None, :], 0.0).to(tl.float32)
-        if METRIC == EUCLIDEAN:
-            b_dq += tl.where(m[:, None], -2.0 * b_g[:, None] * (b_q - b_k), 0.0)
-        else:
-            if METRIC == COSINE:
-                norm = tl.load(p_key_norm + b * M + b_row, m, 1.0)
-                scale = tl.load(p_key_scale + b * M + b_row, m, 1.0)
-                b_k = _unit(b_k, scale[:, None], norm[:, None])
-                b_along += tl.where(m, b_g * b_s, 0.0)
-            b_dq += b_g[:, None] * b_k
+    # Sums of BLOCK_K terms first: rounding errors grow with the longest sum.
+    for start in range(0, k, BLOCK_K):
+        b_part = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        b_part_along = tl.zeros([BLOCK_N], tl.float32)
+        for j in range(start, tl.minimum(start + BLOCK_K, k)):
+            b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+            b_g = tl.load(p_grad + o_r * k + j, m, 0.0)
+            o_k = b_row[:, None] * stride_km + o_d[None, :] * stride_kd
+            b_k = tl.load(p_k + o_k, m[:, None] & m_d[None, :], 0.0).to(tl.float32)
+            if METRIC == EUCLIDEAN:
+                b_part += tl.where(m[:, None], -2.0 * b_g[:, None] * (b_q - b_k), 0.0)
+            else:
+                if METRIC == COSINE:
+                    norm_k = tl.load(p_key_norm + b * M + b_row, m, 1.0)
+                    scale_k = tl.load(p_key_scale + b * M + b_row, m, 1.0)
+                    b_k = _unit(b_k, scale_k[:, None], norm_k[:, None])
+                    b_part_along += tl.where(m, b_g * b_s, 0.0)
+                b_part += b_g[:, None] * b_k
+        b_dq += b_part
+        b_along += b_part_along
     if METRIC == COSINE:
         norm = tl.load(p_query_norm + o_r, m_n, 1.0)[:, None]
         scale = tl.load(p_query_scale + o_r, m_n, 1.0)[:, None]

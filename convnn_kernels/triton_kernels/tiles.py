@@ -223,10 +223,14 @@ def weight_grad_depthwise(arch: int, C: int) -> Tile:
     return _tile(BLOCK_N=32, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
 
 
-def query_grad(arch: int, D: int) -> Tile:
+def query_grad(arch: int, D: int, k: int) -> Tile:
     """Blocks of `query_grad_kernel`."""
-    rows = 64 if arch == INTERPRETER else 16
-    return _tile(BLOCK_N=rows, BLOCK_D=min(128, max(16, power_of_two(D))), num_warps=4)
+    return _tile(
+        BLOCK_N=64 if arch == INTERPRETER else 16,
+        BLOCK_D=min(128, max(16, power_of_two(D))),
+        BLOCK_K=block_k(k),
+        num_warps=4,
+    )
 
 
 def parts(rows: int, size: int) -> tuple[int, int]:
