@@ -3,6 +3,7 @@
 #
 #   make test       the quick tests
 #   make test-all   the slow tests too
+#   make aot        the Triton kernels compiled for each architecture, without a GPU
 #   make bench      the benchmark on photographs: a table, a JSON file and pictures
 #   make lint       formatting, lint and types
 #
@@ -20,15 +21,21 @@ cpp_files = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 build_files := setup.py CMakeLists.txt convnn_kernels/version.py $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help test test-all bench lint
+.PHONY: help test test-all aot bench lint
 help:
 	@sed -n '2,/^$$/{/^#/{s/^# \{0,1\}//p}}' Makefile
 
 test: $(VENV)/.test
-	$(python) -m pytest -m "not slow and not gpu"
+	$(python) -m pytest -m "not slow and not gpu and not triton"
+	TRITON_INTERPRET=1 $(python) -m pytest -m "triton and not slow" tests/test_triton.py
 
 test-all: $(VENV)/.test
-	$(python) -m pytest -m "not gpu"
+	$(python) -m pytest -m "not gpu and not triton"
+	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton.py
+
+# Compiles the Triton kernels for each architecture, without a GPU, and writes down the outcome.
+aot: $(VENV)/.test
+	$(python) -m benchmarks.aot --write
 
 bench: $(VENV)/.bench
 	$(python) -m benchmarks

@@ -5,11 +5,11 @@
 and ``convnn_kernels.backend(name)`` forces one backend.
 """
 
-from convnn_kernels import functional, native
+from convnn_kernels import functional, native, nn
 from convnn_kernels.backends.choose import backend
 from convnn_kernels.version import __version__
 
 # Importing `functional` defined the operators; their C++ implementations follow.
 native.load()
 
-__all__ = ["__version__", "backend", "functional"]
+__all__ = ["__version__", "backend", "functional", "nn"]

@@ -217,6 +217,36 @@ def check_convolution(
         )
 
 
+def check_candidates(op: str, candidates: Tensor | None, rows: int) -> None:
+    """Check the values of ``candidates``: rows of key, each once. Reads them."""
+    if candidates is None:
+        return
+    _check_range(op, "candidates", candidates, rows)
+    in_order = candidates.sort().values
+    again = in_order[1:][in_order[1:] == in_order[:-1]]
+    if again.numel():
+        raise RuntimeError(f"{op}: candidates must be distinct, got {int(again[0])} more than once")
+
+
+def check_self_indices(op: str, self_indices: Tensor | None, rows: int) -> None:
+    """Check the values of ``self_indices``: rows of key. Reads them."""
+    if self_indices is not None:
+        _check_range(op, "self_indices", self_indices, rows)
+
+
+def check_indices(op: str, indices: Tensor, rows: int) -> None:
+    """Check the values of the indices of ``aggregate``: rows of value. Reads them."""
+    _check_range(op, "indices", indices, rows)
+
+
+def _check_range(op: str, name: str, tensor: Tensor, rows: int) -> None:
+    wrong = ((tensor < 0) | (tensor >= rows)).flatten().nonzero()
+    if wrong.numel():
+        position = int(wrong[0])
+        got = int(tensor.flatten()[position])
+        raise RuntimeError(f"{op}: {name} must be in [0, {rows}), got {got} at position {position}")
+
+
 def _is_dense(weight: Tensor, channels: int, k: int) -> bool:
     return weight.dim() == 3 and weight.shape[1] == channels and weight.shape[2] == k
 

@@ -28,6 +28,7 @@ ALLOWED = {
     "native": set(),
     "introspect": set(),
     "version": set(),
+    "show_neighbors": {"functional", "nn"},
     "info": {"backends", "introspect", "native", "version"},
 }
 

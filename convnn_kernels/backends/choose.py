@@ -2,11 +2,14 @@
 """Which backend runs a call, and why the others cannot.
 
 CPU tensors go from the dispatcher straight to the C++ kernels. CUDA tensors come here: this module
-is the one owner of the CUDA dispatch key.
+is the one owner of the CUDA dispatch key. Where ``TRITON_INTERPRET=1`` or ``CONVNN_BACKEND`` was
+set at import, CPU tensors come here first, too.
 """
 
 import contextlib
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from convnn_kernels import checks, dispatch, native
+from convnn_kernels.backends import triton
 
 BACKENDS = ("triton", "cuda", "cpu")
 
@@ -23,6 +27,11 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "convnn::aggregate": checks.check_aggregate,
 }
 
+_log = logging.getLogger("convnn_kernels")
+_told: set[str] = set()
+# Backends that turned out not to work here, and why.
+_failures: dict[str, str] = {}
+
 # One choice for the whole process: backward runs in threads of the autograd engine.
 _forced: str | None = os.environ.get("CONVNN_BACKEND") or None
 
@@ -30,7 +39,7 @@ _forced: str | None = os.environ.get("CONVNN_BACKEND") or None
 def available() -> dict[str, str | None]:
     """For each backend, why it cannot run on this machine; None if it can."""
     return {
-        "triton": "this version has no Triton kernels",
+        "triton": _failures.get("triton") or triton.unavailable(),
         "cuda": native.load()["cuda"] or "this version has no CUDA kernels",
         "cpu": native.load()["cpu"] or None,
     }
@@ -82,34 +91,71 @@ def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
     defaults = dispatch.defaults(op)
 
     def choose(*args: Any) -> Any:
-        if name in _CHECKS:
-            _CHECKS[name](name, *args, *defaults[len(args) :])
-        device = next(arg.device for arg in args if isinstance(arg, Tensor))
-        reasons = available() | {"cpu": "it takes tensors on cpu only"}
-        if _forced is not None:
-            _require(_forced, "CONVNN_BACKEND")
+        return _run(name, (*args, *defaults[len(args) :]))
+
+    return choose
+
+
+def _run(name: str, args: tuple[Any, ...]) -> Any:
+    if name in _CHECKS:
+        _CHECKS[name](name, *args)
+    reasons = _reasons(args)
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if _forced is not None:
+        _require(_forced, "CONVNN_BACKEND")
+        if reasons[_forced]:
             raise RuntimeError(
                 f"{name}: the forced backend '{_forced}' cannot run tensors on {device}: "
                 f"{reasons[_forced]}"
             )
+    elif reasons["triton"]:
         why = "; ".join(f"{each}: {reason}" for each, reason in reasons.items())
         raise RuntimeError(f"{name}: no backend can run tensors on {device}: {why}")
+    _tell(f"{name} runs on triton: {'forced' if _forced else 'the default for CUDA tensors'}")
+    try:
+        return triton.run(name, args)
+    except triton.CannotCompile as error:
+        _failures["triton"] = f"it cannot compile: {error}"
+        warnings.warn(f"convnn_kernels: Triton cannot compile here: {error}", stacklevel=2)
+        # The next backend, or why there is none.
+        return _run(name, args)
 
-    return choose
+
+def _reasons(args: tuple[Any, ...]) -> dict[str, str | None]:
+    """For each backend, why it cannot run a call with ``args``; None if it can."""
+    reasons = available() | {"cpu": "it takes tensors on cpu only"}
+    reasons["triton"] = reasons["triton"] or triton.refuses(args)
+    return reasons
+
+
+def _tell(message: str) -> None:
+    """Logs a message the first time it comes up."""
+    if message not in _told:
+        _told.add(message)
+        _log.info(message)
 
 
 def forced_kernel(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     """A kernel of ``op`` that stands before those of all devices, if one must.
 
     The C++ kernels for CPU tensors do not ask which backend is forced. Where ``CONVNN_BACKEND``
-    forces another, this kernel, of the BackendSelect key, asks for them.
+    forces another from the start, or Triton's interpreter may be asked for, this kernel, of the
+    BackendSelect key, does.
     """
-    if _forced in (None, "cpu"):
+    if _forced in (None, "cpu") and not triton.interpreted():
         return None
+    name = op.name()
+    defaults = dispatch.defaults(op)
 
     def ask(keyset: Any, *args: Any) -> Any:
         if _forced is not None:
             _require(_forced, "CONVNN_BACKEND")
+        if _forced == "triton" and _on_cpu(args):
+            return _run(name, (*args, *defaults[len(args) :]))
         return op.redispatch(keyset & dispatch.BELOW_BACKEND_SELECT, *args)
 
     return ask
+
+
+def _on_cpu(args: tuple[Any, ...]) -> bool:
+    return next(arg for arg in args if isinstance(arg, Tensor)).device.type == "cpu"

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""The attention layers of the paper's Table 2 that are not ConvNN's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with one head (Vaswani et al., 2017).
+
+    [B, N, E] → [B, N, E]; projections without bias. Subclasses restrict the pairs.
+    """
+
+    def __init__(self, embed_dim: int, dropout: float = 0.0, head_dim: int | None = None) -> None:
+        super().__init__()
+        width = embed_dim if head_dim is None else head_dim
+        self.query_projection = nn.Linear(embed_dim, width, bias=False)
+        self.key_projection = nn.Linear(embed_dim, width, bias=False)
+        self.value_projection = nn.Linear(embed_dim, width, bias=False)
+        self.output_projection = nn.Linear(width, embed_dim, bias=False)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query_projection(x), self.key_projection(x), self.value_projection(x)
+        return self.output_projection(self.attend(q, k, v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v, None)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+class LocalAttention(Attention):
+    """Every token attends to those at most `window` away (Aguilera-Martos et al., 2024).
+
+    The sequence is cut into blocks of `window` tokens, each of which looks at itself and the
+    blocks beside it, so that time and memory are O(N · window).
+    """
+
+    def __init__(
+        self, embed_dim: int, window: int, dropout: float = 0.0, head_dim: int | None = None
+    ) -> None:
+        super().__init__(embed_dim, dropout, head_dim)
+        self.window = window
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length, w = q.shape[1], self.window
+        blocks = -(-length // w)
+        spare = blocks * w - length
+        q = F.pad(q, (0, 0, 0, spare)).unflatten(1, (blocks, w))
+        # One block more on either side; [B, blocks, 3w, d] without a copy.
+        k, v = (F.pad(each, (0, 0, w, w + spare)).unfold(1, 3 * w, w).mT for each in (k, v))
+        places = torch.arange(blocks * w, device=q.device).view(blocks, w, 1)
+        others = torch.arange(-w, 2 * w, device=q.device) + w * torch.arange(
+            blocks, device=q.device
+        ).view(blocks, 1, 1)
+        mask = (places - others).abs() <= w
+        mask &= (others >= 0) & (others < length)
+        # Tokens that fill up the last block are queries too; they are dropped below.
+        mask |= places >= length
+        return self._attend(q, k, v, mask).flatten(1, 2)[:, :length]
+
+
+class SparseAttention(Attention):
+    """Strided sparse attention (Child et al., 2019), without its causality.
+
+    Of the two patterns of its section 4.2, a token attends to those less than a stride away and to
+    those whose distance is a multiple of the stride. The pattern is a mask of [N, N]: it shows
+    what the layer learns, not how fast block-sparse kernels are.
+    """
+
+    def __init__(self, embed_dim: int, stride: int, dropout: float = 0.0) -> None:
+        super().__init__(embed_dim, dropout)
+        self.stride = stride
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        places = torch.arange(q.shape[1], device=q.device)
+        distance = (places.unsqueeze(1) - places).abs()
+        mask = (distance < self.stride) | (distance % self.stride == 0)
+        return self._attend(q, k, v, mask)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""VGG-11 (Simonyan and Zisserman, 2015; configuration A) of convolutions, ConvNN or both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from convnn_kernels.nn import Candidates, ConvNN2d, HybridBranch2d
+
+LAYERS = ("conv2d", "convnn", "hybrid")
+
+# Output channels of the layers; "pool" halves the map.
+CHANNELS = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+
+
+class VGG(nn.Module):
+    """[B, 3, H, W] → [B, num_classes]. From 32×32 the last layers see maps of 2×2."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        make_layer: Callable[[int, int], nn.Module],
+        channels: Sequence[int | str],
+        hidden: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        features: list[nn.Module] = []
+        inputs = 3
+        for outputs in channels:
+            if isinstance(outputs, str):
+                features.append(nn.MaxPool2d(2))
+                continue
+            features += [make_layer(inputs, outputs), nn.BatchNorm2d(outputs), nn.ReLU()]
+            inputs = outputs
+        self.features = nn.Sequential(*features)
+        self.pool = nn.AdaptiveAvgPool2d(7)
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(inputs * 49, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.pool(self.features(x)))
+
+
+def vgg11(
+    num_classes: int,
+    layer: str = "hybrid",
+    branch_ratio: float = 0.5,
+    k: int = 9,
+    *,
+    kernel_size: int | None = None,
+    positional_encoding: str | None = None,
+    candidates: Callable[[], Candidates] | None = None,
+    rho: str = "ones",
+    channels: Sequence[int | str] = CHANNELS,
+    hidden: int = 4096,
+    dropout: float = 0.5,
+) -> VGG:
+    """VGG-11 as in the paper's section 6.1.
+
+    Args:
+        num_classes: classes.
+        layer: "conv2d": convolutions; "convnn": ConvNN2d alone, without fusion; "hybrid":
+            HybridBranch2d. The paper's ConvNN row is λ = 1 of the latter.
+        branch_ratio: the paper's λ.
+        k: neighbors. Small maps have fewer tokens; padding of k's kernel, 1 for k = 9, gives keys.
+        kernel_size: of the convolutions; √k if None.
+        positional_encoding: None, or "similarity" for the paper's second half of Table 1: its
+            number of parameters leaves the aggregation without coordinates.
+        candidates: makes the candidates of one layer; all tokens if None.
+        rho: how neighbors are modulated.
+        channels: output channels of the layers, and "pool" where the map is halved.
+        hidden: width of the classifier.
+        dropout: in the classifier.
+
+    Raises:
+        ValueError: if layer is unknown, or k is no square and kernel_size is not given.
+    """
+    if layer not in LAYERS:
+        raise ValueError(f"vgg11: layer must be one of {LAYERS}, got {layer!r}")
+    size = math.isqrt(k) if kernel_size is None else kernel_size
+    if kernel_size is None and size**2 != k:
+        raise ValueError(f"vgg11: k must be a square number unless kernel_size is given, got {k}")
+    # Even kernels leave no symmetric padding; the keys then need enough of it to be k.
+    padding = max(size // 2, 1) if k > 1 else 0
+
+    def make_layer(inputs: int, outputs: int) -> nn.Module:
+        if layer == "conv2d":
+            return nn.Conv2d(inputs, outputs, size, padding="same")
+        searched = None if candidates is None else candidates()
+        if layer == "convnn":
+            return ConvNN2d(
+                inputs,
+                outputs,
+                k,
+                padding=padding,
+                projections="identity",
+                rho=rho,
+                positional_encoding=positional_encoding,
+                candidates=searched,
+            )
+        return HybridBranch2d(
+            inputs,
+            outputs,
+            size,
+            branch_ratio,
+            k=k,
+            padding=padding,
+            rho=rho,
+            positional_encoding=positional_encoding,
+            candidates=searched,
+        )
+
+    return VGG(num_classes, make_layer, channels, hidden, dropout)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""ViT-Tiny (Dosovitskiy et al., 2021) of attention, its variants or ConvNN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models.peers import Attention, LocalAttention, SparseAttention
+from convnn_kernels.nn import Candidates, ConvNNAttention
+
+LAYERS = ("attention", "convnn", "kvt", "local", "sparse")
+
+
+class Block(nn.Module):
+    """[B, N, E] → [B, N, E]: attention, then an MLP, each after a norm and added."""
+
+    def __init__(self, embed_dim: int, mlp_dim: int, attention: nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.attention = attention
+        self.mlp_norm = nn.LayerNorm(embed_dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, mlp_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(mlp_dim, embed_dim),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class ViT(nn.Module):
+    """[B, 3, image_size, image_size] → [B, num_classes], from the class token, without a norm."""
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        make_attention: Callable[[], nn.Module],
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        mlp_dim: int,
+        depth: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.patch_norm = nn.LayerNorm(embed_dim)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        nn.init.normal_(self.class_token, std=0.02)
+        length = (image_size // patch_size) ** 2 + 1
+        self.register_buffer("positions", sinusoids(length, embed_dim), persistent=False)
+        self.blocks = nn.Sequential(
+            *(Block(embed_dim, mlp_dim, make_attention(), dropout) for _ in range(depth))
+        )
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch_norm(self.patches(x).flatten(2).mT)
+        tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return self.head(self.blocks(tokens + self.positions)[:, 0])
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """The fixed positions of Vaswani et al. (2017), section 3.5: [length, width]."""
+    places = torch.arange(length, dtype=torch.float32).unsqueeze(1)
+    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    return torch.stack([(places * frequencies).sin(), (places * frequencies).cos()], -1).flatten(1)
+
+
+def vit_tiny(
+    num_classes: int,
+    layer: str = "convnn",
+    k: int = 9,
+    *,
+    candidates: Callable[[], Candidates] | None = None,
+    window: int = 128,
+    stride: int = 14,
+    image_size: int = 224,
+    patch_size: int = 16,
+    embed_dim: int = 192,
+    mlp_dim: int = 768,
+    depth: int = 12,
+    dropout: float = 0.1,
+) -> ViT:
+    """ViT-Tiny as in the paper's section 6.2, with one head.
+
+    Args:
+        num_classes: classes.
+        layer: "attention", "convnn", "kvt" (k-NN attention), "local" or "sparse".
+        k: neighbors, for "convnn" and "kvt".
+        candidates: makes the candidates of one layer of "convnn"; all tokens if None.
+        window: how far local attention reaches to either side. The paper does not say; its
+            GFLOPs are nearest to those of 128.
+        stride: of sparse attention: √196, one row of patches.
+        image_size: height and width of the images.
+        patch_size: height and width of a patch; it divides image_size.
+        embed_dim: width of the tokens. That of a local head is a third of it, 64, which the
+            paper's number of parameters implies.
+        mlp_dim: hidden width of the MLPs.
+        depth: blocks.
+        dropout: in attention and MLPs.
+
+    Raises:
+        ValueError: if layer is unknown or patch_size does not divide image_size.
+    """
+    if image_size % patch_size:
+        raise ValueError(
+            f"vit_tiny: patch_size must divide image_size {image_size}, got {patch_size}"
+        )
+
+    def make_attention() -> nn.Module:
+        if layer == "attention":
+            return Attention(embed_dim, dropout)
+        if layer == "local":
+            return LocalAttention(embed_dim, window, dropout, head_dim=embed_dim // 3)
+        if layer == "sparse":
+            return SparseAttention(embed_dim, stride, dropout)
+        if layer == "kvt":
+            return ConvNNAttention(embed_dim, 1, k, dropout, metric="dot", aggregation="sum")
+        if layer == "convnn":
+            searched = None if candidates is None else candidates()
+            return ConvNNAttention(embed_dim, 1, k, dropout, candidates=searched)
+        raise ValueError(f"vit_tiny: layer must be one of {LAYERS}, got {layer!r}")
+
+    return ViT(
+        num_classes,
+        make_attention,
+        image_size,
+        patch_size,
+        embed_dim,
+        mlp_dim,
+        depth,
+        dropout,
+    )

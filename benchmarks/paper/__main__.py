@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""``python -m benchmarks.paper``: trains rows of the paper, prints its tables, draws its figures.
+
+A row that was trained is not trained again: runs go on where they ended, and a table or a figure
+that shares rows with another one finds them in the folder of runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.paper import data, memory, report
+from benchmarks.paper.rows import FIGURES, ROWS, TABLES, Row
+from benchmarks.paper.train import Recipe, train
+from benchmarks.stamp import make_stamp
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    recipe = Recipe()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--table", type=int, choices=sorted(TABLES), help="print this table")
+    what.add_argument("--figure", type=int, choices=sorted(FIGURES), help="draw this figure")
+    what.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, see --list")
+    what.add_argument("--list", action="store_true", help="list all rows")
+    what.add_argument("--no-training", action="store_true", help="only print or draw what is there")
+    what.add_argument("--memory", action="store_true", help="print the peak memory of one step")
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("CONVNN_DATA"),
+        help="folder of the dataset (default: the environment variable CONVNN_DATA)",
+    )
+    where.add_argument("--dataset", choices=("cifar10", "cifar100"), default=recipe.dataset)
+    where.add_argument("--out", type=Path, default=Path("paper_runs"), help="folder of the runs")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    where.add_argument("--device", default=default)
+    where.add_argument("--threads", type=int, help="CPU threads")
+    how = parser.add_argument_group("how: the defaults are the paper's")
+    how.add_argument("--epochs", type=int, default=recipe.epochs)
+    how.add_argument("--batch-size", type=int, default=recipe.batch_size)
+    how.add_argument("--lr", type=float, default=recipe.lr)
+    how.add_argument("--weight-decay", type=float, default=recipe.weight_decay)
+    how.add_argument("--clip", type=float, default=recipe.clip, help="largest norm of gradients")
+    how.add_argument("--seed", type=int, default=recipe.seed)
+    how.add_argument("--amp", choices=("none", "bfloat16"), default=recipe.amp)
+    how.add_argument("--compile", action="store_true")
+    how.add_argument("--reduced", action="store_true", help="small models, for a CPU")
+    how.add_argument("--train-limit", type=int, help="training images in all")
+    how.add_argument("--test-limit", type=int, help="test images in all")
+    options = parser.parse_args(arguments)
+    if options.rows:
+        unknown = [name for name in options.rows if name not in ROWS]
+        if unknown:
+            parser.error(f"--rows must be of those that --list prints, got {', '.join(unknown)}")
+    if not (options.table or options.figure or options.rows or options.list or options.memory):
+        parser.error("one of --table, --figure, --rows, --list and --memory is needed")
+    return options
+
+
+def wanted(options: argparse.Namespace) -> list[Row]:
+    if options.figure:
+        rows = FIGURES[options.figure].all_rows()
+    else:
+        rows = list(TABLES[options.table]) if options.table else list(ROWS.values())
+    return [row for row in rows if not options.rows or row.name in options.rows]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    stamp = make_stamp(_device_name(options.device), torch.get_num_threads())
+    if options.list:
+        print("\n".join(f"{row.name:34}{row.label}" for row in ROWS.values()))
+        return
+    if options.memory:
+        lines = memory.measure(min(options.batch_size, 8), options.device, options.reduced)
+        print(memory.table(lines))
+        _write(options.out / "memory.json", {"stamp": stamp, "peak_bytes": lines})
+        return
+
+    recipe = Recipe(**{name: getattr(options, name) for name in Recipe.__dataclass_fields__})
+    rows = wanted(options)
+    logs: report.Logs = {}
+    dataset = None
+    for row in rows:
+        folder = options.out / options.dataset / row.name
+        if options.no_training:
+            path = folder / "log.json"
+            logs[row.name] = json.loads(path.read_text()) if path.exists() else {"epochs": []}
+            continue
+        if dataset is None:
+            if options.data is None:
+                raise SystemExit("--data, or CONVNN_DATA, must name the folder of the dataset")
+            dataset = data.load(options.data, options.dataset)
+        logs[row.name] = train(row, dataset, recipe, folder)
+
+    lines = [report.entry(row, logs[row.name], options.dataset, options.reduced) for row in rows]
+    print(report.table(lines))
+    name = f"{options.dataset}-" + (
+        f"figure{options.figure}" if options.figure else f"table{options.table or ''}"
+    )
+    result = {"stamp": stamp, "recipe": vars(recipe), "rows": lines, "logs": logs}
+    _write(options.out / f"{name}.json", result)
+    if options.figure:
+        scale = ", reduced models" if options.reduced else ""
+        epochs = max((line["epochs"] for line in lines), default=0)
+        path = options.out / f"{name}.png"
+        note = f"{options.dataset}, {epochs} epochs{scale}"
+        report.draw(FIGURES[options.figure], logs, path, note)
+        print(path)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

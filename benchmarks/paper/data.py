@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""CIFAR-10 and CIFAR-100 as torchvision stores them, or folders of images by class."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+@dataclass
+class Split:
+    """images, [N, 3, H, W] uint8, and labels, [N] int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def limited(self, count: int | None) -> Split:
+        """The first images of every class, `count` in all; classes differ by at most one."""
+        if count is None or count >= len(self.labels):
+            return self
+        order = torch.argsort(self.labels, stable=True)
+        labels = self.labels[order]
+        first = torch.searchsorted(labels, labels)
+        rank = torch.arange(len(labels)) - first
+        kept = order[torch.argsort(rank, stable=True)[:count]]
+        return Split(self.images[kept], self.labels[kept])
+
+
+@dataclass
+class Dataset:
+    train: Split
+    test: Split
+    num_classes: int
+
+    def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
+        """Of each channel of the training images in [0, 1]: [3, 1, 1] float32."""
+        pixels = self.train.images.transpose(0, 1).flatten(1)
+        counts = torch.stack([torch.bincount(row, minlength=256) for row in pixels]).double()
+        values = torch.arange(256, dtype=torch.float64) / 255
+        weights = counts / counts.sum(1, keepdim=True)
+        mean = weights @ values
+        deviation = (weights @ values.square() - mean.square()).clamp(min=1e-12).sqrt()
+        return mean.float().view(3, 1, 1), deviation.float().view(3, 1, 1)
+
+
+def load(folder: Path, dataset: str) -> Dataset:
+    """Reads a dataset.
+
+    Args:
+        folder: holds "cifar-10-batches-py" or "cifar-100-python", as torchvision unpacks them, or
+            "train" and "test" with one folder of images for every class.
+        dataset: "cifar10" or "cifar100"; how many classes folders of images must have.
+
+    Raises:
+        FileNotFoundError: if the folder holds none of these.
+        ValueError: if images differ in size or the number of classes is another one.
+    """
+    num_classes = {"cifar10": 10, "cifar100": 100}[dataset]
+    pickled = folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[dataset]
+    if pickled.is_dir():
+        if dataset == "cifar10":
+            train = [pickled / f"data_batch_{i}" for i in range(1, 6)]
+            return Dataset(_batches(train), _batches([pickled / "test_batch"]), num_classes)
+        return Dataset(_batches([pickled / "train"]), _batches([pickled / "test"]), num_classes)
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+        if len(classes) != num_classes:
+            raise ValueError(
+                f"{dataset} has {num_classes} classes, but {folder / 'train'} has {len(classes)}"
+            )
+        return Dataset(
+            _images(folder / "train", classes), _images(folder / "test", classes), num_classes
+        )
+    raise FileNotFoundError(f"{folder} has neither {pickled.name} nor folders train and test")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of what a pickle may call, only what the arrays of CIFAR need."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a CIFAR file")
+
+
+def _batches(paths: list[Path]) -> Split:
+    images, labels = [], []
+    for path in paths:
+        with path.open("rb") as file:
+            batch = _Unpickler(file, encoding="latin1").load()
+        images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+        labels += batch["fine_labels"] if "fine_labels" in batch else batch["labels"]
+    return Split(torch.from_numpy(np.concatenate(images)), torch.tensor(labels))
+
+
+def _images(folder: Path, classes: list[str]) -> Split:
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        for path in _files(folder / name):
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB")))
+            if images[-1].shape != images[0].shape:
+                raise ValueError(
+                    f"{path} is {images[-1].shape[:2]}, but the first image is "
+                    f"{images[0].shape[:2]}: all must have one size"
+                )
+            labels.append(label)
+    if not images:
+        raise FileNotFoundError(f"{folder} has no images in the folders {classes}")
+    return Split(
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+    )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.glob("*")) if path.suffix.lower() in _SUFFIXES)

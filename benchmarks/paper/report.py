@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Tables of what was trained beside what the paper prints, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.rows import Figure, Row
+
+Logs = dict[str, dict[str, Any]]
+_WINDOW = 10
+
+
+def entry(row: Row, log: dict[str, Any] | None, dataset: str, reduced: bool) -> dict[str, Any]:
+    """One line of a table: the paper's numbers, and ours as far as there are some."""
+    num_classes = {"cifar10": 10, "cifar100": 100}[dataset]
+    line: dict[str, Any] = {
+        "row": row.name,
+        "label": row.label,
+        "paper": None
+        if row.paper is None
+        else {
+            "test_loss": row.paper.loss[dataset],
+            "test_accuracy": row.paper.accuracy[dataset],
+            "gflops": row.paper.gflops,
+            "parameters": row.paper.parameters[dataset],
+        },
+        "gflops": row.gflops(num_classes, reduced),
+        "parameters": row.parameters(num_classes, reduced),
+        "epochs": 0,
+    }
+    if log and log["epochs"]:
+        last = log["epochs"][-1]
+        seconds = sorted(each["seconds"] for each in log["epochs"])
+        line |= {
+            "epochs": last["epoch"],
+            "train_loss": last["train_loss"],
+            "test_loss": last["test_loss"],
+            "test_accuracy": 100 * last["test_accuracy"],
+            "best_test_accuracy": 100 * max(each["test_accuracy"] for each in log["epochs"]),
+            "seconds_per_epoch": seconds[len(seconds) // 2],
+        }
+    return line
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table; loss and accuracy are those after the last epoch."""
+    head = (
+        "layer",
+        "loss (paper)",
+        "loss",
+        "accuracy (paper)",
+        "accuracy",
+        "GFLOPs (paper)",
+        "GFLOPs",
+        "parameters (paper)",
+        "parameters",
+        "epochs",
+        "s/epoch",
+    )
+    body = []
+    for line in lines:
+        paper = line["paper"] or {}
+        body.append(
+            (
+                line["label"],
+                _number(paper.get("test_loss"), ".3f"),
+                _number(line.get("test_loss"), ".3f"),
+                _number(paper.get("test_accuracy"), ".2f"),
+                _number(line.get("test_accuracy"), ".2f"),
+                _number(paper.get("gflops"), ".3f"),
+                _number(line["gflops"], ".3f"),
+                paper.get("parameters", "–"),
+                _number(line["parameters"], ","),
+                str(line["epochs"]),
+                _number(line.get("seconds_per_epoch"), ".1f"),
+            )
+        )
+    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
+    rule = tuple("-" * width for width in widths)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) + " |"
+        for row in (head, rule, *body)
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and those before it, `window` in all."""
+    return [
+        sum(values[max(0, i + 1 - window) : i + 1]) / len(values[max(0, i + 1 - window) : i + 1])
+        for i in range(len(values))
+    ]
+
+
+def draw(figure: Figure, logs: Logs, path: Path, note: str) -> None:
+    """Draws what the logs hold of a figure; rows without epochs are left out.
+
+    Args:
+        figure: which rows and how they are grouped.
+        logs: by name of row.
+        path: of the PNG.
+        note: stands below the title: dataset, scale, epochs.
+    """
+    # Only those who draw need it.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = 2 if figure.rows or figure.has_time else 1
+    canvas, axes = plt.subplots(1, panels, figsize=(5.0 * panels, 3.6), squeeze=False)
+    if figure.rows:
+        _loss_curves(figure, logs, axes[0])
+    else:
+        _sweep(figure, logs, axes[0][0], "test_accuracy", 100.0, "test accuracy (%)")
+        if figure.has_time:
+            _sweep(figure, logs, axes[0][1], "seconds", 1.0, "seconds per epoch")
+    canvas.suptitle(f"{figure.title} ({note})", fontsize=10)
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=110)
+    plt.close(canvas)
+
+
+def _loss_curves(figure: Figure, logs: Logs, axes: Any) -> None:
+    for row in figure.rows:
+        epochs = logs.get(row.name, {"epochs": []})["epochs"]
+        if not epochs:
+            continue
+        # The paper smooths over 10 epochs of 150; short runs would be all mean.
+        window = _WINDOW if len(epochs) >= 5 * _WINDOW else 1
+        for axis, key in zip(axes, ("train_loss", "test_loss"), strict=True):
+            values = smoothed([each[key] for each in epochs], window)
+            axis.plot([each["epoch"] for each in epochs], values, marker=".", label=row.label)
+    for axis, name in zip(axes, ("training loss", "test loss"), strict=True):
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+
+
+def _sweep(figure: Figure, logs: Logs, axis: Any, key: str, factor: float, name: str) -> None:
+    for i, sweep in enumerate(figure.sweeps):
+        points = {}
+        for value, row in sweep.rows.items():
+            epochs = logs.get(row.name, {"epochs": []})["epochs"]
+            if epochs:
+                values = sorted(each[key] for each in epochs)
+                # Of times the median; of accuracies the last.
+                chosen = values[len(values) // 2] if key == "seconds" else epochs[-1][key]
+                points[value] = factor * chosen
+        if set(points) == {0}:
+            axis.axhline(points[0], color=f"C{i}", linestyle="--", label=sweep.label)
+        elif points:
+            axis.plot(*zip(*points.items(), strict=True), "o-", color=f"C{i}", label=sweep.label)
+    axis.set(xlabel=figure.variable, ylabel=name)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: MIT
+"""What can be trained: the rows of the paper's tables, and the sweeps of its figures."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.models import vgg11, vit_tiny
+from benchmarks.models.vgg import CHANNELS
+from convnn_kernels.nn import RandomCandidates, SpatialCandidates
+
+# The models at a scale at which an epoch takes seconds on a CPU.
+REDUCED: dict[str, dict[str, Any]] = {
+    "vgg11": {
+        "channels": tuple(c if isinstance(c, str) else c // 8 for c in CHANNELS),
+        "hidden": 128,
+    },
+    "vit": {"image_size": 32, "patch_size": 4, "embed_dim": 48, "mlp_dim": 192, "depth": 4},
+}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The numbers that the paper prints; loss and accuracy (in %) for each dataset."""
+
+    loss: dict[str, float]
+    accuracy: dict[str, float]
+    gflops: float
+    parameters: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: `name` is "vgg11/..." or "vit/...", and `options` are those of its factory."""
+
+    name: str
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+    paper: Paper | None = None
+
+    @property
+    def family(self) -> str:
+        return self.name.split("/")[0]
+
+    def build(self, num_classes: int, reduced: bool) -> nn.Module:
+        options = {**(REDUCED[self.family] if reduced else {}), **self.options}
+        if self.family == "vgg11":
+            return vgg11(num_classes, **options)
+        return vit_tiny(num_classes, **options)
+
+    def image_size(self, reduced: bool) -> int:
+        return 32 if self.family == "vgg11" or reduced else 224
+
+    def parameters(self, num_classes: int, reduced: bool) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.build(num_classes, reduced).parameters())
+
+    def gflops(self, num_classes: int, reduced: bool) -> float:
+        """Of one image forward. A multiplication and its addition are two, as in the paper."""
+        size = self.image_size(reduced)
+        with torch.device("meta"):
+            model = self.build(num_classes, reduced).eval()
+            image = torch.empty(1, 3, size, size)
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model(image)
+        return counter.get_total_flops() / 1e9
+
+
+def _paper(
+    loss: tuple[float, float],
+    accuracy: tuple[float, float],
+    gflops: float,
+    parameters: tuple[str, str],
+) -> Paper:
+    def by_dataset(values: tuple[Any, Any]) -> dict[str, Any]:
+        return dict(zip(("cifar10", "cifar100"), values, strict=True))
+
+    return Paper(by_dataset(loss), by_dataset(accuracy), gflops, by_dataset(parameters))
+
+
+_VGG_PARAMETERS = ("130.015M", "130.384M")
+_VIT_PARAMETERS = ("5.479M", "5.496M")
+_CONVNN_PARAMETERS = ("5.500M", "5.517M")
+
+# λ: loss and accuracy on CIFAR-10 and CIFAR-100. λ = 1 is the row "ConvNN".
+_WITHOUT_POSITIONS = {
+    0.125: ((1.393, 3.905), (81.10, 45.08)),
+    0.25: ((1.467, 3.518), (81.21, 47.87)),
+    0.375: ((1.422, 3.578), (80.95, 48.34)),
+    0.5: ((1.424, 3.474), (81.26, 48.37)),
+    0.625: ((1.403, 3.281), (80.79, 49.74)),
+    0.75: ((1.479, 3.516), (79.58, 46.93)),
+    0.875: ((1.332, 3.906), (78.18, 45.72)),
+    1.0: ((2.694, 5.011), (54.00, 29.50)),
+}
+_WITH_POSITIONS = {
+    0.125: ((1.420, 3.665), (80.97, 47.73)),
+    0.25: ((1.447, 3.702), (80.91, 47.65)),
+    0.375: ((1.386, 3.696), (82.08, 48.39)),
+    0.5: ((1.213, 3.588), (81.77, 48.80)),
+    0.625: ((1.341, 3.323), (80.81, 49.23)),
+    0.75: ((1.283, 3.533), (80.26, 48.78)),
+    0.875: ((1.225, 3.539), (78.70, 46.26)),
+    1.0: ((2.388, 4.586), (57.15, 32.33)),
+}
+
+
+def _hybrid(ratio: float, has_positions: bool) -> Row:
+    loss, accuracy = (_WITH_POSITIONS if has_positions else _WITHOUT_POSITIONS)[ratio]
+    gflops = 0.331 if has_positions else 0.325
+    name, label = f"vgg11/hybrid-{ratio:g}", f"λ = {ratio:g}"
+    options: dict[str, Any] = {"layer": "hybrid", "branch_ratio": ratio}
+    if has_positions:
+        name, label = name + "-positions", label + ", positions"
+        options["positional_encoding"] = "similarity"
+    return Row(name, label, options, _paper(loss, accuracy, gflops, _VGG_PARAMETERS))
+
+
+_CONV2D = Row(
+    "vgg11/conv2d",
+    "Conv2D",
+    {"layer": "conv2d"},
+    _paper((1.529, 3.939), (80.65, 44.83), 0.293, _VGG_PARAMETERS),
+)
+
+TABLE_1 = (
+    _CONV2D,
+    *(_hybrid(ratio, False) for ratio in _WITHOUT_POSITIONS),
+    *(_hybrid(ratio, True) for ratio in _WITH_POSITIONS),
+)
+
+TABLE_2 = (
+    Row(
+        "vit/attention",
+        "Attention",
+        {"layer": "attention"},
+        _paper((1.558, 3.817), (77.41, 50.07), 2.507, _VIT_PARAMETERS),
+    ),
+    Row(
+        "vit/local",
+        "Local attention",
+        {"layer": "local"},
+        _paper((1.626, 3.688), (76.51, 49.73), 1.991, ("4.299M", "4.317M")),
+    ),
+    Row(
+        "vit/kvt-9",
+        "KVT, k = 9",
+        {"layer": "kvt", "k": 9},
+        _paper((1.775, 3.883), (75.77, 48.21), 2.508, _VIT_PARAMETERS),
+    ),
+    Row(
+        "vit/kvt-100",
+        "KVT, k = 100",
+        {"layer": "kvt", "k": 100},
+        _paper((1.593, 3.738), (76.41, 50.34), 2.508, _VIT_PARAMETERS),
+    ),
+    Row(
+        "vit/sparse",
+        "Sparse attention",
+        {"layer": "sparse"},
+        _paper((2.026, 4.565), (72.50, 44.62), 2.509, _VIT_PARAMETERS),
+    ),
+    Row(
+        "vit/convnn-all",
+        "ConvNN, all",
+        {"layer": "convnn"},
+        _paper((1.978, 3.983), (73.67, 48.67), 2.333, _CONVNN_PARAMETERS),
+    ),
+    Row(
+        "vit/convnn-random-32",
+        "ConvNN, random, r = 32",
+        {"layer": "convnn", "candidates": functools.partial(RandomCandidates, 32)},
+        _paper((0.779, 2.341), (79.82, 53.60), 2.037, _CONVNN_PARAMETERS),
+    ),
+    Row(
+        "vit/convnn-spatial-32",
+        "ConvNN, spatial, r = 32",
+        {"layer": "convnn", "candidates": functools.partial(SpatialCandidates, 32)},
+        _paper((2.737, 5.020), (63.01, 38.22), 2.037, _CONVNN_PARAMETERS),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A curve of a figure: rows by what is swept, with one entry for a horizontal line."""
+
+    label: str
+    rows: dict[int, Row]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Loss curves of `rows`, or sweeps over `variable` (with run time if `has_time`)."""
+
+    title: str
+    rows: tuple[Row, ...] = ()
+    variable: str = ""
+    sweeps: tuple[Sweep, ...] = ()
+    has_time: bool = False
+
+    def all_rows(self) -> list[Row]:
+        swept = (row for sweep in self.sweeps for row in sweep.rows.values())
+        return list({row.name: row for row in (*self.rows, *swept)}.values())
+
+
+_KINDS = {"random": RandomCandidates, "spatial": SpatialCandidates}
+
+
+def _sparse(family: str, kind: str, r: int, **options: Any) -> Row:
+    """ConvNN with r candidates of one kind; the hybrid layer in VGG-11."""
+    layer = {"vgg11": {"layer": "hybrid"}, "vit": {"layer": "convnn"}}[family]
+    suffix = "".join(f"-{name}{value}" for name, value in options.items())
+    name = {"vgg11": f"vgg11/hybrid-0.5-{kind}-{r}", "vit": f"vit/convnn-{kind}-{r}{suffix}"}
+    candidates = functools.partial(_KINDS[kind], r)
+    label = f"ConvNN, {kind}, r = {r}"
+    return Row(name[family], label, {**layer, "candidates": candidates, **options})
+
+
+def _named(name: str) -> Row:
+    return next(row for row in (*TABLE_1, *TABLE_2) if row.name == name)
+
+
+def _kernel(layer: str, size: int) -> Row:
+    if size == 3:
+        return _named("vgg11/conv2d" if layer == "conv2d" else "vgg11/hybrid-0.5")
+    return Row(
+        f"vgg11/{layer}-k{size**2}", f"{layer}, k = {size**2}", {"layer": layer, "k": size**2}
+    )
+
+
+def _vit_k(layer: str, k: int) -> Row:
+    known = {("kvt", 9): "vit/kvt-9", ("kvt", 100): "vit/kvt-100", ("convnn", 9): "vit/convnn-all"}
+    if (layer, k) in known:
+        return _named(known[layer, k])
+    return Row(f"vit/{layer}-k{k}", f"{layer}, k = {k}", {"layer": layer, "k": k})
+
+
+def _vit_random_k(k: int) -> Row:
+    if k == 9:
+        return _named("vit/convnn-random-32")
+    return _sparse("vit", "random", 32, k=k)
+
+
+def _vit_r(kind: str, r: int) -> Row:
+    return _named(f"vit/convnn-{kind}-32") if r == 32 else _sparse("vit", kind, r)
+
+
+# The values that the figures sweep are not printed in the text, except k = 9, k = 100 and r = 16
+# and 32. Candidates of a map are a square number, at least k.
+_VGG_R = (16, 36, 64, 144, 256)
+_VIT_R = (16, 32, 64, 128)
+
+FIGURES = {
+    3: Figure(
+        "VGG-11",
+        (_CONV2D, _named("vgg11/hybrid-1"), _named("vgg11/hybrid-0.5")),
+    ),
+    4: Figure(
+        "VGG-11, λ = 0.5",
+        variable="k",
+        sweeps=(
+            Sweep("Conv2D", {size**2: _kernel("conv2d", size) for size in (1, 2, 3, 4, 5)}),
+            Sweep("Hybrid", {size**2: _kernel("hybrid", size) for size in (1, 2, 3, 4, 5)}),
+        ),
+    ),
+    5: Figure(
+        "VGG-11, λ = 0.5",
+        variable="r",
+        sweeps=(
+            *(
+                Sweep(f"{kind} candidates", {r: _sparse("vgg11", kind, r) for r in _VGG_R})
+                for kind in _KINDS
+            ),
+            Sweep("all candidates", {0: _named("vgg11/hybrid-0.5")}),
+            Sweep("Conv2D", {0: _CONV2D}),
+        ),
+        has_time=True,
+    ),
+    6: Figure("ViT-Tiny", (_named("vit/attention"), _named("vit/convnn-random-32"))),
+    7: Figure(
+        "ViT-Tiny",
+        variable="k",
+        sweeps=(
+            Sweep("ConvNN, all", {k: _vit_k("convnn", k) for k in (4, 9, 16, 25, 50, 100)}),
+            Sweep("ConvNN, random, r = 32", {k: _vit_random_k(k) for k in (4, 9, 16, 25)}),
+            Sweep("KVT", {k: _vit_k("kvt", k) for k in (4, 9, 16, 25, 50, 100)}),
+            Sweep("Attention", {0: _named("vit/attention")}),
+        ),
+    ),
+    8: Figure(
+        "ViT-Tiny",
+        variable="r",
+        sweeps=(
+            *(Sweep(f"{kind} candidates", {r: _vit_r(kind, r) for r in _VIT_R}) for kind in _KINDS),
+            Sweep("all candidates", {0: _named("vit/convnn-all")}),
+            Sweep("Attention", {0: _named("vit/attention")}),
+        ),
+        has_time=True,
+    ),
+}
+
+TABLES = {1: TABLE_1, 2: TABLE_2}
+
+ROWS = {
+    row.name: row
+    for row in (*TABLE_1, *TABLE_2, *(r for f in FIGURES.values() for r in f.all_rows()))
+}

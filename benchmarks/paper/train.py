@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: MIT
+"""Training of one row with the paper's recipe, with a log and a checkpoint after every epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.paper.data import Dataset, Split
+from benchmarks.paper.rows import Row
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The paper's section 6, and what a run on other devices or data may change."""
+
+    epochs: int = 150
+    batch_size: int = 256
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    device: str = "cpu"
+    amp: str = "none"
+    compile: bool = False
+    reduced: bool = False
+    train_limit: int | None = None
+    test_limit: int | None = None
+    dataset: str = "cifar10"
+
+    def fixed(self) -> dict[str, Any]:
+        """What must not change when a run goes on: all but its length and its place."""
+        free = {"epochs", "device", "compile"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def train(row: Row, data: Dataset, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Trains a row, or goes on with it, until it has had its epochs.
+
+    Args:
+        row: the model.
+        data: images and labels.
+        recipe: how to train.
+        folder: of this row; "log.json" and "checkpoint.safetensors" in it are continued.
+
+    Returns:
+        The log: "recipe", "row" and "epochs", a list with, for each, "epoch", "train_loss",
+        "train_accuracy", "test_loss", "test_accuracy" (0 to 1) and "seconds" of training.
+
+    Raises:
+        ValueError: if the folder holds a run with another recipe.
+        DivergedError: if the loss becomes NaN or infinite.
+    """
+    device = torch.device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    model = row.build(data.num_classes, recipe.reduced).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
+    )
+    train_split, test_split = (
+        Split(split.images.to(device), split.labels.to(device))
+        for split in (data.train.limited(recipe.train_limit), data.test.limited(recipe.test_limit))
+    )
+    scale = tuple(each.to(device) for each in data.mean_and_deviation())
+    size = row.image_size(recipe.reduced)
+    log = _resume(folder, model, optimizer, recipe)
+    log["row"] = row.name
+    run = torch.compile(model) if recipe.compile else model
+
+    for epoch in range(len(log["epochs"]), recipe.epochs):
+        # One seed for each epoch makes a resumed run the same as one without a break.
+        torch.manual_seed(recipe.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(train_split.labels)).to(device)
+        model.train()
+        start = time.perf_counter()
+        total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+        bar = tqdm(
+            order.split(recipe.batch_size),
+            desc=f"{row.name} {epoch + 1}/{recipe.epochs}",
+            leave=False,
+        )
+        for rows in bar:
+            images, labels = _inputs(train_split, rows, scale, size)
+            with _autocast(recipe):
+                logits = run(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
+            total += loss.detach() * len(rows)
+            correct += (logits.argmax(1) == labels).sum()
+        # Reading the sums waits for the device, so the time is that of the work.
+        train_loss, train_accuracy = (x.item() / len(order) for x in (total, correct))
+        seconds = time.perf_counter() - start
+        if not math.isfinite(train_loss):
+            raise DivergedError(f"{row.name}: training loss is {train_loss} in epoch {epoch + 1}")
+        test_loss, test_accuracy = evaluate(run, test_split, recipe, scale, size)
+        log["epochs"].append(
+            {
+                "epoch": epoch + 1,
+                "train_loss": train_loss,
+                "train_accuracy": train_accuracy,
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "seconds": seconds,
+            }
+        )
+        _save(folder, model, optimizer, log)
+        tqdm.write(
+            f"{row.name} {epoch + 1}/{recipe.epochs}: train {train_loss:.4f}, "
+            f"test {test_loss:.4f}, {100 * test_accuracy:.2f}%, {seconds:.1f} s"
+        )
+    return log
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module | Any, split: Split, recipe: Recipe, scale: tuple[Tensor, ...], size: int
+) -> tuple[float, float]:
+    """Mean loss, and accuracy from 0 to 1."""
+    model.eval()
+    total, correct = 0.0, 0
+    for rows in torch.arange(len(split.labels), device=split.labels.device).split(
+        recipe.batch_size
+    ):
+        images, labels = _inputs(split, rows, scale, size)
+        with _autocast(recipe):
+            logits = model(images).float()
+        total += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += int((logits.argmax(1) == labels).sum())
+    return total / len(split.labels), correct / len(split.labels)
+
+
+def _inputs(
+    split: Split, rows: Tensor, scale: tuple[Tensor, ...], size: int
+) -> tuple[Tensor, Tensor]:
+    mean, deviation = scale
+    images = (split.images[rows].float() / 255 - mean) / deviation
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=False)
+    return images, split.labels[rows]
+
+
+def _autocast(recipe: Recipe) -> AbstractContextManager[object]:
+    if recipe.amp == "none":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(recipe.device).type, dtype=getattr(torch, recipe.amp))
+
+
+# Checkpoints: one file with model and optimizer, replaced as a whole.
+
+
+def _resume(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> dict[str, Any]:
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return {"recipe": asdict(recipe), "epochs": []}
+    with safe_open(path, framework="pt") as file:
+        log = json.loads(file.metadata()["log"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    before = {name: log["recipe"].get(name) for name in recipe.fixed()}
+    if before != recipe.fixed():
+        changed = [name for name, value in recipe.fixed().items() if before[name] != value]
+        raise ValueError(
+            f"{folder} holds a run with another {', '.join(changed)}: "
+            f"{[before[name] for name in changed]}; choose another folder or remove it"
+        )
+    model.load_state_dict(_part(tensors, "model."))
+    names = [name for name, _ in model.named_parameters()]
+    state = {
+        i: _part(tensors, f"optimizer.{name}.")
+        for i, name in enumerate(names)
+        if f"optimizer.{name}.step" in tensors
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return log
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
+
+
+def _save(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, log: dict[str, Any]
+) -> None:
+    tensors = {f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _replaced(folder / "checkpoint.safetensors") as path:
+        save_file(tensors, path, metadata={"log": json.dumps(log)})
+    with _replaced(folder / "log.json") as path:
+        path.write_text(json.dumps(log, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there takes the place of `path` at once, or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    yield temporary
+    os.replace(temporary, path)

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MIT
+"""Which tokens may be neighbors: all, a random draw or an even grid (section 4.2.2)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from convnn_kernels.nn import positional
+from convnn_kernels.nn.settings import require, require_count
+
+
+class Candidates(nn.Module):
+    """The tokens among which a layer looks for neighbors; the base of the three below.
+
+    Attributes:
+        include_self: whether the token itself is always a neighbor, even if it is no candidate.
+    """
+
+    def __init__(self, include_self: bool) -> None:
+        super().__init__()
+        self.include_self = include_self
+
+    def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
+        """The candidates among the tokens of a map.
+
+        Args:
+            shape: the size of the unpadded map: (L,) or (H, W).
+            padding: how many zero tokens surround the map on every side.
+            device: where the result is to be.
+
+        Returns:
+            [R] int64, rows of the M key tokens of the padded map; None if all of them.
+        """
+        raise NotImplementedError
+
+
+class AllCandidates(Candidates):
+    """Every key token is a candidate.
+
+    Args:
+        include_self: put the token itself first and count it among the k even where k other tokens
+            are nearer. With the cosine metric and no projections it is nearest anyway.
+    """
+
+    def __init__(self, include_self: bool = False) -> None:
+        super().__init__(include_self)
+
+    def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
+        return None
+
+    def extra_repr(self) -> str:
+        return f"include_self={self.include_self}"
+
+
+class RandomCandidates(Candidates):
+    """r tokens drawn uniformly without replacement, shared by the batch and by all heads.
+
+    The draw is a new one at every forward, from PyTorch's generator of the input's device, so
+    ``torch.manual_seed`` repeats it. It is made among the tokens of the unpadded map or, if that
+    has fewer than r, among those of the padded map. Where r is at least the number of key tokens,
+    all are candidates.
+
+    Args:
+        r: the number of candidates, at least 1.
+        include_self: whether the token itself is always a neighbor.
+        fixed_in_eval: in eval mode, use one draw for each size of map. It is determined by the
+            buffer ``seed``, which is saved with the model.
+    """
+
+    seed: Tensor | None
+
+    def __init__(self, r: int, include_self: bool = True, fixed_in_eval: bool = False) -> None:
+        super().__init__(include_self)
+        require_count("RandomCandidates", "r", r)
+        self.r = r
+        self.fixed_in_eval = fixed_in_eval
+        self.register_buffer("seed", torch.zeros((), dtype=torch.int64) if fixed_in_eval else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws another seed for the draw of eval mode."""
+        if self.seed is not None:
+            self.seed.random_()
+
+    def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
+        if self.r >= positional.count(shape, padding):
+            return None
+        inner = math.prod(shape)
+        rows = inner if self.r <= inner else positional.count(shape, padding)
+        if self.seed is not None and not self.training:
+            # Ranking by a hash needs no generator, so it is the same on all devices and traceable.
+            drawn = _hash(torch.arange(rows, device=device) + self.seed.to(device)).argsort()
+        else:
+            drawn = torch.randperm(rows, device=device)
+        drawn = drawn[: self.r]
+        return drawn if rows != inner else positional.interior(shape, padding, device)[drawn]
+
+    def extra_repr(self) -> str:
+        return f"{self.r}, include_self={self.include_self}, fixed_in_eval={self.fixed_in_eval}"
+
+
+class SpatialCandidates(Candidates):
+    """Evenly spaced tokens: r of them, or every s-th.
+
+    With r in 1-D, tokens floor(i * L / r) for i < r; in 2-D, the same along both axes for the
+    square root of r, which is a whole number. The tokens are those of the unpadded map or, if that
+    is too small, of the padded one. Where r is at least the number of key tokens, all are
+    candidates.
+
+    With a stride, as section 4.2.2 is written: every s-th token of the unpadded map along each
+    axis, from the first. The paper's r is then s in 1-D, and its r' is s in 2-D. In its
+    experiments r is a count.
+
+    Args:
+        r: the number of candidates, at least 1.
+        stride: the step along each axis, at least 1. Exactly one of r and stride is given.
+        include_self: whether the token itself is always a neighbor.
+    """
+
+    def __init__(
+        self, r: int | None = None, *, stride: int | None = None, include_self: bool = True
+    ) -> None:
+        super().__init__(include_self)
+        owner = "SpatialCandidates"
+        require((r is None) != (stride is None), owner, "r", "given if stride is not", r)
+        require_count(owner, *(("stride", stride) if r is None else ("r", r)))
+        self.r = r
+        self.stride = stride
+
+    def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
+        if self.stride is not None:
+            counts = [-(-size // self.stride) for size in shape]
+            axes = [torch.arange(n, device=device) * self.stride + padding for n in counts]
+            return _rows(axes, shape, padding)
+        assert self.r is not None
+        if self.r >= positional.count(shape, padding):
+            return None
+        side = self.r
+        if len(shape) == 2:
+            side = math.isqrt(self.r)
+            require(side**2 == self.r, "SpatialCandidates", "r", "a square number in 2-D", self.r)
+        sizes, start = list(shape), padding
+        if side > min(sizes):
+            sizes, start = [size + 2 * padding for size in shape], 0
+        require(
+            side <= min(sizes),
+            "SpatialCandidates",
+            "r",
+            f"such that its {side} tokens along an axis fit into a map of {sizes}",
+            self.r,
+        )
+        steps = torch.arange(side, device=device)
+        return _rows([steps * size // side + start for size in sizes], shape, padding)
+
+    def extra_repr(self) -> str:
+        size = f"stride={self.stride}" if self.r is None else str(self.r)
+        return f"{size}, include_self={self.include_self}"
+
+
+def _rows(axes: list[Tensor], shape: Sequence[int], padding: int) -> Tensor:
+    """Rows of the padded map at the crossings of the given positions along its axes."""
+    rows = axes[0]
+    for axis, size in zip(axes[1:], shape[1:], strict=True):
+        rows = (rows.unsqueeze(1) * (size + 2 * padding) + axis).flatten()
+    return rows
+
+
+def _hash(x: Tensor) -> Tensor:
+    """SplitMix64: a bijection of int64 whose values look random. Overflow wraps around."""
+    x = x * -0x61C8864680B583EB
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """A shift that fills with zeros, where `>>` of a negative number fills with ones."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

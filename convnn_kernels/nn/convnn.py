@@ -1,0 +1,461 @@
+# SPDX-License-Identifier: MIT
+"""ConvNN as a layer for sequences and for maps: Algorithm 1, sections 4.1, 4.2.1 and 4.2.2."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from convnn_kernels import functional
+from convnn_kernels.nn import positional, settings
+from convnn_kernels.nn.candidates import AllCandidates, Candidates
+
+# "coordinates": query and key are the coordinates alone, value is the input (section 5.1).
+PROJECTIONS = ("identity", "learned", "value", "coordinates")
+
+
+class _ConvNN(nn.Module):
+    """What ConvNN1d and ConvNN2d share; `_dimensions` is all in which they differ."""
+
+    _dimensions: int
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        k: int = 9,
+        *,
+        padding: int = 0,
+        projections: str = "learned",
+        key_channels: int | None = None,
+        value_channels: int | None = None,
+        projection_bias: bool = False,
+        rho: str = "softmax",
+        metric: str = "cosine",
+        scale: float = 1.0,
+        order: str = "similarity",
+        aggregation: str = "dense",
+        bias: bool = True,
+        positional_encoding: str | None = None,
+        coordinates: str = "unit",
+        candidates: Candidates | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        settings.require_count(owner, "in_channels", in_channels)
+        settings.require_count(owner, "out_channels", out_channels)
+        settings.require_count(owner, "padding", padding, least=0)
+        settings.require_common(
+            owner,
+            k=k,
+            projections=projections,
+            allowed_projections=PROJECTIONS,
+            rho=rho,
+            metric=metric,
+            scale=scale,
+            order=order,
+            aggregation=aggregation,
+            positional_encoding=positional_encoding,
+            coordinates=coordinates,
+        )
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.k = k
+        self.padding = padding
+        self.projections = projections
+        self.rho = rho
+        self.metric = metric
+        self.scale = scale
+        self.order = order
+        self.aggregation = aggregation
+        self.positional_encoding = positional_encoding
+        self.coordinates = coordinates
+        self.candidates = AllCandidates() if candidates is None else candidates
+        settings.require(
+            isinstance(self.candidates, Candidates),
+            owner,
+            "candidates",
+            "AllCandidates, RandomCandidates or SpatialCandidates",
+            candidates,
+        )
+        settings.require(
+            projections != "coordinates" or self._encodes("similarity"),
+            owner,
+            "positional_encoding",
+            "'similarity' or 'both' with projections='coordinates'",
+            positional_encoding,
+        )
+
+        learns_key = projections == "learned"
+        learns_value = projections in ("learned", "value")
+        for name, given, learned in (
+            ("key_channels", key_channels, learns_key),
+            ("value_channels", value_channels, learns_value),
+        ):
+            if given is not None:
+                settings.require(learned, owner, name, "None where nothing is projected", given)
+                settings.require_count(owner, name, given)
+        settings.require(
+            learns_value or not projection_bias,
+            owner,
+            "projection_bias",
+            "False where nothing is projected",
+            projection_bias,
+        )
+
+        def projection(role: str, out: int | None) -> nn.Linear:
+            width = in_channels + self._dimensions * self._encodes(role)
+            return nn.Linear(
+                width, out or in_channels, bias=projection_bias, device=device, dtype=dtype
+            )
+
+        self.query_projection = projection("similarity", key_channels) if learns_key else None
+        self.key_projection = projection("similarity", key_channels) if learns_key else None
+        self.value_projection = projection("aggregation", value_channels) if learns_value else None
+
+        channels = in_channels + self._dimensions * self._encodes("aggregation")
+        if self.value_projection is not None:
+            channels = self.value_projection.out_features
+        settings.require(
+            aggregation == "dense" or out_channels == channels,
+            owner,
+            "out_channels",
+            f"the {channels} channels of the values with aggregation='{aggregation}'",
+            out_channels,
+        )
+        shape = {
+            "dense": (out_channels, channels, k),
+            "depthwise": (channels, 1, k),
+            "sum": None,
+        }[aggregation]
+        self.weight = (
+            None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        )
+        self._reset_convolution()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights, as ``nn.Conv1d`` and ``nn.Linear`` do."""
+        for projection in (self.query_projection, self.key_projection, self.value_projection):
+            if projection is not None:
+                projection.reset_parameters()
+        self._reset_convolution()
+
+    def _reset_convolution(self) -> None:
+        if self.weight is not None:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            inputs = self.k * (1 if self.weight is None else self.weight.shape[1])
+            nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self._shape(x)
+        padded = self._pad(x)
+        value = self._value(padded, shape)
+        if self.projections == "coordinates":
+            similarities, indices = self._neighbors_by_position(x, shape)
+            y = functional.aggregate_neighbors(
+                value, similarities, indices, self.weight, self.bias, self.rho, self.scale
+            )
+        else:
+            query, key = self._query_and_key(x, padded, shape)
+            y = functional.convnn(
+                query,
+                key,
+                value,
+                self.k,
+                self.weight,
+                self.bias,
+                *self._searched(shape, x.device),
+                metric=self.metric,
+                rho=self.rho,
+                scale=self.scale,
+                order=self.order,
+            )
+        # [B, N, C'] seen as [B, C', ...] is channels_last.
+        y = y.mT.unflatten(-1, shape)
+        return y if _is_channels_last(x) else y.contiguous()
+
+    def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The neighbors that the layer picks.
+
+        With random candidates the draw is another one than that of a forward before or after.
+
+        Args:
+            x: as the input of forward.
+
+        Returns:
+            similarities, [B, N, k] float32 (float64 if the input is), and indices, [B, N, k]
+            int64: rows of the tokens of the padded map. Both as ``functional.select_neighbors``.
+        """
+        shape = self._shape(x)
+        if self.projections == "coordinates":
+            return self._neighbors_by_position(x, shape)
+        return functional.select_neighbors(
+            *self._query_and_key(x, self._pad(x), shape),
+            self.k,
+            *self._searched(shape, x.device),
+            metric=self.metric,
+            order=self.order,
+        )
+
+    def _shape(self, x: Tensor) -> Sequence[int]:
+        sizes = ("L",) if self._dimensions == 1 else ("H", "W")
+        settings.require_shape(type(self).__name__, "input", x, ("B", self.in_channels, *sizes))
+        return x.shape[2:]
+
+    def _pad(self, x: Tensor) -> Tensor:
+        return F.pad(x, (self.padding,) * (2 * self._dimensions)) if self.padding else x
+
+    def _encodes(self, role: str) -> bool:
+        return self.positional_encoding in (role, "both")
+
+    def _query_and_key(
+        self, x: Tensor, padded: Tensor, shape: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """[B, N, D] and [B, M, D]."""
+        key = query = padded.flatten(2).mT
+        if self._encodes("similarity"):
+            # Padding is zero in the features, but it has a place.
+            key = query = self._with_coordinates(key, shape)
+        if self.padding:
+            if self._encodes("similarity"):
+                query = key[:, positional.interior(shape, self.padding, x.device)]
+            else:
+                query = x.flatten(2).mT
+        if self.query_projection is not None and self.key_projection is not None:
+            query, key = self.query_projection(query), self.key_projection(key)
+        return query, key
+
+    def _value(self, padded: Tensor, shape: Sequence[int]) -> Tensor:
+        """[B, M, C]."""
+        value = padded.flatten(2).mT
+        if self._encodes("aggregation"):
+            value = self._with_coordinates(value, shape)
+        return value if self.value_projection is None else self.value_projection(value)
+
+    def _with_coordinates(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
+        grid = positional.grid(shape, self.padding, self.coordinates, tokens.dtype, tokens.device)
+        return torch.cat([tokens, grid.expand(tokens.shape[0], -1, -1)], dim=-1)
+
+    def _searched(
+        self, shape: Sequence[int], device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Candidates, [R] or None, and self_indices, [N] or None."""
+        candidates = self.candidates(shape, self.padding, device)
+        if not self.candidates.include_self:
+            return candidates, None
+        return candidates, positional.interior(shape, self.padding, device)
+
+    def _neighbors_by_position(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Positions are those of every map in the batch, so one search serves all."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        key = positional.grid(shape, self.padding, self.coordinates, dtype, x.device)
+        query = key[positional.interior(shape, self.padding, x.device)]
+        # In 16 bits the coordinates of a large map would be rounded.
+        with _without_autocast(x.device.type):
+            neighbors = functional.select_neighbors(
+                query,
+                key,
+                self.k,
+                *self._searched(shape, x.device),
+                metric=self.metric,
+                order=self.order,
+            )
+        similarities, indices = (each.expand(x.shape[0], -1, -1) for each in neighbors)
+        return similarities, indices
+
+    def _take_over(self, conv: nn.Conv1d | nn.Conv2d) -> Self:
+        assert self.weight is not None
+        with torch.no_grad():
+            self.weight.copy_(conv.weight.flatten(2))
+            if self.bias is not None and conv.bias is not None:
+                self.bias.copy_(conv.bias)
+        return self.train(conv.training)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, k={self.k}"]
+        parts += [f"padding={self.padding}"] if self.padding else []
+        parts += [f"projections={self.projections!r}, rho={self.rho!r}, metric={self.metric!r}"]
+        parts += [f"scale={self.scale}"] if self.scale != 1.0 else []
+        parts += [f"order={self.order!r}"] if self.order != "similarity" else []
+        parts += [f"aggregation={self.aggregation!r}"]
+        parts += ["bias=False"] if self.bias is None else []
+        if self.positional_encoding is not None:
+            parts += [f"positional_encoding={self.positional_encoding!r}"]
+            parts += [f"coordinates={self.coordinates!r}"]
+        return ", ".join(parts)
+
+
+_ARGUMENTS = """
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        k: the number of neighbors; at most the number of key tokens, or of candidates.
+        padding: zero tokens added on every side as keys and values. They are never queries.
+        projections: f_Q, f_K and f_V of section 4.1. "learned": linear layers; "identity": none;
+            "value": f_V alone is learned; "coordinates": query and key are the coordinates alone
+            and f_V is the identity (section 5.1).
+        key_channels: h, the width of learned queries and keys; in_channels if None.
+        value_channels: v, the width of learned values; in_channels if None.
+        projection_bias: whether learned projections have a bias.
+        rho: "softmax", "ones" or "similarity": how neighbors are modulated. "ones" gives query and
+            key no gradient and is refused with learned ones.
+        metric: "cosine", "dot" or "euclidean".
+        scale: what multiplies similarities in the softmax.
+        order: "similarity": the nearest neighbor meets the first tap of the weight; "index":
+            neighbors meet the taps in the order of their position.
+        aggregation: "dense": weight [C', C, k]; "depthwise": weight [C, 1, k], for C' = C; "sum":
+            no weight. C is the number of channels of the values.
+        bias: whether the aggregation has a bias, [C'].
+        positional_encoding: where coordinates are concatenated before the projections (section
+            4.2.1): None, "similarity", "aggregation" or "both".
+        coordinates: "unit": each axis of the padded input from -1 to 1; "pixel": the positions
+            themselves, which 16-bit dtypes hold exactly up to 256 (bfloat16) or 2048 (float16).
+        candidates: which tokens may be neighbors (section 4.2.2): AllCandidates() if None,
+            RandomCandidates or SpatialCandidates.
+        device: of the parameters.
+        dtype: of the parameters; the input has the same, unless autocast is on.
+
+    Raises:
+        ValueError: if an argument or the input's shape is wrong; the message names it, what was
+            expected and what came.
+        RuntimeError: in forward, from the operator, such as for k above the number of candidates.
+"""
+
+
+class ConvNN1d(_ConvNN):
+    __doc__ = f"""Convolutional Nearest Neighbors over a sequence: Algorithm 1, section 4.1.
+
+    [B, C, L] → [B, C', L], dtype of the input (under autocast, of autocast).
+    {_ARGUMENTS}"""
+
+    _dimensions = 1
+
+    @classmethod
+    def from_conv1d(cls, conv: nn.Conv1d) -> "ConvNN1d":
+        """The setting that equals a convolution, with its weights (section 5.1).
+
+        The k tokens nearest in position, taken in their order, are the taps of the kernel.
+
+        Args:
+            conv: of any odd kernel size, with stride 1, dilation 1, zero padding that keeps the
+                length, and groups 1 or a depthwise kernel.
+
+        Returns:
+            A layer that holds copies of weight and bias, with their device and dtype.
+
+        Raises:
+            ValueError: if conv cannot be expressed; the message names the setting.
+        """
+        return cls(**_as_convolution("from_conv1d", conv))._take_over(conv)
+
+
+class ConvNN2d(_ConvNN):
+    __doc__ = f"""Convolutional Nearest Neighbors over a map: sections 4.1 and 4.2.
+
+    [B, C, H, W] → [B, C', H, W], dtype of the input (under autocast, of autocast). A channels_last
+    input gives a channels_last output; any other, a contiguous one. The map is flattened row by
+    row, and the result unflattened.
+    {_ARGUMENTS}"""
+
+    _dimensions = 2
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d) -> "ConvNN2d":
+        """The setting that equals a convolution, with its weights (section 5.1).
+
+        The 9 or 25 tokens nearest in Euclidean distance on the pixel grid are the taps of a 3×3 or
+        5×5 kernel, and row by row they are in its order. Those of a 7×7 kernel are not the 49
+        nearest: its corners lie at distance √18, farther than the tokens at (4, 0).
+
+        Args:
+            conv: 1×1, 3×3 or 5×5, with stride 1, dilation 1, zero padding that keeps the size, and
+                groups 1 or a depthwise kernel.
+
+        Returns:
+            A layer that holds copies of weight and bias, with their device and dtype.
+
+        Raises:
+            ValueError: if conv cannot be expressed; the message names the setting.
+        """
+        return cls(**_as_convolution("from_conv2d", conv))._take_over(conv)
+
+
+def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
+    """The arguments of the layer that equals `conv`."""
+    dimensions, kernel, size = len(conv.kernel_size), conv.kernel_size, conv.kernel_size[0]
+    if dimensions == 2:
+        settings.require(
+            kernel in ((1, 1), (3, 3), (5, 5)),
+            owner,
+            "kernel_size",
+            "1x1, 3x3 or 5x5: of larger kernels the taps are not the nearest tokens",
+            kernel,
+        )
+    settings.require(size % 2 == 1, owner, "kernel_size", "odd", kernel)
+    for name in ("stride", "dilation"):
+        got = getattr(conv, name)
+        settings.require(all(each == 1 for each in got), owner, name, "1", got)
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    settings.require(
+        conv.groups == 1 or depthwise,
+        owner,
+        "groups",
+        f"1, or {conv.in_channels} with as many output channels",
+        conv.groups,
+    )
+    settings.require(
+        conv.padding_mode == "zeros", owner, "padding_mode", "'zeros'", conv.padding_mode
+    )
+    settings.require(
+        conv.padding in ("same", (size // 2,) * dimensions),
+        owner,
+        "padding",
+        f"{size // 2}, which keeps the size",
+        conv.padding,
+    )
+    return {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "k": math.prod(kernel),
+        "padding": size // 2,
+        "projections": "coordinates",
+        "rho": "ones",
+        "metric": "euclidean",
+        "order": "index",
+        "aggregation": "depthwise" if depthwise else "dense",
+        "bias": conv.bias is not None,
+        "positional_encoding": "similarity",
+        "coordinates": "pixel",
+        "device": conv.weight.device,
+        "dtype": conv.weight.dtype,
+    }
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    # The meta device has no autocast.
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    # Where sizes of 1 make a tensor both, as nn.Conv2d does: contiguous.
+    return (
+        x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""The hybrid branching layer (section 4.2.3)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from convnn_kernels.nn import settings
+from convnn_kernels.nn.candidates import Candidates
+from convnn_kernels.nn.convnn import ConvNN2d
+
+
+class HybridBranch2d(nn.Module):
+    """Conv2d beside ConvNN2d over the same input, fused by a 1×1 convolution (section 4.2.3).
+
+    [B, C, H, W] → [B, C', H, W], dtype and memory format as those of Conv2d. The branches give
+    ⌊branch_ratio · C'⌋ channels from ConvNN and the rest from Conv2d. A branch without channels is
+    left out; the fusion stays, so the number of parameters does not depend on branch_ratio.
+
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        kernel_size: of Conv2d, which pads so that the size is kept.
+        branch_ratio: the paper's λ, from 0 (Conv2d alone) to 1 (ConvNN alone).
+        k: neighbors of the ConvNN branch; kernel_size² if None, as in the paper.
+        padding: zero tokens around the keys of the ConvNN branch; kernel_size // 2 if None.
+        bias: whether both branches and the fusion have a bias.
+        projections, rho, metric, scale, order, aggregation, positional_encoding, coordinates,
+            candidates: of the ConvNN branch, as in :class:`ConvNN2d`. The defaults of the first
+            two are those of the paper's VGG: no projections and rho="ones".
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if an argument or the input's shape is wrong; the message names it, what was
+            expected and what came.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        branch_ratio: float = 0.5,
+        *,
+        k: int | None = None,
+        padding: int | None = None,
+        bias: bool = True,
+        projections: str = "identity",
+        rho: str = "ones",
+        metric: str = "cosine",
+        scale: float = 1.0,
+        order: str = "similarity",
+        aggregation: str = "dense",
+        positional_encoding: str | None = None,
+        coordinates: str = "unit",
+        candidates: Candidates | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        settings.require_count(owner, "in_channels", in_channels)
+        settings.require_count(owner, "out_channels", out_channels)
+        settings.require_count(owner, "kernel_size", kernel_size)
+        settings.require(
+            0.0 <= branch_ratio <= 1.0, owner, "branch_ratio", "between 0 and 1", branch_ratio
+        )
+        self.in_channels = in_channels
+        self.branch_ratio = branch_ratio
+        # 0.29 * 100 is a little less than 29; it is meant to be 29.
+        convnn_channels = math.floor(branch_ratio * out_channels + 1e-9)
+        conv_channels = out_channels - convnn_channels
+        self.conv = (
+            nn.Conv2d(
+                in_channels,
+                conv_channels,
+                kernel_size,
+                padding="same",
+                bias=bias,
+                device=device,
+                dtype=dtype,
+            )
+            if conv_channels
+            else None
+        )
+        self.convnn = (
+            ConvNN2d(
+                in_channels,
+                convnn_channels,
+                kernel_size**2 if k is None else k,
+                padding=kernel_size // 2 if padding is None else padding,
+                bias=bias,
+                projections=projections,
+                rho=rho,
+                metric=metric,
+                scale=scale,
+                order=order,
+                aggregation=aggregation,
+                positional_encoding=positional_encoding,
+                coordinates=coordinates,
+                candidates=candidates,
+                device=device,
+                dtype=dtype,
+            )
+            if convnn_channels
+            else None
+        )
+        self.fuse = nn.Conv2d(out_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draws new weights for both branches and the fusion."""
+        for module in (self.conv, self.convnn, self.fuse):
+            if module is not None:
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape: Sequence[int | str] = ("B", self.in_channels, "H", "W")
+        settings.require_shape(type(self).__name__, "input", x, shape)
+        branches = [branch(x) for branch in (self.conv, self.convnn) if branch is not None]
+        return self.fuse(torch.cat(branches, dim=1) if len(branches) > 1 else branches[0])
+
+    def extra_repr(self) -> str:
+        return f"branch_ratio={self.branch_ratio}"

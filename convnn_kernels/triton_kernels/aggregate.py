@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""The convolution over modulated neighbors (Eq. 6 and section 4.1).
+
+    dense      y_i[o] = b[o] + sum_j rho_ij sum_c W[o, c, j] V[I_ij, c]
+    depthwise  y_i[c] = b[c] + sum_j rho_ij W[c, 0, j] V[I_ij, c]
+    no weight  y_i[c] = b[c] + sum_j rho_ij V[I_ij, c]
+
+A program has BLOCK_N queries of one batch element and a block of outputs. It gathers rows of V as
+it needs them: X_nn [N, k, C] is nowhere stored. rho is applied in float32, to the product of a
+block of rows with W_j and not to the rows, so that these go from memory to the tensor cores as
+they are. The sum stays in registers.
+"""
+
+import triton
+import triton.language as tl
+
+from .modulate import load_neighbors, modulate, softmax_terms
+
+
+@triton.jit
+def aggregate_dense_kernel(
+    p_value,  # [B, M, C]
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_weight,  # [k, C, O] contiguous
+    p_bias,  # [O], or unused
+    p_output,  # [B, N, O] contiguous
+    N,
+    M,
+    C,
+    O,
+    k,
+    scale,
+    B2,
+    stride_vb1,
+    stride_vb2,
+    stride_vm,
+    stride_vc,
+    stride_b,
+    RHO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_N queries and BLOCK_O outputs. One turn has one j and BLOCK_C channels."""
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    output_blocks = tl.cdiv(O, BLOCK_O)
+    block = pid // output_blocks
+    b = block // row_blocks
+    o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_r = b * N + o_n
+    o_o = (pid % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
+    m_o = o_o < O
+    o_c = tl.arange(0, BLOCK_C)
+    p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
+
+    b_max, b_sum = softmax_terms(p_similarities, p_indices, o_r, m_n, M, k, scale, RHO, BLOCK_K)
+    b_y = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    for turn in range(0, k * channel_blocks):
+        j = turn // channel_blocks
+        c = (turn % channel_blocks) * BLOCK_C + o_c
+        b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+        p = p_v + b_row[:, None] * stride_vm + c[None, :] * stride_vc
+        b_v = tl.load(p, m[:, None] & (c < C)[None, :], 0.0)
+        p = p_weight + (c.to(tl.int64) + j * C)[:, None] * O + o_o[None, :]
+        b_w = tl.load(p, (c < C)[:, None] & m_o[None, :], 0.0)
+        b_rho = modulate(b_s, m, b_max, b_sum, scale, RHO)
+        b_y += b_rho[:, None] * tl.dot(b_v, b_w, input_precision=PRECISION)
+    if HAS_BIAS:
+        b_y += tl.load(p_bias + o_o * stride_b, m_o, 0.0).to(tl.float32)[None, :]
+    p = p_output + o_r[:, None] * O + o_o[None, :]
+    tl.store(p, b_y.to(p_output.dtype.element_ty), m_n[:, None] & m_o[None, :])
+
+
+@triton.jit
+def aggregate_depthwise_kernel(
+    p_value,  # [B, M, C]
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_weight,  # [C, 1, k], or unused
+    p_bias,  # [C], or unused
+    p_output,  # [B, N, C] contiguous
+    N,
+    M,
+    C,
+    k,
+    scale,
+    B2,
+    stride_vb1,
+    stride_vb2,
+    stride_vm,
+    stride_vc,
+    stride_wc,
+    stride_wk,
+    stride_b,
+    RHO: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_N queries and BLOCK_C channels, depthwise or without a weight."""
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    block = pid // channel_blocks
+    b = block // row_blocks
+    o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_r = b * N + o_n
+    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
+
+    b_max, b_sum = softmax_terms(p_similarities, p_indices, o_r, m_n, M, k, scale, RHO, BLOCK_K)
+    b_y = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    # Sums of BLOCK_K terms first: rounding errors grow with the longest sum.
+    for start in range(0, k, BLOCK_K):
+        b_part = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for j in range(start, tl.minimum(start + BLOCK_K, k)):
+            b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+            p = p_v + b_row[:, None] * stride_vm + o_c[None, :] * stride_vc
+            b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
+            b_x = modulate(b_s, m, b_max, b_sum, scale, RHO)[:, None] * b_v
+            if HAS_WEIGHT:
+                b_w = tl.load(p_weight + o_c * stride_wc + j * stride_wk, m_c, 0.0)
+                b_x = b_x * b_w.to(tl.float32)[None, :]
+            b_part += b_x
+        b_y += b_part
+    if HAS_BIAS:
+        b_y += tl.load(p_bias + o_c * stride_b, m_c, 0.0).to(tl.float32)[None, :]
+    p = p_output + o_r[:, None] * C + o_c[None, :]
+    tl.store(p, b_y.to(p_output.dtype.element_ty), m_n[:, None] & m_c[None, :])

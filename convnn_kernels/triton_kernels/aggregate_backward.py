@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: MIT
+"""Gradients of the convolution over neighbors, with G the gradient of the output.
+
+    P_ij[c]  = sum_o G_i[o] W[o, c, j]; depthwise G_i[c] W[c, 0, j]; no weight G_i[c]
+    drho_ij  = sum_c P_ij[c] V[I_ij, c]
+    dV[m]    = sum of rho_ij P_ij over the pairs (i, j) with I_ij = m
+    dW[:, :, j] = sum_i G_i (rho_ij V[I_ij])^T
+
+Nothing is added atomically, so results do not depend on the order of programs. dV follows the
+inverse neighbor list: pairs sorted by key, those of key m from offsets[m] to offsets[m + 1]. A
+pair is the place of its neighbor in the flattened [B, N, k]. dW is summed in parts of a fixed
+number of queries, which the host adds.
+
+P is never stored. For the dense dV, sums over pairs come first, H_j[m] = sum of rho_ij G_i, and
+then the product of H_j with W_j, on tensor cores. A factor that has been multiplied by rho is
+not rounded to 16 bits: it goes in as the sum of two tf32 numbers.
+"""
+
+import triton
+import triton.language as tl
+
+from .modulate import load_neighbors
+
+
+@triton.jit
+def _dot_of_float(b_a, b_b, b_sum, PRECISION: tl.constexpr):
+    """b_sum + b_a b_b for float32 b_a and b_b of any dtype.
+
+    A b_b of 16 bits is exact in tf32, and b_a nearly so as a sum of two such numbers: what is
+    left is 2^-22 of it. Their range is that of float32, which float16 would not have.
+    """
+    if b_b.dtype == tl.float32:
+        b_sum = tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+    else:
+        b_high = (b_a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        b_low = tl.where(tl.abs(b_a) < float("inf"), b_a - b_high, 0.0)
+        b_b = b_b.to(tl.float32)
+        b_sum = tl.dot(b_low, b_b, b_sum, input_precision="tf32")
+        b_sum = tl.dot(b_high, b_b, b_sum, input_precision="tf32")
+    return b_sum
+
+
+@triton.jit
+def rho_grad_dense_kernel(
+    p_grad,  # [B, N, O]
+    p_value,  # [B, M, C]
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_weight,  # [k, C, O] contiguous
+    p_rho_grad,  # [B, N, k] float32
+    N,
+    M,
+    C,
+    O,
+    k,
+    B2,
+    stride_gb1,
+    stride_gb2,
+    stride_gn,
+    stride_go,
+    stride_vb1,
+    stride_vb2,
+    stride_vm,
+    stride_vc,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """drho of BLOCK_N queries and one j; P stays in registers, BLOCK_C channels at a time."""
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    j = pid % k
+    block = pid // k
+    b = block // row_blocks
+    o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_r = b * N + o_n
+    p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2 + o_n * stride_gn
+    p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
+    _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+    b_drho = tl.zeros([BLOCK_N], tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        o_c = c0 + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        b_p = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for o0 in range(0, O, BLOCK_O):
+            o_o = o0 + tl.arange(0, BLOCK_O)
+            m_o = o_o < O
+            p = p_g[:, None] + o_o[None, :] * stride_go
+            b_g = tl.load(p, m[:, None] & m_o[None, :], 0.0)
+            p = p_weight + (j * C + o_c)[None, :] * O + o_o[:, None]
+            b_w = tl.load(p, m_o[:, None] & m_c[None, :], 0.0)
+            b_p = tl.dot(b_g, b_w, b_p, input_precision=PRECISION)
+        p = p_v + b_row[:, None] * stride_vm + o_c[None, :] * stride_vc
+        b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
+        b_drho += tl.sum(b_p * b_v, 1)
+    tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
+
+
+@triton.jit
+def rho_grad_depthwise_kernel(
+    p_grad,  # [B, N, C]
+    p_value,  # [B, M, C]
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_weight,  # [C, 1, k], or unused
+    p_rho_grad,  # [B, N, k] float32
+    N,
+    M,
+    C,
+    k,
+    B2,
+    stride_gb1,
+    stride_gb2,
+    stride_gn,
+    stride_gc,
+    stride_vb1,
+    stride_vb2,
+    stride_vm,
+    stride_vc,
+    stride_wc,
+    stride_wk,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """drho of BLOCK_N queries and one j."""
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    j = pid % k
+    block = pid // k
+    b = block // row_blocks
+    o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_r = b * N + o_n
+    p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2 + o_n * stride_gn
+    p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
+    _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+    b_drho = tl.zeros([BLOCK_N], tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        o_c = c0 + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        m_v = m[:, None] & m_c[None, :]
+        p = p_g[:, None] + o_c[None, :] * stride_gc
+        b_p = tl.load(p, m_v, 0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            b_w = tl.load(p_weight + o_c * stride_wc + j * stride_wk, m_c, 0.0)
+            b_p = b_p * b_w.to(tl.float32)[None, :]
+        p = p_v + b_row[:, None] * stride_vm + o_c[None, :] * stride_vc
+        b_drho += tl.sum(b_p * tl.load(p, m_v, 0.0).to(tl.float32), 1)
+    tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
+
+
+@triton.jit
+def value_grad_dense_kernel(
+    p_grad,  # [B, N, O]
+    p_rho,  # [B, N, k] float32
+    p_weight,  # [k, C, O] contiguous
+    p_pairs,  # [B * N * k] int64, sorted by key, then by j
+    p_offsets,  # [B * M + 1] int64
+    p_value_grad,  # [B, M, C] contiguous
+    N,
+    M,
+    C,
+    O,
+    k,
+    B2,
+    stride_gb1,
+    stride_gb2,
+    stride_gn,
+    stride_go,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dV of BLOCK_M keys and BLOCK_C channels. H_j and the sum stay in registers.
+
+    Each key has a cursor in its pairs; all keys advance through the pairs of one j together.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    key_blocks = tl.cdiv(M, BLOCK_M)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    block = pid // channel_blocks
+    b = block // key_blocks
+    o_m = (block % key_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < M
+    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2
+    first = tl.load(p_offsets + b * M + o_m, m_m, 0)
+    last = tl.load(p_offsets + b * M + o_m + 1, m_m, 0)
+    b_dv = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for j in range(0, k):
+        cursor = first
+        for o0 in range(0, O, BLOCK_O):
+            o_o = o0 + tl.arange(0, BLOCK_O)
+            m_o = o_o < O
+            b_h = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+            cursor = first
+            pair = tl.load(p_pairs + cursor, cursor < last, 0)
+            m = (cursor < last) & (pair % k == j)
+            while tl.max(m.to(tl.int32), 0) > 0:
+                b_rho = tl.load(p_rho + pair, m, 0.0)
+                p = p_g + (pair // k - b * N)[:, None] * stride_gn + o_o[None, :] * stride_go
+                b_g = tl.load(p, m[:, None] & m_o[None, :], 0.0).to(tl.float32)
+                b_h += b_rho[:, None] * b_g
+                cursor += m.to(tl.int64)
+                pair = tl.load(p_pairs + cursor, cursor < last, 0)
+                m = m & (cursor < last) & (pair % k == j)
+            p = p_weight + (o_c + j * C)[None, :] * O + o_o[:, None]
+            b_w = tl.load(p, m_o[:, None] & m_c[None, :], 0.0)
+            b_dv = _dot_of_float(b_h, b_w, b_dv, PRECISION)
+        first = cursor
+    p = p_value_grad + (b * M + o_m)[:, None] * C + o_c[None, :]
+    tl.store(p, b_dv.to(p_value_grad.dtype.element_ty), m_m[:, None] & m_c[None, :])
+
+
+@triton.jit
+def value_grad_depthwise_kernel(
+    p_grad,  # [B, N, C]
+    p_rho,  # [B, N, k] float32
+    p_weight,  # [C, 1, k], or unused
+    p_pairs,  # [B * N * k] int64, sorted by key
+    p_offsets,  # [B * M + 1] int64
+    p_value_grad,  # [B, M, C] contiguous
+    N,
+    M,
+    C,
+    k,
+    B2,
+    stride_gb1,
+    stride_gb2,
+    stride_gn,
+    stride_gc,
+    stride_wc,
+    stride_wk,
+    HAS_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dV of ROWS keys and BLOCK_C channels, PAIRS pairs of each key at a time."""
+    pid = tl.program_id(0).to(tl.int64)
+    key_blocks = tl.cdiv(M, ROWS)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    block = pid // channel_blocks
+    b = block // key_blocks
+    o_m = (block % key_blocks) * ROWS + tl.arange(0, ROWS)
+    m_m = o_m < M
+    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2
+    first = tl.load(p_offsets + b * M + o_m, m_m, 0)
+    count = tl.load(p_offsets + b * M + o_m + 1, m_m, 0) - first
+    b_dv = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in range(0, tl.max(count, 0), PAIRS):
+        o_p = start + tl.arange(0, PAIRS)
+        m_p = o_p[None, :] < count[:, None]
+        b_pair = tl.load(p_pairs + first[:, None] + o_p[None, :], m_p, 0)
+        b_n = tl.where(m_p, b_pair // k - b * N, 0)
+        m = m_p[:, :, None] & m_c[None, None, :]
+        p = p_g + b_n[:, :, None] * stride_gn + o_c[None, None, :] * stride_gc
+        b_p = tl.load(p, m, 0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            b_j = b_pair % k
+            p = p_weight + o_c[None, None, :] * stride_wc + b_j[:, :, None] * stride_wk
+            b_p = b_p * tl.load(p, m, 0.0).to(tl.float32)
+        b_dv += tl.sum(tl.load(p_rho + b_pair, m_p, 0.0)[:, :, None] * b_p, 1)
+    p = p_value_grad + (b * M + o_m)[:, None] * C + o_c[None, :]
+    tl.store(p, b_dv.to(p_value_grad.dtype.element_ty), m_m[:, None] & m_c[None, :])
+
+
+@triton.jit
+def weight_grad_dense_kernel(
+    p_grad,  # [B, N, O]
+    p_value,  # [B, M, C]
+    p_rho,  # [B, N, k] float32
+    p_rows,  # [B, N, k] int64: rows of V, -1 where a neighbor is missing
+    p_part,  # [parts, k, C, O] float32
+    rows,
+    N,
+    C,
+    O,
+    k,
+    B2,
+    rows_each,
+    stride_gb1,
+    stride_gb2,
+    stride_gn,
+    stride_go,
+    stride_vb1,
+    stride_vb2,
+    stride_vm,
+    stride_vc,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dW of one j, BLOCK_C channels and BLOCK_O outputs, over `rows_each` of the B * N queries."""
+    pid = tl.program_id(0).to(tl.int64)
+    output_blocks = tl.cdiv(O, BLOCK_O)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    o_o = (pid % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
+    pid = pid // output_blocks
+    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid = pid // channel_blocks
+    j = pid % k
+    part = pid // k
+    m_o = o_o < O
+    m_c = o_c < C
+    b_dw = tl.zeros([BLOCK_C, BLOCK_O], tl.float32)
+    for start in range(0, rows_each, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        o_r = part * rows_each + o_n
+        m_r = (o_n < rows_each) & (o_r < rows)
+        b = o_r // N
+        b_rho = tl.load(p_rho + o_r * k + j, m_r, 0.0)
+        b_row = tl.load(p_rows + o_r * k + j, m_r, -1)
+        m = m_r & (b_row >= 0)
+        p = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2 + b_row * stride_vm
+        p = p[None, :] + o_c[:, None] * stride_vc
+        b_v = tl.load(p, m_c[:, None] & m[None, :], 0.0)
+        p = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2 + (o_r % N) * stride_gn
+        b_g = tl.load(p[:, None] + o_o[None, :] * stride_go, m[:, None] & m_o[None, :], 0.0)
+        b_x = b_rho[None, :] * b_v.to(tl.float32)
+        b_dw = _dot_of_float(b_x, b_g, b_dw, PRECISION)
+    p = p_part + ((part * k + j) * C + o_c)[:, None] * O + o_o[None, :]
+    tl.store(p, b_dw, m_c[:, None] & m_o[None, :])
+
+
+@triton.jit
+def weight_grad_depthwise_kernel(
+    p_grad,  # [B, N, C]
+    p_value,  # [B, M, C]
+    p_rho,  # [B, N, k] float32
+    p_rows,  # [B, N, k] int64: rows of V, -1 where a neighbor is missing
+    p_part,  # [parts, k, C] float32
+    rows,
+    N,
+    C,
+    k,
+    B2,
+    rows_each,
+    stride_gb1,
+    stride_gb2,
+    stride_gn,
+    stride_gc,
+    stride_vb1,
+    stride_vb2,
+    stride_vm,
+    stride_vc,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dW of one j and BLOCK_C channels, over `rows_each` of the B * N queries."""
+    pid = tl.program_id(0).to(tl.int64)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid = pid // channel_blocks
+    j = pid % k
+    part = pid // k
+    m_c = o_c < C
+    b_dw = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, rows_each, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        o_r = part * rows_each + o_n
+        m_r = (o_n < rows_each) & (o_r < rows)
+        b = o_r // N
+        b_rho = tl.load(p_rho + o_r * k + j, m_r, 0.0)
+        b_row = tl.load(p_rows + o_r * k + j, m_r, -1)
+        m_r = m_r & (b_row >= 0)
+        m = m_r[:, None] & m_c[None, :]
+        p = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2 + b_row * stride_vm
+        b_v = tl.load(p[:, None] + o_c[None, :] * stride_vc, m, 0.0).to(tl.float32)
+        p = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2 + (o_r % N) * stride_gn
+        b_g = tl.load(p[:, None] + o_c[None, :] * stride_gc, m, 0.0).to(tl.float32)
+        b_dw += tl.sum(b_rho[:, None] * b_v * b_g, 0)
+    tl.store(p_part + (part * k + j) * C + o_c, b_dw, m_c)

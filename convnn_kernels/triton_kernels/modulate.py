@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""rho(s_i) of section 4.1 and its derivative, for rows of k similarities.
+
+A similarity of -inf, or an index outside of V, marks a missing neighbor: its rho is 0.
+"""
+
+import triton
+import triton.language as tl
+
+SOFTMAX = tl.constexpr(0)
+ONES = tl.constexpr(1)
+SIMILARITY = tl.constexpr(2)
+
+
+@triton.jit
+def load_neighbors(p_similarities, p_indices, offsets, mask, M):
+    """s, the row of V and whether there is a neighbor, at `offsets` into [B, N, k]."""
+    b_s = tl.load(p_similarities + offsets, mask, float("-inf"))
+    b_row = tl.load(p_indices + offsets, mask, 0)
+    return b_s, b_row, (b_s != float("-inf")) & (b_row >= 0) & (b_row < M)
+
+
+@triton.jit
+def softmax_terms(
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    o_r,  # [rows]: rows of the flattened [B, N]
+    m_r,  # [rows]
+    M,
+    k,
+    scale,
+    RHO: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What the softmax of a row needs: the maximum of scale s and the sum of exponentials."""
+    ROWS: tl.constexpr = o_r.shape[0]
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_sum = tl.full([ROWS], 0.0, tl.float32)
+    if RHO == SOFTMAX:
+        o_k = tl.arange(0, BLOCK_K)
+        for j in range(0, k, BLOCK_K):
+            m = m_r[:, None] & (j + o_k < k)[None, :]
+            o = o_r[:, None] * k + (j + o_k)[None, :]
+            b_s, _, m = load_neighbors(p_similarities, p_indices, o, m, M)
+            # A maximum over NaN does not matter: the sum is NaN.
+            b_logit = tl.where(m & (b_s == b_s), scale * b_s, float("-inf"))
+            b_max = tl.maximum(b_max, tl.max(b_logit, 1))
+        for j in range(0, k, BLOCK_K):
+            m = m_r[:, None] & (j + o_k < k)[None, :]
+            o = o_r[:, None] * k + (j + o_k)[None, :]
+            b_s, _, m = load_neighbors(p_similarities, p_indices, o, m, M)
+            b_sum += tl.sum(tl.where(m, tl.exp(scale * b_s - b_max[:, None]), 0.0), 1)
+    return b_max, b_sum
+
+
+@triton.jit
+def modulate(b_s, m, b_max, b_sum, scale, RHO: tl.constexpr):
+    """rho of similarities b_s; all arguments but the last two have one shape."""
+    if RHO == SOFTMAX:
+        b_rho = tl.exp(scale * b_s - b_max) / b_sum
+    elif RHO == ONES:
+        b_rho = tl.where(m, 1.0, 0.0)
+    else:
+        b_rho = b_s
+    return tl.where(m, b_rho, 0.0)
+
+
+@triton.jit
+def modulate_kernel(
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_rho,  # [B, N, k] float32
+    rows,
+    M,
+    k,
+    scale,
+    RHO: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """rho of all similarities, for the backward kernels; ROWS queries for each program."""
+    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < rows
+    b_max, b_sum = softmax_terms(p_similarities, p_indices, o_r, m_r, M, k, scale, RHO, BLOCK_K)
+    o_k = tl.arange(0, BLOCK_K)
+    for j in range(0, k, BLOCK_K):
+        m_k = m_r[:, None] & (j + o_k < k)[None, :]
+        o = o_r[:, None] * k + (j + o_k)[None, :]
+        b_s, _, m = load_neighbors(p_similarities, p_indices, o, m_k, M)
+        b_rho = modulate(b_s, m, b_max[:, None], b_sum[:, None], scale, RHO)
+        tl.store(p_rho + o, b_rho, m_k)
+
+
+@triton.jit
+def softmax_backward_kernel(
+    p_rho,  # [B, N, k] float32
+    p_grad,  # [B, N, k] float32: the gradient of rho, replaced by that of the similarities
+    rows,
+    k,
+    scale,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """ds_j = scale rho_j (drho_j - sum_l rho_l drho_l), for ROWS queries."""
+    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < rows
+    o_k = tl.arange(0, BLOCK_K)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    for j in range(0, k, BLOCK_K):
+        m = m_r[:, None] & (j + o_k < k)[None, :]
+        o = o_r[:, None] * k + (j + o_k)[None, :]
+        b_sum += tl.sum(tl.load(p_rho + o, m, 0.0) * tl.load(p_grad + o, m, 0.0), 1)
+    for j in range(0, k, BLOCK_K):
+        m = m_r[:, None] & (j + o_k < k)[None, :]
+        o = o_r[:, None] * k + (j + o_k)[None, :]
+        b_rho = tl.load(p_rho + o, m, 0.0)
+        b_grad = tl.load(p_grad + o, m, 0.0)
+        tl.store(p_grad + o, scale * b_rho * (b_grad - b_sum[:, None]), m)

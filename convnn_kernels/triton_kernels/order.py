@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""The total order of neighbors as one integer, and the largest of many such integers.
+
+A neighbor (s, index) becomes the int64 `orderable(s) << 32 | (0xFFFFFFFF - index)`. Larger is
+nearer: similarity descending, NaN above every number, -0 equal to +0, then index ascending. All
+keys of a row differ, so whatever finds the largest of them finds the same ones in any order of
+work. Blocks are [rows, n], with n a power of two; rows never meet.
+"""
+
+import triton
+import triton.language as tl
+
+# Below every neighbor: an empty place.
+NOTHING = tl.constexpr(-(2**63))
+# The orderable of NaN, and that of the token itself, which comes before even a NaN.
+ORDER_OF_NAN = tl.constexpr(0x7FFFFFFE)
+ORDER_OF_SELF = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def orderable(x):
+    """float32 to int32, increasing."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(x != x, ORDER_OF_NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def from_orderable(order):
+    """int32 to float32, the inverse of `orderable`."""
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def pack(order, index):
+    """int32 and int64 to the int64 key."""
+    return (order.to(tl.int64) << 32) | (0xFFFFFFFF - index)
+
+
+@triton.jit
+def order_of(key):
+    return (key >> 32).to(tl.int32)
+
+
+@triton.jit
+def index_of(key):
+    return 0xFFFFFFFF - (key & 0xFFFFFFFF)
+
+
+@triton.jit
+def _log2(n: tl.constexpr):
+    power: tl.constexpr = 0
+    while n > 1:
+        n = n // 2
+        power = power + 1
+    return power
+
+
+@triton.jit
+def _exchange(b_x, SPAN: tl.constexpr, STAGE: tl.constexpr, ASCENDING: tl.constexpr):
+    """One step of a bitonic network on b_x [rows, n].
+
+    Elements 2**SPAN apart exchange so that runs of 2**STAGE descend and ascend in turn.
+    """
+    rows: tl.constexpr = b_x.shape[0]
+    n: tl.constexpr = b_x.shape[1]
+    b_pairs = tl.reshape(b_x, [rows, n // (2 << SPAN), 2, 1 << SPAN])
+    # What remains of the sum of both is the partner; integers wrap around without loss.
+    b_partner = tl.reshape(tl.sum(b_pairs, 2, keep_dims=True) - b_pairs, [rows, n])
+    o = tl.arange(0, n)[None, :]
+    takes_larger = (((o >> SPAN) ^ (o >> STAGE)) & 1) == ASCENDING
+    return tl.where(takes_larger, tl.maximum(b_x, b_partner), tl.minimum(b_x, b_partner))
+
+
+@triton.jit
+def _merge_runs(b_x, LOG_RUN: tl.constexpr, ASCENDING: tl.constexpr):
+    """Sorts the bitonic runs of 2**LOG_RUN in b_x [rows, n], in turn descending and ascending."""
+    for i in tl.static_range(LOG_RUN):
+        b_x = _exchange(b_x, LOG_RUN - 1 - i, LOG_RUN, ASCENDING)
+    return b_x
+
+
+@triton.jit
+def largest(
+    b_x,
+    LOG_N: tl.constexpr,
+    LOG_COUNT: tl.constexpr,
+    ASCENDING: tl.constexpr,
+):
+    """The 2**LOG_COUNT largest of each row of b_x [rows, 2**LOG_N], sorted: [rows, 2**LOG_COUNT].
+
+    Runs of that length are sorted; then neighboring runs give up their smaller half.
+    """
+    rows: tl.constexpr = b_x.shape[0]
+    for stage in tl.static_range(1, LOG_COUNT + 1):
+        b_x = _merge_runs(b_x, stage, ASCENDING)
+    for i in tl.static_range(LOG_N - LOG_COUNT):
+        b_x = tl.reshape(b_x, [rows, 1 << (LOG_N - LOG_COUNT - 1 - i), 2, 1 << LOG_COUNT])
+        b_x = tl.reshape(tl.max(b_x, 2), [rows, 1 << (LOG_N - 1 - i)])
+        b_x = _merge_runs(b_x, LOG_COUNT, ASCENDING)
+    return b_x
+
+
+@triton.jit
+def merge(b_list, b_x, LOG_N: tl.constexpr, LOG_COUNT: tl.constexpr):
+    """The largest of b_list [rows, 2**LOG_COUNT], descending, and b_x [rows, 2**LOG_N] together.
+
+    As long as no row has anything that belongs into its list, nothing is sorted.
+    """
+    b_lowest = tl.min(b_list, 1, keep_dims=True)
+    if tl.max(tl.max((b_x > b_lowest).to(tl.int32), 1), 0) > 0:
+        b_new = largest(b_x, LOG_N, LOG_COUNT, 1)
+        b_list = _merge_runs(tl.maximum(b_list, b_new), LOG_COUNT, 0)
+    return b_list

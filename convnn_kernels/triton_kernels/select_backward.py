@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""Gradients of the similarities s_ij of the chosen pairs, with g_ij the gradient of s_ij.
+
+    dot        dq_i = sum_j g_ij k_j                     dk_m = sum g_ij q_i
+    euclidean  dq_i = sum_j -2 g_ij (q_i - k_j)          dk_m = sum 2 g_ij (q_i - k_m)
+    cosine     dq_i = (sum_j g_ij (u_j - s_ij u_i)) / ||q_i||, with u the unit vectors, and dk alike
+
+The sums of dk are over the pairs (i, j) with I_ij = m, by the inverse neighbor list: pairs sorted
+by key, those of key m from offsets[m] to offsets[m + 1]. A pair is the place of its neighbor in
+the flattened [B, N, k]. Nothing is added atomically. A row that counts as zero gets 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .modulate import load_neighbors
+from .select import COSINE, EUCLIDEAN
+
+
+@triton.jit
+def _unit(b_x, b_scale, b_norm):
+    """Unit vectors of the rows of b_x; b_scale and b_norm as `norms_kernel` has them."""
+    return tl.where(
+        b_norm == 0.0, 0.0, tl.div_rn(b_x * b_scale, tl.where(b_norm == 0.0, 1.0, b_norm))
+    )
+
+
+@triton.jit
+def _through_norm(b_sum, b_weight, b_unit, b_scale, b_norm):
+    """(b_sum - b_weight b_unit) / norm: the part of b_sum along the unit vector has no effect."""
+    b_grad = tl.div_rn(b_sum - b_weight * b_unit, tl.where(b_norm == 0.0, 1.0, b_norm)) * b_scale
+    return tl.where(b_norm == 0.0, 0.0, b_grad)
+
+
+@triton.jit
+def query_grad_kernel(
+    p_grad,  # [B, N, k] float32, contiguous
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_query,  # [B, N, D]
+    p_key,  # [B, M, D]
+    p_query_norm,  # [B, N] float32, cosine only, as the three below
+    p_query_scale,
+    p_key_norm,  # [B, M] float32
+    p_key_scale,
+    p_query_grad,  # [B, N, D] contiguous
+    N,
+    M,
+    D,
+    k,
+    B2,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_qd,
+    stride_kb1,
+    stride_kb2,
+    stride_km,
+    stride_kd,
+    METRIC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dq of BLOCK_N queries and BLOCK_D columns."""
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    column_blocks = tl.cdiv(D, BLOCK_D)
+    block = pid // column_blocks
+    b = block // row_blocks
+    o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_r = b * N + o_n
+    o_d = (pid % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    p = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2
+    p = p + o_n[:, None] * stride_qn + o_d[None, :] * stride_qd
+    b_q = tl.load(p, m_n[:, None] & m_d[None, :], 0.0).to(tl.float32)
+    p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+    b_dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_along = tl.zeros([BLOCK_N], tl.float32)
+    # Sums of BLOCK_K terms first: rounding errors grow with the longest sum.
+    for start in range(0, k, BLOCK_K):
+        b_part = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        b_part_along = tl.zeros([BLOCK_N], tl.float32)
+        for j in range(start, tl.minimum(start + BLOCK_K, k)):
+            b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+            b_g = tl.load(p_grad + o_r * k + j, m, 0.0)
+            o_k = b_row[:, None] * stride_km + o_d[None, :] * stride_kd
+            b_k = tl.load(p_k + o_k, m[:, None] & m_d[None, :], 0.0).to(tl.float32)
+            if METRIC == EUCLIDEAN:
+                b_part += tl.where(m[:, None], -2.0 * b_g[:, None] * (b_q - b_k), 0.0)
+            else:
+                if METRIC == COSINE:
+                    norm_k = tl.load(p_key_norm + b * M + b_row, m, 1.0)
+                    scale_k = tl.load(p_key_scale + b * M + b_row, m, 1.0)
+                    b_k = _unit(b_k, scale_k[:, None], norm_k[:, None])
+                    b_part_along += tl.where(m, b_g * b_s, 0.0)
+                b_part += b_g[:, None] * b_k
+        b_dq += b_part
+        b_along += b_part_along
+    if METRIC == COSINE:
+        norm = tl.load(p_query_norm + o_r, m_n, 1.0)[:, None]
+        scale = tl.load(p_query_scale + o_r, m_n, 1.0)[:, None]
+        b_dq = _through_norm(b_dq, b_along[:, None], _unit(b_q, scale, norm), scale, norm)
+    p = p_query_grad + o_r[:, None] * D + o_d[None, :]
+    tl.store(p, b_dq.to(p_query_grad.dtype.element_ty), m_n[:, None] & m_d[None, :])
+
+
+@triton.jit
+def key_grad_kernel(
+    p_grad,  # [B, N, k] float32, contiguous
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_query,  # [B, N, D]
+    p_key,  # [B, M, D]
+    p_query_norm,  # [B, N] float32, cosine only, as the three below
+    p_query_scale,
+    p_key_norm,  # [B, M] float32
+    p_key_scale,
+    p_pairs,  # [B * N * k] int64, sorted by key
+    p_offsets,  # [B * M + 1] int64
+    p_key_grad,  # [B, M, D] contiguous
+    N,
+    M,
+    D,
+    k,
+    B2,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_qd,
+    stride_kb1,
+    stride_kb2,
+    stride_km,
+    stride_kd,
+    METRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dk of ROWS keys and BLOCK_D columns, PAIRS pairs of each key at a time."""
+    pid = tl.program_id(0).to(tl.int64)
+    key_blocks = tl.cdiv(M, ROWS)
+    column_blocks = tl.cdiv(D, BLOCK_D)
+    block = pid // column_blocks
+    b = block // key_blocks
+    o_m = (block % key_blocks) * ROWS + tl.arange(0, ROWS)
+    m_m = o_m < M
+    o_r = b * M + o_m
+    o_d = (pid % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    p = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+    p = p + o_m[:, None] * stride_km + o_d[None, :] * stride_kd
+    b_k = tl.load(p, m_m[:, None] & m_d[None, :], 0.0).to(tl.float32)
+    p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2
+    first = tl.load(p_offsets + o_r, m_m, 0)
+    count = tl.load(p_offsets + o_r + 1, m_m, 0) - first
+    b_dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_along = tl.zeros([ROWS], tl.float32)
+    for start in range(0, tl.max(count, 0), PAIRS):
+        o_p = start + tl.arange(0, PAIRS)
+        m_p = o_p[None, :] < count[:, None]
+        b_pair = tl.load(p_pairs + first[:, None] + o_p[None, :], m_p, 0)
+        b_g = tl.load(p_grad + b_pair, m_p, 0.0)
+        b_query = tl.where(m_p, b_pair // k, b * N)
+        m = m_p[:, :, None] & m_d[None, None, :]
+        o_q = (b_query - b * N)[:, :, None] * stride_qn + o_d[None, None, :] * stride_qd
+        b_q = tl.load(p_q + o_q, m, 0.0).to(tl.float32)
+        if METRIC == EUCLIDEAN:
+            b_q = tl.where(m, 2.0 * (b_q - b_k[:, None, :]), 0.0)
+        if METRIC == COSINE:
+            norm = tl.load(p_query_norm + b_query, m_p, 1.0)
+            scale = tl.load(p_query_scale + b_query, m_p, 1.0)
+            b_q = _unit(b_q, scale[:, :, None], norm[:, :, None])
+            b_along += tl.sum(b_g * tl.load(p_similarities + b_pair, m_p, 0.0), 1)
+        b_dk += tl.sum(b_g[:, :, None] * b_q, 1)
+    if METRIC == COSINE:
+        norm = tl.load(p_key_norm + o_r, m_m, 1.0)[:, None]
+        scale = tl.load(p_key_scale + o_r, m_m, 1.0)[:, None]
+        b_dk = _through_norm(b_dk, b_along[:, None], _unit(b_k, scale, norm), scale, norm)
+    p = p_key_grad + o_r[:, None] * D + o_d[None, :]
+    tl.store(p, b_dk.to(p_key_grad.dtype.element_ty), m_m[:, None] & m_d[None, :])

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: MIT
+"""Tile choices: for each kernel, its blocks, warps and stages. The only place that has them.
+
+`arch` is a compute capability without its point, such as 90, or INTERPRETER. An architecture
+without a row of its own takes that of the next older one. Nothing is tuned at run time.
+
+A row is keyed by what the kernel depends on: the bits of an element (16 or 32) and, for
+`sweep`, whether it computes differences.
+"""
+
+from typing import Any
+
+INTERPRETER = 0
+
+# The longest list of neighbors that a program keeps; k beyond it takes several passes.
+LONGEST_LIST = 256
+# Bytes of the workspace for group maxima: with more rows, the launches are several.
+WORKSPACE = 2**26
+
+Tile = dict[str, Any]
+
+
+def _tile(**blocks: int) -> Tile:
+    return blocks
+
+
+_SWEEP: dict[int, dict[str, Tile]] = {
+    INTERPRETER: {
+        "16": _tile(BLOCK_N=32, BLOCK_M=64, BLOCK_D=64, num_warps=4, num_stages=2),
+        "32": _tile(BLOCK_N=32, BLOCK_M=64, BLOCK_D=64, num_warps=4, num_stages=2),
+        "differences": _tile(BLOCK_N=32, BLOCK_M=32, BLOCK_D=32, num_warps=4, num_stages=2),
+    },
+    80: {
+        "16": _tile(BLOCK_N=128, BLOCK_M=64, BLOCK_D=128, num_warps=8, num_stages=3),
+        "32": _tile(BLOCK_N=64, BLOCK_M=64, BLOCK_D=32, num_warps=8, num_stages=3),
+        "differences": _tile(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
+    },
+    90: {
+        "16": _tile(BLOCK_N=128, BLOCK_M=128, BLOCK_D=128, num_warps=8, num_stages=3),
+        "32": _tile(BLOCK_N=128, BLOCK_M=64, BLOCK_D=32, num_warps=8, num_stages=3),
+        "differences": _tile(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
+    },
+}
+_SWEEP[100] = _SWEEP[90]
+
+
+def row(table: dict[int, Any], arch: int) -> Any:
+    """The row of an architecture, or of the newest one that is not newer."""
+    return table[max(each for each in table if each <= arch)]
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _log2(n: int) -> int:
+    return power_of_two(n).bit_length() - 1
+
+
+def sweep(arch: int, bits: int, D: int, differences: bool) -> Tile:
+    """Blocks of `sweep_kernel`."""
+    tile = row(_SWEEP, arch)["differences" if differences else str(bits)].copy()
+    if not differences:
+        tile["BLOCK_D"] = min(tile["BLOCK_D"], max(16, power_of_two(D)))
+    return tile
+
+
+def sweep_precision(bits: int, D: int, tf32: bool) -> str:
+    """How `sweep_kernel` multiplies float32.
+
+    With u = 2^-24 and D columns, a sum of tf32x3 products is off by at most 12 u for what the
+    split leaves out, and 2 u for each of D / 8 steps of truncated accumulation; the sum of
+    `refine_kernel` by log2(D) + 2 roundings. From D = 32 both together are below the D u that the
+    certificate of a selection allows. For less, products are those of float32.
+    """
+    if bits == 16:
+        return "tf32"  # without effect
+    if tf32:
+        return "tf32"
+    return "tf32x3" if D >= 32 else "ieee"
+
+
+def group_size(arch: int, columns: int, k: int) -> int:
+    """The columns in a group of `sweep_kernel`, or 0 where `refine_kernel` takes all columns.
+
+    Larger groups make the list of maxima shorter and the members of k groups more.
+    """
+    listed = power_of_two(k)
+    group = 8 if columns < 4096 else 16 if columns < 16384 else 32 if columns < 2**18 else 64
+    all_columns = 2 * listed * group
+    if arch != INTERPRETER:
+        all_columns = max(all_columns, 256)
+    return 0 if k > LONGEST_LIST or columns <= all_columns else group
+
+
+def tiles_each(arch: int, row_blocks: int, column_tiles: int) -> int:
+    """How many tiles a program of `sweep_kernel` has: enough programs to fill a chip, and, where
+    there are more, long loops."""
+    programs = 4 if arch == INTERPRETER else 1024
+    splits = min(column_tiles, -(-programs // row_blocks))
+    return -(-column_tiles // splits)
+
+
+def nominate(arch: int, k: int) -> Tile:
+    """Blocks of `nominate_kernel`."""
+    log_list = max(1, _log2(k))
+    rows = 16 if arch == INTERPRETER else 4 if log_list <= 5 else 1
+    return _tile(ROWS=rows, LOG_LIST=log_list, LOG_TILE=max(log_list, 6), num_warps=4, num_stages=1)
+
+
+def refine(arch: int, D: int, k: int) -> Tile:
+    """Blocks of `refine_kernel`."""
+    log_list = max(1, _log2(min(k, LONGEST_LIST)))
+    log_tile = max(log_list, 6)
+    if arch == INTERPRETER:
+        block_d = min(64, max(16, power_of_two(D)))
+        return _tile(ROWS=8, LOG_LIST=log_list, LOG_TILE=log_tile, BLOCK_D=block_d)
+    block_d = min(32, max(16, power_of_two(D)))
+    return _tile(
+        ROWS=1,
+        LOG_LIST=log_list,
+        LOG_TILE=log_tile,
+        BLOCK_D=block_d,
+        num_warps=2 if log_tile <= 6 else 4,
+        num_stages=2,
+    )
+
+
+def norms(arch: int, D: int) -> Tile:
+    """Blocks of `norms_kernel`."""
+    rows = 64 if arch == INTERPRETER else 8
+    return _tile(ROWS=rows, BLOCK_D=min(128, max(16, power_of_two(D))), num_warps=4)
+
+
+def group_flags(group: int) -> Tile:
+    """Blocks of `group_flags_kernel`."""
+    return _tile(GROUP=group, GROUPS=2048 // group, num_warps=4)
+
+
+def block_k(k: int) -> int:
+    """Similarities of a row that are read at a time."""
+    return min(32, power_of_two(k))
+
+
+def aggregate_dense(arch: int, bits: int, C: int, O: int, k: int) -> Tile:
+    """Blocks of `aggregate_dense_kernel`."""
+    largest = 64 if bits == 16 else 32
+    tile = _tile(
+        BLOCK_N=32 if arch == INTERPRETER else 128,
+        BLOCK_O=min(
+            64 if arch == INTERPRETER else 128 if bits == 16 else 64, max(16, power_of_two(O))
+        ),
+        BLOCK_C=min(largest, max(16, power_of_two(C))),
+        BLOCK_K=block_k(k),
+        num_warps=8,
+        num_stages=3,
+    )
+    return tile
+
+
+def aggregate_depthwise(arch: int, C: int, k: int) -> Tile:
+    """Blocks of `aggregate_depthwise_kernel`."""
+    rows = 32 if arch == INTERPRETER else 16
+    return _tile(
+        BLOCK_N=rows, BLOCK_C=min(128, max(16, power_of_two(C))), BLOCK_K=block_k(k), num_warps=4
+    )
+
+
+def modulate(arch: int, k: int) -> Tile:
+    """Blocks of `modulate_kernel` and `softmax_backward_kernel`."""
+    return _tile(ROWS=128 if arch == INTERPRETER else 32, BLOCK_K=block_k(k), num_warps=4)
+
+
+def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
+    """Blocks of `rho_grad_dense_kernel`."""
+    return _tile(
+        BLOCK_N=64,
+        BLOCK_O=min(64 if bits == 16 else 32, max(16, power_of_two(O))),
+        BLOCK_C=min(64, max(16, power_of_two(C))),
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def rho_grad_depthwise(arch: int, C: int) -> Tile:
+    """Blocks of `rho_grad_depthwise_kernel`."""
+    rows = 64 if arch == INTERPRETER else 16
+    return _tile(BLOCK_N=rows, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
+
+
+def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
+    """Blocks of `value_grad_dense_kernel`."""
+    return _tile(
+        BLOCK_M=64,
+        BLOCK_O=min(32, max(16, power_of_two(O))),
+        BLOCK_C=min(64, max(16, power_of_two(C))),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def inverse_list(arch: int, columns: int) -> Tile:
+    """ROWS, PAIRS and columns of `value_grad_depthwise_kernel` and `key_grad_kernel`."""
+    if arch == INTERPRETER:
+        return _tile(ROWS=16, PAIRS=8, columns=min(64, max(16, power_of_two(columns))), num_warps=4)
+    return _tile(ROWS=1, PAIRS=16, columns=min(64, max(16, power_of_two(columns))), num_warps=2)
+
+
+def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
+    """Blocks of `weight_grad_dense_kernel`."""
+    return _tile(
+        BLOCK_N=32,
+        BLOCK_O=min(64, max(16, power_of_two(O))),
+        BLOCK_C=min(64, max(16, power_of_two(C))),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def weight_grad_depthwise(arch: int, C: int) -> Tile:
+    """Blocks of `weight_grad_depthwise_kernel`."""
+    return _tile(BLOCK_N=32, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
+
+
+def query_grad(arch: int, D: int, k: int) -> Tile:
+    """Blocks of `query_grad_kernel`."""
+    return _tile(
+        BLOCK_N=64 if arch == INTERPRETER else 16,
+        BLOCK_D=min(128, max(16, power_of_two(D))),
+        BLOCK_K=block_k(k),
+        num_warps=4,
+    )
+
+
+def parts(rows: int, size: int) -> tuple[int, int]:
+    """In how many parts the gradient of a weight of `size` elements is summed; rows of each.
+
+    Depends on shapes only: the same sums on every device and in every run.
+    """
+    most = max(1, min(64, 2**24 // max(1, size)))
+    each = max(256, -(-rows // most))
+    each = -(-each // 32) * 32
+    return -(-rows // each), each

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""The models of the paper: their sizes, their layers and the peers that are not ConvNN's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.models import vgg11, vit_tiny
+from benchmarks.models.peers import Attention, LocalAttention, SparseAttention
+from benchmarks.models.vit import sinusoids
+from benchmarks.paper.rows import REDUCED, ROWS, TABLE_1, TABLE_2
+from convnn_kernels.nn import ConvNN2d, ConvNNAttention, HybridBranch2d
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("layer", "ten", "hundred"),
+    [
+        ("hybrid", 130_015_690, 130_384_420),
+        # Not in the paper: without the fusion of section 4.2.3.
+        ("conv2d", 128_812_810, 129_181_540),
+        ("convnn", 128_812_810, 129_181_540),
+    ],
+)
+def test_parameters_of_vgg(layer: str, ten: int, hundred: int) -> None:
+    with torch.device("meta"):
+        assert parameters(vgg11(10, layer)) == ten
+        assert parameters(vgg11(100, layer)) == hundred
+
+
+def test_parameters_do_not_depend_on_the_branch_ratio() -> None:
+    for row in TABLE_1[1:]:
+        assert row.parameters(10, reduced=False) == 130_015_690, row.name
+
+
+@pytest.mark.parametrize(
+    ("layer", "ten", "hundred"),
+    [
+        ("attention", 5_479_306, 5_496_676),
+        ("kvt", 5_479_306, 5_496_676),
+        ("sparse", 5_479_306, 5_496_676),
+        ("convnn", 5_500_042, 5_517_412),
+        ("local", 4_299_658, 4_317_028),
+    ],
+)
+def test_parameters_of_vit(layer: str, ten: int, hundred: int) -> None:
+    with torch.device("meta"):
+        assert parameters(vit_tiny(10, layer)) == ten
+        assert parameters(vit_tiny(100, layer)) == hundred
+
+
+@pytest.mark.parametrize("row", [*TABLE_1, *TABLE_2], ids=lambda row: row.name)
+def test_parameters_are_those_of_the_paper(row) -> None:
+    """The paper cuts off after three places."""
+    for dataset, classes in (("cifar10", 10), ("cifar100", 100)):
+        printed = row.paper.parameters[dataset]
+        # Its table has one number for all rows, which is not that of the plain convolutions.
+        if row.name != "vgg11/conv2d":
+            count = row.parameters(classes, reduced=False)
+            assert f"{count // 1000 / 1000:.3f}M" == printed
+
+
+def test_gflops() -> None:
+    """As far as the paper's own counter goes: see the text on the tables."""
+    gflops = {row.name: row.gflops(10, reduced=False) for row in TABLE_2}
+    assert gflops["vit/attention"] == pytest.approx(2.507, abs=5e-4)
+    assert gflops["vit/local"] == pytest.approx(1.991, abs=5e-3)
+    # Of ConvNN's own, the paper does not count the depthwise convolution but rho's product.
+    assert gflops["vit/convnn-all"] == pytest.approx(2.333, abs=4e-3)
+    tokens, width, blocks, k, r = 197, 192, 12, 9, 32
+    search, taps = 2 * tokens * tokens * width, 2 * tokens * k * width
+    assert gflops["vit/attention"] - gflops["vit/convnn-all"] == pytest.approx(
+        blocks * (search - taps) / 1e9
+    )
+    assert gflops["vit/convnn-all"] - gflops["vit/convnn-random-32"] == pytest.approx(
+        blocks * 2 * tokens * (tokens - r) * width / 1e9
+    )
+
+
+def test_the_papers_gflops_are_what_its_profiler_sees() -> None:
+    """All six numbers follow from one rule, and ours from counting all products.
+
+    Counted are linear layers, 1×1 convolutions, products of matrices and elementwise ones; not
+    convolutions with padding="same", nor Conv1d. Queries are all tokens of the padded map.
+    """
+
+    def printed(flops: float) -> str:
+        return f"{int(flops / 1e6) / 1e3:.3f}"
+
+    maps, inputs = (32, 16, 8, 8, 4, 4, 2, 2), (3, 64, 128, 256, 256, 512, 512, 512)
+    outputs = (*inputs[1:], 512)
+    classifier = 2 * (25088 * 4096 + 4096 * 4096 + 4096 * 10)
+    fusions = sum(2 * n**2 * c**2 for n, c in zip(maps, outputs, strict=True))
+    search = sum(2 * (n + 2) ** 4 * c for n, c in zip(maps, inputs, strict=True))
+    positions = sum(2 * (n + 2) ** 4 * 2 for n in maps)
+    assert printed(classifier + fusions) == "0.293"
+    assert printed(classifier + fusions + search) == "0.325"
+    assert printed(classifier + fusions + search + positions) == "0.331"
+
+    N, E, blocks, k, r = 197, 192, 12, 9, 32
+    rest = 2 * 196 * 768 * E + blocks * N * (2 * 12 * E * E + 2 * E) + 2 * E * 10
+    assert printed(rest + blocks * 4 * N * N * E) == "2.507"
+    modulation = blocks * N * k * E
+    assert printed(rest + blocks * 2 * N * N * E + modulation) == "2.333"
+    # Of the keys, only those of the candidates are projected.
+    saved = blocks * 2 * (N - r) * E * E
+    assert printed(rest - saved + blocks * 2 * N * r * E + modulation) == "2.037"
+
+
+def reduced_vgg(**options) -> nn.Module:
+    return vgg11(10, **{**REDUCED["vgg11"], **options})
+
+
+def reduced_vit(**options) -> nn.Module:
+    return vit_tiny(10, **{**REDUCED["vit"], "depth": 2, **options})
+
+
+@pytest.mark.parametrize("layer", ["conv2d", "convnn", "hybrid"])
+def test_vgg_step(layer: str) -> None:
+    model = reduced_vgg(layer=layer)
+    F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.tensor([1, 2])).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    kind = {"conv2d": nn.Conv2d, "convnn": ConvNN2d, "hybrid": HybridBranch2d}[layer]
+    assert sum(type(each) is kind for each in model.features) == 8
+    assert sum(type(each) is nn.BatchNorm2d for each in model.features) == 8
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("k", [1, 4, 9, 16, 25])
+def test_small_maps_have_enough_keys(k: int) -> None:
+    model = reduced_vgg(k=k).eval()
+    sizes = []
+    for layer in model.features:
+        if isinstance(layer, HybridBranch2d):
+            layer.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[-1]))
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+    assert sizes == [32, 16, 8, 8, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("layer", ["attention", "convnn", "kvt", "local", "sparse"])
+def test_vit_step(layer: str) -> None:
+    model = reduced_vit(layer=layer, window=16, stride=8)
+    F.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.tensor([1, 2])).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_kvt_and_convnn_are_told_apart() -> None:
+    kvt = reduced_vit(layer="kvt").blocks[0].attention
+    convnn = reduced_vit(layer="convnn").blocks[0].attention
+    assert isinstance(kvt, ConvNNAttention)
+    assert isinstance(convnn, ConvNNAttention)
+    assert (kvt.metric, kvt.weight) == ("dot", None)
+    assert convnn.metric == "cosine"
+    assert (convnn.weight == 1).all()
+
+
+def test_kvt_with_all_neighbors_is_attention() -> None:
+    attention = reduced_vit(layer="attention").eval()
+    kvt = reduced_vit(layer="kvt", k=65).eval()
+    kvt.load_state_dict(attention.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(kvt(x), attention(x))
+
+
+def masked_attention(layer: Attention, x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = layer.query_projection(x), layer.key_projection(x), layer.value_projection(x)
+    logits = (q @ k.mT) * q.shape[-1] ** -0.5
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    return layer.output_projection(weights @ v)
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 21])
+@pytest.mark.parametrize("window", [1, 4, 30])
+def test_local_attention(length: int, window: int) -> None:
+    layer = LocalAttention(6, window).double()
+    x = torch.randn(2, length, 6, dtype=torch.float64)
+    mask = torch.tensor([[abs(i - j) <= window for j in range(length)] for i in range(length)])
+    torch.testing.assert_close(layer(x), masked_attention(layer, x, mask))
+
+
+def test_sparse_attention() -> None:
+    layer = SparseAttention(6, stride=4).double()
+    x = torch.randn(2, 14, 6, dtype=torch.float64)
+    mask = torch.tensor(
+        [[abs(i - j) < 4 or (i - j) % 4 == 0 for j in range(14)] for i in range(14)]
+    )
+    torch.testing.assert_close(layer(x), masked_attention(layer, x, mask))
+
+
+def test_positions() -> None:
+    table = sinusoids(50, 6)
+    assert table.shape == (50, 6)
+    assert table[7, 2].item() == pytest.approx(torch.tensor(7 / 10000 ** (2 / 6)).sin().item())
+    assert table[7, 3].item() == pytest.approx(torch.tensor(7 / 10000 ** (2 / 6)).cos().item())
+    assert not any("positions" in name for name in reduced_vit().state_dict())
+
+
+def test_vit_sees_where_a_patch_is() -> None:
+    model = reduced_vit(layer="attention").eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(model(x), model(x.flip(-1).unflatten(-1, (8, 4)).flip(-1).flatten(3)))
+
+
+def test_every_row_builds() -> None:
+    with torch.device("meta"):
+        for row in ROWS.values():
+            size = row.image_size(reduced=True)
+            model = row.build(10, reduced=True).eval()
+            # Fewer tokens than k = 100: the reduced model has 65.
+            if row.options.get("k", 0) <= 65:
+                assert model(torch.empty(2, 3, size, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: vgg11(10, "conv"), "vgg11: layer must be one of .*, got 'conv'"),
+        (lambda: vgg11(10, k=5), "vgg11: k must be a square number unless kernel_size is given"),
+        (lambda: vit_tiny(10, "none"), "vit_tiny: layer must be one of .*, got 'none'"),
+        (lambda: vit_tiny(10, patch_size=15), "patch_size must divide image_size 224, got 15"),
+    ],
+)
+def test_wrong_settings(make, message: str) -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""Random and spatial candidates (section 4.2.2), by themselves and in layers."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from convnn_kernels.nn import (
+    AllCandidates,
+    Candidates,
+    ConvNN1d,
+    ConvNN2d,
+    ConvNNAttention,
+    RandomCandidates,
+    SpatialCandidates,
+)
+
+CPU = torch.device("cpu")
+
+
+def draw(candidates: Candidates, shape: tuple[int, ...], padding: int = 0) -> Tensor | None:
+    return candidates(shape, padding, CPU)
+
+
+def rows(candidates: Candidates, shape: tuple[int, ...], padding: int = 0) -> list[int]:
+    drawn = draw(candidates, shape, padding)
+    assert drawn is not None
+    assert drawn.dtype == torch.int64
+    return drawn.tolist()
+
+
+def test_spatial_count_in_1d() -> None:
+    assert rows(SpatialCandidates(4), (16,)) == [0, 4, 8, 12]
+    assert rows(SpatialCandidates(3), (10,)) == [0, 3, 6]
+    assert rows(SpatialCandidates(3), (10,), padding=2) == [2, 5, 8]
+    # The map has fewer than 12 tokens, the padded map has 14.
+    assert len(set(rows(SpatialCandidates(12), (10,), padding=2))) == 12
+
+
+def test_spatial_count_in_2d() -> None:
+    assert rows(SpatialCandidates(4), (4, 6)) == [0, 3, 12, 15]
+    assert rows(SpatialCandidates(4), (4, 6), padding=1) == [9, 12, 25, 28]
+    assert len(rows(SpatialCandidates(16), (8, 8))) == 16
+
+
+def test_spatial_stride_is_the_paper_as_written() -> None:
+    assert rows(SpatialCandidates(stride=3), (10,)) == [0, 3, 6, 9]
+    x = torch.arange(5 * 7).view(5, 7)
+    assert rows(SpatialCandidates(stride=2), (5, 7)) == x[::2, ::2].flatten().tolist()
+    padded = torch.arange(7 * 9).view(7, 9)[1:-1, 1:-1]
+    assert rows(SpatialCandidates(stride=2), (5, 7), 1) == padded[::2, ::2].flatten().tolist()
+
+
+@pytest.mark.parametrize("make", [RandomCandidates, SpatialCandidates])
+def test_r_from_the_number_of_keys_on_means_all(make: type) -> None:
+    for r in (16, 25):
+        assert draw(make(r), (2, 2), padding=1) is None
+        assert draw(make(r), (4, 4)) is None
+    assert draw(AllCandidates(), (4, 4)) is None
+
+
+def test_random_is_drawn_among_the_tokens() -> None:
+    inside = set(torch.arange(36).view(6, 6)[1:-1, 1:-1].flatten().tolist())
+    drawn = rows(RandomCandidates(9), (4, 4), padding=1)
+    assert len(set(drawn)) == 9
+    assert set(drawn) <= inside
+    # With more than the 16 tokens of the map asked for, padding is drawn too.
+    drawn = rows(RandomCandidates(30), (4, 4), padding=1)
+    assert len(set(drawn)) == 30
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_random_is_uniform(fixed: bool) -> None:
+    counts = torch.zeros(20)
+    for _ in range(2000):
+        candidates = RandomCandidates(5, fixed_in_eval=fixed).eval()
+        counts[rows(candidates, (20,))] += 1
+    # Binomial(2000, 1/4): mean 500, standard deviation 19.4.
+    assert (counts - 500).abs().max() < 5 * 19.4
+
+
+def test_random_changes_and_repeats_under_a_seed() -> None:
+    candidates = RandomCandidates(8)
+    torch.manual_seed(3)
+    first, second = rows(candidates, (100,)), rows(candidates, (100,))
+    assert first != second
+    torch.manual_seed(3)
+    assert [first, second] == [rows(candidates, (100,)), rows(candidates, (100,))]
+
+
+def test_fixed_in_eval() -> None:
+    candidates = RandomCandidates(8, fixed_in_eval=True)
+    assert rows(candidates, (100,)) != rows(candidates, (100,))
+    candidates.eval()
+    fixed = rows(candidates, (100,))
+    assert rows(candidates, (100,)) == fixed
+    assert len(set(fixed)) == 8
+    other = RandomCandidates(8, fixed_in_eval=True).eval()
+    assert rows(other, (100,)) != fixed
+    other.load_state_dict(candidates.state_dict())
+    assert rows(other, (100,)) == fixed
+    plain = RandomCandidates(8).eval()
+    assert rows(plain, (100,)) != rows(plain, (100,))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ConvNN1d(4, 4, k=3, candidates=RandomCandidates(5)),
+        ConvNN2d(4, 4, k=3, padding=1, candidates=RandomCandidates(5)),
+        ConvNNAttention(4, k=3, candidates=RandomCandidates(5)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_redraw_and_repeat_under_a_seed(layer: torch.nn.Module) -> None:
+    sizes = {"ConvNN1d": (2, 4, 49), "ConvNN2d": (2, 4, 7, 7), "ConvNNAttention": (2, 49, 4)}
+    x = torch.randn(sizes[type(layer).__name__])
+    torch.manual_seed(1)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), first)
+    assert torch.equal(layer(x), second)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("include_self", [False, True])
+def test_include_self(include_self: bool) -> None:
+    layer = ConvNN2d(
+        3, 3, k=4, padding=1, candidates=SpatialCandidates(4, include_self=include_self)
+    )
+    _, indices = layer.neighbors(torch.randn(1, 3, 6, 6))
+    own = torch.arange(64).view(8, 8)[1:-1, 1:-1].flatten()
+    assert torch.equal(indices[0, :, 0], own) == include_self
+    candidates = set(rows(layer.candidates, (6, 6), 1))
+    for query, found in zip(own.tolist(), indices[0].tolist(), strict=True):
+        assert set(found) <= candidates | ({query} if include_self else set())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomCandidates(0), "RandomCandidates: r must be a whole number of at least 1"),
+        (lambda: SpatialCandidates(0), "SpatialCandidates: r must be a whole number of at least 1"),
+        (lambda: SpatialCandidates(stride=0), "SpatialCandidates: stride must be a whole number"),
+        (lambda: SpatialCandidates(), "SpatialCandidates: r must be given if stride is not"),
+        (lambda: SpatialCandidates(4, stride=2), "r must be given if stride is not, got 4"),
+        (lambda: draw(SpatialCandidates(5), (8, 8)), "r must be a square number in 2-D, got 5"),
+        (lambda: draw(SpatialCandidates(9), (1, 50)), "fit into a map of"),
+    ],
+)
+def test_wrong_settings(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

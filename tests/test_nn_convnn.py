@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: MIT
+"""ConvNN1d, ConvNN2d and HybridBranch2d: their settings, and convolution as one end of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import python_ref
+from convnn_kernels import functional
+from convnn_kernels.nn import (
+    AllCandidates,
+    ConvNN1d,
+    ConvNN2d,
+    HybridBranch2d,
+    RandomCandidates,
+    SpatialCandidates,
+)
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-4, 5, shape).to(torch.float64)
+
+
+def set_integers(module: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(integers(*parameter.shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (2, 2), (6, 5), (3, 11)])
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv2d_is_recovered(
+    size: int, shape: tuple[int, int], depthwise: bool, bias: bool
+) -> None:
+    groups, out = (3, 3) if depthwise else (1, 4)
+    conv = nn.Conv2d(3, out, size, padding=size // 2, groups=groups, bias=bias).double()
+    x = torch.randn(2, 3, *shape, dtype=torch.float64)
+    torch.testing.assert_close(ConvNN2d.from_conv2d(conv)(x), conv(x), rtol=1e-12, atol=1e-12)
+    set_integers(conv)
+    x = integers(2, 3, *shape)
+    layer = ConvNN2d.from_conv2d(conv)
+    assert torch.equal(layer(x), conv(x))
+    assert torch.equal(layer.float()(x.float()), conv.float()(x.float()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (4, 4), (7, 3)])
+@pytest.mark.parametrize("size", [3, 5])
+def test_selected_indices_are_the_taps(size: int, shape: tuple[int, int]) -> None:
+    height, width = shape
+    reach = size // 2
+    layer = ConvNN2d.from_conv2d(nn.Conv2d(2, 2, size, padding=reach))
+    _, indices = layer.neighbors(torch.randn(3, 2, *shape))
+    taps = [
+        [(i + di) * (width + 2 * reach) + j + dj for di in range(size) for dj in range(size)]
+        for i in range(height)
+        for j in range(width)
+    ]
+    assert torch.equal(indices, torch.tensor(taps).expand(3, -1, -1))
+
+
+def test_taps_of_a_7x7_kernel_are_not_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"kernel_size must be 1x1, 3x3 or 5x5.*got \(7, 7\)"):
+        ConvNN2d.from_conv2d(nn.Conv2d(1, 1, 7, padding=3))
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 13])
+@pytest.mark.parametrize("length", [1, 4, 20])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_conv1d_is_recovered(size: int, length: int, groups: int) -> None:
+    conv = nn.Conv1d(3, 3, size, padding="same", groups=groups).double()
+    x = torch.randn(2, 3, length, dtype=torch.float64)
+    torch.testing.assert_close(ConvNN1d.from_conv1d(conv)(x), conv(x), rtol=1e-12, atol=1e-12)
+    set_integers(conv)
+    x = integers(2, 3, length)
+    layer = ConvNN1d.from_conv1d(conv)
+    assert torch.equal(layer(x), conv(x))
+    _, indices = layer.neighbors(x)
+    taps = torch.arange(length).unsqueeze(1) + torch.arange(size)
+    assert torch.equal(indices, taps.expand(2, -1, -1))
+
+
+def test_gradients_are_those_of_the_convolution() -> None:
+    conv = nn.Conv2d(2, 3, 3, padding=1).double()
+    layer = ConvNN2d.from_conv2d(conv)
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    expected = torch.autograd.grad(conv(x), (x, *conv.parameters()), grad)
+    got = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), grad)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b.reshape(a.shape), rtol=1e-12, atol=1e-12)
+
+
+def test_taps_are_exact_on_a_large_map_under_autocast() -> None:
+    conv = nn.Conv2d(1, 1, 3, padding=1)
+    layer = ConvNN2d.from_conv2d(conv)
+    x = torch.randn(1, 1, 2, 700)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        expected = conv(x)
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"stride": 2, "padding": 1}, "stride"),
+        ({"dilation": 2, "padding": 2}, "dilation"),
+        ({"padding": 0}, "padding"),
+        ({"padding": 1, "padding_mode": "reflect"}, "padding_mode"),
+        ({"padding": 1, "groups": 2}, "groups"),
+    ],
+)
+def test_other_convolutions_are_refused(setting: dict, name: str) -> None:
+    with pytest.raises(ValueError, match=f"from_conv2d: {name} must be"):
+        ConvNN2d.from_conv2d(nn.Conv2d(4, 4, 3, **setting))
+    with pytest.raises(ValueError, match=f"from_conv1d: {name} must be"):
+        ConvNN1d.from_conv1d(nn.Conv1d(4, 4, 3, **setting))
+
+
+def test_an_even_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="kernel_size must be odd"):
+        ConvNN1d.from_conv1d(nn.Conv1d(1, 1, 4, padding="same"))
+
+
+@pytest.mark.parametrize("rho", ["softmax", "similarity"])
+def test_algorithm_1(rho: str) -> None:
+    """The layer beside the paper's listing, written with Eq. 3's S."""
+    layer = ConvNN1d(5, 7, k=4, rho=rho).double()
+    x = torch.randn(2, 5, 11, dtype=torch.float64)
+
+    def project(linear: nn.Linear) -> torch.Tensor:
+        return F.conv1d(x, linear.weight.unsqueeze(-1))
+
+    assert layer.query_projection is not None
+    assert layer.key_projection is not None
+    assert layer.value_projection is not None
+    q = F.normalize(project(layer.query_projection), dim=1)
+    k = F.normalize(project(layer.key_projection), dim=1)
+    v = project(layer.value_projection)
+    kmax, kargmax = torch.topk(q.mT @ k, k=4, dim=-1)
+    if rho == "softmax":
+        kmax = torch.softmax(kmax, dim=-1)
+    v = v.unsqueeze(-1).expand(2, 5, 11, 4)
+    index = kargmax.unsqueeze(1).expand(2, 5, 11, 4)
+    x_nn = kmax.unsqueeze(1) * torch.gather(v, dim=2, index=index)
+    expected = F.conv1d(x_nn.reshape(2, 5, -1), layer.weight, layer.bias, stride=4)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("positional_encoding", [None, "similarity", "aggregation", "both"])
+@pytest.mark.parametrize("projections", ["identity", "learned", "value"])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("coordinates", ["unit", "pixel"])
+def test_tokens_of_a_map(
+    positional_encoding: str | None, projections: str, padding: int, coordinates: str
+) -> None:
+    """Flattening, padding, coordinates and projections, written out beside the layer."""
+    layer = ConvNN2d(
+        2,
+        3,
+        k=4,
+        padding=padding,
+        projections=projections,
+        positional_encoding=positional_encoding,
+        coordinates=coordinates,
+    ).double()
+    height, width = 3, 4
+    x = torch.randn(2, 2, height, width, dtype=torch.float64)
+    rows, columns = height + 2 * padding, width + 2 * padding
+    tokens = torch.zeros(2, rows, columns, 2, dtype=torch.float64)
+    grid = torch.zeros(rows, columns, 2, dtype=torch.float64)
+    inside = []
+    for i in range(rows):
+        for j in range(columns):
+            place = [i, j]
+            if coordinates == "unit":
+                place = [2 * i / (rows - 1) - 1, 2 * j / (columns - 1) - 1]
+            grid[i, j] = torch.tensor(place, dtype=torch.float64)
+            if padding <= i < height + padding and padding <= j < width + padding:
+                tokens[:, i, j] = x[:, :, i - padding, j - padding]
+                inside.append(i * columns + j)
+    placed = torch.cat([tokens, grid.expand(2, -1, -1, -1)], -1).flatten(1, 2)
+    plain = tokens.flatten(1, 2)
+    key = placed if positional_encoding in ("similarity", "both") else plain
+    value = placed if positional_encoding in ("aggregation", "both") else plain
+    query = key[:, inside]
+    if layer.query_projection and layer.key_projection:
+        query, key = layer.query_projection(query), layer.key_projection(key)
+    if layer.value_projection:
+        value = layer.value_projection(value)
+    expected = functional.convnn(query, key, value, 4, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected.mT.reshape(2, 3, height, width))
+    similarities, indices = layer.neighbors(x)
+    torch.testing.assert_close(similarities, functional.select_neighbors(query, key, 4)[0])
+    assert torch.equal(indices, functional.select_neighbors(query, key, 4)[1])
+
+
+def test_a_layer_is_the_reference() -> None:
+    layer = ConvNN2d(3, 4, k=5, projections="identity", rho="ones", padding=1).double()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    key = F.pad(x, (1, 1, 1, 1)).flatten(2).mT
+    expected, _, _ = python_ref.forward(
+        x.flatten(2).mT, key, key, 5, layer.weight, layer.bias, rho="ones"
+    )
+    torch.testing.assert_close(layer(x), expected.mT.unflatten(-1, (4, 4)))
+
+
+def test_padding_gives_small_maps_their_keys() -> None:
+    x = torch.randn(1, 3, 2, 2)
+    assert ConvNN2d(3, 4, k=9, padding=1)(x).shape == (1, 4, 2, 2)
+    with pytest.raises(RuntimeError, match="k must be between 1 and 4"):
+        ConvNN2d(3, 4, k=9)(x)
+
+
+@pytest.mark.parametrize("aggregation", ["depthwise", "sum"])
+def test_other_aggregations(aggregation: str) -> None:
+    layer = ConvNN1d(
+        4, 4, k=3, projections="identity", aggregation=aggregation, metric="dot", scale=0.5
+    ).double()
+    x = torch.randn(2, 4, 9, dtype=torch.float64)
+    assert (layer.weight is None) == (aggregation == "sum")
+    expected, _, _ = python_ref.forward(
+        x.mT, x.mT, x.mT, 3, layer.weight, layer.bias, metric="dot", scale=0.5
+    )
+    torch.testing.assert_close(layer(x), expected.mT)
+
+
+def test_self_is_first_with_include_self() -> None:
+    x = torch.randn(2, 3, 5, 6)
+    layer = ConvNN2d(
+        3, 3, k=4, padding=1, metric="dot", projections="identity", candidates=AllCandidates(True)
+    )
+    _, indices = layer.neighbors(x)
+    rows = torch.arange(7 * 8).view(7, 8)[1:-1, 1:-1].flatten()
+    assert torch.equal(indices[..., 0], rows.expand(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": 0}, "k must be a whole number of at least 1, got 0"),
+        ({"k": 2.0}, "k must be a whole number of at least 1, got 2.0"),
+        ({"padding": -1}, "padding must be a whole number of at least 0, got -1"),
+        ({"in_channels": 0}, "in_channels must be a whole number of at least 1, got 0"),
+        ({"out_channels": True}, "out_channels must be a whole number of at least 1, got True"),
+        ({"rho": "max"}, "rho must be 'softmax', 'ones' or 'similarity', got 'max'"),
+        ({"metric": "l1"}, "metric must be 'cosine', 'dot' or 'euclidean', got 'l1'"),
+        ({"order": "random"}, "order must be 'similarity' or 'index', got 'random'"),
+        ({"aggregation": "mean"}, "aggregation must be 'dense', 'depthwise' or 'sum', got 'mean'"),
+        ({"aggregation": "sum"}, "out_channels must be the 3 channels of the values"),
+        ({"projections": "none"}, "projections must be 'identity', 'learned', 'value' or"),
+        ({"rho": "ones"}, "projections must be other than learned with rho='ones'"),
+        ({"scale": float("inf")}, "scale must be finite, got inf"),
+        ({"scale": 2.0, "rho": "similarity"}, "scale must be 1.0 unless rho is 'softmax', got 2.0"),
+        ({"positional_encoding": "add"}, "positional_encoding must be None, 'similarity', "),
+        ({"coordinates": "polar"}, "coordinates must be 'unit' or 'pixel', got 'polar'"),
+        ({"projections": "coordinates"}, "positional_encoding must be 'similarity' or 'both'"),
+        ({"projections": "identity", "key_channels": 4}, "key_channels must be None"),
+        ({"value_channels": 0}, "value_channels must be a whole number"),
+        ({"projections": "identity", "projection_bias": True}, "projection_bias must be False"),
+        ({"candidates": "all"}, "candidates must be AllCandidates, RandomCandidates or"),
+    ],
+)
+def test_wrong_settings(settings: dict, message: str) -> None:
+    for layer in (ConvNN1d, ConvNN2d):
+        with pytest.raises(ValueError, match=f"{layer.__name__}: {message}"):
+            layer(**{"in_channels": 3, "out_channels": 6, **settings})
+
+
+def test_wrong_inputs() -> None:
+    with pytest.raises(ValueError, match=r"ConvNN1d: input must have shape \[B, 3, L\], got \[1"):
+        ConvNN1d(3, 4)(torch.zeros(1, 4, 20))
+    with pytest.raises(ValueError, match=r"ConvNN2d: input must have shape \[B, 3, H, W\], got"):
+        ConvNN2d(3, 4)(torch.zeros(3, 20, 20))
+    with pytest.raises(ValueError, match=r"HybridBranch2d: input must have shape \[B, 3, H, W\]"):
+        HybridBranch2d(3, 4)(torch.zeros(1, 2, 20, 20))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "channels"), [(0.0, 0), (0.125, 12), (0.29, 29), (0.5, 50), (0.999, 99), (1.0, 100)]
+)
+def test_branches_share_the_channels(ratio: float, channels: int) -> None:
+    layer = HybridBranch2d(3, 100, branch_ratio=ratio)
+    assert (layer.convnn.out_channels if layer.convnn else 0) == channels
+    assert (layer.conv.out_channels if layer.conv else 0) == 100 - channels
+    # Neither branch costs more than the other.
+    assert sum(p.numel() for p in layer.parameters()) == 100 * (3 * 9 + 1) + 100 * 101
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kernel_size", [1, 2, 3])
+def test_hybrid_is_its_branches(kernel_size: int) -> None:
+    layer = HybridBranch2d(3, 5, kernel_size, candidates=SpatialCandidates(9))
+    x = torch.randn(2, 3, 6, 6)
+    assert layer.convnn is not None
+    assert layer.conv is not None
+    assert layer.convnn.k == kernel_size**2
+    expected = layer.fuse(torch.cat([layer.conv(x), layer.convnn(x)], 1))
+    assert torch.equal(layer(x), expected)
+    assert layer(x).shape == (2, 5, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"branch_ratio": 1.1}, "HybridBranch2d: branch_ratio must be between 0 and 1, got 1.1"),
+        ({"branch_ratio": float("nan")}, "branch_ratio must be between 0 and 1, got nan"),
+        ({"kernel_size": 0}, "HybridBranch2d: kernel_size must be a whole number of at least 1"),
+        ({"metric": "l1"}, "ConvNN2d: metric must be"),
+        ({"projections": "learned"}, "ConvNN2d: projections must be other than learned"),
+    ],
+)
+def test_wrong_hybrid_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HybridBranch2d(3, 4, **settings)
+
+
+def test_settings_are_printed() -> None:
+    text = repr(ConvNN2d(3, 4, order="index", candidates=RandomCandidates(20)))
+    for part in ("3, 4, k=9", "order='index'", "RandomCandidates(20, include_self=True"):
+        assert part in text

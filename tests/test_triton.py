@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: MIT
+"""The Triton kernels in Triton's interpreter, on CPU tensors, through ``backend("triton")``.
+
+They need a process of their own, started with ``TRITON_INTERPRET=1``: `make test` has one.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from itertools import islice, product
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, make_case
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import convnn_kernels
+from convnn_kernels.backends import triton as host
+from python_ref import assert_aggregate, assert_forward, assert_select, select
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1" or host.unavailable() is not None,
+        reason="needs TRITON_INTERPRET=1 and Triton",
+    ),
+    # What NumPy says of NaN and infinity within the interpreter.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+ops = torch.ops.convnn
+QUICK, ALL = 12, 320
+# The interpreter takes a millisecond for a program.
+MOST_ROWS = 300
+F32, F16 = torch.float32, torch.float16
+# float64 is for other backends; the interpreter computes bfloat16 wrongly.
+INSTEAD = {torch.float64: F32, torch.bfloat16: F16}
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> Iterator[None]:
+    with convnn_kernels.backend("triton"):
+        yield
+
+
+def cases() -> Iterator[Case]:
+    seed = 0
+    while True:
+        case = make_case(seed)
+        seed += 1
+        batch = math.prod(case.lead)
+        if batch * max(case.N, case.M) <= MOST_ROWS and max(case.D, case.C) <= 130:
+            yield dataclasses.replace(
+                case,
+                query_dtype=INSTEAD.get(case.query_dtype, case.query_dtype),
+                value_dtype=INSTEAD.get(case.value_dtype, case.value_dtype),
+            )
+
+
+def random_cases() -> list[Any]:
+    return [
+        pytest.param(case, id=case.id, marks=[] if i < QUICK else [pytest.mark.slow])
+        for i, case in enumerate(islice(cases(), ALL))
+    ]
+
+
+@pytest.mark.parametrize("case", random_cases())
+def test_random_case(case: Case) -> None:
+    assert_forward(ops.forward, **case.arguments(), exact=case.exact, seed=case.seed)
+
+
+def integers(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+@pytest.mark.parametrize(
+    ("N", "M", "D", "k"),
+    [(3, 65, 3, 1), (33, 130, 17, 3), (5, 300, 70, 9), (2, 600, 2, 33), (2, 100, 129, 100)],
+)
+def test_exact(metric: str, N: int, M: int, D: int, k: int) -> None:
+    """Many ties, in every place of a group and a tile."""
+    dtype = F16 if N % 2 else F32
+    query, key = integers(2, N, D, dtype=dtype), integers(2, M, D, seed=1, dtype=dtype)
+    assert_select(ops.select, query, key, k, metric=metric, exact=True, backward=False)
+
+
+OPTIONS = {
+    "mask": {"key_mask": torch.arange(300) % 7 == 3},
+    "mask_of_groups": {"key_mask": (torch.arange(300) // 8) % 5 == 4},
+    "few_left": {"key_mask": (torch.arange(300) == 3) | (torch.arange(300) == 299)},
+    "none_left": {"key_mask": torch.zeros(300, dtype=torch.bool)},
+    "candidates": {"candidates": torch.arange(299, 0, -2)},
+    "candidates_and_mask": {
+        "candidates": (torch.arange(200) * 7) % 300,
+        "key_mask": torch.arange(300) % 3 == 0,
+    },
+    "self": {"self_indices": torch.tensor([0, 150, 299, 7, 8])},
+    "self_and_mask": {
+        "self_indices": torch.tensor([0, 150, 299, 7, 8]),
+        "key_mask": torch.arange(300) % 2 == 0,
+    },
+    "self_outside_candidates": {
+        "self_indices": torch.tensor([0, 151, 298, 6, 8]),
+        "candidates": torch.arange(299, 0, -2),
+    },
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize("k", [4, pytest.param(70, marks=pytest.mark.slow)])
+def test_options(option: str, order: str, k: int) -> None:
+    """By nominated groups, and with k = 70 by all columns."""
+    query, key = integers(5, 6), integers(300, 6, seed=1)
+    options = OPTIONS[option]
+    options = {**options, "metric": "dot", "order": order}
+    assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
+
+
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize("option", ["self_and_mask", "few_left", "candidates"])
+@pytest.mark.parametrize("k", [257, pytest.param(290, marks=pytest.mark.slow)])
+def test_more_neighbors_than_a_list_holds(k: int, option: str, order: str) -> None:
+    query, key = integers(5, 3), integers(600, 3, seed=1)
+    options = {
+        name: torch.cat([X, X + 300 if name == "candidates" else X])
+        for name, X in OPTIONS[option].items()
+        if name != "self_indices"
+    }
+    options |= {name: X for name, X in OPTIONS[option].items() if name == "self_indices"}
+    options |= {"metric": "dot", "order": order}
+    assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
+
+
+@pytest.mark.slow
+def test_passes_with_all_keys_and_values() -> None:
+    query, key, value = normal(3, 5), normal(520, 5, seed=1), normal(520, 4, seed=2)
+    assert_forward(ops.forward, query, key, value, 520, normal(4, 1, 520, seed=3))
+
+
+SPECIAL = {
+    "nan_rows": lambda X: X.index_fill_(-2, torch.tensor([5, 131, 290]), math.nan),
+    "negative_nan": lambda X: X.index_fill_(-2, torch.tensor([131]), -math.nan),
+    "infinite_rows": lambda X: X.index_fill_(-2, torch.tensor([7, 250]), math.inf),
+    "one_infinite_column": lambda X: X[..., 100:120, 2:3].fill_(-math.inf),
+    "zero_rows": lambda X: X.index_fill_(-2, torch.arange(0, 300, 2), 0.0),
+    "negative_zero": lambda X: X.index_fill_(-2, torch.arange(40, 300), -0.0),
+    "constant": lambda X: X.fill_(0.3),
+}
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_special_values(special: str, metric: str, dtype: torch.dtype) -> None:
+    query, key = normal(6, 5), normal(300, 5, seed=1)
+    SPECIAL[special](key)
+    query[1], query[2, 3], query[3] = 0.0, math.nan, -0.0
+    query[4, 0] = math.inf
+    assert_select(ops.select, query.to(dtype), key.to(dtype), 6, metric=metric, backward=False)
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-20, 1e-37, 3e38])
+def test_norms_of_finite_rows_are_finite(size: float) -> None:
+    query, key = normal(5, 7), normal(200, 7, seed=1)
+    query = query / query.abs().amax() * size
+    s, _ = assert_select(ops.select, query, key * (min(size, 1e37) if size > 1 else size), 5)
+    assert bool(s.isfinite().all())
+
+
+def combinations() -> list[Any]:
+    """Metric, rho, weight and dtype: all, of which a few are quick."""
+    every = product(
+        ("cosine", "dot", "euclidean"),
+        ("softmax", "ones", "similarity"),
+        ("none", "depthwise", "dense"),
+        (F32, F16),
+    )
+    return [
+        pytest.param(*each, marks=[] if i % 5 == 0 else [pytest.mark.slow])
+        for i, each in enumerate(every)
+    ]
+
+
+@pytest.mark.parametrize(("metric", "rho", "weight", "dtype"), combinations())
+def test_gradients(metric: str, rho: str, weight: str, dtype: torch.dtype) -> None:
+    """Missing neighbors, hubs that every query chooses, keys that none does, two batches."""
+    N, M, D, C, O, k = 20, 90, 9, 20, 35, 3
+    query, key = normal(2, N, D, dtype=dtype), normal(2, M, D, seed=1, dtype=dtype)
+    query[0] = query[0, :1]
+    mask = torch.arange(2 * M).view(2, M) % 3 > 0
+    mask[1, 3:] = False
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[weight]
+    assert_forward(
+        ops.forward,
+        query,
+        key,
+        normal(2, M, C, seed=2, dtype=dtype),
+        k,
+        None if shape is None else normal(*shape, seed=3, dtype=dtype) / 8,
+        normal(O if weight == "dense" else C, seed=4, dtype=dtype),
+        key_mask=mask,
+        metric=metric,
+        rho=rho,
+        scale=0.7 if rho == "softmax" else 1.0,
+    )
+
+
+def test_values_of_missing_neighbors_do_not_matter() -> None:
+    value = normal(6, 20)
+    value[0] = math.nan
+    s = normal(4, 3)
+    s[1], s[2, 1] = -math.inf, -math.inf
+    I = torch.tensor([[1, 2, 3], [0, 0, 0], [4, 0, 5], [2, 2, 2]])
+    for weight in (None, normal(20, 1, 3), normal(7, 20, 3)):
+        Y = assert_aggregate(ops.aggregate, value, s, I, weight)
+        assert bool(Y.isfinite().all())
+
+
+def test_infinite_similarity_is_nan_as_in_eager_softmax() -> None:
+    s = normal(3, 4)
+    s[0, 1], s[1, 2] = math.inf, math.nan
+    I = torch.arange(12).view(3, 4)
+    Y = assert_aggregate(ops.aggregate, normal(12, 5), s, I, backward=False)
+    assert bool(Y[:2].isnan().all())
+    assert bool(Y[2].isfinite().all())
+
+
+@pytest.mark.parametrize("weight", ["none", "depthwise", "dense"])
+def test_a_weight_gradient_of_several_parts(weight: str) -> None:
+    N, C, k = 600, 3, 2
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (4, C, k)}[weight]
+    W = None if shape is None else normal(*shape)
+    s, I = normal(N, k), torch.randint(7, (N, k))
+    assert_aggregate(ops.aggregate, normal(7, C, seed=1), s, I, W)
+
+
+def test_gradient_of_a_sum_has_no_strides() -> None:
+    tensors = [normal(2, 30, 8, seed=i).requires_grad_() for i in range(3)]
+    W = normal(6, 8, 4, seed=4).requires_grad_()
+    ops.forward(*tensors, 4, W)[0].sum().backward()
+    got = [X.grad.clone() for X in (*tensors, W)]
+    Y = ops.forward(*tensors, 4, W)[0]
+    expected = torch.autograd.grad(Y, (*tensors, W), torch.ones(Y.shape))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("weight", [None, (6, 1, 4), (5, 6, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("lead", "N"), [((), 0), ((0,), 3), ((2, 0), 3), ((2,), 0)], ids=["N0", "B0", "B2x0", "B2N0"]
+)
+def test_empty(lead: tuple[int, ...], N: int, weight: tuple[int, ...] | None) -> None:
+    tensors = [torch.randn(*lead, n, 6).requires_grad_() for n in (N, 9, 9)]
+    W = None if weight is None else torch.randn(weight).requires_grad_()
+    Y, s, _ = ops.forward(*tensors, 4, W)
+    assert Y.shape == (*lead, N, 6 if W is None else W.shape[0])
+    assert s.shape == (*lead, N, 4)
+    (Y.sum() + s.sum()).backward()
+    assert all(not X.grad.any() for X in (*tensors, W) if X is not None)
+
+
+@pytest.mark.parametrize("layout", ["heads", "transposed", "four_leading"])
+def test_strides(layout: str) -> None:
+    make = {
+        "heads": lambda seed: normal(2, 40, 3, 8, seed=seed).transpose(1, 2),
+        "transposed": lambda seed: normal(2, 3, 8, 40, seed=seed).mT,
+        "four_leading": lambda seed: normal(2, 1, 2, 40, 8, seed=seed)[:, :, :, ::2],
+    }[layout]
+    assert_forward(ops.forward, make(0), make(1), make(2), 3, normal(8, 1, 3, seed=3))
+
+
+def test_several_launches_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace for one block of rows at a time, and one tile of columns in a program."""
+    query, key = normal(2, 70, 8), normal(2, 300, 8, seed=1)
+    whole = ops.select(query, key, 4)
+    tiles = host._kernels().tiles
+    monkeypatch.setattr(tiles, "WORKSPACE", 1)
+    monkeypatch.setattr(tiles, "tiles_each", lambda *_: 1)
+    parts = ops.select(query, key, 4)
+    assert all(map(torch.equal, whole, parts))
+
+
+def test_the_same_from_run_to_run() -> None:
+    tensors = [normal(2, 50, 8, seed=i).requires_grad_() for i in range(3)]
+    W = normal(5, 8, 4, seed=4).requires_grad_()
+
+    def run() -> list[Tensor]:
+        Y, s, I = ops.forward(*tensors, 4, W)
+        return [Y, s, I, *torch.autograd.grad([Y, s], [*tensors, W], [Y.detach(), s.detach()])]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_equal_rows_tie_wherever_they_lie() -> None:
+    query, key = normal(4, 37), normal(1, 37, seed=1).expand(333, 37)
+    for metric in ("cosine", "dot", "euclidean"):
+        s, I = ops.select(query, key, 7, metric=metric)
+        assert torch.equal(I, torch.arange(7).expand(4, 7))
+        assert torch.equal(s, s[:, :1].expand(4, 7))
+
+
+class _Allocations(TorchDispatchMode):
+    """The shapes of all tensors with memory of their own that operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for X in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(X, Tensor) and X.untyped_storage().data_ptr() not in self.seen:
+                self.seen.add(X.untyped_storage().data_ptr())
+                self.shapes.append(tuple(X.shape))
+        return result
+
+
+def allocations(monkeypatch: pytest.MonkeyPatch, N: int, C: int, k: int, weight: str) -> list[int]:
+    """Elements of every tensor that the host side makes, forward and backward.
+
+    Kernels do not run: what they read and write has been allocated before.
+    """
+
+    class Nothing:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **kwargs: None
+
+    real = vars(host._kernels())
+    kernels = {name: Nothing() if name.endswith("_kernel") else X for name, X in real.items()}
+    monkeypatch.setattr(host, "_kernels", lambda: type("Kernels", (), kernels))
+    monkeypatch.setattr(host, "_arch", lambda tensor: 90)
+    X = [torch.zeros(1, N, C) for _ in range(3)]
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (C, C, k)}[weight]
+    W = None if shape is None else torch.zeros(shape)
+    mode = _Allocations()
+    with mode:
+        Y, s, I = host._forward(
+            *X, k, W, None, None, None, torch.ones(1, N) > 0, "cosine", "softmax", 1.0, "similarity"
+        )
+        s.zero_()
+        I.zero_()
+        host._aggregate_backward(Y, X[2], s, I, W, False, "softmax", 1.0, True, True, True, False)
+        host._select_backward(s, *X[:2], s, I, "cosine", True, True)
+    return [math.prod(shape) for shape in mode.shapes]
+
+
+@pytest.mark.parametrize("weight", ["none", "depthwise", "dense"])
+@pytest.mark.parametrize(("N", "k"), [(8192, 9), (4096, 300)])
+def test_memory(monkeypatch: pytest.MonkeyPatch, N: int, k: int, weight: str) -> None:
+    C = 64
+    sizes = allocations(monkeypatch, N, C, k, weight)
+    assert len(sizes) > 10
+    weights = C * k * (C if weight == "dense" else 1)
+    assert max(sizes) < min(N * N, N * k * C)
+    workspace = host._kernels().tiles.WORKSPACE // 4
+    assert max(sizes) <= max(N * k + 1, N * C, 64 * weights, workspace)
+
+
+def test_a_buffer_of_all_pairs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = Tensor.new_empty
+    monkeypatch.setattr(
+        Tensor,
+        "new_empty",
+        lambda X, *args, **named: empty(empty(X, 1024, 1024)[:1], *args, **named),
+    )
+    assert max(allocations(monkeypatch, 1024, 16, 9, "none")) >= 1024**2
+
+
+def test_what_it_does_not_take() -> None:
+    x = torch.randn(5, 3)
+    for dtype, why in ((torch.float64, "float64"), (torch.bfloat16, "bfloat16")):
+        with pytest.raises(RuntimeError, match=f"forced backend 'triton' cannot run .*{why}"):
+            ops.select(x.to(dtype), x.to(dtype), 2)
+    with pytest.raises(RuntimeError, match="k must be between 1 and 5"):
+        ops.select(x, x, 6)
+
+
+@pytest.mark.parametrize(
+    ("argument", "values", "message"),
+    [
+        ("candidates", [0, 5], r"candidates must be in \[0, 5\), got 5 at position 1"),
+        ("candidates", [3, 1, 3], "candidates must be distinct, got 3 more than once"),
+        ("self_indices", [0, 1, -1, 2, 3], r"must be in \[0, 5\), got -1 at position 2"),
+    ],
+)
+def test_index_values(argument: str, values: list[int], message: str) -> None:
+    x = torch.randn(5, 3)
+    with pytest.raises(RuntimeError, match=message):
+        ops.select(x, x, 2, **{argument: torch.tensor(values)})
+
+
+def test_index_values_of_aggregate() -> None:
+    with pytest.raises(RuntimeError, match=r"indices must be in \[0, 5\), got 9 at position 3"):
+        ops.aggregate(torch.randn(5, 3), torch.randn(2, 2), torch.tensor([[0, 1], [2, 9]]))
+
+
+def test_no_access_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where values are not checked, wrong ones are left out."""
+    monkeypatch.setattr(host, "_check_values", lambda: False)
+    query, key = integers(3, 4), integers(200, 4, seed=1)
+    wrong = torch.tensor([-5, 10**9, 200])
+    candidates = torch.cat([wrong, torch.arange(0, 200, 2)])
+    s, I = ops.select(query, key, 4, candidates, torch.tensor([10**12, -1, 3]), metric="dot")
+    allowed = torch.arange(0, 200, 2)
+    expected = select(query[:2], key, 4, allowed, metric="dot")
+    assert torch.equal(I[:2], expected[1])
+    assert torch.equal(s[:2], expected[0])
+    value = torch.randn(5, 3, requires_grad=True)
+    I = torch.tensor([[0, 1], [-7, 10**12]])
+    for W in (None, torch.randn(3, 1, 2), torch.randn(4, 3, 2)):
+        Y = ops.aggregate(value, torch.randn(2, 2), I, W)
+        assert not Y[1].any()
+        assert not torch.autograd.grad(Y.sum(), value)[0][2:].any()
