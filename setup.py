@@ -73,7 +73,7 @@ def parallel_jobs(job_memory: float) -> int:
 class Build(build):
     def run(self) -> None:
         # Modules that an earlier build left here would ride along into the wheel.
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        shutil.rmtree(Path(self.build_lib) / "convnn_kernels", ignore_errors=True)
         super().run()
 
 
@@ -85,7 +85,8 @@ class CMakeBuild(build_ext):
         target = source if self.inplace else Path(self.build_lib).resolve()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         configured_for = json.dumps(
-            [sys.executable, *(os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX"))]
+            [str(folder), sys.executable]
+            + [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX")]
         )
         stamp = folder / "configured-for.json"
         # CMake keeps the first answers it got. An isolated build has a Python of its own each time.

@@ -62,7 +62,7 @@ def convnn(
     Returns:
         [..., N, O], or [..., N, C] with a depthwise weight or none; dtype of value. Where fewer
         than k keys are allowed, the missing ones contribute nothing; a query without neighbors
-        gives the bias, or zero.
+        gives the bias, or zero. A similarity that overflows to -inf counts as missing.
 
     Raises:
         RuntimeError: if an argument does not have the shape, dtype, device or values above; the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators ``torch.ops.convnn.*``: their schemas, shapes and FLOPs, and what runs them.
+"""The operators ``torch.ops.convnn.*``: their schemas and shapes, and what runs them.
 
 Importing this module defines and registers everything but the C++ implementations, which
 ``convnn_kernels.native`` loads.

@@ -118,6 +118,11 @@ def _loop(
     args: tuple[Any, ...],
 ) -> Any:
     """Calls ``op`` for each entry of the mapped dimension and stacks the results."""
+    if batch_size == 0:
+        raise RuntimeError(
+            f"{op.name()}: vmap over these arguments is a loop, which needs a mapped dimension of "
+            "at least 1, got 0"
+        )
 
     def entry(i: int) -> list[Any]:
         pairs = zip(args, in_dims, strict=True)

@@ -68,6 +68,12 @@ inline std::string name_of(ScalarType dtype) {
       return "float8_e5m2";
     case ScalarType::Float8_e4m3fn:
       return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2fnuz:
+      return "float8_e5m2fnuz";
+    case ScalarType::Float8_e4m3fnuz:
+      return "float8_e4m3fnuz";
+    case ScalarType::Float8_e8m0fnu:
+      return "float8_e8m0fnu";
     default:
       return "dtype " + std::to_string(int(dtype));
   }
@@ -277,7 +283,8 @@ inline Convolution check_convolution(const char* op, const Tensor& value, int64_
     }
   }
   if (!rho_of(rho)) fail(op, "rho must be 'softmax', 'ones' or 'similarity', got '", rho, "'");
-  if (!std::isfinite(scale)) fail(op, "scale must be finite, got ", scale);
+  if (!std::isfinite(scale))
+    fail(op, "scale must be finite, got ", std::isnan(scale) ? std::fabs(scale) : scale);
   if (scale != 1.0 && rho != "softmax") {
     fail(op, "scale must be 1.0 unless rho is 'softmax', got ", scale, " with rho '", rho, "'");
   }

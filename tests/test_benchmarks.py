@@ -37,6 +37,7 @@ def finished_run(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_run_has_stamp_and_every_row(finished_run):
     result = report.read(finished_run)
     assert result["complete"]
@@ -64,12 +65,14 @@ def test_run_has_stamp_and_every_row(finished_run):
     assert rows[64, "sdpa", "forward"]["ratios"]["sdpa"]["median"] == 1
 
 
+@pytest.mark.slow
 def test_run_draws_pictures(finished_run):
     for name in ("time", "memory", "neighbors"):
         picture = finished_run.with_name(f"cpu-{name}.png")
         assert 5_000 < picture.stat().st_size < 300_000
 
 
+@pytest.mark.slow
 def test_tables_and_readme_block(finished_run, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold figures\n{report.END}\nafter\n")

@@ -719,3 +719,24 @@ def test_a_forked_process_does_not_hang() -> None:
         process.kill()
     assert not hangs
     assert process.exitcode == 0
+
+
+def test_missing_neighbor_meets_an_infinite_gradient() -> None:
+    """A padding row or an overflow of the loss scale: grad_weight at a missing tap stays finite."""
+    similarities = torch.tensor([[1.0, -math.inf], [0.0, 0.0]])
+    indices = torch.tensor([[0, 0], [1, 2]])
+    weight = torch.ones(2, 2, 2, requires_grad=True)
+    output = torch.ops.convnn.aggregate(torch.ones(3, 2), similarities, indices, weight)
+    grad_output = torch.tensor([[math.inf, 1.0], [1.0, 1.0]])
+    (grad,) = torch.autograd.grad(output, weight, grad_output)
+    assert grad[0, :, 0].isinf().all()
+    torch.testing.assert_close(grad[:, :, 1], torch.full((2, 2), 0.5))
+
+
+def test_gradient_of_rows_near_the_largest_number() -> None:
+    query = torch.full((1, 4), 1.5e308, dtype=torch.float64, requires_grad=True)
+    key = torch.tensor([[1.0, 1.0, 1.0, 2.0]], dtype=torch.float64)
+    similarities, _ = torch.ops.convnn.select(query, key, 1)
+    (grad,) = torch.autograd.grad(similarities.sum(), query)
+    assert grad.isfinite().all()
+    assert grad[0, 3] > 0 > grad[0, 0]

@@ -786,3 +786,11 @@ def test_flops_of_select_backward_count_what_is_needed() -> None:
     query, key, k = example("select")
     loss = convnn.select(query.requires_grad_(), key, k)[0].sum()
     assert flops(loss.backward) == 2 * B * N * K * D
+
+
+def test_vmap_that_loops_refuses_an_empty_dimension() -> None:
+    x = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match=r"convnn::forward: vmap .* at least 1, got 0"):
+        torch.vmap(lambda weight: torch.ops.convnn.forward(x, x, x, 2, weight)[0])(
+            torch.zeros(0, 3, 1, 2)
+        )

@@ -41,8 +41,15 @@ def available() -> dict[str, str | None]:
     return {
         "triton": _failures.get("triton") or triton.unavailable(),
         "cuda": native.load()["cuda"] or "this version has no CUDA kernels",
-        "cpu": native.load()["cpu"] or None,
+        "cpu": _why_not_cpu(),
     }
+
+
+def _why_not_cpu() -> str | None:
+    # Without the library, importing the package fails.
+    if native.cpu_instruction_set():
+        return None
+    return "CONVNN_CPU_ISA names an instruction set that cannot run here"
 
 
 def backend(name: str) -> contextlib.AbstractContextManager[None]:

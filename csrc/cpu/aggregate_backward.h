@@ -10,14 +10,14 @@
 // P is never stored beyond a block of rows. Nothing is scattered: grad_value is a gather over the
 // inverse of the neighbor list, and the weight and the bias are split by output element, so every
 // sum has one owner and one order. Sums over the rows of the whole batch are taken in float64, but
-// for the dense weight's, whose blocks of kRowBlock rows are products of tiles.
+// for the dense weight's, whose blocks of kWeightRows rows are products of tiles.
 #pragma once
 
 #include "aggregate.h"
 
 namespace convnn::CONVNN_ISA {
 
-constexpr int64_t kRowBlock = 256;        // dense: rows of one product of grad_weight
+constexpr int64_t kWeightRows = 256;      // dense: rows of one product of grad_weight
 constexpr int64_t kSummedRows = 32;       // rows summed before the sum is added to the total
 constexpr int64_t kWeightChannels = 128;  // dense: input channels of one grad_weight task
 
@@ -33,8 +33,8 @@ class AggregateBackward {
     A* product;        // dense: [kBlockRows, padded_channels]
     int64_t* cursors;  // [kBlockRows]
     double* slot_sum;  // dense: [o]
-    A* outputs;        // dense: [o tiles, kRowBlock, kTileRows]
-    A* channels;       // dense: [panels of kWeightChannels, kRowBlock, kPanel]
+    A* outputs;        // dense: [o tiles, kWeightRows, kTileRows]
+    A* channels;       // dense: [panels of kWeightChannels, kWeightRows, kPanel]
     A* tile;           // dense: [kTileRows, kPanel]
     double* weight;    // dense: [o tiles * kTileRows, kWeightChannels padded]
     size_t bytes;
@@ -50,8 +50,8 @@ class AggregateBackward {
       product = arena.take<A>(dense * kBlockRows * padded_channels(p));
       cursors = arena.take<int64_t>(kBlockRows);
       slot_sum = arena.take<double>(dense * p.o);
-      outputs = arena.take<A>(dense * padded_outputs * kRowBlock);
-      channels = arena.take<A>(dense * padded * kRowBlock);
+      outputs = arena.take<A>(dense * padded_outputs * kWeightRows);
+      channels = arena.take<A>(dense * padded * kWeightRows);
       tile = arena.take<A>(dense * kTileRows * kPanel);
       weight = arena.take<double>(dense * padded_outputs * padded);
       bytes = arena.used();
@@ -361,9 +361,9 @@ class AggregateBackward {
     const int64_t height = ceil_div(f.o, kTileRows) * kTileRows;
     const int64_t rows = f.batch * f.n;
     for (int64_t i = 0; i < height * width; ++i) scratch.weight[i] = 0;
-    for (int64_t row = 0; row < rows; row += kRowBlock) {
-      const int64_t depth = min_of(kRowBlock, rows - row);
-      gather_outputs(p, row, depth, height, scratch.outputs);
+    for (int64_t row = 0; row < rows; row += kWeightRows) {
+      const int64_t depth = min_of(kWeightRows, rows - row);
+      gather_outputs(p, slot, row, depth, height, scratch.outputs);
       gather_channels(f, rho, slot, row, depth, first, channels, scratch.channels);
       for (int64_t c = 0; c < width; c += kPanel) {
         for (int64_t o = 0; o < height; o += kTileRows) {
@@ -384,16 +384,20 @@ class AggregateBackward {
     }
   }
 
-  // grad_output of `depth` rows to packed [height / kTileRows, depth, kTileRows].
-  static void gather_outputs(const AggregateBackwardParams& p, int64_t row, int64_t depth,
-                             int64_t height, A* packed) {
+  // grad_output of `depth` rows to packed [height / kTileRows, depth, kTileRows]; zeros for a row
+  // whose neighbor at that slot is missing, like those of gather_channels: neither may be infinite.
+  static void gather_outputs(const AggregateBackwardParams& p, int64_t slot, int64_t row,
+                             int64_t depth, int64_t height, A* packed) {
     const int64_t outputs = p.forward.o;
     const T* grad_output = static_cast<const T*>(p.grad_output) + row * outputs;
     for (int64_t first = 0; first < height; first += kTileRows) {
       const int64_t given = min_of(kTileRows, outputs - first);
       for (int64_t t = 0; t < depth; ++t, packed += kTileRows) {
         const T* g = grad_output + t * outputs + first;
-        for (int64_t o = 0; o < kTileRows; ++o) packed[o] = o < given ? A(widen(g[o])) : A(0);
+        const bool missing = is_missing(similarity_at(p.forward, (row + t) * p.forward.k + slot));
+        for (int64_t o = 0; o < kTileRows; ++o) {
+          packed[o] = o < given && !missing ? A(widen(g[o])) : A(0);
+        }
       }
     }
   }

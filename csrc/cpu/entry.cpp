@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The operators at the dispatch key CPU, on LibTorch's stable ABI. Schemas, fake tensors and
-// autograd are in convnn_kernels/ops.py.
+// The operators at the dispatch key CPU, on LibTorch's stable ABI. Schemas and fake tensors
+// are in convnn_kernels/ops.py, derivatives in convnn_kernels/autograd.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,16 +24,16 @@ void parallel_for(int64_t tasks, int64_t grain, const cpu::Body& body) {
   torch::stable::parallel_for(0, tasks, grain, body);
 }
 
-Tensor dense(const Tensor& tensor) {
+Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Keeps the dense form of an optional argument alive, and its pointer.
+// Keeps the contiguous form of an optional argument alive, and its pointer.
 template <class T>
-class DenseArgument {
+class ContiguousArgument {
  public:
-  explicit DenseArgument(const OptionalTensor& tensor) {
-    if (tensor) tensor_ = dense(*tensor);
+  explicit ContiguousArgument(const OptionalTensor& tensor) {
+    if (tensor) tensor_ = as_contiguous(*tensor);
   }
   const T* data() const {
     return tensor_ ? static_cast<const T*>(tensor_->const_data_ptr()) : nullptr;
@@ -77,19 +77,22 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
                                           const OptionalTensor& key_mask, const std::string& metric,
                                           const std::string& order) {
   const int64_t n = rows_of(query), m = rows_of(key);
-  if (m > std::numeric_limits<uint32_t>::max()) {
-    fail(op, "key must have at most ", std::numeric_limits<uint32_t>::max(), " rows, got ", m);
-  }
-  const DenseArgument<int64_t> dense_candidates(candidates), dense_self(self_indices);
-  const DenseArgument<bool> dense_mask(key_mask);
-  if (candidates) {
-    check_range(op, "candidates", dense_candidates.data(), candidates->size(0), m);
-    check_distinct(op, dense_candidates.data(), candidates->size(0));
-  }
-  if (self_indices) check_range(op, "self_indices", dense_self.data(), n, m);
-
-  const Tensor dense_query = dense(query), dense_key = dense(key);
   const bool wide = query.scalar_type() == ScalarType::Double;
+  const int64_t columns = candidates ? candidates->size(0) : m;
+  if (!wide && columns > std::numeric_limits<uint32_t>::max()) {
+    fail(op, "key must have at most ", std::numeric_limits<uint32_t>::max(),
+         " rows that may be neighbors, got ", columns);
+  }
+  const ContiguousArgument<int64_t> contiguous_candidates(candidates),
+      contiguous_self(self_indices);
+  const ContiguousArgument<bool> contiguous_mask(key_mask);
+  if (candidates) {
+    check_range(op, "candidates", contiguous_candidates.data(), candidates->size(0), m);
+    check_distinct(op, contiguous_candidates.data(), candidates->size(0));
+  }
+  if (self_indices) check_range(op, "self_indices", contiguous_self.data(), n, m);
+
+  const Tensor contiguous_query = as_contiguous(query), contiguous_key = as_contiguous(key);
   const std::vector<int64_t> shape = shape_with(query, n, k);
   Tensor similarities = empty_as(query, shape, wide ? ScalarType::Double : ScalarType::Float);
   Tensor indices = empty_as(query, shape, ScalarType::Long);
@@ -102,12 +105,12 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
       *dtype_of(query),
       *metric_of(metric),
       *order_of(order),
-      dense_query.const_data_ptr(),
-      dense_key.const_data_ptr(),
-      dense_candidates.data(),
+      contiguous_query.const_data_ptr(),
+      contiguous_key.const_data_ptr(),
+      contiguous_candidates.data(),
       candidates ? candidates->size(0) : 0,
-      dense_self.data(),
-      dense_mask.data(),
+      contiguous_self.data(),
+      contiguous_mask.data(),
       similarities.mutable_data_ptr(),
       static_cast<int64_t*>(indices.mutable_data_ptr()),
   };
@@ -115,7 +118,7 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
   return {similarities, indices};
 }
 
-// The parameters of aggregate, but for bias and output. All tensors are dense and checked.
+// The parameters of aggregate, but for bias and output. All tensors are contiguous and checked.
 AggregateParams aggregate_params(const Tensor& value, const Tensor& similarities,
                                  const Tensor& indices, const void* weight, Convolution convolution,
                                  int64_t outputs, const std::string& rho, double scale) {
@@ -142,14 +145,16 @@ Tensor checked_aggregate(const Tensor& value, const Tensor& similarities, const 
                          const OptionalTensor& weight, const OptionalTensor& bias,
                          Convolution convolution, int64_t outputs, const std::string& rho,
                          double scale) {
-  const Tensor dense_value = dense(value), dense_similarities = dense(similarities);
-  const Tensor dense_indices = dense(indices);
-  const DenseArgument<void> dense_weight(weight), dense_bias(bias);
+  const Tensor contiguous_value = as_contiguous(value),
+               contiguous_similarities = as_contiguous(similarities);
+  const Tensor contiguous_indices = as_contiguous(indices);
+  const ContiguousArgument<void> contiguous_weight(weight), contiguous_bias(bias);
   Tensor output =
       empty_as(value, shape_with(value, rows_of(similarities), outputs), value.scalar_type());
-  AggregateParams params = aggregate_params(dense_value, dense_similarities, dense_indices,
-                                            dense_weight.data(), convolution, outputs, rho, scale);
-  params.bias = dense_bias.data();
+  AggregateParams params =
+      aggregate_params(contiguous_value, contiguous_similarities, contiguous_indices,
+                       contiguous_weight.data(), convolution, outputs, rho, scale);
+  params.bias = contiguous_bias.data();
   params.output = output.mutable_data_ptr();
   cpu::aggregate(params, parallel_for);
   return output;
@@ -168,11 +173,12 @@ Tensor aggregate(Tensor value, Tensor similarities, Tensor indices, OptionalTens
   int64_t outputs = 0;
   const Convolution convolution = check_convolution("aggregate", value, columns_of(similarities),
                                                     weight, bias, rho, scale, outputs);
-  const Tensor dense_indices = dense(indices);
-  check_range("aggregate", "indices", static_cast<const int64_t*>(dense_indices.const_data_ptr()),
-              indices.numel(), rows_of(value));
-  return checked_aggregate(value, similarities, dense_indices, weight, bias, convolution, outputs,
-                           rho, scale);
+  const Tensor contiguous_indices = as_contiguous(indices);
+  check_range("aggregate", "indices",
+              static_cast<const int64_t*>(contiguous_indices.const_data_ptr()), indices.numel(),
+              rows_of(value));
+  return checked_aggregate(value, similarities, contiguous_indices, weight, bias, convolution,
+                           outputs, rho, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, int64_t k,
@@ -218,10 +224,12 @@ std::tuple<Tensor, Tensor> select_backward(Tensor grad_similarities, Tensor quer
   check_same(op, "similarities", similarities, shape, dtype);
   check_same(op, "grad_similarities", grad_similarities, shape, dtype);
   check_same(op, "indices", indices, shape, ScalarType::Long);
-  const Tensor dense_grads = dense(grad_similarities), dense_query = dense(query);
-  const Tensor dense_key = dense(key), dense_similarities = dense(similarities);
-  const Tensor dense_indices = dense(indices);
-  const int64_t* rows = static_cast<const int64_t*>(dense_indices.const_data_ptr());
+  const Tensor contiguous_grads = as_contiguous(grad_similarities),
+               contiguous_query = as_contiguous(query);
+  const Tensor contiguous_key = as_contiguous(key),
+               contiguous_similarities = as_contiguous(similarities);
+  const Tensor contiguous_indices = as_contiguous(indices);
+  const int64_t* rows = static_cast<const int64_t*>(contiguous_indices.const_data_ptr());
   check_range(op, "indices", rows, indices.numel(), rows_of(key));
 
   Tensor grad_query = empty_like_if(need_query, query);
@@ -234,10 +242,10 @@ std::tuple<Tensor, Tensor> select_backward(Tensor grad_similarities, Tensor quer
       k,
       *dtype_of(query),
       *metric_of(metric),
-      dense_grads.const_data_ptr(),
-      dense_query.const_data_ptr(),
-      dense_key.const_data_ptr(),
-      dense_similarities.const_data_ptr(),
+      contiguous_grads.const_data_ptr(),
+      contiguous_query.const_data_ptr(),
+      contiguous_key.const_data_ptr(),
+      contiguous_similarities.const_data_ptr(),
       rows,
       need_query ? grad_query.mutable_data_ptr() : nullptr,
       need_key ? grad_key.mutable_data_ptr() : nullptr,
@@ -257,10 +265,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
                                                     std::nullopt, rho, scale, outputs);
   check_same(op, "grad_output", grad_output, shape_with(value, rows_of(similarities), outputs),
              value.scalar_type());
-  const Tensor dense_grads = dense(grad_output), dense_value = dense(value);
-  const Tensor dense_similarities = dense(similarities), dense_indices = dense(indices);
-  const DenseArgument<void> dense_weight(weight);
-  check_range(op, "indices", static_cast<const int64_t*>(dense_indices.const_data_ptr()),
+  const Tensor contiguous_grads = as_contiguous(grad_output),
+               contiguous_value = as_contiguous(value);
+  const Tensor contiguous_similarities = as_contiguous(similarities),
+               contiguous_indices = as_contiguous(indices);
+  const ContiguousArgument<void> contiguous_weight(weight);
+  check_range(op, "indices", static_cast<const int64_t*>(contiguous_indices.const_data_ptr()),
               indices.numel(), rows_of(value));
 
   need_weight = need_weight && weight;
@@ -270,9 +280,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
   Tensor grad_weight = empty_like_if(need_weight, weight ? *weight : value);
   Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type());
   AggregateBackwardParams params = {};
-  params.forward = aggregate_params(dense_value, dense_similarities, dense_indices,
-                                    dense_weight.data(), convolution, outputs, rho, scale);
-  params.grad_output = dense_grads.const_data_ptr();
+  params.forward = aggregate_params(contiguous_value, contiguous_similarities, contiguous_indices,
+                                    contiguous_weight.data(), convolution, outputs, rho, scale);
+  params.grad_output = contiguous_grads.const_data_ptr();
   params.grad_value = need_value ? grad_value.mutable_data_ptr() : nullptr;
   params.grad_similarities = need_similarities ? grad_similarities.mutable_data_ptr() : nullptr;
   params.grad_weight = need_weight ? grad_weight.mutable_data_ptr() : nullptr;

@@ -5,7 +5,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -69,7 +71,12 @@ using Memory = std::unique_ptr<void, Free>;
 
 // Null for no bytes.
 Memory allocate(size_t bytes) {
-  return Memory(bytes ? ::operator new(bytes, std::align_val_t(64)) : nullptr);
+  void* memory = bytes ? ::operator new(bytes, std::align_val_t(64), std::nothrow) : nullptr;
+  if (bytes && !memory) {
+    throw std::runtime_error("convnn: cannot allocate " + std::to_string(bytes) +
+                             " bytes of workspace");
+  }
+  return Memory(memory);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -83,10 +90,19 @@ template <class Pass>
 void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, size_t scratch_bytes,
          const Pass& pass) {
   if (tasks == 0) return;
+  // PyTorch's stable interface loses the message of what is thrown inside its parallel region.
+  std::mutex mutex;
+  std::exception_ptr failure;
   parallel_for(tasks, grain_of(work_per_task), [&](int64_t begin, int64_t end) {
-    const Memory scratch = allocate(scratch_bytes);
-    pass(begin, end, scratch.get());
+    try {
+      const Memory scratch = allocate(scratch_bytes);
+      pass(begin, end, scratch.get());
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
+    }
   });
+  if (failure) std::rethrow_exception(failure);
 }
 
 // The rows of key that may be neighbors in one batch element, ascending. Returns how many.

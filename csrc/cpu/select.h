@@ -71,7 +71,6 @@ class Rank {
   Code code_;
 };
 
-// Each is a multiple of the next.
 constexpr int64_t kChunk = 1024;     // columns of S kept at a time
 constexpr int64_t kScanVectors = 8;  // vectors of one scan block
 template <class A>
@@ -87,7 +86,7 @@ class BestColumns {
   using Key = std::remove_reference_t<decltype(Keys{}[0])>;
 
  public:
-  static int64_t capacity(int64_t k) { return 2 * k + 2 * kScanColumns<A>; }
+  static int64_t capacity(int64_t k) { return k + k / 4 + 2 * kScanColumns<A>; }
 
   void start(Rank<A>* ranks, int64_t wanted, int64_t excluded) {
     ranks_ = ranks;
@@ -247,7 +246,7 @@ class Select {
     A* self_similarities;  // [kBlockRows]
     A* self_panel;         // [d, kPanel]
     A* self_tile;          // [kTileRows, kPanel]
-    Rank<A>* ranks;        // [kBlockRows, capacity]
+    Rank<A>* ranks;        // [rows, capacity]
     size_t bytes;
 
     Scratch(const SelectParams& p, void* base) {
@@ -257,7 +256,7 @@ class Select {
       self_similarities = arena.take<A>(kBlockRows);
       self_panel = arena.take<A>(p.self_indices ? p.d * kPanel : 0);
       self_tile = arena.take<A>(kTileRows * kPanel);
-      ranks = arena.take<Rank<A>>(kBlockRows * BestColumns<A>::capacity(p.k));
+      ranks = arena.take<Rank<A>>(min_of(kBlockRows, p.n) * BestColumns<A>::capacity(p.k));
       bytes = arena.used();
     }
   };

@@ -117,7 +117,9 @@ class SelectBackward {
       for (int64_t t = 0; t < d; ++t) narrow(inverse == 0 ? A(0) : A(sum[t]), grad[t]);
       return;
     }
-    const double along = dot(sum, own, d) * inverse;
+    // The row is made a unit first: the product of a large one would overflow.
+    const double along =
+        sum_of(d, [&](int64_t t) { return sum[t] * (double(widen(own[t])) * inverse); });
     for (int64_t t = 0; t < d; ++t) {
       const double unit = double(widen(own[t])) * inverse;
       narrow(A((sum[t] - unit * along) * inverse), grad[t]);
