@@ -27,7 +27,6 @@ help:
 
 test: $(VENV)/.test
 	$(python) -m pytest -m "not slow and not gpu and not triton"
-	TRITON_INTERPRET=1 $(python) -m pytest -m "triton and not slow" tests/test_triton.py
 
 test-all: $(VENV)/.test
 	$(python) -m pytest -m "not gpu and not triton"

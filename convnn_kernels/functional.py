@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Convolutional Nearest Neighbors as functions of tensors."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from convnn_kernels import dispatch, ops
@@ -166,3 +169,33 @@ def aggregate_neighbors(
             examined.
     """
     return dispatch.call(ops.aggregate, value, similarities, indices, weight, bias, rho, scale)
+
+
+def warmup(*args: Any, **options: Any) -> None:
+    """Compiles what a call of ``convnn`` with these arguments needs, forward and backward.
+
+    A kernel of a CUDA device is compiled when it is first used with tensors of a kind: dtype,
+    divisibility of sizes and strides by 16, tile sizes that follow from k and the columns. That
+    takes seconds and cannot happen while a CUDA graph is captured. ``warmup`` runs the call once,
+    and its backward if a tensor requires a gradient. It changes neither tensors nor gradients.
+
+    Args:
+        *args: as for ``convnn``.
+        **options: as for ``convnn``.
+
+    Raises:
+        RuntimeError: as ``convnn`` does.
+    """
+
+    def leaf(X: Any) -> Any:
+        if not isinstance(X, Tensor):
+            return X
+        return X.detach().requires_grad_(X.requires_grad)
+
+    args = tuple(leaf(X) for X in args)
+    options = {name: leaf(X) for name, X in options.items()}
+    inputs = [X for X in (*args, *options.values()) if isinstance(X, Tensor) and X.requires_grad]
+    with torch.enable_grad():
+        output = convnn(*args, **options)
+        if inputs:
+            torch.autograd.grad(output, inputs, torch.zeros_like(output), allow_unused=True)

@@ -180,6 +180,7 @@ DIGEST = """
 """
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_bits(
     instruction_set: str, run_python: Callable[..., str]
 ) -> None:
