@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = f"{options.dataset}-" + (
         f"figure{options.figure}" if options.figure else f"table{options.table or ''}"
     )
-    result = {"stamp": stamp, "recipe": vars(recipe), "rows": lines, "logs": logs}
+    result = {"stamp": stamp, "rows": lines, "logs": logs}
     _write(options.out / f"{name}.json", result)
     if options.figure:
         scale = ", reduced models" if options.reduced else ""
