@@ -23,8 +23,9 @@ from .workloads import REQUIRED, Workload
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 FOOTNOTE = (
-    "ms: median, and 20th to 80th percentile. eager, SDPA: how many times as fast as that, paired "
-    "within rounds; below 1 is slower. ConvNN with candidates is held against eager with the same "
+    "ms: median (in parentheses, where shown, the 20th to 80th percentile). eager, SDPA: how many "
+    "times as fast as that, the median of the ratios within each round, not the quotient of the "
+    "medians; below 1 is slower. ConvNN with candidates is held against eager with the same "
     "candidates, SDPA and Conv2d against eager ConvNN over all. "
     "MB: peak resident memory above the inputs, in a process of its own. "
     "With random or spatial candidates the token itself is always a neighbor. "
