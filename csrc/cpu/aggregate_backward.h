@@ -29,7 +29,7 @@ class AggregateBackward {
   struct Scratch {
     double* rho;       // [kBlockRows, k]
     double* grad_rho;  // [kBlockRows, k]
-    A* gathered;       // dense: [kBlockTiles, slots_at_once * o, kTileRows]
+    A* gathered;       // dense: [kBlockRows, padded_stride of slots_at_once * o]
     A* product;        // dense: [kBlockRows, padded_channels]
     int64_t* cursors;  // [kBlockRows]
     double* slot_sum;  // dense: [o]
@@ -46,7 +46,7 @@ class AggregateBackward {
       Arena arena(base);
       rho = arena.take<double>(kBlockRows * p.k);
       grad_rho = arena.take<double>(kBlockRows * p.k);
-      gathered = arena.take<A>(dense * kBlockRows * slots_at_once(p) * p.o);
+      gathered = arena.take<A>(dense * kBlockRows * padded_stride<A>(slots_at_once(p) * p.o));
       product = arena.take<A>(dense * kBlockRows * padded_channels(p));
       cursors = arena.take<int64_t>(kBlockRows);
       slot_sum = arena.take<double>(dense * p.o);
@@ -218,13 +218,18 @@ class AggregateBackward {
     const int64_t tiles = ceil_div(rows, kTileRows);
     const int64_t width = padded_channels(f);
     const T* grad_output = static_cast<const T*>(p.grad_output) + first * f.o;
-    pack_grad_output(grad_output, rows, f.o, scratch.gathered);
+    const int64_t stride = padded_stride<A>(f.o);
+    for (int64_t r = 0; r < tiles * kTileRows; ++r) {
+      A* to = scratch.gathered + r * stride;
+      for (int64_t o = 0; o < f.o; ++o)
+        to[o] = r < rows ? A(widen(grad_output[r * f.o + o])) : A(0);
+    }
     for (int64_t j = 0; j < f.k; ++j) {
       for (int64_t c = 0; c < width; c += kPanel) {
         const A* panel = weight + (c * f.k + j * kPanel) * f.o;
         for (int64_t tile = 0; tile < tiles; ++tile) {
-          multiply_tile(scratch.gathered + tile * kTileRows * f.o, panel, f.o,
-                        scratch.product + tile * kTileRows * width + c, width);
+          multiply_tile<A>({scratch.gathered + tile * kTileRows * stride, stride, 1}, panel, f.o,
+                           scratch.product + tile * kTileRows * width + c, width);
         }
       }
       for (int64_t r = 0; r < rows; ++r) {
@@ -233,16 +238,6 @@ class AggregateBackward {
             is_missing(similarity_at(f, place))
                 ? A(0)
                 : A(dot(scratch.product + r * width, value + f.indices[place] * f.c, f.c));
-      }
-    }
-  }
-
-  // grad_output [rows, o] to packed [tiles, o, kTileRows], rows padded with zeros.
-  static void pack_grad_output(const T* grad_output, int64_t rows, int64_t o, A* packed) {
-    for (int64_t r = 0; r < ceil_div(rows, kTileRows) * kTileRows; ++r) {
-      A* to = packed + r / kTileRows * kTileRows * o + r % kTileRows;
-      for (int64_t i = 0; i < o; ++i) {
-        to[i * kTileRows] = r < rows ? A(widen(grad_output[r * o + i])) : A(0);
       }
     }
   }
@@ -278,21 +273,21 @@ class AggregateBackward {
     for (int64_t r = 0; r < rows; ++r) scratch.cursors[r] = chosen.offsets[r];
     for (int64_t slot = 0; slot < f.k; slot += slots_at_once(f)) {
       const int64_t slots = min_of(slots_at_once(f), f.k - slot);
-      const int64_t depth = slots * f.o;
-      for (int64_t i = 0; i < tiles * kTileRows * depth; ++i) scratch.gathered[i] = 0;
+      const int64_t depth = slots * f.o, stride = padded_stride<A>(depth);
+      for (int64_t i = rows * stride; i < tiles * kTileRows * stride; ++i) scratch.gathered[i] = 0;
       for (int64_t r = 0; r < rows; ++r) {
-        A* to = scratch.gathered + r / kTileRows * kTileRows * depth + r % kTileRows;
-        for (int64_t j = 0; j < slots; ++j, to += f.o * kTileRows) {
+        A* to = scratch.gathered + r * stride;
+        for (int64_t j = 0; j < slots; ++j, to += f.o) {
           sum_slot(f, chosen, slot + j, chosen.offsets[r + 1], scratch.cursors[r],
                    scratch.slot_sum);
-          for (int64_t o = 0; o < f.o; ++o) to[o * kTileRows] = A(scratch.slot_sum[o]);
+          for (int64_t o = 0; o < f.o; ++o) to[o] = A(scratch.slot_sum[o]);
         }
       }
       for (int64_t c = 0; c < width; c += kPanel) {
         const A* panel = weight + (c * f.k + slot * kPanel) * f.o;
         for (int64_t tile = 0; tile < tiles; ++tile) {
-          multiply_tile(scratch.gathered + tile * kTileRows * depth, panel, depth,
-                        scratch.product + tile * kTileRows * width + c, width, slot > 0);
+          multiply_tile<A>({scratch.gathered + tile * kTileRows * stride, stride, 1}, panel, depth,
+                           scratch.product + tile * kTileRows * width + c, width, slot > 0);
         }
       }
     }
@@ -367,8 +362,8 @@ class AggregateBackward {
       gather_channels(f, rho, slot, row, depth, first, channels, scratch.channels);
       for (int64_t c = 0; c < width; c += kPanel) {
         for (int64_t o = 0; o < height; o += kTileRows) {
-          multiply_tile(scratch.outputs + o * depth, scratch.channels + c * depth, depth,
-                        scratch.tile, kPanel);
+          multiply_tile<A>({scratch.outputs + o * depth, 1, kTileRows},
+                           scratch.channels + c * depth, depth, scratch.tile, kPanel);
           for (int64_t r = 0; r < kTileRows; ++r) {
             double* to = scratch.weight + (o + r) * width + c;
             for (int64_t i = 0; i < kPanel; ++i) to[i] += scratch.tile[r * kPanel + i];

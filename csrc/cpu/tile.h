@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The one matrix tile that every product on the CPU goes through, and its sizes.
 //
-//   c[r][j] (+)= sum over t of a[t][r] * b[t][j]        r < kTileRows, j < kTileColumns<A>
+//   c[r][j] (+)= sum over t of a[r][t] * b[t][j]        r < kTileRows, j < kTileColumns<A>
 //
-// Operands are packed so that step t reads one short row of each. The sum over t is taken in a
+// The columns are packed so that step t reads one short row of b. The sum over t is taken in a
 // fixed order, in registers; lanes are columns. So an element depends on its own row and column
 // only, never on where in a tile they lie: equal rows give equal bits.
 #pragma once
@@ -32,11 +32,40 @@ constexpr int kBlockRows = kBlockTiles * kTileRows;
 // grow with their length.
 constexpr int64_t kSummedSteps = 32;
 
-// a [depth, kTileRows], b [depth, kTileColumns], c [kTileRows, ldc].
-// SquaredDifference: c[r][j] = -sum over t of (a[t][r] - b[t][j])^2 instead of the product.
+// The rows a[r][t] of a product: one element from the next along t, one row from the next.
+template <class A>
+struct TileRows {
+  const A* at;
+  int64_t row_stride;
+  int64_t step_stride;
+};
+
+// A stride for rows of d elements that are read side by side: whole vectors, but not a multiple of
+// eight, so that the rows do not compete for the same few places of a cache.
+template <class A>
+inline int64_t padded_stride(int64_t d) {
+  const int64_t vectors = ceil_div(d, kLanes<A>);
+  return (vectors % 8 ? vectors : vectors + 1) * kLanes<A>;
+}
+
+// kLanes rows of d elements [kLanes, stride], whole vectors of which can be read, to columns
+// [d, kTileColumns]: element t of row i goes to columns[t][i].
+template <class A>
+inline void interleave(const A* rows, int64_t stride, int64_t d, A* columns) {
+  for (int64_t t = 0; t < d; t += kLanes<A>) {
+    Vector<A> block[kLanes<A>];
+    for (int i = 0; i < kLanes<A>; ++i) block[i] = load(rows + i * stride + t);
+    transpose<A>(block);
+    const int64_t steps = min_of(kLanes<A>, d - t);
+    for (int64_t j = 0; j < steps; ++j) store(columns + (t + j) * kTileColumns<A>, block[j]);
+  }
+}
+
+// b [depth, kTileColumns], c [kTileRows, ldc].
+// SquaredDifference: c[r][j] = -sum over t of (a[r][t] - b[t][j])^2 instead of the product.
 // Vectors: how many of the columns are computed, in whole vectors.
 template <class A, bool SquaredDifference = false, int Vectors = kTileVectors>
-inline void multiply_tile(const A* a, const A* b, int64_t depth, A* c, int64_t ldc,
+inline void multiply_tile(TileRows<A> a, const A* b, int64_t depth, A* c, int64_t ldc,
                           bool accumulate = false) {
   using V = Vector<A>;
   int64_t t = 0;
@@ -49,14 +78,14 @@ inline void multiply_tile(const A* a, const A* b, int64_t depth, A* c, int64_t l
       for (int r = 0; r < kTileRows; ++r) {
         for (int v = 0; v < Vectors; ++v) {
           if constexpr (SquaredDifference) {
-            const V difference = column[v] - a[r];
+            const V difference = column[v] - a.at[r * a.row_stride];
             sum[r][v] -= difference * difference;
           } else {
-            sum[r][v] += column[v] * a[r];
+            sum[r][v] += column[v] * a.at[r * a.row_stride];
           }
         }
       }
-      a += kTileRows;
+      a.at += a.step_stride;
       b += kTileColumns<A>;
     }
     for (int r = 0; r < kTileRows; ++r) {
@@ -72,7 +101,7 @@ inline void multiply_tile(const A* a, const A* b, int64_t depth, A* c, int64_t l
 // The same for the first `columns` of the tile, rounded up to whole vectors: a short last panel
 // costs no more than it holds.
 template <class A, bool SquaredDifference, int Vectors = kTileVectors>
-inline void multiply_columns(const A* a, const A* b, int64_t depth, int64_t columns, A* c,
+inline void multiply_columns(TileRows<A> a, const A* b, int64_t depth, int64_t columns, A* c,
                              int64_t ldc) {
   if constexpr (Vectors > 1) {
     if (columns <= (Vectors - 1) * kLanes<A>) {
