@@ -33,7 +33,7 @@ class AggregateBackward {
     A* product;        // dense: [kBlockRows, padded_channels]
     int64_t* cursors;  // [kBlockRows]
     double* slot_sum;  // dense: [o]
-    A* outputs;        // dense: [o tiles, kWeightRows, kTileRows]
+    A* outputs;        // dense: [kWeightRows, o padded to whole tiles]
     A* channels;       // dense: [panels of kWeightChannels, kWeightRows, kPanel]
     A* tile;           // dense: [kTileRows, kPanel]
     double* weight;    // dense: [o tiles * kTileRows, kWeightChannels padded]
@@ -278,9 +278,8 @@ class AggregateBackward {
       for (int64_t r = 0; r < rows; ++r) {
         A* to = scratch.gathered + r * stride;
         for (int64_t j = 0; j < slots; ++j, to += f.o) {
-          sum_slot(f, chosen, slot + j, chosen.offsets[r + 1], scratch.cursors[r],
-                   scratch.slot_sum);
-          for (int64_t o = 0; o < f.o; ++o) to[o] = A(scratch.slot_sum[o]);
+          sum_slot(f, chosen, slot + j, chosen.offsets[r + 1], scratch.cursors[r], scratch.slot_sum,
+                   to);
         }
       }
       for (int64_t c = 0; c < width; c += kPanel) {
@@ -298,16 +297,30 @@ class AggregateBackward {
     }
   }
 
-  // sum [o] of rho_ij G_i over the query rows of one slot, from the place `at` on, which moves past
-  // them.
+  // to [o] = the sum of rho_ij G_i over the query rows of one slot, from the place `at` on, which
+  // moves past them. sum [o] is for two and more of them.
   static void sum_slot(const AggregateParams& f, const Chosen& chosen, int64_t slot, int64_t end,
-                       int64_t& at, double* sum) {
-    for (int64_t o = 0; o < f.o; ++o) sum[o] = 0;
-    for (; at < end && chosen.places[at] < (slot + 1) * f.n; ++at) {
-      const int64_t i = chosen.places[at] - slot * f.n;
+                       int64_t& at, double* sum, A* to) {
+    const int64_t first = at;
+    while (at < end && chosen.places[at] < (slot + 1) * f.n) ++at;
+    const auto term = [&](int64_t place) {
+      const int64_t i = chosen.places[place] - slot * f.n;
       const double scale = chosen.rho[i * f.k + slot];
       const T* g = chosen.grad_output + i * f.o;
-      for (int64_t o = 0; o < f.o; ++o) sum[o] += scale * double(widen(g[o]));
+      return [=](int64_t o) { return scale * double(widen(g[o])); };
+    };
+    if (at == first) {
+      for (int64_t o = 0; o < f.o; ++o) to[o] = 0;
+    } else if (at == first + 1) {
+      const auto only = term(first);
+      for (int64_t o = 0; o < f.o; ++o) to[o] = A(only(o));
+    } else {
+      for (int64_t o = 0; o < f.o; ++o) sum[o] = 0;
+      for (int64_t place = first; place < at; ++place) {
+        const auto next = term(place);
+        for (int64_t o = 0; o < f.o; ++o) sum[o] += next(o);
+      }
+      for (int64_t o = 0; o < f.o; ++o) to[o] = A(sum[o]);
     }
   }
 
@@ -379,21 +392,17 @@ class AggregateBackward {
     }
   }
 
-  // grad_output of `depth` rows to packed [height / kTileRows, depth, kTileRows]; zeros for a row
-  // whose neighbor at that slot is missing, like those of gather_channels: neither may be infinite.
+  // grad_output of `depth` rows to rows [depth, height]; zeros for a row whose neighbor at that
+  // slot is missing, like those of gather_channels: neither may be infinite.
   static void gather_outputs(const AggregateBackwardParams& p, int64_t slot, int64_t row,
-                             int64_t depth, int64_t height, A* packed) {
+                             int64_t depth, int64_t height, A* rows) {
     const int64_t outputs = p.forward.o;
-    const T* grad_output = static_cast<const T*>(p.grad_output) + row * outputs;
-    for (int64_t first = 0; first < height; first += kTileRows) {
-      const int64_t given = min_of(kTileRows, outputs - first);
-      for (int64_t t = 0; t < depth; ++t, packed += kTileRows) {
-        const T* g = grad_output + t * outputs + first;
-        const bool missing = is_missing(similarity_at(p.forward, (row + t) * p.forward.k + slot));
-        for (int64_t o = 0; o < kTileRows; ++o) {
-          packed[o] = o < given && !missing ? A(widen(g[o])) : A(0);
-        }
-      }
+    const T* g = static_cast<const T*>(p.grad_output) + row * outputs;
+    for (int64_t t = 0; t < depth; ++t, g += outputs, rows += height) {
+      const bool missing = is_missing(similarity_at(p.forward, (row + t) * p.forward.k + slot));
+      const int64_t given = missing ? 0 : outputs;
+      for (int64_t o = 0; o < given; ++o) rows[o] = widen(g[o]);
+      for (int64_t o = given; o < height; ++o) rows[o] = 0;
     }
   }
 

@@ -113,7 +113,7 @@ inline void multiply_columns(TileRows<A> a, const A* b, int64_t depth, int64_t c
 }
 
 // The sum of term(0) ... term(count - 1) in float64, in a fixed order: 16 interleaved partial sums,
-// then their sum.
+// then sums of two of them until one is left.
 template <class Term>
 inline double sum_of(int64_t count, const Term& term) {
   constexpr int kPartial = 16;
@@ -123,9 +123,10 @@ inline double sum_of(int64_t count, const Term& term) {
     for (int p = 0; p < kPartial; ++p) partial[p] += term(i + p);
   }
   for (int p = 0; i + p < count; ++p) partial[p] += term(i + p);
-  double sum = 0;
-  for (int p = 0; p < kPartial; ++p) sum += partial[p];
-  return sum;
+  for (int half = kPartial / 2; half > 0; half /= 2) {
+    for (int p = 0; p < half; ++p) partial[p] += partial[p + half];
+  }
+  return partial[0];
 }
 
 // The dot product of two rows, in float64.
