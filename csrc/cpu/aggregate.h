@@ -160,10 +160,8 @@ class Aggregate {
       }
       for (int64_t o = 0; o < width; o += kPanel) {
         const A* panel = weight + o * p.k * p.c + slot * p.c * kPanel;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          multiply_tile<A>({scratch.gathered + tile * kTileRows * stride, stride, 1}, panel, depth,
-                           scratch.output + tile * kTileRows * width + o, width, slot > 0);
-        }
+        multiply<A>({scratch.gathered, stride, 1}, rows, panel, depth, kPanel, scratch.output + o,
+                    width, slot > 0);
       }
     }
     const T* bias = static_cast<const T*>(p.bias);

@@ -35,7 +35,7 @@ class AggregateBackward {
     double* slot_sum;  // dense: [o]
     A* outputs;        // dense: [kWeightRows, o padded to whole tiles]
     A* channels;       // dense: [panels of kWeightChannels, kWeightRows, kPanel]
-    A* tile;           // dense: [kTileRows, kPanel]
+    A* tiles;          // dense: [o padded to whole tiles, kPanel]
     double* weight;    // dense: [o tiles * kTileRows, kWeightChannels padded]
     size_t bytes;
 
@@ -52,7 +52,7 @@ class AggregateBackward {
       slot_sum = arena.take<double>(dense * p.o);
       outputs = arena.take<A>(dense * padded_outputs * kWeightRows);
       channels = arena.take<A>(dense * padded * kWeightRows);
-      tile = arena.take<A>(dense * kTileRows * kPanel);
+      tiles = arena.take<A>(dense * padded_outputs * kPanel);
       weight = arena.take<double>(dense * padded_outputs * padded);
       bytes = arena.used();
     }
@@ -227,10 +227,8 @@ class AggregateBackward {
     for (int64_t j = 0; j < f.k; ++j) {
       for (int64_t c = 0; c < width; c += kPanel) {
         const A* panel = weight + (c * f.k + j * kPanel) * f.o;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          multiply_tile<A>({scratch.gathered + tile * kTileRows * stride, stride, 1}, panel, f.o,
-                           scratch.product + tile * kTileRows * width + c, width);
-        }
+        multiply<A>({scratch.gathered, stride, 1}, rows, panel, f.o, kPanel, scratch.product + c,
+                    width);
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t place = (first + r) * f.k + j;
@@ -284,10 +282,8 @@ class AggregateBackward {
       }
       for (int64_t c = 0; c < width; c += kPanel) {
         const A* panel = weight + (c * f.k + slot * kPanel) * f.o;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          multiply_tile<A>({scratch.gathered + tile * kTileRows * stride, stride, 1}, panel, depth,
-                           scratch.product + tile * kTileRows * width + c, width, slot > 0);
-        }
+        multiply<A>({scratch.gathered, stride, 1}, rows, panel, depth, kPanel, scratch.product + c,
+                    width, slot > 0);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -374,13 +370,11 @@ class AggregateBackward {
       gather_outputs(p, slot, row, depth, height, scratch.outputs);
       gather_channels(f, rho, slot, row, depth, first, channels, scratch.channels);
       for (int64_t c = 0; c < width; c += kPanel) {
-        for (int64_t o = 0; o < height; o += kTileRows) {
-          multiply_tile<A>({scratch.outputs + o * depth, 1, kTileRows},
-                           scratch.channels + c * depth, depth, scratch.tile, kPanel);
-          for (int64_t r = 0; r < kTileRows; ++r) {
-            double* to = scratch.weight + (o + r) * width + c;
-            for (int64_t i = 0; i < kPanel; ++i) to[i] += scratch.tile[r * kPanel + i];
-          }
+        multiply<A>({scratch.outputs, 1, height}, height, scratch.channels + c * depth, depth,
+                    kPanel, scratch.tiles, kPanel);
+        for (int64_t o = 0; o < height; ++o) {
+          double* to = scratch.weight + o * width + c;
+          for (int64_t i = 0; i < kPanel; ++i) to[i] += scratch.tiles[o * kPanel + i];
         }
       }
     }

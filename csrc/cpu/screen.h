@@ -66,30 +66,36 @@ inline float screening_error(const Extent& query, const Extent& key, int64_t d) 
 
 #if defined(__AVX512BF16__)
 
-// c[r][j] = sum over t of a[r][t] . b[t][j], pairs of bfloat16, for the first `columns` of a tile.
-// a [kTileRows, stride], b [pairs, kTileColumns<float>], c [kTileRows, ldc].
+// c[r][j] = sum over t of a[r][t] . b[t][j], pairs of bfloat16, for `rows` rows, rounded up to
+// whole tiles, and the first `columns` of a panel. a [rows, stride], b [pairs,
+// kTileColumns<float>], c [rows, ldc].
 template <int Vectors = kTileVectors>
-inline void multiply_pairs(const uint32_t* a, int64_t stride, const uint32_t* b, int64_t pairs,
-                           int64_t columns, float* c, int64_t ldc) {
+inline void multiply_pairs(const uint32_t* a, int64_t stride, int64_t rows, const uint32_t* b,
+                           int64_t pairs, int64_t columns, float* c, int64_t ldc) {
   if constexpr (Vectors > 1) {
     if (columns <= (Vectors - 1) * kLanes<float>) {
-      multiply_pairs<Vectors - 1>(a, stride, b, pairs, columns, c, ldc);
+      multiply_pairs<Vectors - 1>(a, stride, rows, b, pairs, columns, c, ldc);
       return;
     }
   }
-  __m512 sum[kTileRows][Vectors] = {};
-  for (int64_t t = 0; t < pairs; ++t) {
-    __m512bh column[Vectors];
-    for (int v = 0; v < Vectors; ++v) {
-      column[v] = __m512bh(_mm512_loadu_si512(b + t * kTileColumns<float> + v * kLanes<float>));
+  for (int64_t first = 0; first < rows; first += kTileRows) {
+    __m512 sum[kTileRows][Vectors] = {};
+    const uint32_t* tile = a + first * stride;
+    for (int64_t t = 0; t < pairs; ++t) {
+      __m512bh column[Vectors];
+      for (int v = 0; v < Vectors; ++v) {
+        column[v] = __m512bh(_mm512_loadu_si512(b + t * kTileColumns<float> + v * kLanes<float>));
+      }
+      for (int r = 0; r < kTileRows; ++r) {
+        const __m512bh row = __m512bh(_mm512_set1_epi32(int(tile[r * stride + t])));
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], row, column[v]);
+      }
     }
     for (int r = 0; r < kTileRows; ++r) {
-      const __m512bh row = __m512bh(_mm512_set1_epi32(int(a[r * stride + t])));
-      for (int v = 0; v < Vectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], row, column[v]);
+      for (int v = 0; v < Vectors; ++v) {
+        _mm512_storeu_ps(c + (first + r) * ldc + v * kLanes<float>, sum[r][v]);
+      }
     }
-  }
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(c + r * ldc + v * kLanes<float>, sum[r][v]);
   }
 }
 

@@ -23,6 +23,11 @@ namespace convnn::CONVNN_ISA {
 // kScanVectors.
 constexpr int64_t kOpenGroups = 8;
 
+// Rows of a strip are not a multiple of a page apart: they would compete for the same few places of
+// the innermost cache.
+template <class A>
+constexpr int64_t kStripStride = kChunk + kTileColumns<A>;
+
 template <class T>
 class Select {
   using A = accumulate_t<T>;
@@ -52,7 +57,7 @@ class Select {
   struct Scratch {
     A* queries;            // [kBlockRows, padded_stride of d]
     bfloat16* rounded;     // screened: [kBlockRows, 2 * padded_stride of pairs]
-    A* strip;              // [kBlockRows, kChunk]
+    A* strip;              // [kBlockRows, kStripStride]
     A* rows;               // [kLanes, padded_stride of d]
     A* panel;              // [d, kPanel]
     A* tile;               // [kTileRows, kPanel]
@@ -64,7 +69,7 @@ class Select {
       Arena arena(base);
       queries = arena.take<A>(kBlockRows * padded_stride<A>(p.d));
       rounded = arena.take<bfloat16>(kScreens<A> ? kBlockRows * 2 * pair_stride(p) : 0);
-      strip = arena.take<A>(kBlockRows * kChunk);
+      strip = arena.take<A>(kBlockRows * kStripStride<A>);
       rows = arena.take<A>(kLanes<A> * padded_stride<A>(p.d));
       panel = arena.take<A>(p.d * kPanel);
       tile = arena.take<A>(kTileRows * kPanel);
@@ -111,14 +116,14 @@ class Select {
     for (int64_t t = from; t < padded_stride<A>(p.d); ++t) row[t] = 0;
   }
 
-  // columns: how many of the panel are wanted.
-  static void multiply(const SelectParams& p, const A* queries, const A* panel, int64_t columns,
-                       A* c, int64_t ldc) {
-    const TileRows<A> rows = {queries, padded_stride<A>(p.d), 1};
+  // The similarities of rows of queries to the first `columns` of a panel.
+  static void similarities(const SelectParams& p, const A* queries, int64_t rows, const A* panel,
+                           int64_t columns, A* c, int64_t ldc) {
+    const TileRows<A> of = {queries, padded_stride<A>(p.d), 1};
     if (p.metric == Metric::euclidean) {
-      multiply_columns<A, true>(rows, panel, p.d, columns, c, ldc);
+      multiply<A, true>(of, rows, panel, p.d, columns, c, ldc);
     } else {
-      multiply_columns<A, false>(rows, panel, p.d, columns, c, ldc);
+      multiply<A, false>(of, rows, panel, p.d, columns, c, ldc);
     }
   }
 
@@ -228,13 +233,13 @@ class Select {
           continue;
         }
       }
-      fill(chunk, rows, scratch, [&](int64_t c, int64_t tile_row, A* to) {
-        multiply(p, scratch.queries + tile_row * stride,
-                 panel_of(p, keys, first + c, tile_row, scratch), chunk - c, to, kChunk);
-      });
+      for (int64_t c = 0; c < chunk; c += kPanel) {
+        similarities(p, scratch.queries, rows, panel_of(p, keys, first + c, scratch), chunk - c,
+                     scratch.strip + c, kStripStride<A>);
+      }
       close_strip(first, chunk, rows, self_columns, scratch);
       for (int64_t r = 0; r < rows; ++r) {
-        const A* strip = scratch.strip + r * kChunk;
+        const A* strip = scratch.strip + r * kStripStride<A>;
         best[r].survey(strip, chunk, 0);
         best[r].collect(strip, first, chunk);
       }
@@ -245,39 +250,26 @@ class Select {
     }
   }
 
-  // Calls multiply(column, tile_row, to) for every tile of a strip of `chunk` columns.
-  template <class Multiply>
-  static void fill(int64_t chunk, int64_t rows, const Scratch& scratch, const Multiply& multiply) {
-    for (int64_t c = 0; c < chunk; c += kPanel) {
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        multiply(c, r, scratch.strip + r * kChunk + c);
-      }
-    }
-  }
-
   // -inf after the last column of a strip, and where a row's own token is.
   static void close_strip(int64_t first, int64_t chunk, int64_t rows, const int64_t* self_columns,
                           const Scratch& scratch) {
     constexpr A kLowest = -std::numeric_limits<A>::infinity();
     const int64_t scanned = ceil_div(chunk, kScanColumns<A>) * kScanColumns<A>;
     for (int64_t r = 0; r < rows; ++r) {
-      A* strip = scratch.strip + r * kChunk;
+      A* strip = scratch.strip + r * kStripStride<A>;
       for (int64_t c = chunk; c < scanned; ++c) strip[c] = kLowest;
       const int64_t self = self_columns[r] - first;
       if (self >= 0 && self < chunk) strip[self] = kLowest;
     }
   }
 
-  // The panel [d, kPanel] that begins at `column`. With a screen it is made when it is first
-  // asked for, for the first tile of rows, and stays for the others.
+  // The panel [d, kPanel] that begins at `column`.
   static const A* panel_of(const SelectParams& p, const Keys& keys, int64_t column,
-                           int64_t tile_row, const Scratch& scratch) {
+                           const Scratch& scratch) {
     if (!keys.screened) return keys.panels + column * p.d;
-    if (tile_row == 0) {
-      const int64_t stride = padded_stride<A>(p.d);
-      for (int64_t i = 0; i < kPanel; i += kLanes<A>) {
-        interleave(keys.rows + (column + i) * stride, stride, p.d, scratch.panel + i);
-      }
+    const int64_t stride = padded_stride<A>(p.d);
+    for (int64_t i = 0; i < kPanel; i += kLanes<A>) {
+      interleave(keys.rows + (column + i) * stride, stride, p.d, scratch.panel + i);
     }
     return scratch.panel;
   }
@@ -297,14 +289,15 @@ class Select {
       errors[r] = screening_error(extents[r], keys_extent, p.d);
       if (std::isinf(errors[r])) return false;
     }
-    fill(chunk, rows, scratch, [&](int64_t c, int64_t r, A* to) {
-      multiply_pairs(pairs_of(p, r, scratch), pair_stride(p), keys.pairs + (first + c) * pairs,
-                     pairs, chunk - c, to, kChunk);
-    });
+    for (int64_t c = 0; c < chunk; c += kPanel) {
+      multiply_pairs(pairs_of(p, 0, scratch), pair_stride(p), rows,
+                     keys.pairs + (first + c) * pairs, pairs, chunk - c, scratch.strip + c,
+                     kStripStride<A>);
+    }
     close_strip(first, chunk, rows, self_columns, scratch);
     int64_t left = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      left += best[r].survey(scratch.strip + r * kChunk, chunk, errors[r]);
+      left += best[r].survey(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
     }
     const int64_t open = BestColumns<A>::group_count(chunk) / kOpenGroups + p.k;
     if (left > rows * open) return false;
@@ -316,7 +309,7 @@ class Select {
         for (int i = 0; i < kLanes<A>; ++i) rows[i] = keys.rows + (first + places[i]) * stride;
         return products(query, rows, p.d);
       };
-      best[r].collect_screened(scratch.strip + r * kChunk, first, chunk, exact);
+      best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk, exact);
     }
     return true;
   }
@@ -339,8 +332,8 @@ class Select {
           }
         }
         interleave(scratch.rows, stride, p.d, scratch.panel);
-        multiply(p, scratch.queries + first * stride, scratch.panel, kLanes<A>, scratch.tile,
-                 kPanel);
+        similarities(p, scratch.queries + first * stride, kTileRows, scratch.panel, kLanes<A>,
+                     scratch.tile, kPanel);
         for (int64_t i = 0; i < count; ++i) {
           scratch.self_similarities[step + i] = scratch.tile[(step - first + i) * kPanel + i];
         }

@@ -29,7 +29,7 @@ constexpr int kBlockTiles = 4;
 constexpr int kBlockRows = kBlockTiles * kTileRows;
 
 // Steps summed before the sum is added to c: partial sums stay short, and so do their errors, which
-// grow with their length.
+// grow with their length, and that part of the columns stays in the innermost cache.
 constexpr int64_t kSummedSteps = 32;
 
 // The rows a[r][t] of a product: one element from the next along t, one row from the next.
@@ -61,55 +61,61 @@ inline void interleave(const A* rows, int64_t stride, int64_t d, A* columns) {
   }
 }
 
-// b [depth, kTileColumns], c [kTileRows, ldc].
+// One tile. b [steps, kTileColumns], c [kTileRows, ldc].
 // SquaredDifference: c[r][j] = -sum over t of (a[r][t] - b[t][j])^2 instead of the product.
 // Vectors: how many of the columns are computed, in whole vectors.
-template <class A, bool SquaredDifference = false, int Vectors = kTileVectors>
-inline void multiply_tile(TileRows<A> a, const A* b, int64_t depth, A* c, int64_t ldc,
-                          bool accumulate = false) {
+template <class A, bool SquaredDifference, int Vectors>
+inline void multiply_tile(TileRows<A> a, const A* b, int64_t steps, A* c, int64_t ldc,
+                          bool accumulate) {
   using V = Vector<A>;
-  int64_t t = 0;
-  do {
-    V sum[kTileRows][Vectors] = {};
-    const int64_t stop = min_of(t + kSummedSteps, depth);
-    for (; t < stop; ++t) {
-      V column[Vectors];
-      for (int v = 0; v < Vectors; ++v) column[v] = load(b + v * kLanes<A>);
-      for (int r = 0; r < kTileRows; ++r) {
-        for (int v = 0; v < Vectors; ++v) {
-          if constexpr (SquaredDifference) {
-            const V difference = column[v] - a.at[r * a.row_stride];
-            sum[r][v] -= difference * difference;
-          } else {
-            sum[r][v] += column[v] * a.at[r * a.row_stride];
-          }
-        }
-      }
-      a.at += a.step_stride;
-      b += kTileColumns<A>;
-    }
+  V sum[kTileRows][Vectors] = {};
+  for (int64_t t = 0; t < steps; ++t) {
+    V column[Vectors];
+    for (int v = 0; v < Vectors; ++v) column[v] = load(b + v * kLanes<A>);
     for (int r = 0; r < kTileRows; ++r) {
       for (int v = 0; v < Vectors; ++v) {
-        A* to = c + r * ldc + v * kLanes<A>;
-        store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+        if constexpr (SquaredDifference) {
+          const V difference = column[v] - a.at[r * a.row_stride];
+          sum[r][v] -= difference * difference;
+        } else {
+          sum[r][v] += column[v] * a.at[r * a.row_stride];
+        }
       }
     }
-    accumulate = true;
-  } while (t < depth);
+    a.at += a.step_stride;
+    b += kTileColumns<A>;
+  }
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < Vectors; ++v) {
+      A* to = c + r * ldc + v * kLanes<A>;
+      store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+    }
+  }
 }
 
-// The same for the first `columns` of the tile, rounded up to whole vectors: a short last panel
-// costs no more than it holds.
-template <class A, bool SquaredDifference, int Vectors = kTileVectors>
-inline void multiply_columns(TileRows<A> a, const A* b, int64_t depth, int64_t columns, A* c,
-                             int64_t ldc) {
+// `rows` rows of a, rounded up to whole tiles, with the first `columns` of a panel, rounded up to
+// whole vectors. b [depth, kTileColumns], c [rows, ldc]. A short piece of the panel at a time
+// serves all rows from the innermost cache.
+template <class A, bool SquaredDifference = false, int Vectors = kTileVectors>
+inline void multiply(TileRows<A> a, int64_t rows, const A* b, int64_t depth, int64_t columns, A* c,
+                     int64_t ldc, bool accumulate = false) {
   if constexpr (Vectors > 1) {
     if (columns <= (Vectors - 1) * kLanes<A>) {
-      multiply_columns<A, SquaredDifference, Vectors - 1>(a, b, depth, columns, c, ldc);
+      multiply<A, SquaredDifference, Vectors - 1>(a, rows, b, depth, columns, c, ldc, accumulate);
       return;
     }
   }
-  multiply_tile<A, SquaredDifference, Vectors>(a, b, depth, c, ldc);
+  int64_t t = 0;
+  do {
+    const int64_t steps = min_of(kSummedSteps, depth - t);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const TileRows<A> tile = {a.at + r * a.row_stride + t * a.step_stride, a.row_stride,
+                                a.step_stride};
+      multiply_tile<A, SquaredDifference, Vectors>(tile, b + t * kTileColumns<A>, steps,
+                                                   c + r * ldc, ldc, accumulate || t > 0);
+    }
+    t += steps;
+  } while (t < depth);
 }
 
 // The sum of term(0) ... term(count - 1) in float64, in a fixed order: 16 interleaved partial sums,
