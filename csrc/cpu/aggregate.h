@@ -9,8 +9,8 @@
 // A task owns kBlockRows query rows. Without a dense convolution a row is a sum of k scaled rows
 // of V, kept in registers kChannels at a time, in float64: k may be large, and its cost is that of
 // reading V. A dense one is a matrix product over depth (j, c):
-// a task gathers the scaled rows of a few slots j at a time, packed as one operand of the tile;
-// the other operand is the weight, packed once.
+// a task gathers the scaled rows of a few slots j at a time, as one operand of the tile; the other
+// operand is the weight, packed once.
 #pragma once
 
 #include "kernels.h"
@@ -28,7 +28,7 @@ class Aggregate {
 
   struct Scratch {
     double* rho;  // [kBlockRows, k]
-    A* gathered;  // dense: [kBlockTiles, slots_at_once * c, kTileRows]
+    A* gathered;  // dense: [kBlockRows, padded_stride of slots_at_once * c]
     A* output;    // dense: [kBlockRows, padded_outputs]
     size_t bytes;
 
@@ -36,7 +36,7 @@ class Aggregate {
       const bool dense = p.convolution == Convolution::dense;
       Arena arena(base);
       rho = arena.take<double>(kBlockRows * p.k);
-      gathered = arena.take<A>(dense ? kBlockRows * slots_at_once(p) * p.c : 0);
+      gathered = arena.take<A>(dense ? kBlockRows * padded_stride<A>(slots_at_once(p) * p.c) : 0);
       output = arena.take<A>(dense ? kBlockRows * padded_outputs(p) : 0);
       bytes = arena.used();
     }
@@ -144,26 +144,24 @@ class Aggregate {
     const int64_t width = padded_outputs(p);
     for (int64_t slot = 0; slot < p.k; slot += slots_at_once(p)) {
       const int64_t slots = min_of(slots_at_once(p), p.k - slot);
-      const int64_t depth = slots * p.c;
+      const int64_t depth = slots * p.c, stride = padded_stride<A>(depth);
       for (int64_t r = 0; r < tiles * kTileRows; ++r) {
-        A* to = scratch.gathered + r / kTileRows * kTileRows * depth + r % kTileRows;
-        for (int64_t j = 0; j < slots; ++j, to += p.c * kTileRows) {
+        A* to = scratch.gathered + r * stride;
+        for (int64_t j = 0; j < slots; ++j, to += p.c) {
           const int64_t place = (first + r) * p.k + slot + j;
           if (r >= rows || is_missing(similarity_at(p, place))) {
-            for (int64_t c = 0; c < p.c; ++c) to[c * kTileRows] = 0;
+            for (int64_t c = 0; c < p.c; ++c) to[c] = 0;
           } else {
             const T* v = value + p.indices[place] * p.c;
             const double scale = scratch.rho[r * p.k + slot + j];
-            for (int64_t c = 0; c < p.c; ++c) to[c * kTileRows] = A(scale * double(widen(v[c])));
+            for (int64_t c = 0; c < p.c; ++c) to[c] = A(scale * double(widen(v[c])));
           }
         }
       }
       for (int64_t o = 0; o < width; o += kPanel) {
         const A* panel = weight + o * p.k * p.c + slot * p.c * kPanel;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          multiply_tile(scratch.gathered + tile * kTileRows * depth, panel, depth,
-                        scratch.output + tile * kTileRows * width + o, width, slot > 0);
-        }
+        multiply<A>({scratch.gathered, stride, 1}, rows, panel, depth, kPanel, scratch.output + o,
+                    width, slot > 0);
       }
     }
     const T* bias = static_cast<const T*>(p.bias);

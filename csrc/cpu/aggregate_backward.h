@@ -29,13 +29,13 @@ class AggregateBackward {
   struct Scratch {
     double* rho;       // [kBlockRows, k]
     double* grad_rho;  // [kBlockRows, k]
-    A* gathered;       // dense: [kBlockTiles, slots_at_once * o, kTileRows]
+    A* gathered;       // dense: [kBlockRows, padded_stride of slots_at_once * o]
     A* product;        // dense: [kBlockRows, padded_channels]
     int64_t* cursors;  // [kBlockRows]
     double* slot_sum;  // dense: [o]
-    A* outputs;        // dense: [o tiles, kWeightRows, kTileRows]
+    A* outputs;        // dense: [kWeightRows, o padded to whole tiles]
     A* channels;       // dense: [panels of kWeightChannels, kWeightRows, kPanel]
-    A* tile;           // dense: [kTileRows, kPanel]
+    A* tiles;          // dense: [o padded to whole tiles, kPanel]
     double* weight;    // dense: [o tiles * kTileRows, kWeightChannels padded]
     size_t bytes;
 
@@ -46,13 +46,13 @@ class AggregateBackward {
       Arena arena(base);
       rho = arena.take<double>(kBlockRows * p.k);
       grad_rho = arena.take<double>(kBlockRows * p.k);
-      gathered = arena.take<A>(dense * kBlockRows * slots_at_once(p) * p.o);
+      gathered = arena.take<A>(dense * kBlockRows * padded_stride<A>(slots_at_once(p) * p.o));
       product = arena.take<A>(dense * kBlockRows * padded_channels(p));
       cursors = arena.take<int64_t>(kBlockRows);
       slot_sum = arena.take<double>(dense * p.o);
       outputs = arena.take<A>(dense * padded_outputs * kWeightRows);
       channels = arena.take<A>(dense * padded * kWeightRows);
-      tile = arena.take<A>(dense * kTileRows * kPanel);
+      tiles = arena.take<A>(dense * padded_outputs * kPanel);
       weight = arena.take<double>(dense * padded_outputs * padded);
       bytes = arena.used();
     }
@@ -218,14 +218,17 @@ class AggregateBackward {
     const int64_t tiles = ceil_div(rows, kTileRows);
     const int64_t width = padded_channels(f);
     const T* grad_output = static_cast<const T*>(p.grad_output) + first * f.o;
-    pack_grad_output(grad_output, rows, f.o, scratch.gathered);
+    const int64_t stride = padded_stride<A>(f.o);
+    for (int64_t r = 0; r < tiles * kTileRows; ++r) {
+      A* to = scratch.gathered + r * stride;
+      for (int64_t o = 0; o < f.o; ++o)
+        to[o] = r < rows ? A(widen(grad_output[r * f.o + o])) : A(0);
+    }
     for (int64_t j = 0; j < f.k; ++j) {
       for (int64_t c = 0; c < width; c += kPanel) {
         const A* panel = weight + (c * f.k + j * kPanel) * f.o;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          multiply_tile(scratch.gathered + tile * kTileRows * f.o, panel, f.o,
-                        scratch.product + tile * kTileRows * width + c, width);
-        }
+        multiply<A>({scratch.gathered, stride, 1}, rows, panel, f.o, kPanel, scratch.product + c,
+                    width);
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t place = (first + r) * f.k + j;
@@ -233,16 +236,6 @@ class AggregateBackward {
             is_missing(similarity_at(f, place))
                 ? A(0)
                 : A(dot(scratch.product + r * width, value + f.indices[place] * f.c, f.c));
-      }
-    }
-  }
-
-  // grad_output [rows, o] to packed [tiles, o, kTileRows], rows padded with zeros.
-  static void pack_grad_output(const T* grad_output, int64_t rows, int64_t o, A* packed) {
-    for (int64_t r = 0; r < ceil_div(rows, kTileRows) * kTileRows; ++r) {
-      A* to = packed + r / kTileRows * kTileRows * o + r % kTileRows;
-      for (int64_t i = 0; i < o; ++i) {
-        to[i * kTileRows] = r < rows ? A(widen(grad_output[r * o + i])) : A(0);
       }
     }
   }
@@ -278,22 +271,19 @@ class AggregateBackward {
     for (int64_t r = 0; r < rows; ++r) scratch.cursors[r] = chosen.offsets[r];
     for (int64_t slot = 0; slot < f.k; slot += slots_at_once(f)) {
       const int64_t slots = min_of(slots_at_once(f), f.k - slot);
-      const int64_t depth = slots * f.o;
-      for (int64_t i = 0; i < tiles * kTileRows * depth; ++i) scratch.gathered[i] = 0;
+      const int64_t depth = slots * f.o, stride = padded_stride<A>(depth);
+      for (int64_t i = rows * stride; i < tiles * kTileRows * stride; ++i) scratch.gathered[i] = 0;
       for (int64_t r = 0; r < rows; ++r) {
-        A* to = scratch.gathered + r / kTileRows * kTileRows * depth + r % kTileRows;
-        for (int64_t j = 0; j < slots; ++j, to += f.o * kTileRows) {
-          sum_slot(f, chosen, slot + j, chosen.offsets[r + 1], scratch.cursors[r],
-                   scratch.slot_sum);
-          for (int64_t o = 0; o < f.o; ++o) to[o * kTileRows] = A(scratch.slot_sum[o]);
+        A* to = scratch.gathered + r * stride;
+        for (int64_t j = 0; j < slots; ++j, to += f.o) {
+          sum_slot(f, chosen, slot + j, chosen.offsets[r + 1], scratch.cursors[r], scratch.slot_sum,
+                   to);
         }
       }
       for (int64_t c = 0; c < width; c += kPanel) {
         const A* panel = weight + (c * f.k + slot * kPanel) * f.o;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          multiply_tile(scratch.gathered + tile * kTileRows * depth, panel, depth,
-                        scratch.product + tile * kTileRows * width + c, width, slot > 0);
-        }
+        multiply<A>({scratch.gathered, stride, 1}, rows, panel, depth, kPanel, scratch.product + c,
+                    width, slot > 0);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -303,16 +293,30 @@ class AggregateBackward {
     }
   }
 
-  // sum [o] of rho_ij G_i over the query rows of one slot, from the place `at` on, which moves past
-  // them.
+  // to [o] = the sum of rho_ij G_i over the query rows of one slot, from the place `at` on, which
+  // moves past them. sum [o] is for two and more of them.
   static void sum_slot(const AggregateParams& f, const Chosen& chosen, int64_t slot, int64_t end,
-                       int64_t& at, double* sum) {
-    for (int64_t o = 0; o < f.o; ++o) sum[o] = 0;
-    for (; at < end && chosen.places[at] < (slot + 1) * f.n; ++at) {
-      const int64_t i = chosen.places[at] - slot * f.n;
+                       int64_t& at, double* sum, A* to) {
+    const int64_t first = at;
+    while (at < end && chosen.places[at] < (slot + 1) * f.n) ++at;
+    const auto term = [&](int64_t place) {
+      const int64_t i = chosen.places[place] - slot * f.n;
       const double scale = chosen.rho[i * f.k + slot];
       const T* g = chosen.grad_output + i * f.o;
-      for (int64_t o = 0; o < f.o; ++o) sum[o] += scale * double(widen(g[o]));
+      return [=](int64_t o) { return scale * double(widen(g[o])); };
+    };
+    if (at == first) {
+      for (int64_t o = 0; o < f.o; ++o) to[o] = 0;
+    } else if (at == first + 1) {
+      const auto only = term(first);
+      for (int64_t o = 0; o < f.o; ++o) to[o] = A(only(o));
+    } else {
+      for (int64_t o = 0; o < f.o; ++o) sum[o] = 0;
+      for (int64_t place = first; place < at; ++place) {
+        const auto next = term(place);
+        for (int64_t o = 0; o < f.o; ++o) sum[o] += next(o);
+      }
+      for (int64_t o = 0; o < f.o; ++o) to[o] = A(sum[o]);
     }
   }
 
@@ -366,13 +370,11 @@ class AggregateBackward {
       gather_outputs(p, slot, row, depth, height, scratch.outputs);
       gather_channels(f, rho, slot, row, depth, first, channels, scratch.channels);
       for (int64_t c = 0; c < width; c += kPanel) {
-        for (int64_t o = 0; o < height; o += kTileRows) {
-          multiply_tile(scratch.outputs + o * depth, scratch.channels + c * depth, depth,
-                        scratch.tile, kPanel);
-          for (int64_t r = 0; r < kTileRows; ++r) {
-            double* to = scratch.weight + (o + r) * width + c;
-            for (int64_t i = 0; i < kPanel; ++i) to[i] += scratch.tile[r * kPanel + i];
-          }
+        multiply<A>({scratch.outputs, 1, height}, height, scratch.channels + c * depth, depth,
+                    kPanel, scratch.tiles, kPanel);
+        for (int64_t o = 0; o < height; ++o) {
+          double* to = scratch.weight + o * width + c;
+          for (int64_t i = 0; i < kPanel; ++i) to[i] += scratch.tiles[o * kPanel + i];
         }
       }
     }
@@ -384,21 +386,17 @@ class AggregateBackward {
     }
   }
 
-  // grad_output of `depth` rows to packed [height / kTileRows, depth, kTileRows]; zeros for a row
-  // whose neighbor at that slot is missing, like those of gather_channels: neither may be infinite.
+  // grad_output of `depth` rows to rows [depth, height]; zeros for a row whose neighbor at that
+  // slot is missing, like those of gather_channels: neither may be infinite.
   static void gather_outputs(const AggregateBackwardParams& p, int64_t slot, int64_t row,
-                             int64_t depth, int64_t height, A* packed) {
+                             int64_t depth, int64_t height, A* rows) {
     const int64_t outputs = p.forward.o;
-    const T* grad_output = static_cast<const T*>(p.grad_output) + row * outputs;
-    for (int64_t first = 0; first < height; first += kTileRows) {
-      const int64_t given = min_of(kTileRows, outputs - first);
-      for (int64_t t = 0; t < depth; ++t, packed += kTileRows) {
-        const T* g = grad_output + t * outputs + first;
-        const bool missing = is_missing(similarity_at(p.forward, (row + t) * p.forward.k + slot));
-        for (int64_t o = 0; o < kTileRows; ++o) {
-          packed[o] = o < given && !missing ? A(widen(g[o])) : A(0);
-        }
-      }
+    const T* g = static_cast<const T*>(p.grad_output) + row * outputs;
+    for (int64_t t = 0; t < depth; ++t, g += outputs, rows += height) {
+      const bool missing = is_missing(similarity_at(p.forward, (row + t) * p.forward.k + slot));
+      const int64_t given = missing ? 0 : outputs;
+      for (int64_t o = 0; o < given; ++o) rows[o] = widen(g[o]);
+      for (int64_t o = given; o < height; ++o) rows[o] = 0;
     }
   }
 

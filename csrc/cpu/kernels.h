@@ -26,7 +26,7 @@ struct SelectKernel {
   size_t (*packed_bytes)(const SelectParams&, int64_t columns);
   size_t (*scratch_bytes)(const SelectParams&);
   // Tasks: panels of columns of each batch element of the work.
-  void (*pack)(const SelectParams&, const SelectWork&, int64_t begin, int64_t end);
+  void (*pack)(const SelectParams&, const SelectWork&, int64_t begin, int64_t end, void* scratch);
   // Tasks: blocks of query rows of each batch element of the work.
   void (*rows)(const SelectParams&, const SelectWork&, int64_t begin, int64_t end, void* scratch);
 };
@@ -99,6 +99,9 @@ namespace avx2 {
 const Kernels& kernels();
 }
 namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512bf16 {
 const Kernels& kernels();
 }
 

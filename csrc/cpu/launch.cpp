@@ -33,11 +33,14 @@ struct InstructionSet {
 std::vector<InstructionSet> built_instruction_sets() {
   std::vector<InstructionSet> sets;
 #if defined(CONVNN_WITH_AVX512)
-  sets.push_back({"avx512",
-                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("fma"),
-                  avx512::kernels});
+                      __builtin_cpu_supports("fma");
+#if defined(CONVNN_WITH_AVX512BF16)
+  sets.push_back(
+      {"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), avx512bf16::kernels});
+#endif
+  sets.push_back({"avx512", avx512, avx512::kernels});
 #endif
 #if defined(CONVNN_WITH_AVX2)
   sets.push_back(
@@ -197,8 +200,10 @@ void select(const SelectParams& p, ParallelFor parallel_for) {
                              listed ? counts.data() : nullptr, packed.get()};
     const double row_work = double(p.d) * double(columns);
     run(parallel_for, count * ceil_div(columns, kernel.columns_per_panel),
-        double(p.d * kernel.columns_per_panel), 0,
-        [&](int64_t begin, int64_t end, void*) { kernel.pack(p, work, begin, end); });
+        double(p.d * kernel.columns_per_panel), scratch_bytes,
+        [&](int64_t begin, int64_t end, void* scratch) {
+          kernel.pack(p, work, begin, end, scratch);
+        });
     run(parallel_for, count * ceil_div(p.n, kernel.rows_per_task),
         row_work * double(kernel.rows_per_task), scratch_bytes,
         [&](int64_t begin, int64_t end, void* scratch) {

@@ -2,264 +2,98 @@
 // select on the CPU: s_i = k-max(S)[i, :], I_i = k-argmax(S)[i, :] with S = Q^ K^T (Eq. 3 to 5),
 // without S.
 //
-// The keys that may be neighbors are packed into panels of tile columns, once. A task then owns
-// kBlockRows query rows and sweeps the panels in chunks of kChunk columns: it fills a strip
-// [kBlockRows, kChunk] of S, which stays in the L2 cache, and selects from it row by row.
+// The keys that may be neighbors are made ready once: normalised and packed into panels of tile
+// columns. A task then owns kBlockRows query rows and sweeps the panels in chunks of kChunk
+// columns: it fills a strip [kBlockRows, kChunk] of S, which stays in the L2 cache, and selects
+// from it row by row (best_columns.h).
 //
-// Selection from a strip row: the columns fall into groups, one group for each lane of a scan
-// block of kScanVectors vectors, and one pass over the row takes the maximum of every group. The
-// k-th largest of these maxima is a lower bound for the k-th similarity of the row, so only
-// elements of groups that reach it can matter: on average little more than k of them. (A bound a
-// little lower serves as well and is found faster.) They are
-// collected with their positions as ranks; once k are known, only what is strictly above the k-th
-// is collected, since an equal one later in the row has the larger index. What is collected is
-// reduced to the best k whenever its buffer is full, and ordered at the end.
+// Where the processor multiplies bfloat16, the strip first holds a screen of S (screen.h). A chunk
+// that the screen leaves too open, such as one of many nearly equal keys, is computed in full.
 #pragma once
 
-#include <algorithm>
-
+#include "best_columns.h"
 #include "kernels.h"
 #include "normalize.h"
+#include "screen.h"
 
 namespace convnn::CONVNN_ISA {
 
-// A similarity and its column as one number that sorts by the total order of the contract:
-// similarity descending, NaN first, -0 equal to +0, then column ascending.
+// A screen has to leave no more than this part of the groups of a chunk, besides k of them: to
+// compute a pair again costs about as much as eight pairs of a full tile, and a group holds up to
+// kScanVectors.
+constexpr int64_t kOpenGroups = 8;
+
+// Rows of a strip are not a multiple of a page apart: they would compete for the same few places of
+// the innermost cache.
 template <class A>
-struct RankCode;
-template <>
-struct RankCode<float> {
-  using Bits = uint32_t;
-  using Code = uint64_t;
-};
-template <>
-struct RankCode<double> {
-  using Bits = uint64_t;
-  __extension__ typedef unsigned __int128 Code;
-};
-
-template <class A>
-class Rank {
-  using Bits = typename RankCode<A>::Bits;
-  using Code = typename RankCode<A>::Code;
-  static constexpr int kBits = 8 * sizeof(Bits);
-  static constexpr Bits kSign = Bits(1) << (kBits - 1);
-
- public:
-  Rank() = default;
-  Rank(A similarity, int64_t column) {
-    Bits key = 0;  // NaN: before every number
-    if (similarity == similarity) {
-      const A plus_zero = similarity + A(0);
-      std::memcpy(&key, &plus_zero, sizeof key);
-      key = key & kSign ? key : ~(key | kSign);
-    }
-    code_ = Code(key) << kBits | Bits(column);
-  }
-  int64_t column() const { return int64_t(Bits(code_)); }
-  A similarity() const {
-    Bits key = Bits(code_ >> kBits);
-    if (key == 0) return std::numeric_limits<A>::quiet_NaN();
-    key = key & kSign ? key : ~key & ~kSign;
-    A similarity;
-    std::memcpy(&similarity, &key, sizeof similarity);
-    return similarity;
-  }
-  bool operator<(const Rank& other) const { return code_ < other.code_; }
-
- private:
-  Code code_;
-};
-
-constexpr int64_t kChunk = 1024;     // columns of S kept at a time
-constexpr int64_t kScanVectors = 8;  // vectors of one scan block
-template <class A>
-constexpr int64_t kScanColumns = kScanVectors * kLanes<A>;
-static_assert(kChunk % kScanColumns<float> == 0 && kChunk % kScanColumns<double> == 0);
-static_assert(kChunk % kTileColumns<float> == 0 && kChunk % kTileColumns<double> == 0);
-
-// The best `wanted` of the columns of one row seen so far.
-template <class A>
-class BestColumns {
-  using V = Vector<A>;
-  using Keys = decltype(V{} > V{});  // as many integers of the same size
-  using Key = std::remove_reference_t<decltype(Keys{}[0])>;
-
- public:
-  static int64_t capacity(int64_t k) { return k + k / 4 + 2 * kScanColumns<A>; }
-
-  void start(Rank<A>* ranks, int64_t wanted, int64_t excluded) {
-    ranks_ = ranks;
-    capacity_ = capacity(wanted);
-    wanted_ = wanted;
-    excluded_ = excluded;
-    count_ = 0;
-    complete_ = false;
-    nan_closed_ = false;
-  }
-
-  // row [kChunk]: similarities of the columns first ... first + columns - 1. It holds -inf after
-  // them and at the excluded column.
-  void scan(const A* row, int64_t first, int64_t columns) {
-    if (wanted_ == 0) return;
-    const int64_t blocks = ceil_div(columns, kScanColumns<A>);
-    V group_max[kChunk / kScanColumns<A>];
-    V unordered = {};
-    for (int64_t block = 0; block < blocks; ++block) {
-      V largest = V{} - std::numeric_limits<A>::infinity();
-      for (int v = 0; v < kScanVectors; ++v) {
-        const V x = load(row + block * kScanColumns<A> + v * kLanes<A>);
-        largest = x > largest ? x : largest;  // keeps the old one where x is NaN
-        unordered = x != x ? V{} - A(1) : unordered;
-      }
-      group_max[block] = largest;
-    }
-    const bool has_nan = lane_bits(unordered) != 0;
-    if (!complete_) bound_ = bound_of(group_max, blocks);
-
-    for (int64_t block = 0; block < blocks; ++block) {
-      if (count_ + kScanColumns<A> > capacity_) keep_best();
-      const A* block_row = row + block * kScanColumns<A>;
-      const int64_t block_first = first + block * kScanColumns<A>;
-      const int64_t block_columns = min_of(kScanColumns<A>, columns - block * kScanColumns<A>);
-      // With `wanted` collected, all of them earlier and none below the bound, an element equal
-      // to the bound comes too late.
-      const bool strict = complete_ || count_ >= wanted_;
-      if (has_nan) {
-        for (int64_t c = 0; c < block_columns; ++c) {
-          const A s = block_row[c];
-          const bool in = s != s ? !nan_closed_ : strict ? s > bound_ : s >= bound_;
-          if (in) collect(s, block_first + c);
-        }
-        continue;
-      }
-      const V bounds = V{} + bound_;
-      const V reached =
-          strict ? as_mask(group_max[block] > bounds) : as_mask(group_max[block] >= bounds);
-      for (uint32_t lanes = lane_bits(reached); lanes; lanes &= lanes - 1) {
-        const int64_t lane = __builtin_ctz(lanes);
-        for (int64_t c = lane; c < block_columns; c += kLanes<A>) {
-          const A s = block_row[c];
-          if (strict ? s > bound_ : s >= bound_) collect(s, block_first + c);
-        }
-      }
-    }
-    if (!complete_ && count_ >= wanted_) keep_best();
-  }
-
-  // Orders what was found, by rank or by column. Returns how many.
-  int64_t finish(Order order) {
-    if (count_ > wanted_) keep_best();
-    if (order == Order::similarity) {
-      std::sort(ranks_, ranks_ + count_);
-    } else {
-      std::sort(ranks_, ranks_ + count_,
-                [](const Rank<A>& x, const Rank<A>& y) { return x.column() < y.column(); });
-    }
-    return count_;
-  }
-
-  const Rank<A>* ranks() const { return ranks_; }
-
- private:
-  static V as_mask(Keys comparison) {
-    V mask;
-    std::memcpy(&mask, &comparison, sizeof mask);
-    return mask;
-  }
-
-  void collect(A similarity, int64_t column) {
-    if (column != excluded_) ranks_[count_++] = Rank<A>(similarity, column);
-  }
-
-  // A number that at least `wanted` group maxima reach, so that the row's `wanted`-th similarity
-  // does, and hardly more: found by bisection over the numbers in their order, counting lanes.
-  A bound_of(const V* group_max, int64_t blocks) const {
-    if (wanted_ > blocks * kLanes<A>) return -std::numeric_limits<A>::infinity();
-    Keys keys[kChunk / kScanColumns<A>];
-    Key low = std::numeric_limits<Key>::max(), high = std::numeric_limits<Key>::min();
-    for (int64_t block = 0; block < blocks; ++block) {
-      keys[block] = in_order(group_max[block]);
-      for (int lane = 0; lane < kLanes<A>; ++lane) {
-        low = keys[block][lane] < low ? keys[block][lane] : low;
-        high = keys[block][lane] > high ? keys[block][lane] : high;
-      }
-    }
-    const int64_t enough = wanted_ + wanted_ / 8;
-    int64_t reached = blocks * kLanes<A>;  // how many reach `low`
-    while (reached > enough && low < high) {
-      const Key middle = (low | high) - ((low ^ high) >> 1);  // rounded up, without overflow
-      int64_t count = 0;
-      for (int64_t block = 0; block < blocks; ++block) {
-        count += __builtin_popcount(lane_bits(as_mask(keys[block] >= middle)));
-      }
-      if (count >= wanted_) {
-        low = middle;
-        reached = count;
-      } else {
-        high = middle - 1;
-      }
-    }
-    A bound;
-    low = in_order(low);
-    std::memcpy(&bound, &low, sizeof bound);
-    return bound;
-  }
-
-  // The bits of a number as an integer of the same order, and back.
-  template <class Bits>
-  static Bits in_order(Bits bits) {
-    return bits ^ ((bits >> (8 * sizeof(A) - 1)) & std::numeric_limits<Key>::max());
-  }
-  static Keys in_order(V x) {
-    Keys bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return in_order(bits);
-  }
-
-  void keep_best() {
-    std::nth_element(ranks_, ranks_ + wanted_ - 1, ranks_ + count_);
-    count_ = wanted_;
-    complete_ = true;
-    bound_ = ranks_[wanted_ - 1].similarity();
-    if (bound_ != bound_) {
-      nan_closed_ = true;
-      bound_ = std::numeric_limits<A>::infinity();
-    }
-  }
-
-  Rank<A>* ranks_;
-  int64_t capacity_, wanted_, excluded_, count_;
-  A bound_;          // what an element has to reach
-  bool complete_;    // `wanted` are known and the bound is the last of them: it has to be exceeded
-  bool nan_closed_;  // all `wanted` are NaN
-};
+constexpr int64_t kStripStride = kChunk + kTileColumns<A>;
 
 template <class T>
 class Select {
   using A = accumulate_t<T>;
   static constexpr int64_t kPanel = kTileColumns<A>;
 
+  // The keys of one batch element, made ready.
+  struct Keys {
+    bool screened;
+    A* panels;        // not screened: [panels, d, kPanel]
+    A* rows;          // screened: [panels * kPanel, padded_stride of d]
+    uint32_t* pairs;  // screened: [panels, pairs of d, kPanel]
+    Extent* extents;  // screened: [panels]
+    size_t bytes;
+
+    Keys(const SelectParams& p, int64_t columns, void* base) {
+      const int64_t count = ceil_div(columns, kPanel);
+      screened = screen_pays(p, columns);
+      Arena arena(base);
+      panels = arena.take<A>(screened ? 0 : count * p.d * kPanel);
+      rows = arena.take<A>(screened ? count * kPanel * padded_stride<A>(p.d) : 0);
+      pairs = arena.take<uint32_t>(screened ? count * ceil_div(p.d, 2) * kPanel : 0);
+      extents = arena.take<Extent>(screened ? count : 0);
+      bytes = arena.used();
+    }
+  };
+
   struct Scratch {
-    A* queries;            // [kBlockTiles, d, kTileRows]
-    A* strip;              // [kBlockRows, kChunk]
+    A* queries;            // [kBlockRows, padded_stride of d]
+    bfloat16* rounded;     // screened: [kBlockRows, 2 * padded_stride of pairs]
+    A* strip;              // [kBlockRows, kStripStride]
+    A* rows;               // [kLanes, padded_stride of d]
+    A* panel;              // [d, kPanel]
+    A* tile;               // [kTileRows, kPanel]
     A* self_similarities;  // [kBlockRows]
-    A* self_panel;         // [d, kPanel]
-    A* self_tile;          // [kTileRows, kPanel]
     Rank<A>* ranks;        // [rows, capacity]
     size_t bytes;
 
     Scratch(const SelectParams& p, void* base) {
       Arena arena(base);
-      queries = arena.take<A>(kBlockRows * p.d);
-      strip = arena.take<A>(kBlockRows * kChunk);
+      queries = arena.take<A>(kBlockRows * padded_stride<A>(p.d));
+      rounded = arena.take<bfloat16>(kScreens<A> ? kBlockRows * 2 * pair_stride(p) : 0);
+      strip = arena.take<A>(kBlockRows * kStripStride<A>);
+      rows = arena.take<A>(kLanes<A> * padded_stride<A>(p.d));
+      panel = arena.take<A>(p.d * kPanel);
+      tile = arena.take<A>(kTileRows * kPanel);
       self_similarities = arena.take<A>(kBlockRows);
-      self_panel = arena.take<A>(p.self_indices ? p.d * kPanel : 0);
-      self_tile = arena.take<A>(kTileRows * kPanel);
       ranks = arena.take<Rank<A>>(min_of(kBlockRows, p.n) * BestColumns<A>::capacity(p.k));
       bytes = arena.used();
     }
   };
+
+  // Whether a screen pays for these shapes: with few columns, or most of them neighbors, or short
+  // rows, the product costs little beside the rest.
+  static bool screen_pays(const SelectParams& p, int64_t columns) {
+    return kScreens<A> && p.metric != Metric::euclidean && columns >= 512 && p.d >= 16 &&
+           p.k <= columns / 4;
+  }
+
+  static int64_t pair_stride(const SelectParams& p) {
+    return padded_stride<uint32_t>(ceil_div(p.d, 2));
+  }
+
+  static Keys keys_of(const SelectParams& p, const SelectWork& work, int64_t b) {
+    const size_t bytes = packed_bytes(p, work.max_columns);
+    return Keys(p, work.max_columns, static_cast<char*>(work.packed) + b * bytes);
+  }
 
   static int64_t columns_of(const SelectWork& work, int64_t b) {
     return work.counts ? work.counts[b] : work.max_columns;
@@ -268,50 +102,71 @@ class Select {
     return work.columns ? work.columns[b * work.max_columns + column] : column;
   }
 
-  // x [d] into packed[t * stride], normalised for the cosine.
-  static void pack_row(const SelectParams& p, const T* x, A* packed, int64_t stride) {
+  // x [d] to row, normalised for the cosine, and zeros up to whole vectors.
+  static void read_row(const SelectParams& p, const T* x, A* row) {
     if (p.metric == Metric::cosine) {
       const Normalizer normalize = normalizer(x, p.d);
-      for (int64_t t = 0; t < p.d; ++t) packed[t * stride] = normalize(x[t]);
+      for (int64_t t = 0; t < p.d; ++t) row[t] = normalize(x[t]);
     } else {
-      for (int64_t t = 0; t < p.d; ++t) packed[t * stride] = widen(x[t]);
+      for (int64_t t = 0; t < p.d; ++t) row[t] = widen(x[t]);
     }
+    pad_row(p, row, p.d);
+  }
+  static void pad_row(const SelectParams& p, A* row, int64_t from) {
+    for (int64_t t = from; t < padded_stride<A>(p.d); ++t) row[t] = 0;
   }
 
-  // columns: how many of the panel are wanted.
-  static void multiply(const SelectParams& p, const A* queries, const A* panel, int64_t columns,
-                       A* c, int64_t ldc) {
+  // The similarities of rows of queries to the first `columns` of a panel.
+  static void similarities(const SelectParams& p, const A* queries, int64_t rows, const A* panel,
+                           int64_t columns, A* c, int64_t ldc) {
+    const TileRows<A> of = {queries, padded_stride<A>(p.d), 1};
     if (p.metric == Metric::euclidean) {
-      multiply_columns<A, true>(queries, panel, p.d, columns, c, ldc);
+      multiply<A, true>(of, rows, panel, p.d, columns, c, ldc);
     } else {
-      multiply_columns<A, false>(queries, panel, p.d, columns, c, ldc);
+      multiply<A, false>(of, rows, panel, p.d, columns, c, ldc);
     }
   }
 
  public:
   static size_t packed_bytes(const SelectParams& p, int64_t columns) {
-    return size_t(ceil_div(columns, kPanel) * kPanel * p.d) * sizeof(A);
+    return Keys(p, columns, nullptr).bytes;
   }
 
   static size_t scratch_bytes(const SelectParams& p) { return Scratch(p, nullptr).bytes; }
 
-  static void pack(const SelectParams& p, const SelectWork& work, int64_t begin, int64_t end) {
+  static void pack(const SelectParams& p, const SelectWork& work, int64_t begin, int64_t end,
+                   void* base) {
+    const Scratch scratch(p, base);
     const int64_t panels = ceil_div(work.max_columns, kPanel);
-    const size_t bytes = packed_bytes(p, work.max_columns);
+    const int64_t stride = padded_stride<A>(p.d);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / panels, panel = task % panels;
-      const int64_t first = panel * kPanel;
       const int64_t columns = columns_of(work, b);
-      if (first >= columns) continue;
+      if (panel * kPanel >= columns) continue;
       const T* key = static_cast<const T*>(p.key) + (work.first_batch + b) * p.m * p.d;
-      A* packed = reinterpret_cast<A*>(static_cast<char*>(work.packed) + b * bytes) + first * p.d;
-      for (int64_t c = 0; c < kPanel; ++c) {
-        if (first + c < columns) {
-          pack_row(p, key + key_row(work, b, first + c) * p.d, packed + c, kPanel);
+      const Keys keys = keys_of(p, work, b);
+      Extent extent;
+      for (int64_t first = 0; first < kPanel; first += kLanes<A>) {
+        A* rows = keys.screened ? keys.rows + (panel * kPanel + first) * stride : scratch.rows;
+        for (int64_t i = 0; i < kLanes<A>; ++i) {
+          const int64_t column = panel * kPanel + first + i;
+          if (column < columns) {
+            read_row(p, key + key_row(work, b, column) * p.d, rows + i * stride);
+          } else {
+            pad_row(p, rows + i * stride, 0);
+          }
+          if constexpr (kScreens<A>) {
+            if (keys.screened) extent.include(round(p, rows + i * stride, i, scratch));
+          }
+        }
+        if (keys.screened) {
+          interleave(pairs_of(p, 0, scratch), pair_stride(p), ceil_div(p.d, 2),
+                     keys.pairs + panel * ceil_div(p.d, 2) * kPanel + first);
         } else {
-          for (int64_t t = 0; t < p.d; ++t) packed[t * kPanel + c] = 0;
+          interleave(rows, stride, p.d, keys.panels + panel * p.d * kPanel + first);
         }
       }
+      if (keys.screened) keys.extents[panel] = extent;
     }
   }
 
@@ -324,23 +179,39 @@ class Select {
   }
 
  private:
+  // Row r of scratch.rounded: a row of d elements rounded, with zeros up to whole vectors of pairs.
+  static bfloat16* rounded_of(const SelectParams& p, int64_t r, const Scratch& scratch) {
+    return scratch.rounded + r * 2 * pair_stride(p);
+  }
+  static const uint32_t* pairs_of(const SelectParams& p, int64_t r, const Scratch& scratch) {
+    return reinterpret_cast<const uint32_t*>(rounded_of(p, r, scratch));
+  }
+  static Extent round(const SelectParams& p, const A* row, int64_t r, const Scratch& scratch) {
+    bfloat16* rounded = rounded_of(p, r, scratch);
+    for (int64_t t = p.d; t < 2 * pair_stride(p); ++t) rounded[t].bits = 0;
+    return round_row(row, p.d, rounded);
+  }
+
   // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work.
   static void block(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
                     const Scratch& scratch) {
     const int64_t batch = work.first_batch + b;
     const int64_t rows = min_of(kBlockRows, p.n - first_row);
-    const int64_t tiles = ceil_div(rows, kTileRows);
     const int64_t columns = columns_of(work, b);
+    const int64_t stride = padded_stride<A>(p.d);
     const T* query = static_cast<const T*>(p.query) + (batch * p.n + first_row) * p.d;
-    const A* packed = reinterpret_cast<const A*>(static_cast<const char*>(work.packed) +
-                                                 b * packed_bytes(p, work.max_columns));
+    const Keys keys = keys_of(p, work, b);
 
-    for (int64_t r = 0; r < tiles * kTileRows; ++r) {
-      A* to = scratch.queries + r / kTileRows * kTileRows * p.d + r % kTileRows;
+    Extent extents[kBlockRows];
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      A* row = scratch.queries + r * stride;
       if (r < rows) {
-        pack_row(p, query + r * p.d, to, kTileRows);
+        read_row(p, query + r * p.d, row);
       } else {
-        for (int64_t t = 0; t < p.d; ++t) to[t * kTileRows] = 0;
+        pad_row(p, row, 0);
+      }
+      if constexpr (kScreens<A>) {
+        if (keys.screened) extents[r] = round(p, row, r, scratch);
       }
     }
     if (p.self_indices) multiply_self(p, batch, first_row, rows, scratch);
@@ -354,22 +225,23 @@ class Select {
       best[r].start(scratch.ranks + r * capacity, p.k - self, self_columns[r]);
     }
 
-    constexpr A kLowest = -std::numeric_limits<A>::infinity();
     for (int64_t first = 0; first < columns; first += kChunk) {
       const int64_t chunk = min_of(kChunk, columns - first);
-      for (int64_t c = 0; c < chunk; c += kPanel) {
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          multiply(p, scratch.queries + tile * kTileRows * p.d, packed + (first + c) * p.d,
-                   chunk - c, scratch.strip + tile * kTileRows * kChunk + c, kChunk);
+      if constexpr (kScreens<A>) {
+        if (keys.screened &&
+            screen_chunk(p, keys, first, chunk, rows, extents, self_columns, best, scratch)) {
+          continue;
         }
       }
-      const int64_t scanned = ceil_div(chunk, kScanColumns<A>) * kScanColumns<A>;
+      for (int64_t c = 0; c < chunk; c += kPanel) {
+        similarities(p, scratch.queries, rows, panel_of(p, keys, first + c, scratch), chunk - c,
+                     scratch.strip + c, kStripStride<A>);
+      }
+      close_strip(first, chunk, rows, self_columns, scratch);
       for (int64_t r = 0; r < rows; ++r) {
-        A* strip = scratch.strip + r * kChunk;
-        for (int64_t c = chunk; c < scanned; ++c) strip[c] = kLowest;
-        const int64_t self = self_columns[r] - first;
-        if (self >= 0 && self < chunk) strip[self] = kLowest;
-        best[r].scan(strip, first, chunk);
+        const A* strip = scratch.strip + r * kStripStride<A>;
+        best[r].survey(strip, chunk, 0);
+        best[r].collect(strip, first, chunk);
       }
     }
 
@@ -378,24 +250,92 @@ class Select {
     }
   }
 
+  // -inf after the last column of a strip, and where a row's own token is.
+  static void close_strip(int64_t first, int64_t chunk, int64_t rows, const int64_t* self_columns,
+                          const Scratch& scratch) {
+    constexpr A kLowest = -std::numeric_limits<A>::infinity();
+    const int64_t scanned = ceil_div(chunk, kScanColumns<A>) * kScanColumns<A>;
+    for (int64_t r = 0; r < rows; ++r) {
+      A* strip = scratch.strip + r * kStripStride<A>;
+      for (int64_t c = chunk; c < scanned; ++c) strip[c] = kLowest;
+      const int64_t self = self_columns[r] - first;
+      if (self >= 0 && self < chunk) strip[self] = kLowest;
+    }
+  }
+
+  // The panel [d, kPanel] that begins at `column`.
+  static const A* panel_of(const SelectParams& p, const Keys& keys, int64_t column,
+                           const Scratch& scratch) {
+    if (!keys.screened) return keys.panels + column * p.d;
+    const int64_t stride = padded_stride<A>(p.d);
+    for (int64_t i = 0; i < kPanel; i += kLanes<A>) {
+      interleave(keys.rows + (column + i) * stride, stride, p.d, scratch.panel + i);
+    }
+    return scratch.panel;
+  }
+
+  // Selects from a chunk by a screen of it; false, with nothing collected, where the screen leaves
+  // too much open.
+  static bool screen_chunk(const SelectParams& p, const Keys& keys, int64_t first, int64_t chunk,
+                           int64_t rows, const Extent* extents, const int64_t* self_columns,
+                           BestColumns<A>* best, const Scratch& scratch) {
+    const int64_t pairs = ceil_div(p.d, 2);
+    Extent keys_extent;
+    for (int64_t c = first; c < first + chunk; c += kPanel) {
+      keys_extent.include(keys.extents[c / kPanel]);
+    }
+    A errors[kBlockRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      errors[r] = screening_error(extents[r], keys_extent, p.d);
+      if (std::isinf(errors[r])) return false;
+    }
+    for (int64_t c = 0; c < chunk; c += kPanel) {
+      multiply_pairs(pairs_of(p, 0, scratch), pair_stride(p), rows,
+                     keys.pairs + (first + c) * pairs, pairs, chunk - c, scratch.strip + c,
+                     kStripStride<A>);
+    }
+    close_strip(first, chunk, rows, self_columns, scratch);
+    int64_t left = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      left += best[r].survey(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
+    }
+    const int64_t open = BestColumns<A>::group_count(chunk) / kOpenGroups + p.k;
+    if (left > rows * open) return false;
+    const int64_t stride = padded_stride<A>(p.d);
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* query = scratch.queries + r * stride;
+      const auto exact = [&](const int32_t* places) {
+        const A* rows[kLanes<A>];
+        for (int i = 0; i < kLanes<A>; ++i) rows[i] = keys.rows + (first + places[i]) * stride;
+        return products(query, rows, p.d);
+      };
+      best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk, exact);
+    }
+    return true;
+  }
+
   // The similarity of each row to its own token, through the same tile as every other pair.
   static void multiply_self(const SelectParams& p, int64_t batch, int64_t first_row, int64_t rows,
                             const Scratch& scratch) {
     const T* key = static_cast<const T*>(p.key) + batch * p.m * p.d;
-    constexpr int64_t kStep = kTileRows < kPanel ? kTileRows : kPanel;
+    const int64_t stride = padded_stride<A>(p.d);
     for (int64_t first = 0; first < rows; first += kTileRows) {
-      const int64_t tile_rows = min_of(kTileRows, rows - first);
-      for (int64_t step = 0; step < tile_rows; step += kStep) {
-        const int64_t stop = min_of(step + kStep, tile_rows);
-        for (int64_t i = 0; i < p.d * kPanel; ++i) scratch.self_panel[i] = 0;
-        for (int64_t r = step; r < stop; ++r) {
-          const int64_t self = p.self_indices[first_row + first + r];
-          pack_row(p, key + self * p.d, scratch.self_panel + r - step, kPanel);
+      const int64_t stop = min_of(first + kTileRows, rows);
+      for (int64_t step = first; step < stop; step += kLanes<A>) {
+        const int64_t count = min_of(kLanes<A>, stop - step);
+        for (int64_t i = 0; i < kLanes<A>; ++i) {
+          if (i < count) {
+            read_row(p, key + p.self_indices[first_row + step + i] * p.d,
+                     scratch.rows + i * stride);
+          } else {
+            pad_row(p, scratch.rows + i * stride, 0);
+          }
         }
-        multiply(p, scratch.queries + first * p.d, scratch.self_panel, kPanel, scratch.self_tile,
-                 kPanel);
-        for (int64_t r = step; r < stop; ++r) {
-          scratch.self_similarities[first + r] = scratch.self_tile[r * kPanel + r - step];
+        interleave(scratch.rows, stride, p.d, scratch.panel);
+        similarities(p, scratch.queries + first * stride, kTileRows, scratch.panel, kLanes<A>,
+                     scratch.tile, kPanel);
+        for (int64_t i = 0; i < count; ++i) {
+          scratch.self_similarities[step + i] = scratch.tile[(step - first + i) * kPanel + i];
         }
       }
     }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The one matrix tile that every product on the CPU goes through, and its sizes.
 //
-//   c[r][j] (+)= sum over t of a[t][r] * b[t][j]        r < kTileRows, j < kTileColumns<A>
+//   c[r][j] (+)= sum over t of a[r][t] * b[t][j]        r < kTileRows, j < kTileColumns<A>
 //
-// Operands are packed so that step t reads one short row of each. The sum over t is taken in a
+// The columns are packed so that step t reads one short row of b. The sum over t is taken in a
 // fixed order, in registers; lanes are columns. So an element depends on its own row and column
 // only, never on where in a tile they lie: equal rows give equal bits.
 #pragma once
@@ -29,62 +29,97 @@ constexpr int kBlockTiles = 4;
 constexpr int kBlockRows = kBlockTiles * kTileRows;
 
 // Steps summed before the sum is added to c: partial sums stay short, and so do their errors, which
-// grow with their length.
+// grow with their length, and that part of the columns stays in the innermost cache.
 constexpr int64_t kSummedSteps = 32;
 
-// a [depth, kTileRows], b [depth, kTileColumns], c [kTileRows, ldc].
-// SquaredDifference: c[r][j] = -sum over t of (a[t][r] - b[t][j])^2 instead of the product.
-// Vectors: how many of the columns are computed, in whole vectors.
-template <class A, bool SquaredDifference = false, int Vectors = kTileVectors>
-inline void multiply_tile(const A* a, const A* b, int64_t depth, A* c, int64_t ldc,
-                          bool accumulate = false) {
-  using V = Vector<A>;
-  int64_t t = 0;
-  do {
-    V sum[kTileRows][Vectors] = {};
-    const int64_t stop = min_of(t + kSummedSteps, depth);
-    for (; t < stop; ++t) {
-      V column[Vectors];
-      for (int v = 0; v < Vectors; ++v) column[v] = load(b + v * kLanes<A>);
-      for (int r = 0; r < kTileRows; ++r) {
-        for (int v = 0; v < Vectors; ++v) {
-          if constexpr (SquaredDifference) {
-            const V difference = column[v] - a[r];
-            sum[r][v] -= difference * difference;
-          } else {
-            sum[r][v] += column[v] * a[r];
-          }
-        }
-      }
-      a += kTileRows;
-      b += kTileColumns<A>;
-    }
-    for (int r = 0; r < kTileRows; ++r) {
-      for (int v = 0; v < Vectors; ++v) {
-        A* to = c + r * ldc + v * kLanes<A>;
-        store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
-      }
-    }
-    accumulate = true;
-  } while (t < depth);
+// The rows a[r][t] of a product: one element from the next along t, one row from the next.
+template <class A>
+struct TileRows {
+  const A* at;
+  int64_t row_stride;
+  int64_t step_stride;
+};
+
+// A stride for rows of d elements that are read side by side: whole vectors, but not a multiple of
+// eight, so that the rows do not compete for the same few places of a cache.
+template <class A>
+inline int64_t padded_stride(int64_t d) {
+  const int64_t vectors = ceil_div(d, kLanes<A>);
+  return (vectors % 8 ? vectors : vectors + 1) * kLanes<A>;
 }
 
-// The same for the first `columns` of the tile, rounded up to whole vectors: a short last panel
-// costs no more than it holds.
-template <class A, bool SquaredDifference, int Vectors = kTileVectors>
-inline void multiply_columns(const A* a, const A* b, int64_t depth, int64_t columns, A* c,
-                             int64_t ldc) {
+// kLanes rows of d elements [kLanes, stride], whole vectors of which can be read, to columns
+// [d, kTileColumns]: element t of row i goes to columns[t][i].
+template <class A>
+inline void interleave(const A* rows, int64_t stride, int64_t d, A* columns) {
+  for (int64_t t = 0; t < d; t += kLanes<A>) {
+    Vector<A> block[kLanes<A>];
+    for (int i = 0; i < kLanes<A>; ++i) block[i] = load(rows + i * stride + t);
+    transpose<A>(block);
+    const int64_t steps = min_of(kLanes<A>, d - t);
+    for (int64_t j = 0; j < steps; ++j) store(columns + (t + j) * kTileColumns<A>, block[j]);
+  }
+}
+
+// One tile. b [steps, kTileColumns], c [kTileRows, ldc].
+// SquaredDifference: c[r][j] = -sum over t of (a[r][t] - b[t][j])^2 instead of the product.
+// Vectors: how many of the columns are computed, in whole vectors.
+template <class A, bool SquaredDifference, int Vectors>
+inline void multiply_tile(TileRows<A> a, const A* b, int64_t steps, A* c, int64_t ldc,
+                          bool accumulate) {
+  using V = Vector<A>;
+  V sum[kTileRows][Vectors] = {};
+  for (int64_t t = 0; t < steps; ++t) {
+    V column[Vectors];
+    for (int v = 0; v < Vectors; ++v) column[v] = load(b + v * kLanes<A>);
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int v = 0; v < Vectors; ++v) {
+        if constexpr (SquaredDifference) {
+          const V difference = column[v] - a.at[r * a.row_stride];
+          sum[r][v] -= difference * difference;
+        } else {
+          sum[r][v] += column[v] * a.at[r * a.row_stride];
+        }
+      }
+    }
+    a.at += a.step_stride;
+    b += kTileColumns<A>;
+  }
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < Vectors; ++v) {
+      A* to = c + r * ldc + v * kLanes<A>;
+      store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+    }
+  }
+}
+
+// `rows` rows of a, rounded up to whole tiles, with the first `columns` of a panel, rounded up to
+// whole vectors. b [depth, kTileColumns], c [rows, ldc]. A short piece of the panel at a time
+// serves all rows from the innermost cache.
+template <class A, bool SquaredDifference = false, int Vectors = kTileVectors>
+inline void multiply(TileRows<A> a, int64_t rows, const A* b, int64_t depth, int64_t columns, A* c,
+                     int64_t ldc, bool accumulate = false) {
   if constexpr (Vectors > 1) {
     if (columns <= (Vectors - 1) * kLanes<A>) {
-      multiply_columns<A, SquaredDifference, Vectors - 1>(a, b, depth, columns, c, ldc);
+      multiply<A, SquaredDifference, Vectors - 1>(a, rows, b, depth, columns, c, ldc, accumulate);
       return;
     }
   }
-  multiply_tile<A, SquaredDifference, Vectors>(a, b, depth, c, ldc);
+  int64_t t = 0;
+  do {
+    const int64_t steps = min_of(kSummedSteps, depth - t);
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const TileRows<A> tile = {a.at + r * a.row_stride + t * a.step_stride, a.row_stride,
+                                a.step_stride};
+      multiply_tile<A, SquaredDifference, Vectors>(tile, b + t * kTileColumns<A>, steps,
+                                                   c + r * ldc, ldc, accumulate || t > 0);
+    }
+    t += steps;
+  } while (t < depth);
 }
 
 // The sum of term(0) ... term(count - 1) in float64, in a fixed order: 16 interleaved partial sums,
-// then their sum.
+// then sums of two of them until one is left.
 template <class Term>
 inline double sum_of(int64_t count, const Term& term) {
   constexpr int kPartial = 16;
@@ -94,9 +129,10 @@ inline double sum_of(int64_t count, const Term& term) {
     for (int p = 0; p < kPartial; ++p) partial[p] += term(i + p);
   }
   for (int p = 0; i + p < count; ++p) partial[p] += term(i + p);
-  double sum = 0;
-  for (int p = 0; p < kPartial; ++p) sum += partial[p];
-  return sum;
+  for (int half = kPartial / 2; half > 0; half /= 2) {
+    for (int p = 0; p < half; ++p) partial[p] += partial[p + half];
+  }
+  return partial[0];
 }
 
 // The dot product of two rows, in float64.

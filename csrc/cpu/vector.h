@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -105,6 +106,28 @@ inline void store(A* to, Vector<A> x) {
   std::memcpy(to, &x, sizeof x);
 }
 
+// One step of `transpose`: of two rows that are Step apart, the lanes that differ in the bit Step
+// change places. J: 0 ... kLanes - 1.
+template <class A, int Step, int... J>
+inline void exchange(Vector<A>& upper, Vector<A>& lower, std::integer_sequence<int, J...>) {
+  const Vector<A> first = upper, second = lower;
+  upper = __builtin_shufflevector(first, second, (J & Step ? kLanes<A> + J - Step : J)...);
+  lower = __builtin_shufflevector(first, second, (J & Step ? kLanes<A> + J : J + Step)...);
+}
+
+// Lane j of row i and lane i of row j change places.
+template <class A, int Step = 1>
+inline void transpose(Vector<A> (&rows)[kLanes<A>]) {
+  if constexpr (Step < kLanes<A>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) {
+      if (i & Step) continue;
+      exchange<A, Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kLanes<A>>());
+    }
+    transpose<A, 2 * Step>(rows);
+  }
+}
+
 // The sign bit of each lane, lane 0 lowest: of a comparison's result, where it holds.
 #if defined(__AVX512F__)
 inline uint32_t lane_bits(Vector<float> a) { return _mm512_movepi32_mask(_mm512_castps_si512(a)); }
@@ -128,6 +151,23 @@ inline uint32_t lane_bits(V a) {
   return bits;
 }
 #endif
+
+// Writes first + lane for every lane whose bit is set, ascending; returns how many. There must be
+// room for kLanes of them.
+template <class A>
+inline int64_t list_lanes(uint32_t bits, int32_t first, int32_t* to) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes<A> == 16) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), places));
+    return __builtin_popcount(bits);
+  }
+#endif
+  int64_t count = 0;
+  for (; bits; bits &= bits - 1) to[count++] = first + __builtin_ctz(bits);
+  return count;
+}
 
 // Carves typed arrays out of one block of memory. Built on null it only counts the bytes.
 class Arena {

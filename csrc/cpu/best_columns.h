@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: MIT
+// Selection from rows of S: the best k columns of a row, seen a chunk at a time.
+//
+// The columns of a chunk fall into groups, one for each lane of a scan block of kScanVectors
+// vectors, and one pass over the row takes the maximum of every group. The k-th largest of these
+// maxima is a lower bound for the k-th similarity of the row, so only elements of groups that reach
+// it can matter: on average little more than k of them. (A bound a little lower serves as well and
+// is found faster.) They are collected with their positions as ranks; once k are known, only what
+// is strictly above the k-th is collected, since an equal one in a later chunk has the larger
+// index. What is collected is reduced to the best k whenever its buffer is full, and ordered at the
+// end.
+//
+// Where a row holds screened similarities (screen.h), everything that its error leaves open is
+// computed again before it is collected.
+#pragma once
+
+#include <algorithm>
+
+#include "tile.h"
+
+namespace convnn::CONVNN_ISA {
+
+// A similarity and its column as one number that sorts by the total order of the contract:
+// similarity descending, NaN first, -0 equal to +0, then column ascending.
+template <class A>
+struct RankCode;
+template <>
+struct RankCode<float> {
+  using Bits = uint32_t;
+  using Code = uint64_t;
+};
+template <>
+struct RankCode<double> {
+  using Bits = uint64_t;
+  __extension__ typedef unsigned __int128 Code;
+};
+
+template <class A>
+class Rank {
+  using Bits = typename RankCode<A>::Bits;
+  using Code = typename RankCode<A>::Code;
+  static constexpr int kBits = 8 * sizeof(Bits);
+  static constexpr Bits kSign = Bits(1) << (kBits - 1);
+
+ public:
+  Rank() = default;
+  Rank(A similarity, int64_t column) {
+    Bits key = 0;  // NaN: before every number
+    if (similarity == similarity) {
+      const A plus_zero = similarity + A(0);
+      std::memcpy(&key, &plus_zero, sizeof key);
+      key = key & kSign ? key : ~(key | kSign);
+    }
+    code_ = Code(key) << kBits | Bits(column);
+  }
+  int64_t column() const { return int64_t(Bits(code_)); }
+  A similarity() const {
+    Bits key = Bits(code_ >> kBits);
+    if (key == 0) return std::numeric_limits<A>::quiet_NaN();
+    key = key & kSign ? key : ~key & ~kSign;
+    A similarity;
+    std::memcpy(&similarity, &key, sizeof similarity);
+    return similarity;
+  }
+  bool operator<(const Rank& other) const { return code_ < other.code_; }
+
+ private:
+  Code code_;
+};
+
+constexpr int64_t kChunk = 1024;     // columns of S kept at a time
+constexpr int64_t kScanVectors = 8;  // vectors of one scan block
+template <class A>
+constexpr int64_t kScanColumns = kScanVectors * kLanes<A>;
+static_assert(kChunk % kScanColumns<float> == 0 && kChunk % kScanColumns<double> == 0);
+static_assert(kChunk % kTileColumns<float> == 0 && kChunk % kTileColumns<double> == 0);
+
+// The best `wanted` of the columns of one row seen so far.
+template <class A>
+class BestColumns {
+  using V = Vector<A>;
+  using Keys = decltype(V{} > V{});  // as many integers of the same size
+  using Key = std::remove_reference_t<decltype(Keys{}[0])>;
+
+ public:
+  static int64_t capacity(int64_t k) { return k + k / 4 + 256; }
+
+  void start(Rank<A>* ranks, int64_t wanted, int64_t excluded) {
+    ranks_ = ranks;
+    capacity_ = capacity(wanted);
+    wanted_ = wanted;
+    excluded_ = excluded;
+    count_ = 0;
+    complete_ = false;
+    nan_closed_ = false;
+  }
+
+  // Finds what a column of a chunk has to reach. row [kChunk]: similarities of the first `columns`
+  // of a chunk, then -inf; -inf also at the excluded column. They may be off by `error`. Returns
+  // how many groups are left, of group_count(columns).
+  int64_t survey(const A* row, int64_t columns, A error) {
+    blocks_ = wanted_ == 0 ? 0 : ceil_div(columns, kScanColumns<A>);
+    error_ = error;
+    if (blocks_ == 0) return 0;
+    V unordered = {};
+    for (int64_t block = 0; block < blocks_; ++block) {
+      V largest = V{} - std::numeric_limits<A>::infinity();
+      for (int v = 0; v < kScanVectors; ++v) {
+        const V x = load(row + block * kScanColumns<A> + v * kLanes<A>);
+        largest = x > largest ? x : largest;  // keeps the old one where x is NaN
+        unordered = x != x ? V{} - A(1) : unordered;
+      }
+      group_max_[block] = largest;
+    }
+    has_nan_ = lane_bits(unordered) != 0;
+    if (!complete_) bound_ = bound_of_groups() - error_;
+    int64_t left = 0;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      left += __builtin_popcount(lane_bits(as_mask(group_max_[block] >= V{} + (bound_ - error_))));
+    }
+    return left;
+  }
+  static int64_t group_count(int64_t columns) {
+    return ceil_div(columns, kScanColumns<A>) * kLanes<A>;
+  }
+
+  // Collects from a row that was surveyed without an error; its first column is `first`.
+  void collect(const A* row, int64_t first, int64_t columns) {
+    if (has_nan_) {
+      for (int64_t c = 0; c < columns; ++c) {
+        const A s = row[c];
+        if (s != s ? !nan_closed_ : s > bound_ || (s == bound_ && !closed())) add(s, first + c);
+      }
+    } else {
+      int32_t places[kChunk + kLanes<A>];
+      const int64_t listed = list(row, columns, bound_, complete_, places);
+      for (int64_t i = 0; i < listed; ++i) {
+        const A s = row[places[i]];
+        if (s > bound_ || (s == bound_ && !closed())) add(s, first + places[i]);
+      }
+    }
+    end_chunk();
+  }
+
+  // The same for a row that was surveyed with an error: what may be a neighbor is computed again by
+  // exact(columns [kLanes]), for kLanes columns at a time.
+  template <class Exact>
+  void collect_screened(const A* row, int64_t first, int64_t columns, const Exact& exact) {
+    int32_t places[kChunk + 2 * kLanes<A>];
+    const int64_t listed = list(row, columns, bound_ - error_, false, places);
+    if (listed > 0) std::fill_n(places + listed, kLanes<A>, places[0]);
+    for (int64_t i = 0; i < listed; i += kLanes<A>) {
+      const V similarities = exact(places + i);
+      const int64_t count = min_of(kLanes<A>, listed - i);
+      for (int64_t j = 0; j < count; ++j) {
+        const A s = similarities[j];
+        if (s > bound_ || (s == bound_ && !closed())) add(s, first + places[i + j]);
+      }
+    }
+    end_chunk();
+  }
+
+  // Orders what was found, by rank or by column. Returns how many.
+  int64_t finish(Order order) {
+    if (count_ > wanted_) keep_best();
+    if (order == Order::similarity) {
+      std::sort(ranks_, ranks_ + count_);
+    } else {
+      std::sort(ranks_, ranks_ + count_,
+                [](const Rank<A>& x, const Rank<A>& y) { return x.column() < y.column(); });
+    }
+    return count_;
+  }
+
+  const Rank<A>* ranks() const { return ranks_; }
+
+ private:
+  static V as_mask(Keys comparison) {
+    V mask;
+    std::memcpy(&mask, &comparison, sizeof mask);
+    return mask;
+  }
+
+  // Whether `wanted` columns are known, all of them earlier than the next and none below the bound,
+  // so that one equal to the bound comes too late.
+  bool closed() const { return complete_ || count_ >= wanted_; }
+
+  void add(A similarity, int64_t column) {
+    if (column == excluded_) return;
+    if (count_ == capacity_) keep_best();
+    ranks_[count_++] = Rank<A>(similarity, column);
+  }
+
+  // The columns of the surveyed row that reach the bound, or exceed it, ascending; how many.
+  int64_t list(const A* row, int64_t columns, A bound, bool exceed, int32_t* places) const {
+    const V bounds = V{} + bound;
+    const auto bits_of = [&](V x) {
+      return lane_bits(exceed ? as_mask(x > bounds) : as_mask(x >= bounds));
+    };
+    int64_t count = 0;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      if (bits_of(group_max_[block]) == 0) continue;
+      for (int64_t v = 0; v < kScanVectors; ++v) {
+        const int64_t place = block * kScanColumns<A> + v * kLanes<A>;
+        count += list_lanes<A>(bits_of(load(row + place)), int32_t(place), places + count);
+      }
+    }
+    while (count > 0 && places[count - 1] >= columns) --count;
+    return count;
+  }
+
+  // The bound rises to the last of the best as soon as there are `wanted`, and again where enough
+  // has come since for the time that takes.
+  void end_chunk() {
+    if (wanted_ > 0 && count_ >= (complete_ ? wanted_ + wanted_ / 2 + kLanes<A> : wanted_))
+      keep_best();
+  }
+
+  // A number that at least `wanted` group maxima reach, so that the row's `wanted`-th similarity
+  // does, and hardly more: found by bisection over the numbers in their order, counting lanes.
+  A bound_of_groups() const {
+    if (wanted_ > blocks_ * kLanes<A>) return -std::numeric_limits<A>::infinity();
+    Keys keys[kChunk / kScanColumns<A>];
+    Key low = std::numeric_limits<Key>::max(), high = std::numeric_limits<Key>::min();
+    for (int64_t block = 0; block < blocks_; ++block) {
+      keys[block] = in_order(group_max_[block]);
+      for (int lane = 0; lane < kLanes<A>; ++lane) {
+        low = keys[block][lane] < low ? keys[block][lane] : low;
+        high = keys[block][lane] > high ? keys[block][lane] : high;
+      }
+    }
+    const int64_t enough = wanted_ + wanted_ / 8;
+    int64_t reached = blocks_ * kLanes<A>;  // how many reach `low`
+    while (reached > enough && low < high) {
+      const Key middle = (low | high) - ((low ^ high) >> 1);  // rounded up, without overflow
+      int64_t count = 0;
+      for (int64_t block = 0; block < blocks_; ++block) {
+        count += __builtin_popcount(lane_bits(as_mask(keys[block] >= middle)));
+      }
+      if (count >= wanted_) {
+        low = middle;
+        reached = count;
+      } else {
+        high = middle - 1;
+      }
+    }
+    A bound;
+    low = in_order(low);
+    std::memcpy(&bound, &low, sizeof bound);
+    return bound;
+  }
+
+  // The bits of a number as an integer of the same order, and back.
+  template <class Bits>
+  static Bits in_order(Bits bits) {
+    return bits ^ ((bits >> (8 * sizeof(A) - 1)) & std::numeric_limits<Key>::max());
+  }
+  static Keys in_order(V x) {
+    Keys bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return in_order(bits);
+  }
+
+  void keep_best() {
+    std::nth_element(ranks_, ranks_ + wanted_ - 1, ranks_ + count_);
+    count_ = wanted_;
+    complete_ = true;
+    bound_ = ranks_[wanted_ - 1].similarity();
+    if (bound_ != bound_) {
+      nan_closed_ = true;
+      bound_ = std::numeric_limits<A>::infinity();
+    }
+  }
+
+  Rank<A>* ranks_;
+  int64_t capacity_, wanted_, excluded_, count_;
+  V group_max_[kChunk / kScanColumns<A>];  // of the surveyed row
+  int64_t blocks_;                         // how many of them
+  bool has_nan_;                           // whether the row holds a NaN
+  A error_;                                // by how much a surveyed similarity may be off
+  A bound_;                                // what an element has to reach
+  bool complete_;    // `wanted` are known and the bound is the last of them: it has to be exceeded
+  bool nan_closed_;  // all `wanted` are NaN
+};
+
+}  // namespace convnn::CONVNN_ISA
