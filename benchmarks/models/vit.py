@@ -65,14 +65,16 @@ class ViT(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch_norm(self.patches(x).flatten(2).mT)
+        tokens = self.patch_norm(self.patches(x).flatten(2).mT)  # [B, patches, E]
+        # [B, 1 + patches, E]
         tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return self.head(self.blocks(tokens + self.positions)[:, 0])
 
 
 def sinusoids(length: int, width: int) -> Tensor:
     """The fixed positions of Vaswani et al. (2017), section 3.5: [length, width]."""
-    places = torch.arange(length, dtype=torch.float32).unsqueeze(1)
+    places = torch.arange(length, dtype=torch.float32).unsqueeze(1)  # [length, 1]
+    # [width / 2]
     frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     return torch.stack([(places * frequencies).sin(), (places * frequencies).cos()], -1).flatten(1)
 

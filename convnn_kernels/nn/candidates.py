@@ -94,7 +94,7 @@ class RandomCandidates(Candidates):
             drawn = _hash(torch.arange(rows, device=device) + self.seed.to(device)).argsort()
         else:
             drawn = torch.randperm(rows, device=device)
-        drawn = drawn[: self.r]
+        drawn = drawn[: self.r]  # [R]
         return drawn if rows != inner else positional.interior(shape, padding, device)[drawn]
 
     def extra_repr(self) -> str:
@@ -132,7 +132,7 @@ class SpatialCandidates(Candidates):
     def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
         if self.stride is not None:
             counts = [-(-size // self.stride) for size in shape]
-            axes = [torch.arange(n, device=device) * self.stride + padding for n in counts]
+            axes = [torch.arange(n, device=device) * self.stride + padding for n in counts]  # [n]
             return _rows(axes, shape, padding)
         assert self.r is not None
         if self.r >= positional.count(shape, padding):
@@ -160,9 +160,10 @@ class SpatialCandidates(Candidates):
 
 
 def _rows(axes: list[Tensor], shape: Sequence[int], padding: int) -> Tensor:
-    """Rows of the padded map at the crossings of the given positions along its axes."""
+    """[R]: rows of the padded map at the crossings of the positions along its axes, [n] each."""
     rows = axes[0]
     for axis, size in zip(axes[1:], shape[1:], strict=True):
+        # [R so far, 1] + [n] → [R so far * n]
         rows = (rows.unsqueeze(1) * (size + 2 * padding) + axis).flatten()
     return rows
 
