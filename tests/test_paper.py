@@ -171,6 +171,7 @@ def test_a_row_of_each_table(layout: str, tmp_path: Path, capsys, request) -> No
     assert log["parts"][0]["stamp"].keys() == result["stamp"].keys()
     assert [line["row"] for line in result["rows"]] == rows
     assert all(0 < line["test_loss"] < 10 for line in result["rows"])
+    assert colored_pixels(out / "cifar10-table2.png") > 200
 
 
 def test_a_run_with_a_break_is_the_run_without(folder: Path, tmp_path: Path) -> None:
@@ -282,27 +283,59 @@ def test_the_recipe_is_the_papers() -> None:
             assert getattr(options, name) == value, name
 
 
-def test_another_recipe(folder: Path, tmp_path: Path) -> None:
-    """Every part of the recipe is a flag, and a run with other ones goes on as without a break."""
-    flags = ["--optimizer", "sgd", "--lr", "0.01", "--weight-decay", "0", "--schedule", "cosine"]
-    flags += ["--clip", "0.5", "--label-smoothing", "0.1", "--augmentation", "flip-shift"]
-    flags += ["--rows", "vit/attention", "--epochs", "2"]
-    run(folder, tmp_path / "a", *flags)
-    log = json.loads((tmp_path / "a/cifar10/vit/attention/log.json").read_text())
-    recipe = Recipe(**log["recipe"])
-    assert (recipe.optimizer, recipe.schedule, recipe.augmentation) == (
-        "sgd",
-        "cosine",
-        "flip-shift",
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch-size", "30"],
+        ["--optimizer", "sgd"],
+        ["--lr", "2e-4"],
+        ["--weight-decay", "0.5"],
+        ["--schedule", "cosine"],
+        ["--clip", "0.01"],
+        ["--label-smoothing", "0.1"],
+        ["--augmentation", "flip-shift"],
+        ["--seed", "1"],
+        ["--amp", "bfloat16"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_every_part_of_the_recipe_is_a_flag(flags: list[str], folder: Path, tmp_path: Path) -> None:
+    row = ["--rows", "vit/attention", "--epochs", "2"]
+    run(folder, tmp_path / "plain", *row)
+    run(folder, tmp_path / "other", *row, *flags)
+    plain, other = (
+        json.loads((tmp_path / name / "cifar10/vit/attention/log.json").read_text())
+        for name in ("plain", "other")
     )
-    assert (recipe.clip, recipe.label_smoothing, recipe.weight_decay) == (0.5, 0.1, 0.0)
-    assert [recipe.lr_of(epoch) for epoch in (0, 1)] == pytest.approx([0.01, 0.005])
-    with pytest.raises(SystemExit, match="another epochs: 2, now 3"):
-        run(folder, tmp_path / "a", *flags, "--epochs", "3")
-    plain = [flag for flag in flags if flag not in ("--augmentation", "flip-shift")]
-    run(folder, tmp_path / "b", *plain)
-    other = json.loads((tmp_path / "b/cifar10/vit/attention/log.json").read_text())
-    assert other["epochs"][0]["train_loss"] != log["epochs"][0]["train_loss"]
+    field = flags[0][2:].replace("-", "_")
+    changed = [name for name, value in plain["recipe"].items() if value != other["recipe"][name]]
+    assert changed == [field]
+    losses = [[epoch["train_loss"] for epoch in log["epochs"]] for log in (plain, other)]
+    assert losses[0] != losses[1]
+    if field == "schedule":
+        # It starts as without one, and is part of what must not change when a run goes on.
+        assert losses[0][0] == losses[1][0]
+        assert [Recipe(**other["recipe"]).lr_of(epoch) for epoch in (0, 1)] == [1e-4, 5e-5]
+        with pytest.raises(SystemExit, match="another epochs: 2, now 3"):
+            run(folder, tmp_path / "other", *row, *flags, "--epochs", "3")
+
+
+def test_evaluation(folder: Path) -> None:
+    """Without dropout, on normalized images, the mean over all, whatever the batches are."""
+    dataset = data.load(folder, "cifar10")
+    scale = dataset.mean_and_deviation()
+    model = ROWS["vit/attention"].build(10, reduced=True)
+    recipe = Recipe(batch_size=7)
+    loss, accuracy = train.evaluate(model, dataset.test, recipe, scale, 32)
+    pixels = dataset.train.images.double() / 255
+    mean, deviation = pixels.mean((0, 2, 3)), pixels.transpose(0, 1).flatten(1).std(1)
+    images = (dataset.test.images / 255 - mean[:, None, None]) / deviation[:, None, None]
+    with torch.no_grad():
+        logits = model.eval()(images.float())
+    expected = torch.nn.functional.cross_entropy(logits, dataset.test.labels).item()
+    assert loss == pytest.approx(expected, rel=1e-3)
+    assert accuracy == (logits.argmax(1) == dataset.test.labels).double().mean().item()
 
 
 def test_flip_and_shift() -> None:
@@ -346,6 +379,13 @@ def log_of(epochs: int) -> dict:
     }
 
 
+def colored_pixels(path: Path) -> int:
+    """Curves are colored, an empty frame is not."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return int((np.ptp(pixels, axis=2) > 60).sum())
+
+
 @pytest.mark.parametrize("number", sorted(FIGURES))
 def test_figures(number: int, tmp_path: Path) -> None:
     figure = FIGURES[number]
@@ -353,10 +393,7 @@ def test_figures(number: int, tmp_path: Path) -> None:
     logs.pop(figure.all_rows()[0].name)
     path = tmp_path / "figure.png"
     report.draw(figure, logs, path)
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    # Curves are colored, an empty frame is not.
-    assert (np.ptp(pixels.astype(int), axis=2) > 60).sum() > 200
+    assert colored_pixels(path) > 200
 
 
 def test_a_figure_without_training(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.memory import MemoryNotMeasured
 from benchmarks.paper import data, memory, report
-from benchmarks.paper.rows import FIGURES, ROWS, TABLES, Row
+from benchmarks.paper.rows import FIGURES, ROWS, TABLES, Figure, Row
 from benchmarks.paper.train import (
     AUGMENTATIONS,
     OPTIMIZERS,
@@ -47,7 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what")
     either = what.add_mutually_exclusive_group()
-    either.add_argument("--table", type=int, choices=sorted(TABLES), help="print this table")
+    either.add_argument(
+        "--table", type=int, choices=sorted(TABLES), help="print this table and draw its curves"
+    )
     either.add_argument("--figure", type=int, choices=sorted(FIGURES), help="draw this figure")
     what.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, see --list")
     what.add_argument("--list", action="store_true", help="list all rows")
@@ -157,10 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind = "figure" if options.figure else "table" if options.table else "rows"
     name = f"{options.dataset}-{kind}{options.figure or options.table or ''}"
     _write(options.out / f"{name}.json", {**head, "rows": lines, "logs": logs})
-    if options.figure:
-        path = options.out / f"{name}.png"
-        report.draw(FIGURES[options.figure], logs, path)
-        print(path)
+    title = f"Table {options.table}" if options.table else ""
+    figure = FIGURES[options.figure] if options.figure else Figure(title, tuple(rows))
+    path = options.out / f"{name}.png"
+    report.draw(figure, logs, path)
+    print(path)
 
 
 def _trained(

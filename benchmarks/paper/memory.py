@@ -18,7 +18,7 @@ from torch import nn
 
 import python_ref
 from benchmarks import memory
-from benchmarks.paper.rows import ROWS
+from benchmarks.paper.rows import MODELS, ROWS
 from convnn_kernels import functional
 from convnn_kernels.nn import ConvNN2d, ConvNNAttention
 
@@ -132,10 +132,13 @@ def table(lines: list[dict[str, Any]]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for line in lines:
-        name = ROWS[line["row"]]
-        model = {"vgg11": "VGG-11", "vit": "ViT-Tiny"}[name.family]
+        row = ROWS[line["row"]]
         scale = ", reduced" if line["reduced"] else ""
-        cells = [f"{model}, {name.label}{scale}", f"{line['image_size']}²", str(line["batch"])]
+        cells = [
+            f"{MODELS[row.family]}, {row.label}{scale}",
+            f"{line['image_size']}²",
+            str(line["batch"]),
+        ]
         cells += [f"{line[kind] / 1e6:,.0f}" for kind in ("ours", "eager", "gradients", "matrix")]
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)

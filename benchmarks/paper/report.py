@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.rows import Figure, Row
+from benchmarks.paper.rows import MODELS, Figure, Row
 
 Logs = dict[str, dict[str, Any]]
 _WINDOW = 10
@@ -98,7 +98,7 @@ def summary(lines: Sequence[dict[str, Any]], logs: Logs) -> str:
         epochs = logs[line["row"]]["epochs"]
         if epochs:
             first, last = epochs[0], epochs[-1]
-            model = {"vgg11": "VGG-11", "vit": "ViT-Tiny"}[line["row"].split("/")[0]]
+            model = MODELS[line["row"].split("/")[0]]
             losses = (f"{first[key]:.3f} → {last[key]:.3f}" for key in ("train_loss", "test_loss"))
             cells = (f"{model}, {line['label']}", str(last["epoch"]), *losses)
             text.append(f"| {' | '.join(cells)} | {100 * last['test_accuracy']:.1f} |")
@@ -158,10 +158,13 @@ def draw(figure: Figure, logs: Logs, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = 2 if figure.rows or figure.has_time else 1
-    canvas, axes = plt.subplots(1, panels, figsize=(5.0 * panels, 4.0), squeeze=False)
-    if figure.rows:
-        _loss_curves(figure, logs, axes[0])
+    families = list(dict.fromkeys(row.family for row in figure.rows))
+    columns = 2 if families or figure.has_time else 1
+    size = (5.0 * columns, 3.3 * max(len(families), 1) + 0.7)
+    canvas, axes = plt.subplots(max(len(families), 1), columns, figsize=size, squeeze=False)
+    if families:
+        for family, panels in zip(families, axes, strict=True):
+            _loss_curves([row for row in figure.rows if row.family == family], logs, panels)
     else:
         _sweep(figure, logs, axes[0][0], "test_accuracy", 100.0, "test accuracy (%)")
         if figure.has_time:
@@ -173,8 +176,8 @@ def draw(figure: Figure, logs: Logs, path: Path) -> None:
     plt.close(canvas)
 
 
-def _loss_curves(figure: Figure, logs: Logs, axes: Any) -> None:
-    for row in figure.rows:
+def _loss_curves(rows: Sequence[Row], logs: Logs, axes: Any) -> None:
+    for i, row in enumerate(rows):
         epochs = logs.get(row.name, {"epochs": []})["epochs"]
         if not epochs:
             continue
@@ -182,9 +185,12 @@ def _loss_curves(figure: Figure, logs: Logs, axes: Any) -> None:
         window = _WINDOW if len(epochs) >= 5 * _WINDOW else 1
         for axis, key in zip(axes, ("train_loss", "test_loss"), strict=True):
             values = smoothed([each[key] for each in epochs], window)
-            axis.plot([each["epoch"] for each in epochs], values, marker=".", label=row.label)
+            # There are ten colors.
+            style = {"color": f"C{i % 10}", "linestyle": "--" if i >= 10 else "-", "marker": "."}
+            axis.plot([each["epoch"] for each in epochs], values, label=row.label, **style)
+    model = MODELS[rows[0].family]
     for axis, name in zip(axes, ("training loss", "test loss"), strict=True):
-        axis.set(xlabel="epoch", ylabel=name)
+        axis.set(xlabel="epoch", ylabel=f"{name}, {model}")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
 

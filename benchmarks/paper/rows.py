@@ -15,6 +15,8 @@ from benchmarks.models import vgg11, vit_tiny
 from benchmarks.models.vgg import CHANNELS
 from convnn_kernels.nn import RandomCandidates, SpatialCandidates
 
+MODELS = {"vgg11": "VGG-11", "vit": "ViT-Tiny"}
+
 # The models at a scale at which an epoch takes seconds on a CPU.
 REDUCED: dict[str, dict[str, Any]] = {
     "vgg11": {

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +158,17 @@ class SpatialCandidates(Candidates):
     def extra_repr(self) -> str:
         size = f"stride={self.stride}" if self.r is None else str(self.r)
         return f"{size}, include_self={self.include_self}"
+
+
+def require_maker(owner: str, make: Any) -> None:
+    """Each layer has candidates of its own: what is wanted is what makes them, not one of them."""
+    require(
+        make is None or (callable(make) and not isinstance(make, nn.Module)),
+        owner,
+        "candidates",
+        "a function that makes those of one layer, such as lambda: RandomCandidates(32)",
+        make,
+    )
 
 
 def _rows(axes: list[Tensor], shape: Sequence[int], padding: int) -> Tensor:

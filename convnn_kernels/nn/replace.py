@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convnn_kernels.nn import settings
 from convnn_kernels.nn.attention import ConvNNAttention
-from convnn_kernels.nn.candidates import Candidates
+from convnn_kernels.nn.candidates import Candidates, require_maker
 from convnn_kernels.nn.convnn import ConvNN2d
 from convnn_kernels.nn.hybrid import HybridBranch2d
 
@@ -93,13 +93,7 @@ def replace(
     if k is not None:
         settings.require_count(owner, "k", k)
     settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
-    settings.require(
-        candidates is None or (callable(candidates) and not _is_made(candidates)),
-        owner,
-        "candidates",
-        "a function that makes those of one layer, such as lambda: RandomCandidates(32)",
-        candidates,
-    )
+    require_maker(owner, candidates)
     if _is_convolution(model) or _is_attention(model):
         name = type(model).__name__
         raise ValueError(f"replace: model must contain the layers to swap, got {name} itself")
