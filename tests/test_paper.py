@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.memory import in_own_process
+from benchmarks.models.vgg import LAYERS as VGG_LAYERS
+from benchmarks.models.vit import LAYERS as VIT_LAYERS
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import data, memory, report, train
 from benchmarks.paper.data import NoDataError
@@ -490,3 +492,34 @@ def test_a_matrix_of_similarities_is_seen() -> None:
     (line,) = memory.measure("cpu", STEPS[:1])
     assert line["eager"] > line["matrix"] > line["ours"]
     assert f"| {line['eager'] / 1e6:,.0f} |" in memory.table([line])
+
+
+ROOT = Path(__file__).parent.parent
+RECORDED = ROOT / "benchmarks" / "results" / "paper"
+
+
+def test_the_recorded_run() -> None:
+    """The loss of every kind of layer falls, over as many epochs for each."""
+    result = json.loads((RECORDED / "cifar10-rows.json").read_text())
+    kinds = {(ROWS[name].family, ROWS[name].options["layer"]) for name in result["logs"]}
+    assert kinds == {*(("vgg11", x) for x in VGG_LAYERS), *(("vit", x) for x in VIT_LAYERS)}
+    recipes = [log["recipe"] for log in result["logs"].values()]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    for name, log in result["logs"].items():
+        assert len(log["epochs"]) == recipes[0]["epochs"], name
+        losses = [epoch["train_loss"] for epoch in log["epochs"]]
+        assert losses[-1] < losses[0], name
+        assert max(losses) < 1.1 * losses[0], name
+        assert log["epochs"][-1]["test_loss"] < log["epochs"][0]["test_loss"], name
+        assert log["parts"][0]["stamp"]["commit"], name
+        assert not any(part["stamp"]["dirty"] for part in log["parts"]), name
+
+
+def test_the_readme_prints_what_was_recorded() -> None:
+    readme = (ROOT / "README.md").read_text()
+    result = json.loads((RECORDED / "cifar10-rows.json").read_text())
+    assert result["command"] in " ".join(readme.replace("\\\n", " ").split())
+    assert report.summary(result["rows"], result["logs"]) in readme
+    assert "](benchmarks/results/paper/cifar10-rows.png)" in readme
+    assert (RECORDED / "cifar10-rows.png").exists()
+    assert memory.table(json.loads((RECORDED / "memory.json").read_text())["steps"]) in readme
