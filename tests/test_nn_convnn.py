@@ -64,6 +64,19 @@ def test_selected_indices_are_the_taps(size: int, shape: tuple[int, int]) -> Non
 def test_taps_of_a_7x7_kernel_are_not_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"kernel_size must be 1x1, 3x3 or 5x5.*got \(7, 7\)"):
         ConvNN2d.from_conv2d(nn.Conv2d(1, 1, 7, padding=3))
+    layer = ConvNN2d(
+        1,
+        1,
+        k=49,
+        projections="coordinates",
+        positional_encoding="similarity",
+        coordinates="pixel",
+        metric="euclidean",
+    )
+    _, indices = layer.neighbors(torch.zeros(1, 1, 11, 11))
+    found = {(int(i) // 11 - 5, int(i) % 11 - 5) for i in indices[0, 60]}
+    assert {(4, 0), (0, 4), (-4, 0), (0, -4)} <= found
+    assert not {(3, 3), (3, -3), (-3, 3), (-3, -3)} & found
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 13])

@@ -419,6 +419,18 @@ def test_what_was_run_names_every_recipe() -> None:
     )
 
 
+def test_the_papers_numbers_of_either_dataset() -> None:
+    for dataset, cells in (
+        ("cifar10", ("1.558", "77.41", "2.507", "5.479M", "115,306")),
+        ("cifar100", ("3.817", "50.07", "2.507", "5.496M", "119,716")),
+    ):
+        line = report.entry(ROWS["vit/attention"], log_of(3), dataset, reduced=True)
+        printed = report.table([line])
+        assert all(cell in printed for cell in cells), printed
+        # Ours: the loss and accuracy after the last epoch, and the median of the seconds.
+        assert all(cell in printed for cell in ("0.833", "40.00", "3.0"))
+
+
 def test_smoothing() -> None:
     assert report.smoothed([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
 
