@@ -145,7 +145,9 @@ def test_files_that_cannot_be_read_are_named(folder: Path, torchvision_folder: P
             data.load(where, "cifar10")
 
 
-@pytest.mark.parametrize("layout", ["folder", "torchvision_folder"])
+@pytest.mark.parametrize(
+    "layout", ["folder", pytest.param("torchvision_folder", marks=pytest.mark.slow)]
+)
 def test_a_row_of_each_table(layout: str, tmp_path: Path, capsys, request) -> None:
     folder = request.getfixturevalue(layout)
     out = tmp_path / "runs"

@@ -43,14 +43,22 @@ def test_spatial_candidates_lie_on_the_grid() -> None:
     assert all(row % 2 == 0 and column % 3 == 0 for row, column in found[1:])
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_an_image_is_drawn(mode: str, tmp_path: Path) -> None:
+def test_an_image_is_drawn(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(tmp_path / "in.png")
+    Image.fromarray(pixels).save(tmp_path / "in.png")
     out = tmp_path / "out.png"
     show_neighbors.main([str(tmp_path / "in.png"), "--out", str(out), "--size", "16", "--r", "9"])
     with Image.open(out) as image:
         assert min(image.size) > 200
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1"])
+def test_every_kind_of_image_is_read(mode: str, tmp_path: Path) -> None:
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[:, 30:] = 255
+    Image.fromarray(pixels).convert(mode).save(tmp_path / "in.png")
+    image = show_neighbors.load(tmp_path / "in.png", 60)
+    assert torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
     assert show_neighbors.load(tmp_path / "in.png", 16).shape == (3, 11, 16)
 
 
