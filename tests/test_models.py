@@ -323,6 +323,7 @@ def test_vit_sees_where_a_patch_is() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_every_row_builds() -> None:
     with torch.device("meta"):
         for row in ROWS.values():

@@ -473,7 +473,7 @@ def test_data_must_be_named(tmp_path: Path, monkeypatch) -> None:
 
 
 STEPS = (
-    memory.Step("vgg11/hybrid-0.5", 64, 2, reduced=True),
+    memory.Step("vgg11/hybrid-0.5", 48, 2, reduced=True),
     memory.Step("vit/convnn-all", 384, 1, reduced=True),
 )
 
