@@ -12,6 +12,7 @@ import ctypes
 import multiprocessing
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -47,39 +48,58 @@ def _return_freed_memory() -> ctypes.CDLL | None:
     return libc
 
 
-def _measure(workload: Workload, peer_name: str, passes: str, threads: int) -> int:
-    torch.set_num_threads(threads)
-    peer, needs_gradient = PEERS[peer_name], passes != "forward"
+def rise(run: Callable[[], object]) -> int:
+    """By how many bytes the peak of resident memory while `run` runs is above what there was."""
     libc = _return_freed_memory()
-    tiny = Workload(1, 64, workload.channels, min(workload.k, 64), "random")
-    run_pass(peer.build(tiny, make_inputs(tiny, requires_grad=needs_gradient)), passes)
-
-    call = peer.build(workload, make_inputs(workload, requires_grad=needs_gradient))
     if libc is not None:
         libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _resident_bytes("VmRSS")
-    results = run_pass(call, passes)
+    results = run()
     peak = _resident_bytes("VmHWM")
     del results
     return max(peak - before, 0)
 
 
-def _child(connection: Connection, *arguments: object) -> None:
+def _measure(workload: Workload, peer_name: str, passes: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    peer, needs_gradient = PEERS[peer_name], passes != "forward"
+    _return_freed_memory()
+    tiny = Workload(1, 64, workload.channels, min(workload.k, 64), "random")
+    run_pass(peer.build(tiny, make_inputs(tiny, requires_grad=needs_gradient)), passes)
+
+    call = peer.build(workload, make_inputs(workload, requires_grad=needs_gradient))
+    return rise(lambda: run_pass(call, passes))
+
+
+def _child(connection: Connection, measure: Callable[..., int], *arguments: object) -> None:
     try:
-        connection.send(_measure(*arguments))  # type: ignore[arg-type]
+        connection.send(measure(*arguments))
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
 
 
 def peak_bytes(workload: Workload, peer_name: str, passes: str, threads: int) -> int:
     """Bytes above the inputs. Raises MemoryNotMeasured with the reason."""
+    return in_own_process([__name__, "skimage.io"], _measure, workload, peer_name, passes, threads)
+
+
+def in_own_process(preload: Sequence[str], measure: Callable[..., int], *arguments: object) -> int:
+    """What `measure` returns in a process of its own.
+
+    Args:
+        preload: modules that it needs, to import once for all processes.
+        measure: a function at the top of a module; `arguments` are its own.
+
+    Raises:
+        MemoryNotMeasured: if it fails, is killed or takes too long; the message says which.
+    """
     # A fork of a server that has imported what is needed but run nothing: quick, and clean of what
     # this process has allocated.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "convnn_kernels", "skimage.io"])
+    context.set_forkserver_preload(["convnn_kernels", *preload])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, workload, peer_name, passes, threads))
+    process = context.Process(target=_child, args=(sender, measure, *arguments))
     process.start()
     sender.close()
     try:

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""``python -m convnn_kernels.show_neighbors IMAGE``: which neighbors each setting picks.
-
-For some pixels of an image, draws their k neighbors under several settings of ConvNN2d: by color,
-by color and place, by place alone (a convolution), and among random or spatial candidates.
-"""
+"""``python -m convnn_kernels.show_neighbors IMAGE``: which neighbors each setting picks."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnn_kernels.nn import ConvNN2d, RandomCandidates, SpatialCandidates
+
+DESCRIPTION = """
+For some pixels of an image, draws the k neighbors that six settings of ConvNN2d pick: by color (two
+metrics), by color and place, by place alone (a convolution), and among random or spatial
+candidates. Writes one picture and prints its name.
+"""
 
 
 def settings(k: int, r: int) -> dict[str, ConvNN2d]:
@@ -57,15 +60,16 @@ def neighbors(layer: ConvNN2d, image: Tensor, pixels: Sequence[tuple[int, int]])
 
 
 def load(path: Path, size: int) -> Tensor:
-    """An image as [3, H, W] float32 in [0, 1], made smaller so that no side exceeds `size`."""
-    import matplotlib.pyplot as plt
+    """An image as [3, H, W] float32 in [0, 1], made smaller so that no side exceeds `size`.
 
-    pixels = torch.from_numpy(plt.imread(path).copy())
-    if pixels.dtype == torch.uint8:
-        pixels = pixels.float() / 255
-    if pixels.dim() == 2:
-        pixels = pixels.unsqueeze(-1).expand(-1, -1, 3)
-    image = pixels[..., :3].permute(2, 0, 1).float()
+    Raises:
+        OSError: if the file is not there, or not an image that can be read.
+    """
+    from PIL import Image
+
+    with Image.open(path) as file:
+        pixels = torch.frombuffer(bytearray(file.convert("RGB").tobytes()), dtype=torch.uint8)
+        image = pixels.view(file.height, file.width, 3).permute(2, 0, 1) / 255
     factor = size / max(image.shape[1:])
     if factor >= 1:
         return image
@@ -114,31 +118,72 @@ def _pixel(text: str) -> tuple[int, int]:
     return int(row), int(column)
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+# What argparse says of a value: "invalid ... value: ...".
+_pixel.__name__ = "ROW,COLUMN"
+_at_least_one.__name__ = "positive number"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m convnn_kernels.show_neighbors", description=__doc__
+        prog="python -m convnn_kernels.show_neighbors", description=DESCRIPTION
     )
-    parser.add_argument("image", type=Path, metavar="IMAGE")
-    parser.add_argument("--out", type=Path, default=Path("neighbors.png"))
-    parser.add_argument("--size", type=int, default=48, help="longer side after scaling down")
-    parser.add_argument("--k", type=int, default=9, help="neighbors")
-    parser.add_argument("--r", type=int, default=64, help="candidates, a square number")
-    parser.add_argument("--seed", type=int, default=0, help="of the random candidates")
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a photograph: PNG, JPEG, ...")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path("neighbors.png"),
+        help="the picture to write (default: %(default)s, in the current folder)",
+    )
+    parser.add_argument(
+        "--size",
+        type=_at_least_one,
+        default=48,
+        help="longer side of the image after scaling it down (default: %(default)s); time grows "
+        "with its fourth power",
+    )
+    parser.add_argument(
+        "--k", type=_at_least_one, default=9, help="neighbors of a pixel (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--r",
+        type=_at_least_one,
+        default=64,
+        help="random or spatial candidates, a square number (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random candidates (default: %(default)s)"
+    )
     parser.add_argument(
         "--pixels",
         type=_pixel,
         nargs="+",
         metavar="ROW,COLUMN",
-        help="queries, after scaling down (default: four, evenly spaced)",
+        help="whose neighbors to draw, after scaling down (default: four, evenly spaced)",
     )
     options = parser.parse_args(arguments)
     try:
         import matplotlib
+        import PIL  # noqa: F401
     except ImportError:
         parser.error("drawing needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    image = load(options.image, options.size)
+    endings = sorted(FigureCanvasAgg.filetypes)
+    if options.out.suffix[1:].lower() not in endings:
+        parser.error(f"--out must end in one of .{', .'.join(endings)}, got {options.out}")
+    try:
+        image = load(options.image, options.size)
+    except OSError as error:
+        parser.error(f"IMAGE cannot be read: {error}")
     height, width = image.shape[1:]
     pixels = options.pixels or [
         (height * i // 4, width * j // 4) for i, j in ((1, 1), (1, 3), (3, 1), (3, 3))
@@ -148,8 +193,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(
                 f"--pixels must lie in the scaled image of {height}x{width}, got {row},{column}"
             )
+    if math.isqrt(options.r) ** 2 != options.r:
+        parser.error(f"--r must be a square number, got {options.r}")
+    if math.isqrt(options.r) > min(height, width) and options.r < height * width:
+        parser.error(
+            f"--r must be at most {min(height, width) ** 2} for the scaled image of "
+            f"{height}x{width}, got {options.r}"
+        )
+    most = min(options.r, height * width)
+    if options.k > most:
+        parser.error(f"--k must be at most {most}, the number of candidates, got {options.k}")
     torch.manual_seed(options.seed)
-    draw(image, pixels, options.k, options.r, options.out)
+    try:
+        draw(image, pixels, options.k, options.r, options.out)
+    except OSError as error:
+        parser.error(f"--out cannot be written: {error}")
     print(options.out)
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The models of the paper: their sizes, their layers and the peers that are not ConvNN's."""
 
+import functools
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,7 @@ from benchmarks.models import vgg11, vit_tiny
 from benchmarks.models.peers import Attention, LocalAttention, SparseAttention
 from benchmarks.models.vit import sinusoids
 from benchmarks.paper.rows import REDUCED, ROWS, TABLE_1, TABLE_2
-from convnn_kernels.nn import ConvNN2d, ConvNNAttention, HybridBranch2d
+from convnn_kernels.nn import ConvNN2d, ConvNNAttention, HybridBranch2d, RandomCandidates
 
 
 def parameters(model: nn.Module) -> int:
@@ -64,9 +67,14 @@ def test_parameters_are_those_of_the_paper(row) -> None:
             assert f"{count // 1000 / 1000:.3f}M" == printed
 
 
+@functools.cache
+def gflops_of(name: str) -> float:
+    return ROWS[name].gflops(10, reduced=False)
+
+
 def test_gflops() -> None:
     """As far as the paper's own counter goes: see the text on the tables."""
-    gflops = {row.name: row.gflops(10, reduced=False) for row in TABLE_2}
+    gflops = {row.name: gflops_of(row.name) for row in TABLE_2}
     assert gflops["vit/attention"] == pytest.approx(2.507, abs=5e-4)
     assert gflops["vit/local"] == pytest.approx(1.991, abs=5e-3)
     # Of ConvNN's own, the paper does not count the depthwise convolution but rho's product.
@@ -82,7 +90,7 @@ def test_gflops() -> None:
 
 
 def test_the_papers_gflops_are_what_its_profiler_sees() -> None:
-    """All six numbers follow from one rule, and ours from counting all products.
+    """Its numbers follow from one rule, and ours from counting all products.
 
     Counted are linear layers, 1×1 convolutions, products of matrices and elementwise ones; not
     convolutions with padding="same", nor Conv1d. Queries are all tokens of the padded map.
@@ -100,15 +108,58 @@ def test_the_papers_gflops_are_what_its_profiler_sees() -> None:
     assert printed(classifier + fusions) == "0.293"
     assert printed(classifier + fusions + search) == "0.325"
     assert printed(classifier + fusions + search + positions) == "0.331"
+    # Ours: all convolutions, the aggregation among them, and tokens of the map as queries.
+    taps = sum(2 * n**2 * 9 * i * o for n, i, o in zip(maps, inputs, outputs, strict=True))
+    own = sum(2 * n**2 * (n + 2) ** 2 * c for n, c in zip(maps, inputs, strict=True))
+    own_positions = sum(2 * n**2 * (n + 2) ** 2 * 2 for n in maps)
+    for name, flops in {
+        "vgg11/conv2d": classifier + taps,
+        "vgg11/hybrid-0.5": classifier + fusions + taps + own,
+        "vgg11/hybrid-1-positions": classifier + fusions + taps + own + own_positions,
+    }.items():
+        assert gflops_of(name) == pytest.approx(flops / 1e9), name
 
     N, E, blocks, k, r = 197, 192, 12, 9, 32
     rest = 2 * 196 * 768 * E + blocks * N * (2 * 12 * E * E + 2 * E) + 2 * E * 10
     assert printed(rest + blocks * 4 * N * N * E) == "2.507"
+    # One and three elementwise products of N×N, such as scaling and masking.
+    assert printed(rest + blocks * (4 * N * N * E + N * N)) == "2.508"
+    assert printed(rest + blocks * (4 * N * N * E + 3 * N * N)) == "2.509"
     modulation = blocks * N * k * E
     assert printed(rest + blocks * 2 * N * N * E + modulation) == "2.333"
     # Of the keys, only those of the candidates are projected.
     saved = blocks * 2 * (N - r) * E * E
     assert printed(rest - saved + blocks * 2 * N * r * E + modulation) == "2.037"
+
+
+DOCUMENTED = {
+    "VGG-11, Conv2D": "vgg11/conv2d",
+    "VGG-11, λ > 0": "vgg11/hybrid-0.5",
+    "... with positions": "vgg11/hybrid-0.5-positions",
+    "ViT-Tiny, attention": "vit/attention",
+    "... local attention": "vit/local",
+    "... sparse attention": "vit/sparse",
+    "... KVT, k = 9": "vit/kvt-9",
+    "... KVT, k = 100": "vit/kvt-100",
+    "... ConvNN, all": "vit/convnn-all",
+    "... ConvNN, r = 32": "vit/convnn-random-32",
+}
+
+
+def test_gflops_of_the_documentation() -> None:
+    """The paper's and ours, as docs/layers.md prints them."""
+    text = (Path(__file__).parent.parent / "docs" / "layers.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines()]
+    table = {line[0]: line[1:] for line in cells if line and line[0] in DOCUMENTED}
+    assert table.keys() == DOCUMENTED.keys()
+    for label, (papers, ours) in table.items():
+        row = ROWS[DOCUMENTED[label]]
+        assert row.paper is not None
+        assert papers == f"{row.paper.gflops:.3f}", label
+        assert ours == f"{gflops_of(row.name):.3f}", label
+    assert {row.paper.gflops for row in (*TABLE_1, *TABLE_2)} == {
+        float(p) for p, _ in table.values()
+    }
 
 
 def reduced_vgg(**options) -> nn.Module:
@@ -127,6 +178,72 @@ def test_vgg_step(layer: str) -> None:
     kind = {"conv2d": nn.Conv2d, "convnn": ConvNN2d, "hybrid": HybridBranch2d}[layer]
     assert sum(type(each) is kind for each in model.features) == 8
     assert sum(type(each) is nn.BatchNorm2d for each in model.features) == 8
+
+
+def test_vgg_is_that_of_the_paper() -> None:
+    """Batch norm and ReLU after each layer, pooling between, three linear layers on 7×7."""
+    with torch.device("meta"):
+        model = vgg11(10)
+    step = ["HybridBranch2d", "BatchNorm2d", "ReLU"]
+    pool = ["MaxPool2d"]
+    expected = 2 * (step + pool) + 3 * (2 * step + pool)
+    assert [type(layer).__name__ for layer in model.features] == expected
+    widths = [each.num_features for each in model.features if type(each) is nn.BatchNorm2d]
+    assert widths == [64, 128, 256, 256, 512, 512, 512, 512]
+    branch = model.features[0].convnn
+    assert (branch.k, branch.padding, branch.rho, branch.projections) == (9, 1, "ones", "identity")
+    assert branch.value_projection is None
+    assert model.pool.output_size in (7, (7, 7))
+    assert [str(layer) for layer in model.classifier] == [
+        "Flatten(start_dim=1, end_dim=-1)",
+        "Linear(in_features=25088, out_features=4096, bias=True)",
+        "ReLU()",
+        "Dropout(p=0.5, inplace=False)",
+        "Linear(in_features=4096, out_features=4096, bias=True)",
+        "ReLU()",
+        "Dropout(p=0.5, inplace=False)",
+        "Linear(in_features=4096, out_features=10, bias=True)",
+    ]
+
+
+def test_vit_is_that_of_the_paper() -> None:
+    """Written out with its weights: pre-norm, one class token at the front, no final norm."""
+    model = reduced_vit(layer="attention").double().eval()
+    w = model.state_dict()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    patches = images.unflatten(2, (8, 4)).unflatten(4, (8, 4)).permute(0, 2, 4, 1, 3, 5)
+    x = patches.flatten(3).flatten(1, 2) @ w["patches.weight"].flatten(1).T + w["patches.bias"]
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = torch.cat([w["class_token"].expand(2, -1, -1), norm(x, "patch_norm")], 1)
+    x = x + sinusoids(65, 48)
+    for i in range(2):
+        y = norm(x, f"blocks.{i}.attention_norm")
+        q, k, v = (
+            y @ w[f"blocks.{i}.attention.{name}_projection.weight"].T
+            for name in ("query", "key", "value")
+        )
+        y = (q @ k.mT / 48**0.5).softmax(-1) @ v
+        x = x + y @ w[f"blocks.{i}.attention.output_projection.weight"].T
+        y = norm(x, f"blocks.{i}.mlp_norm") @ w[f"blocks.{i}.mlp.0.weight"].T
+        y = F.gelu(y + w[f"blocks.{i}.mlp.0.bias"])
+        x = x + y @ w[f"blocks.{i}.mlp.3.weight"].T + w[f"blocks.{i}.mlp.3.bias"]
+    expected = x[:, 0] @ w["head.weight"].T + w["head.bias"]
+    torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("layer", ["attention", "convnn", "kvt", "local", "sparse"])
+def test_vit_drops_a_tenth(layer: str) -> None:
+    with torch.device("meta"):
+        model = vit_tiny(10, layer)
+    for block in model.blocks:
+        dropout = block.attention.dropout
+        assert (dropout.p if isinstance(dropout, nn.Dropout) else dropout) == 0.1
+        assert [each.p for each in block.mlp if isinstance(each, nn.Dropout)] == [0.1, 0.1]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -205,6 +322,8 @@ def test_vit_sees_where_a_patch_is() -> None:
     assert not torch.allclose(model(x), model(x.flip(-1).unflatten(-1, (8, 4)).flip(-1).flatten(3)))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_every_row_builds() -> None:
     with torch.device("meta"):
         for row in ROWS.values():
@@ -221,6 +340,11 @@ def test_every_row_builds() -> None:
         (lambda: vgg11(10, "conv"), "vgg11: layer must be one of .*, got 'conv'"),
         (lambda: vgg11(10, k=5), "vgg11: k must be a square number unless kernel_size is given"),
         (lambda: vit_tiny(10, "none"), "vit_tiny: layer must be one of .*, got 'none'"),
+        (lambda: vgg11(10, candidates=RandomCandidates(9)), "vgg11: candidates must be a function"),
+        (
+            lambda: vit_tiny(10, candidates=RandomCandidates(9)),
+            "vit_tiny: candidates must be a function",
+        ),
         (lambda: vit_tiny(10, patch_size=15), "patch_size must divide image_size 224, got 15"),
     ],
 )

@@ -167,6 +167,7 @@ def test_a_query_has_no_self_in_another_sequence() -> None:
         ({"num_heads": 0}, "num_heads must be a whole number of at least 1, got 0"),
         ({"k": -1}, "k must be a whole number of at least 1, got -1"),
         ({"dropout": 1.5}, "dropout must be between 0 and 1, got 1.5"),
+        ({"dropout": None}, "dropout must be between 0 and 1, got None"),
         ({"projections": "coordinates"}, "projections must be 'identity', 'learned' or 'value'"),
         ({"rho": "ones"}, "projections must be other than learned with rho='ones'"),
         ({"metric": "l1"}, "metric must be"),

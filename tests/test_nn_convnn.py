@@ -64,6 +64,19 @@ def test_selected_indices_are_the_taps(size: int, shape: tuple[int, int]) -> Non
 def test_taps_of_a_7x7_kernel_are_not_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"kernel_size must be 1x1, 3x3 or 5x5.*got \(7, 7\)"):
         ConvNN2d.from_conv2d(nn.Conv2d(1, 1, 7, padding=3))
+    layer = ConvNN2d(
+        1,
+        1,
+        k=49,
+        projections="coordinates",
+        positional_encoding="similarity",
+        coordinates="pixel",
+        metric="euclidean",
+    )
+    _, indices = layer.neighbors(torch.zeros(1, 1, 11, 11))
+    found = {(int(i) // 11 - 5, int(i) % 11 - 5) for i in indices[0, 60]}
+    assert {(4, 0), (0, 4), (-4, 0), (0, -4)} <= found
+    assert not {(3, 3), (3, -3), (-3, 3), (-3, -3)} & found
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 13])
@@ -254,6 +267,7 @@ def test_self_is_first_with_include_self() -> None:
         ({"projections": "none"}, "projections must be 'identity', 'learned', 'value' or"),
         ({"rho": "ones"}, "projections must be other than learned with rho='ones'"),
         ({"scale": float("inf")}, "scale must be finite, got inf"),
+        ({"scale": "big"}, "scale must be finite, got 'big'"),
         ({"scale": 2.0, "rho": "similarity"}, "scale must be 1.0 unless rho is 'softmax', got 2.0"),
         ({"positional_encoding": "add"}, "positional_encoding must be None, 'similarity', "),
         ({"coordinates": "polar"}, "coordinates must be 'unit' or 'pixel', got 'polar'"),
@@ -306,16 +320,48 @@ def test_hybrid_is_its_branches(kernel_size: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"branch_ratio": 1.1}, "HybridBranch2d: branch_ratio must be between 0 and 1, got 1.1"),
+        ({"branch_ratio": 1.1}, "branch_ratio must be between 0 and 1, got 1.1"),
         ({"branch_ratio": float("nan")}, "branch_ratio must be between 0 and 1, got nan"),
-        ({"kernel_size": 0}, "HybridBranch2d: kernel_size must be a whole number of at least 1"),
-        ({"metric": "l1"}, "ConvNN2d: metric must be"),
-        ({"projections": "learned"}, "ConvNN2d: projections must be other than learned"),
+        ({"kernel_size": 0}, "kernel_size must be a whole number of at least 1"),
+        ({"branch_ratio": None}, "branch_ratio must be between 0 and 1, got None"),
+        ({"in_channels": 0}, "in_channels must be a whole number"),
+        ({"out_channels": 0}, "out_channels must be a whole number"),
+        ({"k": 0}, "k must be a whole number of at least 1, got 0"),
+        ({"padding": -1}, "padding must be a whole number of at least 0, got -1"),
+        ({"metric": "l1"}, "metric must be"),
+        ({"rho": "max"}, "rho must be"),
+        ({"order": "random"}, "order must be"),
+        ({"scale": 2.0}, "scale must be 1.0 unless rho is 'softmax', got 2.0"),
+        ({"coordinates": "polar"}, "coordinates must be"),
+        ({"aggregation": "mean"}, "aggregation must be"),
+        ({"projections": "learned"}, "projections must be other than learned"),
+        ({"projections": "coordinates"}, "positional_encoding must be 'similarity' or 'both'"),
+        ({"candidates": 32}, "candidates must be AllCandidates, RandomCandidates or"),
     ],
 )
-def test_wrong_hybrid_settings(settings: dict, message: str) -> None:
+@pytest.mark.parametrize("branch_ratio", [0.0, 0.5])
+def test_wrong_hybrid_settings(settings: dict, message: str, branch_ratio: float) -> None:
+    """Errors name the layer that was asked for, not its branch, which may not even be there."""
+
+    class Derived(HybridBranch2d):
+        pass
+
+    options = {"in_channels": 3, "out_channels": 4, "branch_ratio": branch_ratio, **settings}
+    for layer in (HybridBranch2d, Derived):
+        with pytest.raises(ValueError, match=f"^{layer.__name__}: {message}"):
+            layer(**options)
+
+
+@pytest.mark.parametrize("aggregation", ["depthwise", "sum"])
+def test_a_branch_that_does_not_mix_channels(aggregation: str) -> None:
+    x = torch.randn(2, 3, 5, 5)
+    layer = HybridBranch2d(3, 6, aggregation=aggregation)
+    assert layer(x).shape == (2, 6, 5, 5)
+    layer = HybridBranch2d(3, 10, aggregation=aggregation, positional_encoding="both")
+    assert layer(x).shape == (2, 10, 5, 5)
+    message = r"^HybridBranch2d: branch_ratio \* out_channels must be the 3 channels of .*, got 2"
     with pytest.raises(ValueError, match=message):
-        HybridBranch2d(3, 4, **settings)
+        HybridBranch2d(3, 4, aggregation=aggregation)
 
 
 def test_settings_are_printed() -> None:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Swapping layers of models written as torchvision's and timm's are."""
 
+import doctest
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,25 +292,55 @@ def test_a_shared_layer_stays_shared() -> None:
     assert model[0] is model[2][0]
 
 
-def test_nothing_asked_nothing_done() -> None:
-    model = ResNet()
-    done = replace(model)
-    assert not done.swapped
-    assert not done.left
+class SeparateAttention(nn.Module):
+    """Attention in the style of other libraries: three linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+
+def test_attention_that_is_not_recognized_is_named() -> None:
+    class OuterAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = SeparateAttention()
+
+    model = nn.Sequential(OuterAttention(), EncoderBlock(), ConvNNAttention(8))
+    done = replace(model, attention="convnn", k=3)
+    assert done.swapped == {"1.self_attention": "ConvNNAttention"}
+    assert done.left == {"0.inner": "not nn.MultiheadAttention, nor of qkv, proj and num_heads"}
+
+
+def test_the_example_of_the_documentation() -> None:
+    """What docs/layers.md prints is what a reader gets."""
+    text = (Path(__file__).parent.parent / "docs" / "layers.md").read_text()
+    examples = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if ">>>" in block]
+    assert len(examples) == 1
+    failed = doctest.DocTestRunner().run(
+        doctest.DocTestParser().get_doctest(examples[0], {}, "layers.md", None, 0)
+    )
+    assert failed.attempted >= 4
+    assert failed.failed == 0
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"conv2d": "conv"}, "replace: conv2d must be 'convnn' or 'hybrid', got 'conv'"),
-        ({"attention": "sdpa"}, "replace: attention must be 'convnn' or 'kvt', got 'sdpa'"),
-        ({"k": 0}, "replace: k must be a whole number of at least 1, got 0"),
-        ({"branch_ratio": -1.0}, "replace: branch_ratio must be between 0 and 1, got -1.0"),
+        ({"conv2d": "conv"}, "conv2d must be 'convnn', 'hybrid' or a function .*, got 'conv'"),
+        ({"attention": "sdpa"}, "attention must be 'convnn', 'kvt' or a function .*, got 'sdpa'"),
+        ({"conv2d": ConvNN2d(3, 3)}, "conv2d must be .* a function from the old layer to the new"),
+        ({"k": 0}, "k must be a whole number of at least 1, got 0"),
+        ({"branch_ratio": -1.0}, "branch_ratio must be between 0 and 1, got -1.0"),
+        ({"candidates": RandomCandidates(9)}, "candidates must be a function .*, got RandomCand"),
+        ({"conv2d": None}, "conv2d or attention must say what to swap for, .*, got neither"),
     ],
 )
 def test_wrong_settings(settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(ResNet(), **settings)
+    model = ResNet()
+    with pytest.raises(ValueError, match=f"replace: {message}"):
+        replace(model, **{"conv2d": "convnn", **settings})
+    assert not any(isinstance(module, ConvNN2d) for module in model.modules())
 
 
 def test_a_model_that_is_a_layer() -> None:

@@ -3,6 +3,7 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.memory import in_own_process
+from benchmarks.models.vgg import LAYERS as VGG_LAYERS
+from benchmarks.models.vit import LAYERS as VIT_LAYERS
 from benchmarks.paper import __main__ as command
 from benchmarks.paper import data, memory, report, train
+from benchmarks.paper.data import NoDataError
 from benchmarks.paper.rows import FIGURES, ROWS, TABLES
 from benchmarks.paper.train import DivergedError, Recipe
 
@@ -31,6 +36,22 @@ def folder(tmp_path: Path) -> Path:
                 pixels = np.clip(25 * label + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
     return tmp_path / "data"
+
+
+@pytest.fixture
+def torchvision_folder(folder: Path, tmp_path: Path) -> Path:
+    """The same images as torchvision unpacks CIFAR-10."""
+    loaded = data.load(folder, "cifar10")
+    base = tmp_path / "pickled" / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    parts = {f"data_batch_{i}": (loaded.train, slice(i - 1, None, 5)) for i in range(1, 6)}
+    for name, (split, rows) in {**parts, "test_batch": (loaded.test, slice(None))}.items():
+        batch = {
+            "data": split.images[rows].flatten(1).numpy(),
+            "labels": split.labels[rows].tolist(),
+        }
+        (base / name).write_bytes(pickle.dumps(batch))
+    return base.parent
 
 
 def run(folder: Path, out: Path, *arguments: str) -> None:
@@ -52,11 +73,12 @@ def test_class_folders(folder: Path) -> None:
     torch.testing.assert_close(deviation.flatten(), expected.float())
     limited = loaded.train.limited(25)
     assert sorted(limited.labels.bincount().tolist()) == [2] * 5 + [3] * 5
-    (folder / "train" / "another").mkdir()
-    with pytest.raises(ValueError, match=r"cifar10 has 10 classes, but .* has 11"):
-        data.load(folder, "cifar10")
-    with pytest.raises(FileNotFoundError, match="neither cifar-100-python nor"):
+    assert loaded.source == "class folders of .png images"
+    with pytest.raises(NoDataError, match="neither cifar-100-python nor"):
         data.load(folder.parent, "cifar100")
+    (folder / "train" / "another").mkdir()
+    with pytest.raises(NoDataError, match=r"cifar10 has 10 classes, but .* has 11"):
+        data.load(folder, "cifar10")
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
@@ -89,11 +111,45 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cifar-100-python").mkdir()
     for name in ("train", "test"):
         (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps({"data": Evil()}))
-    with pytest.raises(pickle.UnpicklingError, match="does not belong into a CIFAR file"):
+    with pytest.raises(NoDataError, match="does not belong into a CIFAR file"):
         data.load(tmp_path, "cifar100")
 
 
-def test_a_row_of_each_table(folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_file_as_python_2_wrote_it(tmp_path: Path) -> None:
+    """The original files hold byte strings where Python 3 would pickle something else."""
+    pixels = np.arange(2 * 3072).astype(np.uint8)
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+        b"(K\x01K\x02M\x00\x0c\x86cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ"
+        b"\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+        + len(pixels).to_bytes(4, "little")
+        + pixels.tobytes()
+        + b"tb"
+    )
+    batch = b"\x80\x02}(U\x04data" + array + b"U\x0bfine_labels](K\x07K\x63eu."
+    (tmp_path / "cifar-100-python").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "cifar-100-python" / name).write_bytes(batch)
+    loaded = data.load(tmp_path, "cifar100")
+    assert loaded.test.labels.tolist() == [7, 99]
+    assert loaded.test.images.flatten().tolist() == pixels.tolist()
+
+
+def test_files_that_cannot_be_read_are_named(folder: Path, torchvision_folder: Path) -> None:
+    for path, where in (
+        (torchvision_folder / "cifar-10-batches-py" / "data_batch_3", torchvision_folder),
+        (folder / "test" / "class4" / "1.png", folder),
+    ):
+        path.write_bytes(path.read_bytes()[:50])
+        with pytest.raises(NoDataError, match=f"cannot read .*{path.name}"):
+            data.load(where, "cifar10")
+
+
+@pytest.mark.parametrize(
+    "layout", ["folder", pytest.param("torchvision_folder", marks=pytest.mark.slow)]
+)
+def test_a_row_of_each_table(layout: str, tmp_path: Path, capsys, request) -> None:
+    folder = request.getfixturevalue(layout)
     out = tmp_path / "runs"
     rows = ["vgg11/conv2d", "vgg11/hybrid-0.5"]
     run(folder, out, "--table", "1", "--rows", *rows, "--epochs", "1")
@@ -103,12 +159,23 @@ def test_a_row_of_each_table(folder: Path, tmp_path: Path, capsys) -> None:
     for cells in (("Conv2D", "1.529", "80.65", "0.293"), ("λ = 0.5", "1.424", "130.015M")):
         line = next(line for line in printed.splitlines() if f"| {cells[0]} " in line)
         assert all(cell in line for cell in cells)
-    result = json.loads((out / "cifar10-table2.json").read_text())
+    text = (out / "cifar10-table2.json").read_text()
+    result = json.loads(text)
     assert result["stamp"]["versions"]["torch"]
-    # Each run has its own recipe; a table may show runs of several.
-    assert result["logs"]["vit/attention"]["recipe"]["weight_decay"] == 0.01
+    assert str(tmp_path) not in text
+    assert result["command"] == (
+        "python -m benchmarks.paper --table 2 --rows vit/attention vit/convnn-random-32 "
+        "--data FOLDER --threads 1 --epochs 1 --batch-size 20 --reduced"
+    )
+    # Each run has its own recipe, data and stamp; a table may show runs of several.
+    log = result["logs"]["vit/attention"]
+    assert log["recipe"]["weight_decay"] == 0.01
+    assert (log["data"]["train"], log["data"]["test"]) == (60, 20)
+    assert [part["first_epoch"] for part in log["parts"]] == [1]
+    assert log["parts"][0]["stamp"].keys() == result["stamp"].keys()
     assert [line["row"] for line in result["rows"]] == rows
     assert all(0 < line["test_loss"] < 10 for line in result["rows"])
+    assert colored_pixels(out / "cifar10-table2.png") > 200
 
 
 def test_a_run_with_a_break_is_the_run_without(folder: Path, tmp_path: Path) -> None:
@@ -129,8 +196,58 @@ def test_a_run_with_a_break_is_the_run_without(folder: Path, tmp_path: Path) -> 
     assert any(key.startswith("optimizer.") for key in a)
     for key, value in a.items():
         assert torch.equal(value, b[key]), key
-    with pytest.raises(ValueError, match="holds a run with another lr"):
+    with pytest.raises(SystemExit, match=r"holds a run with another lr: 0.0001, now 0.5"):
         run(folder, tmp_path / "b", "--rows", row, "--epochs", "3", "--lr", "0.5")
+    (folder / "train" / "class3" / "0.png").unlink()
+    with pytest.raises(SystemExit, match="holds a run with another train: 60, now 59"):
+        run(folder, tmp_path / "b", "--rows", row, "--epochs", "3")
+
+
+def test_interrupted_runs_go_on(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Broken off within an epoch, and while a checkpoint is being written."""
+
+    def run_two_epochs(name: str) -> list[dict]:
+        run(folder, tmp_path / name, "--rows", "vit/attention", "--epochs", "2")
+        return epochs(name)
+
+    def epochs(name: str) -> list[dict]:
+        log = json.loads((tmp_path / name / "cifar10/vit/attention/log.json").read_text())
+        return [{**epoch, "seconds": 0} for epoch in log["epochs"]]
+
+    expected = run_two_epochs("a")
+    steps = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def break_off(*arguments: object) -> None:
+        steps.append(1)
+        # Of three batches an epoch, the second of the second.
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        clip(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", break_off)
+        with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+            run_two_epochs("b")
+    assert epochs("b") == expected[:1]
+    assert run_two_epochs("b") == expected
+
+    saves = []
+    save_file = train.save_file
+
+    def write_half(tensors: dict, path: Path, **options: object) -> None:
+        saves.append(1)
+        if len(saves) == 2:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+        save_file(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_file", write_half)
+        with pytest.raises(OSError, match="disk full"):
+            run_two_epochs("c")
+    assert epochs("c") == expected[:1]
+    assert run_two_epochs("c") == expected
 
 
 def test_loss_falls(folder: Path, tmp_path: Path) -> None:
@@ -144,17 +261,114 @@ def test_divergence_is_an_error(folder: Path, tmp_path: Path) -> None:
     loaded = data.load(folder, "cifar10")
     recipe = Recipe(epochs=3, batch_size=20, lr=1e30, reduced=True)
     with pytest.raises(DivergedError, match="vit/attention: training loss is nan"):
-        train.train(ROWS["vit/attention"], loaded, recipe, tmp_path)
+        train.train(ROWS["vit/attention"], loaded, recipe, tmp_path, {})
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_the_recipe_is_the_papers() -> None:
     assert Recipe() == Recipe(
-        epochs=150, batch_size=256, lr=1e-4, weight_decay=0.01, clip=1.0, amp="none"
+        epochs=150,
+        batch_size=256,
+        optimizer="adamw",
+        lr=1e-4,
+        weight_decay=0.01,
+        schedule="none",
+        clip=1.0,
+        label_smoothing=0.0,
+        augmentation="none",
+        amp="none",
+        reduced=False,
+        train_limit=None,
+        test_limit=None,
     )
+    options = command.parse(command.make_parser(), ["--table", "1"])
+    for name, value in vars(Recipe()).items():
+        if name != "device":
+            assert getattr(options, name) == value, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch-size", "30"],
+        ["--optimizer", "sgd"],
+        ["--lr", "2e-4"],
+        ["--weight-decay", "0.5"],
+        ["--schedule", "cosine"],
+        ["--clip", "0.01"],
+        ["--label-smoothing", "0.1"],
+        ["--augmentation", "flip-shift"],
+        ["--seed", "1"],
+        ["--amp", "bfloat16"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_every_part_of_the_recipe_is_a_flag(flags: list[str], folder: Path, tmp_path: Path) -> None:
+    row = ["--rows", "vit/attention", "--epochs", "2"]
+    run(folder, tmp_path / "plain", *row)
+    run(folder, tmp_path / "other", *row, *flags)
+    plain, other = (
+        json.loads((tmp_path / name / "cifar10/vit/attention/log.json").read_text())
+        for name in ("plain", "other")
+    )
+    field = flags[0][2:].replace("-", "_")
+    changed = [name for name, value in plain["recipe"].items() if value != other["recipe"][name]]
+    assert changed == [field]
+    losses = [[epoch["train_loss"] for epoch in log["epochs"]] for log in (plain, other)]
+    assert losses[0] != losses[1]
+    if field == "schedule":
+        # It starts as without one, and is part of what must not change when a run goes on.
+        assert losses[0][0] == losses[1][0]
+        assert [Recipe(**other["recipe"]).lr_of(epoch) for epoch in (0, 1)] == [1e-4, 5e-5]
+        with pytest.raises(SystemExit, match="another epochs: 2, now 3"):
+            run(folder, tmp_path / "other", *row, *flags, "--epochs", "3")
+
+
+def test_evaluation(folder: Path) -> None:
+    """Without dropout, on normalized images, the mean over all, whatever the batches are."""
+    dataset = data.load(folder, "cifar10")
+    scale = dataset.mean_and_deviation()
+    model = ROWS["vit/attention"].build(10, reduced=True)
+    recipe = Recipe(batch_size=7)
+    loss, accuracy = train.evaluate(model, dataset.test, recipe, scale, 32)
+    pixels = dataset.train.images.double() / 255
+    mean, deviation = pixels.mean((0, 2, 3)), pixels.transpose(0, 1).flatten(1).std(1)
+    images = (dataset.test.images / 255 - mean[:, None, None]) / deviation[:, None, None]
+    with torch.no_grad():
+        logits = model.eval()(images.float())
+    expected = torch.nn.functional.cross_entropy(logits, dataset.test.labels).item()
+    assert loss == pytest.approx(expected, rel=1e-3)
+    assert accuracy == (logits.argmax(1) == dataset.test.labels).double().mean().item()
+
+
+def test_flip_and_shift() -> None:
+    images = torch.arange(1, 2 * 3 * 6 * 7 + 1.0).view(2, 3, 6, 7).repeat(50, 1, 1, 1)
+    seen = set()
+    for image, moved in zip(images, train._flip_and_shift(images), strict=True):
+        padded = {
+            False: torch.nn.functional.pad(image, (4, 4, 4, 4)),
+            True: torch.nn.functional.pad(image.flip(-1), (4, 4, 4, 4)),
+        }
+        found = [
+            (mirrored, y, x)
+            for mirrored, whole in padded.items()
+            for y in range(9)
+            for x in range(9)
+            if torch.equal(whole[:, y : y + 6, x : x + 7], moved)
+        ]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) > 30
+    assert {mirrored for mirrored, _, _ in seen} == {False, True}
 
 
 def log_of(epochs: int) -> dict:
+    stamp = {"device": "cpu", "commit": "0123456789abcdef", "dirty": False}
     return {
+        "recipe": {"dataset": "cifar10", "batch_size": 20, "lr": 1e-3, "reduced": True},
+        "data": {"source": "class folders", "train": 60, "test": 20},
+        "parts": [{"first_epoch": 1, "stamp": stamp}],
         "epochs": [
             {
                 "epoch": i + 1,
@@ -165,8 +379,15 @@ def log_of(epochs: int) -> dict:
                 "seconds": 3.0,
             }
             for i in range(epochs)
-        ]
+        ],
     }
+
+
+def colored_pixels(path: Path) -> int:
+    """Curves are colored, an empty frame is not."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    return int((np.ptp(pixels, axis=2) > 60).sum())
 
 
 @pytest.mark.parametrize("number", sorted(FIGURES))
@@ -175,11 +396,8 @@ def test_figures(number: int, tmp_path: Path) -> None:
     logs = {row.name: log_of(3) for row in figure.all_rows()}
     logs.pop(figure.all_rows()[0].name)
     path = tmp_path / "figure.png"
-    report.draw(figure, logs, path, "cifar10")
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    # Curves are colored, an empty frame is not.
-    assert (np.ptp(pixels.astype(int), axis=2) > 60).sum() > 200
+    report.draw(figure, logs, path)
+    assert colored_pixels(path) > 200
 
 
 def test_a_figure_without_training(tmp_path: Path) -> None:
@@ -189,6 +407,30 @@ def test_a_figure_without_training(tmp_path: Path) -> None:
         path.write_text(json.dumps(log_of(2)))
     run(tmp_path, tmp_path, "--figure", "6", "--no-training")
     assert (tmp_path / "cifar10-figure6.png").stat().st_size > 1000
+
+
+def test_what_was_run_names_every_recipe() -> None:
+    logs = {"a": log_of(2), "b": log_of(2), "never": {"epochs": []}}
+    logs["b"]["recipe"]["lr"] = 0.5
+    logs["b"]["parts"].append(
+        {"first_epoch": 2, "stamp": {"device": "cpu", "commit": None, "dirty": None}}
+    )
+    assert report.what_was_run(logs) == (
+        "cifar10 from class folders, 60 training and 20 test images, reduced models, "
+        "batches of 20, learning rate 0.001 and 0.5; cpu, commit 0123456789ab and none"
+    )
+
+
+def test_the_papers_numbers_of_either_dataset() -> None:
+    for dataset, cells in (
+        ("cifar10", ("1.558", "77.41", "2.507", "5.479M", "115,306")),
+        ("cifar100", ("3.817", "50.07", "2.507", "5.496M", "119,716")),
+    ):
+        line = report.entry(ROWS["vit/attention"], log_of(3), dataset, reduced=True)
+        printed = report.table([line])
+        assert all(cell in printed for cell in cells), printed
+        # Ours: the loss and accuracy after the last epoch, and the median of the seconds.
+        assert all(cell in printed for cell in ("0.833", "40.00", "3.0"))
 
 
 def test_smoothing() -> None:
@@ -208,6 +450,11 @@ def test_rows_have_names_of_their_own() -> None:
         ([], "one of --table, --figure, --rows, --list and --memory is needed"),
         (["--rows", "vgg16"], "--rows must be of those that --list prints, got vgg16"),
         (["--table", "3"], "invalid choice"),
+        (["--table", "1", "--figure", "3"], "not allowed with argument"),
+        (
+            ["--table", "1", "--rows", "vit/local", "vgg11/conv2d"],
+            "--rows must be of that table or figure, got vit/local",
+        ),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, capsys) -> None:
@@ -218,11 +465,75 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys) -> None:
 
 def test_data_must_be_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("CONVNN_DATA", raising=False)
+    arguments = ["--rows", "vit/attention", "--out", str(tmp_path), "--reduced"]
     with pytest.raises(SystemExit, match="--data, or CONVNN_DATA, must name"):
-        command.main(["--rows", "vit/attention", "--out", str(tmp_path), "--reduced"])
+        command.main(arguments)
+    with pytest.raises(SystemExit, match="has neither cifar-10-batches-py nor folders train and"):
+        command.main([*arguments, "--data", str(tmp_path / "none")])
+
+
+STEPS = (
+    memory.Step("vgg11/hybrid-0.5", 48, 2, reduced=True),
+    memory.Step("vit/convnn-all", 384, 1, reduced=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("step", "matrix"),
+    [
+        (memory.Step("vgg11/hybrid-0.5", 32, 32), 4 * 32 * 1024 * 34**2),
+        (memory.Step("vit/convnn-all", 224, 32), 4 * 32 * 197**2),
+        (STEPS[1], 4 * (96**2 + 1) ** 2),
+    ],
+)
+def test_size_of_a_matrix_of_similarities(step: memory.Step, matrix: int) -> None:
+    assert memory.largest_matrix(step) == matrix
 
 
 @pytest.mark.slow
-def test_a_step_needs_less_memory_than_eager() -> None:
-    for line in memory.measure(8, "cpu", reduced=True):
-        assert 0 < line["ours"] < line["eager"], line
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.row)
+def test_training_never_holds_a_matrix_of_similarities(step: memory.Step) -> None:
+    """All of one step above the model is smaller than one such matrix."""
+    peak = in_own_process([memory.__name__], memory._peak, step, False, "cpu", 1)
+    assert 0 < peak < memory.largest_matrix(step)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_matrix_of_similarities_is_seen() -> None:
+    """The control: the eager reference holds them."""
+    (line,) = memory.measure("cpu", STEPS[:1])
+    assert line["eager"] > line["matrix"] > line["ours"]
+    assert f"| {line['eager'] / 1e6:,.0f} |" in memory.table([line])
+
+
+ROOT = Path(__file__).parent.parent
+RECORDED = ROOT / "benchmarks" / "results" / "paper"
+
+
+def test_the_recorded_run() -> None:
+    """The loss of every kind of layer falls, over as many epochs for each."""
+    result = json.loads((RECORDED / "cifar10-rows.json").read_text())
+    kinds = {(ROWS[name].family, ROWS[name].options["layer"]) for name in result["logs"]}
+    assert kinds == {*(("vgg11", x) for x in VGG_LAYERS), *(("vit", x) for x in VIT_LAYERS)}
+    recipes = [log["recipe"] for log in result["logs"].values()]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    for name, log in result["logs"].items():
+        assert len(log["epochs"]) == recipes[0]["epochs"], name
+        losses = [epoch["train_loss"] for epoch in log["epochs"]]
+        assert losses[-1] < losses[0], name
+        assert max(losses) < 1.1 * losses[0], name
+        assert log["epochs"][-1]["test_loss"] < log["epochs"][0]["test_loss"], name
+        assert log["parts"][0]["stamp"]["commit"], name
+        assert not any(part["stamp"]["dirty"] for part in log["parts"]), name
+
+
+def test_the_readme_prints_what_was_recorded() -> None:
+    readme = (ROOT / "README.md").read_text()
+    result = json.loads((RECORDED / "cifar10-rows.json").read_text())
+    assert result["command"] in " ".join(readme.replace("\\\n", " ").split())
+    assert report.summary(result["rows"], result["logs"]) in readme
+    assert "](benchmarks/results/paper/cifar10-rows.png)" in readme
+    assert (RECORDED / "cifar10-rows.png").exists()
+    assert memory.table(json.loads((RECORDED / "memory.json").read_text())["steps"]) in readme

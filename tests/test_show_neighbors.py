@@ -43,19 +43,61 @@ def test_spatial_candidates_lie_on_the_grid() -> None:
     assert all(row % 2 == 0 and column % 3 == 0 for row, column in found[1:])
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_an_image_is_drawn(mode: str, tmp_path: Path) -> None:
+def test_an_image_is_drawn(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(tmp_path / "in.png")
+    Image.fromarray(pixels).save(tmp_path / "in.png")
     out = tmp_path / "out.png"
     show_neighbors.main([str(tmp_path / "in.png"), "--out", str(out), "--size", "16", "--r", "9"])
     with Image.open(out) as image:
         assert min(image.size) > 200
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1"])
+def test_every_kind_of_image_is_read(mode: str, tmp_path: Path) -> None:
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[:, 30:] = 255
+    Image.fromarray(pixels).convert(mode).save(tmp_path / "in.png")
+    image = show_neighbors.load(tmp_path / "in.png", 60)
+    assert torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
     assert show_neighbors.load(tmp_path / "in.png", 16).shape == (3, 11, 16)
 
 
-def test_pixels_outside_are_named(tmp_path: Path, capsys) -> None:
-    Image.new("RGB", (20, 20)).save(tmp_path / "in.png")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.png"], "IMAGE cannot be read: [Errno 2] No such file or directory: 'none.png'"),
+        (["."], "IMAGE cannot be read"),
+        (["text.png"], "IMAGE cannot be read: cannot identify image file"),
+        (["half.png"], "IMAGE cannot be read"),
+        (["in.png", "--pixels", "3,20"], "--pixels must lie in the scaled image of 20x20, got 3"),
+        (["in.png", "--pixels", "3;4"], "argument --pixels: invalid ROW,COLUMN value: '3;4'"),
+        (["in.png", "--k", "0"], "argument --k: invalid positive number value: '0'"),
+        (["in.png", "--k", "65"], "--k must be at most 64, the number of candidates, got 65"),
+        (["in.png", "--r", "60"], "--r must be a square number, got 60"),
+        (["wide.png", "--r", "64"], "--r must be at most 36 for the scaled image of 6x20, got 64"),
+        (["in.png", "--size", "-1"], "argument --size: invalid positive number value: '-1'"),
+        (["in.png", "--out", "none/out.png"], "--out cannot be written"),
+        (["in.png", "--out", "out.what"], "--out must end in one of"),
+        (["in.png", "--out", "out"], "--out must end in one of"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(noise).save("in.png")
+    Image.fromarray(noise[:6]).save("wide.png")
+    Path("half.png").write_bytes(Path("in.png").read_bytes()[:600])
+    Path("text.png").write_text("not an image")
     with pytest.raises(SystemExit):
-        show_neighbors.main([str(tmp_path / "in.png"), "--pixels", "3,20"])
-    assert "--pixels must lie in the scaled image of 20x20, got 3,20" in capsys.readouterr().err
+        show_neighbors.main(arguments)
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_help_is_plain_text(capsys) -> None:
+    with pytest.raises(SystemExit):
+        show_neighbors.main(["--help"])
+    text = capsys.readouterr().out
+    assert "`" not in text
+    assert "neighbors.png" in text

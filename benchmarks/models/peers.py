@@ -52,14 +52,15 @@ class LocalAttention(Attention):
         length, w = q.shape[1], self.window
         blocks = -(-length // w)
         spare = blocks * w - length
-        q = F.pad(q, (0, 0, 0, spare)).unflatten(1, (blocks, w))
+        q = F.pad(q, (0, 0, 0, spare)).unflatten(1, (blocks, w))  # [B, blocks, w, d]
         # One block more on either side; [B, blocks, 3w, d] without a copy.
         k, v = (F.pad(each, (0, 0, w, w + spare)).unfold(1, 3 * w, w).mT for each in (k, v))
         places = torch.arange(blocks * w, device=q.device).view(blocks, w, 1)
+        # [blocks, 1, 3w]
         others = torch.arange(-w, 2 * w, device=q.device) + w * torch.arange(
             blocks, device=q.device
         ).view(blocks, 1, 1)
-        mask = (places - others).abs() <= w
+        mask = (places - others).abs() <= w  # [blocks, w, 3w]
         mask &= (others >= 0) & (others < length)
         # Tokens that fill up the last block are queries too; they are dropped below.
         mask |= places >= length
@@ -80,6 +81,6 @@ class SparseAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         places = torch.arange(q.shape[1], device=q.device)
-        distance = (places.unsqueeze(1) - places).abs()
+        distance = (places.unsqueeze(1) - places).abs()  # [N, N]
         mask = (distance < self.stride) | (distance % self.stride == 0)
         return self._attend(q, k, v, mask)

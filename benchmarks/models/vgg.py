@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from convnn_kernels.nn import Candidates, ConvNN2d, HybridBranch2d
+from convnn_kernels.nn.candidates import require_maker
 
 LAYERS = ("conv2d", "convnn", "hybrid")
 
@@ -85,10 +86,12 @@ def vgg11(
         dropout: in the classifier.
 
     Raises:
-        ValueError: if layer is unknown, or k is no square and kernel_size is not given.
+        ValueError: if layer is unknown, if k is no square and kernel_size is not given, or if
+            candidates is not a function.
     """
     if layer not in LAYERS:
         raise ValueError(f"vgg11: layer must be one of {LAYERS}, got {layer!r}")
+    require_maker("vgg11", candidates)
     size = math.isqrt(k) if kernel_size is None else kernel_size
     if kernel_size is None and size**2 != k:
         raise ValueError(f"vgg11: k must be a square number unless kernel_size is given, got {k}")

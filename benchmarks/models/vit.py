@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.models.peers import Attention, LocalAttention, SparseAttention
 from convnn_kernels.nn import Candidates, ConvNNAttention
+from convnn_kernels.nn.candidates import require_maker
 
 LAYERS = ("attention", "convnn", "kvt", "local", "sparse")
 
@@ -65,14 +66,16 @@ class ViT(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.patch_norm(self.patches(x).flatten(2).mT)
+        tokens = self.patch_norm(self.patches(x).flatten(2).mT)  # [B, patches, E]
+        # [B, 1 + patches, E]
         tokens = torch.cat([self.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return self.head(self.blocks(tokens + self.positions)[:, 0])
 
 
 def sinusoids(length: int, width: int) -> Tensor:
     """The fixed positions of Vaswani et al. (2017), section 3.5: [length, width]."""
-    places = torch.arange(length, dtype=torch.float32).unsqueeze(1)
+    places = torch.arange(length, dtype=torch.float32).unsqueeze(1)  # [length, 1]
+    # [width / 2]
     frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     return torch.stack([(places * frequencies).sin(), (places * frequencies).cos()], -1).flatten(1)
 
@@ -111,12 +114,17 @@ def vit_tiny(
         dropout: in attention and MLPs.
 
     Raises:
-        ValueError: if layer is unknown or patch_size does not divide image_size.
+        ValueError: if layer is unknown, if patch_size does not divide image_size, or if candidates
+            is not a function.
     """
     if image_size % patch_size:
         raise ValueError(
             f"vit_tiny: patch_size must divide image_size {image_size}, got {patch_size}"
         )
+
+    if layer not in LAYERS:
+        raise ValueError(f"vit_tiny: layer must be one of {LAYERS}, got {layer!r}")
+    require_maker("vit_tiny", candidates)
 
     def make_attention() -> nn.Module:
         if layer == "attention":
@@ -127,10 +135,8 @@ def vit_tiny(
             return SparseAttention(embed_dim, stride, dropout)
         if layer == "kvt":
             return ConvNNAttention(embed_dim, 1, k, dropout, metric="dot", aggregation="sum")
-        if layer == "convnn":
-            searched = None if candidates is None else candidates()
-            return ConvNNAttention(embed_dim, 1, k, dropout, candidates=searched)
-        raise ValueError(f"vit_tiny: layer must be one of {LAYERS}, got {layer!r}")
+        searched = None if candidates is None else candidates()
+        return ConvNNAttention(embed_dim, 1, k, dropout, candidates=searched)
 
     return ViT(
         num_classes,

@@ -2,7 +2,11 @@
 """``python -m benchmarks.paper``: trains rows of the paper, prints its tables, draws its figures.
 
 A row that was trained is not trained again: runs go on where they ended, and a table or a figure
-that shares rows with another one finds them in the folder of runs.
+that shares rows with another one finds them in the folder of runs. For a full row of Table 1 and of
+Table 2, on a GPU:
+
+  python -m benchmarks.paper --data FOLDER --table 1 --rows vgg11/conv2d vgg11/hybrid-0.5
+  python -m benchmarks.paper --data FOLDER --table 2 --rows vit/attention vit/convnn-random-32
 """
 
 from __future__ import annotations
@@ -10,24 +14,43 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.memory import MemoryNotMeasured
 from benchmarks.paper import data, memory, report
-from benchmarks.paper.rows import FIGURES, ROWS, TABLES, Row
-from benchmarks.paper.train import Recipe, train
+from benchmarks.paper.rows import FIGURES, ROWS, TABLES, Figure, Row
+from benchmarks.paper.train import (
+    AUGMENTATIONS,
+    OPTIMIZERS,
+    SCHEDULES,
+    AnotherRunError,
+    DivergedError,
+    Recipe,
+    train,
+)
 from benchmarks.stamp import make_stamp
 
+PROGRAM = "python -m benchmarks.paper"
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+
+def make_parser() -> argparse.ArgumentParser:
     recipe = Recipe()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     what = parser.add_argument_group("what")
-    what.add_argument("--table", type=int, choices=sorted(TABLES), help="print this table")
-    what.add_argument("--figure", type=int, choices=sorted(FIGURES), help="draw this figure")
+    either = what.add_mutually_exclusive_group()
+    either.add_argument(
+        "--table", type=int, choices=sorted(TABLES), help="print this table and draw its curves"
+    )
+    either.add_argument("--figure", type=int, choices=sorted(FIGURES), help="draw this figure")
     what.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, see --list")
     what.add_argument("--list", action="store_true", help="list all rows")
     what.add_argument("--no-training", action="store_true", help="only print or draw what is there")
@@ -47,23 +70,51 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("how: the defaults are the paper's")
     how.add_argument("--epochs", type=int, default=recipe.epochs)
     how.add_argument("--batch-size", type=int, default=recipe.batch_size)
+    how.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default=recipe.optimizer)
     how.add_argument("--lr", type=float, default=recipe.lr)
     how.add_argument("--weight-decay", type=float, default=recipe.weight_decay)
+    how.add_argument("--schedule", choices=SCHEDULES, default=recipe.schedule)
     how.add_argument("--clip", type=float, default=recipe.clip, help="largest norm of gradients")
+    how.add_argument(
+        "--label-smoothing", type=float, default=recipe.label_smoothing, help="of the cross-entropy"
+    )
+    how.add_argument("--augmentation", choices=AUGMENTATIONS, default=recipe.augmentation)
     how.add_argument("--seed", type=int, default=recipe.seed)
     how.add_argument("--amp", choices=("none", "bfloat16"), default=recipe.amp)
     how.add_argument("--compile", action="store_true")
     how.add_argument("--reduced", action="store_true", help="small models, for a CPU")
     how.add_argument("--train-limit", type=int, help="training images in all")
     how.add_argument("--test-limit", type=int, help="test images in all")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.rows:
         unknown = [name for name in options.rows if name not in ROWS]
         if unknown:
             parser.error(f"--rows must be of those that --list prints, got {', '.join(unknown)}")
+        missing = set(options.rows) - {row.name for row in wanted(options)}
+        if missing:
+            parser.error(
+                f"--rows must be of that table or figure, got {', '.join(sorted(missing))}"
+            )
     if not (options.table or options.figure or options.rows or options.list or options.memory):
         parser.error("one of --table, --figure, --rows, --list and --memory is needed")
     return options
+
+
+def command_line(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The command for someone else: without the paths of this machine."""
+    words = [PROGRAM]
+    for name, value in vars(options).items():
+        flag = "--" + name.replace("_", "-")
+        if name == "data" and value is not None:
+            words += [flag, "FOLDER"]
+        elif name not in ("data", "out", "no_training") and value != parser.get_default(name):
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += [flag, *(shlex.quote(str(each)) for each in values)]
+    return " ".join(words)
 
 
 def wanted(options: argparse.Namespace) -> list[Row]:
@@ -75,21 +126,51 @@ def wanted(options: argparse.Namespace) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
+    parser = make_parser()
+    options = parse(parser, arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    stamp = make_stamp(_device_name(options.device), torch.get_num_threads())
     if options.list:
         print("\n".join(f"{row.name:34}{row.label}" for row in ROWS.values()))
         return
+    stamp = make_stamp(_device_name(options.device), torch.get_num_threads())
+    head = {"command": command_line(parser, options), "stamp": stamp}
     if options.memory:
-        lines = memory.measure(min(options.batch_size, 8), options.device, options.reduced)
+        try:
+            lines = memory.measure(options.device)
+        except MemoryNotMeasured as error:
+            raise SystemExit(f"{PROGRAM}: {error}") from None
         print(memory.table(lines))
-        _write(options.out / "memory.json", {"stamp": stamp, "peak_bytes": lines})
+        _write(options.out / "memory.json", {**head, "steps": lines})
         return
 
-    recipe = Recipe(**{name: getattr(options, name) for name in Recipe.__dataclass_fields__})
     rows = wanted(options)
+    try:
+        logs = _trained(rows, options, stamp)
+    except (data.NoDataError, AnotherRunError, DivergedError) as error:
+        raise SystemExit(f"{PROGRAM}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "interrupted; the same command goes on after the last full epoch"
+        ) from None
+
+    lines = [report.entry(row, logs[row.name], options.dataset, options.reduced) for row in rows]
+    print(report.table(lines), report.summary(lines, logs), report.what_was_run(logs), sep="\n\n")
+    kind = "figure" if options.figure else "table" if options.table else "rows"
+    name = f"{options.dataset}-{kind}{options.figure or options.table or ''}"
+    _write(options.out / f"{name}.json", {**head, "rows": lines, "logs": logs})
+    title = f"Table {options.table}" if options.table else ""
+    figure = FIGURES[options.figure] if options.figure else Figure(title, tuple(rows))
+    path = options.out / f"{name}.png"
+    report.draw(figure, logs, path)
+    print(path)
+
+
+def _trained(
+    rows: Sequence[Row], options: argparse.Namespace, stamp: dict[str, Any]
+) -> report.Logs:
+    """The log of each row: trained, or with --no-training as it is there."""
+    recipe = Recipe(**{name: getattr(options, name) for name in Recipe.__dataclass_fields__})
     logs: report.Logs = {}
     dataset = None
     for row in rows:
@@ -100,24 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if dataset is None:
             if options.data is None:
-                raise SystemExit("--data, or CONVNN_DATA, must name the folder of the dataset")
+                raise data.NoDataError(
+                    "--data, or CONVNN_DATA, must name the folder of the dataset"
+                )
             dataset = data.load(options.data, options.dataset)
-        logs[row.name] = train(row, dataset, recipe, folder)
-
-    lines = [report.entry(row, logs[row.name], options.dataset, options.reduced) for row in rows]
-    print(report.table(lines))
-    name = f"{options.dataset}-" + (
-        f"figure{options.figure}" if options.figure else f"table{options.table or ''}"
-    )
-    result = {"stamp": stamp, "rows": lines, "logs": logs}
-    _write(options.out / f"{name}.json", result)
-    if options.figure:
-        scale = ", reduced models" if options.reduced else ""
-        epochs = max((line["epochs"] for line in lines), default=0)
-        path = options.out / f"{name}.png"
-        note = f"{options.dataset}, {epochs} epochs{scale}"
-        report.draw(FIGURES[options.figure], logs, path, note)
-        print(path)
+        logs[row.name] = train(row, dataset, recipe, folder, stamp)
+    return logs
 
 
 def _device_name(device: str) -> str:

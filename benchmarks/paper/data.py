@@ -14,6 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+
+class NoDataError(ValueError):
+    """What the folder holds is not the dataset; the message says why."""
+
+
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
@@ -38,9 +43,12 @@ class Split:
 
 @dataclass
 class Dataset:
+    """A dataset; `source` says in what form it was read, such as "class folders of .jpg images"."""
+
     train: Split
     test: Split
     num_classes: int
+    source: str
 
     def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
         """Of each channel of the training images in [0, 1]: [3, 1, 1] float32."""
@@ -62,26 +70,33 @@ def load(folder: Path, dataset: str) -> Dataset:
         dataset: "cifar10" or "cifar100"; how many classes folders of images must have.
 
     Raises:
-        FileNotFoundError: if the folder holds none of these.
-        ValueError: if images differ in size or the number of classes is another one.
+        NoDataError: if the folder holds none of these, if an image or a file cannot be read, if
+            images differ in size, or if the number of classes is another one.
     """
     num_classes = {"cifar10": 10, "cifar100": 100}[dataset]
     pickled = folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[dataset]
     if pickled.is_dir():
         if dataset == "cifar10":
             train = [pickled / f"data_batch_{i}" for i in range(1, 6)]
-            return Dataset(_batches(train), _batches([pickled / "test_batch"]), num_classes)
-        return Dataset(_batches([pickled / "train"]), _batches([pickled / "test"]), num_classes)
+            test = [pickled / "test_batch"]
+        else:
+            train, test = [pickled / "train"], [pickled / "test"]
+        return Dataset(_batches(train), _batches(test), num_classes, pickled.name)
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
         if len(classes) != num_classes:
-            raise ValueError(
+            raise NoDataError(
                 f"{dataset} has {num_classes} classes, but {folder / 'train'} has {len(classes)}"
             )
+        files = (path for name in classes for path in _files(folder / "train" / name))
+        suffixes = sorted({path.suffix.lower() for path in files})
         return Dataset(
-            _images(folder / "train", classes), _images(folder / "test", classes), num_classes
+            _images(folder / "train", classes),
+            _images(folder / "test", classes),
+            num_classes,
+            f"class folders of {', '.join(suffixes)} images",
         )
-    raise FileNotFoundError(f"{folder} has neither {pickled.name} nor folders train and test")
+    raise NoDataError(f"{folder} has neither {pickled.name} nor folders train and test")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -96,10 +111,13 @@ class _Unpickler(pickle.Unpickler):
 def _batches(paths: list[Path]) -> Split:
     images, labels = [], []
     for path in paths:
-        with path.open("rb") as file:
-            batch = _Unpickler(file, encoding="latin1").load()
-        images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
-        labels += batch["fine_labels"] if "fine_labels" in batch else batch["labels"]
+        try:
+            with path.open("rb") as file:
+                batch = _Unpickler(file, encoding="latin1").load()
+            images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
+            labels += batch["fine_labels"] if "fine_labels" in batch else batch["labels"]
+        except (OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            raise NoDataError(f"cannot read {path}: {type(error).__name__}: {error}") from error
     return Split(torch.from_numpy(np.concatenate(images)), torch.tensor(labels))
 
 
@@ -107,16 +125,19 @@ def _images(folder: Path, classes: list[str]) -> Split:
     images, labels = [], []
     for label, name in enumerate(classes):
         for path in _files(folder / name):
-            with Image.open(path) as image:
-                images.append(np.asarray(image.convert("RGB")))
+            try:
+                with Image.open(path) as image:
+                    images.append(np.asarray(image.convert("RGB")))
+            except OSError as error:
+                raise NoDataError(f"cannot read {path}: {error}") from error
             if images[-1].shape != images[0].shape:
-                raise ValueError(
+                raise NoDataError(
                     f"{path} is {images[-1].shape[:2]}, but the first image is "
                     f"{images[0].shape[:2]}: all must have one size"
                 )
             labels.append(label)
     if not images:
-        raise FileNotFoundError(f"{folder} has no images in the folders {classes}")
+        raise NoDataError(f"{folder} has no images in the folders {classes}")
     return Split(
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
     )

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.rows import Figure, Row
+from benchmarks.paper.rows import MODELS, Figure, Row
 
 Logs = dict[str, dict[str, Any]]
 _WINDOW = 10
@@ -86,6 +87,51 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def summary(lines: Sequence[dict[str, Any]], logs: Logs) -> str:
+    """A Markdown table of how far the rows came: first and last loss, accuracy after the last."""
+    text = [
+        "| layer | epochs | training loss, first → last | test loss, first → last "
+        "| test accuracy, % |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for line in lines:
+        epochs = logs[line["row"]]["epochs"]
+        if epochs:
+            first, last = epochs[0], epochs[-1]
+            model = MODELS[line["row"].split("/")[0]]
+            losses = (f"{first[key]:.3f} → {last[key]:.3f}" for key in ("train_loss", "test_loss"))
+            cells = (f"{model}, {line['label']}", str(last["epoch"]), *losses)
+            text.append(f"| {' | '.join(cells)} | {100 * last['test_accuracy']:.1f} |")
+    return "\n".join(text)
+
+
+def what_was_run(logs: Logs) -> str:
+    """Data, scale, recipe, devices and commits of the runs: every value that occurs."""
+    runs = [log for log in logs.values() if log["epochs"]]
+
+    def recipe(name: str) -> str:
+        return _each(run["recipe"][name] for run in runs)
+
+    def data(name: str) -> str:
+        return _each(run["data"][name] for run in runs)
+
+    stamps = [part["stamp"] for run in runs for part in run["parts"]]
+    scale = _each("reduced models" if run["recipe"]["reduced"] else "full models" for run in runs)
+    commits = _each(
+        f"{(stamp['commit'] or 'none')[:12]}{' with changes' if stamp['dirty'] else ''}"
+        for stamp in stamps
+    )
+    return (
+        f"{recipe('dataset')} from {data('source')}, {data('train')} training and {data('test')} "
+        f"test images, {scale}, batches of {recipe('batch_size')}, learning rate {recipe('lr')}; "
+        f"{_each(stamp['device'] for stamp in stamps)}, commit {commits}"
+    )
+
+
+def _each(values: Iterable[object]) -> str:
+    return " and ".join(dict.fromkeys(str(value) for value in values)) or "nothing"
+
+
 def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
@@ -98,14 +144,13 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     ]
 
 
-def draw(figure: Figure, logs: Logs, path: Path, note: str) -> None:
+def draw(figure: Figure, logs: Logs, path: Path) -> None:
     """Draws what the logs hold of a figure; rows without epochs are left out.
 
     Args:
         figure: which rows and how they are grouped.
         logs: by name of row.
         path: of the PNG.
-        note: stands below the title: dataset, scale, epochs.
     """
     # Only those who draw need it.
     import matplotlib
@@ -113,22 +158,26 @@ def draw(figure: Figure, logs: Logs, path: Path, note: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = 2 if figure.rows or figure.has_time else 1
-    canvas, axes = plt.subplots(1, panels, figsize=(5.0 * panels, 3.6), squeeze=False)
-    if figure.rows:
-        _loss_curves(figure, logs, axes[0])
+    families = list(dict.fromkeys(row.family for row in figure.rows))
+    columns = 2 if families or figure.has_time else 1
+    size = (5.0 * columns, 3.3 * max(len(families), 1) + 0.7)
+    canvas, axes = plt.subplots(max(len(families), 1), columns, figsize=size, squeeze=False)
+    if families:
+        for family, panels in zip(families, axes, strict=True):
+            _loss_curves([row for row in figure.rows if row.family == family], logs, panels)
     else:
         _sweep(figure, logs, axes[0][0], "test_accuracy", 100.0, "test accuracy (%)")
         if figure.has_time:
             _sweep(figure, logs, axes[0][1], "seconds", 1.0, "seconds per epoch")
-    canvas.suptitle(f"{figure.title} ({note})", fontsize=10)
+    canvas.suptitle(figure.title, fontsize=10)
+    canvas.supxlabel(textwrap.fill(what_was_run(logs), 110), fontsize=7, color="gray")
     canvas.tight_layout()
     canvas.savefig(path, dpi=110)
     plt.close(canvas)
 
 
-def _loss_curves(figure: Figure, logs: Logs, axes: Any) -> None:
-    for row in figure.rows:
+def _loss_curves(rows: Sequence[Row], logs: Logs, axes: Any) -> None:
+    for i, row in enumerate(rows):
         epochs = logs.get(row.name, {"epochs": []})["epochs"]
         if not epochs:
             continue
@@ -136,9 +185,12 @@ def _loss_curves(figure: Figure, logs: Logs, axes: Any) -> None:
         window = _WINDOW if len(epochs) >= 5 * _WINDOW else 1
         for axis, key in zip(axes, ("train_loss", "test_loss"), strict=True):
             values = smoothed([each[key] for each in epochs], window)
-            axis.plot([each["epoch"] for each in epochs], values, marker=".", label=row.label)
+            # There are ten colors.
+            style = {"color": f"C{i % 10}", "linestyle": "--" if i >= 10 else "-", "marker": "."}
+            axis.plot([each["epoch"] for each in epochs], values, label=row.label, **style)
+    model = MODELS[rows[0].family]
     for axis, name in zip(axes, ("training loss", "test loss"), strict=True):
-        axis.set(xlabel="epoch", ylabel=name)
+        axis.set(xlabel="epoch", ylabel=f"{name}, {model}")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
 

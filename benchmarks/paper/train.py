@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,9 +32,13 @@ class Recipe:
 
     epochs: int = 150
     batch_size: int = 256
+    optimizer: str = "adamw"
     lr: float = 1e-4
     weight_decay: float = 0.01
+    schedule: str = "none"
     clip: float = 1.0
+    label_smoothing: float = 0.0
+    augmentation: str = "none"
     seed: int = 0
     device: str = "cpu"
     amp: str = "none"
@@ -46,14 +51,36 @@ class Recipe:
     def fixed(self) -> dict[str, Any]:
         """What must not change when a run goes on: all but its length and its place."""
         free = {"epochs", "device", "compile"}
+        if self.schedule != "none":
+            free.remove("epochs")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
+    def lr_of(self, epoch: int) -> float:
+        """The learning rate of an epoch, which are counted from 0."""
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return self.lr
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
+}
+SCHEDULES = ("none", "cosine")
+AUGMENTATIONS = ("none", "flip-shift")
 
 
 class DivergedError(RuntimeError):
     """The loss is no longer a number."""
 
 
-def train(row: Row, data: Dataset, recipe: Recipe, folder: Path) -> dict[str, Any]:
+class AnotherRunError(ValueError):
+    """The folder holds a run with another recipe or other data."""
+
+
+def train(
+    row: Row, data: Dataset, recipe: Recipe, folder: Path, stamp: dict[str, Any]
+) -> dict[str, Any]:
     """Trains a row, or goes on with it, until it has had its epochs.
 
     Args:
@@ -61,35 +88,56 @@ def train(row: Row, data: Dataset, recipe: Recipe, folder: Path) -> dict[str, An
         data: images and labels.
         recipe: how to train.
         folder: of this row; "log.json" and "checkpoint.safetensors" in it are continued.
+        stamp: of the machine, the versions and the commit.
 
     Returns:
-        The log: "recipe", "row" and "epochs", a list with, for each, "epoch", "train_loss",
-        "train_accuracy", "test_loss", "test_accuracy" (0 to 1) and "seconds" of training.
+        The log: "row"; "recipe"; "data", what was trained and tested on; "parts", the stamp and the
+        first epoch of each part of the run; and "epochs", a list with, for each, "epoch",
+        "train_loss", "train_accuracy", "test_loss", "test_accuracy" (0 to 1) and "seconds" of
+        training.
 
     Raises:
-        ValueError: if the folder holds a run with another recipe.
+        AnotherRunError: if the folder holds a run with another recipe or other data.
         DivergedError: if the loss becomes NaN or infinite.
     """
     device = torch.device(recipe.device)
     torch.manual_seed(recipe.seed)
     model = row.build(data.num_classes, recipe.reduced).to(device)
-    optimizer = torch.optim.AdamW(
+    optimizer = OPTIMIZERS[recipe.optimizer](
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
     train_split, test_split = (
         Split(split.images.to(device), split.labels.to(device))
         for split in (data.train.limited(recipe.train_limit), data.test.limited(recipe.test_limit))
     )
-    scale = tuple(each.to(device) for each in data.mean_and_deviation())
+    mean, deviation = data.mean_and_deviation()
+    scale = mean.to(device), deviation.to(device)
     size = row.image_size(recipe.reduced)
-    log = _resume(folder, model, optimizer, recipe)
-    log["row"] = row.name
+    new_log: dict[str, Any] = {
+        "row": row.name,
+        "recipe": asdict(recipe),
+        "data": {
+            "source": data.source,
+            "train": len(train_split.labels),
+            "test": len(test_split.labels),
+            "mean": mean.flatten().tolist(),
+            "deviation": deviation.flatten().tolist(),
+        },
+        "parts": [],
+        "epochs": [],
+    }
+    log = _resume(folder, model, optimizer, recipe, new_log)
+    if len(log["epochs"]) < recipe.epochs:
+        log["parts"].append({"first_epoch": len(log["epochs"]) + 1, "stamp": stamp})
+        log["recipe"] = asdict(recipe)
     run = torch.compile(model) if recipe.compile else model
 
     for epoch in range(len(log["epochs"]), recipe.epochs):
         # One seed for each epoch makes a resumed run the same as one without a break.
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
         order = torch.randperm(len(train_split.labels)).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_of(epoch)
         model.train()
         start = time.perf_counter()
         total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -99,10 +147,10 @@ def train(row: Row, data: Dataset, recipe: Recipe, folder: Path) -> dict[str, An
             leave=False,
         )
         for rows in bar:
-            images, labels = _inputs(train_split, rows, scale, size)
+            images, labels = _inputs(train_split, rows, scale, size, recipe.augmentation)
             with _autocast(recipe):
                 logits = run(images)
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -152,13 +200,32 @@ def evaluate(
 
 
 def _inputs(
-    split: Split, rows: Tensor, scale: tuple[Tensor, ...], size: int
+    split: Split,
+    rows: Tensor,
+    scale: tuple[Tensor, ...],
+    size: int,
+    augmentation: str = "none",
 ) -> tuple[Tensor, Tensor]:
     mean, deviation = scale
     images = (split.images[rows].float() / 255 - mean) / deviation
+    if augmentation == "flip-shift":
+        images = _flip_and_shift(images)
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=False)
     return images, split.labels[rows]
+
+
+def _flip_and_shift(images: Tensor) -> Tensor:
+    """Every image mirrored or not, and shifted by up to 4 pixels each way; zeros come in."""
+    count, _, height, width = images.shape
+    mirrored = torch.rand(count, 1, 1, 1, device=images.device) < 0.5
+    images = torch.where(mirrored, images.flip(-1), images)
+    y, x = torch.randint(0, 9, (2, count, 1), device=images.device)
+    rows = y + torch.arange(height, device=images.device)  # [count, height] of the padded image
+    columns = x + torch.arange(width, device=images.device)
+    padded = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    each = torch.arange(count, device=images.device).view(-1, 1, 1)
+    return padded[each, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def _autocast(recipe: Recipe) -> AbstractContextManager[object]:
@@ -171,27 +238,34 @@ def _autocast(recipe: Recipe) -> AbstractContextManager[object]:
 
 
 def _resume(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    new_log: dict[str, Any],
 ) -> dict[str, Any]:
+    """Loads what the folder holds, and returns its log, or the new one if it holds nothing."""
     path = folder / "checkpoint.safetensors"
     if not path.exists():
-        return {"recipe": asdict(recipe), "epochs": []}
+        return new_log
     with safe_open(path, framework="pt") as file:
         log = json.loads(file.metadata()["log"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    before = {name: log["recipe"].get(name) for name in recipe.fixed()}
-    if before != recipe.fixed():
-        changed = [name for name, value in recipe.fixed().items() if before[name] != value]
-        raise ValueError(
-            f"{folder} holds a run with another {', '.join(changed)}: "
-            f"{[before[name] for name in changed]}; choose another folder or remove it"
-        )
+    wanted, before = recipe.fixed(), log["recipe"]
+    pairs = {name: (before.get(name), value) for name, value in wanted.items()}
+    pairs |= {name: (log["data"][name], value) for name, value in new_log["data"].items()}
+    for name, (old, new) in pairs.items():
+        if old != new:
+            raise AnotherRunError(
+                f"{folder} holds a run with another {name}: {old!r}, now {new!r}; "
+                "choose another folder or remove it"
+            )
     model.load_state_dict(_part(tensors, "model."))
     names = [name for name, _ in model.named_parameters()]
     state = {
         i: _part(tensors, f"optimizer.{name}.")
         for i, name in enumerate(names)
-        if f"optimizer.{name}.step" in tensors
+        if any(key.startswith(f"optimizer.{name}.") for key in tensors)
     }
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return log

@@ -82,7 +82,7 @@ class ConvNNAttention(nn.Module):
         owner = type(self).__name__
         settings.require_count(owner, "embed_dim", embed_dim)
         settings.require_count(owner, "num_heads", num_heads)
-        settings.require(0.0 <= dropout <= 1.0, owner, "dropout", "between 0 and 1", dropout)
+        settings.require_between(owner, "dropout", dropout, 0, 1)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -203,14 +203,16 @@ class ConvNNAttention(nn.Module):
         settings.require_shape(owner, "value", value, (batch, M, self.embed_dim))
         if key_mask is not None:
             settings.require_shape(owner, "key_mask", key_mask, (batch, M))
-            key_mask = key_mask.unsqueeze(1).expand(-1, self.num_heads, -1)
+            key_mask = key_mask.unsqueeze(1).expand(-1, self.num_heads, -1)  # [B, heads, M]
 
+        # [B, heads, N or M, width of a head]
         q = self._heads(self._inputs(query, "similarity"), self.query_projection)
         k = self._heads(self._inputs(key, "similarity"), self.key_projection)
         v = self._heads(self._inputs(value, "aggregation"), self.value_projection)
         self_indices = None
         if is_self and self.candidates.include_self:
             self_indices = torch.arange(M, device=query.device)
+        # [B, heads, N, width of a head]
         y = functional.convnn(
             q,
             k,
@@ -226,20 +228,23 @@ class ConvNNAttention(nn.Module):
             self.scale,
             self.order,
         )
-        return self.output_projection(self.dropout(y.transpose(1, 2).flatten(2)))
+        joined = y.transpose(1, 2).flatten(2)  # [B, N, width]
+        return self.output_projection(self.dropout(joined))
 
     def _encodes(self, role: str) -> bool:
         return self.positional_encoding in (role, "both")
 
     def _inputs(self, tokens: Tensor, role: str) -> Tensor:
+        """[B, L, E] → [B, L, E], or [B, L, E + 1] where a coordinate is concatenated."""
         if not self._encodes(role):
             return tokens
         batch, length, _ = tokens.shape
+        # [L, 1]
         grid = positional.grid((length,), 0, self.coordinates, tokens.dtype, tokens.device)
         return torch.cat([tokens, grid.expand(batch, -1, -1)], dim=-1)
 
     def _heads(self, tokens: Tensor, projection: nn.Linear | None) -> Tensor:
-        """[B, heads, tokens, width]."""
+        """[B, L, E] → [B, heads, L, width of a head]."""
         projected = tokens if projection is None else projection(tokens)
         return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class RandomCandidates(Candidates):
             drawn = _hash(torch.arange(rows, device=device) + self.seed.to(device)).argsort()
         else:
             drawn = torch.randperm(rows, device=device)
-        drawn = drawn[: self.r]
+        drawn = drawn[: self.r]  # [R]
         return drawn if rows != inner else positional.interior(shape, padding, device)[drawn]
 
     def extra_repr(self) -> str:
@@ -132,7 +133,7 @@ class SpatialCandidates(Candidates):
     def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
         if self.stride is not None:
             counts = [-(-size // self.stride) for size in shape]
-            axes = [torch.arange(n, device=device) * self.stride + padding for n in counts]
+            axes = [torch.arange(n, device=device) * self.stride + padding for n in counts]  # [n]
             return _rows(axes, shape, padding)
         assert self.r is not None
         if self.r >= positional.count(shape, padding):
@@ -159,10 +160,22 @@ class SpatialCandidates(Candidates):
         return f"{size}, include_self={self.include_self}"
 
 
+def require_maker(owner: str, make: Any) -> None:
+    """Each layer has candidates of its own: what is wanted is what makes them, not one of them."""
+    require(
+        make is None or (callable(make) and not isinstance(make, nn.Module)),
+        owner,
+        "candidates",
+        "a function that makes those of one layer, such as lambda: RandomCandidates(32)",
+        make,
+    )
+
+
 def _rows(axes: list[Tensor], shape: Sequence[int], padding: int) -> Tensor:
-    """Rows of the padded map at the crossings of the given positions along its axes."""
+    """[R]: rows of the padded map at the crossings of the positions along its axes, [n] each."""
     rows = axes[0]
     for axis, size in zip(axes[1:], shape[1:], strict=True):
+        # [R so far, 1] + [n] → [R so far * n]
         rows = (rows.unsqueeze(1) * (size + 2 * padding) + axis).flatten()
     return rows
 

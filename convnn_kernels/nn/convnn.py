@@ -20,6 +20,55 @@ from convnn_kernels.nn.candidates import AllCandidates, Candidates
 PROJECTIONS = ("identity", "learned", "value", "coordinates")
 
 
+def require_settings(
+    owner: str,
+    *,
+    in_channels: int,
+    padding: int,
+    projections: str,
+    positional_encoding: str | None,
+    candidates: Candidates,
+    **common: Any,
+) -> None:
+    """Checks what a layer over a sequence or a map has of settings, in the name of `owner`.
+
+    Args:
+        common: the rest of ``settings.require_common``.
+    """
+    settings.require_count(owner, "in_channels", in_channels)
+    settings.require_count(owner, "padding", padding, least=0)
+    settings.require_common(
+        owner,
+        projections=projections,
+        allowed_projections=PROJECTIONS,
+        positional_encoding=positional_encoding,
+        **common,
+    )
+    settings.require(
+        isinstance(candidates, Candidates),
+        owner,
+        "candidates",
+        "AllCandidates, RandomCandidates or SpatialCandidates",
+        candidates,
+    )
+    settings.require(
+        projections != "coordinates" or positional_encoding in ("similarity", "both"),
+        owner,
+        "positional_encoding",
+        "'similarity' or 'both' with projections='coordinates'",
+        positional_encoding,
+    )
+
+
+def value_width(
+    in_channels: int, dimensions: int, projections: str, positional_encoding: str | None
+) -> int:
+    """The channels of the values, projected to as many as there are unless asked otherwise."""
+    is_projected = projections in ("learned", "value")
+    is_placed = positional_encoding in ("aggregation", "both")
+    return in_channels + dimensions * (is_placed and not is_projected)
+
+
 class _ConvNN(nn.Module):
     """What ConvNN1d and ConvNN2d share; `_dimensions` is all in which they differ."""
 
@@ -52,14 +101,14 @@ class _ConvNN(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        settings.require_count(owner, "in_channels", in_channels)
         settings.require_count(owner, "out_channels", out_channels)
-        settings.require_count(owner, "padding", padding, least=0)
-        settings.require_common(
+        candidates = AllCandidates() if candidates is None else candidates
+        require_settings(
             owner,
+            in_channels=in_channels,
             k=k,
+            padding=padding,
             projections=projections,
-            allowed_projections=PROJECTIONS,
             rho=rho,
             metric=metric,
             scale=scale,
@@ -67,6 +116,7 @@ class _ConvNN(nn.Module):
             aggregation=aggregation,
             positional_encoding=positional_encoding,
             coordinates=coordinates,
+            candidates=candidates,
         )
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -80,21 +130,7 @@ class _ConvNN(nn.Module):
         self.aggregation = aggregation
         self.positional_encoding = positional_encoding
         self.coordinates = coordinates
-        self.candidates = AllCandidates() if candidates is None else candidates
-        settings.require(
-            isinstance(self.candidates, Candidates),
-            owner,
-            "candidates",
-            "AllCandidates, RandomCandidates or SpatialCandidates",
-            candidates,
-        )
-        settings.require(
-            projections != "coordinates" or self._encodes("similarity"),
-            owner,
-            "positional_encoding",
-            "'similarity' or 'both' with projections='coordinates'",
-            positional_encoding,
-        )
+        self.candidates = candidates
 
         learns_key = projections == "learned"
         learns_value = projections in ("learned", "value")
@@ -123,9 +159,9 @@ class _ConvNN(nn.Module):
         self.key_projection = projection("similarity", key_channels) if learns_key else None
         self.value_projection = projection("aggregation", value_channels) if learns_value else None
 
-        channels = in_channels + self._dimensions * self._encodes("aggregation")
-        if self.value_projection is not None:
-            channels = self.value_projection.out_features
+        channels = value_channels or value_width(
+            in_channels, self._dimensions, projections, positional_encoding
+        )
         settings.require(
             aggregation == "dense" or out_channels == channels,
             owner,
@@ -161,16 +197,17 @@ class _ConvNN(nn.Module):
             nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        # N tokens of the map, [B, C, *shape]; M tokens of the padded map, which are the keys.
         shape = self._shape(x)
         padded = self._pad(x)
-        value = self._value(padded, shape)
+        value = self._value(padded, shape)  # [B, M, C]
         if self.projections == "coordinates":
-            similarities, indices = self._neighbors_by_position(x, shape)
+            similarities, indices = self._neighbors_by_position(x, shape)  # [B, N, k]
             y = functional.aggregate_neighbors(
                 value, similarities, indices, self.weight, self.bias, self.rho, self.scale
             )
         else:
-            query, key = self._query_and_key(x, padded, shape)
+            query, key = self._query_and_key(x, padded, shape)  # [B, N, D] and [B, M, D]
             y = functional.convnn(
                 query,
                 key,
@@ -226,10 +263,10 @@ class _ConvNN(nn.Module):
         self, x: Tensor, padded: Tensor, shape: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """[B, N, D] and [B, M, D]."""
-        key = query = padded.flatten(2).mT
+        key = query = padded.flatten(2).mT  # [B, M, C]
         if self._encodes("similarity"):
             # Padding is zero in the features, but it has a place.
-            key = query = self._with_coordinates(key, shape)
+            key = query = self._with_coordinates(key, shape)  # [B, M, C + dimensions]
         if self.padding:
             if self._encodes("similarity"):
                 query = key[:, positional.interior(shape, self.padding, x.device)]
@@ -247,6 +284,7 @@ class _ConvNN(nn.Module):
         return value if self.value_projection is None else self.value_projection(value)
 
     def _with_coordinates(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
+        """[B, M, C] → [B, M, C + dimensions]."""
         grid = positional.grid(shape, self.padding, self.coordinates, tokens.dtype, tokens.device)
         return torch.cat([tokens, grid.expand(tokens.shape[0], -1, -1)], dim=-1)
 
@@ -260,10 +298,10 @@ class _ConvNN(nn.Module):
         return candidates, positional.interior(shape, self.padding, device)
 
     def _neighbors_by_position(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Positions are those of every map in the batch, so one search serves all."""
+        """[B, N, k], twice. Positions are those of every map, so one search serves the batch."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = positional.grid(shape, self.padding, self.coordinates, dtype, x.device)
-        query = key[positional.interior(shape, self.padding, x.device)]
+        key = positional.grid(shape, self.padding, self.coordinates, dtype, x.device)  # [M, 1 or 2]
+        query = key[positional.interior(shape, self.padding, x.device)]  # [N, 1 or 2]
         # In 16 bits the coordinates of a large map would be rounded.
         with _without_autocast(x.device.type):
             neighbors = functional.select_neighbors(
@@ -274,13 +312,14 @@ class _ConvNN(nn.Module):
                 metric=self.metric,
                 order=self.order,
             )
+        # [N, k] → [B, N, k]
         similarities, indices = (each.expand(x.shape[0], -1, -1) for each in neighbors)
         return similarities, indices
 
     def _take_over(self, conv: nn.Conv1d | nn.Conv2d) -> Self:
         assert self.weight is not None
         with torch.no_grad():
-            self.weight.copy_(conv.weight.flatten(2))
+            self.weight.copy_(conv.weight.flatten(2))  # [C', C, 3, 3] → [C', C, 9]
             if self.bias is not None and conv.bias is not None:
                 self.bias.copy_(conv.bias)
         return self.train(conv.training)

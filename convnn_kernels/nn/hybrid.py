@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from convnn_kernels.nn import settings
-from convnn_kernels.nn.candidates import Candidates
-from convnn_kernels.nn.convnn import ConvNN2d
+from convnn_kernels.nn.candidates import AllCandidates, Candidates
+from convnn_kernels.nn.convnn import ConvNN2d, require_settings, value_width
 
 
 class HybridBranch2d(nn.Module):
@@ -65,14 +65,39 @@ class HybridBranch2d(nn.Module):
         settings.require_count(owner, "in_channels", in_channels)
         settings.require_count(owner, "out_channels", out_channels)
         settings.require_count(owner, "kernel_size", kernel_size)
-        settings.require(
-            0.0 <= branch_ratio <= 1.0, owner, "branch_ratio", "between 0 and 1", branch_ratio
+        settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
+        k = kernel_size**2 if k is None else k
+        padding = kernel_size // 2 if padding is None else padding
+        candidates = AllCandidates() if candidates is None else candidates
+        # Here, so that errors name this layer, and with a branch_ratio of 0 are errors too.
+        require_settings(
+            owner,
+            in_channels=in_channels,
+            k=k,
+            padding=padding,
+            projections=projections,
+            rho=rho,
+            metric=metric,
+            scale=scale,
+            order=order,
+            aggregation=aggregation,
+            positional_encoding=positional_encoding,
+            coordinates=coordinates,
+            candidates=candidates,
         )
         self.in_channels = in_channels
         self.branch_ratio = branch_ratio
         # 0.29 * 100 is a little less than 29; it is meant to be 29.
         convnn_channels = math.floor(branch_ratio * out_channels + 1e-9)
         conv_channels = out_channels - convnn_channels
+        channels = value_width(in_channels, 2, projections, positional_encoding)
+        settings.require(
+            aggregation == "dense" or convnn_channels in (0, channels),
+            owner,
+            "branch_ratio * out_channels",
+            f"the {channels} channels of the values with aggregation='{aggregation}'",
+            convnn_channels,
+        )
         self.conv = (
             nn.Conv2d(
                 in_channels,
@@ -90,8 +115,8 @@ class HybridBranch2d(nn.Module):
             ConvNN2d(
                 in_channels,
                 convnn_channels,
-                kernel_size**2 if k is None else k,
-                padding=kernel_size // 2 if padding is None else padding,
+                k,
+                padding=padding,
                 bias=bias,
                 projections=projections,
                 rho=rho,
@@ -119,8 +144,10 @@ class HybridBranch2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shape: Sequence[int | str] = ("B", self.in_channels, "H", "W")
         settings.require_shape(type(self).__name__, "input", x, shape)
+        # [B, C' - ⌊λC'⌋, H, W] and [B, ⌊λC'⌋, H, W]
         branches = [branch(x) for branch in (self.conv, self.convnn) if branch is not None]
-        return self.fuse(torch.cat(branches, dim=1) if len(branches) > 1 else branches[0])
+        joined = torch.cat(branches, dim=1) if len(branches) > 1 else branches[0]  # [B, C', H, W]
+        return self.fuse(joined)
 
     def extra_repr(self) -> str:
         return f"branch_ratio={self.branch_ratio}"

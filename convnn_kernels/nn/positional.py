@@ -24,7 +24,7 @@ def interior(shape: Sequence[int], padding: int, device: torch.device) -> Tensor
     Returns:
         [N] int64, ascending.
     """
-    rows = torch.arange(count(shape, padding), device=device)
+    rows = torch.arange(count(shape, padding), device=device)  # [M]
     rows = rows.view([size + 2 * padding for size in shape])
     for axis, size in enumerate(shape):
         rows = rows.narrow(axis, padding, size)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convnn_kernels.nn import settings
 from convnn_kernels.nn.attention import ConvNNAttention
-from convnn_kernels.nn.candidates import Candidates
+from convnn_kernels.nn.candidates import Candidates, require_maker
 from convnn_kernels.nn.convnn import ConvNN2d
 from convnn_kernels.nn.hybrid import HybridBranch2d
 
@@ -48,11 +48,13 @@ def replace(
     branch_ratio: float = 0.5,
     candidates: Callable[[], Candidates] | None = None,
 ) -> Replaced:
-    """Swaps the Conv2d or attention layers of a model, in place.
+    """Swaps the Conv2d layers, the attention layers, or both, of a model, in place.
 
     Convolutions are modules of type ``nn.Conv2d``. Attention layers are ``nn.MultiheadAttention``,
     as torchvision has it, and modules that have ``qkv``, ``proj`` and ``num_heads``, as timm has
-    them. The new layers have the device, dtype and mode of the old ones. Attention takes over the
+    them. Other modules that are named attention are left, and the result says so.
+
+    The new layers have the device, dtype and mode of the old ones. Attention takes over the
     projections; convolutions start anew, since a tap no longer means a place.
 
     Args:
@@ -72,18 +74,26 @@ def replace(
         Which layers were swapped, and which were left for what reason.
 
     Raises:
-        ValueError: if an argument is wrong, or if the model itself is such a layer.
+        ValueError: if an argument is wrong, if neither conv2d nor attention is given, or if the
+            model itself is such a layer.
     """
     owner = "replace"
-    if isinstance(conv2d, str):
-        settings.require_choice(owner, "conv2d", conv2d, ("convnn", "hybrid"))
-    if isinstance(attention, str):
-        settings.require_choice(owner, "attention", attention, ("convnn", "kvt"))
+    for name, given, choices in (
+        ("conv2d", conv2d, ("convnn", "hybrid")),
+        ("attention", attention, ("convnn", "kvt")),
+    ):
+        known = given is None or given in choices or (callable(given) and not _is_made(given))
+        expected = f"{choices[0]!r}, {choices[1]!r} or a function from the old layer to the new one"
+        settings.require(known, owner, name, expected, given)
+    if conv2d is None and attention is None:
+        raise ValueError(
+            "replace: conv2d or attention must say what to swap for, such as conv2d='hybrid' or "
+            "attention='convnn', got neither"
+        )
     if k is not None:
         settings.require_count(owner, "k", k)
-    settings.require(
-        0.0 <= branch_ratio <= 1.0, owner, "branch_ratio", "between 0 and 1", branch_ratio
-    )
+    settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
+    require_maker(owner, candidates)
     if _is_convolution(model) or _is_attention(model):
         name = type(model).__name__
         raise ValueError(f"replace: model must contain the layers to swap, got {name} itself")
@@ -122,6 +132,9 @@ def replace(
             build = new_convolution if isinstance(conv2d, str) else conv2d
         elif _is_attention(child) and attention is not None:
             build = new_attention if isinstance(attention, str) else attention
+        elif attention is not None and _is_unknown_attention(child):
+            done.left[name] = "not nn.MultiheadAttention, nor of qkv, proj and num_heads"
+            continue
         else:
             continue
         try:
@@ -157,6 +170,28 @@ def _is_attention(module: nn.Module) -> bool:
         and isinstance(getattr(module, "proj", None), nn.Linear)
         and isinstance(getattr(module, "num_heads", None), int)
     )
+
+
+def _is_unknown_attention(module: nn.Module) -> bool:
+    """Named attention, not one of ours, and with nothing inside that is attention as well."""
+    return (
+        _is_named_attention(module)
+        and not isinstance(module, ConvNNAttention)
+        and not any(
+            _is_attention(each) or _is_named_attention(each)
+            for each in module.modules()
+            if each is not module
+        )
+    )
+
+
+def _is_named_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
+
+
+def _is_made(given: object) -> bool:
+    """A module is callable, too, but it is not what makes one."""
+    return isinstance(given, nn.Module)
 
 
 def _layer_of(module: nn.Module) -> nn.Module:
@@ -232,7 +267,7 @@ def _attention_layer(
         device=out.weight.device,
         dtype=out.weight.dtype,
     )
-    weights = qkv[0].chunk(3)
+    weights = qkv[0].chunk(3)  # [3E, E] → three of [E, E]
     biases = (None,) * 3 if qkv[1] is None else qkv[1].chunk(3)
     inputs = (layer.query_projection, layer.key_projection, layer.value_projection)
     for linear, weight, bias in zip(inputs, weights, biases, strict=True):
@@ -292,7 +327,7 @@ class _Multihead(nn.Module):
                 if key_padding_mask.is_floating_point()
                 else key_padding_mask
             )
-            key_mask = ~masked
+            key_mask = ~masked  # [B, M], or [M] without a batch
         is_batched = query.dim() == 3
         is_self = key is query and value is query
         if not is_batched:
@@ -300,6 +335,7 @@ class _Multihead(nn.Module):
             key_mask = None if key_mask is None else key_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+        # query [B, N, E], key and value [B, M, E]
         y = self.layer(query, *((None, None) if is_self else (key, value)), key_mask)
         if not is_batched:
             return y.squeeze(0), None

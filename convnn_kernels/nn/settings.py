@@ -31,6 +31,11 @@ def require_count(owner: str, name: str, got: Any, least: int = 1) -> None:
     require(whole and got >= least, owner, name, f"a whole number of at least {least}", got)
 
 
+def require_between(owner: str, name: str, got: Any, least: float, most: float) -> None:
+    fits = isinstance(got, int | float) and least <= got <= most
+    require(fits, owner, name, f"between {least:g} and {most:g}", got)
+
+
 def require_shape(owner: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """Checks dimensions and those of their sizes that are given as numbers."""
     shape = tensor.shape
@@ -51,7 +56,7 @@ def require_common(
     allowed_projections: Sequence[str],
     rho: str,
     metric: str,
-    scale: float,
+    scale: Any,
     order: str,
     aggregation: str,
     positional_encoding: str | None,
@@ -66,7 +71,8 @@ def require_common(
     require_choice(owner, "aggregation", aggregation, AGGREGATIONS)
     require_choice(owner, "positional_encoding", positional_encoding, POSITIONAL_ENCODINGS)
     require_choice(owner, "coordinates", coordinates, COORDINATES)
-    require(math.isfinite(scale), owner, "scale", "finite", scale)
+    is_finite = isinstance(scale, int | float) and math.isfinite(scale)
+    require(is_finite, owner, "scale", "finite", scale)
     require(scale == 1.0 or rho == "softmax", owner, "scale", "1.0 unless rho is 'softmax'", scale)
     require(
         not (projections == "learned" and rho == "ones"),
