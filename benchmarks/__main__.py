@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Measure ConvNN beside eager PyTorch, attention and convolution on real photographs.
+"""Measure ConvNN beside eager PyTorch, attention, convolution and exact search.
 
 Every result is checked before it is timed. A run ends in tables, a JSON file with machine,
-versions and commit, plots of time and memory against N, and a picture of chosen neighbors.
+versions and commit, and pictures.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import report, runner
-from .devices import DEVICES
-from .peers import DEFAULT_PEERS, PEERS
+from .devices import DEVICES, Device
+from .peers import PEERS
+from .runner import Case, Group
 from .stamp import RESULTS, make_stamp
-from .workloads import SOURCES, Workload, default_workloads
+from .suites import SUITES
+from .workloads import SOURCES, Workload
+
+DEFAULT_PEERS = ("convnn-all", "convnn-random", "convnn-spatial", "eager", "sdpa", "conv2d")
 
 
 def _shape(text: str) -> Workload:
     try:
         batch, tokens, channels, k = (int(number) for number in text.split(","))
-        return Workload(batch, tokens, channels, k)
+        return Workload(batch, tokens, channels, k, "random")
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"B,N,C,k expected, got {text!r}: {error}") from None
 
@@ -34,11 +38,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
-        epilog="peers: " + "; ".join(f"{name}: {peer.label}" for name, peer in PEERS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="suites:\n"
+        + "\n".join(f"  {name:<12}{suite.purpose}" for name, suite in SUITES.items())
+        + "\n\npeers:\n"
+        + "\n".join(f"  {name:<22}{peer.label}" for name, peer in PEERS.items()),
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="two small shapes, few rounds: seconds")
-    add("--shapes", nargs="+", type=_shape, metavar="B,N,C,k", help="N must be a square")
+    add(
+        "--suite",
+        nargs="+",
+        choices=list(SUITES),
+        metavar="SUITE",
+        help="what to measure (cpu)",
+    )
+    add("--shapes", nargs="+", type=_shape, metavar="B,N,C,k", help="these, instead of a suite")
     add(
         "--sources",
         nargs="+",
@@ -46,13 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         default=["photographs"],
         help="tokens for --shapes (photographs)",
     )
+    add("--groups", nargs="+", metavar="TEXT", help="only groups with one of these in their name")
     add(
         "--peers",
         nargs="+",
         choices=list(PEERS),
         metavar="PEER",
-        default=list(DEFAULT_PEERS),
-        help="whom to measure (all but python-ref)",
+        help="whom to measure (all of a suite)",
     )
     add("--device", default="cpu", help="where to measure (cpu)")
     add("--threads", type=int, help="PyTorch's threads (all cores)")
@@ -62,8 +76,51 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the JSON file (benchmarks/results/DEVICE-DATE-TIME.json); pictures go beside it",
     )
-    add("--no-pictures", action="store_true", help="leave out plots and the neighbors picture")
+    add("--no-pictures", action="store_true", help="leave out the pictures")
     return parser
+
+
+def _own_groups(options: argparse.Namespace) -> list[Group]:
+    """Groups for --shapes."""
+    peers = options.peers or DEFAULT_PEERS
+    groups = []
+    for source in options.sources:
+        for shape in options.shapes:
+            workload = replace(shape, source=source)
+            cases = [
+                Case(workload, peer, passes)
+                for peer in peers
+                for passes in ("forward", "forward+backward")
+                if passes in PEERS[peer].passes
+            ]
+            groups.append(Group(f"shape {workload}", tuple(cases), memory=tuple(peers)))
+    return groups
+
+
+def _groups(options: argparse.Namespace) -> list[Group]:
+    if options.shapes:
+        return _own_groups(options)
+    found = []
+    for suite in options.suite or ["cpu"]:
+        found += SUITES[suite].groups()
+    if options.peers:
+        found = [
+            replace(group, cases=tuple(c for c in group.cases if c.peer in options.peers))
+            for group in found
+        ]
+    if options.groups:
+        found = [g for g in found if any(text in g.name for text in options.groups)]
+    return [group for group in found if group.cases]
+
+
+def _measure(
+    groups: Sequence[Group], device: Device, threads: int, result: report.Result, output: Path
+) -> None:
+    for i, group in enumerate(groups, 1):
+        title, start = f"[{i}/{len(groups)}] {group.name}", time.perf_counter()
+        runner.measure(group, device, threads, result["rows"], title)
+        report.write(result, output)
+        print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,14 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = device.default_threads() if options.threads is None else options.threads
     if threads < 1:
         parser.error(f"--threads must be at least 1, got {threads}")
+    try:
+        groups = _groups(options)
+    except ValueError as error:
+        parser.error(str(error))
+    if not groups:
+        parser.error("no group is left to measure")
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
     output = options.output or RESULTS / f"{device.name}-{date}.json"
-    if options.shapes:
-        shapes = [replace(w, source=source) for source in options.sources for w in options.shapes]
-    else:
-        shapes = default_workloads(options.quick)
-    peers = {name: PEERS[name] for name in PEERS if name in options.peers}
-
     result: report.Result = {
         "complete": False,
         "stamp": make_stamp(device.name, threads),
@@ -94,12 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Before the work, so that a folder that cannot be written is found out now.
         report.write(result, output)
-        effort = runner.QUICK if options.quick else runner.Effort()
-        for i, workload in enumerate(shapes, 1):
-            title, start = f"[{i}/{len(shapes)}] {workload}", time.perf_counter()
-            result["rows"] += runner.measure(workload, peers, device, threads, effort, title)
-            report.write(result, output)
-            print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        _measure(groups, device, threads, result, output)
         result["complete"] = True
         report.write(result, output)
         print(report.terminal(result), end="\n\n")
@@ -110,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in pictures.draw_all(result, output.parent, f"{output.stem}-"):
                 print(f"picture: {path}")
     except KeyboardInterrupt:
+        report.write(result, output)
         print(f"\ninterrupted; what was measured so far is in {output}", file=sys.stderr)
         return 130
     except OSError as error:

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""What differs between devices: whether a run is possible, when work is done, peak memory."""
+"""What differs between devices: whether a run is possible, how to take time, peak memory."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from typing import Protocol
 
+import psutil
 import torch
 
 from . import memory
 from .workloads import Workload
+
+# Before a sample: see Cpu.seconds.
+_SETTLE_SECONDS = 0.005
 
 
 class Device(Protocol):
@@ -22,8 +28,11 @@ class Device(Protocol):
 
     def set_threads(self, threads: int) -> None: ...
 
-    def synchronize(self) -> None:
-        """Return when all work that was handed to the device is done."""
+    def memory_bytes(self) -> float:
+        """How much of its memory a peer may take."""
+
+    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+        """The time of one run, averaged over `repeats`, when all its work is done."""
 
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         """Peak memory above the inputs, or memory.MemoryNotMeasured."""
@@ -41,8 +50,17 @@ class Cpu:
     def set_threads(self, threads: int) -> None:
         torch.set_num_threads(threads)
 
-    def synchronize(self) -> None:
-        pass
+    def memory_bytes(self) -> float:
+        return 0.6 * psutil.virtual_memory().available
+
+    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+        # The threads of the peer before, of this process or of a library, may still be waiting for
+        # work on all cores.
+        time.sleep(_SETTLE_SECONDS)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
 
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         return memory.peak_bytes(workload, peer, passes, threads)

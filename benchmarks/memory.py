@@ -12,12 +12,13 @@ import ctypes
 import multiprocessing
 import signal
 import sys
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from .peers import PEERS, run_pass
+from .peers import PEERS, Call, gradient_mode, run_pass
 from .workloads import Workload, make_inputs
 
 _SECONDS_LIMIT = 600
@@ -49,12 +50,16 @@ def _return_freed_memory() -> ctypes.CDLL | None:
 
 def _measure(workload: Workload, peer_name: str, passes: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    peer, needs_gradient = PEERS[peer_name], passes != "forward"
+    peer, needs_gradient = PEERS[peer_name], passes == "forward+backward"
     libc = _return_freed_memory()
-    tiny = Workload(1, 64, workload.channels, min(workload.k, 64), "random")
-    run_pass(peer.build(tiny, make_inputs(tiny, requires_grad=needs_gradient)), passes)
+    tiny = replace(workload, batch=1, tokens=64, keys=None, k=min(workload.k, 64))
+    with gradient_mode(passes):
+        run_pass(peer.build(tiny, make_inputs(tiny, requires_grad=needs_gradient)), passes)
+        call = peer.build(workload, make_inputs(workload, requires_grad=needs_gradient))
+        return _peak(call, passes, libc)
 
-    call = peer.build(workload, make_inputs(workload, requires_grad=needs_gradient))
+
+def _peak(call: Call, passes: str, libc: ctypes.CDLL | None) -> int:
     if libc is not None:
         libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from PIL import Image
 
-from .peers import CANDIDATES, PASSES, PEERS, run_pass
+from .peers import PEERS, TRAINING, run_pass
 from .workloads import Inputs, Workload, photograph, photograph_tokens
 
 _STYLE: dict[Any, Any] = {
@@ -56,12 +57,18 @@ def _curves(rows: Sequence[dict[str, Any]]) -> tuple[Workload, list[dict[str, An
     families: dict[tuple[Any, ...], dict[int, Workload]] = {}
     for row in rows:
         w = Workload(**row["workload"])
-        families.setdefault((w.batch, w.channels, w.k, w.source), {})[w.tokens] = w
+        if row["peer"] in _LINES and row["group"].startswith(("against N", "shape")):
+            families.setdefault((w.batch, w.channels, w.k, w.source), {})[w.tokens] = w
     family = max(families.values(), key=len, default={})
     if len(family) < 2:
         return None
     members = set(family.values())
-    chosen = [row for row in rows if Workload(**row["workload"]) in members]
+    chosen = [
+        row
+        for row in rows
+        if Workload(**row["workload"]) in members
+        and row["group"].startswith(("against N", "shape"))
+    ]
     return next(iter(members)), chosen
 
 
@@ -73,9 +80,11 @@ def _plot(
     title: str,
     threads: int,
 ) -> Figure:
-    figure, axes = plt.subplots(1, len(PASSES), figsize=(9.5, 5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(TRAINING), figsize=(9.5, 5), sharey=True, layout="constrained"
+    )
     sizes = sorted({row["workload"]["tokens"] for row in rows})
-    for axis, passes in zip(axes, PASSES, strict=True):
+    for axis, passes in zip(axes, TRAINING, strict=True):
         for peer, style in _LINES.items():
             points = sorted(
                 (row["workload"]["tokens"], value)
@@ -131,11 +140,13 @@ def _draw_photograph(axis: Axes, name: str) -> None:
 
 def _neighbors(peer: str, name: str, workload: Workload) -> tuple[Tensor, Tensor | None]:
     """indices [N, k] that a peer returns for a photograph, and its candidates."""
-    tokens = photograph_tokens(name, workload.side, workload.channels)[None]
-    unused = torch.zeros(workload.channels, 1, workload.k)
-    inputs = Inputs(tokens, tokens, tokens, unused, unused, tokens)
+    side = math.isqrt(workload.tokens)
+    tokens = photograph_tokens(name, side, workload.channels)[None]
+    weight = torch.zeros(workload.channels, 1, workload.k)
+    inputs = Inputs(tokens, tokens, tokens, weight, weight, weight, tokens, tokens)
     call = PEERS[peer].build(workload, inputs)
-    return run_pass(call, "forward")[2][0], call.candidates
+    with torch.no_grad():
+        return run_pass(call, "forward")[2][0], call.candidates
 
 
 def neighbors_figure(workload: Workload = _NEIGHBORS_WORKLOAD) -> Figure:
@@ -143,7 +154,7 @@ def neighbors_figure(workload: Workload = _NEIGHBORS_WORKLOAD) -> Figure:
     figure, axes = plt.subplots(
         len(_NEIGHBORS_OF), len(_NEIGHBORS_PEERS), figsize=(10.5, 7.6), layout="constrained"
     )
-    side = workload.side
+    side = math.isqrt(workload.tokens)
 
     def place(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return (rows % side + 0.5) / side, (rows // side + 0.5) / side
@@ -182,7 +193,13 @@ def neighbors_figure(workload: Workload = _NEIGHBORS_WORKLOAD) -> Figure:
                     zorder=4,
                 )
     for axis, title in zip(
-        axes[0], ("all candidates", f"{CANDIDATES} random", f"{CANDIDATES} spatial"), strict=True
+        axes[0],
+        (
+            "all candidates",
+            f"{workload.candidates} random",
+            f"{workload.candidates} spatial",
+        ),
+        strict=True,
     ):
         axis.set_title(title)
     figure.suptitle(
