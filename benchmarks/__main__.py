@@ -2,12 +2,14 @@
 """Measure ConvNN beside eager PyTorch, attention, convolution and exact search.
 
 Every result is checked before it is timed. A run ends in tables, a JSON file with machine,
-versions and commit, and pictures.
+versions and commit, an HTML page and pictures. `python -m benchmarks compare BEFORE.json
+AFTER.json` says what moved between two runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import sys
 import time
@@ -15,12 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import report, runner
+from . import compare, report, runner
 from .devices import DEVICES, Device
 from .peers import PEERS
 from .runner import Case, Group
 from .stamp import RESULTS, make_stamp
-from .suites import SUITES
+from .suites import DEFAULT, SUITES
 from .workloads import SOURCES, Workload
 
 DEFAULT_PEERS = ("convnn-all", "convnn-random", "convnn-spatial", "eager", "sdpa", "conv2d")
@@ -50,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=list(SUITES),
         metavar="SUITE",
-        help="what to measure (cpu)",
+        help="what to measure (cpu, or gpu on a GPU)",
     )
     add("--shapes", nargs="+", type=_shape, metavar="B,N,C,k", help="these, instead of a suite")
     add(
@@ -68,15 +70,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PEER",
         help="whom to measure (all of a suite)",
     )
-    add("--device", default="cpu", help="where to measure (cpu)")
+    add("--device", default="cpu", help=f"where to measure: {' or '.join(DEVICES)} (cpu)")
     add("--threads", type=int, help="PyTorch's threads (all cores)")
     add(
         "--output",
         type=Path,
         metavar="FILE",
-        help="the JSON file (benchmarks/results/DEVICE-DATE-TIME.json); pictures go beside it",
+        help="the JSON file (benchmarks/results/DEVICE-DATE-TIME.json); the others lie beside it",
     )
-    add("--no-pictures", action="store_true", help="leave out the pictures")
+    add(
+        "--limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="begin no group after that time",
+    )
+    add("--no-pictures", action="store_true", help="leave out the pictures and the page")
     return parser
 
 
@@ -101,8 +110,8 @@ def _groups(options: argparse.Namespace) -> list[Group]:
     if options.shapes:
         return _own_groups(options)
     found = []
-    for suite in options.suite or ["cpu"]:
-        found += SUITES[suite].groups()
+    for suite in options.suite or [DEFAULT[options.device]]:
+        found += SUITES[suite].groups(options.device)
     if options.peers:
         found = [
             replace(group, cases=tuple(c for c in group.cases if c.peer in options.peers))
@@ -114,22 +123,99 @@ def _groups(options: argparse.Namespace) -> list[Group]:
 
 
 def _measure(
-    groups: Sequence[Group], device: Device, threads: int, result: report.Result, output: Path
+    groups: Sequence[Group],
+    device: Device,
+    threads: int,
+    result: report.Result,
+    output: Path,
+    seconds: float,
 ) -> None:
+    began = time.perf_counter()
     for i, group in enumerate(groups, 1):
         title, start = f"[{i}/{len(groups)}] {group.name}", time.perf_counter()
+        if start - began > seconds:
+            left = [group.name for group in groups[i - 1 :]]
+            result["left_out"] = left
+            print(f"--limit {seconds:g}: left out {'; '.join(left)}", file=sys.stderr)
+            return
         runner.measure(group, device, threads, result["rows"], title)
         report.write(result, output)
         print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
+def _finish(result: report.Result, output: Path, draw: bool) -> None:
+    """Everything but the JSON file."""
+    print(report.terminal(result), end="\n\n")
+    print(f"results: {output}")
+    if not draw:
+        return
+    from . import page, pictures
+
+    drawn = pictures.draw_all(result, output.parent, f"{output.stem}-")
+    for _, path in drawn:
+        print(f"picture: {path}")
+    page.write(result, drawn, output.with_suffix(".html"))
+    print(f"page: {output.with_suffix('.html')}")
+
+
+def _run(options: argparse.Namespace, groups: Sequence[Group], device: Device, threads: int) -> int:
+    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+    output = options.output or RESULTS / f"{device.name}-{date}.json"
+    result: report.Result = {
+        "complete": False,
+        "stamp": make_stamp(device.name, threads, device.describe()),
+        "left_out": [],
+        "rows": [],
+    }
+    try:
+        # Before the work, so that a folder that cannot be written is found out now.
+        report.write(result, output)
+    except OSError as error:
+        print(f"python -m benchmarks: cannot write {output}: {error}", file=sys.stderr)
+        return 2
+    try:
+        _measure(groups, device, threads, result, output, options.limit)
+        result["complete"] = not result["left_out"]
+        report.write(result, output)
+        _finish(result, output, not options.no_pictures)
+    except KeyboardInterrupt:
+        print(report.terminal(result), end="\n\n")
+        with contextlib.suppress(OSError):
+            report.write(result, output)
+        print(f"\ninterrupted; what was measured so far is in {output}", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if not result["complete"]:
+            print(report.terminal(result), end="\n\n")
+        kept = len(report.read(output)["rows"])
+        print(
+            f"python -m benchmarks: {error}\n{output} holds {kept} of the {len(result['rows'])} "
+            "results so far; the tables above hold all of them",
+            file=sys.stderr,
+        )
+        return 2
+    wrong = [row for row in result["rows"] if row["status"] in ("refused", "failed")]
+    for row in wrong:
+        print(
+            f"{row['status']}: {Workload(**row['workload'])}, {row['label']}, {row['pass']}: "
+            f"{row['reason']}",
+            file=sys.stderr,
+        )
+    return 1 if wrong else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all measured. 1: a result was refused or failed. 2: wrong use. 130: interrupted."""
+    """0: all measured. 1: a result was refused or failed. 2: wrong use, or a file could not be
+    written. 130: interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        return compare.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     device = DEVICES.get(options.device)
     if device is None:
-        parser.error(f"--device: nothing runs on {options.device!r} yet, only {', '.join(DEVICES)}")
+        parser.error(f"--device: nothing runs on {options.device!r}, only on {', '.join(DEVICES)}")
     if (reason := device.why_not()) is not None:
         parser.error(f"--device {options.device}: {reason}")
     threads = device.default_threads() if options.threads is None else options.threads
@@ -141,41 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if not groups:
         parser.error("no group is left to measure")
-    date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    output = options.output or RESULTS / f"{device.name}-{date}.json"
-    result: report.Result = {
-        "complete": False,
-        "stamp": make_stamp(device.name, threads),
-        "rows": [],
-    }
-    try:
-        # Before the work, so that a folder that cannot be written is found out now.
-        report.write(result, output)
-        _measure(groups, device, threads, result, output)
-        result["complete"] = True
-        report.write(result, output)
-        print(report.terminal(result), end="\n\n")
-        print(f"results: {output}")
-        if not options.no_pictures:
-            from . import pictures
-
-            for path in pictures.draw_all(result, output.parent, f"{output.stem}-"):
-                print(f"picture: {path}")
-    except KeyboardInterrupt:
-        report.write(result, output)
-        print(f"\ninterrupted; what was measured so far is in {output}", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"python -m benchmarks: {output}: {error}", file=sys.stderr)
-        return 2
-    wrong = [row for row in result["rows"] if row["status"] in ("refused", "failed")]
-    for row in wrong:
-        print(
-            f"{row['status']}: {Workload(**row['workload'])}, {row['label']}, {row['pass']}: "
-            f"{row['reason']}",
-            file=sys.stderr,
-        )
-    return 1 if wrong else 0
+    return _run(options, groups, device, threads)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ outputs and gradients.
 from __future__ import annotations
 
 from .peers import Peer
-from .peers.attention import WINDOW
+from .peers.attention import NEIGHBORHOOD, WINDOW
 from .peers.rates import COPY_BYTES, SIDE
 from .workloads import Workload
 
@@ -19,6 +19,8 @@ def flops(name: str, peer: Peer, workload: Workload, passes: str) -> float | Non
     """None where there is no such count."""
     w, backward = workload, passes == "forward+backward"
     pairs = w.batch * w.tokens * w.rows
+    if peer.computes == "model":
+        return None
     if peer.computes == "rate":
         return 2.0 * SIDE**3
     if peer.computes == "copy":
@@ -27,8 +29,9 @@ def flops(name: str, peer: Peer, workload: Workload, passes: str) -> float | Non
         return 2.0 * pairs * w.channels
     if peer.computes == "attention":
         return 2.0 * pairs * w.channels * (7 if backward else 2)
-    if peer.computes == "local attention":
-        near = w.batch * w.tokens * min(2 * WINDOW + 1, w.rows)
+    if peer.computes in ("local attention", "neighborhood attention"):
+        width = 2 * WINDOW + 1 if peer.computes == "local attention" else NEIGHBORHOOD**2
+        near = w.batch * w.tokens * min(width, w.rows)
         return 2.0 * near * w.channels * (7 if backward else 2)
     outputs = w.outputs or w.channels
     if peer.computes == "convolution":
@@ -51,6 +54,8 @@ def flops(name: str, peer: Peer, workload: Workload, passes: str) -> float | Non
 def moved_bytes(name: str, peer: Peer, workload: Workload, passes: str) -> float | None:
     w, backward = workload, passes == "forward+backward"
     element = w.torch_dtype.itemsize
+    if peer.computes == "model":
+        return None
     if peer.computes == "rate":
         return 3.0 * element * SIDE**2
     if peer.computes == "copy":

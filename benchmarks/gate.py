@@ -19,15 +19,16 @@ from torch.nn import functional as F
 
 import python_ref
 
+from .audit import Audit
 from .peers import Call, Peer, gradient_mode
-from .peers.attention import WINDOW
+from .peers.attention import WINDOW, neighborhood
 from .peers.convnn import operators
 from .workloads import Workload
 
 # Elements of the part of the similarity matrix that is computed in float64 for a check, and of the
 # gathered neighbors.
 _SAMPLED_PAIRS = 2**22
-_SAMPLED_ELEMENTS = 2**24
+_SAMPLED_ELEMENTS = 2**22
 
 # Relative to the largest value: for peers that are not ours. They add up in an order of their own
 # and may round worse than the eager reference: the gate only has to see that what is timed is what
@@ -237,6 +238,8 @@ def _mask(computes: str, workload: Workload, rows: Tensor, logits: Tensor) -> Te
     keys = torch.arange(workload.rows, device=rows.device)
     if computes == "local attention":
         return (rows[:, None] - keys).abs() <= WINDOW
+    if computes == "neighborhood attention":
+        return neighborhood(math.isqrt(workload.tokens), rows.device)[rows]
     return torch.ones_like(rows[:, None] - keys, dtype=torch.bool)
 
 
@@ -268,6 +271,21 @@ def _check_convolution(peer: Peer, workload: Workload, call: Call, passes: str) 
     return "all values"
 
 
+def _check_model(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
+    """Every call of this project's operators, or the whole model if it has none."""
+    audit = Audit()
+    with audit:
+        (output,), gradients = _run(call, passes, call.grad_output)
+    if not all(bool(each.isfinite().all()) for each in (output, *gradients)):
+        raise AssertionError("output or gradients are not finite")
+    if calls := audit.check():
+        return f"{calls} calls of the operators"
+    assert call.exact is not None
+    with torch.no_grad():
+        _close("output", output.detach(), call.exact(), output)
+    return "all outputs"
+
+
 def _check_rate(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
     (product,), _ = _run(call, passes, None)
     a, b = call.leaves["a"][:64], call.leaves["b"]
@@ -290,8 +308,10 @@ _CHECKS = {
     "aggregate": _check_aggregate,
     "attention": _check_attention,
     "local attention": _check_attention,
+    "neighborhood attention": _check_attention,
     "k-NN attention": _check_attention,
     "convolution": _check_convolution,
+    "model": _check_model,
     "rate": _check_rate,
     "copy": _check_copy,
 }

@@ -163,6 +163,8 @@ def _required(find: Callable[..., Row | None], groups: set[str]) -> Iterator[Goa
             )
         for peer, other in (("select", "select-avx2"), ("convnn-all", "convnn-avx2")):
             operator = "select" if peer == "select" else "forward"
+            if at(other) is None:
+                continue
             yield _goal(
                 f"{operator}-avx2-over-avx512/{name}",
                 f"{what}{operator}, AVX2 ÷ AVX-512",
@@ -264,17 +266,23 @@ def goals(result: dict[str, Any]) -> list[Goal]:
     return [*found, *_bfloat16(find, groups, result["stamp"]["cpu"]["features"])]
 
 
+def cells(goal: Goal) -> tuple[str, str, str, str, str]:
+    """What, value, spread, limit and verdict, as text."""
+    verdict = {True: "met", False: "NOT MET", None: "open"}[goal.met]
+    if goal.note:
+        verdict = goal.note if goal.value is None else f"({goal.note})"
+    return (
+        goal.what,
+        "—" if goal.value is None else f"{goal.value:.2f}",
+        "" if goal.spread is None else f"({goal.spread[0]:.2f}-{goal.spread[1]:.2f})",
+        f"{'≤' if goal.at_most else '≥'} {goal.limit:.2f}",
+        verdict,
+    )
+
+
 def table(found: Iterable[Goal]) -> str:
     """For a terminal."""
-    lines = []
-    for goal in found:
-        sign = "≤" if goal.at_most else "≥"
-        value = "—" if goal.value is None else f"{goal.value:.2f}"
-        spread = "" if goal.spread is None else f"({goal.spread[0]:.2f}-{goal.spread[1]:.2f})"
-        verdict = {True: "met", False: "NOT MET", None: "open"}[goal.met]
-        if goal.note:
-            verdict = f"{goal.note}" if goal.value is None else f"({goal.note})"
-        lines.append((goal.what, value, spread, f"{sign} {goal.limit:.2f}", verdict))
+    lines = [cells(goal) for goal in found]
     widths = [max((len(line[i]) for line in lines), default=0) for i in range(4)]
     return "\n".join(
         f"{what:<{widths[0]}}  {value:>{widths[1]}}  {spread:<{widths[2]}}  "

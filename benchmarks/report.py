@@ -2,12 +2,13 @@
 """Results as a file, as tables on the terminal, and as tables in Markdown.
 
 python -m benchmarks.report FILE.json                  print the tables again
-python -m benchmarks.report FILE.json --pictures DIR   draw the pictures again
+python -m benchmarks.report FILE.json --pictures DIR   draw the pictures and the page again
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -36,15 +37,25 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 
 
-def write(result: Result, path: Path) -> None:
-    """Replace the file as a whole, so that an interrupted run leaves a readable one."""
+def replace_file(path: Path, text: str) -> None:
+    """As a whole, so that an interrupted run or a full disk leaves a readable one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.write_text(text)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        # Where it could not be written there may be nothing to remove, nor a folder.
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write(result: Result, path: Path) -> None:
+    # A line for each row: a list of samples is not worth forty.
+    rows = ",\n".join(json.dumps(row) for row in result["rows"])
+    others = {name: value for name, value in result.items() if name != "rows"}
+    head = json.dumps(others, indent=1).removesuffix("\n}")
+    replace_file(path, f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 def read(path: Path) -> Result:
@@ -135,20 +146,20 @@ def _megabytes(row: Row | None) -> str:
     return f"{megabytes:.1f}" if megabytes < 10 else f"{megabytes:.0f}"
 
 
-def _label(row: Row, first: Row) -> str:
+def label(row: Row, first: Row) -> str:
     """The label of the peer, with what sets its workload apart from the group's first one."""
     own, base = row["workload"], first["workload"]
-    label = row["label"]
+    text = row["label"]
     if "random" in row["peer"] or "spatial" in row["peer"]:
-        label = label.replace("random", f"{own['candidates']} random")
-        label = label.replace("spatial", f"{own['candidates']} spatial")
+        text = text.replace("random", f"{own['candidates']} random")
+        text = text.replace("spatial", f"{own['candidates']} spatial")
     if row["peer"] in ("mm", "copy"):
-        return label
+        return text
     if (own["batch"], own["tokens"], own["channels"]) != tuple(
         base[name] for name in ("batch", "tokens", "channels")
     ):
-        label += f", N = {own['tokens']}"
-    return label + (f", {own['source']} features" if own["source"] != base["source"] else "")
+        text += f", N = {own['tokens']}"
+    return text + (f", {own['source']} features" if own["source"] != base["source"] else "")
 
 
 def table(rows: Sequence[Row], spread: bool) -> tuple[list[str], list[list[str]]]:
@@ -156,7 +167,7 @@ def table(rows: Sequence[Row], spread: bool) -> tuple[list[str], list[list[str]]
     passes = list(dict.fromkeys(row["pass"] for row in rows))
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(_label(row, rows[0]), {})[row["pass"]] = row
+        found.setdefault(label(row, rows[0]), {})[row["pass"]] = row
     references = References(rows)
     columns: dict[tuple[str, str], list[str]] = {}
     for each in passes:
@@ -175,7 +186,7 @@ def table(rows: Sequence[Row], spread: bool) -> tuple[list[str], list[list[str]]
         columns[each, "MB"] = [_megabytes(row) for row in own]
     kept = {name: cells for name, cells in columns.items() if any(cells)}
     header = ["", *(f"{each}: {name}" if name == "ms" else name for each, name in kept)]
-    lines = [[label, *(cells[i] for cells in kept.values())] for i, label in enumerate(found)]
+    lines = [[name, *(cells[i] for cells in kept.values())] for i, name in enumerate(found)]
     return header, lines
 
 
@@ -221,7 +232,9 @@ def caveats(result: Result) -> list[str]:
             f"The machine was busy when this run began (load average {load:.1f} on {cores} cores): "
             "times are noisy."
         )
-    if not result["complete"]:
+    if result.get("left_out"):
+        found.append(f"Left out for want of time: {'; '.join(result['left_out'])}.")
+    elif not result["complete"]:
         found.append("This run did not finish: what is missing was not measured.")
     return found
 
@@ -260,10 +273,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
     if options.pictures:
-        from . import pictures
+        from . import page, pictures
 
-        for path in pictures.draw_all(result, options.pictures):
-            print(path)
+        try:
+            drawn = pictures.draw_all(result, options.pictures)
+            path = options.pictures / f"{options.result.stem}.html"
+            page.write(result, drawn, path)
+        except OSError as error:
+            print(f"benchmarks.report: {error}", file=sys.stderr)
+            return 2
+        for each in (*(path for _, path in drawn), path):
+            print(each)
     else:
         print(terminal(result))
     return 0

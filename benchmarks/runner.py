@@ -22,9 +22,6 @@ from .memory import MemoryNotMeasured
 from .peers import PEERS, Call, Peer, Unavailable, gradient_mode, run_pass
 from .workloads import Workload, make_inputs
 
-# A peer that would need more than this is left out, by name.
-LARGEST_BYTES = 10e9
-
 Row = dict[str, Any]
 
 
@@ -57,7 +54,7 @@ class Case:
 class Group:
     """What is timed in turn, and so may be divided by one another.
 
-    memory: the peers whose peak memory is measured too.
+    memory: the peers whose peak memory is measured too, on the first workload.
     """
 
     name: str
@@ -83,6 +80,12 @@ class Ready:
         with gradient_mode(self.passes):
             return device.seconds(lambda: run_pass(self.call, self.passes), self.repeats)
 
+    def cold_sample(self, device: Device) -> float | None:
+        if self.call.sample is not None:
+            return None
+        with gradient_mode(self.passes):
+            return device.cold_seconds(lambda: run_pass(self.call, self.passes))
+
 
 def new_row(group: str, case: Case, peer: Peer) -> Row:
     return {
@@ -97,6 +100,7 @@ def new_row(group: str, case: Case, peer: Peer) -> Row:
         "flops": bounds.flops(case.peer, peer, case.workload, case.passes),
         "bytes": bounds.moved_bytes(case.peer, peer, case.workload, case.passes),
         "seconds": None,
+        "cold_seconds": None,
         "peak_bytes": None,
         "peak_reason": None,
     }
@@ -114,13 +118,13 @@ def prepare(group: str, case: Case, device: Device) -> Ready | Row:
         return _skipped(row, f"has no {passes} pass")
     backward = passes == "forward+backward"
     needed = peer.bytes_needed(workload, backward)
-    limit = min(LARGEST_BYTES, device.memory_bytes())
+    limit = device.memory_bytes()
     if needed > limit:
         return _skipped(
             row, f"needs about {needed / 1e9:.0f} GB, the limit is {limit / 1e9:.0f} GB"
         )
     try:
-        call = peer.build(workload, make_inputs(workload, device.name, requires_grad=backward))
+        call = peer.build(workload, make_inputs(workload, device.where, requires_grad=backward))
         row["checked"] = gate.check(peer, workload, call, passes)
     except Unavailable as error:
         return _skipped(row, str(error))
@@ -145,29 +149,37 @@ def _warm_up(cases: Sequence[Ready], device: Device, effort: Effort) -> None:
         case.repeats = max(1, round(effort.sample_seconds / case.estimate))
 
 
+def _summary(samples: Sequence[float]) -> dict[str, Any]:
+    p20, median, p80 = np.percentile(samples, [20, 50, 80])
+    return {
+        "median": float(median),
+        "p20": float(p20),
+        "p80": float(p80),
+        "samples": [float(f"{each:.5g}") for each in samples],
+    }
+
+
 def _time(cases: Sequence[Ready], rounds: int, device: Device, advance: Callable[[], None]) -> None:
     """Fill in the times of the rows."""
     samples: list[list[float]] = [[] for _ in cases]
+    cold: list[list[float]] = [[] for _ in cases]
     order = list(range(len(cases)))
     try:
         for _ in range(rounds):
             for i in order:
                 samples[i].append(cases[i].sample(device))
+                if (seconds := cases[i].cold_sample(device)) is not None:
+                    cold[i].append(seconds)
             order.reverse()  # no case always runs after the same other one
             advance()
     finally:
         # An interruption keeps the rounds that are whole.
         whole = min((len(each) for each in samples), default=0)
-        for case, own in zip(cases, samples, strict=True):
+        for case, warm, flushed in zip(cases, samples, cold, strict=True):
             if whole:
-                p20, median, p80 = np.percentile(own[:whole], [20, 50, 80])
-                case.row["seconds"] = {
-                    "median": float(median),
-                    "p20": float(p20),
-                    "p80": float(p80),
-                    "repeats": case.repeats,
-                    "samples": [float(f"{each:.5g}") for each in own[:whole]],
-                }
+                case.row["seconds"] = _summary(warm[:whole]) | {"repeats": case.repeats}
+            if flushed:
+                case.row["cold_seconds"] = _summary(flushed)
 
 
 @contextmanager
@@ -186,7 +198,7 @@ def measure(
 
     A row is there as soon as its case is checked, so that an interruption keeps what is known.
     """
-    device.set_threads(threads)
+    device.prepare(threads)
     cases: list[Ready] = []
     with _progress(title) as bar:
         bar.total = len(group.cases)
@@ -210,7 +222,12 @@ def measure(
         bar.set_description_str(f"{title}: timing, rounds")
         _time(cases, rounds, device, bar.update)
 
-        measured = [ready for ready in cases if ready.row["peer"] in group.memory]
+        first = asdict(group.cases[0].workload)
+        measured = [
+            ready
+            for ready in cases
+            if ready.row["peer"] in group.memory and ready.row["workload"] == first
+        ]
         bar.reset(total=len(measured))
         for ready in measured:
             row = ready.row

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import attention, convnn, convolution, isa, rates, search
+from . import attention, convnn, convolution, isa, models, rates, search
 from .base import PASSES, TRAINING, Call, Peer, Unavailable, gradient_mode, run_pass
 
 PEERS: dict[str, Peer] = {
@@ -12,6 +12,7 @@ PEERS: dict[str, Peer] = {
     **attention.PEERS,
     **convolution.PEERS,
     **search.PEERS,
+    **models.PEERS,
     **rates.PEERS,
 }
 

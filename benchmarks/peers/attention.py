@@ -18,6 +18,8 @@ from .base import PASSES, TRAINING, Call, Peer, Unavailable, whole_matrices
 
 # How far local attention reaches to either side.
 WINDOW = 128
+# Rows and columns of natten's neighborhood.
+NEIGHBORHOOD = 3
 
 
 def _heads(tensor: Tensor) -> Tensor:
@@ -87,6 +89,36 @@ def _local(workload: Workload, inputs: Inputs) -> Call:
     return Call(forward, {"query": query, "key": key, "value": value}, inputs.grad_output)
 
 
+def neighborhood(side: int, device: torch.device) -> Tensor:
+    """[N, N]: the pairs of a 3x3 neighborhood that is moved inwards at the border of the map."""
+    places = torch.arange(side, device=device)
+    first = (places - NEIGHBORHOOD // 2).clamp(0, side - NEIGHBORHOOD)
+    near = (places >= first[:, None]) & (places < first[:, None] + NEIGHBORHOOD)
+    return (near[:, None, :, None] & near[None, :, None, :]).reshape(side**2, side**2)
+
+
+def _natten(workload: Workload, inputs: Inputs) -> Call:
+    try:
+        from natten.functional import na2d
+    except ImportError as error:
+        raise Unavailable(f"natten is not installed (pip install natten): {error}") from error
+    side = workload.side
+    if side is None or side < NEIGHBORHOOD or workload.keys is not None:
+        raise Unavailable("a neighborhood needs a map of tokens")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # [B, H, W, heads, D]
+        maps = (each.transpose(1, 2).unflatten(1, (side, side)) for each in (query, key, value))
+        return na2d(*maps, kernel_size=NEIGHBORHOOD).flatten(1, 2).transpose(1, 2)
+
+    call = _call(attend, inputs)
+    try:
+        call.forward()
+    except Exception as error:
+        raise Unavailable(f"did not run: {type(error).__name__}: {error}") from error
+    return call
+
+
 def _near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return (q - k).abs() <= WINDOW
 
@@ -139,6 +171,9 @@ PEERS = {
         f"FlexAttention, {WINDOW} to either side", "local attention", _flex_local, TRAINING
     ),
     "local": Peer(f"local attention, {WINDOW} to either side", "local attention", _local, TRAINING),
+    "natten": Peer(
+        f"natten, {NEIGHBORHOOD}×{NEIGHBORHOOD}", "neighborhood attention", _natten, TRAINING
+    ),
     "kvt": Peer(
         "KVT (k-NN attention)",
         "k-NN attention",

@@ -29,7 +29,8 @@ class Call:
     leaves: what a backward pass differentiates, by name; grad_output has the layout of the output.
     candidates: the rows that may be neighbors, or None for all; the token itself is one then too.
     indices: the neighbors [B, N, k] that are given, where they are not searched for.
-    sample: the seconds of so many passes, where they do not run in this process.
+    sample: the seconds of one pass, averaged over so many, where they run in another process.
+    exact: the output in float64, where nothing else defines it.
     """
 
     forward: Callable[[], tuple[Tensor, ...]]
@@ -38,6 +39,7 @@ class Call:
     candidates: Tensor | None = None
     indices: Tensor | None = None
     sample: Callable[[int], float] | None = None
+    exact: Callable[[], Tensor] | None = None
 
 
 def nothing(workload: Workload, backward: bool) -> float:

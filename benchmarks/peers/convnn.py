@@ -164,6 +164,32 @@ def _tokens(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return inputs.query, inputs.key, inputs.value
 
 
+def _forced(backend: str, operator: str) -> Peer:
+    def build(workload: Workload, inputs: Inputs) -> Call:
+        import convnn_kernels
+
+        def operation(*args: Any) -> Any:
+            with convnn_kernels.backend(backend):
+                return getattr(operators(), operator)(*args)
+
+        make = select_call if operator == "select" else forward_call
+        call = make(operation, workload, inputs)
+        try:
+            call.forward()
+        except RuntimeError as error:
+            raise Unavailable(str(error)) from error
+        return call
+
+    select = operator == "select"
+    return Peer(
+        f"{'select' if select else 'ConvNN'}, all candidates, backend {backend}",
+        "select" if select else "convnn",
+        build,
+        ("forward",),
+        exacting=True,
+    )
+
+
 def _restricted(kind: str) -> dict[str, Peer]:
     return {
         f"convnn-{kind}": Peer(
@@ -251,6 +277,11 @@ PEERS = {
         baseline="matmul-topk",
         exacting=True,
     ),
+    **{
+        f"{'select' if operator == 'select' else 'convnn'}-{backend}": _forced(backend, operator)
+        for operator in ("select", "forward")
+        for backend in ("triton", "cuda")
+    },
     "aggregate": Peer(
         "aggregate, depthwise",
         "aggregate",

@@ -35,6 +35,8 @@ def _call(operator: str, workload: Workload, inputs: Inputs) -> Call:
 
 def _serve(connection: Connection) -> None:
     """Answers requests until the other end closes: (name, number of a call, argument)."""
+    from convnn_kernels import native
+
     calls: dict[int, Call] = {}
     with torch.no_grad():
         while True:
@@ -48,6 +50,7 @@ def _serve(connection: Connection) -> None:
                     operator, workload, threads = argument
                     torch.set_num_threads(threads)
                     calls[number] = _call(operator, workload, make_inputs(workload))
+                    answer = native.cpu_instruction_set()
                 elif request == "drop":
                     calls.pop(number, None)
                     continue
@@ -107,7 +110,9 @@ def _peer(operator: str, isa: str) -> Peer:
         if inputs.query.device.type != "cpu":
             raise Unavailable("instruction sets are the CPU's")
         worker, number = _worker(isa), next(_numbers)
-        worker.ask("prepare", number, (operator, workload, torch.get_num_threads()))
+        used = worker.ask("prepare", number, (operator, workload, torch.get_num_threads()))
+        if used != isa:
+            raise Unavailable(f"{isa} cannot run here")
 
         def forward() -> tuple[torch.Tensor, ...]:
             return tuple(torch.from_numpy(each) for each in worker.ask("result", number))
@@ -134,4 +139,6 @@ def _peer(operator: str, isa: str) -> Peer:
 PEERS = {
     "select-avx2": _peer("select", "avx2"),
     "convnn-avx2": _peer("forward", "avx2"),
+    "select-portable": _peer("select", "portable"),
+    "convnn-portable": _peer("forward", "portable"),
 }
