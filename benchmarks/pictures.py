@@ -8,7 +8,7 @@ Markers, lines, gray values and hatches tell things apart; color only helps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,98 +140,115 @@ def _median_milliseconds(row: Row) -> float | None:
     return None if row["seconds"] is None else 1e3 * row["seconds"]["median"]
 
 
-# Whom a ratio is taken of, in the order of the bars.
-_OURS = ("convnn-all", "convnn-random", "convnn-dense", "aggregate-dense", "select")
-_THEIRS = {"sdpa": "attention (SDPA)", "conv2d": "Conv2d 3×3", "faiss": "FAISS, exact search"}
+# Whom each of ours is divided by: what does the same, or what it stands in for.
+_OURS = {
+    "convnn-all": ("sdpa", "conv2d"),
+    "convnn-random": ("sdpa", "conv2d"),
+    "convnn-dense": ("conv2d",),
+    "aggregate-dense": ("conv2d",),
+    "select": ("faiss",),
+}
+_THEIRS = {
+    "sdpa": "attention (SDPA)",
+    "conv2d": "Conv2d 3×3",
+    "faiss": "FAISS, exact search",
+}
 
 
-def _pairs(rows: Sequence[Row]) -> Iterator[tuple[str, str, float]]:
-    """Whom against, a label, and our time divided by theirs."""
-    seen = set()
-    for group in report.groups(rows).values():
-        references = report.References(group)
-        for name in _OURS:
-            for row in group:
-                if (
-                    row["peer"] != name
-                    or row["workload"]["source"] != group[0]["workload"]["source"]
-                ):
-                    continue
-                for against in _THEIRS:
-                    # A part of ConvNN is held only against what does the same part.
-                    if (name == "select") != (against == "faiss"):
-                        continue
-                    if name in ("convnn-dense", "aggregate-dense") and against != "conv2d":
-                        continue
-                    value = goals.ratio(row, references.find(row, against))[0]
-                    w = Workload(**row["workload"])
-                    label = f"{report.label(row, row)}, {w.shape}"
-                    if row["pass"] == "forward+backward":
-                        label += " + backward"
-                    if w.dtype != "float32":
-                        label += f", {w.dtype}"
-                    if not math.isnan(value) and (against, label) not in seen:
-                        seen.add((against, label))
-                        yield against, label, value
+# A small call says what the host costs, and bfloat16 has a table of its own.
+_NO_BARS = ("host overhead", "bfloat16")
+
+
+def _bars(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """By whom against, label and pass: our time divided by theirs."""
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in _THEIRS}
+    for group, members in report.groups(rows).items():
+        if group.startswith(_NO_BARS):
+            continue
+        references, source = report.References(members), members[0]["workload"]["source"]
+        for row in members:
+            w = Workload(**row["workload"])
+            if row["peer"] not in _OURS or w.source != source:
+                continue
+            for against in _OURS[row["peer"]]:
+                value = goals.ratio(row, references.find(row, against))[0]
+                dtype = "" if w.dtype == "float32" else f", {w.dtype}"
+                label = f"{report.label(row, row)}, {w.shape}{dtype}"
+                if not math.isnan(value):
+                    found[against].setdefault(label, {}).setdefault(row["pass"], value)
+    return {name: bars for name, bars in found.items() if bars}
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:#.2g}"
+
+
+def _draw_bars(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
+    """From 1: to the left where ours takes less time, to the right, hatched, where it takes more.
+    Forward above in a dark tone, forward+backward below in a light one.
+    """
+    for i, passes in enumerate(bars.values()):
+        for each, value in passes.items():
+            loses, place = value > 1, 0.0
+            if len(passes) > 1:
+                place = -0.2 if each == "forward" else 0.2
+            dark, light = ("#d98e4a", "#f6dcc4") if loses else ("#2f4d73", "#b9c7d9")
+            axis.barh(
+                i + place,
+                math.log2(value),
+                height=0.4 if len(passes) > 1 else 0.6,
+                color=dark if each == "forward" else light,
+                edgecolor="black",
+                linewidth=0.6,
+                hatch="////" if loses else None,
+            )
+            axis.annotate(
+                _two_digits(value),
+                (math.log2(value), i + place),
+                xytext=(4 if loses else -4, 0),
+                textcoords="offset points",
+                ha="left" if loses else "right",
+                va="center",
+                fontsize=8,
+            )
+    axis.set_yticks(range(len(bars)), list(bars), fontsize=9)
+    axis.set_ylim(len(bars) - 0.4, -0.6)
+    axis.axvline(0, color="black", linewidth=1)
+    axis.tick_params(left=False)
+    axis.spines["left"].set_visible(False)
 
 
 def _ratios(rows: Sequence[Row], machine: str) -> Figure | None:
-    """One bar for each ratio, from 1: to the left where ConvNN is cheaper, to the right, hatched,
-    where it costs more."""
-    found: dict[str, list[tuple[str, float]]] = {}
-    for against, label, value in _pairs(rows):
-        found.setdefault(against, []).append((label, value))
-    if not found:
+    panels = _bars(rows)
+    if not panels:
         return None
-    panels = {name: found[name] for name in _THEIRS if name in found}
-    heights = [len(bars) + 1.5 for bars in panels.values()]
+    heights = [len(bars) + 1.2 for bars in panels.values()]
     figure, axes = plt.subplots(
         len(panels),
         1,
-        figsize=(10, 1.5 + 0.235 * sum(heights)),
+        figsize=(10, 1.6 + 0.34 * sum(heights)),
         height_ratios=heights,
         sharex=True,
         layout="constrained",
         squeeze=False,
     )
-    values = [value for bars in panels.values() for _, value in bars]
-    low, high = min(0.5, *values), max(2.0, *values)
     for axis, (against, bars) in zip(axes[:, 0], panels.items(), strict=True):
-        for i, (_, value) in enumerate(bars):
-            costs_more = value > 1
-            axis.barh(
-                i,
-                math.log2(value),
-                color="#f3c9a8" if costs_more else "#39557a",
-                edgecolor="black",
-                linewidth=0.6,
-                hatch="////" if costs_more else None,
-            )
-            text = f"{value:.{0 if value >= 20 else 1 if value >= 10 else 2}f}"
-            side = "left" if costs_more else "right"
-            axis.annotate(
-                text,
-                (math.log2(value), i),
-                xytext=(4 if costs_more else -4, 0),
-                textcoords="offset points",
-                ha=side,
-                va="center",
-                fontsize=9,
-            )
-        axis.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=9)
-        axis.set_ylim(len(bars) - 0.4, -0.6)
-        axis.axvline(0, color="black", linewidth=1)
+        _draw_bars(axis, bars)
         axis.set_title(f"against {_THEIRS[against]}", loc="left")
-        axis.tick_params(left=False)
-        axis.spines["left"].set_visible(False)
-        axis.set_xlim(math.log2(low) - 1.2, math.log2(high) + 1.2)
-        ticks = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
-        axis.set_xticks(ticks, [f"{2.0**tick:g}" for tick in ticks])
         axis.grid(True, axis="x", color="#dddddd", linewidth=0.7)
         axis.set_axisbelow(True)
-    axes[-1][0].set_xlabel("time ÷ theirs")
+    values = [v for bars in panels.values() for passes in bars.values() for v in passes.values()]
+    low, high = math.log2(min(0.5, *values)), math.log2(max(2.0, *values))
+    step = max(1, math.ceil((high - low) / 9))
+    exponents = range(step * math.floor(low / step), step * math.ceil(high / step) + 1, step)
+    axis = axes[-1][0]
+    axis.set_xlim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    ticks = [e for e in exponents if axis.get_xlim()[0] <= e <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [f"{2**e}" if e >= 0 else f"1/{2**-e}" for e in ticks])
+    axis.set_xlabel("time ÷ theirs")
     figure.suptitle(
-        "What ConvNN costs: solid bars are cheaper, hatched bars dearer (B, N, C, k)\n" + machine,
+        f"Time of ConvNN divided by theirs, {machine}: hatched where ConvNN takes longer\n"
+        "(B, N, C, k); dark: forward, light: forward+backward",
         fontsize=13,
     )
     return figure
@@ -259,6 +276,7 @@ def _roofline(rows: Sequence[Row], machine: str) -> Figure | None:
         and row["seconds"]
         and row["flops"] is not None
         and row["workload"]["dtype"] == dtype
+        and row["group"] != "host overhead"
     ]
 
     def rate(peer: str, quantity: str) -> float:
@@ -292,29 +310,19 @@ def _roofline(rows: Sequence[Row], machine: str) -> Figure | None:
     if not intensities:
         return None
     x = np.geomspace(0.5 * min(intensities), 2 * max(intensities), 200)
-    axis.plot(x, np.minimum(flops, x * bandwidth) / 1e9, color="black", linewidth=1.5)
-    axis.annotate(
-        f"torch.mm: {flops / 1e9:,.0f} GFLOP/s",
-        (x[-1], flops / 1e9),
-        xytext=(0, 6),
-        textcoords="offset points",
-        ha="right",
+    axis.plot(
+        x,
+        np.minimum(flops, x * bandwidth) / 1e9,
+        color="black",
+        linewidth=1.5,
+        label=f"torch.mm {flops / 1e9:,.0f} GFLOP/s, copy {bandwidth / 1e9:,.0f} GB/s",
     )
-    knee = min(flops / bandwidth, x[-1])
-    if knee > x[0]:
-        at = math.sqrt(x[0] * knee)
-        axis.annotate(
-            f"copy: {bandwidth / 1e9:,.0f} GB/s",
-            (at, at * bandwidth / 1e9),
-            xytext=(-8, 8),
-            textcoords="offset points",
-            ha="right",
-        )
     axis.set(
         xscale="log", yscale="log", xlabel="flops per byte of inputs and outputs", ylabel="GFLOP/s"
     )
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(True, color="#dddddd", linewidth=0.7)
     axis.legend(frameon=False, loc="lower right", ncols=2)
@@ -322,6 +330,53 @@ def _roofline(rows: Sequence[Row], machine: str) -> Figure | None:
         f"Roofline of the forward passes, {dtype}, {machine}\n"
         "above the line: the product never leaves the cache, torch.mm writes its own"
     )
+    return figure
+
+
+# What varies in the groups of that name, and how it is called.
+_VARIED = {
+    "against k": ("k", "k, neighbors"),
+    "against D": ("channels", "D = C, channels"),
+    "against R": ("candidates", "R, candidates"),
+}
+
+
+def _scaling(rows: Sequence[Row], machine: str) -> Figure | None:
+    """Forward passes against k, D and R."""
+    panels = {
+        start: own
+        for start in _VARIED
+        if (own := [r for r in rows if r["group"].startswith(start) and r["seconds"]])
+    }
+    if not panels:
+        return None
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(4.2 * len(panels), 5),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    named: dict[str, Any] = {}
+    for axis, (start, own) in zip(axes[0], panels.items(), strict=True):
+        name, title = _VARIED[start]
+        for peer, style in _LINES.items():
+            points = sorted(
+                (row["workload"][name], 1e3 * row["seconds"]["median"])
+                for row in own
+                if row["peer"] == peer and row["pass"] == "forward"
+            )
+            if points:
+                (line,) = axis.plot(*zip(*points, strict=True), **style)
+                named.setdefault(PEERS[peer].label, line)
+        _plain_numbers(axis, sorted({row["workload"][name] for row in own}))
+        axis.tick_params(axis="x", labelsize=9)
+        axis.set_xlabel(title)
+    axes[0][0].set_ylabel("ms, forward")
+    w = rows[0]["workload"]
+    figure.suptitle(f"Time against one size at a time, {w['dtype']}, {machine}", fontsize=13)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -464,6 +519,7 @@ def draw_all(result: dict[str, Any], folder: Path, prefix: str = "") -> list[tup
                 ),
             ),
             "roofline": ("Roofline", lambda: _roofline(rows, machine)),
+            "scaling": ("Time against k, D and R", lambda: _scaling(rows, machine)),
             "growth": ("Growth with the number of tokens", lambda: _growth(rows, machine)),
         }
         for name, (title, draw) in figures.items():

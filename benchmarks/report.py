@@ -2,7 +2,8 @@
 """Results as a file, as tables on the terminal, and as tables in Markdown.
 
 python -m benchmarks.report FILE.json                  print the tables again
-python -m benchmarks.report FILE.json --pictures DIR   draw the pictures and the page again
+python -m benchmarks.report FILE.json --pictures DIR   draw the pictures again
+python -m benchmarks.report FILE.json --page FILE.html write the page again
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,11 @@ from .peers import PEERS
 from .workloads import Workload
 
 FOOTNOTE = (
-    "ms: median and, in parentheses, the 20th to 80th percentile. ÷ eager, ÷ SDPA, ÷ Conv2d: the "
-    "time divided by theirs, the median of the ratios within each round, not the quotient of the "
-    "medians; below 1 is quicker. Eager is plain PyTorch that computes the same; SDPA is the "
+    "ms: median and, in parentheses, the 20th to 80th percentile. ÷ eager, ÷ SDPA, ÷ Conv2d, "
+    "÷ FAISS: the time divided by theirs, the median of the ratios within each round, not the "
+    "quotient of the medians; below 1 is quicker. Eager is plain PyTorch that computes the same; SDPA is the "
     "fastest of the kernels of scaled_dot_product_attention that were measured. "
-    "bound: the least time that the flops and bytes of the call allow, at the rates of torch.mm "
+    "of bound: the least time that the flops and bytes of the call allow, at the rates of torch.mm "
     "and of a copy in the same run, divided by the time. "
     "MB: peak memory above the inputs, on a CPU the resident set of a process of its own. "
     "With random or spatial candidates the token itself is always a neighbor. "
@@ -59,7 +61,12 @@ def write(result: Result, path: Path) -> None:
 
 
 def read(path: Path) -> Result:
-    return json.loads(path.read_text())
+    """Raises OSError or ValueError."""
+    result = json.loads(path.read_text())
+    rows = result.get("rows") if isinstance(result, dict) else None
+    if not isinstance(rows, list) or not all("group" in row for row in rows):
+        raise ValueError(f"{path} is not a result of this version of python -m benchmarks")
+    return result
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -92,6 +99,9 @@ class References:
         peer = PEERS.get(row["peer"])
         if peer is None or peer.computes in ("rate", "copy"):
             return None
+        # A search is held against a search, a layer against a layer.
+        if against != "eager" and (against == "faiss") != (peer.computes in _SEARCHES):
+            return None
         if against == "eager":
             names = [peer.baseline] if peer.baseline else []
             return self._like(row, names, same_source=True)
@@ -118,7 +128,8 @@ class References:
         return max(row[quantity] / rate for quantity, rate in rates.items())
 
 
-_AGAINST = {"eager": "÷ eager", "sdpa": "÷ SDPA", "conv2d": "÷ Conv2d"}
+_AGAINST = {"eager": "÷ eager", "sdpa": "÷ SDPA", "conv2d": "÷ Conv2d", "faiss": "÷ FAISS"}
+_SEARCHES = ("select", "product")
 
 
 def _milliseconds(row: Row | None, spread: bool) -> str:
@@ -136,7 +147,7 @@ def _ratio(row: Row | None, other: Row | None) -> str:
     if row is None or other is None or row["seconds"] is None:
         return ""
     value = goals.ratio(row, other)[0]
-    return f"{value:.{0 if value >= 20 else 1 if value >= 10 else 2}f}"
+    return f"{value:.{0 if value >= 20 else 1 if value >= 10 else 2 if value >= 0.1 else 3}f}"
 
 
 def _megabytes(row: Row | None) -> str:
@@ -177,7 +188,7 @@ def table(rows: Sequence[Row], spread: bool) -> tuple[list[str], list[list[str]]
             others = [None if row is None else references.find(row, against) for row in own]
             columns[each, title] = [_ratio(*pair) for pair in zip(own, others, strict=True)]
         bounds = [None if row is None else references.bound(row) for row in own]
-        columns[each, "bound"] = [
+        columns[each, "of bound"] = [
             ""
             if row is None or bound is None or row["seconds"] is None
             else f"{bound / row['seconds']['median']:.2f}"
@@ -266,26 +277,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("result", type=Path, help="a JSON file that python -m benchmarks wrote")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw the pictures there")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page there")
     options = parser.parse_args(arguments)
     try:
         result = read(options.result)
+        if not options.pictures and not options.page:
+            print(terminal(result))
+            return 0
+
+        from . import page, pictures
+
+        with tempfile.TemporaryDirectory() as folder:
+            drawn = pictures.draw_all(result, options.pictures or Path(folder))
+            if options.page:
+                page.write(result, drawn, options.page)
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
-    if options.pictures:
-        from . import page, pictures
-
-        try:
-            drawn = pictures.draw_all(result, options.pictures)
-            path = options.pictures / f"{options.result.stem}.html"
-            page.write(result, drawn, path)
-        except OSError as error:
-            print(f"benchmarks.report: {error}", file=sys.stderr)
-            return 2
-        for each in (*(path for _, path in drawn), path):
-            print(each)
-    else:
-        print(terminal(result))
+    for path in [*(path for _, path in drawn if options.pictures), options.page]:
+        if path:
+            print(path)
     return 0
 
 

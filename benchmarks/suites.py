@@ -34,8 +34,7 @@ def _required() -> list[Group]:
     groups = []
     for workload in REQUIRED:
         small = workload.batch * workload.tokens**2 <= 2**24
-        peers = ["mm", "select", "faiss", "convnn-all", "sdpa"]
-        peers += ["copy"] if workload == REQUIRED[0] else []
+        peers = ["mm", "copy", "select", "faiss", "convnn-all", "sdpa"]
         # The kernel that PyTorch does not choose is the faster one at a few sizes only.
         peers += ["sdpa-math", "eager"] if small else []
         avx2 = ["select-avx2", "convnn-avx2"] if small else ["select-avx2"]
@@ -48,7 +47,7 @@ def _required() -> list[Group]:
                     *_cases(random, ("select", "convnn-all"), _FORWARD),
                     *_cases(workload, avx2, _FORWARD),
                 ),
-                Effort(10 if small else 20, fewest_rounds=5 if small else 3),
+                Effort(8 if small else 15, fewest_rounds=5 if small else 3),
                 memory=_MODELS if workload == REQUIRED[1] else (),
             )
         )
@@ -234,8 +233,17 @@ def backends(device: str) -> list[Group]:
 def gpu(device: str) -> list[Group]:
     """What a GPU is asked first, in about six minutes; the most telling first."""
     attention = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
-    fused = ("mm", "select", "convnn-all", *attention, "matmul", "matmul-topk", "flashlib")
-    model = ("mm", "select", "aggregate", "convnn-all", "convnn-random", "eager", *attention)
+    fused = ("mm", "copy", "select", "convnn-all", *attention, "matmul", "matmul-topk", "flashlib")
+    model = (
+        "mm",
+        "copy",
+        "select",
+        "aggregate",
+        "convnn-all",
+        "convnn-random",
+        "eager",
+        *attention,
+    )
     long = _unique(_fit(w, device) for w in (LONG[2], LONG[0], LONG[4], LONG[1], LONG[3], LONG[5]))
     half = [replace(w, dtype=LONG[0].dtype) for w in (VIT_TINY, *VGG11[:3])]
     vit, *vgg = _unique(_fit(w, device) for w in half)

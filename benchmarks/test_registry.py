@@ -30,6 +30,8 @@ def test_case(case: tuple[runner.Group, runner.Case], benchmark: Any, request: A
         if ready["status"] == "skipped":
             pytest.skip(ready["reason"])
         pytest.fail(f"{ready['status']}: {ready['reason']}")
+    if ready.call.sample is not None:
+        pytest.skip("runs in a process of its own, which python -m benchmarks times")
 
     def run() -> None:
         run_pass(ready.call, ready.passes)

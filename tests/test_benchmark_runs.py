@@ -400,6 +400,11 @@ def test_no_gpu_is_said(monkeypatch, capsys):
 # Figures in documents.
 
 
+@pytest.mark.parametrize("path", figures.DOCUMENTS, ids=lambda path: path.name)
+def test_figures_of_the_documentation_are_those_of_a_result(path):
+    assert figures.disagreements(path) == []
+
+
 DOCUMENT = """<!-- figures: run.json -->
 select reaches 9.99<!-- select-share/B1-N4096-C64-k9 --> of the rate, or
 9%<!-- select-share/B1-N4096-C64-k9 -->, in 1 ms<!-- ms/select/forward/B1-N4096-C64-k9 -->;

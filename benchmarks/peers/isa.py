@@ -11,6 +11,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 import weakref
 from multiprocessing.connection import Connection
@@ -37,12 +38,14 @@ def _serve(connection: Connection) -> None:
     """Answers requests until the other end closes: (name, number of a call, argument)."""
     from convnn_kernels import native
 
+    # Ctrl-C is for the process that asks; this one ends when the other does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     calls: dict[int, Call] = {}
     with torch.no_grad():
         while True:
             try:
                 request, number, argument = connection.recv()
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 return
             answer: Any = None
             try:

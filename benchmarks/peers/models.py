@@ -20,11 +20,16 @@ from .base import TRAINING, Call, Peer
 _CLASSES = 10
 
 
-def model_call(make: Callable[[int], nn.Module], workload: Workload, inputs: Inputs) -> Call:
-    """`make` takes height and width of the images; one image is tokens pixels, or patches of 16."""
+# Height and width of ViT-Tiny's patches, in pixels.
+_PATCH = 16
+
+
+def model_call(
+    make: Callable[[int], nn.Module], workload: Workload, inputs: Inputs, pixels: int = 1
+) -> Call:
+    """`make` takes the side of the images: a square of tokens, each of so many pixels a side."""
     training, device = inputs.query.requires_grad, inputs.query.device
-    patches = math.isqrt(workload.tokens)
-    size = patches if workload.side is not None else 16 * patches
+    size = pixels * math.isqrt(workload.tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make(size).to(device, workload.torch_dtype).train(training)
@@ -58,6 +63,7 @@ def _vit(layer: str) -> Callable[[Workload, Inputs], Call]:
             lambda size: vit_tiny(_CLASSES, layer, workload.k, image_size=size, dropout=0.0),
             workload,
             inputs,
+            _PATCH,
         )
 
     return build
