@@ -26,10 +26,10 @@ from .workloads import Workload
 FOOTNOTE = (
     "ms: median and, in parentheses, the 20th to 80th percentile. ÷ eager, ÷ SDPA, ÷ Conv2d, "
     "÷ FAISS: the time divided by theirs, the median of the ratios within each round, not the "
-    "quotient of the medians; below 1 is quicker. Eager is plain PyTorch that computes the same; SDPA is the "
-    "fastest of the kernels of scaled_dot_product_attention that were measured. "
+    "quotient of the medians; below 1 is quicker. Eager is plain PyTorch that computes the same; "
+    "SDPA is the fastest of the kernels of scaled_dot_product_attention that were measured. "
     "of bound: the least time that the flops and bytes of the call allow, at the rates of torch.mm "
-    "and of a copy in the same run, divided by the time. "
+    "and of a copy in the same group, divided by the time. "
     "MB: peak memory above the inputs, on a CPU the resident set of a process of its own. "
     "With random or spatial candidates the token itself is always a neighbor. "
     "Eager ConvNN uses torch.topk and keeps no order among ties."
