@@ -20,12 +20,16 @@ from pathlib import Path
 from . import compare, report, runner
 from .devices import DEVICES, Device
 from .peers import PEERS
-from .runner import Case, Group
+from .runner import Case, Effort, Group
 from .stamp import RESULTS, make_stamp
 from .suites import DEFAULT, SUITES
 from .workloads import SOURCES, Workload
 
 DEFAULT_PEERS = ("convnn-all", "convnn-random", "convnn-spatial", "eager", "sdpa", "conv2d")
+
+
+# For --shapes.
+SHAPES_EFFORT = Effort()
 
 
 def _shape(text: str) -> Workload:
@@ -102,7 +106,8 @@ def _own_groups(options: argparse.Namespace) -> list[Group]:
                 for passes in ("forward", "forward+backward")
                 if passes in PEERS[peer].passes
             ]
-            groups.append(Group(f"shape {workload}", tuple(cases), memory=tuple(peers)))
+            name = f"shape {workload}"
+            groups.append(Group(name, tuple(cases), SHAPES_EFFORT, tuple(peers)))
     return groups
 
 

@@ -229,8 +229,9 @@ def _features(workload: Workload, count: int, seed: int) -> Tensor:
     return torch.cat([tokens, tokens.mean(dim=1, keepdim=True)], dim=1)
 
 
-def make_inputs(workload: Workload, device: str = "cpu", requires_grad: bool = False) -> Inputs:
-    """The same numbers for the same workload, whatever the device."""
+@functools.lru_cache(maxsize=2)
+def _numbers(workload: Workload) -> dict[str, Tensor]:
+    """By the names of Inputs, float32 on the CPU. The cases of a group share them."""
     query = _features(workload, workload.tokens, seed=1)
     rows = query if workload.keys is None else _features(workload, workload.keys, seed=2)
     channels, k = workload.channels, workload.k
@@ -240,21 +241,27 @@ def make_inputs(workload: Workload, device: str = "cpu", requires_grad: bool = F
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=generator).mul_(std)
 
-    def place(tensor: Tensor, differentiable: bool = True) -> Tensor:
+    return {
+        "query": query,
+        "key": rows,
+        "value": rows,
+        "weight": normal(channels, 1, k, std=k**-0.5),
+        "dense_weight": normal(outputs, channels, k, std=(k * channels) ** -0.5),
+        "conv_weight": normal(outputs, channels, 3, 3, std=(9 * channels) ** -0.5),
+        "grad_output": normal(*query.shape),
+        "grad_dense": normal(*query.shape[:2], outputs),
+    }
+
+
+def make_inputs(workload: Workload, device: str = "cpu", requires_grad: bool = False) -> Inputs:
+    """The same numbers for the same workload, whatever the device."""
+
+    def place(name: str, tensor: Tensor) -> Tensor:
         # Always a copy: query, key and value must not share storage.
         tensor = tensor.to(device, workload.torch_dtype, copy=True)
-        return tensor.requires_grad_(requires_grad and differentiable)
+        return tensor.requires_grad_(requires_grad and not name.startswith("grad"))
 
-    return Inputs(
-        query=place(query),
-        key=place(rows),
-        value=place(rows),
-        weight=place(normal(channels, 1, k, std=k**-0.5)),
-        dense_weight=place(normal(outputs, channels, k, std=(k * channels) ** -0.5)),
-        conv_weight=place(normal(outputs, channels, 3, 3, std=(9 * channels) ** -0.5)),
-        grad_output=place(normal(*query.shape), differentiable=False),
-        grad_dense=place(normal(*query.shape[:2], outputs), differentiable=False),
-    )
+    return Inputs(**{name: place(name, each) for name, each in _numbers(workload).items()})
 
 
 def random_candidates(tokens: int, count: int) -> Tensor:

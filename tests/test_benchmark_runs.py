@@ -22,6 +22,7 @@ pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip ins
 pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
 
 from benchmarks import compare, devices, figures, goals, page, pictures, report, runner
+from benchmarks import __main__ as command
 from benchmarks.__main__ import main
 from benchmarks.peers import PEERS
 from benchmarks.runner import Case, Group
@@ -33,9 +34,10 @@ TINY = ["--shapes", "1,64,16,3", "1,144,16,3", "--peers", "select", "sdpa", "--t
 
 
 @pytest.fixture(autouse=True)
-def no_processes_for_memory(request, monkeypatch):
-    """Where a test is quick: each peak would take a second."""
+def little_effort(request, monkeypatch):
+    """Where a test is quick: two rounds, and no process for each peak."""
     if "slow" not in request.keywords:
+        monkeypatch.setattr(command, "SHAPES_EFFORT", runner.Effort(0, 2, 2, 0))
         monkeypatch.setattr(devices.Cpu, "peak_bytes", lambda *arguments: 10**6)
 
 
@@ -88,7 +90,7 @@ def test_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     everything = next(counting.calls)
 
-    monkeypatch.setitem(devices.DEVICES, "cpu", Interrupting(everything - 4))
+    monkeypatch.setitem(devices.DEVICES, "cpu", Interrupting(everything - 2))
     assert main(arguments) == 130
     said = capsys.readouterr()
     assert f"interrupted; what was measured so far is in {output}" in said.err
@@ -99,7 +101,7 @@ def test_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     assert [row["workload"]["tokens"] for row in result["rows"]] == [64] * 3 + [144] * 3
     # Of the group that was interrupted, the rounds that were whole: as many of each case.
     rounds = [len(row["seconds"]["samples"]) for row in result["rows"]]
-    assert rounds == [40, 40, 40, 38, 38, 38]
+    assert rounds == [2, 2, 2, 1, 1, 1]
 
 
 def test_interruption_at_a_check_keeps_the_groups_before(tmp_path, monkeypatch):
@@ -120,8 +122,8 @@ def test_interruption_at_a_check_keeps_the_groups_before(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_ctrl_c_ends_a_process_with_its_results(tmp_path):
     output = tmp_path / "result.json"
-    command = [sys.executable, "-m", "benchmarks", *TINY, "--output", str(output)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    arguments = [sys.executable, "-m", "benchmarks", *TINY, "--output", str(output)]
+    process = subprocess.Popen(arguments, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if output.exists() and json.loads(output.read_text())["rows"]:
@@ -424,21 +426,26 @@ old
 """
 
 
+@pytest.fixture(scope="module")
+def one_group():
+    return synthetic_result([group for group in GROUPS if group.name == "required (1, 4096, 64, 9)"])
+
+
 @pytest.fixture
-def documented(tmp_path, monkeypatch, whole_result):
-    report.write(whole_result, tmp_path / "run.json")
+def documented(tmp_path, monkeypatch, one_group):
+    report.write(one_group, tmp_path / "run.json")
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     path = tmp_path / "document.md"
     path.write_text(DOCUMENT)
     return path
 
 
-def test_figures_are_rewritten_and_then_agree(documented, whole_result):
+def test_figures_are_rewritten_and_then_agree(documented, one_group):
     assert figures.main([str(documented), "--check"]) == 1
     assert documented.read_text() == DOCUMENT
     assert figures.main([str(documented)]) == 0
     text = documented.read_text()
-    goal = {goal.key: goal.value for goal in goals.goals(whole_result)}
+    goal = {goal.key: goal.value for goal in goals.goals(one_group)}
     share = goal["select-share/B1-N4096-C64-k9"]
     assert f"reaches {share:.2f}<!-- select-share" in text
     assert f"{100 * share:.0f}%<!-- select-share" in text
@@ -476,13 +483,13 @@ def test_wrong_figure_is_found(documented, change, problem):
 
 @pytest.mark.slow
 def test_pytest_benchmark_runs_the_registry(tmp_path):
-    command = [
+    arguments = [
         *(sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q"),
         *("-k", "256 and (convnn-all or sdpa) and not backward"),
         *("--benchmark-max-time=0.05", f"--benchmark-storage={tmp_path}"),
         *("--benchmark-save=baseline", "-p", "no:cacheprovider"),
     ]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (saved,) = tmp_path.rglob("*_baseline.json")
     found = {each["name"] for each in json.loads(saved.read_text())["benchmarks"]}

@@ -12,9 +12,10 @@ import torch
 pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip install .[bench]")
 pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
 
+from benchmarks import __main__ as command
 from benchmarks import goals, report, runner
 from benchmarks.__main__ import DEFAULT_PEERS, main
-from benchmarks.devices import DEVICES
+from benchmarks.devices import DEVICES, Cpu
 from benchmarks.memory import MemoryNotMeasured, peak_bytes
 from benchmarks.peers import PEERS, TRAINING, Call
 from benchmarks.runner import Case, Group
@@ -185,6 +186,8 @@ def test_peer_that_raises_is_named_and_others_go_on(monkeypatch):
 
 
 def test_missing_peer_is_skipped_by_name(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "SHAPES_EFFORT", EFFORT)
+    monkeypatch.setattr(Cpu, "peak_bytes", lambda *arguments: 10**6)
     monkeypatch.setitem(sys.modules, "faiss", None)
     output = tmp_path / "result.json"
     arguments = ["--shapes", "1,64,16,3", "--peers", "faiss", "select", "--output", str(output)]
