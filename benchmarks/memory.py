@@ -52,7 +52,10 @@ def _measure(workload: Workload, peer_name: str, passes: str, threads: int) -> i
     torch.set_num_threads(threads)
     peer, needs_gradient = PEERS[peer_name], passes == "forward+backward"
     libc = _return_freed_memory()
-    tiny = replace(workload, batch=1, tokens=64, keys=None, k=min(workload.k, 64))
+    tiny = replace(workload, batch=1)
+    # A model takes images of one size only.
+    if peer.computes != "model":
+        tiny = replace(tiny, tokens=64, keys=None, k=min(workload.k, 64))
     with gradient_mode(passes):
         run_pass(peer.build(tiny, make_inputs(tiny, requires_grad=needs_gradient)), passes)
         call = peer.build(workload, make_inputs(workload, requires_grad=needs_gradient))

@@ -22,6 +22,14 @@ img { max-width: 100%; border: 1px solid #ccc; }
 .note { color: #444; font-size: 0.85rem; }
 """
 
+_INTRODUCTION = (
+    "ConvNN lets each of N tokens take its k nearest tokens and convolves them. It stands between "
+    "attention, which weighs all tokens, and convolution, whose neighbors are those beside it. "
+    "Shapes are (B, N, C, k): a batch of B, N tokens of C channels, k neighbors. The neighbors are "
+    "searched among all tokens, or among random ones or a grid of them (candidates). All results "
+    "were checked before they were timed."
+)
+
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
@@ -66,6 +74,9 @@ def _picture(title: str, path: Path) -> str:
 def render(result: report.Result, pictures: Iterable[tuple[str, Path]]) -> str:
     blocks = [f"<p>{html.escape(report.describe(result))}</p>"]
     blocks += [f"<p><b>{html.escape(text)}</b></p>" for text in report.caveats(result)]
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in report.summary(result["rows"]))
+    if lines:
+        blocks.append(f"<h2>In short</h2><p>Ranges over the shapes below:</p><ul>{lines}</ul>")
     blocks += [_picture(title, path) for title, path in pictures]
     blocks.append(_goals(result))
     blocks.append(f'<h2>All times</h2><p class="note">{html.escape(report.FOOTNOTE)}</p>')
@@ -78,8 +89,7 @@ def render(result: report.Result, pictures: Iterable[tuple[str, Path]]) -> str:
         '<meta name="viewport" content="width=device-width">'
         f"<title>ConvNN benchmark</title><style>{_CSS}</style></head><body>\n"
         "<h1>What ConvNN costs beside attention, convolution and exact search</h1>\n"
-        + "\n".join(blocks)
-        + "\n</body></html>\n"
+        f"<p>{html.escape(_INTRODUCTION)}</p>\n" + "\n".join(blocks) + "\n</body></html>\n"
     )
 
 

@@ -140,49 +140,6 @@ def _median_milliseconds(row: Row) -> float | None:
     return None if row["seconds"] is None else 1e3 * row["seconds"]["median"]
 
 
-# Whom each of ours is divided by: what does the same, or what it stands in for.
-_OURS = {
-    "convnn-all": ("sdpa", "conv2d"),
-    "convnn-random": ("sdpa", "conv2d"),
-    "convnn-dense": ("conv2d",),
-    "aggregate-dense": ("conv2d",),
-    "select": ("faiss",),
-}
-_THEIRS = {
-    "sdpa": "attention (SDPA)",
-    "conv2d": "Conv2d 3×3",
-    "faiss": "FAISS, exact search",
-}
-
-
-# A small call says what the host costs, and bfloat16 has a table of its own.
-_NO_BARS = ("host overhead", "bfloat16")
-
-
-def _bars(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """By whom against, label and pass: our time divided by theirs."""
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in _THEIRS}
-    for group, members in report.groups(rows).items():
-        if group.startswith(_NO_BARS):
-            continue
-        references, source = report.References(members), members[0]["workload"]["source"]
-        for row in members:
-            w = Workload(**row["workload"])
-            if row["peer"] not in _OURS or w.source != source:
-                continue
-            for against in _OURS[row["peer"]]:
-                value = goals.ratio(row, references.find(row, against))[0]
-                dtype = "" if w.dtype == "float32" else f", {w.dtype}"
-                label = f"{report.label(row, row)}, {w.shape}{dtype}"
-                if not math.isnan(value):
-                    found[against].setdefault(label, {}).setdefault(row["pass"], value)
-    return {name: bars for name, bars in found.items() if bars}
-
-
-def _two_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:#.2g}"
-
-
 def _draw_bars(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
     """From 1: to the left where ours takes less time, to the right, hatched, where it takes more.
     Forward above in a dark tone, forward+backward below in a light one.
@@ -203,7 +160,7 @@ def _draw_bars(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
                 hatch="////" if loses else None,
             )
             axis.annotate(
-                _two_digits(value),
+                report.two_digits(value),
                 (math.log2(value), i + place),
                 xytext=(4 if loses else -4, 0),
                 textcoords="offset points",
@@ -219,7 +176,7 @@ def _draw_bars(axis: Axes, bars: dict[str, dict[str, float]]) -> None:
 
 
 def _ratios(rows: Sequence[Row], machine: str) -> Figure | None:
-    panels = _bars(rows)
+    panels = report.ratios(rows)
     if not panels:
         return None
     heights = [len(bars) + 1.2 for bars in panels.values()]
@@ -234,7 +191,7 @@ def _ratios(rows: Sequence[Row], machine: str) -> Figure | None:
     )
     for axis, (against, bars) in zip(axes[:, 0], panels.items(), strict=True):
         _draw_bars(axis, bars)
-        axis.set_title(f"against {_THEIRS[against]}", loc="left")
+        axis.set_title(f"against {report.THEIRS[against]}", loc="left")
         axis.grid(True, axis="x", color="#dddddd", linewidth=0.7)
         axis.set_axisbelow(True)
     values = [v for bars in panels.values() for passes in bars.values() for v in passes.values()]

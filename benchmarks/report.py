@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -217,7 +218,73 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def heading(name: str, rows: Sequence[Row]) -> str:
     workload = Workload(**rows[0]["workload"])
-    return f"{name}: (B, N, C, k) = {workload}, {workload.dtype}"
+    shape = "" if workload.shape in name else f" {workload.shape}"
+    source = "" if workload.source in name else f", {workload.source}"
+    dtype = "" if workload.dtype in name else f", {workload.dtype}"
+    return f"{name}{shape} = (B, N, C, k){source}{dtype}"
+
+
+# Whom each of ours is divided by: what does the same, or what it stands in for.
+_OURS = {
+    "convnn-all": ("sdpa", "conv2d"),
+    "convnn-random": ("sdpa", "conv2d"),
+    "convnn-dense": ("conv2d",),
+    "aggregate-dense": ("conv2d",),
+    "select": ("faiss",),
+}
+THEIRS = {
+    "sdpa": "attention (SDPA)",
+    "conv2d": "Conv2d 3×3",
+    "faiss": "FAISS, exact search",
+}
+
+
+# A small call says what the host costs, and bfloat16 has a table of its own.
+_NO_BARS = ("host overhead", "bfloat16")
+
+
+def ratios(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """By whom against, label and pass: our time divided by theirs."""
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in THEIRS}
+    for group, members in groups(rows).items():
+        if group.startswith(_NO_BARS):
+            continue
+        references, source = References(members), members[0]["workload"]["source"]
+        for row in members:
+            w = Workload(**row["workload"])
+            if row["peer"] not in _OURS or w.source != source:
+                continue
+            for against in _OURS[row["peer"]]:
+                value = goals.ratio(row, references.find(row, against))[0]
+                dtype = "" if w.dtype == "float32" else f", {w.dtype}"
+                name = f"{label(row, row)}, {w.shape}{dtype}"
+                if not math.isnan(value):
+                    found[against].setdefault(name, {}).setdefault(row["pass"], value)
+    return {name: bars for name, bars in found.items() if bars}
+
+
+def two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:#.2g}"
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """What ConvNN costs in a sentence for each kind and reference: ranges over the shapes."""
+    lines = []
+    for against, bars in ratios(rows).items():
+        ranges: dict[str, dict[str, list[float]]] = {}
+        for name, passes in bars.items():
+            for each, value in passes.items():
+                # The label without its shape.
+                kind = name.partition(", (")[0]
+                ranges.setdefault(kind, {}).setdefault(each, []).append(value)
+        for kind, passes_of in ranges.items():
+            parts = []
+            for each, values in passes_of.items():
+                low, high = two_digits(min(values)), two_digits(max(values))
+                span = low if low == high else f"{low} to {high}"
+                parts.append(f"{each} {span} times")
+            lines.append(f"{kind}: {', '.join(parts)} the time of {THEIRS[against]}")
+    return lines
 
 
 def describe(result: Result) -> str:
@@ -264,6 +331,8 @@ def terminal(result: Result) -> str:
         block += [f"  {note}" for note in notes(rows)]
         blocks.append("\n".join(block))
     found = goals.goals(result)
+    if short := summary(result["rows"]):
+        blocks.append("\n".join(["in short, over the shapes above", *short]))
     if found:
         blocks.append(f"goals (time ÷ time unless it says share)\n{goals.table(found)}")
     return "\n\n".join([describe(result), *blocks, FOOTNOTE, *caveats(result)])

@@ -270,6 +270,17 @@ def test_page_holds_pictures_goals_and_times(whole_result, tmp_path):
     assert report.describe(whole_result).split(";")[0] in text
 
 
+def test_summary_spans_the_shapes():
+    rows = []
+    for tokens, factor in ((1024, 2.0), (4096, 0.5), (16384, 0.25)):
+        workload = Workload(1, tokens, 64, 9)
+        for peer, seconds in (("convnn-all", factor), ("sdpa", 1.0)):
+            rows.append(synthetic_row(str(tokens), Case(workload, peer), [seconds, seconds]))
+    assert report.summary(rows) == [
+        "ConvNN, all candidates: forward 0.25 to 2.0 times the time of attention (SDPA)"
+    ]
+
+
 def test_every_goal_of_the_cpu_is_computed(whole_result):
     found = goals.goals(whole_result)
     assert len({goal.key for goal in found}) == len(found)

@@ -15,9 +15,10 @@ pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip in
 from benchmarks import __main__ as command
 from benchmarks import goals, report, runner
 from benchmarks.__main__ import DEFAULT_PEERS, main
+from benchmarks.audit import Audit
 from benchmarks.devices import DEVICES, Cpu
 from benchmarks.memory import MemoryNotMeasured, peak_bytes
-from benchmarks.peers import PEERS, TRAINING, Call
+from benchmarks.peers import PEERS, TRAINING, Call, run_pass
 from benchmarks.runner import Case, Group
 from benchmarks.suites import SUITES
 from benchmarks.workloads import (
@@ -90,7 +91,7 @@ def test_run_draws_pictures(finished_run):
 def test_tables_name_every_peer(finished_run, capsys):
     assert report.main([str(finished_run)]) == 0
     text = capsys.readouterr().out
-    assert "(B, N, C, k) = (2, 144, 16, 3)" in text
+    assert "(2, 144, 16, 3) photographs = (B, N, C, k)" in text
     assert all(PEERS[peer].label.split(",")[0] in text for peer in DEFAULT_PEERS)
     assert all(column in text for column in ("÷ eager", "÷ SDPA", "÷ Conv2d", "MB"))
 
@@ -211,13 +212,14 @@ def test_peer_is_skipped_where_it_would_exhaust_memory(monkeypatch):
 
 # What computes more than a tiny call, or needs what is not there, is in a test of its own.
 _HEAVY = {"mm", "copy", "compiled", "flex-local", "python-ref"}
+_MODELS = {name for name in PEERS if name.startswith(("vgg11", "vit"))}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", [TINY, Workload(2, 65, 12, 3), SEARCH_LIKE], ids=str)
 def test_every_peer_passes_its_gate_or_says_why_not(workload):
     statuses = {}
-    for name in PEERS.keys() - _HEAVY:
+    for name in PEERS.keys() - _HEAVY - _MODELS:
         for passes in PEERS[name].passes[:2]:
             case = Case(workload, name, passes)
             ready = runner.prepare("test", case, DEVICES["cpu"])
@@ -236,6 +238,41 @@ def test_every_peer_passes_its_gate_or_says_why_not(workload):
 def test_heavy_peer_passes_its_gate(name):
     (ready,) = measure([name], passes=PEERS[name].passes[:1])
     assert ready["status"] == "measured", ready["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "workload", "checked"),
+    [
+        ("vgg11-hybrid", Workload(1, 1024, 3, 9, "random"), "16 calls of the operators"),
+        ("vgg11-conv2d", Workload(1, 1024, 3, 9, "random"), "all outputs"),
+        ("vit-convnn", Workload(1, 16, 192, 9, "random"), "36 calls of the operators"),
+        ("vit-local", Workload(1, 16, 192, 9, "random"), "all outputs"),
+    ],
+)
+def test_models_are_checked(name, workload, checked):
+    ready = runner.prepare("test", Case(workload, name, "forward+backward"), DEVICES["cpu"])
+    assert isinstance(ready, runner.Ready), ready
+    assert ready.row["checked"] == checked
+
+
+@pytest.mark.parametrize("wrong", [None, *range(5)])
+def test_audit_finds_a_wrong_call(wrong):
+    inputs = make_inputs(TINY, requires_grad=True)
+    audit = Audit()
+    with audit:
+        call = PEERS["convnn-all"].build(TINY, inputs)
+        run_pass(call, "forward+backward")
+    recorded = {name: results for name, _, results in audit._calls}
+    assert list(recorded) == ["forward", "aggregate_backward", "select_backward"]
+    results = [*recorded["forward"][:2], *recorded["aggregate_backward"][:2]]
+    results.append(recorded["select_backward"][1])
+    if wrong is None:
+        assert audit.check() == 3
+        return
+    results[wrong].detach().mul_(1.001)
+    with pytest.raises(AssertionError):
+        audit.check()
 
 
 def test_bfloat16_passes_the_gate():
