@@ -4,7 +4,7 @@
 #   make test       the quick tests
 #   make test-all   the slow tests too
 #   make aot        the Triton kernels compiled for each architecture, without a GPU
-#   make bench      the benchmark on photographs: a table, a JSON file and pictures
+#   make bench      the benchmark beside its goals: tables, a JSON file, a page and pictures
 #   make lint       formatting, lint and types
 #
 # PYTHON selects the interpreter, VENV the environment, MAX_JOBS the parallel compilers. pip reads

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Measure ConvNN beside eager PyTorch, attention and convolution on real photographs.
+"""Measure ConvNN beside eager PyTorch, attention, convolution and exact search.
 
 Every result is checked before it is timed. A run ends in tables, a JSON file with machine,
-versions and commit, plots of time and memory against N, and a picture of chosen neighbors.
+versions and commit, an HTML page and pictures. `python -m benchmarks compare BEFORE.json
+AFTER.json` says what moved between two runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import sys
 import time
@@ -15,17 +17,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from . import report, runner
-from .devices import DEVICES
-from .peers import DEFAULT_PEERS, PEERS
+from . import compare, report, runner
+from .devices import DEVICES, Device
+from .peers import PEERS
+from .runner import Case, Effort, Group
 from .stamp import RESULTS, make_stamp
-from .workloads import SOURCES, Workload, default_workloads
+from .suites import DEFAULT, SUITES
+from .workloads import SOURCES, Workload
+
+DEFAULT_PEERS = ("convnn-all", "convnn-random", "convnn-spatial", "eager", "sdpa", "conv2d")
+
+
+# For --shapes.
+SHAPES_EFFORT = Effort()
 
 
 def _shape(text: str) -> Workload:
     try:
         batch, tokens, channels, k = (int(number) for number in text.split(","))
-        return Workload(batch, tokens, channels, k)
+        return Workload(batch, tokens, channels, k, "random")
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"B,N,C,k expected, got {text!r}: {error}") from None
 
@@ -34,11 +44,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
-        epilog="peers: " + "; ".join(f"{name}: {peer.label}" for name, peer in PEERS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="suites:\n"
+        + "\n".join(f"  {name:<12}{suite.purpose}" for name, suite in SUITES.items())
+        + "\n\npeers:\n"
+        + "\n".join(f"  {name:<22}{peer.label}" for name, peer in PEERS.items()),
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="two small shapes, few rounds: seconds")
-    add("--shapes", nargs="+", type=_shape, metavar="B,N,C,k", help="N must be a square")
+    add(
+        "--suite",
+        nargs="+",
+        choices=list(SUITES),
+        metavar="SUITE",
+        help="what to measure (cpu, or gpu on a GPU)",
+    )
+    add("--shapes", nargs="+", type=_shape, metavar="B,N,C,k", help="these, instead of a suite")
     add(
         "--sources",
         nargs="+",
@@ -46,74 +66,138 @@ def _parser() -> argparse.ArgumentParser:
         default=["photographs"],
         help="tokens for --shapes (photographs)",
     )
+    add("--groups", nargs="+", metavar="TEXT", help="only groups with one of these in their name")
     add(
         "--peers",
         nargs="+",
         choices=list(PEERS),
         metavar="PEER",
-        default=list(DEFAULT_PEERS),
-        help="whom to measure (all but python-ref)",
+        help="whom to measure (all of a suite)",
     )
-    add("--device", default="cpu", help="where to measure (cpu)")
+    add("--device", default="cpu", help=f"where to measure: {' or '.join(DEVICES)} (cpu)")
     add("--threads", type=int, help="PyTorch's threads (all cores)")
     add(
         "--output",
         type=Path,
         metavar="FILE",
-        help="the JSON file (benchmarks/results/DEVICE-DATE-TIME.json); pictures go beside it",
+        help="the JSON file (benchmarks/results/DEVICE-DATE-TIME.json); the others lie beside it",
     )
-    add("--no-pictures", action="store_true", help="leave out plots and the neighbors picture")
+    add(
+        "--limit",
+        type=float,
+        default=float("inf"),
+        metavar="SECONDS",
+        help="begin no group after that time",
+    )
+    add("--no-pictures", action="store_true", help="leave out the pictures and the page")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all measured. 1: a result was refused or failed. 2: wrong use. 130: interrupted."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    device = DEVICES.get(options.device)
-    if device is None:
-        parser.error(f"--device: nothing runs on {options.device!r} yet, only {', '.join(DEVICES)}")
-    if (reason := device.why_not()) is not None:
-        parser.error(f"--device {options.device}: {reason}")
-    threads = device.default_threads() if options.threads is None else options.threads
-    if threads < 1:
-        parser.error(f"--threads must be at least 1, got {threads}")
+def _own_groups(options: argparse.Namespace) -> list[Group]:
+    """Groups for --shapes."""
+    peers = options.peers or DEFAULT_PEERS
+    groups = []
+    for source in options.sources:
+        for shape in options.shapes:
+            workload = replace(shape, source=source)
+            cases = [
+                Case(workload, peer, passes)
+                for peer in peers
+                for passes in ("forward", "forward+backward")
+                if passes in PEERS[peer].passes
+            ]
+            name = f"shape {workload}"
+            groups.append(Group(name, tuple(cases), SHAPES_EFFORT, tuple(peers)))
+    return groups
+
+
+def _groups(options: argparse.Namespace) -> list[Group]:
+    if options.shapes:
+        return _own_groups(options)
+    found = []
+    for suite in options.suite or [DEFAULT[options.device]]:
+        found += SUITES[suite].groups(options.device)
+    if options.peers:
+        found = [
+            replace(group, cases=tuple(c for c in group.cases if c.peer in options.peers))
+            for group in found
+        ]
+    if options.groups:
+        found = [g for g in found if any(text in g.name for text in options.groups)]
+    return [group for group in found if group.cases]
+
+
+def _measure(
+    groups: Sequence[Group],
+    device: Device,
+    threads: int,
+    result: report.Result,
+    output: Path,
+    seconds: float,
+) -> None:
+    began = time.perf_counter()
+    for i, group in enumerate(groups, 1):
+        title, start = f"[{i}/{len(groups)}] {group.name}", time.perf_counter()
+        if start - began > seconds:
+            left = [group.name for group in groups[i - 1 :]]
+            result["left_out"] = left
+            print(f"--limit {seconds:g}: left out {'; '.join(left)}", file=sys.stderr)
+            return
+        runner.measure(group, device, threads, result["rows"], title)
+        report.write(result, output)
+        print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+
+
+def _finish(result: report.Result, output: Path, draw: bool) -> None:
+    """Everything but the JSON file."""
+    print(report.terminal(result), end="\n\n")
+    print(f"results: {output}")
+    if not draw:
+        return
+    from . import page, pictures
+
+    drawn = pictures.draw_all(result, output.parent, f"{output.stem}-")
+    for _, path in drawn:
+        print(f"picture: {path}")
+    page.write(result, drawn, output.with_suffix(".html"))
+    print(f"page: {output.with_suffix('.html')}")
+
+
+def _run(options: argparse.Namespace, groups: Sequence[Group], device: Device, threads: int) -> int:
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
     output = options.output or RESULTS / f"{device.name}-{date}.json"
-    if options.shapes:
-        shapes = [replace(w, source=source) for source in options.sources for w in options.shapes]
-    else:
-        shapes = default_workloads(options.quick)
-    peers = {name: PEERS[name] for name in PEERS if name in options.peers}
-
     result: report.Result = {
         "complete": False,
-        "stamp": make_stamp(device.name, threads),
+        "stamp": make_stamp(device.name, threads, device.describe()),
+        "left_out": [],
         "rows": [],
     }
     try:
         # Before the work, so that a folder that cannot be written is found out now.
         report.write(result, output)
-        effort = runner.QUICK if options.quick else runner.Effort()
-        for i, workload in enumerate(shapes, 1):
-            title, start = f"[{i}/{len(shapes)}] {workload}", time.perf_counter()
-            result["rows"] += runner.measure(workload, peers, device, threads, effort, title)
-            report.write(result, output)
-            print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        result["complete"] = True
+    except OSError as error:
+        print(f"python -m benchmarks: cannot write {output}: {error}", file=sys.stderr)
+        return 2
+    try:
+        _measure(groups, device, threads, result, output, options.limit)
+        result["complete"] = not result["left_out"]
         report.write(result, output)
-        print(report.terminal(result), end="\n\n")
-        print(f"results: {output}")
-        if not options.no_pictures:
-            from . import pictures
-
-            for path in pictures.draw_all(result, output.parent, f"{output.stem}-"):
-                print(f"picture: {path}")
+        _finish(result, output, not options.no_pictures)
     except KeyboardInterrupt:
+        print(report.terminal(result), end="\n\n")
+        with contextlib.suppress(OSError):
+            report.write(result, output)
         print(f"\ninterrupted; what was measured so far is in {output}", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"python -m benchmarks: {output}: {error}", file=sys.stderr)
+        if not result["complete"]:
+            print(report.terminal(result), end="\n\n")
+        kept = len(report.read(output)["rows"])
+        print(
+            f"python -m benchmarks: {error}\n{output} holds {kept} of the {len(result['rows'])} "
+            "results so far; the tables above hold all of them",
+            file=sys.stderr,
+        )
         return 2
     wrong = [row for row in result["rows"] if row["status"] in ("refused", "failed")]
     for row in wrong:
@@ -123,6 +207,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     return 1 if wrong else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: all measured. 1: a result was refused or failed. 2: wrong use, or a file could not be
+    written. 130: interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        return compare.main(arguments[1:])
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    device = DEVICES.get(options.device)
+    if device is None:
+        parser.error(f"--device: nothing runs on {options.device!r}, only on {', '.join(DEVICES)}")
+    if (reason := device.why_not()) is not None:
+        parser.error(f"--device {options.device}: {reason}")
+    threads = device.default_threads() if options.threads is None else options.threads
+    if threads < 1:
+        parser.error(f"--threads must be at least 1, got {threads}")
+    try:
+        groups = _groups(options)
+    except ValueError as error:
+        parser.error(str(error))
+    if not groups:
+        parser.error("no group is left to measure")
+    return _run(options, groups, device, threads)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,51 @@
 # SPDX-License-Identifier: MIT
-"""What differs between devices: whether a run is possible, when work is done, peak memory."""
+"""What differs between devices: whether a run is possible, how to take time, peak memory."""
 
 from __future__ import annotations
 
 import os
-from typing import Protocol
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import psutil
 import torch
 
 from . import memory
-from .workloads import Workload
+from .peers import PEERS, gradient_mode, run_pass
+from .workloads import Workload, make_inputs
+
+# Before a sample: see Cpu.seconds.
+_SETTLE_SECONDS = 0.005
 
 
 class Device(Protocol):
     name: str
 
+    @property
+    def where(self) -> str:
+        """What PyTorch calls it."""
+
     def why_not(self) -> str | None:
         """The reason why nothing can be measured here, or None."""
 
+    def describe(self) -> dict[str, Any] | None:
+        """For the stamp: what is not the CPU's."""
+
     def default_threads(self) -> int: ...
 
-    def set_threads(self, threads: int) -> None: ...
+    def prepare(self, threads: int) -> None:
+        """Settings that hold for all peers."""
 
-    def synchronize(self) -> None:
-        """Return when all work that was handed to the device is done."""
+    def memory_bytes(self) -> float:
+        """How much of its memory a peer may take."""
+
+    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+        """The time of one run, averaged over `repeats`, when all its work is done."""
+
+    def cold_seconds(self, run: Callable[[], object]) -> float | None:
+        """The same with nothing in the caches, where that is told apart."""
 
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         """Peak memory above the inputs, or memory.MemoryNotMeasured."""
@@ -31,21 +53,122 @@ class Device(Protocol):
 
 class Cpu:
     name = "cpu"
+    where = "cpu"
 
     def why_not(self) -> str | None:
+        return None
+
+    def describe(self) -> dict[str, Any] | None:
         return None
 
     def default_threads(self) -> int:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
-    def set_threads(self, threads: int) -> None:
+    def prepare(self, threads: int) -> None:
         torch.set_num_threads(threads)
 
-    def synchronize(self) -> None:
-        pass
+    def memory_bytes(self) -> float:
+        # What is larger would be timed for minutes.
+        return min(10e9, 0.6 * psutil.virtual_memory().available)
+
+    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+        # The threads of the peer before, of this process or of a library, may still be waiting for
+        # work on all cores.
+        time.sleep(_SETTLE_SECONDS)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats
+
+    def cold_seconds(self, run: Callable[[], object]) -> float | None:
+        return None
 
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         return memory.peak_bytes(workload, peer, passes, threads)
 
 
-DEVICES: dict[str, Device] = {"cpu": Cpu()}
+@dataclass
+class Cuda:
+    """Times are those of the GPU, between two events: the host runs ahead behind a wait of the GPU,
+    so that launches are not measured. Warm: the L2 cache holds what the run before left there.
+    Cold: a buffer larger than the cache was written before.
+    """
+
+    name: str = "cuda"
+    where: str = "cuda"
+    _flushed: torch.Tensor | None = field(default=None, init=False)
+
+    # Of the wait, about a millisecond; longer than the host takes to launch what is measured.
+    _AHEAD_CYCLES = 2_000_000
+
+    def why_not(self) -> str | None:
+        if torch.version.cuda is None:
+            return f"PyTorch {torch.__version__} was built without CUDA"
+        return None if torch.cuda.is_available() else "PyTorch finds no NVIDIA GPU"
+
+    def describe(self) -> dict[str, Any] | None:
+        properties = torch.cuda.get_device_properties(self.where)
+        return {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32": "off",
+            "times": "GPU time between events; the seconds are with a warm L2 cache",
+        }
+
+    def default_threads(self) -> int:
+        return Cpu().default_threads()
+
+    def prepare(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        # float32 is float32 for everyone, and convolutions try all their algorithms.
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = True
+
+    def memory_bytes(self) -> float:
+        return 0.7 * torch.cuda.mem_get_info(self.where)[0]
+
+    def _between_events(self, run: Callable[[], object], repeats: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(self._AHEAD_CYCLES)
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize(self.where)
+        return 1e-3 * start.elapsed_time(end) / repeats
+
+    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+        return self._between_events(run, repeats)
+
+    def cold_seconds(self, run: Callable[[], object]) -> float | None:
+        if self._flushed is None:
+            size = 4 * torch.cuda.get_device_properties(self.where).L2_cache_size
+            self._flushed = torch.empty(size, dtype=torch.uint8, device=self.where)
+        self._flushed.zero_()
+        return self._between_events(run, 1)
+
+    def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
+        try:
+            inputs = make_inputs(workload, self.where, passes == "forward+backward")
+            with gradient_mode(passes):
+                call = PEERS[peer].build(workload, inputs)
+                # Once before, so that what a library keeps for good is not counted.
+                run_pass(call, passes)
+                torch.cuda.synchronize(self.where)
+                torch.cuda.reset_peak_memory_stats(self.where)
+                before = torch.cuda.memory_allocated(self.where)
+                results = run_pass(call, passes)
+                torch.cuda.synchronize(self.where)
+        except torch.OutOfMemoryError as error:
+            raise memory.MemoryNotMeasured(str(error)) from error
+        del results
+        return torch.cuda.max_memory_allocated(self.where) - before
+
+
+DEVICES: dict[str, Device] = {"cpu": Cpu(), "cuda": Cuda()}

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The gate before the clock: a result that was not just checked on a workload is not timed on it.
 
-Neighbors pass the certificate of `python_ref.compare` on a sample of query rows. Values are
-compared in float64: ConvNN at the neighbors that were returned, for all rows; attention on sampled
-rows, its gradients for a grad_output that is zero elsewhere; convolution as a whole.
+Neighbors of this project pass the certificate of `python_ref` on a sample of query rows; those of
+other libraries only have to be the nearest up to rounding. Values are compared in float64: ConvNN
+and its parts at the neighbors that were returned, attention against the definition, convolution as
+a whole. Where all rows would take too much memory, a sample of them is compared, and gradients are
+those of a grad_output that is zero elsewhere.
 """
 
 from __future__ import annotations
@@ -17,11 +19,26 @@ from torch.nn import functional as F
 
 import python_ref
 
-from .peers import Call, Peer
+from .audit import Audit
+from .peers import Call, Peer, gradient_mode
+from .peers.attention import WINDOW, neighborhood
+from .peers.convnn import operators
 from .workloads import Workload
 
-# Elements of the part of the similarity matrix that is computed in float64 for a check.
+# Elements of the part of the similarity matrix that is computed in float64 for a check, and of the
+# gathered neighbors.
+_SAMPLED_PAIRS = 2**22
 _SAMPLED_ELEMENTS = 2**22
+
+# Relative to the largest value: for peers that are not ours. They add up in an order of their own
+# and may round worse than the eager reference: the gate only has to see that what is timed is what
+# its name says.
+_CLOSE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
 
 # From the leaves, in some dtype, to the result.
 _Reference = Callable[[Sequence[Tensor]], Tensor]
@@ -29,27 +46,29 @@ _Reference = Callable[[Sequence[Tensor]], Tensor]
 _Compare = Callable[[str, Tensor, Tensor, Tensor], None]
 
 
-def _sampled_rows(workload: Workload) -> Tensor:
+def _sampled_rows(workload: Workload, per_row: int, elements: int, device: torch.device) -> Tensor:
     """Query rows in ascending order: all of a small workload, at least 64 of a large one."""
-    count = max(64, _SAMPLED_ELEMENTS // (workload.batch * workload.tokens))
+    count = max(64, elements // (workload.batch * per_row))
     generator = torch.Generator().manual_seed(0)
-    return torch.randperm(workload.tokens, generator=generator)[:count].sort().values
+    rows = torch.randperm(workload.tokens, generator=generator)[:count].sort().values
+    return rows.to(device)
 
 
-def _run(call: Call, passes: str, grad_output: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    if passes == "forward":
-        with torch.no_grad():
-            return call.forward(), []
-    results = call.forward()
-    return results, list(torch.autograd.grad(results[0], tuple(call.leaves.values()), grad_output))
+def _run(call: Call, passes: str, grad_output: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    with gradient_mode(passes):
+        results = call.forward()
+    if passes != "forward+backward":
+        # A tensor that was made in inference mode could not take part in a reference.
+        return [each.clone() for each in results], []
+    gradients = torch.autograd.grad(results[0], tuple(call.leaves.values()), grad_output)
+    return list(results), list(gradients)
 
 
 def _close(name: str, result: Tensor, exact: Tensor, eager: Tensor) -> None:
-    """For peers that are not ours. They add up in an order of their own and may round worse than
-    the eager reference: the gate only has to see that what is timed is what its name says.
-    """
+    if result.shape != exact.shape:
+        raise AssertionError(f"{name}: shape {list(result.shape)}, expected {list(exact.shape)}")
     error = float((result.double() - exact).abs().max())
-    if not error <= 1e-4 * float(exact.abs().max()):
+    if not error <= _CLOSE[result.dtype] * float(exact.abs().max()):
         raise AssertionError(
             f"{name}: an error of {error:.3g}, eager has "
             f"{float((eager.double() - exact).abs().max()):.3g}"
@@ -61,22 +80,39 @@ def _compare(
     leaves: dict[str, Tensor],
     output: Tensor,
     gradients: Sequence[Tensor],
-    grad_output: Tensor,
+    grad_output: Tensor | None,
     assert_values: _Compare,
 ) -> None:
-    """Output and gradients against `reference` in float64 and in float32."""
+    """Output and gradients against `reference` in float64 and in the precision of the leaves."""
     found: list[list[Tensor]] = []
-    for dtype in (torch.float64, torch.float32):
+    for double in (True, False):
         inputs = [
-            leaf.detach().to(dtype).requires_grad_(bool(gradients)) for leaf in leaves.values()
+            (leaf.detach().double() if double else leaf.detach().clone()).requires_grad_(
+                bool(gradients)
+            )
+            for leaf in leaves.values()
         ]
         expected = reference(inputs)
         found.append([expected.detach()])
         if gradients:
-            found[-1] += torch.autograd.grad(expected, inputs, grad_output.to(dtype))
+            assert grad_output is not None
+            found[-1] += torch.autograd.grad(expected, inputs, grad_output.to(expected.dtype))
     names = ["output", *(f"gradient of {name}" for name in leaves)][: 1 + len(gradients)]
     for name, result, exact, eager in zip(names, [output, *gradients], *found, strict=True):
         assert_values(name, result.detach(), exact, eager)
+
+
+def _zero_elsewhere(grad_output: Tensor | None, rows: Tensor) -> Tensor | None:
+    """grad_output [..., N, O], kept in those rows."""
+    if grad_output is None or len(rows) == grad_output.shape[-2]:
+        return grad_output
+    kept = torch.zeros_like(grad_output)
+    kept[..., rows, :] = grad_output[..., rows, :]
+    return kept
+
+
+def _at(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor[..., rows, :]
 
 
 def _in_total_order(similarities: Tensor, indices: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -94,44 +130,132 @@ def _in_total_order(similarities: Tensor, indices: Tensor, first: int) -> tuple[
     return similarities.gather(-1, places), indices.gather(-1, places)
 
 
-def _check_convnn(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
-    (output, similarities, indices), gradients = _run(call, passes, call.grad_output)
+def _check_neighbors(
+    peer: Peer, workload: Workload, call: Call, similarities: Tensor, indices: Tensor
+) -> str:
+    query, key = call.leaves["query"].detach(), call.leaves["key"].detach()
     similarities = similarities.detach()
-    query, key, *_ = (leaf.detach() for leaf in call.leaves.values())
-    rows = _sampled_rows(workload).to(query.device)
-    own = None if call.candidates is None else rows
+    rows = _sampled_rows(workload, workload.rows, _SAMPLED_PAIRS, query.device)
+    own = None if call.candidates is None or workload.keys is not None else rows
     sample = similarities[:, rows], indices[:, rows]
     if not peer.exacting:
         sample = _in_total_order(*sample, first=0 if own is None else 1)
     python_ref.assert_certified_selection(
         query[:, rows], key, *sample, workload.k, call.candidates, own
     )
+    rows = _sampled_rows(workload, workload.k * workload.channels, _SAMPLED_ELEMENTS, query.device)
+    q, at = query[:, rows], indices[:, rows]
+    exact = python_ref.similarities_at(q.double(), key.double(), at)
+    eager = python_ref.similarities_at(q, key, at)
+    compare = python_ref.assert_values if peer.exacting else _close
+    compare("similarities", similarities[:, rows], exact, eager)
+    return f"neighbors of {len(rows)} of {workload.tokens} queries"
+
+
+def _check_convnn(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
+    device = call.leaves["query"].device
+    rows = _sampled_rows(workload, workload.k * workload.channels, _SAMPLED_ELEMENTS, device)
+    grad_output = _zero_elsewhere(call.grad_output, rows)
+    results, gradients = _run(call, passes, grad_output)
+    if peer.computes == "convnn":
+        output, similarities, indices = results
+        _check_neighbors(peer, workload, call, similarities, indices)
+    else:
+        # Only the output is there: its neighbors are those of the selection.
+        (output,) = results
+        with torch.no_grad():
+            query, key = call.leaves["query"], call.leaves["key"]
+            similarities, indices = operators().select(query, key, workload.k)
+        _check_neighbors(peer, workload, call, similarities, indices)
+    at = indices[:, rows]
 
     def reference(leaves: Sequence[Tensor]) -> Tensor:
         q, k, v, weight = leaves
-        s = python_ref.similarities_at(q, k, indices)
-        return python_ref.aggregate(v, s, indices, weight)
+        s = python_ref.similarities_at(q[:, rows], k, at)
+        return python_ref.aggregate(v, s, at, weight)
 
     compare = python_ref.assert_values if peer.exacting else _close
-    _compare(reference, call.leaves, output, gradients, call.grad_output, compare)
-    at_indices = python_ref.similarities_at(query.double(), key.double(), indices)
-    eager = python_ref.similarities_at(query, key, indices)
-    compare("similarities", similarities, at_indices, eager)
-    return f"neighbors of {len(rows)} of {workload.tokens} queries, all values"
+    grad_at = _at(call.grad_output, rows)
+    _compare(reference, call.leaves, output[:, rows], gradients, grad_at, compare)
+    return f"neighbors and values of {len(rows)} of {workload.tokens} queries"
+
+
+def _check_select(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
+    (similarities, indices), _ = _run(call, passes, None)
+    if peer.exacting:
+        return _check_neighbors(peer, workload, call, similarities, indices)
+    query, key = call.leaves["query"].detach(), call.leaves["key"].detach()
+    rows = _sampled_rows(workload, workload.rows, _SAMPLED_PAIRS, query.device)
+    S = python_ref.normalize(query[:, rows].double()) @ python_ref.normalize(key.double()).mT
+    s, I = similarities[:, rows], indices[:, rows]
+    ascending = I.sort(dim=-1).values
+    if not bool((ascending[..., 1:] > ascending[..., :-1]).all()):
+        raise AssertionError("indices: a neighbor is returned more than once")
+    allowed = 10 * _CLOSE[query.dtype]
+    exact = S.gather(-1, I)
+    worst, bound = exact.amin(-1), torch.topk(S, workload.k, dim=-1).values[..., -1]
+    if not bool((worst >= bound - allowed).all()):
+        raise AssertionError(
+            f"indices: the k-th nearest is up to {float((bound - worst).max()):.3g} nearer"
+        )
+    error = float((s.double() - exact).abs().max())
+    if not error <= allowed:
+        raise AssertionError(f"similarities: an error of {error:.3g}")
+    return f"neighbors of {len(rows)} of {workload.tokens} queries, up to rounding"
+
+
+def _check_product(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
+    (S,), _ = _run(call, passes, None)
+    rows = _sampled_rows(workload, workload.rows, _SAMPLED_PAIRS, S.device)
+    query, key = call.leaves["query"].detach()[:, rows], call.leaves["key"].detach()
+    exact = F.normalize(query.double(), dim=-1) @ F.normalize(key.double(), dim=-1).mT
+    _close("product", S[:, rows], exact, F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT)
+    return f"{len(rows)} of {workload.tokens} rows"
+
+
+def _check_aggregate(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
+    assert call.indices is not None
+    device = call.leaves["value"].device
+    rows = _sampled_rows(workload, workload.k * workload.channels, _SAMPLED_ELEMENTS, device)
+    (output,), gradients = _run(call, passes, _zero_elsewhere(call.grad_output, rows))
+    at = call.indices[:, rows]
+
+    def reference(leaves: Sequence[Tensor]) -> Tensor:
+        v, s, weight = leaves
+        return python_ref.aggregate(v, s[:, rows], at, weight)
+
+    compare = python_ref.assert_values if peer.exacting else _close
+    grad_at = _at(call.grad_output, rows)
+    _compare(reference, call.leaves, output[:, rows], gradients, grad_at, compare)
+    return f"values of {len(rows)} of {workload.tokens} queries"
+
+
+def _mask(computes: str, workload: Workload, rows: Tensor, logits: Tensor) -> Tensor:
+    """Which of the pairs [..., n, M] attend to each other."""
+    if computes == "k-NN attention":
+        bound = torch.topk(logits, workload.k, dim=-1).values[..., -1:]
+        return logits >= bound
+    keys = torch.arange(workload.rows, device=rows.device)
+    if computes == "local attention":
+        return (rows[:, None] - keys).abs() <= WINDOW
+    if computes == "neighborhood attention":
+        return neighborhood(math.isqrt(workload.tokens), rows.device)[rows]
+    return torch.ones_like(rows[:, None] - keys, dtype=torch.bool)
 
 
 def _check_attention(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
-    rows = _sampled_rows(workload).to(call.grad_output.device)
-    grad_output = torch.zeros_like(call.grad_output)
-    grad_output[:, rows] = call.grad_output[:, rows]
-    (output,), gradients = _run(call, passes, grad_output)
+    device = call.leaves["query"].device
+    rows = _sampled_rows(workload, workload.rows, _SAMPLED_PAIRS, device)
+    (output,), gradients = _run(call, passes, _zero_elsewhere(call.grad_output, rows))
 
     def reference(leaves: Sequence[Tensor]) -> Tensor:
         query, key, value = leaves
-        logits = query[:, rows] @ key.mT / math.sqrt(query.shape[-1])
-        return torch.softmax(logits, dim=-1) @ value
+        logits = query[..., rows, :] @ key.mT / math.sqrt(query.shape[-1])
+        allowed = _mask(peer.computes, workload, rows, logits.detach())
+        return torch.softmax(logits.masked_fill(~allowed, -math.inf), dim=-1) @ value
 
-    _compare(reference, call.leaves, output[:, rows], gradients, grad_output[:, rows], _close)
+    grad_at = _at(call.grad_output, rows)
+    _compare(reference, call.leaves, output[..., rows, :], gradients, grad_at, _close)
     return f"{len(rows)} of {workload.tokens} queries"
 
 
@@ -147,10 +271,49 @@ def _check_convolution(peer: Peer, workload: Workload, call: Call, passes: str) 
     return "all values"
 
 
+def _check_model(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
+    """Every call of this project's operators, or the whole model if it has none."""
+    audit = Audit()
+    with audit:
+        (output,), gradients = _run(call, passes, call.grad_output)
+    if not all(bool(each.isfinite().all()) for each in (output, *gradients)):
+        raise AssertionError("output or gradients are not finite")
+    if calls := audit.check():
+        return f"{calls} calls of the operators"
+    assert call.exact is not None
+    with torch.no_grad():
+        _close("output", output.detach(), call.exact(), output)
+    return "all outputs"
+
+
+def _check_rate(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
+    (product,), _ = _run(call, passes, None)
+    a, b = call.leaves["a"][:64], call.leaves["b"]
+    _close("product", product[:64], a.double() @ b.double(), a @ b)
+    return "64 rows"
+
+
+def _check_copy(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
+    (copied,), _ = _run(call, passes, None)
+    if not torch.equal(copied, call.leaves["source"]):
+        raise AssertionError("the copy differs")
+    return "all values"
+
+
 _CHECKS = {
     "convnn": _check_convnn,
+    "convnn output": _check_convnn,
+    "select": _check_select,
+    "product": _check_product,
+    "aggregate": _check_aggregate,
     "attention": _check_attention,
+    "local attention": _check_attention,
+    "neighborhood attention": _check_attention,
+    "k-NN attention": _check_attention,
     "convolution": _check_convolution,
+    "model": _check_model,
+    "rate": _check_rate,
+    "copy": _check_copy,
 }
 
 

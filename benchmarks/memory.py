@@ -13,12 +13,13 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from .peers import PEERS, run_pass
+from .peers import PEERS, gradient_mode, run_pass
 from .workloads import Workload, make_inputs
 
 _SECONDS_LIMIT = 600
@@ -63,13 +64,16 @@ def rise(run: Callable[[], object]) -> int:
 
 def _measure(workload: Workload, peer_name: str, passes: str, threads: int) -> int:
     torch.set_num_threads(threads)
-    peer, needs_gradient = PEERS[peer_name], passes != "forward"
+    peer, needs_gradient = PEERS[peer_name], passes == "forward+backward"
     _return_freed_memory()
-    tiny = Workload(1, 64, workload.channels, min(workload.k, 64), "random")
-    run_pass(peer.build(tiny, make_inputs(tiny, requires_grad=needs_gradient)), passes)
-
-    call = peer.build(workload, make_inputs(workload, requires_grad=needs_gradient))
-    return rise(lambda: run_pass(call, passes))
+    tiny = replace(workload, batch=1)
+    # A model takes images of one size only.
+    if peer.computes != "model":
+        tiny = replace(tiny, tokens=64, keys=None, k=min(workload.k, 64))
+    with gradient_mode(passes):
+        run_pass(peer.build(tiny, make_inputs(tiny, requires_grad=needs_gradient)), passes)
+        call = peer.build(workload, make_inputs(workload, requires_grad=needs_gradient))
+        return rise(lambda: run_pass(call, passes))
 
 
 def _child(connection: Connection, measure: Callable[..., int], *arguments: object) -> None:

@@ -1,33 +1,37 @@
 # SPDX-License-Identifier: MIT
-"""Results as a file, as tables on the terminal, and as the block of figures in the README.
+"""Results as a file, as tables on the terminal, and as tables in Markdown.
 
 python -m benchmarks.report FILE.json                  print the tables again
 python -m benchmarks.report FILE.json --pictures DIR   draw the pictures again
-python -m benchmarks.report FILE.json --readme         rewrite the figures in README.md
+python -m benchmarks.report FILE.json --page FILE.html write the page again
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .peers import PASSES
-from .stamp import REPOSITORY
-from .workloads import REQUIRED, Workload
-
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+from . import goals
+from .peers import PEERS
+from .workloads import Workload
 
 FOOTNOTE = (
-    "ms: median (in parentheses, where shown, the 20th to 80th percentile). eager, SDPA: how many "
-    "times as fast as that, the median of the ratios within each round, not the quotient of the "
-    "medians; below 1 is slower. ConvNN with candidates is held against eager with the same "
-    "candidates, SDPA and Conv2d against eager ConvNN over all. "
-    "MB: peak resident memory above the inputs, in a process of its own. "
+    "ms: median and, in parentheses, the 20th to 80th percentile. ÷ eager, ÷ SDPA, ÷ Conv2d, "
+    "÷ FAISS: the time divided by theirs, the median of the ratios within each round, not the "
+    "quotient of the medians; below 1 is quicker. Eager is plain PyTorch that computes the same; "
+    "SDPA is the fastest of the kernels of scaled_dot_product_attention that were measured. "
+    "of bound: the least time that the flops and bytes of the call allow, at the rates of torch.mm "
+    "and of a copy in the same group, divided by the time. "
+    "MB: peak memory above the inputs, on a CPU the resident set of a process of its own. "
     "With random or spatial candidates the token itself is always a neighbor. "
     "Eager ConvNN uses torch.topk and keeps no order among ties."
 )
@@ -36,40 +40,115 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 
 
-def write(result: Result, path: Path) -> None:
-    """Replace the file as a whole, so that an interrupted run leaves a readable one."""
+def replace_file(path: Path, text: str) -> None:
+    """As a whole, so that an interrupted run or a full disk leaves a readable one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        # Where it could not be written there may be nothing to remove, nor a folder.
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write(result: Result, path: Path) -> None:
+    # A line for each row: a list of samples is not worth forty.
+    rows = ",\n".join(json.dumps(row) for row in result["rows"])
+    others = {name: value for name, value in result.items() if name != "rows"}
+    head = json.dumps(others, indent=1).removesuffix("\n}")
+    replace_file(path, f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 def read(path: Path) -> Result:
-    return json.loads(path.read_text())
+    """Raises OSError or ValueError."""
+    result = json.loads(path.read_text())
+    rows = result.get("rows") if isinstance(result, dict) else None
+    if not isinstance(rows, list) or not all("group" in row for row in rows):
+        raise ValueError(f"{path} is not a result of this version of python -m benchmarks")
+    return result
 
 
-def workloads(rows: Iterable[Row]) -> list[Workload]:
+def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """In the order in which they were measured."""
-    return list(dict.fromkeys(Workload(**row["workload"]) for row in rows))
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["group"], []).append(row)
+    return found
+
+
+@dataclass(frozen=True)
+class References:
+    """Whom the rows of a group are divided by: those that take the same map of tokens."""
+
+    rows: Sequence[Row]
+
+    def _like(self, row: Row, peers: Iterable[str], same_source: bool) -> Row | None:
+        own = row["workload"]
+        same = ["batch", "tokens", "channels", "dtype", "keys"] + ["source"] * same_source
+        return goals.quickest(
+            other
+            for other in self.rows
+            if other["peer"] in peers
+            and other["pass"] == row["pass"]
+            and all(other["workload"][name] == own[name] for name in same)
+        )
+
+    def find(self, row: Row, against: str) -> Row | None:
+        """The row that `row` is divided by, or None. A reference is not divided by itself."""
+        peer = PEERS.get(row["peer"])
+        if peer is None or peer.computes in ("rate", "copy"):
+            return None
+        # A search is held against a search, a layer against a layer.
+        if against != "eager" and (against == "faiss") != (peer.computes in _SEARCHES):
+            return None
+        if against == "eager":
+            names = [peer.baseline] if peer.baseline else []
+            return self._like(row, names, same_source=True)
+        names = [name for name, each in PEERS.items() if (each.family or name) == against]
+        return None if row["peer"] in names else self._like(row, names, same_source=False)
+
+    def bound(self, row: Row) -> float | None:
+        """The least seconds that flops and bytes allow, at rates measured in the same run."""
+        if row["flops"] is None or row["bytes"] is None:
+            return None
+        rates = {}
+        for name, quantity in (("mm", "flops"), ("copy", "bytes")):
+            like = [
+                other
+                for other in self.rows
+                if other["peer"] == name
+                and other["seconds"] is not None
+                and (name == "copy" or other["workload"]["dtype"] == row["workload"]["dtype"])
+            ]
+            if like:
+                rates[quantity] = max(o[quantity] / o["seconds"]["median"] for o in like)
+        if "flops" not in rates:
+            return None
+        return max(row[quantity] / rate for quantity, rate in rates.items())
+
+
+_AGAINST = {"eager": "÷ eager", "sdpa": "÷ SDPA", "conv2d": "÷ Conv2d", "faiss": "÷ FAISS"}
+_SEARCHES = ("select", "product")
 
 
 def _milliseconds(row: Row | None, spread: bool) -> str:
     if row is None:
         return ""
     if row["seconds"] is None:
-        return row["status"]
+        return row["status"] if row["status"] != "measured" else "not timed"
     median, p20, p80 = (1e3 * row["seconds"][name] for name in ("median", "p20", "p80"))
-    digits = 2 if median < 1 else 1 if median < 100 else 0
+    digits = 4 if median < 0.1 else 2 if median < 1 else 1 if median < 100 else 0
     text = f"{median:.{digits}f}"
     return f"{text} ({p20:.{digits}f}-{p80:.{digits}f})" if spread else text
 
 
-def _ratio(row: Row | None, against: str) -> str:
-    # A peer against itself is 1 and says nothing.
-    if row is None or row["ratios"].get(against, {"peer": row["peer"]})["peer"] == row["peer"]:
+def _ratio(row: Row | None, other: Row | None) -> str:
+    if row is None or other is None or row["seconds"] is None:
         return ""
-    ratio = row["ratios"][against]["median"]
-    return f"{ratio:.{0 if ratio >= 20 else 1 if ratio >= 1 else 2}f}x"
+    value = goals.ratio(row, other)[0]
+    return f"{value:.{0 if value >= 20 else 1 if value >= 10 else 2 if value >= 0.1 else 3}f}"
 
 
 def _megabytes(row: Row | None) -> str:
@@ -79,32 +158,133 @@ def _megabytes(row: Row | None) -> str:
     return f"{megabytes:.1f}" if megabytes < 10 else f"{megabytes:.0f}"
 
 
-def _cells(rows: Sequence[Row], workload: Workload, spread: bool) -> list[list[str]]:
-    """One line for each peer: its label, then four columns for each pass."""
-    found = {
-        (row["peer"], row["pass"]): row for row in rows if Workload(**row["workload"]) == workload
-    }
-    lines = []
-    for peer in dict.fromkeys(peer for peer, _ in found):
-        pair = [found.get((peer, passes)) for passes in PASSES]
-        line = [next(row["label"] for row in pair if row is not None)]
-        for row in pair:
-            line += [_milliseconds(row, spread), _ratio(row, "eager"), _ratio(row, "sdpa")]
-            line += [_megabytes(row)]
-        lines.append(line)
-    return lines
+def label(row: Row, first: Row) -> str:
+    """The label of the peer, with what sets its workload apart from the group's first one."""
+    own, base = row["workload"], first["workload"]
+    text = row["label"]
+    if "random" in row["peer"] or "spatial" in row["peer"]:
+        text = text.replace("random", f"{own['candidates']} random")
+        text = text.replace("spatial", f"{own['candidates']} spatial")
+    if row["peer"] in ("mm", "copy"):
+        return text
+    if (own["batch"], own["tokens"], own["channels"]) != tuple(
+        base[name] for name in ("batch", "tokens", "channels")
+    ):
+        text += f", N = {own['tokens']}"
+    return text + (f", {own['source']} features" if own["source"] != base["source"] else "")
 
 
-def _notes(rows: Sequence[Row], workload: Workload) -> list[str]:
-    notes = []
+def table(rows: Sequence[Row], spread: bool) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of one group: for each pass time, ratios, bound and memory."""
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    found: dict[str, dict[str, Row]] = {}
     for row in rows:
-        if Workload(**row["workload"]) != workload:
-            continue
+        found.setdefault(label(row, rows[0]), {})[row["pass"]] = row
+    references = References(rows)
+    columns: dict[tuple[str, str], list[str]] = {}
+    for each in passes:
+        own = [of_pass.get(each) for of_pass in found.values()]
+        columns[each, "ms"] = [_milliseconds(row, spread) for row in own]
+        for against, title in _AGAINST.items():
+            others = [None if row is None else references.find(row, against) for row in own]
+            columns[each, title] = [_ratio(*pair) for pair in zip(own, others, strict=True)]
+        bounds = [None if row is None else references.bound(row) for row in own]
+        columns[each, "of bound"] = [
+            ""
+            if row is None or bound is None or row["seconds"] is None
+            else f"{bound / row['seconds']['median']:.2f}"
+            for row, bound in zip(own, bounds, strict=True)
+        ]
+        columns[each, "MB"] = [_megabytes(row) for row in own]
+    kept = {name: cells for name, cells in columns.items() if any(cells)}
+    header = ["", *(f"{each}: {name}" if name == "ms" else name for each, name in kept)]
+    lines = [[name, *(cells[i] for cells in kept.values())] for i, name in enumerate(found)]
+    return header, lines
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What was not measured, and why."""
+    found = []
+    for row in rows:
+        name = f"{row['label']}, {row['pass']}"
         if row["status"] != "measured":
-            notes.append(f"{row['label']}, {row['pass']}: {row['status']}: {row['reason']}")
+            found.append(f"{name}: {row['status']}: {row['reason']}")
+        elif row["seconds"] is None:
+            found.append(f"{name}: checked, not timed: the run ended")
         elif row["peak_reason"]:
-            notes.append(f"{row['label']}, {row['pass']}: no peak memory: {row['peak_reason']}")
-    return notes
+            found.append(f"{name}: no peak memory: {row['peak_reason']}")
+    return list(dict.fromkeys(found))
+
+
+def heading(name: str, rows: Sequence[Row]) -> str:
+    workload = Workload(**rows[0]["workload"])
+    shape = "" if workload.shape in name else f" {workload.shape}"
+    source = "" if workload.source in name else f", {workload.source}"
+    dtype = "" if workload.dtype in name else f", {workload.dtype}"
+    return f"{name}{shape} = (B, N, C, k){source}{dtype}"
+
+
+# Whom each of ours is divided by: what does the same, or what it stands in for.
+_OURS = {
+    "convnn-all": ("sdpa", "conv2d"),
+    "convnn-random": ("sdpa", "conv2d"),
+    "convnn-dense": ("conv2d",),
+    "aggregate-dense": ("conv2d",),
+    "select": ("faiss",),
+}
+THEIRS = {
+    "sdpa": "attention (SDPA)",
+    "conv2d": "Conv2d 3×3",
+    "faiss": "FAISS, exact search",
+}
+
+
+# A small call says what the host costs, and bfloat16 has a table of its own.
+_NO_BARS = ("host overhead", "bfloat16")
+
+
+def ratios(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """By whom against, label and pass: our time divided by theirs."""
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in THEIRS}
+    for group, members in groups(rows).items():
+        if group.startswith(_NO_BARS):
+            continue
+        references, source = References(members), members[0]["workload"]["source"]
+        for row in members:
+            w = Workload(**row["workload"])
+            if row["peer"] not in _OURS or w.source != source:
+                continue
+            for against in _OURS[row["peer"]]:
+                value = goals.ratio(row, references.find(row, against))[0]
+                dtype = "" if w.dtype == "float32" else f", {w.dtype}"
+                name = f"{label(row, row)}, {w.shape}{dtype}"
+                if not math.isnan(value):
+                    found[against].setdefault(name, {}).setdefault(row["pass"], value)
+    return {name: bars for name, bars in found.items() if bars}
+
+
+def two_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:#.2g}"
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """What ConvNN costs in a sentence for each kind and reference: ranges over the shapes."""
+    lines = []
+    for against, bars in ratios(rows).items():
+        ranges: dict[str, dict[str, list[float]]] = {}
+        for name, passes in bars.items():
+            for each, value in passes.items():
+                # The label without its shape.
+                kind = name.partition(", (")[0]
+                ranges.setdefault(kind, {}).setdefault(each, []).append(value)
+        for kind, passes_of in ranges.items():
+            parts = []
+            for each, values in passes_of.items():
+                low, high = two_digits(min(values)), two_digits(max(values))
+                span = low if low == high else f"{low} to {high}"
+                parts.append(f"{each} {span} times")
+            lines.append(f"{kind}: {', '.join(parts)} the time of {THEIRS[against]}")
+    return lines
 
 
 def describe(result: Result) -> str:
@@ -112,80 +292,50 @@ def describe(result: Result) -> str:
     stamp = result["stamp"]
     cpu, versions = stamp["cpu"], stamp["versions"]
     commit = (stamp["commit"] or "no commit")[:12] + (" with changes" if stamp["dirty"] else "")
+    gpu = "" if stamp.get("gpu") is None else f"{stamp['gpu']['name']}; "
     return (
-        f"{cpu['model']}, {stamp['threads']} threads of {cpu['logical_cores']}, "
+        f"{gpu}{cpu['model']}, {stamp['threads']} threads of {cpu['logical_cores']}, "
         f"{cpu['pytorch_instruction_set']}; Python {versions['python']}, "
         f"PyTorch {versions['torch']}, convnn_kernels {versions['convnn_kernels']} ({commit}); "
         f"{stamp['date'][:10]}"
     )
 
 
-def _busy(result: Result) -> str | None:
-    load, cores = result["stamp"]["load_average"], result["stamp"]["cpu"]["logical_cores"]
-    if load is None or load < 0.5 * cores:
-        return None
-    return (
-        f"The machine was busy when this run began (load average {load:.1f} on {cores} cores): "
-        "times are noisy."
-    )
+def caveats(result: Result) -> list[str]:
+    """What a reader must know before the figures."""
+    stamp, found = result["stamp"], []
+    load, cores = stamp["load_average"], stamp["cpu"]["logical_cores"]
+    if load is not None and load >= 0.5 * cores:
+        found.append(
+            f"The machine was busy when this run began (load average {load:.1f} on {cores} cores): "
+            "times are noisy."
+        )
+    if result.get("left_out"):
+        found.append(f"Left out for want of time: {'; '.join(result['left_out'])}.")
+    elif not result["complete"]:
+        found.append("This run did not finish: what is missing was not measured.")
+    return found
 
 
 def terminal(result: Result) -> str:
-    """Tables to read on a terminal, one for each workload."""
-    rows = result["rows"]
-    header = ["", *(column for _ in PASSES for column in ("ms", "eager", "SDPA", "MB"))]
+    """Tables to read on a terminal, one for each group, then the goals."""
     blocks = []
-    for workload in workloads(rows):
-        lines = [header, *_cells(rows, workload, spread=True)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        title = f"(B, N, C, k) = {workload.shape}, float32, {workload.source}"
-        passes = [
-            f"{name:-^{sum(group) + 2 * (len(group) - 1)}}"
-            for name, group in zip(PASSES, (widths[1:5], widths[5:9]), strict=True)
-        ]
-        block = [title, " " * widths[0] + "  " + "  ".join(passes)]
-        for line in lines:
+    for name, rows in groups(result["rows"]).items():
+        header, lines = table(rows, spread=True)
+        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+        block = [heading(name, rows)]
+        for line in (header, *lines):
             cells = [line[0].ljust(widths[0])]
             cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
             block.append("  ".join(cells).rstrip())
-        block += [f"  {note}" for note in _notes(rows, workload)]
+        block += [f"  {note}" for note in notes(rows)]
         blocks.append("\n".join(block))
-    busy = _busy(result)
-    return "\n\n".join([describe(result), *blocks, FOOTNOTE, *([busy] if busy else [])])
-
-
-def markdown(result: Result) -> str:
-    """Tables for the README: the required shapes on photographs, or all there are."""
-    rows = result["rows"]
-    present = workloads(rows)
-    chosen = [Workload(*shape) for shape in REQUIRED if Workload(*shape) in present] or present
-    blocks = [f"Measured by `make bench`: {describe(result)}."]
-    for workload in chosen:
-        lines = [
-            f"(B, N, C, k) = {workload.shape}, float32, {workload.source}:",
-            "",
-            "| | forward, ms | × eager | × SDPA | MB "
-            "| forward + backward, ms | × eager | × SDPA | MB |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-        ]
-        for line in _cells(rows, workload, spread=False):
-            lines.append("| " + " | ".join(line) + " |")
-        blocks.append("\n".join(lines))
-        notes = _notes(rows, workload)
-        if notes:
-            blocks.append("\n".join(f"- {note}" for note in notes))
-    return "\n\n".join([*blocks, FOOTNOTE])
-
-
-def rewrite_block(path: Path, text: str) -> None:
-    """Put the text between the two markers of a file."""
-    content = path.read_text()
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise ValueError(f"{path} must contain {BEGIN} and {END}, once each")
-    before, rest = content.split(BEGIN)
-    if END not in rest:
-        raise ValueError(f"{path} must contain {BEGIN} before {END}")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    found = goals.goals(result)
+    if short := summary(result["rows"]):
+        blocks.append("\n".join(["in short, over the shapes above", *short]))
+    if found:
+        blocks.append(f"goals (time ÷ time unless it says share)\n{goals.table(found)}")
+    return "\n\n".join([describe(result), *blocks, FOOTNOTE, *caveats(result)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -195,30 +345,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("result", type=Path, help="a JSON file that python -m benchmarks wrote")
-    parser.add_argument(
-        "--readme",
-        type=Path,
-        nargs="?",
-        const=REPOSITORY / "README.md",
-        metavar="FILE",
-        help="the file to rewrite (README.md)",
-    )
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw the pictures there")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page there")
     options = parser.parse_args(arguments)
     try:
         result = read(options.result)
-        if options.readme:
-            rewrite_block(options.readme, markdown(result))
+        if not options.pictures and not options.page:
+            print(terminal(result))
+            return 0
+
+        from . import page, pictures
+
+        with tempfile.TemporaryDirectory() as folder:
+            drawn = pictures.draw_all(result, options.pictures or Path(folder))
+            if options.page:
+                page.write(result, drawn, options.page)
     except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
-    if options.pictures:
-        from . import pictures
-
-        for path in pictures.draw_all(result, options.pictures):
+    for path in [*(path for _, path in drawn if options.pictures), options.page]:
+        if path:
             print(path)
-    if not options.readme and not options.pictures:
-        print(terminal(result))
     return 0
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Measure peers on workloads: the gate, then the clock, then memory.
+"""Measure the cases of a group: the gate, then the clock, then memory.
 
-All peers of a workload are timed in turn, round after round, so that whatever else the machine
-does meets all of them alike; a ratio is the median over rounds of the ratio within a round.
+All cases of a group are timed in turn, round after round, so that whatever else the machine does
+meets all of them alike; a ratio is the median over rounds of the ratio within a round.
 """
 
 from __future__ import annotations
 
-import time
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,21 +16,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from . import gate
+from . import bounds, gate
 from .devices import Device
 from .memory import MemoryNotMeasured
-from .peers import PASSES, Call, Peer, run_pass
+from .peers import PEERS, Call, Peer, Unavailable, gradient_mode, run_pass
 from .workloads import Workload, make_inputs
-
-# A peer that would need more than this is left out, by name.
-LARGEST_BYTES = 10e9
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: for each workload about `seconds`, within the bounds on rounds.
+    """How long to time a group: about `seconds`, within the bounds on rounds.
 
     sample_seconds: a pass that is quicker is repeated within one sample until it lasts this long.
     """
@@ -44,12 +41,33 @@ class Effort:
 QUICK = Effort(seconds=2.0, fewest_rounds=3, most_rounds=10)
 
 
+@dataclass(frozen=True)
+class Case:
+    """One peer and pass on one workload."""
+
+    workload: Workload
+    peer: str
+    passes: str = "forward"
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is timed in turn, and so may be divided by one another.
+
+    memory: the peers whose peak memory is measured too, on the first workload.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    effort: Effort = Effort()
+    memory: tuple[str, ...] = ()
+
+
 @dataclass
-class _Case:
-    """One peer and pass on one workload, checked and ready to be timed."""
+class Ready:
+    """A case that was checked and can be timed."""
 
     row: Row
-    peer: Peer
     call: Call
     passes: str
     repeats: int = 1
@@ -57,54 +75,68 @@ class _Case:
 
     def sample(self, device: Device) -> float:
         """Seconds of one pass, averaged over `repeats`."""
-        device.synchronize()
-        start = time.perf_counter()
-        for _ in range(self.repeats):
-            run_pass(self.call, self.passes)
-        device.synchronize()
-        return (time.perf_counter() - start) / self.repeats
+        if self.call.sample is not None:
+            return self.call.sample(self.repeats)
+        with gradient_mode(self.passes):
+            return device.seconds(lambda: run_pass(self.call, self.passes), self.repeats)
+
+    def cold_sample(self, device: Device) -> float | None:
+        if self.call.sample is not None:
+            return None
+        with gradient_mode(self.passes):
+            return device.cold_seconds(lambda: run_pass(self.call, self.passes))
 
 
-def _summary(samples: Sequence[float]) -> dict[str, float]:
-    p20, median, p80 = np.percentile(samples, [20, 50, 80])
-    return {"median": float(median), "p20": float(p20), "p80": float(p80)}
-
-
-def _row(workload: Workload, name: str, peer: Peer, passes: str) -> Row:
+def new_row(group: str, case: Case, peer: Peer) -> Row:
     return {
-        "workload": asdict(workload),
-        "peer": name,
+        "group": group,
+        "workload": asdict(case.workload),
+        "peer": case.peer,
         "label": peer.label,
-        "pass": passes,
+        "pass": case.passes,
         "status": "measured",
         "reason": None,
         "checked": None,
+        "flops": bounds.flops(case.peer, peer, case.workload, case.passes),
+        "bytes": bounds.moved_bytes(case.peer, peer, case.workload, case.passes),
         "seconds": None,
-        "ratios": {},
+        "cold_seconds": None,
         "peak_bytes": None,
         "peak_reason": None,
     }
 
 
-def _prepare(workload: Workload, name: str, peer: Peer, passes: str, device: Device) -> _Case | Row:
+def _skipped(row: Row, reason: str) -> Row:
+    return row | {"status": "skipped", "reason": " ".join(reason.split())}
+
+
+def prepare(group: str, case: Case, device: Device) -> Ready | Row:
     """A case that passed the gate, or a row that says why there is none."""
-    row = _row(workload, name, peer, passes)
-    backward = passes != "forward"
+    peer, workload, passes = PEERS[case.peer], case.workload, case.passes
+    row = new_row(group, case, peer)
+    if passes not in peer.passes:
+        return _skipped(row, f"has no {passes} pass")
+    backward = passes == "forward+backward"
     needed = peer.bytes_needed(workload, backward)
-    if needed > LARGEST_BYTES:
-        reason = f"needs about {needed / 1e9:.0f} GB, the limit is {LARGEST_BYTES / 1e9:.0f} GB"
-        return row | {"status": "skipped", "reason": reason}
+    limit = device.memory_bytes()
+    if needed > limit:
+        return _skipped(
+            row, f"needs about {needed / 1e9:.0f} GB, the limit is {limit / 1e9:.0f} GB"
+        )
     try:
-        call = peer.build(workload, make_inputs(workload, device.name, requires_grad=backward))
+        call = peer.build(workload, make_inputs(workload, device.where, requires_grad=backward))
         row["checked"] = gate.check(peer, workload, call, passes)
+    except Unavailable as error:
+        return _skipped(row, str(error))
     except AssertionError as error:
         return row | {"status": "refused", "reason": " ".join(str(error).split())}
     except Exception as error:
-        return row | {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-    return _Case(row, peer, call, passes)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return row | {"status": "failed", "reason": reason[:500]}
+    return Ready(row, call, passes)
 
 
-def _warm_up(cases: Sequence[_Case], device: Device, effort: Effort) -> None:
+def _warm_up(cases: Sequence[Ready], device: Device, effort: Effort) -> None:
     """Run each case until its caches are filled, and fix how often a sample repeats it."""
     for case in cases:
         quickest = case.sample(device)
@@ -117,76 +149,92 @@ def _warm_up(cases: Sequence[_Case], device: Device, effort: Effort) -> None:
         case.repeats = max(1, round(effort.sample_seconds / case.estimate))
 
 
-def _time(cases: Sequence[_Case], rounds: int, device: Device, advance: Callable[[], None]) -> None:
-    """Fill in the times and ratios of the rows."""
-    samples: list[list[float]] = [[] for _ in cases]
-    order = list(range(len(cases)))
-    for _ in range(rounds):
-        for i in order:
-            samples[i].append(cases[i].sample(device))
-        order.reverse()  # no case always runs after the same other one
-        advance()
-    seconds = {
-        (case.row["peer"], case.passes): np.array(s) for case, s in zip(cases, samples, strict=True)
+def _summary(samples: Sequence[float]) -> dict[str, Any]:
+    p20, median, p80 = np.percentile(samples, [20, 50, 80])
+    return {
+        "median": float(median),
+        "p20": float(p20),
+        "p80": float(p80),
+        "samples": [float(f"{each:.5g}") for each in samples],
     }
-    for case, own in zip(cases, samples, strict=True):
-        case.row["seconds"] = {**_summary(own), "rounds": rounds, "repeats": case.repeats}
-        for against, peer in (("eager", case.peer.baseline), ("sdpa", "sdpa")):
-            other = seconds.get((peer, case.passes))
-            if other is not None:
-                case.row["ratios"][against] = {"peer": peer, **_summary(other / np.array(own))}
+
+
+def _time(cases: Sequence[Ready], rounds: int, device: Device, advance: Callable[[], None]) -> None:
+    """Fill in the times of the rows."""
+    samples: list[list[float]] = [[] for _ in cases]
+    cold: list[list[float]] = [[] for _ in cases]
+    order = list(range(len(cases)))
+    try:
+        for _ in range(rounds):
+            for i in order:
+                samples[i].append(cases[i].sample(device))
+                if (seconds := cases[i].cold_sample(device)) is not None:
+                    cold[i].append(seconds)
+            order.reverse()  # no case always runs after the same other one
+            advance()
+    finally:
+        # An interruption keeps the rounds that are whole.
+        whole = min((len(each) for each in samples), default=0)
+        for case, warm, flushed in zip(cases, samples, cold, strict=True):
+            if whole:
+                case.row["seconds"] = _summary(warm[:whole]) | {"repeats": case.repeats}
+            if flushed:
+                case.row["cold_seconds"] = _summary(flushed)
 
 
 @contextmanager
 def _progress(title: str | None) -> Iterator[tqdm]:
     """A bar on a terminal; nothing in a log, or without a title."""
-    bar_format = "{desc:<64}{bar:20} {n_fmt}/{total_fmt} [{elapsed}]"
+    bar_format = "{desc:<72}{bar:20} {n_fmt}/{total_fmt} [{elapsed}]"
     disable = True if title is None else None
     with tqdm(total=0, bar_format=bar_format, disable=disable, leave=False) as bar:
         yield bar
 
 
 def measure(
-    workload: Workload,
-    peers: dict[str, Peer],
-    device: Device,
-    threads: int,
-    effort: Effort,
-    title: str | None = None,
-) -> list[Row]:
-    """One row for each peer and pass, also for those that were skipped, refused or failed."""
-    device.set_threads(threads)
-    rows: list[Row] = []
-    cases: list[_Case] = []
-    combinations = [(name, peer, passes) for name, peer in peers.items() for passes in PASSES]
+    group: Group, device: Device, threads: int, rows: list[Row], title: str | None = None
+) -> None:
+    """Append one row for each case, also for those that were skipped, refused or failed.
+
+    A row is there as soon as its case is checked, so that an interruption keeps what is known.
+    """
+    device.prepare(threads)
+    cases: list[Ready] = []
     with _progress(title) as bar:
-        bar.total = len(combinations)
-        for name, peer, passes in combinations:
-            bar.set_description_str(f"{title}: checking {name}")
-            prepared = _prepare(workload, name, peer, passes, device)
-            if isinstance(prepared, _Case):
+        bar.total = len(group.cases)
+        for case in group.cases:
+            bar.set_description_str(f"{title}: checking {case.peer}")
+            prepared = prepare(group.name, case, device)
+            if isinstance(prepared, Ready):
                 cases.append(prepared)
                 rows.append(prepared.row)
             else:
                 rows.append(prepared)
             bar.update()
 
+        gc.collect()
         bar.set_description_str(f"{title}: warming up")
-        _warm_up(cases, device, effort)
-        one_round = sum(max(case.estimate, effort.sample_seconds) for case in cases)
-        rounds = int(effort.seconds / one_round) if cases else 0
-        rounds = min(max(rounds, effort.fewest_rounds), effort.most_rounds)
+        _warm_up(cases, device, group.effort)
+        one_round = sum(max(case.estimate, group.effort.sample_seconds) for case in cases)
+        rounds = int(group.effort.seconds / one_round) if cases else 0
+        rounds = min(max(rounds, group.effort.fewest_rounds), group.effort.most_rounds)
         bar.reset(total=rounds)
         bar.set_description_str(f"{title}: timing, rounds")
         _time(cases, rounds, device, bar.update)
 
-        bar.reset(total=len(cases))
-        for case in cases:
-            row = case.row
+        first = asdict(group.cases[0].workload)
+        measured = [
+            ready
+            for ready in cases
+            if ready.row["peer"] in group.memory and ready.row["workload"] == first
+        ]
+        bar.reset(total=len(measured))
+        for ready in measured:
+            row = ready.row
             bar.set_description_str(f"{title}: memory of {row['peer']}")
+            workload = Workload(**row["workload"])
             try:
-                row["peak_bytes"] = device.peak_bytes(workload, row["peer"], case.passes, threads)
+                row["peak_bytes"] = device.peak_bytes(workload, row["peer"], ready.passes, threads)
             except (MemoryNotMeasured, OSError) as error:
                 row["peak_reason"] = str(error)
             bar.update()
-    return rows

@@ -83,20 +83,31 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def make_stamp(device: str, threads: int) -> dict[str, Any]:
+def make_stamp(device: str, threads: int, gpu: dict[str, Any] | None = None) -> dict[str, Any]:
     """commit and dirty are None outside a git checkout; a version is None if not installed."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
         "threads": threads,
         "cpu": _cpu(),
+        "gpu": gpu,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.release()}",
         "versions": {
             "python": platform.python_version(),
             **{
                 name: _version(name)
-                for name in ("torch", "convnn_kernels", "numpy", "scikit-image")
+                for name in (
+                    "torch",
+                    "triton",
+                    "convnn_kernels",
+                    "numpy",
+                    "scikit-image",
+                    "faiss-cpu",
+                    "pykeops",
+                    "natten",
+                    "flashlib",
+                )
             },
         },
         **_commit(),

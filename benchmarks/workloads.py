@@ -6,11 +6,12 @@ pixels (bilinear, anti-aliased), and each color channel is shifted and scaled to
 variance 1 over the pixels. The token of a pixel is its w x w RGB neighborhood (edge pixels repeated
 outwards), flattened to 3 w^2 numbers and projected to C channels by a random matrix with
 orthonormal columns (seed 0, the same for all photographs). w is the smallest odd number with
-3 w^2 >= C: 5 for C = 64, 9 for C = 192. So N = H W, row-major.
+3 w^2 >= C: 5 for C = 64, 7 for C = 128, 9 for C = 192. So N = H W, row-major.
 
 Query, key and value hold the same tokens, as in the paper's convolutional setting, where the
-projections are the identity. They are three tensors, so that a backward pass computes three
-gradients, as it would with learned projections. With one head, cosine similarity, softmax and a
+projections are the identity (in a search, key and value hold those of the next photograph). They
+are three tensors, so that a backward pass computes three gradients, as it would with learned
+projections. With one head, cosine similarity, softmax and a
 depthwise weight this is Algorithm 1.
 """
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,65 +39,144 @@ PHOTOGRAPHS = (
     "hubble_deep_field",
 )
 
-# (B, N, C, k) that the project is held to, and the points for scaling in N.
-REQUIRED = ((8, 1024, 64, 9), (1, 4096, 64, 9))
-SCALING = ((1, 256, 64, 9), (1, 1024, 64, 9), (1, 16384, 64, 9))
-
 SOURCES = ("photographs", "random")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, order=True)
 class Workload:
-    """One shape and where its tokens come from: B x N tokens of C channels, k neighbors."""
+    """One shape and where its tokens come from.
+
+    batch x tokens queries of `channels` numbers, k neighbors among `keys` rows (as many as tokens
+    if None, and then the tokens themselves); `candidates` of them where a peer restricts its
+    search; `outputs` channels of a dense weight (`channels` if None). Random features have any
+    number of tokens, photographs H^2, or H^2 + 1: the last is then a class token, the mean of the
+    others.
+    """
 
     batch: int
     tokens: int
     channels: int
     k: int
     source: str = "photographs"
+    keys: int | None = None
+    candidates: int = 64
+    outputs: int | None = None
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "tokens", "channels", "k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if math.isqrt(self.tokens) ** 2 != self.tokens:
-            raise ValueError(f"tokens must be a square (a map of H x H), got {self.tokens}")
-        if self.k > self.tokens:
-            raise ValueError(f"k must be at most tokens ({self.tokens}), got {self.k}")
-        if self.source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
+        for name in ("batch", "tokens", "channels", "k", "keys", "candidates", "outputs"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if self.k > self.rows:
+            raise ValueError(f"k must be at most the rows of key ({self.rows}), got {self.k}")
+        for name, known in (("source", SOURCES), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.source == "photographs":
+            for count in (self.tokens, self.rows):
+                if count - math.isqrt(count) ** 2 not in (0, 1):
+                    raise ValueError(
+                        "tokens of photographs must be a square (a map of H x H) or one more "
+                        f"(with a class token), got {count}"
+                    )
 
     @property
-    def side(self) -> int:
-        """H = W of the map."""
-        return math.isqrt(self.tokens)
+    def rows(self) -> int:
+        """M, the rows of key."""
+        return self.tokens if self.keys is None else self.keys
+
+    @property
+    def side(self) -> int | None:
+        """H = W of the map, None where the tokens are not one."""
+        side = math.isqrt(self.tokens)
+        return side if side**2 == self.tokens else None
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     @property
     def shape(self) -> str:
-        return f"({self.batch}, {self.tokens}, {self.channels}, {self.k})"
+        """(B, N, C, k), with the number of keys where it differs from N."""
+        keys = "" if self.keys is None else f" of {self.keys}"
+        return f"({self.batch}, {self.tokens}{keys}, {self.channels}, {self.k})"
 
     def __str__(self) -> str:
-        return f"{self.shape} {self.source}"
+        dtype = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"{self.shape} {self.source}{dtype}"
+
+
+# What the project is held to: (B, N, C, k).
+REQUIRED = (
+    Workload(8, 197, 192, 9),
+    Workload(8, 1024, 64, 9),
+    Workload(1, 4096, 64, 9),
+    Workload(1, 16384, 64, 16),
+    Workload(1, 16384, 128, 64),
+)
+
+# The paper's models: ViT-Tiny on 224 x 224 images, and the input of each layer of VGG-11.
+VIT_TINY = Workload(256, 197, 192, 9)
+VGG11 = tuple(
+    Workload(128, tokens, channels, min(9, tokens), outputs=outputs)
+    for tokens, channels, outputs in (
+        (1024, 3, 64),
+        (256, 64, 128),
+        (64, 128, 256),
+        (64, 256, 256),
+        (16, 256, 512),
+        (16, 512, 512),
+        (4, 512, 512),
+        (4, 512, 512),
+    )
+)
+
+# Long sequences: batch x heads that fill a GPU.
+LONG = tuple(
+    Workload(max(1, 2**18 // tokens), tokens, channels, 9, dtype="bfloat16")
+    for tokens in (4096, 16384, 65536)
+    for channels in (64, 128)
+)
+
+# Search: few queries on many keys that are not the queries.
+SEARCH = tuple(
+    Workload(1, 16384, 128, k, "random", keys=100_000, dtype="bfloat16") for k in (8, 16, 32, 64)
+)
+
+
+def scaled(workload: Workload, largest: int) -> Workload:
+    """The workload with the batch, then queries and keys, cut until tokens x keys x batch fits."""
+    while workload.batch * workload.tokens * workload.rows > largest:
+        if workload.batch > 1:
+            workload = replace(workload, batch=workload.batch // 2)
+        elif workload.keys is not None:
+            workload = replace(workload, tokens=workload.tokens // 2, keys=workload.keys // 2)
+        else:
+            workload = replace(workload, tokens=workload.tokens // 4)
+    return workload
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What every peer computes from. Tensors require gradients where a backward pass needs them.
 
-    query, key, value: [B, N, C] float32; weight: [C, 1, k]; conv_weight: [C, C, 3, 3];
-    grad_output: [B, N, C].
+    query: [B, N, C]; key, value: [B, M, C]; weight: [C, 1, k]; dense_weight: [O, C, k];
+    conv_weight: [O, C, 3, 3]; grad_output: [B, N, C]; grad_dense: [B, N, O]; all of the dtype of
+    the workload.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     weight: Tensor
+    dense_weight: Tensor
     conv_weight: Tensor
     grad_output: Tensor
-
-    @property
-    def side(self) -> int:
-        return math.isqrt(self.query.shape[1])
+    grad_dense: Tensor
 
 
 @functools.cache
@@ -136,38 +216,52 @@ def photograph_tokens(name: str, side: int, channels: int) -> Tensor:
     return (neighborhoods @ _projection(3 * window * window, channels)).float()
 
 
-def _features(workload: Workload) -> Tensor:
+def _features(workload: Workload, count: int, seed: int) -> Tensor:
+    """[B, count, C] float32."""
     if workload.source == "random":
-        generator = torch.Generator().manual_seed(1)
-        shape = (workload.batch, workload.tokens, workload.channels)
-        return torch.randn(shape, generator=generator)
-    names = [PHOTOGRAPHS[i % len(PHOTOGRAPHS)] for i in range(workload.batch)]
-    return torch.stack(
-        [photograph_tokens(name, workload.side, workload.channels) for name in names]
-    )
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(workload.batch, count, workload.channels, generator=generator)
+    side = math.isqrt(count)
+    names = [PHOTOGRAPHS[(i + seed - 1) % len(PHOTOGRAPHS)] for i in range(workload.batch)]
+    tokens = torch.stack([photograph_tokens(name, side, workload.channels) for name in names])
+    if side**2 == count:
+        return tokens
+    return torch.cat([tokens, tokens.mean(dim=1, keepdim=True)], dim=1)
 
 
-def make_inputs(workload: Workload, device: str = "cpu", requires_grad: bool = False) -> Inputs:
-    """The same numbers for the same workload, whatever the device."""
-    features = _features(workload)
+@functools.lru_cache(maxsize=2)
+def _numbers(workload: Workload) -> dict[str, Tensor]:
+    """By the names of Inputs, float32 on the CPU. The cases of a group share them."""
+    query = _features(workload, workload.tokens, seed=1)
+    rows = query if workload.keys is None else _features(workload, workload.keys, seed=2)
     channels, k = workload.channels, workload.k
+    outputs = workload.outputs or channels
     generator = torch.Generator().manual_seed(2)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=generator).mul_(std)
 
-    def place(tensor: Tensor, differentiable: bool = True) -> Tensor:
-        # Always a copy: query, key and value must not share storage.
-        return tensor.to(device, copy=True).requires_grad_(requires_grad and differentiable)
+    return {
+        "query": query,
+        "key": rows,
+        "value": rows,
+        "weight": normal(channels, 1, k, std=k**-0.5),
+        "dense_weight": normal(outputs, channels, k, std=(k * channels) ** -0.5),
+        "conv_weight": normal(outputs, channels, 3, 3, std=(9 * channels) ** -0.5),
+        "grad_output": normal(*query.shape),
+        "grad_dense": normal(*query.shape[:2], outputs),
+    }
 
-    return Inputs(
-        query=place(features),
-        key=place(features),
-        value=place(features),
-        weight=place(normal(channels, 1, k, std=k**-0.5)),
-        conv_weight=place(normal(channels, channels, 3, 3, std=(9 * channels) ** -0.5)),
-        grad_output=place(normal(*features.shape), differentiable=False),
-    )
+
+def make_inputs(workload: Workload, device: str = "cpu", requires_grad: bool = False) -> Inputs:
+    """The same numbers for the same workload, whatever the device."""
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        # Always a copy: query, key and value must not share storage.
+        tensor = tensor.to(device, workload.torch_dtype, copy=True)
+        return tensor.requires_grad_(requires_grad and not name.startswith("grad"))
+
+    return Inputs(**{name: place(name, each) for name, each in _numbers(workload).items()})
 
 
 def random_candidates(tokens: int, count: int) -> Tensor:
@@ -182,11 +276,3 @@ def spatial_candidates(side: int, count: int) -> Tensor:
     # The middle of each of per_axis equal parts, so that the grid lies centered on the map.
     axis = ((torch.arange(per_axis, dtype=torch.float64) + 0.5) * side / per_axis).long()
     return (axis[:, None] * side + axis[None, :]).reshape(-1)
-
-
-def default_workloads(quick: bool = False) -> list[Workload]:
-    """The required shapes from both sources, then scaling in N on a photograph."""
-    if quick:
-        return [Workload(1, tokens, 64, 9) for tokens in (256, 1024)]
-    workloads = [Workload(*shape, source) for source in SOURCES for shape in REQUIRED]
-    return workloads + [Workload(*shape) for shape in SCALING]

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""What a call has to do at least: flops, and bytes that must cross the memory bus once.
+
+The flops of ConvNN are those of the similarity matrix, which an exact search computes, and of the
+aggregation; its backward passes gather k rows instead. Attention is counted as it is defined:
+2 products forward and 5 backward, of which one is computed again. Bytes are those of inputs,
+outputs and gradients.
+"""
+
+from __future__ import annotations
+
+from .peers import Peer
+from .peers.attention import NEIGHBORHOOD, WINDOW
+from .peers.rates import COPY_BYTES, SIDE
+from .workloads import Workload
+
+
+def flops(name: str, peer: Peer, workload: Workload, passes: str) -> float | None:
+    """None where there is no such count."""
+    w, backward = workload, passes == "forward+backward"
+    pairs = w.batch * w.tokens * w.rows
+    if peer.computes == "model":
+        return None
+    if peer.computes == "rate":
+        return 2.0 * SIDE**3
+    if peer.computes == "copy":
+        return 0.0
+    if peer.computes == "product":
+        return 2.0 * pairs * w.channels
+    if peer.computes == "attention":
+        return 2.0 * pairs * w.channels * (7 if backward else 2)
+    if peer.computes in ("local attention", "neighborhood attention"):
+        width = 2 * WINDOW + 1 if peer.computes == "local attention" else NEIGHBORHOOD**2
+        near = w.batch * w.tokens * min(width, w.rows)
+        return 2.0 * near * w.channels * (7 if backward else 2)
+    outputs = w.outputs or w.channels
+    if peer.computes == "convolution":
+        return 2.0 * w.batch * w.tokens * 9 * w.channels * outputs * (3 if backward else 1)
+    if peer.computes == "k-NN attention":
+        return 2.0 * pairs * w.channels * (4 if backward else 2)
+    restricted = min(w.candidates, w.rows) if ("random" in name or "spatial" in name) else w.rows
+    search = 2.0 * w.batch * w.tokens * restricted * w.channels
+    # Products with the k rows of key, for the gradients of query and of key.
+    search_backward = 4.0 * w.batch * w.tokens * w.k * w.channels
+    weights = outputs if "dense" in name else 2
+    gather = 2.0 * w.batch * w.tokens * w.k * w.channels * weights
+    if peer.computes == "select":
+        return search
+    if peer.computes == "aggregate":
+        return gather * (3 if backward else 1)
+    return search + gather + (search_backward + 2 * gather if backward else 0.0)
+
+
+def moved_bytes(name: str, peer: Peer, workload: Workload, passes: str) -> float | None:
+    w, backward = workload, passes == "forward+backward"
+    element = w.torch_dtype.itemsize
+    if peer.computes == "model":
+        return None
+    if peer.computes == "rate":
+        return 3.0 * element * SIDE**2
+    if peer.computes == "copy":
+        return 2.0 * COPY_BYTES
+    queries, keys = w.batch * w.tokens * w.channels, w.batch * w.rows * w.channels
+    outputs = w.batch * w.tokens * (w.outputs or w.channels)
+    neighbors = w.batch * w.tokens * w.k * (4 + 8)
+    if peer.computes == "product":
+        return float(element * (queries + keys) + 4 * w.batch * w.tokens * w.rows)
+    if peer.computes == "select":
+        return float(element * (queries + keys) + neighbors)
+    if peer.computes == "convolution":
+        return float(element * (keys + outputs) * (2 if backward else 1))
+    if peer.computes == "aggregate":
+        return float((element * (keys + outputs) + neighbors) * (2 if backward else 1))
+    found = 0 if "attention" in peer.computes else neighbors
+    return float((element * (queries + 2 * keys + outputs) + found) * (2 if backward else 1))

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: MIT
+"""What is measured by name: groups of workloads and peers, the most telling first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from .peers import PEERS
+from .runner import Case, Effort, Group
+from .workloads import LONG, REQUIRED, SEARCH, VGG11, VIT_TINY, Workload, scaled
+
+_BOTH = ("forward", "forward+backward")
+_FORWARD = _BOTH[:1]
+
+# What one would put into a model in place of another.
+_MODELS = ("convnn-all", "convnn-random", "convnn-spatial", "eager", "sdpa", "conv2d")
+
+
+def _cases(
+    workload: Workload, peers: Iterable[str], passes: Sequence[str] = _BOTH
+) -> tuple[Case, ...]:
+    """Each of these passes that a peer has."""
+    return tuple(
+        Case(workload, peer, each)
+        for peer in peers
+        for each in passes
+        if each in PEERS[peer].passes
+    )
+
+
+def _required() -> list[Group]:
+    """The shapes that the project is held to: beside attention, exact search, eager PyTorch."""
+    groups = []
+    for workload in REQUIRED:
+        small = workload.batch * workload.tokens**2 <= 2**24
+        peers = ["mm", "copy", "select", "faiss", "convnn-all", "sdpa"]
+        # The kernel that PyTorch does not choose is the faster one at a few sizes only.
+        peers += ["sdpa-math", "eager"] if small else []
+        avx2 = ["select-avx2", "convnn-avx2"] if small else ["select-avx2"]
+        random = replace(workload, source="random")
+        groups.append(
+            Group(
+                f"required {workload.shape}",
+                (
+                    *_cases(workload, peers),
+                    *_cases(random, ("select", "convnn-all"), _FORWARD),
+                    *_cases(workload, avx2, _FORWARD),
+                ),
+                Effort(8 if small else 15, fewest_rounds=5 if small else 3),
+                memory=_MODELS if workload == REQUIRED[1] else (),
+            )
+        )
+    return groups
+
+
+def _beside_convolution() -> list[Group]:
+    groups = []
+    for workload in REQUIRED[1:3]:
+        cases = _cases(workload, ("conv2d", "aggregate-dense", "convnn-dense", "aggregate"))
+        for count in (32, 64):
+            restricted = replace(workload, candidates=count)
+            cases += _cases(restricted, ("convnn-random", "convnn-spatial"))
+        groups.append(Group(f"beside Conv2d {workload.shape}", cases, Effort(8)))
+    return groups
+
+
+def _growth() -> Group:
+    """Times of N = 1024 ... 32768 for a fit."""
+    sizes = [Workload(1, 2**e, 64, 9, "random") for e in range(10, 16)]
+    cases = [Case(workload, peer) for workload in sizes for peer in ("convnn-all", "convnn-random")]
+    return Group("growth with N", tuple(cases), Effort(10, fewest_rounds=5))
+
+
+def _overhead() -> Group:
+    """A call so small that its time is that of the host."""
+    tiny = Workload(1, 8, 8, 2, "random")
+    cases = [
+        Case(tiny, peer, passes)
+        for peer in ("sdpa", "convnn-all", "functional")
+        for passes in ("forward", "inference")
+    ]
+    return Group("host overhead", tuple(cases), Effort(5, fewest_rounds=15, sample_seconds=0.02))
+
+
+def _bfloat16() -> list[Group]:
+    return [
+        Group(
+            f"bfloat16 {workload.shape}",
+            _cases(replace(workload, dtype="bfloat16"), ("mm", "select", "convnn-all", "sdpa")),
+            Effort(8),
+        )
+        for workload in REQUIRED[2:4]
+    ]
+
+
+def _curves() -> list[Group]:
+    """Time and memory against N, on a photograph."""
+    return [
+        Group(f"against N {w.shape}", _cases(w, _MODELS), Effort(seconds), memory=_MODELS)
+        for w, seconds in (
+            (Workload(1, 256, 64, 9), 3),
+            (Workload(1, 1024, 64, 9), 3),
+            (Workload(1, 4096, 64, 9), 5),
+            (Workload(1, 16384, 64, 9), 5),
+        )
+    ]
+
+
+def cpu(device: str) -> list[Group]:
+    return [
+        *_required(),
+        *_beside_convolution(),
+        _overhead(),
+        _growth(),
+        *_bfloat16(),
+        *_curves(),
+    ]
+
+
+def quick(device: str) -> list[Group]:
+    effort = Effort(2, most_rounds=10)
+    return [
+        Group(f"against N {w.shape}", _cases(w, _MODELS), effort, memory=_MODELS)
+        for w in (Workload(1, 256, 64, 9), Workload(1, 1024, 64, 9))
+    ]
+
+
+def _fit(workload: Workload, device: str) -> Workload:
+    """As it is on a GPU; on a CPU in float32 and with as many pairs as fit into a minute."""
+    if device == "cuda":
+        return workload
+    pairs = 2**24 if workload.keys is None else 2**27
+    return scaled(replace(workload, dtype="float32"), pairs)
+
+
+def _unique(workloads: Iterable[Workload]) -> list[Workload]:
+    return list(dict.fromkeys(workloads))
+
+
+_ATTENTION = ("sdpa", "sdpa-flash", "sdpa-math", "sdpa-efficient", "sdpa-cudnn")
+_SEARCH = ("matmul", "matmul-topk", "cdist-topk", "faiss", "faiss-gpu", "cuvs", "flashlib", "keops")
+_OPERATORS = ("select", "aggregate", "convnn-all", "convnn-random", "convnn-spatial")
+_EAGER = ("eager", "compiled", "eager-aggregate", "eager-random", "eager-spatial")
+_LOCAL = ("flex-local", "local", "natten", "kvt")
+
+
+def _operators_at(workload: Workload, peers: Iterable[str], seconds: float) -> Group:
+    return Group(f"operators {workload}", _cases(workload, ("mm", "copy", *peers)), Effort(seconds))
+
+
+def operators(device: str) -> list[Group]:
+    """Each operator beside every peer, on the paper's shapes, long sequences and searches."""
+    tokens = [_fit(w, device) for w in (VIT_TINY, *LONG)]
+    everyone = (*_OPERATORS, *_EAGER, *_ATTENTION, *_LOCAL, "conv2d", *_SEARCH)
+    groups = [_operators_at(w, everyone, 15) for w in _unique(tokens)]
+    random = [replace(w, source="random") for w in _unique(tokens)[:2]]
+    groups += [_operators_at(w, (*_OPERATORS, "sdpa"), 8) for w in random]
+    searches = _unique(_fit(w, device) for w in SEARCH)
+    return groups + [_operators_at(w, ("select", *_SEARCH), 8) for w in searches]
+
+
+def layers(device: str) -> list[Group]:
+    """The layers of VGG-11 one by one, then both models as a whole."""
+    groups = []
+    for i, workload in enumerate(VGG11, 1):
+        w = workload if device == "cuda" else replace(workload, batch=16)
+        peers = ("mm", "conv2d", "convnn-dense", "aggregate-dense", "eager-dense")
+        groups.append(Group(f"VGG-11 layer {i} {w.shape}", _cases(w, peers), Effort(4)))
+    vgg = tuple(f"vgg11-{layer}" for layer in ("conv2d", "hybrid", "convnn"))
+    vit = tuple(f"vit-{layer}" for layer in ("attention", "convnn", "local"))
+    images = (128, 64) if device == "cuda" else (8, 2)
+    for name, (tokens, channels), models, batch in zip(
+        ("VGG-11", "ViT-Tiny"), ((1024, 3), (197, 192)), (vgg, vit), images, strict=True
+    ):
+        w = Workload(batch, tokens, channels, 9, "random")
+        groups.append(Group(f"model {name}", _cases(w, models), Effort(15), memory=models))
+    return groups
+
+
+def memory(device: str) -> list[Group]:
+    """Peak memory against N; timed only as often as a median needs."""
+    peers = (*_MODELS, "compiled", "matmul-topk", "local", "kvt")
+    largest = 65536 if device == "cuda" else 16384
+    effort = Effort(0, fewest_rounds=3)
+    return [
+        Group(f"memory {w.shape}", _cases(w, peers), effort, memory=peers)
+        for w in (Workload(1, 4**e, 64, 9) for e in range(4, 9))
+        if w.tokens <= largest
+    ]
+
+
+def scaling(device: str) -> list[Group]:
+    """One of N, k, D and R at a time, on a photograph."""
+    base = Workload(1, 4096, 64, 9, dtype="bfloat16" if device == "cuda" else "float32")
+    peers = (*_MODELS, "flex-local", "local", "kvt", "faiss", "flashlib", "keops")
+    sizes = [4**e for e in range(4, 9) if device == "cuda" or e < 8]
+    groups = [
+        Group(f"against N {w.shape}", _cases(w, peers), Effort(6), memory=_MODELS)
+        for w in (replace(base, tokens=tokens) for tokens in sizes)
+    ]
+    few = ("convnn-all", "convnn-random", "eager", "sdpa")
+    groups += [
+        Group(f"against k {w.shape}", _cases(w, few), Effort(4))
+        for w in (replace(base, k=k) for k in (1, 4, 9, 16, 32, 64, 100))
+    ]
+    groups += [
+        Group(f"against D {w.shape}", _cases(w, few), Effort(4))
+        for w in (replace(base, channels=channels) for channels in (16, 32, 64, 128, 256))
+    ]
+    return groups + [
+        Group(
+            f"against R {w.candidates}",
+            _cases(w, ("convnn-all", "convnn-random", "convnn-spatial", "sdpa", "conv2d")),
+            Effort(4),
+        )
+        for w in (replace(base, candidates=count) for count in (16, 64, 256, 1024))
+    ]
+
+
+def backends(device: str) -> list[Group]:
+    """The implementations of the same operators against each other."""
+    if device == "cuda":
+        peers = [f"{op}-{name}" for op in ("select", "convnn") for name in ("triton", "cuda")]
+        shapes: Sequence[Workload] = (VIT_TINY, *LONG[:4])
+    else:
+        peers = [f"{op}-{isa}" for op in ("select", "convnn") for isa in ("avx2", "portable")]
+        peers = ["select", "convnn-all", *peers]
+        shapes = REQUIRED[:3]
+    return [Group(f"backends {w}", _cases(w, ("mm", *peers), _FORWARD), Effort(8)) for w in shapes]
+
+
+def gpu(device: str) -> list[Group]:
+    """What a GPU is asked first, in about six minutes; the most telling first."""
+    attention = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+    fused = ("mm", "copy", "select", "convnn-all", *attention, "matmul", "matmul-topk", "flashlib")
+    model = (
+        "mm",
+        "copy",
+        "select",
+        "aggregate",
+        "convnn-all",
+        "convnn-random",
+        "eager",
+        *attention,
+    )
+    long = _unique(_fit(w, device) for w in (LONG[2], LONG[0], LONG[4], LONG[1], LONG[3], LONG[5]))
+    half = [replace(w, dtype=LONG[0].dtype) for w in (VIT_TINY, *VGG11[:3])]
+    vit, *vgg = _unique(_fit(w, device) for w in half)
+    search = _unique(_fit(w, device) for w in SEARCH)
+    curves = [
+        replace(w, dtype=LONG[0].dtype if device == "cuda" else "float32")
+        for w in (Workload(1, 4**e, 64, 9) for e in range(4, 9 if device == "cuda" else 7))
+    ]
+    short = Effort(3, fewest_rounds=5, most_rounds=30)
+    groups = [
+        Group(f"operators {long[0]}", _cases(long[0], fused), short, memory=("convnn-all", "sdpa")),
+        Group(f"operators {vit}", _cases(vit, (*model, "conv2d")), short),
+        *(
+            Group(f"operators {w}", _cases(w, ("mm", "select", *_SEARCH)), short)
+            for w in search[:2]
+        ),
+        *(Group(f"operators {w}", _cases(w, fused), short) for w in long[1:3]),
+        *(
+            Group(
+                f"VGG-11 layer {i} {w.shape}",
+                _cases(w, ("mm", "conv2d", "convnn-dense", "aggregate-dense")),
+                short,
+            )
+            for i, w in enumerate(vgg, 1)
+        ),
+        *(Group(f"against N {w.shape}", _cases(w, _MODELS), short, memory=_MODELS) for w in curves),
+        _overhead(),
+        *(
+            Group(f"operators {w}", _cases(w, ("mm", "select", *_SEARCH)), short)
+            for w in search[2:]
+        ),
+        *(Group(f"operators {w}", _cases(w, fused), short) for w in long[3:]),
+    ]
+    return groups + (backends(device)[:2] if device == "cuda" else [])
+
+
+@dataclass(frozen=True)
+class Suite:
+    """groups: for a device, "cpu" or "cuda"; CPU variants are scaled to minutes."""
+
+    purpose: str
+    groups: Callable[[str], list[Group]]
+
+
+SUITES = {
+    "cpu": Suite("the CPU kernels against their goals, and what they replace", cpu),
+    "gpu": Suite("what a GPU is asked first, in about six minutes", gpu),
+    "quick": Suite("two small shapes, in seconds", quick),
+    "operators": Suite("each operator beside every peer", operators),
+    "layers": Suite("layers of VGG-11, and whole models", layers),
+    "memory": Suite("peak memory against N", memory),
+    "scaling": Suite("time against N, k, D and R", scaling),
+    "backends": Suite("backend against backend, instruction set against instruction set", backends),
+}
+
+DEFAULT = {"cpu": "cpu", "cuda": "gpu"}

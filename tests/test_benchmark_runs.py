@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: MIT
+"""What a run of the benchmarks leaves behind: files, tables, pictures, figures in documents."""
+
+import errno
+import html
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip install .[bench]")
+pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
+
+from benchmarks import compare, devices, figures, goals, page, pictures, report, runner
+from benchmarks import __main__ as command
+from benchmarks.__main__ import main
+from benchmarks.peers import PEERS
+from benchmarks.runner import Case, Group
+from benchmarks.stamp import REPOSITORY, make_stamp
+from benchmarks.suites import SUITES
+from benchmarks.workloads import Workload
+
+TINY = ["--shapes", "1,64,16,3", "1,144,16,3", "--peers", "select", "sdpa", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def little_effort(request, monkeypatch):
+    """Where a test is quick: two rounds, and no process for each peak."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(command, "SHAPES_EFFORT", runner.Effort(0, 2, 2, 0))
+        monkeypatch.setattr(devices.Cpu, "peak_bytes", lambda *arguments: 10**6)
+
+
+def synthetic_row(group, case, samples):
+    row = runner.new_row(group, case, PEERS[case.peer])
+    return row | {"seconds": runner._summary(samples) | {"repeats": 1}, "peak_bytes": 10**6}
+
+
+def synthetic_result(groups, seconds=None, rounds=9, noise=0.05, seed=0):
+    """A result as of a run of these groups: a rate for each peer, with drift and noise."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for group in groups:
+        # What slows down a round slows down all of its cases.
+        drift = np.exp(generator.normal(0, 0.3, rounds))
+        for case in group.cases:
+            base = (seconds or _seconds)(case)
+            samples = base * drift * np.exp(generator.normal(0, noise, rounds))
+            rows.append(synthetic_row(group.name, case, samples))
+    stamp = make_stamp("cpu", 2)
+    return {"complete": True, "left_out": [], "stamp": stamp, "rows": rows}
+
+
+def _seconds(case):
+    row = runner.new_row("", case, PEERS[case.peer])
+    return 1e-6 + (row["flops"] or 1e9) / 1e11 + (row["bytes"] or 0) / 1e10
+
+
+# Interruptions and files that cannot be written.
+
+
+class Interrupting(devices.Cpu):
+    """Ctrl-C at a sample."""
+
+    def __init__(self, at):
+        self.at = at
+        self.calls = itertools.count()
+
+    def seconds(self, run, repeats):
+        if next(self.calls) == self.at:
+            raise KeyboardInterrupt
+        return super().seconds(run, repeats)
+
+
+def test_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    counting = Interrupting(None)
+    monkeypatch.setitem(devices.DEVICES, "cpu", counting)
+    output = tmp_path / "result.json"
+    arguments = [*TINY, "--output", str(output), "--no-pictures"]
+    assert main(arguments) == 0
+    everything = next(counting.calls)
+
+    monkeypatch.setitem(devices.DEVICES, "cpu", Interrupting(everything - 2))
+    assert main(arguments) == 130
+    said = capsys.readouterr()
+    assert f"interrupted; what was measured so far is in {output}" in said.err
+    assert "(1, 64, 16, 3)" in said.out
+    result = json.loads(output.read_text())
+    assert not result["complete"]
+    assert "did not finish" in report.terminal(result)
+    assert [row["workload"]["tokens"] for row in result["rows"]] == [64] * 3 + [144] * 3
+    # Of the group that was interrupted, the rounds that were whole: as many of each case.
+    rounds = [len(row["seconds"]["samples"]) for row in result["rows"]]
+    assert rounds == [2, 2, 2, 1, 1, 1]
+
+
+def test_interruption_at_a_check_keeps_the_groups_before(tmp_path, monkeypatch):
+    build = PEERS["sdpa"].build
+
+    def interrupted(workload, inputs):
+        if workload.tokens == 144:
+            raise KeyboardInterrupt
+        return build(workload, inputs)
+
+    monkeypatch.setitem(PEERS, "sdpa", replace(PEERS["sdpa"], build=interrupted))
+    output = tmp_path / "result.json"
+    assert main([*TINY, "--output", str(output), "--no-pictures"]) == 130
+    rows = json.loads(output.read_text())["rows"]
+    assert [bool(row["seconds"]) for row in rows] == [True, True, True, False]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_process_with_its_results(tmp_path):
+    output = tmp_path / "result.json"
+    arguments = [sys.executable, "-m", "benchmarks", *TINY, "--output", str(output)]
+    process = subprocess.Popen(arguments, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if output.exists() and json.loads(output.read_text())["rows"]:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted; what was measured so far is in" in error
+    assert "Traceback" not in error
+    assert json.loads(output.read_text())["rows"][0]["seconds"]
+
+
+def test_full_disk_keeps_the_results_before_and_prints_all(tmp_path, monkeypatch, capsys):
+    write_text, written = pathlib.Path.write_text, itertools.count()
+
+    def full(path, text):
+        # The file is begun, and once more after the first group.
+        if path.suffix == ".partial" and next(written) >= 2:
+            write_text(path, text[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_text(path, text)
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    output = tmp_path / "result.json"
+    assert main([*TINY, "--output", str(output), "--no-pictures"]) == 2
+    said = capsys.readouterr()
+    assert "No space left on device" in said.err
+    assert "holds 3 of the 6 results so far" in said.err
+    assert len(json.loads(output.read_text())["rows"]) == 3
+    assert "(1, 144, 16, 3)" in said.out
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_full_disk_at_the_pictures_keeps_the_results(tmp_path, monkeypatch, capsys):
+    def full(figure, path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(pictures, "_save", full)
+    output = tmp_path / "result.json"
+    assert main([*TINY, "--output", str(output)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert json.loads(output.read_text())["complete"]
+
+
+def test_unwritable_folder_is_found_out_before_the_work(tmp_path, monkeypatch, capsys):
+    def unreachable(*arguments):
+        raise AssertionError("measured, though the result cannot be kept")
+
+    monkeypatch.setattr(runner, "measure", unreachable)
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["--suite", "quick", "--output", str(file / "result.json")]) == 2
+    assert f"cannot write {file / 'result.json'}" in capsys.readouterr().err
+
+
+def test_limit_leaves_out_groups_by_name(tmp_path, capsys):
+    output = tmp_path / "result.json"
+    assert main([*TINY, "--output", str(output), "--no-pictures", "--limit", "1e-9"]) == 0
+    result = json.loads(output.read_text())
+    assert result["left_out"] == ["shape (1, 64, 16, 3) photographs", "shape (1, 144, 16, 3) photographs"]
+    assert not result["complete"]
+    assert "Left out for want of time: shape (1, 64" in report.terminal(result)
+
+
+# Comparing runs.
+
+GROUPS = SUITES["cpu"].groups("cpu")
+
+
+def moved(before, after):
+    changes, only = compare.compare(before, after)
+    assert not only
+    return {change.name: change.factor for change in changes if change.moved}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_runs_of_the_same_commit_do_not_differ(seed):
+    before = synthetic_result(GROUPS, seed=seed)
+    # Another day: everything takes 1.4 times as long.
+    after = synthetic_result(GROUPS, lambda case: 1.4 * _seconds(case), seed=seed + 100)
+    references = {group.name for group in GROUPS if any(c.peer == "sdpa" for c in group.cases)}
+    assert {name for name in moved(before, after) if name.partition(": ")[0] in references} == set()
+
+
+@pytest.mark.parametrize("factor", [1.3, 1 / 1.3])
+def test_planted_change_is_flagged(factor, tmp_path, capsys):
+    def planted(case):
+        return _seconds(case) * (factor if case.peer == "select" else 1.0)
+
+    before = synthetic_result(GROUPS, seed=1)
+    after = synthetic_result(GROUPS, planted, seed=2)
+    found = moved(before, after)
+    cases = {c for group in GROUPS for c in group.cases if c.peer == "select"}
+    assert len(found) == len(cases)
+    assert all(": select," in name for name in found)
+    assert all(value == pytest.approx(factor, rel=0.1) for value in found.values())
+
+    for name, result in (("before", before), ("after", after)):
+        report.write(result, tmp_path / f"{name}.json")
+    arguments = ["compare", str(tmp_path / "before.json"), str(tmp_path / "after.json")]
+    assert main(arguments) == (1 if factor > 1 else 0)
+    assert ("slower: " if factor > 1 else "quicker: ") in capsys.readouterr().out
+
+
+def test_noise_is_no_change_and_is_said():
+    before = synthetic_result(GROUPS[:1], seed=1, noise=1.0)
+    after = synthetic_result(GROUPS[:1], lambda case: 1.3 * _seconds(case), seed=2, noise=1.0)
+    changes, only = compare.compare(before, after)
+    assert not any(change.moved for change in changes)
+    assert "so noisy that 1.3× would not be seen" in compare.describe(changes, only)
+    assert all(change.noise > 1.3 for change in changes)
+
+
+def test_compare_names_what_is_in_one_result_only(tmp_path, capsys):
+    before, after = synthetic_result(GROUPS[:2]), synthetic_result(GROUPS[:1])
+    _, only = compare.compare(before, after)
+    assert {name.partition(":")[0] for name in only} == {GROUPS[1].name}
+    path = tmp_path / "missing.json"
+    assert main(["compare", str(path), str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+# Tables, page and pictures.
+
+
+@pytest.fixture(scope="module")
+def whole_result():
+    return synthetic_result(GROUPS)
+
+
+@pytest.mark.slow
+def test_page_holds_pictures_goals_and_times(whole_result, tmp_path):
+    drawn = pictures.draw_all(whole_result, tmp_path)
+    names = {path.stem for _, path in drawn}
+    assert names == {"ratios", "time", "memory", "roofline", "growth", "neighbors"}
+    assert all(5_000 < path.stat().st_size < 300_000 for _, path in drawn)
+    page.write(whole_result, drawn, tmp_path / "page.html")
+    text = html.unescape((tmp_path / "page.html").read_text())
+    assert text.count("data:image/png;base64,") == len(drawn)
+    assert "http" not in text
+    assert all(group.name in text for group in GROUPS)
+    assert all(goal.what in text for goal in goals.goals(whole_result))
+    assert report.describe(whole_result).split(";")[0] in text
+
+
+def test_summary_spans_the_shapes():
+    rows = []
+    for tokens, factor in ((1024, 2.0), (4096, 0.5), (16384, 0.25)):
+        workload = Workload(1, tokens, 64, 9)
+        for peer, seconds in (("convnn-all", factor), ("sdpa", 1.0)):
+            rows.append(synthetic_row(str(tokens), Case(workload, peer), [seconds, seconds]))
+    assert report.summary(rows) == [
+        "ConvNN, all candidates: forward 0.25 to 2.0 times the time of attention (SDPA)"
+    ]
+
+
+def test_every_goal_of_the_cpu_is_computed(whole_result):
+    found = goals.goals(whole_result)
+    assert len({goal.key for goal in found}) == len(found)
+    assert all(goal.value is not None for goal in found)
+    for row in ("B8-N197-C192-k9", "B8-N1024-C64-k9", "B1-N4096-C64-k9", "B1-N16384-C64-k16"):
+        for what in ("select-share", "forward-over-sdpa", "forward+backward-over-sdpa"):
+            assert f"{what}/{row}" in {goal.key for goal in found}
+
+
+def test_bound_is_the_slower_of_flops_and_bytes():
+    workload = Workload(1, 4096, 64, 9)
+    mm, copy, select = (
+        synthetic_row("g", Case(workload, peer), [seconds])
+        for peer, seconds in (("mm", 0.1), ("copy", 0.05), ("select", 0.03))
+    )
+    references = report.References([mm, copy, select])
+    by_flops = 0.1 * select["flops"] / mm["flops"]
+    by_bytes = 0.05 * select["bytes"] / copy["bytes"]
+    assert by_flops > by_bytes
+    assert references.bound(select) == pytest.approx(by_flops)
+    copy["seconds"]["median"] *= 2 * by_flops / by_bytes
+    assert references.bound(select) == pytest.approx(2 * by_flops)
+
+
+def test_quoted_sdpa_is_the_fastest_kernel():
+    workload = Workload(1, 1024, 64, 9)
+    rows = [
+        synthetic_row("g", Case(workload, peer), [seconds, seconds])
+        for peer, seconds in (("convnn-all", 3.0), ("sdpa", 2.0), ("sdpa-math", 1.0))
+    ]
+    assert report.References(rows).find(rows[0], "sdpa") is rows[2]
+    header, lines = report.table(rows, spread=False)
+    assert lines[0][header.index("÷ SDPA")] == "3.00"
+
+
+# A GPU, faked: events that count calls.
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    clock = SimpleNamespace(now=0.0, flushed=0, slept=0)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock.now
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    properties = SimpleNamespace(
+        name="a GPU", major=9, minor=0, multi_processor_count=132, total_memory=10**11,
+        L2_cache_size=2**20,
+    )
+    fakes = {
+        "Event": Event,
+        "synchronize": lambda where: None,
+        "is_available": lambda: True,
+        "get_device_properties": lambda where: properties,
+        "mem_get_info": lambda where: (10**11, 10**11),
+        "reset_peak_memory_stats": lambda where: None,
+        "memory_allocated": lambda where: 1000,
+        "max_memory_allocated": lambda where: 5000,
+        "_sleep": lambda cycles: setattr(clock, "slept", clock.slept + 1),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [each.fp32_precision for each in settings], torch.backends.cudnn.benchmark
+    yield clock
+    for each, precision in zip(settings, before[0], strict=True):
+        each.fp32_precision = precision
+    torch.backends.cudnn.benchmark = before[1]
+
+
+def test_gpu_times_are_between_events(fake_cuda):
+    gpu = devices.Cuda(where="cpu")
+
+    def run():
+        fake_cuda.now += 2.0  # milliseconds
+
+    assert gpu.seconds(run, 5) == pytest.approx(2e-3)
+    assert gpu.cold_seconds(run) == pytest.approx(2e-3)
+    assert gpu._flushed.numel() == 4 * 2**20
+    assert fake_cuda.slept == 2
+
+
+@pytest.mark.slow
+def test_gpu_suite_runs_with_a_faked_device(fake_cuda, tmp_path, monkeypatch, capsys):
+    class Faked(devices.Cuda):
+        def _between_events(self, run, repeats):
+            return devices.Cpu().seconds(run, repeats)
+
+    monkeypatch.setitem(devices.DEVICES, "cuda", Faked(where="cpu"))
+    # Tiny, and of groups that differ in their shapes only, one.
+    groups = {tuple(case.peer for case in g.cases): g for g in SUITES["gpu"].groups("cuda")}
+    small = [
+        replace(
+            group,
+            cases=tuple(
+                replace(case, workload=Workload(1, 64, 16, 5, case.workload.source))
+                for case in group.cases
+                if case.peer not in ("mm", "copy")
+            ),
+            effort=replace(group.effort, seconds=0.0, fewest_rounds=2, sample_seconds=0.0),
+        )
+        for group in groups.values()
+    ]
+    suite = replace(SUITES["gpu"], groups=lambda device: small)
+    monkeypatch.setitem(SUITES, "gpu", suite)
+    output = tmp_path / "gpu.json"
+    assert main(["--device", "cuda", "--output", str(output), "--threads", "1"]) == 0
+    result = report.read(output)
+    assert result["stamp"]["gpu"]["name"] == "a GPU"
+    assert result["stamp"]["device"] == "cuda"
+    measured = [row for row in result["rows"] if row["status"] == "measured"]
+    assert {"convnn-all", "sdpa", "conv2d", "select"} <= {row["peer"] for row in measured}
+    assert all(row["cold_seconds"]["median"] > 0 for row in measured)
+    assert {row["peak_bytes"] for row in measured if row["peak_bytes"]} == {4000}
+    assert "a GPU; " in capsys.readouterr().out
+    assert output.with_suffix(".html").exists()
+
+
+def test_no_gpu_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda"])
+    assert "built without CUDA" in capsys.readouterr().err
+
+
+# Figures in documents.
+
+
+@pytest.mark.parametrize("path", figures.DOCUMENTS, ids=lambda path: path.name)
+def test_figures_of_the_documentation_are_those_of_a_result(path):
+    assert figures.disagreements(path) == []
+
+
+DOCUMENT = """<!-- figures: run.json -->
+select reaches 9.99<!-- select-share/B1-N4096-C64-k9 --> of the rate, or
+9%<!-- select-share/B1-N4096-C64-k9 -->, in 1 ms<!-- ms/select/forward/B1-N4096-C64-k9 -->;
+PyTorch 2.13, limits ≤ 1.5 and `0.3 ms` are no figures.
+
+<!-- table: required (1, 4096, 64, 9) -->
+old
+<!-- end -->
+
+<!-- by hand: a sampling profile -->
+60% of the time
+<!-- end -->
+"""
+
+
+@pytest.fixture(scope="module")
+def one_group():
+    return synthetic_result([group for group in GROUPS if group.name == "required (1, 4096, 64, 9)"])
+
+
+@pytest.fixture
+def documented(tmp_path, monkeypatch, one_group):
+    report.write(one_group, tmp_path / "run.json")
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    path = tmp_path / "document.md"
+    path.write_text(DOCUMENT)
+    return path
+
+
+def test_figures_are_rewritten_and_then_agree(documented, one_group):
+    assert figures.main([str(documented), "--check"]) == 1
+    assert documented.read_text() == DOCUMENT
+    assert figures.main([str(documented)]) == 0
+    text = documented.read_text()
+    goal = {goal.key: goal.value for goal in goals.goals(one_group)}
+    share = goal["select-share/B1-N4096-C64-k9"]
+    assert f"reaches {share:.2f}<!-- select-share" in text
+    assert f"{100 * share:.0f}%<!-- select-share" in text
+    assert "old" not in text
+    assert "| select, all candidates |" in text
+    assert "60% of the time" in text
+    assert figures.main([str(documented), "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (("reaches ", "reaches 7"), "the result says"),
+        (("| select,", "| selects,"), "the result says"),
+        (("of the time", "of the time\n<!-- end -->\nand it takes 12 ms."), "'12 ms' has no key"),
+        (("PyTorch", "That is 0.73 of it. PyTorch"), "'0.73' has no key"),
+        (("PyTorch", "That is 3× as much. PyTorch"), "'3×' has no key"),
+        (("select-share/B1", "select-shares/B1"), "no figure 'select-shares/B1"),
+        (("run.json", "walk.json"), "walk.json"),
+        (("<!-- figures: run.json -->", ""), "before any"),
+        (("table: required", "table: requited"), "no group 'requited"),
+    ],
+)
+def test_wrong_figure_is_found(documented, change, problem):
+    figures.main([str(documented)])
+    right = documented.read_text()
+    documented.write_text(right.replace(*change))
+    assert documented.read_text() != right
+    found = figures.disagreements(documented, documented.parent)
+    assert any(problem in each for each in found), found
+
+
+# The same registry under pytest-benchmark.
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_runs_the_registry(tmp_path):
+    arguments = [
+        *(sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q"),
+        *("-k", "256 and (convnn-all or sdpa) and not backward"),
+        *("--benchmark-max-time=0.05", f"--benchmark-storage={tmp_path}"),
+        *("--benchmark-save=baseline", "-p", "no:cacheprovider"),
+    ]
+    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (saved,) = tmp_path.rglob("*_baseline.json")
+    found = {each["name"] for each in json.loads(saved.read_text())["benchmarks"]}
+    assert len(found) == 2
+    assert any("convnn-all-forward" in name for name in found)
