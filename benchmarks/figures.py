@@ -21,12 +21,14 @@ and a copy. Tables: `goals`, `machine`, or the name of a group.
 
 A figure without a key is an error, too: a decimal number, or one with a unit of time, memory or
 rate, a percentage or a factor. `<!-- by hand: how it was measured -->` ... `<!-- end -->` is for
-what no run prints. A number in code, after ≤ or ≥, or in a version is no figure.
+what no run prints, `<!-- paper: run -->` and `<!-- paper: memory -->` for the tables of
+python -m benchmarks.paper. A number in code, after ≤ or ≥, or in a version is no figure.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -44,7 +46,7 @@ _FIGURE = re.compile(
     r"(?P<number>\d[\d,]*(?:\.\d+)?)(?P<unit>%|×|x| ?[A-Za-zµ/]+)?<!-- (?P<key>[^\s:]+) -->"
 )
 _BLOCK = re.compile(
-    r"(?P<begin><!-- (?P<kind>table|by hand): (?P<what>.+?) -->\n).*?(?P<end><!-- end -->)",
+    r"(?P<begin><!-- (?P<kind>table|paper|by hand): (?P<what>.+?) -->\n).*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
 _CODE = re.compile(r"```.*?```|`[^`\n]*`|!?\[[^\]]*\]\([^)]*\)|<!--.*?-->", re.DOTALL)
@@ -117,6 +119,19 @@ def table(result: report.Result, what: str) -> str:
     return "\n" + _markdown(*report.table(rows, spread=False)) + notes + "\n"
 
 
+def paper_table(what: str) -> str:
+    """Of the recorded training ("run") or of the memory of its steps ("memory")."""
+    from .paper import memory, report
+
+    name = {"run": "cifar10-rows.json", "memory": "memory.json"}.get(what)
+    if name is None:
+        raise WrongFigureError(f"no table {what!r} of the paper's command")
+    result = json.loads((RESULTS / "paper" / name).read_text())
+    if what == "memory":
+        return f"\n{memory.table(result['steps'])}\n\n"
+    return f"\n{report.summary(result['rows'], result['logs'])}\n\n"
+
+
 def _rewrite_number(match: re.Match[str], value: float) -> str:
     unit = match["unit"] or ""
     decimals = len(match["number"].partition(".")[2])
@@ -145,6 +160,8 @@ def rewrite(text: str, read: Callable[[str], report.Result]) -> str:
     def block(match: re.Match[str]) -> str:
         if match["kind"] == "by hand":
             return match[0]
+        if match["kind"] == "paper":
+            return match["begin"] + paper_table(match["what"]) + match["end"]
         return match["begin"] + table(result_at(match.start())[0], match["what"]) + match["end"]
 
     def figure(match: re.Match[str]) -> str:
