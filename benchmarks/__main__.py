@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -235,5 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(options, groups, device, threads)
 
 
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    # A time limit from outside keeps what was measured, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())

@@ -230,28 +230,38 @@ def _check_aggregate(peer: Peer, workload: Workload, call: Call, passes: str) ->
     return f"values of {len(rows)} of {workload.tokens} queries"
 
 
-def _mask(computes: str, workload: Workload, rows: Tensor, logits: Tensor) -> Tensor:
+def _mask(
+    computes: str, workload: Workload, rows: Tensor, chosen: Tensor | None, leaves: Sequence[Tensor]
+) -> Tensor:
     """Which of the pairs [..., n, M] attend to each other."""
-    if computes == "k-NN attention":
-        bound = torch.topk(logits, workload.k, dim=-1).values[..., -1:]
-        return logits >= bound
     keys = torch.arange(workload.rows, device=rows.device)
     if computes == "local attention":
         return (rows[:, None] - keys).abs() <= WINDOW
     if computes == "neighborhood attention":
         return neighborhood(math.isqrt(workload.tokens), rows.device)[rows]
-    return torch.ones_like(rows[:, None] - keys, dtype=torch.bool)
+    if chosen is None:
+        return torch.ones_like(rows[:, None] - keys, dtype=torch.bool)
+    # The k nearest, up to rounding: which of nearly equal ones they are is the peer's choice.
+    query, key = (leaf.detach() for leaf in leaves[:2])
+    exact = query[..., rows, :].double() @ key.double().mT
+    bound = torch.topk(exact, workload.k, dim=-1).values[..., -1]
+    worst = exact.gather(-1, chosen).amin(dim=-1)
+    allowed = _CLOSE[query.dtype] * float(exact.abs().max())
+    if not bool((worst >= bound - allowed).all()):
+        raise AssertionError("a key is nearer than one that was chosen")
+    return torch.zeros_like(exact, dtype=torch.bool).scatter(-1, chosen, True)
 
 
 def _check_attention(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
     device = call.leaves["query"].device
     rows = _sampled_rows(workload, workload.rows, _SAMPLED_PAIRS, device)
-    (output,), gradients = _run(call, passes, _zero_elsewhere(call.grad_output, rows))
+    (output, *others), gradients = _run(call, passes, _zero_elsewhere(call.grad_output, rows))
+    chosen = others[0][..., rows, :] if others else None
+    allowed = _mask(peer.computes, workload, rows, chosen, list(call.leaves.values()))
 
     def reference(leaves: Sequence[Tensor]) -> Tensor:
         query, key, value = leaves
         logits = query[..., rows, :] @ key.mT / math.sqrt(query.shape[-1])
-        allowed = _mask(peer.computes, workload, rows, logits.detach())
         return torch.softmax(logits.masked_fill(~allowed, -math.inf), dim=-1) @ value
 
     grad_at = _at(call.grad_output, rows)

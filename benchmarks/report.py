@@ -25,10 +25,11 @@ from .peers import PEERS
 from .workloads import Workload
 
 FOOTNOTE = (
-    "ms: median and, in parentheses, the 20th to 80th percentile. ÷ eager, ÷ SDPA, ÷ Conv2d, "
-    "÷ FAISS: the time divided by theirs, the median of the ratios within each round, not the "
+    "ms: median and, in parentheses, the 20th to 80th percentile. ÷ eager, SDPA, Conv2d, FAISS, "
+    "original: the time divided by theirs, the median of the ratios within each round, not the "
     "quotient of the medians; below 1 is quicker. Eager is plain PyTorch that computes the same; "
-    "SDPA is the fastest of the kernels of scaled_dot_product_attention that were measured. "
+    "SDPA is the fastest of the kernels of scaled_dot_product_attention that were measured; the "
+    "original of a model is that of convolutions or attention. "
     "of bound: the least time that the flops and bytes of the call allow, at the rates of torch.mm "
     "and of a copy in the same group, divided by the time. "
     "MB: peak memory above the inputs, on a CPU the resident set of a process of its own. "
@@ -101,11 +102,14 @@ class References:
         if peer is None or peer.computes in ("rate", "copy"):
             return None
         # A search is held against a search, a layer against a layer.
-        if against != "eager" and (against == "faiss") != (peer.computes in _SEARCHES):
+        is_search, of_search = peer.computes in _SEARCHES, against == "faiss"
+        if against in ("sdpa", "conv2d", "faiss") and is_search != of_search:
             return None
-        if against == "eager":
-            names = [peer.baseline] if peer.baseline else []
-            return self._like(row, names, same_source=True)
+        if against in ("eager", "original"):
+            wanted = (against == "original") == (peer.computes == "model")
+            if not wanted or not peer.baseline or peer.baseline == row["peer"]:
+                return None
+            return self._like(row, [peer.baseline], same_source=True)
         names = [name for name, each in PEERS.items() if (each.family or name) == against]
         return None if row["peer"] in names else self._like(row, names, same_source=False)
 
@@ -129,7 +133,13 @@ class References:
         return max(row[quantity] / rate for quantity, rate in rates.items())
 
 
-_AGAINST = {"eager": "÷ eager", "sdpa": "÷ SDPA", "conv2d": "÷ Conv2d", "faiss": "÷ FAISS"}
+_AGAINST = {
+    "eager": "÷ eager",
+    "original": "÷ original",
+    "sdpa": "÷ SDPA",
+    "conv2d": "÷ Conv2d",
+    "faiss": "÷ FAISS",
+}
 _SEARCHES = ("select", "product")
 
 

@@ -120,7 +120,8 @@ def test_interruption_at_a_check_keeps_the_groups_before(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_a_process_with_its_results(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_process_ends_with_its_results(tmp_path, number):
     output = tmp_path / "result.json"
     arguments = [sys.executable, "-m", "benchmarks", *TINY, "--output", str(output)]
     process = subprocess.Popen(arguments, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
@@ -129,7 +130,7 @@ def test_ctrl_c_ends_a_process_with_its_results(tmp_path):
         if output.exists() and json.loads(output.read_text())["rows"]:
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "interrupted; what was measured so far is in" in error

@@ -147,6 +147,7 @@ WRONG = {
     "search": ("matmul-topk", _with_outputs(lambda s, i: (s, (i + 1) % 64)), TRAINING),
     "aggregate": ("aggregate-dense", _with_outputs(lambda y: (y * 1.0001,)), TRAINING),
     "local": ("local", _with_outputs(lambda y: (y * 1.001,)), TRAINING),
+    "kvt": ("kvt", _with_outputs(lambda y, i: (y, (i + 1) % 64)), TRAINING),
     "product": ("matmul", _with_outputs(lambda S: (S.mT.roll(1, 0),)), TRAINING),
     "convolution": ("conv2d", _with_outputs(lambda y: (y.roll(1, -1),)), TRAINING),
 }

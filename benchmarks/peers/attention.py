@@ -27,11 +27,12 @@ def _heads(tensor: Tensor) -> Tensor:
     return tensor.detach().unsqueeze(1).requires_grad_(tensor.requires_grad)
 
 
-def _call(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Call:
+def _call(attend: Callable[[Tensor, Tensor, Tensor], Any], inputs: Inputs) -> Call:
     query, key, value = (_heads(each) for each in (inputs.query, inputs.key, inputs.value))
 
     def forward() -> tuple[Tensor, ...]:
-        return (attend(query, key, value),)
+        results = attend(query, key, value)
+        return results if isinstance(results, tuple) else (results,)
 
     leaves = {"query": query, "key": key, "value": value}
     return Call(forward, leaves, inputs.grad_output.unsqueeze(1))
@@ -62,16 +63,22 @@ def _sdpa_kernel(backend: SDPBackend) -> Callable[[Workload, Inputs], Call]:
     return build
 
 
-def knn_attention(query: Tensor, key: Tensor, value: Tensor, k: int) -> Tensor:
-    """KVT (Wang et al., 2022): the whole matrix, of which all but the k largest are masked."""
+def knn_attention(query: Tensor, key: Tensor, value: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """KVT (Wang et al., 2022): the whole matrix, of which all but the k largest are masked.
+
+    The output and the keys of each query.
+    """
     logits = query @ key.mT / math.sqrt(query.shape[-1])
     values, indices = torch.topk(logits, k, dim=-1)
     masked = torch.full_like(logits, -math.inf).scatter(-1, indices, values)
-    return torch.softmax(masked, dim=-1) @ value
+    return torch.softmax(masked, dim=-1) @ value, indices
 
 
 def _kvt(workload: Workload, inputs: Inputs) -> Call:
-    return _call(lambda q, k, v: knn_attention(q, k, v, workload.k), inputs)
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return knn_attention(query, key, value, workload.k)
+
+    return _call(attend, inputs)
 
 
 def _local(workload: Workload, inputs: Inputs) -> Call:
