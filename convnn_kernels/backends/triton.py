@@ -107,10 +107,11 @@ def _kernels() -> SimpleNamespace:
         modulate,
         select,
         select_backward,
+        select_small,
         tiles,
     )
 
-    modules = (aggregate, aggregate_backward, modulate, select, select_backward)
+    modules = (aggregate, aggregate_backward, modulate, select, select_backward, select_small)
     kernels = {
         name: kernel
         for module in modules
@@ -217,6 +218,36 @@ def _select(
         "HAS_COLUMNS": candidates is not None,
         "HAS_MASK": key_mask is not None,
     }
+    small = tiles.has_small(bits, columns, k, metric == "euclidean")
+    if small and (candidates is None or self_indices is None):
+        tile = tiles.small(arch, D, k, B * N)
+        kernels.select_small_kernel[(B * _cdiv(N, tile["BLOCK_N"]),)](
+            Q,
+            K,
+            norm_q,
+            norm_k,
+            Q if candidates is None else candidates,
+            mask,
+            Q if self_indices is None else self_indices,
+            s,
+            I,
+            N,
+            M,
+            D,
+            columns,
+            k,
+            B2,
+            *Q.stride(),
+            *K.stride(),
+            *mask_strides,
+            0 if candidates is None else candidates.stride(0),
+            0 if self_indices is None else self_indices.stride(0),
+            **shared,
+            BY_INDEX=order == "index",
+            HAS_SELF=self_indices is not None,
+            **tile,
+        )
+        return s, I
     tile = tiles.refine(arch, D, k)
     group = tiles.group_size(arch, columns, k)
     own = Q if self_indices is None else self_indices
@@ -467,11 +498,12 @@ def _weight_strides(weight: Tensor | None) -> tuple[int, int]:
     return (0, 0) if weight is None else (weight.stride(0), weight.stride(2))
 
 
-def _inverse_list(rows: Tensor, M: int, by_slot: bool) -> tuple[Tensor, Tensor]:
-    """The pairs sorted by key, and where those of each key begin: int64 [B * N * k], [B * M + 1].
+def _inverse_list(rows: Tensor, M: int, by_slot: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs sorted by key, the key of each, and where those of each key begin.
 
     rows [B, N, k] are rows of key, -1 where a neighbor is missing. Pairs of a key come by (i, j),
-    or by (j, i) if `by_slot`. Nothing is read back to the host.
+    or by (j, i) if `by_slot`; their key is then that of (key, j). Shapes are [B * N * k] twice
+    and [B * M + 1]. Nothing is read back to the host.
     """
     B, _, k = rows.shape
     first_row = (
@@ -482,8 +514,11 @@ def _inverse_list(rows: Tensor, M: int, by_slot: bool) -> tuple[Tensor, Tensor]:
     if by_slot:
         sort_by = sort_by * k + torch.arange(k, device=rows.device)
         bounds = bounds * k
-    in_order, pairs = sort_by.flatten().sort(stable=True)
-    return pairs, torch.searchsorted(in_order, bounds)
+    if (B * M + 1) * k < 2**31:
+        # Half the passes of a radix sort.
+        sort_by, bounds = sort_by.to(torch.int32), bounds.to(torch.int32)
+    keys, pairs = sort_by.flatten().sort(stable=True)
+    return pairs, keys, torch.searchsorted(keys, bounds)
 
 
 def _present_rows(similarities: Tensor, indices: Tensor, M: int) -> Tensor:
@@ -530,14 +565,113 @@ def _select_backward(
         )
     if need_key:
         rows = _present_rows(s, I, M).view(B, N, k)
-        pairs, offsets = _inverse_list(rows, M, by_slot=False)
+        pairs, keys, offsets = _inverse_list(rows, M, by_slot=False)
         tile = tiles.inverse_list(arch, D)
         tile["BLOCK_D"] = tile.pop("columns")
-        grid = (B * _cdiv(M, tile["ROWS"]) * _cdiv(D, tile["BLOCK_D"]),)
-        kernels.key_grad_kernel[grid](
-            g, s, Q, K, *norms, pairs, offsets, grad_key, *sizes, METRIC=METRICS[metric], **tile
-        )
+        chunks = pairs.numel() // tile["CHUNK"]
+        part = torch.empty((chunks, D), dtype=torch.float32, device=Q.device)
+        along = torch.empty(chunks, dtype=torch.float32, device=Q.device)
+        for of_chunks, count in ((True, chunks), (False, B * M)):
+            grid = (_cdiv(count, tile["ROWS"]) * _cdiv(D, tile["BLOCK_D"]),)
+            if count:
+                kernels.key_grad_kernel[grid](
+                    g,
+                    s,
+                    Q,
+                    K,
+                    *norms,
+                    pairs,
+                    keys,
+                    offsets,
+                    part,
+                    along,
+                    grad_key,
+                    B * M,
+                    N,
+                    M,
+                    D,
+                    k,
+                    pairs.numel(),
+                    B2,
+                    *Q.stride(),
+                    *K.stride(),
+                    METRIC=METRICS[metric],
+                    OF_CHUNKS=of_chunks,
+                    **tile,
+                )
     return grad_query, grad_key
+
+
+def _value_grad(
+    G: Tensor, V: Tensor, rho: Tensor, W: Tensor | None, rows: Tensor, dense: bool, grad: Tensor
+) -> None:
+    """Writes the gradient of V to `grad`. W is [k, C, O] if `dense`, else [C, 1, k] or none."""
+    kernels = _kernels()
+    tiles = kernels.tiles
+    (B, N, k), (M, C), O = rows.shape, V.shape[-2:], G.shape[-1]
+    B2, arch = V.shape[1], _arch(V)
+    pairs, keys, offsets = _inverse_list(rows, M, by_slot=dense)
+    tile = tiles.inverse_list(arch, O)
+    tile["BLOCK_C"] = tile.pop("columns")
+    chunks = pairs.numel() // tile["CHUNK"]
+    part = torch.empty((chunks, O), dtype=torch.float32, device=V.device)
+
+    def sum_pairs(count: int, of_chunks: bool) -> None:
+        weighted = W is not None and not dense
+        keys_each = M * k if dense else M
+        kernels.value_grad_depthwise_kernel[
+            (_cdiv(count, tile["ROWS"]) * _cdiv(O, tile["BLOCK_C"]),)
+        ](
+            G,
+            rho,
+            W if weighted else G,
+            pairs,
+            keys,
+            offsets,
+            part,
+            grad,
+            B * keys_each,
+            N,
+            keys_each,
+            O,
+            k,
+            pairs.numel(),
+            B2,
+            *G.stride(),
+            *_weight_strides(W if weighted else None),
+            HAS_WEIGHT=weighted,
+            OF_CHUNKS=of_chunks,
+            **tile,
+        )
+
+    if chunks:
+        sum_pairs(chunks, True)
+    if not dense:
+        sum_pairs(B * M, False)
+        return
+    dense_tile = tiles.value_grad_dense(arch, _bits(V), C, O)
+    grid = (B * _cdiv(M, dense_tile["BLOCK_M"]) * _cdiv(C, dense_tile["BLOCK_C"]),)
+    kernels.value_grad_dense_kernel[grid](
+        G,
+        rho,
+        W,
+        pairs,
+        keys,
+        offsets,
+        part,
+        grad,
+        N,
+        M,
+        C,
+        O,
+        k,
+        pairs.numel(),
+        B2,
+        *G.stride(),
+        PRECISION=_product_precision(V),
+        CHUNK=tile["CHUNK"],
+        **dense_tile,
+    )
 
 
 def _aggregate_backward(
@@ -575,7 +709,8 @@ def _aggregate_backward(
         return grad_value, grad_s, grad_weight, grad_bias
 
     s, I = similarities.contiguous(), indices.contiguous()
-    V, G = _fold(value), _fold(grad_output)
+    # Rows of G are gathered; and what is compiled does not depend on how a caller's loss made it.
+    V, G = _fold(value), _fold(grad_output.contiguous())
     B2, B = V.shape[1], V.shape[0] * V.shape[1]
     arch, bits = _arch(V), _bits(V)
     precision = _product_precision(V)
@@ -636,50 +771,9 @@ def _aggregate_backward(
         return grad_value, grad_s, grad_weight, grad_bias
     rows = _present_rows(s, I, M).view(B, N, k)
     if need_value:
-        pairs, offsets = _inverse_list(rows, M, by_slot=dense)
-        if dense:
-            tile = tiles.value_grad_dense(arch, bits, C, O)
-            grid = (B * _cdiv(M, tile["BLOCK_M"]) * _cdiv(C, tile["BLOCK_C"]),)
-            kernels.value_grad_dense_kernel[grid](
-                G,
-                weights,
-                W,
-                pairs,
-                offsets,
-                grad_value,
-                N,
-                M,
-                C,
-                O,
-                k,
-                B2,
-                *G.stride(),
-                PRECISION=precision,
-                **tile,
-            )
-        else:
-            tile = tiles.inverse_list(arch, C)
-            tile["BLOCK_C"] = tile.pop("columns")
-            grid = (B * _cdiv(M, tile["ROWS"]) * _cdiv(C, tile["BLOCK_C"]),)
-            kernels.value_grad_depthwise_kernel[grid](
-                G,
-                weights,
-                W,
-                pairs,
-                offsets,
-                grad_value,
-                N,
-                M,
-                C,
-                k,
-                B2,
-                *G.stride(),
-                *weight_strides,
-                HAS_WEIGHT=weight is not None,
-                **tile,
-            )
+        _value_grad(G, V, weights, W if weight is not None else None, rows, dense, grad_value)
     if need_weight and weight is not None:
-        parts, rows_each = tiles.parts(B * N, weight.numel())
+        parts, rows_each = tiles.parts(B * N, weight.numel(), B * N * min(M, k * C))
         if dense:
             tile = tiles.weight_grad_dense(arch, bits, C, O)
             part = torch.empty((parts, k, C, O), dtype=torch.float32, device=V.device)

@@ -16,9 +16,9 @@ Every neighbor is a member of one of the k groups: a group ranked before the nei
 holds, by its maximum or at a tie by its lower columns, a key that precedes the neighbor, and
 fewer than k do. Ties, constant rows and NaN need no special path, and nothing can overflow.
 
-With few columns, steps 2 and 3 are left out and `refine_kernel` takes all columns. It also serves
-k beyond the longest list: it runs again for the next places, with the last key that it gave
-out as a bound.
+With few columns, steps 2 and 3 are left out and `refine_kernel` takes all columns, or
+`select_small_kernel` (select_small.py) does it all. `refine_kernel` also serves k beyond the
+longest list: it runs again for the next places, with the last key that it gave out as a bound.
 
 Shapes: query [B, N, D], key [B, M, D], columns [R] or none, mask [B, M] or none, own [N] or none.
 The batch B is two dimensions of any strides, b = b1 * B2 + b2. Rows are worked on in blocks of
@@ -45,7 +45,7 @@ DOT = tl.constexpr(1)
 EUCLIDEAN = tl.constexpr(2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N"])
 def norms_kernel(
     p_x,  # [B, N, D]
     p_norm,  # [B, N] float32: the norm of the scaled row, 0 where it counts as zero, or NaN
@@ -68,7 +68,7 @@ def norms_kernel(
     m_r = o_r < rows
     b = o_r // N
     p_row = p_x + (b // B2) * stride_b1 + (b % B2) * stride_b2 + (o_r % N) * stride_n
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
 
     scale = tl.full([ROWS], 1.0, tl.float32)
     if RESCALE:
@@ -99,7 +99,7 @@ def norms_kernel(
     tl.store(p_scale + o_r, scale, m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "columns"])
 def group_flags_kernel(
     p_columns,  # [R] int64, or unused
     p_mask,  # [B, M] bool, or unused
@@ -151,7 +151,7 @@ def _group_maxima(b_s, INTERPRETED: tl.constexpr):
     return b_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "N", "M", "columns", "tiles_each"])
 def sweep_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
@@ -203,10 +203,9 @@ def sweep_kernel(
     b = block // row_blocks
     o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
-    p_q_tile = p_q[:, None] + o_d[None, :] * stride_qd
 
     inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
     if METRIC == COSINE:
@@ -214,7 +213,7 @@ def sweep_kernel(
         inverse_q = tl.where(norm_q == 0.0, 0.0, 1.0 / norm_q)
     if ONE_BLOCK_D:
         m_q = m_n[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(p_q_tile, m_q, 0.0)
+        b_q = tl.load(p_q[:, None] + o_d[None, :] * stride_qd, m_q, 0.0)
 
     first = (pid % splits) * tiles_each
     last = tl.minimum(first + tiles_each, tl.cdiv(columns, BLOCK_M))
@@ -225,16 +224,19 @@ def sweep_kernel(
         if HAS_COLUMNS:
             row = tl.load(p_columns + o_c, m_c, -1)
             m_c = m_c & (row >= 0) & (row < M)
-        p_k_tile = p_k + row[None, :] * stride_km + o_d[:, None] * stride_kd
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if ONE_BLOCK_D and METRIC != EUCLIDEAN:
-            b_k = tl.load(p_k_tile, m_c[None, :] & (o_d < D)[:, None], 0.0)
+            p = p_k + row[None, :] * stride_km + o_d[:, None] * stride_kd
+            b_k = tl.load(p, m_c[None, :] & (o_d < D)[:, None], 0.0)
             b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
         else:
             for d in range(0, D, BLOCK_D):
-                m_d = d + o_d < D
-                b_q = tl.load(p_q_tile + d * stride_qd, m_n[:, None] & m_d[None, :], 0.0)
-                b_k = tl.load(p_k_tile + d * stride_kd, m_c[None, :] & m_d[:, None], 0.0)
+                o_x = d + o_d
+                m_d = o_x < D
+                p = p_q[:, None] + o_x[None, :] * stride_qd
+                b_q = tl.load(p, m_n[:, None] & m_d[None, :], 0.0)
+                p = p_k + row[None, :] * stride_km + o_x[:, None] * stride_kd
+                b_k = tl.load(p, m_c[None, :] & m_d[:, None], 0.0)
                 if METRIC == EUCLIDEAN:
                     b_q3 = b_q.to(tl.float32)[:, None, :]
                     b_diff = b_q3 - tl.trans(b_k).to(tl.float32)[None, :, :]
@@ -256,7 +258,7 @@ def sweep_kernel(
         tl.store(p_out, b_max, m_n[:, None] & (o_g < G)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "N"])
 def nominate_kernel(
     p_maxima,  # [blocks of the launch * BLOCK_N, G] float32
     p_flags,  # [B, G] int8, or unused
@@ -293,6 +295,40 @@ def nominate_kernel(
 
 
 @triton.jit
+def store_list(
+    b_list,  # [rows, 2**LOG_LIST] int64, descending
+    s_own,  # [rows] float32: the similarity of the token itself
+    p_s,  # [rows] pointers: where the similarities of a row go
+    p_i,  # [rows] pointers: where its indices go
+    m_r,  # [rows]
+    k,
+    missing_index: tl.constexpr,
+    HAS_SELF: tl.constexpr,
+    BY_INDEX: tl.constexpr,
+    LOG_LIST: tl.constexpr,
+):
+    """Unpacks the first k of each list, in the order that is asked for."""
+    o_l = tl.arange(0, 1 << LOG_LIST)[None, :]
+    m_l = o_l < k
+    b_order = order_of(b_list)
+    if HAS_SELF:
+        b_order = tl.where(b_order == ORDER_OF_SELF, orderable(s_own)[:, None], b_order)
+    b_index = index_of(b_list)
+    b_missing = (b_list == NOTHING) | (m_l == 0)
+    if BY_INDEX:
+        # The same numbers with index and similarity in exchanged places.
+        b_key = ((0x7FFFFFFF - b_index) << 32) | (b_order.to(tl.int64) & 0xFFFFFFFF)
+        b_key = largest(tl.where(b_missing, NOTHING, b_key), LOG_LIST, LOG_LIST, 0)
+        b_missing = b_key == NOTHING
+        b_index = 0x7FFFFFFF - (b_key >> 32)
+        b_order = b_key.to(tl.int32)
+    b_s = tl.where(b_missing, float("-inf"), from_orderable(b_order))
+    m_out = m_r[:, None] & m_l
+    tl.store(p_s[:, None] + o_l, b_s, m_out)
+    tl.store(p_i[:, None] + o_l, tl.where(b_missing, missing_index, b_index), m_out)
+
+
+@triton.jit(do_not_specialize=["first_block", "N", "M", "columns", "place"])
 def refine_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
@@ -356,7 +392,7 @@ def refine_kernel(
     m_n = o_n < N
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
 
     norm_q = tl.full([ROWS], 1.0, tl.float32)
     if METRIC == COSINE:
@@ -428,23 +464,8 @@ def refine_kernel(
 
     if HAS_BOUND:
         tl.store(p_bound + b * N + o_n, tl.min(b_list, 1), m_n)
-    o_l = tl.arange(0, LIST)[None, :]
-    m_l = place + o_l < k
-    b_order = order_of(b_list)
-    if HAS_SELF:
-        b_order = tl.where(b_order == ORDER_OF_SELF, orderable(s_own)[:, None], b_order)
-    b_index = index_of(b_list)
-    b_missing = (b_list == NOTHING) | (m_l == 0)
-    if BY_INDEX:
-        # The same numbers with index and similarity in exchanged places.
-        b_key = ((0x7FFFFFFF - b_index) << 32) | (b_order.to(tl.int64) & 0xFFFFFFFF)
-        b_key = largest(tl.where(b_missing, NOTHING, b_key), LOG_LIST, LOG_LIST, 0)
-        b_missing = b_key == NOTHING
-        b_index = 0x7FFFFFFF - (b_key >> 32)
-        b_order = b_key.to(tl.int32)
-    b_s = tl.where(b_missing, float("-inf"), from_orderable(b_order))
-    o_out = (b * N + o_n)[:, None] * k + place + o_l
-    m_out = m_n[:, None] & m_l
-    tl.store(p_similarities + o_out, b_s, m_out)
     # Of several passes, the host puts the places in order and must know the missing ones.
-    tl.store(p_indices + o_out, tl.where(b_missing, -1 if HAS_BOUND else 0, b_index), m_out)
+    missing_index: tl.constexpr = -1 if HAS_BOUND else 0
+    p_s = p_similarities + (b * N + o_n) * k + place
+    p_i = p_indices + (b * N + o_n) * k + place
+    store_list(b_list, s_own, p_s, p_i, m_n, k - place, missing_index, HAS_SELF, BY_INDEX, LOG_LIST)
