@@ -173,7 +173,7 @@ def configurations(quick: bool) -> list[Any]:
         return calls
     select = {**plain, "weight": "none", "backward": False}
     calls += [call(**plain | {"D": 256}, weight="none", metric="dot")]
-    calls += [call(**select | {"D": 3})]
+    calls += [call(**select | {"D": 3}, only=torch.float32)]
     options = {"candidates": True, "own": True, "masked": True, "order": "index"}
     euclidean = {"weight": "none", "metric": "euclidean", "rho": "similarity"}
     calls += [call(**plain | {"N": 4096}, **euclidean, **options)]
@@ -184,7 +184,7 @@ def configurations(quick: bool) -> list[Any]:
     for N, k, lead in ((197, 9, (512,)), (1024, 32, (64,))):
         calls += [call(**select | {"N": N, "k": k}, lead=lead)]
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
-    calls += [call(**select | {"N": 197, "k": 64})]
+    calls += [call(**select | {"N": 197, "k": 64}, only=torch.float16)]
     calls += [call(**select | {"N": 512, "k": 300}, own=True)]
     for C, O in ((3, 16), (128, 256)):
         calls += [call(**plain | {"C": C, "O": O}, weight="dense", rho="similarity")]
@@ -340,6 +340,7 @@ def main() -> int:
     architectures = tuple(options.arch or aot_table.ARCHITECTURES)
     dtypes = tuple(getattr(torch, name) for name in options.dtype or ()) or DTYPES
     todo = jobs(architectures, dtypes, options.quick, options.only)
+    sources = aot_table.source_hashes()
     path = aot_table.RESULTS / f"triton-{triton.__version__}.json"
     known = aot_table.up_to_date(aot_table.read(path)) if options.write else []
     if options.write and not options.only and not options.arch and not options.dtype:
@@ -371,7 +372,7 @@ def main() -> int:
                     flush=True,
                 )
             if options.write:
-                aot_table.write(path, triton.__version__, [*known, *rows])
+                aot_table.write(path, triton.__version__, [*known, *rows], sources)
     left = len(todo) - len(rows)
     print(
         f"{len(rows)} compiled with Triton {triton.__version__}, {wrong} with faults, {left} left"

@@ -88,8 +88,8 @@ def up_to_date(table: Table) -> list[Row]:
     ]
 
 
-def write(path: Path, version: str, rows: list[Row]) -> None:
-    """Write rows that belong to the sources as they are now, one in a line."""
+def write(path: Path, version: str, rows: list[Row], sources: dict[str, str]) -> None:
+    """Write rows, one in a line, that were compiled from sources with these hashes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(rows, key=lambda row: [str(row.get(name)) for name in COLUMNS])
     lines = ",\n".join(json.dumps([row.get(name) for name in COLUMNS]) for row in ordered)
@@ -97,7 +97,7 @@ def write(path: Path, version: str, rows: list[Row]) -> None:
     head = {
         "triton": version,
         "columns": COLUMNS,
-        "sources": {k: v for k, v in source_hashes().items() if k in names},
+        "sources": {k: v for k, v in sources.items() if k in names},
     }
     path.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
 

@@ -101,11 +101,9 @@ def steps(device: str, folder: Path) -> list[Step]:
 
     # Most of the time goes into compiling; several processes do that side by side.
     workers = ("-n", "8") if device == "cuda" and importlib.util.find_spec("xdist") else ()
-    found += [
-        tests("runtime", 120, 300),
-        tests("operators", 200, 180, *workers),
-        tests("large", 60, 150),
-    ]
+    found += [tests("runtime", 120, 300), tests("operators", 200, 180, *workers)]
+    if device == "cuda":
+        found.append(tests("large", 60, 150))
     benchmark = [sys.executable, "-m", "benchmarks", "--device", device, "--no-pictures"]
     benchmark += ["--output", str(folder / "benchmark.json")]
     if device == "cpu":

@@ -76,6 +76,7 @@ def test_skipped_tests_alone_are_no_success(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.triton
 def test_from_end_to_end_on_cpu_tensors(tmp_path: Path) -> None:
     """Kernels in Triton's interpreter, where Triton is installed."""
     pytest.importorskip("triton")

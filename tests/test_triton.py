@@ -187,6 +187,21 @@ def test_special_values(
     assert_select(ops.select, query.to(dtype), key.to(dtype), 6, metric=metric, backward=False)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("option", ["mask", "mask_of_groups", "candidates", "none"])
+def test_what_is_left_out_ranks_below_everything(
+    option: str, small: bool, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All similarities are negative, below those of rows of zeros, and for one query NaN."""
+    if not small:
+        leave_out_small(monkeypatch)
+    query, key = -normal(4, 6).abs(), normal(300, 6, seed=1).abs()
+    query[1] = math.nan
+    options = OPTIONS.get(option, {})
+    assert_select(ops.select, query.half(), key.half(), 5, **options, metric=metric, backward=False)
+
+
 @pytest.mark.parametrize("size", [1e20, 1e-20, 1e-37, 3e38])
 def test_norms_of_finite_rows_are_finite(size: float) -> None:
     query, key = normal(5, 7), normal(200, 7, seed=1)
@@ -234,7 +249,8 @@ def test_gradients(metric: str, rho: str, weight: str, dtype: torch.dtype) -> No
 
 
 def test_values_of_missing_neighbors_do_not_matter() -> None:
-    value = normal(6, 20)
+    # Nor does what lies before the first row, where a row of -1 would be.
+    value = torch.full((8, 20), math.nan)[2:].copy_(normal(6, 20))
     value[0] = math.nan
     s = normal(4, 3)
     s[1], s[2, 1] = -math.inf, -math.inf
@@ -496,8 +512,9 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("weight", ["depthwise", "dense"])
+@pytest.mark.parametrize(
+    ("weight", "loss"), [("dense", "contiguous"), ("depthwise", "sum"), ("dense", "transposed")]
+)
 def test_nothing_is_compiled_after_warmup(
     monkeypatch: pytest.MonkeyPatch, weight: str, loss: str
 ) -> None:

@@ -161,22 +161,22 @@ def _check_values() -> bool:
     return interpreted() or os.environ.get("CONVNN_CHECK_INDICES", "0") == "1"
 
 
-def _norms(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms and scales [B, N] of the rows of a folded X, and the scaled X.
+def _norms(X: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norms, scales and inverse norms [B, N] of the rows of a folded X, and the scaled X.
 
     Only float16 has too small a range for a norm to overflow: its rows remain as they are.
     """
     kernels = _kernels()
     B1, B2, N, D = X.shape
-    norm, scale = X.new_empty((2, B1 * B2, N), dtype=torch.float32)
+    norm, scale, inverse = X.new_empty((3, B1 * B2, N), dtype=torch.float32)
     rescale = X.dtype != torch.float16
     scaled = X.new_empty(X.shape) if rescale else X
     tile = kernels.tiles.norms(_arch(X), D)
     rows = B1 * B2 * N
     kernels.norms_kernel[(_cdiv(rows, tile["ROWS"]),)](
-        X, norm, scale, scaled, rows, N, D, B2, *X.stride(), RESCALE=rescale, **tile
+        X, norm, scale, inverse, scaled, rows, N, D, B2, *X.stride(), RESCALE=rescale, **tile
     )
-    return norm, scale, scaled
+    return norm, scale, inverse, scaled
 
 
 def _select(
@@ -206,11 +206,15 @@ def _select(
     columns = M if candidates is None else candidates.shape[0]
     mask = K if key_mask is None else _fold(key_mask, 1)
     mask_strides = (0, 0, 0) if key_mask is None else mask.stride()
-    norm_q = norm_k = Q
+    norm_q = norm_k = inverse_q = inverse_k = Q
     if metric == "cosine":
-        norm_k, _, K_scaled = _norms(K)
+        norm_k, _, inverse_k, K_scaled = _norms(K)
         same = Q.data_ptr() == K.data_ptr() and Q.shape == K.shape and Q.stride() == K.stride()
-        norm_q, _, Q = (norm_k, None, K_scaled) if same else _norms(Q)
+        norm_q, inverse_q = norm_k, inverse_k
+        if same:
+            Q = K_scaled
+        else:
+            norm_q, _, inverse_q, Q = _norms(Q)
         K = K_scaled
 
     shared: dict[str, Any] = {
@@ -224,8 +228,8 @@ def _select(
         kernels.select_small_kernel[(B * _cdiv(N, tile["BLOCK_N"]),)](
             Q,
             K,
-            norm_q,
-            norm_k,
+            inverse_q,
+            inverse_k,
             Q if candidates is None else candidates,
             mask,
             Q if self_indices is None else self_indices,
@@ -347,8 +351,8 @@ def _select(
         kernels.sweep_kernel[(count * _cdiv(column_tiles, tiles_each),)](
             Q,
             K,
-            norm_q,
-            norm_k,
+            inverse_q,
+            inverse_k,
             unused if columns_sorted is None else columns_sorted,
             mask,
             maxima,

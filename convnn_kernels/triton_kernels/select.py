@@ -50,6 +50,7 @@ def norms_kernel(
     p_x,  # [B, N, D]
     p_norm,  # [B, N] float32: the norm of the scaled row, 0 where it counts as zero, or NaN
     p_scale,  # [B, N] float32: the power of two that brings the row near 1
+    p_inverse,  # [B, N] float32: 1 / norm, or 0
     p_scaled,  # [B, N, D] contiguous: the scaled row, of the dtype of x
     rows,
     N,
@@ -97,6 +98,9 @@ def norms_kernel(
     norm = tl.where(tl.div_rn(norm, scale) <= 1e-12, 0.0, norm)
     tl.store(p_norm + o_r, norm, m_r)
     tl.store(p_scale + o_r, scale, m_r)
+    is_zero = norm == 0.0
+    inverse = tl.where(is_zero, 0.0, tl.div_rn(1.0, tl.where(is_zero, 1.0, norm)))
+    tl.store(p_inverse + o_r, inverse, m_r)
 
 
 @triton.jit(do_not_specialize=["M", "columns"])
@@ -155,8 +159,8 @@ def _group_maxima(b_s, INTERPRETED: tl.constexpr):
 def sweep_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
-    p_query_norm,  # [B, N] float32, cosine only
-    p_key_norm,  # [B, M] float32, cosine only
+    p_query_inverse,  # [B, N] float32, cosine only
+    p_key_inverse,  # [B, M] float32, cosine only
     p_columns,  # [R] int64, or unused
     p_mask,  # [B, M] bool, or unused
     p_maxima,  # [blocks of the launch * BLOCK_N, G] float32
@@ -209,8 +213,7 @@ def sweep_kernel(
 
     inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
     if METRIC == COSINE:
-        norm_q = tl.load(p_query_norm + b * N + o_n, m_n, 1.0)
-        inverse_q = tl.where(norm_q == 0.0, 0.0, 1.0 / norm_q)
+        inverse_q = tl.load(p_query_inverse + b * N + o_n, m_n, 0.0)
     if ONE_BLOCK_D:
         m_q = m_n[:, None] & (o_d < D)[None, :]
         b_q = tl.load(p_q[:, None] + o_d[None, :] * stride_qd, m_q, 0.0)
@@ -218,12 +221,18 @@ def sweep_kernel(
     first = (pid % splits) * tiles_each
     last = tl.minimum(first + tiles_each, tl.cdiv(columns, BLOCK_M))
     for tile in range(first, last):
-        o_c = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_c = o_c < columns
-        row = o_c
+        # Scalars of 64 bits, ranges of 32: every thread has half of the columns.
+        o_m = tl.arange(0, BLOCK_M)
+        m_c = o_m < tl.minimum(columns - tile * BLOCK_M, BLOCK_M).to(tl.int32)
+        row = tile * BLOCK_M + o_m
+        p_inverse = p_key_inverse + (b * M + tile * BLOCK_M) + o_m
         if HAS_COLUMNS:
-            row = tl.load(p_columns + o_c, m_c, -1)
+            row = tl.load(p_columns + row, m_c, -1)
             m_c = m_c & (row >= 0) & (row < M)
+            p_inverse = p_key_inverse + b * M + row
+        if HAS_MASK:
+            p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
+            m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if ONE_BLOCK_D and METRIC != EUCLIDEAN:
             p = p_k + row[None, :] * stride_km + o_d[:, None] * stride_kd
@@ -244,12 +253,12 @@ def sweep_kernel(
                 else:
                     b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
         if METRIC == COSINE:
-            norm_k = tl.load(p_key_norm + b * M + row, m_c, 1.0)
-            b_s = b_s * tl.where(norm_k == 0.0, 0.0, 1.0 / norm_k)[None, :]
-        if HAS_MASK:
-            p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
-            m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
-        b_s = tl.where(m_c[None, :], b_s, float("-inf"))
+            # What may not be a neighbor was read as zeros, so that -inf can be added to it: an
+            # instruction for each similarity, and not three.
+            inverse_k = tl.load(p_inverse, m_c, 0.0)
+            b_s = b_s * inverse_k[None, :] + tl.where(m_c, 0.0, float("-inf"))[None, :]
+        else:
+            b_s = tl.where(m_c[None, :], b_s, float("-inf"))
         b_max = _group_maxima(tl.reshape(b_s, [BLOCK_N, GROUPS, GROUP]), INTERPRETED)
         if METRIC == COSINE:
             b_max = b_max * inverse_q[:, None]
@@ -273,7 +282,7 @@ def nominate_kernel(
     LOG_LIST: tl.constexpr,
     LOG_TILE: tl.constexpr,
 ):
-    """The groups with the largest maxima, for ROWS rows."""
+    """The groups with the largest maxima, the largest first, for ROWS rows."""
     row0 = tl.program_id(0).to(tl.int64) * ROWS
     o_r = row0 + tl.arange(0, ROWS)
     block = first_block + row0 // BLOCK_N
@@ -379,8 +388,8 @@ def refine_kernel(
 ):
     """Neighbors `place` to `place + 2**LOG_LIST` of ROWS queries, as far as there are k.
 
-    The members are those of the nominated groups, or all columns. One more turn of the loop has
-    the token itself, whose key is above all others.
+    The members are those of the k groups with the largest maxima, or all columns. One more turn of
+    the loop has the token itself, whose key is above all others.
     """
     TILE: tl.constexpr = 1 << LOG_TILE
     LIST: tl.constexpr = 1 << LOG_LIST
@@ -407,7 +416,7 @@ def refine_kernel(
 
     members = columns
     if HAS_GROUPS:
-        members = LIST * GROUP
+        members = k * GROUP
     turns = tl.cdiv(members, TILE)
     b_list = tl.full([ROWS, LIST], NOTHING, tl.int64)
     for turn in range(0, turns + HAS_SELF):
@@ -416,7 +425,7 @@ def refine_kernel(
         if HAS_GROUPS:
             o_slot = o_p // GROUP
             p_slot = p_groups + o_r[:, None] * LIST + o_slot[None, :]
-            b_group = tl.load(p_slot, m_n[:, None] & (o_slot < LIST)[None, :], -1).to(tl.int64)
+            b_group = tl.load(p_slot, m_n[:, None] & (o_slot < k)[None, :], -1).to(tl.int64)
             o_c = b_group * GROUP + (o_p % GROUP)[None, :]
             m_c = (b_group >= 0) & (o_c < columns)
         else:

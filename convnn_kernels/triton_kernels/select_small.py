@@ -22,6 +22,8 @@ from .select import COSINE, store_list
 # Below the orderable of every number.
 NO_ORDER = tl.constexpr(-(2**31))
 NO_ROW = tl.constexpr(2**31 - 1)
+# Not below any neighbor.
+TAKEN = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
@@ -35,17 +37,12 @@ def _best(b_order, row):
     return tl.where(b_max == NO_ORDER, NOTHING, pack(b_max, b_row.to(tl.int64))), b_row
 
 
-@triton.jit
-def _inverse(norm):
-    return tl.where(norm == 0.0, 0.0, tl.div_rn(1.0, tl.where(norm == 0.0, 1.0, norm)))
-
-
 @triton.jit(do_not_specialize=["N", "M", "columns"])
 def select_small_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
-    p_query_norm,  # [B, N] float32, cosine only
-    p_key_norm,  # [B, M] float32, cosine only
+    p_query_inverse,  # [B, N] float32, cosine only
+    p_key_inverse,  # [B, M] float32, cosine only
     p_columns,  # [R] int64, or unused
     p_mask,  # [B, M] bool, or unused
     p_own,  # [N] int64, or unused
@@ -91,14 +88,16 @@ def select_small_kernel(
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
     if METRIC == COSINE:
-        inverse_q = _inverse(tl.load(p_query_norm + b * N + o_n, m_n, 1.0))
+        inverse_q = tl.load(p_query_inverse + b * N + o_n, m_n, 0.0)
     own = tl.full([BLOCK_N], -1, tl.int64)
     if HAS_SELF:
         own = tl.load(p_own + o_n * stride_o, m_n, -1)
     s_own = tl.zeros([BLOCK_N], tl.float32)
 
-    # Empty places differ, so that each can be found as the lowest one.
-    b_list = tl.full([BLOCK_N, LIST], NOTHING, tl.int64) + tl.arange(0, LIST)[None, :]
+    # Empty places differ, so that each can be found as the lowest one. Those beyond k are taken.
+    o_l = tl.arange(0, LIST)[None, :]
+    b_list = tl.full([BLOCK_N, LIST], NOTHING, tl.int64) + o_l
+    b_list = tl.where(o_l < k, b_list, TAKEN)
     b_lowest = tl.min(b_list, 1)
     for start in range(0, columns, BLOCK_M):
         o_c = start + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -117,7 +116,7 @@ def select_small_kernel(
             b_k = tl.load(p, m_c[None, :] & m_d[:, None], 0.0)
             b_s += tl.dot(b_q, b_k)
         if METRIC == COSINE:
-            inverse_k = _inverse(tl.load(p_key_norm + b * M + row, m_c, 1.0))
+            inverse_k = tl.load(p_key_inverse + b * M + row, m_c, 0.0)
             b_s = b_s * inverse_k[None, :] * inverse_q[:, None]
         if HAS_MASK:
             p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
@@ -140,7 +139,7 @@ def select_small_kernel(
             b_key, b_row = _best(b_order, row)
             m_enter = b_key > b_lowest
 
-    b_list = tl.where(b_list < NOTHING + LIST, NOTHING, b_list)
+    b_list = tl.where((o_l < k) & (b_list >= NOTHING + LIST), b_list, NOTHING)
     b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)
     o_r = b * N + o_n
     p_s = p_similarities + o_r * k
