@@ -43,7 +43,8 @@ _SWEEP: dict[int, dict[str, Tile]] = {
         "differences": _tile(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
     },
 }
-_SWEEP[100] = _SWEEP[90]
+# With 128 columns, sums that come from tensor memory spill.
+_SWEEP[100] = _SWEEP[90] | {"16": _SWEEP[90]["16"] | {"BLOCK_M": 64}}
 
 
 def row(table: dict[int, Any], arch: int) -> Any:
@@ -174,7 +175,8 @@ def aggregate_dense(arch: int, bits: int, C: int, O: int, k: int) -> Tile:
     """Blocks of `aggregate_dense_kernel`."""
     largest = 64 if bits == 16 else 32
     tile = _tile(
-        BLOCK_N=32 if arch == INTERPRETER else 128,
+        # Before sm_90 sums and products of tensor cores take more registers.
+        BLOCK_N=32 if arch == INTERPRETER else 64 if arch < 90 else 128,
         BLOCK_O=min(
             64 if arch == INTERPRETER else 128 if bits == 16 else 64, max(16, power_of_two(O))
         ),
