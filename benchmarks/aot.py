@@ -348,6 +348,7 @@ def main() -> int:
         known = [row for row in known if (row["arch"], row["launch"], row["dtype"]) in wanted]
     have = {(row["arch"], row["launch"], row["dtype"]) for row in known}
     todo = [job for job in todo if (job[1], _fingerprint(job[0]), job[2]) not in have]
+    launches = len(known) + len(todo)
     # A run that is stopped early has seen every kernel once, for each architecture and dtype.
     turns: collections.Counter[tuple[str, int, str]] = collections.Counter()
     order = {}
@@ -372,7 +373,7 @@ def main() -> int:
                     flush=True,
                 )
             if options.write:
-                aot_table.write(path, triton.__version__, [*known, *rows], sources)
+                aot_table.write(path, triton.__version__, [*known, *rows], sources, launches)
     left = len(todo) - len(rows)
     print(
         f"{len(rows)} compiled with Triton {triton.__version__}, {wrong} with faults, {left} left"

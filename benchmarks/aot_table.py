@@ -74,7 +74,7 @@ def _digest(modules: set[str]) -> str:
 def read(path: Path) -> Table:
     """The table in a file, or an empty one."""
     if not path.exists():
-        return {"sources": {}, "rows": []}
+        return {"launches": 0, "sources": {}, "rows": []}
     table = json.loads(path.read_text())
     table["rows"] = [dict(zip(COLUMNS, row, strict=True)) for row in table["rows"]]
     return table
@@ -88,14 +88,20 @@ def up_to_date(table: Table) -> list[Row]:
     ]
 
 
-def write(path: Path, version: str, rows: list[Row], sources: dict[str, str]) -> None:
-    """Write rows, one in a line, that were compiled from sources with these hashes."""
+def write(
+    path: Path, version: str, rows: list[Row], sources: dict[str, str], launches: int
+) -> None:
+    """Write rows, one in a line, that were compiled from sources with these hashes.
+
+    `launches` is how many rows there will be when all configurations are compiled.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(rows, key=lambda row: [str(row.get(name)) for name in COLUMNS])
     lines = ",\n".join(json.dumps([row.get(name) for name in COLUMNS]) for row in ordered)
     names = {"tiles", *(row["kernel"] for row in rows)}
     head = {
         "triton": version,
+        "launches": launches,
         "columns": COLUMNS,
         "sources": {k: v for k, v in sources.items() if k in names},
     }
@@ -150,10 +156,16 @@ def faults(row: Row) -> list[str]:
 def summary(tables: Iterable[Table]) -> str:
     """A table in Markdown: for each kernel and architecture the extremes over all rows."""
     groups: dict[tuple[str, int], list[Row]] = collections.defaultdict(list)
+    compiled = []
     for table in tables:
+        compiled.append(
+            f"{table.get('triton', 'none')}: {len(table['rows'])} of {table['launches']}"
+        )
         for row in table["rows"]:
             groups[row["kernel"], row["arch"]].append(row)
     lines = [
+        f"Launches compiled: {', '.join(compiled)}.",
+        "",
         "| kernel | architecture | rows | registers | stack, bytes | shared memory, KiB "
         "| matrix instructions | does not compile |",
         "|---|---|---|---|---|---|---|---|",

@@ -67,7 +67,7 @@ def test_every_kernel_is_there(version: str) -> None:
 def test_nothing_is_wrong(version: str) -> None:
     """No spills in loops, no more stack or shared memory than allowed, offsets of 64 bits."""
     rows = table(version)["rows"]
-    assert len(rows) > 300
+    assert len(rows) > 100
     wrong = {
         (row["kernel"], row["arch"], row["dtype"], *aot_table.faults(row))
         for row in rows
