@@ -31,7 +31,7 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(python) -m pytest -m "not gpu and not triton"
-	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton.py
+	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton.py tests/test_gpu_driver.py
 
 # Compiles the Triton kernels for each architecture with each version of Triton, without a GPU, and
 # writes down the outcome. What has not changed since the last time is not compiled again.
