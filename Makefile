@@ -4,6 +4,7 @@
 #   make test       the quick tests
 #   make test-all   the slow tests too
 #   make aot        the Triton kernels compiled for each architecture, without a GPU
+#   make gpu        the tests and the benchmark on an NVIDIA GPU, with PYTHON as it is: no network
 #   make bench      the benchmark beside its goals: tables, a JSON file, a page and pictures
 #   make lint       formatting, lint and types
 #
@@ -21,7 +22,7 @@ cpp_files = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 build_files := setup.py CMakeLists.txt convnn_kernels/version.py $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help test test-all aot bench lint
+.PHONY: help test test-all aot gpu bench lint
 help:
 	@sed -n '2,/^$$/{/^#/{s/^# \{0,1\}//p}}' Makefile
 
@@ -30,11 +31,25 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(python) -m pytest -m "not gpu and not triton"
-	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton.py
+	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton.py tests/test_gpu_driver.py
 
-# Compiles the Triton kernels for each architecture, without a GPU, and writes down the outcome.
-aot: $(VENV)/.test
-	$(python) -m benchmarks.aot --write
+# Compiles the Triton kernels for each architecture with each version of Triton, without a GPU, and
+# writes down the outcome. What has not changed since the last time is not compiled again.
+triton_versions := 3.6.0 3.7.1 3.8.0
+aot: $(VENV)/.test $(addprefix $(VENV)-triton-,$(addsuffix /.done,$(triton_versions)))
+	for version in $(triton_versions); do \
+	  $(VENV)-triton-$$version/bin/python -m benchmarks.aot --write || exit 1; \
+	done
+	$(python) -m benchmarks.aot_table
+
+$(VENV)-triton-%/.done: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install torch numpy
+	PIP_CONSTRAINT= $(@D)/bin/python -m pip install --no-deps triton==$*
+	touch $@
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 bench: $(VENV)/.bench
 	$(python) -m benchmarks

@@ -4,21 +4,22 @@ GPU, and write down what the compiler made of it.
 
 The operators run with a recorder in the place of the kernels, for each architecture, dtype and
 configuration. Every distinct launch (types, constants, divisibility) is then compiled to machine
-code for that architecture. The table goes to ``benchmarks/results/aot-triton-<version>.json``: per
-launch the registers, shared memory, stack and spill bytes, and the matrix instructions found.
+code for that architecture. The table, ``benchmarks/results/aot/triton-<version>.json``, has for
+each launch registers, stack, shared memory, matrix instructions and what its main loop consists of.
+A launch whose row is there is not compiled again unless a source has changed, so a run may be
+stopped and resumed.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import hashlib
-import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,17 +27,16 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from convnn_kernels.backends import triton as host
 
-ARCHITECTURES = (80, 90, 100)
+from . import aot_table
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-RESULTS = Path(__file__).parent / "results"
-# Bytes of shared memory that one program may use.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MOST_SPILLED = 64
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -65,7 +65,8 @@ class _Recorder:
         signature, constants, divisible = {}, {}, []
         for i, parameter in enumerate(self.kernel.params):
             value = values[parameter.name]
-            if parameter.is_constexpr or (type(value) is int and value == 1):
+            general = parameter.do_not_specialize
+            if parameter.is_constexpr or (type(value) is int and value == 1 and not general):
                 # Triton, too, compiles an argument of 1 as a constant.
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, Tensor):
@@ -73,7 +74,7 @@ class _Recorder:
                 divisible.append(i)
             elif isinstance(value, int):
                 signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and not general:
                     divisible.append(i)
             else:
                 signature[parameter.name] = "fp32"
@@ -92,21 +93,6 @@ class _Recorder:
 def kernels() -> dict[str, Any]:
     """All kernels by name."""
     return {name: k for name, k in vars(host._kernels()).items() if name.endswith("_kernel")}
-
-
-def source_hash(kernel: Any) -> str:
-    """A hash of the file of a kernel and of the device code it imports."""
-    folder = Path(inspect.getfile(kernel.fn)).parent
-    seen: set[str] = set()
-    todo = [Path(inspect.getfile(kernel.fn)).stem]
-    while todo:
-        name = todo.pop()
-        if name not in seen:
-            seen.add(name)
-            source = (folder / f"{name}.py").read_text()
-            todo += re.findall(r"^from \.(\w+) import", source, re.MULTILINE)
-    text = "".join((folder / f"{name}.py").read_text() for name in sorted(seen))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def record(arch: int, dtype: torch.dtype, calls: list[Any]) -> list[Launch]:
@@ -145,30 +131,30 @@ def _both_ways(
     own: bool = False,
     order: str = "similarity",
     lead: tuple[int, ...] = (2,),
+    strided: bool = False,
+    backward: bool = True,
+    only: torch.dtype | None = None,
 ) -> None:
-    """Forward and backward, of which only the launches matter."""
+    """`forward` and its backward, or else `select`, of which only the launches matter."""
+    if only not in (None, dtype):
+        return
     with torch.device("meta"):
-        query, key = torch.empty(*lead, N, D, dtype=dtype), torch.empty(*lead, N, D, dtype=dtype)
-        value = torch.empty(*lead, N, C, dtype=dtype)
+        query, key, value = (torch.empty(*lead, N, n, dtype=dtype) for n in (D, D, C))
+        if strided:
+            query, key, value = (
+                torch.empty(*lead, 3 * N, 3 * n, dtype=dtype)[..., ::3, ::3] for n in (D, D, C)
+            )
         shapes = {"dense": (O, C, k), "depthwise": (C, 1, k)}
         W = None if weight == "none" else torch.empty(shapes[weight], dtype=dtype)
         bias = torch.empty(O if weight == "dense" else C, dtype=dtype)
         mask = torch.empty(*lead, N, dtype=torch.bool) if masked else None
         rows = torch.empty(N, dtype=torch.int64)
+    rows_or_none = rows if candidates else None, rows if own else None
+    if not backward:
+        host._select(query, key, k, *rows_or_none, mask, metric, order)
+        return
     Y, s, I = host._forward(
-        query,
-        key,
-        value,
-        k,
-        W,
-        bias,
-        rows if candidates else None,
-        rows if own else None,
-        mask,
-        metric,
-        rho,
-        1.0,
-        order,
+        query, key, value, k, W, bias, *rows_or_none, mask, metric, rho, 1.0, order
     )
     host._aggregate_backward(Y, value, s, I, W, True, rho, 1.0, True, True, True, True)
     host._select_backward(s, query, key, s, I, metric, True, True)
@@ -180,108 +166,165 @@ def configurations(quick: bool) -> list[Any]:
     def call(**options: Any) -> Any:
         return lambda dtype: _both_ways(dtype, **options)
 
-    plain = {"N": 1024, "D": 64, "C": 64, "O": 64, "k": 9}
-    calls = [call(**plain, weight="dense", masked=True), call(**plain, weight="depthwise")]
+    plain = {"N": 3000, "D": 64, "C": 64, "O": 64, "k": 9}
+    calls = [call(**plain, weight="dense", masked=True)]
+    calls += [call(**plain | {"N": 1024}, weight="depthwise", own=True)]
     if quick:
         return calls
+    select = {**plain, "weight": "none", "backward": False}
+    calls += [call(**plain | {"D": 256}, weight="none", metric="dot")]
+    calls += [call(**select | {"D": 3}, only=torch.float32)]
     options = {"candidates": True, "own": True, "masked": True, "order": "index"}
-    select = {**plain, "weight": "none"}
-    for metric, D in (("cosine", 3), ("cosine", 256), ("dot", 64)):
-        calls += [call(**select | {"D": D}, metric=metric)]
-    calls += [call(**select, metric="euclidean", rho="similarity", **options)]
-    # All columns: few of them, and passes of many neighbors.
+    euclidean = {"weight": "none", "metric": "euclidean", "rho": "similarity"}
+    calls += [call(**plain | {"N": 4096}, **euclidean, **options)]
+    # Sizes of a group, long loops, lists of many lengths.
+    for N, k in ((2**15, 32), (2**18, 9), (2**15, 256)):
+        calls += [call(**select | {"N": N, "k": k})]
+    # Few columns: all in one launch, and all columns scored; passes of many neighbors.
+    for N, k, lead in ((197, 9, (512,)), (1024, 32, (64,))):
+        calls += [call(**select | {"N": N, "k": k}, lead=lead)]
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
+    calls += [call(**select | {"N": 197, "k": 64}, only=torch.float16)]
     calls += [call(**select | {"N": 512, "k": 300}, own=True)]
-    for k in (1, 32, 256):
-        calls += [call(**select | {"N": 2**14 if k < 256 else 2**15, "k": k})]
     for C, O in ((3, 16), (128, 256)):
         calls += [call(**plain | {"C": C, "O": O}, weight="dense", rho="similarity")]
-    calls += [call(**plain | {"C": 192}, weight="depthwise", rho="ones")]
+    # No stride is 1; pairs, rows and strides beyond 32 bits. Tiles do not depend on them.
+    calls += [call(**plain, weight="dense", masked=True, strided=True, only=torch.float16)]
+    calls += [call(**plain | {"C": 48}, weight="depthwise", strided=True, only=torch.float16)]
+    huge = {"N": 2**18, "k": 64, "lead": (3, 100), "only": torch.float16}
+    calls += [call(**plain | huge, weight="dense")]
     return calls
 
 
-def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
-    """What the compiler says of one launch."""
+def _compiler_input(launch: Launch) -> ASTSource:
     kernel = kernels()[launch["kernel"]]
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch["divisible"]}
     names = list(kernel.arg_names)
     constants = {(names.index(name),): value for name, value in launch["constants"].items()}
-    source = ASTSource(kernel, launch["signature"], constants, attributes)
+    return ASTSource(kernel, launch["signature"], constants, attributes)
+
+
+def intermediate(launch: Launch, arch: int) -> str:
+    """Triton's own representation of a launch, of which no machine code is made."""
+    source, target = _compiler_input(launch), GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({"num_warps": launch["num_warps"]})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(target, options, functions, modules, context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](module, {}))
+
+
+def narrow_offsets(text: str) -> list[str]:
+    """The lines of Triton's representation that compute an offset of a pointer in 32 bits.
+
+    An offset is a sum of products. A product of two variables, such as a row and a stride, must
+    have 64 bits; what has a constant factor is a number of a row or a column, which fits in 32.
+    """
+    lines: dict[str, str] = {}
+    operands: dict[str, set[str]] = {}
+    roots = []
+    for line in text.splitlines():
+        line = line.split(" loc(")[0]
+        found = re.match(r"\s*(%\w+)(?::\d+)? = (.*)", line)
+        if not found:
+            continue
+        name, rest = found.groups()
+        lines[name], operands[name] = line, set(re.findall(r"%\w+", rest))
+        for variable, begin in re.findall(r"(%\w+) = (%\w+)", rest):
+            operands.setdefault(variable, set()).add(begin)
+        if rest.startswith("tt.addptr"):
+            roots += re.findall(r"%\w+", rest)[1:]
+
+    def constant(name: str) -> bool:
+        return "arith.constant" in lines.get(name, "")
+
+    todo, seen, narrow = list(roots), set(roots), []
+    while todo:
+        name = todo.pop()
+        line = lines.get(name, "")
+        if "tt.load" in line:
+            continue
+        if re.search(r"arith\.muli .*(: i32|xi32>)$", line) and not any(
+            map(constant, operands[name])
+        ):
+            narrow.append(line.strip())
+        new = operands.get(name, set()) - seen
+        seen |= new
+        todo += new
+    return narrow
+
+
+def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
+    """What the compiler says of one launch."""
     compiled = triton.compile(
-        source,
+        _compiler_input(launch),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
     )
-    ptx = compiled.asm["ptx"]
-    usage = _resource_usage(compiled.asm["cubin"])
-    matrix = sorted(set(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx)))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = _cuobjdump("-res-usage", "-sass", file.name)
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", text))
     return {
-        "registers": usage["REG"],
-        "stack": usage["STACK"],
-        "spilled": usage["LOCAL"],
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
         "shared": compiled.metadata.shared,
-        "matrix_instructions": matrix,
-        "wide_offsets": "mul.wide" in ptx or "mul.lo.s64" in ptx or "mad.lo.s64" in ptx,
+        "narrow_offsets": len(narrow_offsets(compiled.asm["ttir"])),
+        **aot_table.machine_code(text),
     }
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
-
-
-def _row(job: tuple[Launch, int, str]) -> dict[str, Any]:
-    launch, arch, dtype = job
-    began = time.perf_counter()
+def _row(job: tuple[Launch, int, str]) -> aot_table.Row:
+    launch, arch, dtypes = job
     try:
         outcome = compile_launch(launch, arch)
     except Exception as error:
-        outcome = {"error": f"{type(error).__name__}: {error}"[:500]}
+        outcome = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     return {
         "kernel": launch["kernel"],
         "arch": arch,
-        "dtype": dtype,
-        "source": source_hash(kernels()[launch["kernel"]]),
-        "constants": launch["constants"],
-        "num_warps": launch["num_warps"],
-        "num_stages": launch["num_stages"],
-        "seconds": round(time.perf_counter() - began, 1),
+        "dtype": dtypes,
+        "launch": _fingerprint(launch),
+        "configuration": " ".join(
+            f"{name}={value}"
+            for name, value in [
+                *launch["constants"].items(),
+                ("num_warps", launch["num_warps"]),
+                ("num_stages", launch["num_stages"]),
+            ]
+            if name.isupper() or name.startswith("num_")
+        ),
         **outcome,
     }
 
 
-def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row."""
-    if "error" in row:
-        return [row["error"]]
-    found = []
-    if row["stack"] > MOST_SPILLED:
-        found.append(f"{row['stack']} bytes of stack")
-    if row["shared"] > SHARED_MEMORY[row["arch"]]:
-        found.append(f"{row['shared']} bytes of shared memory")
-    return found
+def _fingerprint(launch: Launch) -> str:
+    return hashlib.sha256(json.dumps(launch, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def jobs(
     architectures: tuple[int, ...], dtypes: tuple[torch.dtype, ...], quick: bool, only: str
-) -> Iterator[tuple[Launch, int, str]]:
+) -> list[tuple[Launch, int, str]]:
+    """Launches, architecture and, joined by "+", the dtypes that have the launch in common."""
+    found: dict[tuple[int, str], tuple[Launch, list[str]]] = {}
     for arch in architectures:
         for dtype in dtypes:
             for launch in record(arch, dtype, configurations(quick)):
                 if re.search(only, launch["kernel"]):
-                    yield launch, arch, str(dtype).removeprefix("torch.")
+                    same = found.setdefault((arch, _fingerprint(launch)), (launch, []))
+                    same[1].append(str(dtype).removeprefix("torch."))
+    return [(launch, arch, "+".join(names)) for (arch, _), (launch, names) in found.items()]
 
 
 def main() -> int:
@@ -291,31 +334,51 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", help="float16, ...; default all three")
     parser.add_argument("--only", default="", help="a pattern in the name of the kernel")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="write the table to results/")
+    parser.add_argument("--seconds", type=float, help="stop after this time; a later run goes on")
+    parser.add_argument("--write", action="store_true", help="write the table to results/aot")
     options = parser.parse_args()
-    architectures = tuple(options.arch or ARCHITECTURES)
+    architectures = tuple(options.arch or aot_table.ARCHITECTURES)
     dtypes = tuple(getattr(torch, name) for name in options.dtype or ()) or DTYPES
-    todo = list(jobs(architectures, dtypes, options.quick, options.only))
-    rows, wrong = [], 0
+    todo = jobs(architectures, dtypes, options.quick, options.only)
+    sources = aot_table.source_hashes()
+    path = aot_table.RESULTS / f"triton-{triton.__version__}.json"
+    known = aot_table.up_to_date(aot_table.read(path)) if options.write else []
+    if options.write and not options.only and not options.arch and not options.dtype:
+        wanted = {(arch, _fingerprint(launch), dtype) for launch, arch, dtype in todo}
+        known = [row for row in known if (row["arch"], row["launch"], row["dtype"]) in wanted]
+    have = {(row["arch"], row["launch"], row["dtype"]) for row in known}
+    todo = [job for job in todo if (job[1], _fingerprint(job[0]), job[2]) not in have]
+    launches = len(known) + len(todo)
+    # A run that is stopped early has seen every kernel once, for each architecture and dtype.
+    turns: collections.Counter[tuple[str, int, str]] = collections.Counter()
+    order = {}
+    for launch, arch, dtype in todo:
+        turns[launch["kernel"], arch, dtype] += 1
+        order[arch, _fingerprint(launch), dtype] = turns[launch["kernel"], arch, dtype]
+    todo.sort(key=lambda job: order[job[1], _fingerprint(job[0]), job[2]])
+
+    rows, wrong, began = [], 0, time.monotonic()
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
-        for row in pool.map(_row, todo, chunksize=4):
-            rows.append(row)
-            found = faults(row)
-            wrong += bool(found)
-            facts = [f"{row.get(name)} {name}" for name in ("registers", "stack", "shared")]
-            print(
-                f"{row['kernel']:<28} sm_{row['arch']:<4}{row['dtype']:<9}"
-                f"{row['seconds']:5.1f} s  {', '.join(facts)}, "
-                f"{' '.join(row.get('matrix_instructions', []))}  {'; '.join(found)}",
-                flush=True,
-            )
-    print(f"{len(rows)} compiled with Triton {triton.__version__}, {wrong} with faults")
-    if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"aot-triton-{triton.__version__}.json"
-        lines = ",\n".join(json.dumps(row) for row in rows)
-        path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
-    return 1 if wrong else 0
+        for start in range(0, len(todo), 8 * options.jobs):
+            if options.seconds is not None and time.monotonic() - began > options.seconds:
+                break
+            for row in pool.map(_row, todo[start : start + 8 * options.jobs]):
+                rows.append(row)
+                found = aot_table.faults(row)
+                wrong += bool(found)
+                facts = [f"{row.get(name)} {name}" for name in ("registers", "stack", "shared")]
+                print(
+                    f"{row['kernel']:<28} sm_{row['arch']:<4}{row['dtype']:<9} "
+                    f"{', '.join(facts)}, {row.get('matrix', '')}  {'; '.join(found)}",
+                    flush=True,
+                )
+            if options.write:
+                aot_table.write(path, triton.__version__, [*known, *rows], sources, launches)
+    left = len(todo) - len(rows)
+    print(
+        f"{len(rows)} compiled with Triton {triton.__version__}, {wrong} with faults, {left} left"
+    )
+    return 1 if wrong or left else 0
 
 
 if __name__ == "__main__":

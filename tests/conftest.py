@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Seeds, thread count, and processes of their own for tests that need one."""
 
+import collections
 import os
 import platform
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,31 @@ def _instruction_sets() -> list[str]:
 
 
 INSTRUCTION_SETS = _instruction_sets()
+
+
+_gpu_tests_left_out: collections.Counter[str] = collections.Counter()
+
+
+def _count_gpu_tests(items: Iterable[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            _gpu_tests_left_out[item.nodeid.partition("[")[0]] += 1
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    _count_gpu_tests(items)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """GPU tests that did not run are counted and named, however they were left out."""
+    for report in terminalreporter.stats.get("skipped", []):
+        if "gpu" in report.keywords and "no NVIDIA GPU" in str(report.longrepr):
+            _gpu_tests_left_out[report.nodeid.partition("[")[0]] += 1
+    if _gpu_tests_left_out and not torch.cuda.is_available():
+        total = sum(_gpu_tests_left_out.values())
+        terminalreporter.write_sep("=", f"{total} GPU tests not run: no NVIDIA GPU here")
+        for name, count in sorted(_gpu_tests_left_out.items()):
+            terminalreporter.write_line(f"{count:4} {name}")
 
 
 @pytest.fixture(autouse=True)

@@ -81,16 +81,26 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def leave_out_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few columns and 16 bits then take the way of many columns."""
+    monkeypatch.setattr(host._kernels().tiles, "has_small", lambda *_: False)
+
+
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])
 @pytest.mark.parametrize(
     ("N", "M", "D", "k"),
     [(3, 65, 3, 1), (33, 130, 17, 3), (5, 300, 70, 9), (2, 600, 2, 33), (2, 100, 129, 100)],
 )
-def test_exact(metric: str, N: int, M: int, D: int, k: int) -> None:
+def test_exact(
+    metric: str, N: int, M: int, D: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Many ties, in every place of a group and a tile."""
     dtype = F16 if N % 2 else F32
     query, key = integers(2, N, D, dtype=dtype), integers(2, M, D, seed=1, dtype=dtype)
     assert_select(ops.select, query, key, k, metric=metric, exact=True, backward=False)
+    if metric == "dot" and dtype == F16:
+        leave_out_small(monkeypatch)
+        assert_select(ops.select, query, key, k, metric=metric, exact=True, backward=False)
 
 
 OPTIONS = {
@@ -117,10 +127,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("order", ["similarity", "index"])
-@pytest.mark.parametrize("k", [4, pytest.param(70, marks=pytest.mark.slow)])
-def test_options(option: str, order: str, k: int) -> None:
-    """By nominated groups, and with k = 70 by all columns."""
-    query, key = integers(5, 6), integers(300, 6, seed=1)
+@pytest.mark.parametrize(
+    ("k", "dtype"), [(4, F32), (4, F16), pytest.param(70, F32, marks=pytest.mark.slow)], ids=str
+)
+def test_options(option: str, order: str, k: int, dtype: torch.dtype) -> None:
+    """By nominated groups, in one launch, and with k = 70 by all columns."""
+    query, key = integers(5, 6, dtype=dtype), integers(300, 6, seed=1, dtype=dtype)
     options = OPTIONS[option]
     options = {**options, "metric": "dot", "order": order}
     assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
@@ -160,13 +172,34 @@ SPECIAL = {
 
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("special", SPECIAL)
-@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-def test_special_values(special: str, metric: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "small"), [(F32, False), (F16, False), (F16, True)], ids=str)
+def test_special_values(
+    special: str, metric: str, dtype: torch.dtype, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small and metric == "euclidean":
+        return
+    if not small:
+        leave_out_small(monkeypatch)
     query, key = normal(6, 5), normal(300, 5, seed=1)
     SPECIAL[special](key)
     query[1], query[2, 3], query[3] = 0.0, math.nan, -0.0
     query[4, 0] = math.inf
     assert_select(ops.select, query.to(dtype), key.to(dtype), 6, metric=metric, backward=False)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("option", ["mask", "mask_of_groups", "candidates", "none"])
+def test_what_is_left_out_ranks_below_everything(
+    option: str, small: bool, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All similarities are negative, below those of rows of zeros, and for one query NaN."""
+    if not small:
+        leave_out_small(monkeypatch)
+    query, key = -normal(4, 6).abs(), normal(300, 6, seed=1).abs()
+    query[1] = math.nan
+    options = OPTIONS.get(option, {})
+    assert_select(ops.select, query.half(), key.half(), 5, **options, metric=metric, backward=False)
 
 
 @pytest.mark.parametrize("size", [1e20, 1e-20, 1e-37, 3e38])
@@ -216,7 +249,8 @@ def test_gradients(metric: str, rho: str, weight: str, dtype: torch.dtype) -> No
 
 
 def test_values_of_missing_neighbors_do_not_matter() -> None:
-    value = normal(6, 20)
+    # Nor does what lies before the first row, where a row of -1 would be.
+    value = torch.full((8, 20), math.nan)[2:].copy_(normal(6, 20))
     value[0] = math.nan
     s = normal(4, 3)
     s[1], s[2, 1] = -math.inf, -math.inf
@@ -302,8 +336,8 @@ def test_the_same_from_run_to_run() -> None:
 
 def test_equal_rows_tie_wherever_they_lie() -> None:
     query, key = normal(4, 37), normal(1, 37, seed=1).expand(333, 37)
-    for metric in ("cosine", "dot", "euclidean"):
-        s, I = ops.select(query, key, 7, metric=metric)
+    for metric, dtype in product(("cosine", "dot", "euclidean"), (F32, F16)):
+        s, I = ops.select(query.to(dtype), key.to(dtype), 7, metric=metric)
         assert torch.equal(I, torch.arange(7).expand(4, 7))
         assert torch.equal(s, s[:, :1].expand(4, 7))
 
@@ -325,8 +359,23 @@ class _Allocations(TorchDispatchMode):
         return result
 
 
-def allocations(monkeypatch: pytest.MonkeyPatch, N: int, C: int, k: int, weight: str) -> list[int]:
-    """Elements of every tensor that the host side makes, forward and backward.
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    N: int
+    k: int
+    M: int = 0
+    C: int = 64
+    O: int = 64
+    B: int = 1
+    weight: str = "dense"
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{value}" for name, value in dataclasses.asdict(self).items())
+
+
+def allocations(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> tuple[list[int], int]:
+    """Elements of every tensor that the host side makes, forward and backward, and the most that
+    any input or output has.
 
     Kernels do not run: what they read and write has been allocated before.
     """
@@ -339,41 +388,193 @@ def allocations(monkeypatch: pytest.MonkeyPatch, N: int, C: int, k: int, weight:
     kernels = {name: Nothing() if name.endswith("_kernel") else X for name, X in real.items()}
     monkeypatch.setattr(host, "_kernels", lambda: type("Kernels", (), kernels))
     monkeypatch.setattr(host, "_arch", lambda tensor: 90)
-    X = [torch.zeros(1, N, C) for _ in range(3)]
-    shape = {"none": None, "depthwise": (C, 1, k), "dense": (C, C, k)}[weight]
-    W = None if shape is None else torch.zeros(shape)
-    mode = _Allocations()
-    with mode:
+    B, N, M, C, O, k = shape.B, shape.N, shape.M or shape.N, shape.C, shape.O, shape.k
+    query, key, value = (torch.zeros(B, n, C) for n in (N, M, M))
+    weights = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[shape.weight]
+    W = None if weights is None else torch.zeros(weights)
+    with _Allocations() as mode:
         Y, s, I = host._forward(
-            *X, k, W, None, None, None, torch.ones(1, N) > 0, "cosine", "softmax", 1.0, "similarity"
+            query,
+            key,
+            value,
+            k,
+            W,
+            None,
+            None,
+            None,
+            torch.ones(B, M) > 0,
+            "cosine",
+            "softmax",
+            1.0,
+            "similarity",
         )
         s.zero_()
         I.zero_()
-        host._aggregate_backward(Y, X[2], s, I, W, False, "softmax", 1.0, True, True, True, False)
-        host._select_backward(s, *X[:2], s, I, "cosine", True, True)
-    return [math.prod(shape) for shape in mode.shapes]
+        # A gradient with strides of its own, which is copied.
+        G = Y.mT.contiguous().mT
+        host._aggregate_backward(G, value, s, I, W, False, "softmax", 1.0, True, True, True, False)
+        host._select_backward(s, query, key, s, I, "cosine", True, True)
+    given = max(X.numel() for X in (query, key, value, Y, s) if X is not None)
+    given = max(given, 0 if W is None else W.numel())
+    return [math.prod(shape) for shape in mode.shapes], given
 
 
-@pytest.mark.parametrize("weight", ["none", "depthwise", "dense"])
-@pytest.mark.parametrize(("N", "k"), [(8192, 9), (4096, 300)])
-def test_memory(monkeypatch: pytest.MonkeyPatch, N: int, k: int, weight: str) -> None:
-    C = 64
-    sizes = allocations(monkeypatch, N, C, k, weight)
+MEMORY = [
+    *(Shape(N, k, weight=w) for N, k in ((8192, 9), (4096, 300)) for w in ("none", "depthwise")),
+    Shape(8192, 9),
+    Shape(4096, 300),
+    Shape(1024, 256),
+    Shape(1024, 256, C=48),
+    Shape(1024, 9, B=4),
+    Shape(2048, 16, M=512, C=256, O=512),
+    Shape(512, 16, M=4096, C=32, O=1024),
+    Shape(3000, 32, C=20, B=2, weight="depthwise"),
+    Shape(1024, 9, C=768, weight="none"),
+]
+
+
+@pytest.mark.parametrize("shape", MEMORY, ids=str)
+def test_memory(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> None:
+    """No tensor is N x M or N x k x C, unless an input or output is as large."""
+    sizes, given = allocations(monkeypatch, shape)
+    tiles = host._kernels().tiles
     assert len(sizes) > 10
-    weights = C * k * (C if weight == "dense" else 1)
-    assert max(sizes) < min(N * N, N * k * C)
-    workspace = host._kernels().tiles.WORKSPACE // 4
-    assert max(sizes) <= max(N * k + 1, N * C, 64 * weights, workspace)
+    all_pairs = shape.B * shape.N * (shape.M or shape.N)
+    all_neighbors = shape.B * shape.N * shape.k * shape.C
+    assert max((size for size in sizes if size > given), default=0) < min(all_pairs, all_neighbors)
+    # Offsets have one element more than there are keys.
+    assert max(sizes) <= max(given + 1, tiles.SMALL_WORKSPACE // 4, tiles.WORKSPACE // 4)
 
 
-def test_a_buffer_of_all_pairs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = Tensor.new_empty
-    monkeypatch.setattr(
-        Tensor,
-        "new_empty",
-        lambda X, *args, **named: empty(empty(X, 1024, 1024)[:1], *args, **named),
-    )
-    assert max(allocations(monkeypatch, 1024, 16, 9, "none")) >= 1024**2
+def test_parts_of_a_weight_gradient_are_bounded() -> None:
+    tiles = host._kernels().tiles
+    for rows, size, bound in ((1024, 2**20, 2**20), (2**14, 2**16, 2**28), (10**6, 10**5, 10**6)):
+        count, each = tiles.parts(rows, size, bound)
+        assert (count - 1) * each < rows <= count * each
+        assert count == 1 or count * size < max(bound, tiles.SMALL_WORKSPACE // 4 + 1)
+
+
+@pytest.mark.parametrize("parts", [1, 64])
+def test_a_buffer_of_all_pairs_is_seen(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """As many parts of a weight's gradient as there were once; and a buffer in any tensor made."""
+    tiles = host._kernels().tiles
+    shape = Shape(1024, 256) if parts > 1 else Shape(1024, 9, C=16, weight="none")
+    if parts > 1:
+        monkeypatch.setattr(tiles, "parts", lambda rows, *_: (parts, -(-rows // parts)))
+    else:
+        empty = Tensor.new_empty
+        monkeypatch.setattr(
+            Tensor,
+            "new_empty",
+            lambda X, *args, **named: empty(empty(X, 1024, 1024)[:1], *args, **named),
+        )
+    sizes, given = allocations(monkeypatch, shape)
+    assert max(size for size in sizes if size > given) >= 1024**2
+
+
+class _Asked:
+    """Notes for each launch what it would be compiled for, and runs it."""
+
+    def __init__(self) -> None:
+        self.variants: set[Any] = set()
+
+    def kernel(self, name: str, kernel: Any) -> Any:
+        def kind(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.dtype, value.data_ptr() % 16 == 0
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value == 1, value % 16 == 0, abs(value) < 2**31
+            return type(value)
+
+        def launch(grid: Any, *args: Any, **constants: Any) -> None:
+            self.variants.add((name, *map(kind, args), *sorted(constants.items())))
+            kernel[grid](*args, **constants)
+
+        class Kernel:
+            def __getitem__(self, grid: Any) -> Callable[..., None]:
+                return lambda *args, **constants: launch(grid, *args, **constants)
+
+        return Kernel()
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = vars(host._kernels())
+        kernels = {
+            name: self.kernel(name, X) if name.endswith("_kernel") else X
+            for name, X in real.items()
+        }
+        monkeypatch.setattr(host, "_kernels", lambda: type("Kernels", (), kernels))
+
+
+LOSSES = {
+    "contiguous": lambda Y: Y * normal(*Y.shape, seed=9),
+    "sum": lambda Y: Y.sum(),
+    "transposed": lambda Y: Y.mT.contiguous() * normal(*Y.mT.shape, seed=9),
+}
+
+
+@pytest.mark.parametrize(
+    ("weight", "loss"), [("dense", "contiguous"), ("depthwise", "sum"), ("dense", "transposed")]
+)
+def test_nothing_is_compiled_after_warmup(
+    monkeypatch: pytest.MonkeyPatch, weight: str, loss: str
+) -> None:
+    asked = _Asked()
+    asked.install(monkeypatch)
+    N, C, k = 40, 16, 4
+    X = [normal(2, N, C, seed=i).requires_grad_() for i in range(3)]
+    W = normal(*((C, 1, k) if weight == "depthwise" else (24, C, k)), seed=3).requires_grad_()
+    convnn_kernels.warmup(*X, k, W)
+    before = set(asked.variants)
+    assert {variant[0] for variant in before} >= {
+        "norms_kernel",
+        "query_grad_kernel",
+        "key_grad_kernel",
+        f"weight_grad_{weight}_kernel",
+        f"value_grad_{weight}_kernel",
+    }
+    LOSSES[loss](convnn_kernels.functional.convnn(*X, k, W)).sum().backward()
+    assert asked.variants == before
+
+
+def test_without_gradients_warmup_compiles_forward_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _Asked()
+    asked.install(monkeypatch)
+    X = [normal(2, 40, 16, seed=i) for i in range(3)]
+    convnn_kernels.warmup(*X, 4)
+    before = set(asked.variants)
+    convnn_kernels.functional.convnn(*(x.requires_grad_() for x in X), 4).sum().backward()
+    new = {variant[0] for variant in asked.variants - before}
+    assert {"query_grad_kernel", "key_grad_kernel", "value_grad_depthwise_kernel"} <= new
+
+
+LISTS = {
+    "one_key": [100],
+    "on_chunks": [16, 32, 0, 48, 4],
+    "off_chunks": [1, 15, 16, 17, 40, 0, 11],
+}
+
+
+@pytest.mark.parametrize("lists", LISTS)
+@pytest.mark.parametrize("weight", ["none", "depthwise", "dense"])
+def test_keys_that_many_queries_chose(lists: str, weight: str) -> None:
+    """Runs of pairs that begin, end and lie in every way to the chunks of the inverse list."""
+    in_order = torch.arange(len(LISTS[lists])).repeat_interleave(torch.tensor(LISTS[lists]))
+    M, C, k = len(LISTS[lists]) + 2, 20, 2
+    N = len(in_order) // k
+    generator = torch.Generator().manual_seed(0)
+    # Slots by key: with a dense weight the list is sorted by key and slot.
+    I = torch.stack([in_order.view(k, N).T, in_order.flip(0).view(k, N).T])
+    I = I[:, torch.randperm(N, generator=generator)]
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (7, C, k)}[weight]
+    W = None if shape is None else normal(*shape, seed=3) / 8
+    assert_aggregate(ops.aggregate, normal(2, M, C, seed=1), normal(2, N, k), I, W)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_a_key_gradient_of_many_queries(metric: str) -> None:
+    query = normal(3, 1, 70, seed=5).repeat_interleave(30, dim=1)
+    key = normal(3, 40, 70, seed=1)
+    assert_select(ops.select, query, key, 5, metric=metric)
 
 
 def test_what_it_does_not_take() -> None:

@@ -107,10 +107,11 @@ def _kernels() -> SimpleNamespace:
         modulate,
         select,
         select_backward,
+        select_small,
         tiles,
     )
 
-    modules = (aggregate, aggregate_backward, modulate, select, select_backward)
+    modules = (aggregate, aggregate_backward, modulate, select, select_backward, select_small)
     kernels = {
         name: kernel
         for module in modules
@@ -160,22 +161,22 @@ def _check_values() -> bool:
     return interpreted() or os.environ.get("CONVNN_CHECK_INDICES", "0") == "1"
 
 
-def _norms(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms and scales [B, N] of the rows of a folded X, and the scaled X.
+def _norms(X: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norms, scales and inverse norms [B, N] of the rows of a folded X, and the scaled X.
 
     Only float16 has too small a range for a norm to overflow: its rows remain as they are.
     """
     kernels = _kernels()
     B1, B2, N, D = X.shape
-    norm, scale = X.new_empty((2, B1 * B2, N), dtype=torch.float32)
+    norm, scale, inverse = X.new_empty((3, B1 * B2, N), dtype=torch.float32)
     rescale = X.dtype != torch.float16
     scaled = X.new_empty(X.shape) if rescale else X
     tile = kernels.tiles.norms(_arch(X), D)
     rows = B1 * B2 * N
     kernels.norms_kernel[(_cdiv(rows, tile["ROWS"]),)](
-        X, norm, scale, scaled, rows, N, D, B2, *X.stride(), RESCALE=rescale, **tile
+        X, norm, scale, inverse, scaled, rows, N, D, B2, *X.stride(), RESCALE=rescale, **tile
     )
-    return norm, scale, scaled
+    return norm, scale, inverse, scaled
 
 
 def _select(
@@ -205,11 +206,15 @@ def _select(
     columns = M if candidates is None else candidates.shape[0]
     mask = K if key_mask is None else _fold(key_mask, 1)
     mask_strides = (0, 0, 0) if key_mask is None else mask.stride()
-    norm_q = norm_k = Q
+    norm_q = norm_k = inverse_q = inverse_k = Q
     if metric == "cosine":
-        norm_k, _, K_scaled = _norms(K)
+        norm_k, _, inverse_k, K_scaled = _norms(K)
         same = Q.data_ptr() == K.data_ptr() and Q.shape == K.shape and Q.stride() == K.stride()
-        norm_q, _, Q = (norm_k, None, K_scaled) if same else _norms(Q)
+        norm_q, inverse_q = norm_k, inverse_k
+        if same:
+            Q = K_scaled
+        else:
+            norm_q, _, inverse_q, Q = _norms(Q)
         K = K_scaled
 
     shared: dict[str, Any] = {
@@ -217,6 +222,36 @@ def _select(
         "HAS_COLUMNS": candidates is not None,
         "HAS_MASK": key_mask is not None,
     }
+    small = tiles.has_small(bits, columns, k, metric == "euclidean")
+    if small and (candidates is None or self_indices is None):
+        tile = tiles.small(arch, D, k, B * N)
+        kernels.select_small_kernel[(B * _cdiv(N, tile["BLOCK_N"]),)](
+            Q,
+            K,
+            inverse_q,
+            inverse_k,
+            Q if candidates is None else candidates,
+            mask,
+            Q if self_indices is None else self_indices,
+            s,
+            I,
+            N,
+            M,
+            D,
+            columns,
+            k,
+            B2,
+            *Q.stride(),
+            *K.stride(),
+            *mask_strides,
+            0 if candidates is None else candidates.stride(0),
+            0 if self_indices is None else self_indices.stride(0),
+            **shared,
+            BY_INDEX=order == "index",
+            HAS_SELF=self_indices is not None,
+            **tile,
+        )
+        return s, I
     tile = tiles.refine(arch, D, k)
     group = tiles.group_size(arch, columns, k)
     own = Q if self_indices is None else self_indices
@@ -316,8 +351,8 @@ def _select(
         kernels.sweep_kernel[(count * _cdiv(column_tiles, tiles_each),)](
             Q,
             K,
-            norm_q,
-            norm_k,
+            inverse_q,
+            inverse_k,
             unused if columns_sorted is None else columns_sorted,
             mask,
             maxima,
@@ -467,11 +502,12 @@ def _weight_strides(weight: Tensor | None) -> tuple[int, int]:
     return (0, 0) if weight is None else (weight.stride(0), weight.stride(2))
 
 
-def _inverse_list(rows: Tensor, M: int, by_slot: bool) -> tuple[Tensor, Tensor]:
-    """The pairs sorted by key, and where those of each key begin: int64 [B * N * k], [B * M + 1].
+def _inverse_list(rows: Tensor, M: int, by_slot: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs sorted by key, the key of each, and where those of each key begin.
 
     rows [B, N, k] are rows of key, -1 where a neighbor is missing. Pairs of a key come by (i, j),
-    or by (j, i) if `by_slot`. Nothing is read back to the host.
+    or by (j, i) if `by_slot`; their key is then that of (key, j). Shapes are [B * N * k] twice
+    and [B * M + 1]. Nothing is read back to the host.
     """
     B, _, k = rows.shape
     first_row = (
@@ -482,8 +518,11 @@ def _inverse_list(rows: Tensor, M: int, by_slot: bool) -> tuple[Tensor, Tensor]:
     if by_slot:
         sort_by = sort_by * k + torch.arange(k, device=rows.device)
         bounds = bounds * k
-    in_order, pairs = sort_by.flatten().sort(stable=True)
-    return pairs, torch.searchsorted(in_order, bounds)
+    if (B * M + 1) * k < 2**31:
+        # Half the passes of a radix sort.
+        sort_by, bounds = sort_by.to(torch.int32), bounds.to(torch.int32)
+    keys, pairs = sort_by.flatten().sort(stable=True)
+    return pairs, keys, torch.searchsorted(keys, bounds)
 
 
 def _present_rows(similarities: Tensor, indices: Tensor, M: int) -> Tensor:
@@ -530,14 +569,113 @@ def _select_backward(
         )
     if need_key:
         rows = _present_rows(s, I, M).view(B, N, k)
-        pairs, offsets = _inverse_list(rows, M, by_slot=False)
+        pairs, keys, offsets = _inverse_list(rows, M, by_slot=False)
         tile = tiles.inverse_list(arch, D)
         tile["BLOCK_D"] = tile.pop("columns")
-        grid = (B * _cdiv(M, tile["ROWS"]) * _cdiv(D, tile["BLOCK_D"]),)
-        kernels.key_grad_kernel[grid](
-            g, s, Q, K, *norms, pairs, offsets, grad_key, *sizes, METRIC=METRICS[metric], **tile
-        )
+        chunks = pairs.numel() // tile["CHUNK"]
+        part = torch.empty((chunks, D), dtype=torch.float32, device=Q.device)
+        along = torch.empty(chunks, dtype=torch.float32, device=Q.device)
+        for of_chunks, count in ((True, chunks), (False, B * M)):
+            grid = (_cdiv(count, tile["ROWS"]) * _cdiv(D, tile["BLOCK_D"]),)
+            if count:
+                kernels.key_grad_kernel[grid](
+                    g,
+                    s,
+                    Q,
+                    K,
+                    *norms,
+                    pairs,
+                    keys,
+                    offsets,
+                    part,
+                    along,
+                    grad_key,
+                    B * M,
+                    N,
+                    M,
+                    D,
+                    k,
+                    pairs.numel(),
+                    B2,
+                    *Q.stride(),
+                    *K.stride(),
+                    METRIC=METRICS[metric],
+                    OF_CHUNKS=of_chunks,
+                    **tile,
+                )
     return grad_query, grad_key
+
+
+def _value_grad(
+    G: Tensor, V: Tensor, rho: Tensor, W: Tensor | None, rows: Tensor, dense: bool, grad: Tensor
+) -> None:
+    """Writes the gradient of V to `grad`. W is [k, C, O] if `dense`, else [C, 1, k] or none."""
+    kernels = _kernels()
+    tiles = kernels.tiles
+    (B, N, k), (M, C), O = rows.shape, V.shape[-2:], G.shape[-1]
+    B2, arch = V.shape[1], _arch(V)
+    pairs, keys, offsets = _inverse_list(rows, M, by_slot=dense)
+    tile = tiles.inverse_list(arch, O)
+    tile["BLOCK_C"] = tile.pop("columns")
+    chunks = pairs.numel() // tile["CHUNK"]
+    part = torch.empty((chunks, O), dtype=torch.float32, device=V.device)
+
+    def sum_pairs(count: int, of_chunks: bool) -> None:
+        weighted = W is not None and not dense
+        keys_each = M * k if dense else M
+        kernels.value_grad_depthwise_kernel[
+            (_cdiv(count, tile["ROWS"]) * _cdiv(O, tile["BLOCK_C"]),)
+        ](
+            G,
+            rho,
+            W if weighted else G,
+            pairs,
+            keys,
+            offsets,
+            part,
+            grad,
+            B * keys_each,
+            N,
+            keys_each,
+            O,
+            k,
+            pairs.numel(),
+            B2,
+            *G.stride(),
+            *_weight_strides(W if weighted else None),
+            HAS_WEIGHT=weighted,
+            OF_CHUNKS=of_chunks,
+            **tile,
+        )
+
+    if chunks:
+        sum_pairs(chunks, True)
+    if not dense:
+        sum_pairs(B * M, False)
+        return
+    dense_tile = tiles.value_grad_dense(arch, _bits(V), C, O)
+    grid = (B * _cdiv(M, dense_tile["BLOCK_M"]) * _cdiv(C, dense_tile["BLOCK_C"]),)
+    kernels.value_grad_dense_kernel[grid](
+        G,
+        rho,
+        W,
+        pairs,
+        keys,
+        offsets,
+        part,
+        grad,
+        N,
+        M,
+        C,
+        O,
+        k,
+        pairs.numel(),
+        B2,
+        *G.stride(),
+        PRECISION=_product_precision(V),
+        CHUNK=tile["CHUNK"],
+        **dense_tile,
+    )
 
 
 def _aggregate_backward(
@@ -575,7 +713,8 @@ def _aggregate_backward(
         return grad_value, grad_s, grad_weight, grad_bias
 
     s, I = similarities.contiguous(), indices.contiguous()
-    V, G = _fold(value), _fold(grad_output)
+    # Rows of G are gathered; and what is compiled does not depend on how a caller's loss made it.
+    V, G = _fold(value), _fold(grad_output.contiguous())
     B2, B = V.shape[1], V.shape[0] * V.shape[1]
     arch, bits = _arch(V), _bits(V)
     precision = _product_precision(V)
@@ -636,50 +775,9 @@ def _aggregate_backward(
         return grad_value, grad_s, grad_weight, grad_bias
     rows = _present_rows(s, I, M).view(B, N, k)
     if need_value:
-        pairs, offsets = _inverse_list(rows, M, by_slot=dense)
-        if dense:
-            tile = tiles.value_grad_dense(arch, bits, C, O)
-            grid = (B * _cdiv(M, tile["BLOCK_M"]) * _cdiv(C, tile["BLOCK_C"]),)
-            kernels.value_grad_dense_kernel[grid](
-                G,
-                weights,
-                W,
-                pairs,
-                offsets,
-                grad_value,
-                N,
-                M,
-                C,
-                O,
-                k,
-                B2,
-                *G.stride(),
-                PRECISION=precision,
-                **tile,
-            )
-        else:
-            tile = tiles.inverse_list(arch, C)
-            tile["BLOCK_C"] = tile.pop("columns")
-            grid = (B * _cdiv(M, tile["ROWS"]) * _cdiv(C, tile["BLOCK_C"]),)
-            kernels.value_grad_depthwise_kernel[grid](
-                G,
-                weights,
-                W,
-                pairs,
-                offsets,
-                grad_value,
-                N,
-                M,
-                C,
-                k,
-                B2,
-                *G.stride(),
-                *weight_strides,
-                HAS_WEIGHT=weight is not None,
-                **tile,
-            )
+        _value_grad(G, V, weights, W if weight is not None else None, rows, dense, grad_value)
     if need_weight and weight is not None:
-        parts, rows_each = tiles.parts(B * N, weight.numel())
+        parts, rows_each = tiles.parts(B * N, weight.numel(), B * N * min(M, k * C))
         if dense:
             tile = tiles.weight_grad_dense(arch, bits, C, O)
             part = torch.empty((parts, k, C, O), dtype=torch.float32, device=V.device)

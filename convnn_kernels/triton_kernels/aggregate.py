@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from .modulate import load_neighbors, modulate, softmax_terms
+from .offsets import wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "k"])
 def aggregate_dense_kernel(
     p_value,  # [B, M, C]
     p_similarities,  # [B, N, k] float32, contiguous
@@ -56,19 +57,19 @@ def aggregate_dense_kernel(
     o_r = b * N + o_n
     o_o = (pid % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
     m_o = o_o < O
-    o_c = tl.arange(0, BLOCK_C)
+    o_c = tl.arange(0, BLOCK_C).to(tl.int64)
     p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
 
     b_max, b_sum = softmax_terms(p_similarities, p_indices, o_r, m_n, M, k, scale, RHO, BLOCK_K)
     b_y = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     channel_blocks = tl.cdiv(C, BLOCK_C)
     for turn in range(0, k * channel_blocks):
-        j = turn // channel_blocks
+        j = wide(turn // channel_blocks)
         c = (turn % channel_blocks) * BLOCK_C + o_c
         b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
         p = p_v + b_row[:, None] * stride_vm + c[None, :] * stride_vc
         b_v = tl.load(p, m[:, None] & (c < C)[None, :], 0.0)
-        p = p_weight + (c.to(tl.int64) + j * C)[:, None] * O + o_o[None, :]
+        p = p_weight + (c + j * C)[:, None] * O + o_o[None, :]
         b_w = tl.load(p, (c < C)[:, None] & m_o[None, :], 0.0)
         b_rho = modulate(b_s, m, b_max, b_sum, scale, RHO)
         b_y += b_rho[:, None] * tl.dot(b_v, b_w, input_precision=PRECISION)
@@ -78,7 +79,7 @@ def aggregate_dense_kernel(
     tl.store(p, b_y.to(p_output.dtype.element_ty), m_n[:, None] & m_o[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "k"])
 def aggregate_depthwise_kernel(
     p_value,  # [B, M, C]
     p_similarities,  # [B, N, k] float32, contiguous
@@ -130,7 +131,7 @@ def aggregate_depthwise_kernel(
             b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
             b_x = modulate(b_s, m, b_max, b_sum, scale, RHO)[:, None] * b_v
             if HAS_WEIGHT:
-                b_w = tl.load(p_weight + o_c * stride_wc + j * stride_wk, m_c, 0.0)
+                b_w = tl.load(p_weight + o_c * stride_wc + wide(j) * stride_wk, m_c, 0.0)
                 b_x = b_x * b_w.to(tl.float32)[None, :]
             b_part += b_x
         b_y += b_part

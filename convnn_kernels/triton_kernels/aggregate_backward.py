@@ -7,9 +7,8 @@
     dW[:, :, j] = sum_i G_i (rho_ij V[I_ij])^T
 
 Nothing is added atomically, so results do not depend on the order of programs. dV follows the
-inverse neighbor list: pairs sorted by key, those of key m from offsets[m] to offsets[m + 1]. A
-pair is the place of its neighbor in the flattened [B, N, k]. dW is summed in parts of a fixed
-number of queries, which the host adds.
+inverse neighbor list (inverse_list.py), in which key m has the pairs offsets[m] to offsets[m + 1].
+dW is summed in parts of a fixed number of queries, which the host adds.
 
 P is never stored. For the dense dV, sums over pairs come first, H_j[m] = sum of rho_ij G_i, and
 then the product of H_j with W_j, on tensor cores. A factor that has been multiplied by rho is
@@ -19,7 +18,9 @@ not rounded to 16 bits: it goes in as the sum of two tf32 numbers.
 import triton
 import triton.language as tl
 
+from .inverse_list import run_of_chunk, run_of_key
 from .modulate import load_neighbors
+from .offsets import wide
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _dot_of_float(b_a, b_b, b_sum, PRECISION: tl.constexpr):
     return b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "k"])
 def rho_grad_dense_kernel(
     p_grad,  # [B, N, O]
     p_value,  # [B, M, C]
@@ -81,11 +82,11 @@ def rho_grad_dense_kernel(
     _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
     b_drho = tl.zeros([BLOCK_N], tl.float32)
     for c0 in range(0, C, BLOCK_C):
-        o_c = c0 + tl.arange(0, BLOCK_C)
+        o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         m_c = o_c < C
         b_p = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for o0 in range(0, O, BLOCK_O):
-            o_o = o0 + tl.arange(0, BLOCK_O)
+            o_o = o0 + tl.arange(0, BLOCK_O).to(tl.int64)
             m_o = o_o < O
             p = p_g[:, None] + o_o[None, :] * stride_go
             b_g = tl.load(p, m[:, None] & m_o[None, :], 0.0)
@@ -98,7 +99,7 @@ def rho_grad_dense_kernel(
     tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "k"])
 def rho_grad_depthwise_kernel(
     p_grad,  # [B, N, C]
     p_value,  # [B, M, C]
@@ -139,7 +140,7 @@ def rho_grad_depthwise_kernel(
     _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
     b_drho = tl.zeros([BLOCK_N], tl.float32)
     for c0 in range(0, C, BLOCK_C):
-        o_c = c0 + tl.arange(0, BLOCK_C)
+        o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         m_c = o_c < C
         m_v = m[:, None] & m_c[None, :]
         p = p_g[:, None] + o_c[None, :] * stride_gc
@@ -152,32 +153,37 @@ def rho_grad_depthwise_kernel(
     tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "k", "pairs"])
 def value_grad_dense_kernel(
     p_grad,  # [B, N, O]
     p_rho,  # [B, N, k] float32
     p_weight,  # [k, C, O] contiguous
-    p_pairs,  # [B * N * k] int64, sorted by key, then by j
+    p_pairs,  # [pairs] int64, sorted by key and j
+    p_keys,  # [pairs]: (b * M + key) * k + j of each
     p_offsets,  # [B * M + 1] int64
+    p_part,  # [pairs // CHUNK, O] float32: H_j over the chunks within one key and j
     p_value_grad,  # [B, M, C] contiguous
     N,
     M,
     C,
     O,
     k,
+    pairs,
     B2,
     stride_gb1,
     stride_gb2,
     stride_gn,
     stride_go,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dV of BLOCK_M keys and BLOCK_C channels. H_j and the sum stay in registers.
 
-    Each key has a cursor in its pairs; all keys advance through the pairs of one j together.
+    Each key has a cursor in its pairs; all keys advance through those of one j together, each by a
+    pair or by a whole chunk.
     """
     pid = tl.program_id(0).to(tl.int64)
     key_blocks = tl.cdiv(M, BLOCK_M)
@@ -190,25 +196,32 @@ def value_grad_dense_kernel(
     m_c = o_c < C
     p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2
     first = tl.load(p_offsets + b * M + o_m, m_m, 0)
-    last = tl.load(p_offsets + b * M + o_m + 1, m_m, 0)
     b_dv = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for j in range(0, k):
+    for turn in range(0, k):
+        j = wide(turn)
+        key = (b * M + o_m) * k + j
         cursor = first
         for o0 in range(0, O, BLOCK_O):
-            o_o = o0 + tl.arange(0, BLOCK_O)
+            o_o = o0 + tl.arange(0, BLOCK_O).to(tl.int64)
             m_o = o_o < O
             b_h = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
             cursor = first
-            pair = tl.load(p_pairs + cursor, cursor < last, 0)
-            m = (cursor < last) & (pair % k == j)
+            m = m_m & (tl.load(p_keys + cursor, m_m & (cursor < pairs), -1) == key)
             while tl.max(m.to(tl.int32), 0) > 0:
-                b_rho = tl.load(p_rho + pair, m, 0.0)
-                p = p_g + (pair // k - b * N)[:, None] * stride_gn + o_o[None, :] * stride_go
-                b_g = tl.load(p, m[:, None] & m_o[None, :], 0.0).to(tl.float32)
-                b_h += b_rho[:, None] * b_g
-                cursor += m.to(tl.int64)
-                pair = tl.load(p_pairs + cursor, cursor < last, 0)
-                m = m & (cursor < last) & (pair % k == j)
+                end = cursor + CHUNK
+                m_chunk = m & (cursor % CHUNK == 0) & (end <= pairs)
+                m_chunk = m_chunk & (tl.load(p_keys + end - 1, m_chunk, -1) == key)
+                m_pair = m & (m_chunk == 0)
+                pair = tl.load(p_pairs + cursor, m_pair, 0)
+                b_rho = tl.load(p_rho + pair, m_pair, 0.0)
+                o_n = tl.where(m_pair, pair // k - b * N, 0)
+                p = p_g + o_n[:, None] * stride_gn + o_o[None, :] * stride_go
+                b_g = tl.load(p, m_pair[:, None] & m_o[None, :], 0.0).to(tl.float32)
+                p = p_part + (cursor // CHUNK)[:, None] * O + o_o[None, :]
+                b_part = tl.load(p, m_chunk[:, None] & m_o[None, :], 0.0)
+                b_h += b_rho[:, None] * b_g + b_part
+                cursor = tl.where(m_chunk, end, cursor + m.to(tl.int64))
+                m = m & (tl.load(p_keys + cursor, m & (cursor < pairs), -1) == key)
             p = p_weight + (o_c + j * C)[None, :] * O + o_o[:, None]
             b_w = tl.load(p, m_o[:, None] & m_c[None, :], 0.0)
             b_dv = _dot_of_float(b_h, b_w, b_dv, PRECISION)
@@ -217,18 +230,22 @@ def value_grad_dense_kernel(
     tl.store(p, b_dv.to(p_value_grad.dtype.element_ty), m_m[:, None] & m_c[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys", "N", "M", "k", "pairs"])
 def value_grad_depthwise_kernel(
     p_grad,  # [B, N, C]
     p_rho,  # [B, N, k] float32
     p_weight,  # [C, 1, k], or unused
-    p_pairs,  # [B * N * k] int64, sorted by key
-    p_offsets,  # [B * M + 1] int64
+    p_pairs,  # [pairs] int64, sorted by key
+    p_keys,  # [pairs]: the key of each
+    p_offsets,  # [keys + 1] int64
+    p_part,  # [pairs // CHUNK, C] float32: dV over the chunks within one key
     p_value_grad,  # [B, M, C] contiguous
+    keys,
     N,
     M,
     C,
     k,
+    pairs,
     B2,
     stride_gb1,
     stride_gb2,
@@ -237,42 +254,61 @@ def value_grad_depthwise_kernel(
     stride_wc,
     stride_wk,
     HAS_WEIGHT: tl.constexpr,
+    OF_CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dV of ROWS keys and BLOCK_C channels, PAIRS pairs of each key at a time."""
+    """dV of ROWS keys, or the part of ROWS chunks, and BLOCK_C channels, PAIRS pairs at a time.
+
+    Chunks of pairs that are sorted by (key, j), without a weight, give parts of H_j: the "keys" are
+    then M * k in a batch element.
+    """
     pid = tl.program_id(0).to(tl.int64)
-    key_blocks = tl.cdiv(M, ROWS)
     channel_blocks = tl.cdiv(C, BLOCK_C)
-    block = pid // channel_blocks
-    b = block // key_blocks
-    o_m = (block % key_blocks) * ROWS + tl.arange(0, ROWS)
-    m_m = o_m < M
+    o_r = (pid // channel_blocks) * ROWS + tl.arange(0, ROWS)
     o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
+    if OF_CHUNKS:
+        m_r = o_r < pairs // CHUNK
+        key, first, last = run_of_chunk(p_keys, o_r, pairs // CHUNK, keys, CHUNK)
+        begin, end = last, last
+    else:
+        m_r = o_r < keys
+        key = o_r
+        first, last, begin, end = run_of_key(p_offsets, o_r, m_r, CHUNK)
+    b = key // M
     p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2
-    first = tl.load(p_offsets + b * M + o_m, m_m, 0)
-    count = tl.load(p_offsets + b * M + o_m + 1, m_m, 0) - first
     b_dv = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    for start in range(0, tl.max(count, 0), PAIRS):
-        o_p = start + tl.arange(0, PAIRS)
-        m_p = o_p[None, :] < count[:, None]
-        b_pair = tl.load(p_pairs + first[:, None] + o_p[None, :], m_p, 0)
-        b_n = tl.where(m_p, b_pair // k - b * N, 0)
+    for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS):
+        o_p = first[:, None] + start + tl.arange(0, PAIRS)[None, :]
+        o_p += tl.where(o_p < begin[:, None], 0, (end - begin)[:, None])
+        m_p = o_p < last[:, None]
+        b_pair = tl.load(p_pairs + o_p, m_p, 0)
+        b_n = tl.where(m_p, b_pair // k - (b * N)[:, None], 0)
         m = m_p[:, :, None] & m_c[None, None, :]
-        p = p_g + b_n[:, :, None] * stride_gn + o_c[None, None, :] * stride_gc
-        b_p = tl.load(p, m, 0.0).to(tl.float32)
+        p_row = p_g[:, None] + b_n * stride_gn
+        b_p = tl.load(p_row[:, :, None] + o_c[None, None, :] * stride_gc, m, 0.0).to(tl.float32)
         if HAS_WEIGHT:
             b_j = b_pair % k
             p = p_weight + o_c[None, None, :] * stride_wc + b_j[:, :, None] * stride_wk
             b_p = b_p * tl.load(p, m, 0.0).to(tl.float32)
         b_dv += tl.sum(tl.load(p_rho + b_pair, m_p, 0.0)[:, :, None] * b_p, 1)
-    p = p_value_grad + (b * M + o_m)[:, None] * C + o_c[None, :]
-    tl.store(p, b_dv.to(p_value_grad.dtype.element_ty), m_m[:, None] & m_c[None, :])
+    p_out = o_r[:, None] * C + o_c[None, :]
+    m_out = m_r[:, None] & m_c[None, :]
+    if OF_CHUNKS:
+        tl.store(p_part + p_out, b_dv, m_out)
+    else:
+        for start in range(0, tl.max(end - begin, 0) // CHUNK, PAIRS):
+            o_p = (begin // CHUNK)[:, None] + start + tl.arange(0, PAIRS)[None, :]
+            m_p = o_p < (end // CHUNK)[:, None]
+            p = p_part + o_p[:, :, None] * C + o_c[None, None, :]
+            b_dv += tl.sum(tl.load(p, m_p[:, :, None] & m_c[None, None, :], 0.0), 1)
+        tl.store(p_value_grad + p_out, b_dv.to(p_value_grad.dtype.element_ty), m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N", "k", "rows_each"])
 def weight_grad_dense_kernel(
     p_grad,  # [B, N, O]
     p_value,  # [B, M, C]
@@ -331,7 +367,7 @@ def weight_grad_dense_kernel(
     tl.store(p, b_dw, m_c[:, None] & m_o[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N", "k", "rows_each"])
 def weight_grad_depthwise_kernel(
     p_grad,  # [B, N, C]
     p_value,  # [B, M, C]

@@ -65,7 +65,7 @@ def modulate(b_s, m, b_max, b_sum, scale, RHO: tl.constexpr):
     return tl.where(m, b_rho, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "M"])
 def modulate_kernel(
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
@@ -91,7 +91,7 @@ def modulate_kernel(
         tl.store(p_rho + o, b_rho, m_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def softmax_backward_kernel(
     p_rho,  # [B, N, k] float32
     p_grad,  # [B, N, k] float32: the gradient of rho, replaced by that of the similarities

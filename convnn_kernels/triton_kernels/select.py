@@ -16,9 +16,9 @@ Every neighbor is a member of one of the k groups: a group ranked before the nei
 holds, by its maximum or at a tie by its lower columns, a key that precedes the neighbor, and
 fewer than k do. Ties, constant rows and NaN need no special path, and nothing can overflow.
 
-With few columns, steps 2 and 3 are left out and `refine_kernel` takes all columns. It also serves
-k beyond the longest list: it runs again for the next places, with the last key that it gave
-out as a bound.
+With few columns, steps 2 and 3 are left out and `refine_kernel` takes all columns, or
+`select_small_kernel` (select_small.py) does it all. `refine_kernel` also serves k beyond the
+longest list: it runs again for the next places, with the last key that it gave out as a bound.
 
 Shapes: query [B, N, D], key [B, M, D], columns [R] or none, mask [B, M] or none, own [N] or none.
 The batch B is two dimensions of any strides, b = b1 * B2 + b2. Rows are worked on in blocks of
@@ -45,11 +45,12 @@ DOT = tl.constexpr(1)
 EUCLIDEAN = tl.constexpr(2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "N"])
 def norms_kernel(
     p_x,  # [B, N, D]
     p_norm,  # [B, N] float32: the norm of the scaled row, 0 where it counts as zero, or NaN
     p_scale,  # [B, N] float32: the power of two that brings the row near 1
+    p_inverse,  # [B, N] float32: 1 / norm, or 0
     p_scaled,  # [B, N, D] contiguous: the scaled row, of the dtype of x
     rows,
     N,
@@ -68,7 +69,7 @@ def norms_kernel(
     m_r = o_r < rows
     b = o_r // N
     p_row = p_x + (b // B2) * stride_b1 + (b % B2) * stride_b2 + (o_r % N) * stride_n
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
 
     scale = tl.full([ROWS], 1.0, tl.float32)
     if RESCALE:
@@ -97,9 +98,12 @@ def norms_kernel(
     norm = tl.where(tl.div_rn(norm, scale) <= 1e-12, 0.0, norm)
     tl.store(p_norm + o_r, norm, m_r)
     tl.store(p_scale + o_r, scale, m_r)
+    is_zero = norm == 0.0
+    inverse = tl.where(is_zero, 0.0, tl.div_rn(1.0, tl.where(is_zero, 1.0, norm)))
+    tl.store(p_inverse + o_r, inverse, m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "columns"])
 def group_flags_kernel(
     p_columns,  # [R] int64, or unused
     p_mask,  # [B, M] bool, or unused
@@ -151,12 +155,12 @@ def _group_maxima(b_s, INTERPRETED: tl.constexpr):
     return b_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "N", "M", "columns", "tiles_each"])
 def sweep_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
-    p_query_norm,  # [B, N] float32, cosine only
-    p_key_norm,  # [B, M] float32, cosine only
+    p_query_inverse,  # [B, N] float32, cosine only
+    p_key_inverse,  # [B, M] float32, cosine only
     p_columns,  # [R] int64, or unused
     p_mask,  # [B, M] bool, or unused
     p_maxima,  # [blocks of the launch * BLOCK_N, G] float32
@@ -203,38 +207,45 @@ def sweep_kernel(
     b = block // row_blocks
     o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
-    p_q_tile = p_q[:, None] + o_d[None, :] * stride_qd
 
     inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
     if METRIC == COSINE:
-        norm_q = tl.load(p_query_norm + b * N + o_n, m_n, 1.0)
-        inverse_q = tl.where(norm_q == 0.0, 0.0, 1.0 / norm_q)
+        inverse_q = tl.load(p_query_inverse + b * N + o_n, m_n, 0.0)
     if ONE_BLOCK_D:
         m_q = m_n[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(p_q_tile, m_q, 0.0)
+        b_q = tl.load(p_q[:, None] + o_d[None, :] * stride_qd, m_q, 0.0)
 
     first = (pid % splits) * tiles_each
     last = tl.minimum(first + tiles_each, tl.cdiv(columns, BLOCK_M))
     for tile in range(first, last):
-        o_c = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_c = o_c < columns
-        row = o_c
+        # Scalars of 64 bits, ranges of 32: every thread has half of the columns.
+        o_m = tl.arange(0, BLOCK_M)
+        m_c = o_m < tl.minimum(columns - tile * BLOCK_M, BLOCK_M).to(tl.int32)
+        row = tile * BLOCK_M + o_m
+        p_inverse = p_key_inverse + (b * M + tile * BLOCK_M) + o_m
         if HAS_COLUMNS:
-            row = tl.load(p_columns + o_c, m_c, -1)
+            row = tl.load(p_columns + row, m_c, -1)
             m_c = m_c & (row >= 0) & (row < M)
-        p_k_tile = p_k + row[None, :] * stride_km + o_d[:, None] * stride_kd
+            p_inverse = p_key_inverse + b * M + row
+        if HAS_MASK:
+            p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
+            m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if ONE_BLOCK_D and METRIC != EUCLIDEAN:
-            b_k = tl.load(p_k_tile, m_c[None, :] & (o_d < D)[:, None], 0.0)
+            p = p_k + row[None, :] * stride_km + o_d[:, None] * stride_kd
+            b_k = tl.load(p, m_c[None, :] & (o_d < D)[:, None], 0.0)
             b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
         else:
             for d in range(0, D, BLOCK_D):
-                m_d = d + o_d < D
-                b_q = tl.load(p_q_tile + d * stride_qd, m_n[:, None] & m_d[None, :], 0.0)
-                b_k = tl.load(p_k_tile + d * stride_kd, m_c[None, :] & m_d[:, None], 0.0)
+                o_x = d + o_d
+                m_d = o_x < D
+                p = p_q[:, None] + o_x[None, :] * stride_qd
+                b_q = tl.load(p, m_n[:, None] & m_d[None, :], 0.0)
+                p = p_k + row[None, :] * stride_km + o_x[:, None] * stride_kd
+                b_k = tl.load(p, m_c[None, :] & m_d[:, None], 0.0)
                 if METRIC == EUCLIDEAN:
                     b_q3 = b_q.to(tl.float32)[:, None, :]
                     b_diff = b_q3 - tl.trans(b_k).to(tl.float32)[None, :, :]
@@ -242,12 +253,12 @@ def sweep_kernel(
                 else:
                     b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
         if METRIC == COSINE:
-            norm_k = tl.load(p_key_norm + b * M + row, m_c, 1.0)
-            b_s = b_s * tl.where(norm_k == 0.0, 0.0, 1.0 / norm_k)[None, :]
-        if HAS_MASK:
-            p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
-            m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
-        b_s = tl.where(m_c[None, :], b_s, float("-inf"))
+            # What may not be a neighbor was read as zeros, so that -inf can be added to it: an
+            # instruction for each similarity, and not three.
+            inverse_k = tl.load(p_inverse, m_c, 0.0)
+            b_s = b_s * inverse_k[None, :] + tl.where(m_c, 0.0, float("-inf"))[None, :]
+        else:
+            b_s = tl.where(m_c[None, :], b_s, float("-inf"))
         b_max = _group_maxima(tl.reshape(b_s, [BLOCK_N, GROUPS, GROUP]), INTERPRETED)
         if METRIC == COSINE:
             b_max = b_max * inverse_q[:, None]
@@ -256,7 +267,7 @@ def sweep_kernel(
         tl.store(p_out, b_max, m_n[:, None] & (o_g < G)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "N"])
 def nominate_kernel(
     p_maxima,  # [blocks of the launch * BLOCK_N, G] float32
     p_flags,  # [B, G] int8, or unused
@@ -271,7 +282,7 @@ def nominate_kernel(
     LOG_LIST: tl.constexpr,
     LOG_TILE: tl.constexpr,
 ):
-    """The groups with the largest maxima, for ROWS rows."""
+    """The groups with the largest maxima, the largest first, for ROWS rows."""
     row0 = tl.program_id(0).to(tl.int64) * ROWS
     o_r = row0 + tl.arange(0, ROWS)
     block = first_block + row0 // BLOCK_N
@@ -293,6 +304,40 @@ def nominate_kernel(
 
 
 @triton.jit
+def store_list(
+    b_list,  # [rows, 2**LOG_LIST] int64, descending
+    s_own,  # [rows] float32: the similarity of the token itself
+    p_s,  # [rows] pointers: where the similarities of a row go
+    p_i,  # [rows] pointers: where its indices go
+    m_r,  # [rows]
+    k,
+    missing_index: tl.constexpr,
+    HAS_SELF: tl.constexpr,
+    BY_INDEX: tl.constexpr,
+    LOG_LIST: tl.constexpr,
+):
+    """Unpacks the first k of each list, in the order that is asked for."""
+    o_l = tl.arange(0, 1 << LOG_LIST)[None, :]
+    m_l = o_l < k
+    b_order = order_of(b_list)
+    if HAS_SELF:
+        b_order = tl.where(b_order == ORDER_OF_SELF, orderable(s_own)[:, None], b_order)
+    b_index = index_of(b_list)
+    b_missing = (b_list == NOTHING) | (m_l == 0)
+    if BY_INDEX:
+        # The same numbers with index and similarity in exchanged places.
+        b_key = ((0x7FFFFFFF - b_index) << 32) | (b_order.to(tl.int64) & 0xFFFFFFFF)
+        b_key = largest(tl.where(b_missing, NOTHING, b_key), LOG_LIST, LOG_LIST, 0)
+        b_missing = b_key == NOTHING
+        b_index = 0x7FFFFFFF - (b_key >> 32)
+        b_order = b_key.to(tl.int32)
+    b_s = tl.where(b_missing, float("-inf"), from_orderable(b_order))
+    m_out = m_r[:, None] & m_l
+    tl.store(p_s[:, None] + o_l, b_s, m_out)
+    tl.store(p_i[:, None] + o_l, tl.where(b_missing, missing_index, b_index), m_out)
+
+
+@triton.jit(do_not_specialize=["first_block", "N", "M", "columns", "place"])
 def refine_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
@@ -343,8 +388,8 @@ def refine_kernel(
 ):
     """Neighbors `place` to `place + 2**LOG_LIST` of ROWS queries, as far as there are k.
 
-    The members are those of the nominated groups, or all columns. One more turn of the loop has
-    the token itself, whose key is above all others.
+    The members are those of the k groups with the largest maxima, or all columns. One more turn of
+    the loop has the token itself, whose key is above all others.
     """
     TILE: tl.constexpr = 1 << LOG_TILE
     LIST: tl.constexpr = 1 << LOG_LIST
@@ -356,7 +401,7 @@ def refine_kernel(
     m_n = o_n < N
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
 
     norm_q = tl.full([ROWS], 1.0, tl.float32)
     if METRIC == COSINE:
@@ -371,7 +416,7 @@ def refine_kernel(
 
     members = columns
     if HAS_GROUPS:
-        members = LIST * GROUP
+        members = k * GROUP
     turns = tl.cdiv(members, TILE)
     b_list = tl.full([ROWS, LIST], NOTHING, tl.int64)
     for turn in range(0, turns + HAS_SELF):
@@ -380,7 +425,7 @@ def refine_kernel(
         if HAS_GROUPS:
             o_slot = o_p // GROUP
             p_slot = p_groups + o_r[:, None] * LIST + o_slot[None, :]
-            b_group = tl.load(p_slot, m_n[:, None] & (o_slot < LIST)[None, :], -1).to(tl.int64)
+            b_group = tl.load(p_slot, m_n[:, None] & (o_slot < k)[None, :], -1).to(tl.int64)
             o_c = b_group * GROUP + (o_p % GROUP)[None, :]
             m_c = (b_group >= 0) & (o_c < columns)
         else:
@@ -428,23 +473,8 @@ def refine_kernel(
 
     if HAS_BOUND:
         tl.store(p_bound + b * N + o_n, tl.min(b_list, 1), m_n)
-    o_l = tl.arange(0, LIST)[None, :]
-    m_l = place + o_l < k
-    b_order = order_of(b_list)
-    if HAS_SELF:
-        b_order = tl.where(b_order == ORDER_OF_SELF, orderable(s_own)[:, None], b_order)
-    b_index = index_of(b_list)
-    b_missing = (b_list == NOTHING) | (m_l == 0)
-    if BY_INDEX:
-        # The same numbers with index and similarity in exchanged places.
-        b_key = ((0x7FFFFFFF - b_index) << 32) | (b_order.to(tl.int64) & 0xFFFFFFFF)
-        b_key = largest(tl.where(b_missing, NOTHING, b_key), LOG_LIST, LOG_LIST, 0)
-        b_missing = b_key == NOTHING
-        b_index = 0x7FFFFFFF - (b_key >> 32)
-        b_order = b_key.to(tl.int32)
-    b_s = tl.where(b_missing, float("-inf"), from_orderable(b_order))
-    o_out = (b * N + o_n)[:, None] * k + place + o_l
-    m_out = m_n[:, None] & m_l
-    tl.store(p_similarities + o_out, b_s, m_out)
     # Of several passes, the host puts the places in order and must know the missing ones.
-    tl.store(p_indices + o_out, tl.where(b_missing, -1 if HAS_BOUND else 0, b_index), m_out)
+    missing_index: tl.constexpr = -1 if HAS_BOUND else 0
+    p_s = p_similarities + (b * N + o_n) * k + place
+    p_i = p_indices + (b * N + o_n) * k + place
+    store_list(b_list, s_own, p_s, p_i, m_n, k - place, missing_index, HAS_SELF, BY_INDEX, LOG_LIST)

@@ -5,14 +5,14 @@
     euclidean  dq_i = sum_j -2 g_ij (q_i - k_j)          dk_m = sum 2 g_ij (q_i - k_m)
     cosine     dq_i = (sum_j g_ij (u_j - s_ij u_i)) / ||q_i||, with u the unit vectors, and dk alike
 
-The sums of dk are over the pairs (i, j) with I_ij = m, by the inverse neighbor list: pairs sorted
-by key, those of key m from offsets[m] to offsets[m + 1]. A pair is the place of its neighbor in
-the flattened [B, N, k]. Nothing is added atomically. A row that counts as zero gets 0.
+The sums of dk are over the pairs (i, j) with I_ij = m, by the inverse neighbor list
+(inverse_list.py). Nothing is added atomically. A row that counts as zero gets 0.
 """
 
 import triton
 import triton.language as tl
 
+from .inverse_list import run_of_chunk, run_of_key
 from .modulate import load_neighbors
 from .select import COSINE, EUCLIDEAN
 
@@ -32,7 +32,7 @@ def _through_norm(b_sum, b_weight, b_unit, b_scale, b_norm):
     return tl.where(b_norm == 0.0, 0.0, b_grad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "k"])
 def query_grad_kernel(
     p_grad,  # [B, N, k] float32, contiguous
     p_similarities,  # [B, N, k] float32, contiguous
@@ -107,7 +107,7 @@ def query_grad_kernel(
     tl.store(p, b_dq.to(p_query_grad.dtype.element_ty), m_n[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keys", "N", "M", "k", "pairs"])
 def key_grad_kernel(
     p_grad,  # [B, N, k] float32, contiguous
     p_similarities,  # [B, N, k] float32, contiguous
@@ -117,13 +117,18 @@ def key_grad_kernel(
     p_query_scale,
     p_key_norm,  # [B, M] float32
     p_key_scale,
-    p_pairs,  # [B * N * k] int64, sorted by key
+    p_pairs,  # [pairs] int64, sorted by key
+    p_keys,  # [pairs]: the key of each, b * M + m
     p_offsets,  # [B * M + 1] int64
+    p_part,  # [pairs // CHUNK, D] float32: sums over the chunks within one key
+    p_along,  # [pairs // CHUNK] float32: of those, sum g_ij s_ij; cosine only
     p_key_grad,  # [B, M, D] contiguous
+    keys,
     N,
     M,
     D,
     k,
+    pairs,
     B2,
     stride_qb1,
     stride_qb2,
@@ -134,38 +139,43 @@ def key_grad_kernel(
     stride_km,
     stride_kd,
     METRIC: tl.constexpr,
+    OF_CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dk of ROWS keys and BLOCK_D columns, PAIRS pairs of each key at a time."""
+    """dk of ROWS keys, or the part of ROWS chunks, and BLOCK_D columns, PAIRS pairs at a time."""
     pid = tl.program_id(0).to(tl.int64)
-    key_blocks = tl.cdiv(M, ROWS)
     column_blocks = tl.cdiv(D, BLOCK_D)
-    block = pid // column_blocks
-    b = block // key_blocks
-    o_m = (block % key_blocks) * ROWS + tl.arange(0, ROWS)
-    m_m = o_m < M
-    o_r = b * M + o_m
+    o_r = (pid // column_blocks) * ROWS + tl.arange(0, ROWS)
     o_d = (pid % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    p = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
-    p = p + o_m[:, None] * stride_km + o_d[None, :] * stride_kd
-    b_k = tl.load(p, m_m[:, None] & m_d[None, :], 0.0).to(tl.float32)
+    if OF_CHUNKS:
+        m_r = o_r < pairs // CHUNK
+        key, first, last = run_of_chunk(p_keys, o_r, pairs // CHUNK, keys, CHUNK)
+        begin, end = last, last
+    else:
+        m_r = o_r < keys
+        key = tl.where(m_r, o_r, 0)
+        first, last, begin, end = run_of_key(p_offsets, o_r, m_r, CHUNK)
+    b = key // M
+    p = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2 + (key % M) * stride_km
+    p = p[:, None] + o_d[None, :] * stride_kd
+    b_k = tl.load(p, m_r[:, None] & m_d[None, :], 0.0).to(tl.float32)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2
-    first = tl.load(p_offsets + o_r, m_m, 0)
-    count = tl.load(p_offsets + o_r + 1, m_m, 0) - first
     b_dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_along = tl.zeros([ROWS], tl.float32)
-    for start in range(0, tl.max(count, 0), PAIRS):
-        o_p = start + tl.arange(0, PAIRS)
-        m_p = o_p[None, :] < count[:, None]
-        b_pair = tl.load(p_pairs + first[:, None] + o_p[None, :], m_p, 0)
+    for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS):
+        o_p = first[:, None] + start + tl.arange(0, PAIRS)[None, :]
+        o_p += tl.where(o_p < begin[:, None], 0, (end - begin)[:, None])
+        m_p = o_p < last[:, None]
+        b_pair = tl.load(p_pairs + o_p, m_p, 0)
         b_g = tl.load(p_grad + b_pair, m_p, 0.0)
-        b_query = tl.where(m_p, b_pair // k, b * N)
+        b_query = tl.where(m_p, b_pair // k, (b * N)[:, None])
         m = m_p[:, :, None] & m_d[None, None, :]
-        o_q = (b_query - b * N)[:, :, None] * stride_qn + o_d[None, None, :] * stride_qd
-        b_q = tl.load(p_q + o_q, m, 0.0).to(tl.float32)
+        p_row = p_q[:, None] + (b_query - (b * N)[:, None]) * stride_qn
+        b_q = tl.load(p_row[:, :, None] + o_d[None, None, :] * stride_qd, m, 0.0).to(tl.float32)
         if METRIC == EUCLIDEAN:
             b_q = tl.where(m, 2.0 * (b_q - b_k[:, None, :]), 0.0)
         if METRIC == COSINE:
@@ -174,9 +184,22 @@ def key_grad_kernel(
             b_q = _unit(b_q, scale[:, :, None], norm[:, :, None])
             b_along += tl.sum(b_g * tl.load(p_similarities + b_pair, m_p, 0.0), 1)
         b_dk += tl.sum(b_g[:, :, None] * b_q, 1)
-    if METRIC == COSINE:
-        norm = tl.load(p_key_norm + o_r, m_m, 1.0)[:, None]
-        scale = tl.load(p_key_scale + o_r, m_m, 1.0)[:, None]
-        b_dk = _through_norm(b_dk, b_along[:, None], _unit(b_k, scale, norm), scale, norm)
-    p = p_key_grad + o_r[:, None] * D + o_d[None, :]
-    tl.store(p, b_dk.to(p_key_grad.dtype.element_ty), m_m[:, None] & m_d[None, :])
+    p_out = o_r[:, None] * D + o_d[None, :]
+    m_out = m_r[:, None] & m_d[None, :]
+    if OF_CHUNKS:
+        tl.store(p_part + p_out, b_dk, m_out)
+        if METRIC == COSINE:
+            tl.store(p_along + o_r, b_along, m_r & (pid % column_blocks == 0))
+    else:
+        for start in range(0, tl.max(end - begin, 0) // CHUNK, PAIRS):
+            o_p = (begin // CHUNK)[:, None] + start + tl.arange(0, PAIRS)[None, :]
+            m_p = o_p < (end // CHUNK)[:, None]
+            p_sums = p_part + o_p[:, :, None] * D + o_d[None, None, :]
+            b_dk += tl.sum(tl.load(p_sums, m_p[:, :, None] & m_d[None, None, :], 0.0), 1)
+            if METRIC == COSINE:
+                b_along += tl.sum(tl.load(p_along + o_p, m_p, 0.0), 1)
+        if METRIC == COSINE:
+            norm = tl.load(p_key_norm + o_r, m_r, 1.0)[:, None]
+            scale = tl.load(p_key_scale + o_r, m_r, 1.0)[:, None]
+            b_dk = _through_norm(b_dk, b_along[:, None], _unit(b_k, scale, norm), scale, norm)
+        tl.store(p_key_grad + p_out, b_dk.to(p_key_grad.dtype.element_ty), m_out)

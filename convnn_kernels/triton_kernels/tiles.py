@@ -16,6 +16,8 @@ INTERPRETER = 0
 LONGEST_LIST = 256
 # Bytes of the workspace for group maxima: with more rows, the launches are several.
 WORKSPACE = 2**26
+# Bytes that the partial sums of a weight's gradient may take in any case.
+SMALL_WORKSPACE = 2**21
 
 Tile = dict[str, Any]
 
@@ -41,7 +43,8 @@ _SWEEP: dict[int, dict[str, Tile]] = {
         "differences": _tile(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
     },
 }
-_SWEEP[100] = _SWEEP[90]
+# With 128 columns, sums that come from tensor memory spill.
+_SWEEP[100] = _SWEEP[90] | {"16": _SWEEP[90]["16"] | {"BLOCK_M": 64}}
 
 
 def row(table: dict[int, Any], arch: int) -> Any:
@@ -127,6 +130,31 @@ def refine(arch: int, D: int, k: int) -> Tile:
     )
 
 
+def has_small(bits: int, columns: int, k: int, differences: bool) -> bool:
+    """Whether `select_small_kernel` is there for it, as far as sizes decide."""
+    return bits == 16 and not differences and columns <= 1024 and k <= 32
+
+
+def small(arch: int, D: int, k: int, rows: int) -> Tile:
+    """Blocks of `select_small_kernel` for `rows` queries in all.
+
+    A warp has 16 rows, so that no row is spread over warps.
+    """
+    log_list = max(1, _log2(k))
+    if arch == INTERPRETER:
+        return _tile(LOG_LIST=log_list, BLOCK_N=32, BLOCK_M=64, BLOCK_D=32)
+    # Fewer rows in a program where there are too few to fill the chip.
+    warps = 4 if rows >= 2**14 else 1
+    return _tile(
+        LOG_LIST=log_list,
+        BLOCK_N=16 * warps,
+        BLOCK_M=64,
+        BLOCK_D=min(64, max(16, power_of_two(D))),
+        num_warps=warps,
+        num_stages=2,
+    )
+
+
 def norms(arch: int, D: int) -> Tile:
     """Blocks of `norms_kernel`."""
     rows = 64 if arch == INTERPRETER else 8
@@ -147,7 +175,8 @@ def aggregate_dense(arch: int, bits: int, C: int, O: int, k: int) -> Tile:
     """Blocks of `aggregate_dense_kernel`."""
     largest = 64 if bits == 16 else 32
     tile = _tile(
-        BLOCK_N=32 if arch == INTERPRETER else 128,
+        # Before sm_90 sums and products of tensor cores take more registers.
+        BLOCK_N=32 if arch == INTERPRETER else 64 if arch < 90 else 128,
         BLOCK_O=min(
             64 if arch == INTERPRETER else 128 if bits == 16 else 64, max(16, power_of_two(O))
         ),
@@ -201,10 +230,25 @@ def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
 
 
 def inverse_list(arch: int, columns: int) -> Tile:
-    """ROWS, PAIRS and columns of `value_grad_depthwise_kernel` and `key_grad_kernel`."""
+    """Blocks and columns of `value_grad_depthwise_kernel` and `key_grad_kernel`.
+
+    CHUNK grows with the columns: the sums of chunks, of all columns, are no more than the pairs.
+    """
     if arch == INTERPRETER:
-        return _tile(ROWS=16, PAIRS=8, columns=min(64, max(16, power_of_two(columns))), num_warps=4)
-    return _tile(ROWS=1, PAIRS=16, columns=min(64, max(16, power_of_two(columns))), num_warps=2)
+        return _tile(
+            ROWS=16,
+            PAIRS=8,
+            CHUNK=16,
+            columns=min(64, max(16, power_of_two(columns))),
+            num_warps=4,
+        )
+    return _tile(
+        ROWS=1,
+        PAIRS=16,
+        CHUNK=max(64, power_of_two(columns)),
+        columns=min(64, max(16, power_of_two(columns))),
+        num_warps=2,
+    )
 
 
 def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
@@ -233,12 +277,13 @@ def query_grad(arch: int, D: int, k: int) -> Tile:
     )
 
 
-def parts(rows: int, size: int) -> tuple[int, int]:
+def parts(rows: int, size: int, bound: int) -> tuple[int, int]:
     """In how many parts the gradient of a weight of `size` elements is summed; rows of each.
 
-    Depends on shapes only: the same sums on every device and in every run.
+    Depends on shapes only: the same sums on every device and in every run. All parts together
+    have fewer than `bound` elements, or fit in a small workspace, unless it is one.
     """
-    most = max(1, min(64, 2**24 // max(1, size)))
+    most = max(1, min(64, max(SMALL_WORKSPACE // 4, bound - 1) // max(1, size)))
     each = max(256, -(-rows // most))
     each = -(-each // 32) * 32
     return -(-rows // each), each

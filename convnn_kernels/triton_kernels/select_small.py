@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""The k nearest keys of every query where columns are few: select (Eq. 3 to 5) in one launch.
+
+A program has BLOCK_N queries and all columns. It computes a tile of S, [BLOCK_N, BLOCK_M], on
+tensor cores and keeps it in registers. The best of each row is taken out of the tile, again and
+again, and takes the lowest place in the list of the row, until no row has a column left that
+belongs into its list. Lists stay in registers, too; there is no workspace. A row costs a few
+instructions per column and neighbor, without the members of groups to score again.
+
+For 16 bits only: products are exact, and their sums are rounded to float32 every BLOCK_D columns of
+D, so what comes from the tensor cores is the similarity that is returned.
+
+Shapes as in select.py; with candidates, the token itself must not be asked for.
+"""
+
+import triton
+import triton.language as tl
+
+from .order import NOTHING, ORDER_OF_SELF, largest, orderable, pack
+from .select import COSINE, store_list
+
+# Below the orderable of every number.
+NO_ORDER = tl.constexpr(-(2**31))
+NO_ROW = tl.constexpr(2**31 - 1)
+# Not below any neighbor.
+TAKEN = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def _best(b_order, row):
+    """The key of the best column of each row of a tile, NOTHING if none is left; its row of key.
+
+    b_order [rows, n] int32; row [n] int32.
+    """
+    b_max = tl.max(b_order, 1)
+    b_row = tl.min(tl.where(b_order == b_max[:, None], row[None, :], NO_ROW), 1)
+    return tl.where(b_max == NO_ORDER, NOTHING, pack(b_max, b_row.to(tl.int64))), b_row
+
+
+@triton.jit(do_not_specialize=["N", "M", "columns"])
+def select_small_kernel(
+    p_query,  # [B, N, D]
+    p_key,  # [B, M, D]
+    p_query_inverse,  # [B, N] float32, cosine only
+    p_key_inverse,  # [B, M] float32, cosine only
+    p_columns,  # [R] int64, or unused
+    p_mask,  # [B, M] bool, or unused
+    p_own,  # [N] int64, or unused
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    N,
+    M,
+    D,
+    columns,
+    k,
+    B2,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_qd,
+    stride_kb1,
+    stride_kb2,
+    stride_km,
+    stride_kd,
+    stride_mb1,
+    stride_mb2,
+    stride_mm,
+    stride_c,
+    stride_o,
+    METRIC: tl.constexpr,
+    BY_INDEX: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SELF: tl.constexpr,
+    LOG_LIST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """All of `select` for BLOCK_N queries."""
+    LIST: tl.constexpr = 1 << LOG_LIST
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    b = pid // row_blocks
+    o_n = (pid % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
+    p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+    if METRIC == COSINE:
+        inverse_q = tl.load(p_query_inverse + b * N + o_n, m_n, 0.0)
+    own = tl.full([BLOCK_N], -1, tl.int64)
+    if HAS_SELF:
+        own = tl.load(p_own + o_n * stride_o, m_n, -1)
+    s_own = tl.zeros([BLOCK_N], tl.float32)
+
+    # Empty places differ, so that each can be found as the lowest one. Those beyond k are taken.
+    o_l = tl.arange(0, LIST)[None, :]
+    b_list = tl.full([BLOCK_N, LIST], NOTHING, tl.int64) + o_l
+    b_list = tl.where(o_l < k, b_list, TAKEN)
+    b_lowest = tl.min(b_list, 1)
+    for start in range(0, columns, BLOCK_M):
+        o_c = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        m_c = o_c < columns
+        row = o_c
+        if HAS_COLUMNS:
+            row = tl.load(p_columns + o_c * stride_c, m_c, -1)
+            m_c = m_c & (row >= 0) & (row < M)
+        b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for d in range(0, D, BLOCK_D):
+            o_x = d + o_d
+            m_d = o_x < D
+            p = p_q[:, None] + o_x[None, :] * stride_qd
+            b_q = tl.load(p, m_n[:, None] & m_d[None, :], 0.0)
+            p = p_k + row[None, :] * stride_km + o_x[:, None] * stride_kd
+            b_k = tl.load(p, m_c[None, :] & m_d[:, None], 0.0)
+            b_s += tl.dot(b_q, b_k)
+        if METRIC == COSINE:
+            inverse_k = tl.load(p_key_inverse + b * M + row, m_c, 0.0)
+            b_s = b_s * inverse_k[None, :] * inverse_q[:, None]
+        if HAS_MASK:
+            p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
+            m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
+        m = m_n[:, None] & m_c[None, :]
+        b_order = tl.where(m, orderable(b_s), NO_ORDER)
+        if HAS_SELF:
+            is_own = m & (row[None, :] == own[:, None])
+            s_own += tl.sum(tl.where(is_own, b_s, 0.0), 1)
+            b_order = tl.where(is_own, ORDER_OF_SELF, b_order)
+        row = row.to(tl.int32)
+
+        b_key, b_row = _best(b_order, row)
+        m_enter = b_key > b_lowest
+        while tl.max(m_enter.to(tl.int32), 0) > 0:
+            m_place = m_enter[:, None] & (b_list == b_lowest[:, None])
+            b_list = tl.where(m_place, b_key[:, None], b_list)
+            b_lowest = tl.min(b_list, 1)
+            b_order = tl.where(row[None, :] == b_row[:, None], NO_ORDER, b_order)
+            b_key, b_row = _best(b_order, row)
+            m_enter = b_key > b_lowest
+
+    b_list = tl.where((o_l < k) & (b_list >= NOTHING + LIST), b_list, NOTHING)
+    b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)
+    o_r = b * N + o_n
+    p_s = p_similarities + o_r * k
+    p_i = p_indices + o_r * k
+    store_list(b_list, s_own, p_s, p_i, m_n, k, 0, HAS_SELF, BY_INDEX, LOG_LIST)

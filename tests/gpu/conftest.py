@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: MIT
+"""Tests that need an NVIDIA GPU: `make gpu` runs them.
+
+``CONVNN_GPU_TESTS=cpu`` runs those that can on CPU tensors instead, with ``TRITON_INTERPRET=1``: to
+see that they do run.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from on_device import DEVICE, ON_CPU
+
+import convnn_kernels
+from convnn_kernels.backends import choose
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if FOLDER not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.gpu)
+        if not ON_CPU and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+        elif ON_CPU and item.get_closest_marker("cuda_only"):
+            item.add_marker(pytest.mark.skip(reason="means nothing on CPU tensors"))
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both backends of CUDA tensors, each forced."""
+    reason = choose.available()[request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with convnn_kernels.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""Operators for CPU tensors that compute on the device: what the reference is compared with."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ON_CPU = os.environ.get("CONVNN_GPU_TESTS") == "cpu"
+DEVICE = torch.device("cpu" if ON_CPU else "cuda")
+
+
+def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator for CPU tensors, computed on the device: what the reference compares."""
+
+    def run(*args: Any) -> Any:
+        results = operator(*(_moved(X) if isinstance(X, Tensor) else X for X in args))
+        return tuple(X.cpu() for X in results) if isinstance(results, tuple) else results.cpu()
+
+    return run
+
+
+def _moved(X: Tensor) -> Tensor:
+    """X on the device. A copy is contiguous; where X is not, neither is the result."""
+    Y = X.to(DEVICE)
+    if X.is_contiguous() or X.ndim < 2:
+        return Y
+    return Y.mT.contiguous().mT

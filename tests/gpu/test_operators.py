@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""Every operator and dtype on the GPU, against the reference in float64 and the CPU kernels."""
+
+import dataclasses
+import math
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, make_case
+from on_device import ON_CPU, on_device
+from torch import Tensor
+
+from python_ref import assert_aggregate, assert_forward, assert_select
+
+ops = torch.ops.convnn
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+DTYPES = [F32, F16, BF16]
+# The interpreter computes bfloat16 wrongly.
+if ON_CPU:
+    DTYPES = [F32, F16]
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def integers(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+def weights(weight: str, O: int, C: int, k: int, dtype: torch.dtype) -> Tensor | None:
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[weight]
+    return None if shape is None else normal(*shape, seed=3, dtype=dtype) / math.sqrt(C * k)
+
+
+# Few columns, groups of columns, every way of a list, and several passes.
+SIZES = {
+    "few": (2, 197, 197, 64, 64, 9),
+    "groups": (1, 200, 3000, 64, 48, 16),
+    "odd": (3, 65, 300, 70, 17, 33),
+    "passes": (1, 20, 600, 24, 8, 300),
+}
+EXACT = [(2, 197, 197, 64, 9), (1, 64, 4096, 16, 9), (1, 33, 1500, 7, 33), (1, 9, 700, 5, 300)]
+if ON_CPU:
+    SIZES = {"tiny": (1, 9, 80, 12, 8, 5)}
+    EXACT = [(1, 9, 80, 5, 9)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.usefixtures("backend")
+def test_forward(metric: str, size: str, dtype: torch.dtype) -> None:
+    B, N, M, D, C, k = SIZES[size]
+    weight = {"cosine": "dense", "dot": "depthwise", "euclidean": "none"}[metric]
+    assert_forward(
+        on_device(ops.forward),
+        normal(B, N, D, dtype=dtype),
+        normal(B, M, D, seed=1, dtype=dtype),
+        normal(B, M, C, seed=2, dtype=dtype),
+        k,
+        weights(weight, 40, C, k, dtype),
+        metric=metric,
+        rho="softmax" if metric == "cosine" else "similarity",
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", ["none", "depthwise", "dense"])
+@pytest.mark.usefixtures("backend")
+def test_aggregate(weight: str, dtype: torch.dtype) -> None:
+    """Missing neighbors, a key that half of the queries chose, channels beyond a block."""
+    N, M, C, O, k = (300, 90, 72, 130, 9) if not ON_CPU else (30, 9, 20, 8, 3)
+    generator = torch.Generator().manual_seed(0)
+    I = torch.randint(M, (2, N, k), generator=generator)
+    I[:, ::2, 1] = 7
+    s = normal(2, N, k)
+    s[:, ::3, 2] = -math.inf
+    assert_aggregate(
+        on_device(ops.aggregate),
+        normal(2, M, C, seed=1, dtype=dtype),
+        s,
+        I,
+        weights(weight, O, C, k, dtype),
+        normal(O if weight == "dense" else C, seed=4, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", EXACT, ids=str)
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+@pytest.mark.usefixtures("backend")
+def test_exact(metric: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Many ties: indices equal those of the CPU kernels, and of the reference."""
+    B, N, M, D, k = shape
+    query, key = integers(B, N, D, dtype=dtype), integers(B, M, D, seed=1, dtype=dtype)
+    run = on_device(ops.select)
+    s, I = assert_select(run, query, key, k, metric=metric, exact=True, backward=False)
+    if not ON_CPU:
+        expected = ops.select(query, key, k, metric=metric)
+        assert torch.equal(I, expected[1])
+        assert torch.equal(s, expected[0])
+
+
+def random_cases() -> list[Any]:
+    def usable(case: Case) -> bool:
+        batch = math.prod(case.lead)
+        return 0 < batch * max(case.N, case.M) <= (40 if ON_CPU else 1000)
+
+    def narrow(dtype: torch.dtype) -> torch.dtype:
+        instead = {torch.float64: F32} | ({BF16: F16} if ON_CPU else {})
+        return instead.get(dtype, dtype)
+
+    cases = filter(usable, map(make_case, range(1000, 2000)))
+    return [
+        pytest.param(
+            dataclasses.replace(
+                case, query_dtype=narrow(case.query_dtype), value_dtype=narrow(case.value_dtype)
+            ),
+            id=case.id,
+        )
+        for case in islice(cases, 2 if ON_CPU else 32)
+    ]
+
+
+@pytest.mark.parametrize("case", random_cases())
+@pytest.mark.usefixtures("backend")
+def test_random_case(case: Case) -> None:
+    assert_forward(on_device(ops.forward), **case.arguments(), exact=case.exact, seed=case.seed)

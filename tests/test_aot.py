@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: MIT
+"""The table of compiled Triton kernels: up to date, complete, and without what would be slow.
+
+Reading it needs no Triton. That offsets have 64 bits is also read from Triton's representation of
+each kernel as it is now, with every widening taken away once.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import aot_table
+from benchmarks.aot_table import ARCHITECTURES, RESULTS, VERSIONS, Row, Table
+
+DTYPES = ("float16", "bfloat16", "float32")
+# What the documentation says of kernels that one version cannot compile.
+KNOWN_ERRORS: set[tuple[str, str, int]] = set()
+
+
+@cache
+def table(version: str) -> Table:
+    return aot_table.read(RESULTS / f"triton-{version}.json")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_kernel_has_changed_since_it_was_compiled(version: str) -> None:
+    """If this fails: `make aot`."""
+    assert table(version)["sources"] == aot_table.source_hashes()
+
+
+@pytest.mark.parametrize("file", ["order.py", "tiles.py", "select_backward.py"])
+def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = aot_table.source_hashes()
+    shutil.copytree(aot_table.KERNELS, tmp_path / "kernels")
+    monkeypatch.setattr(aot_table, "KERNELS", tmp_path / "kernels")
+    assert aot_table.source_hashes() == before
+    with (tmp_path / "kernels" / file).open("a") as source:
+        source.write("\n")
+    changed = {name for name, digest in aot_table.source_hashes().items() if digest != before[name]}
+    expected = {
+        "order.py": {"sweep_kernel", "refine_kernel", "select_small_kernel", "key_grad_kernel"},
+        "tiles.py": {"tiles"},
+        "select_backward.py": {"query_grad_kernel", "key_grad_kernel"},
+    }[file]
+    assert expected <= changed
+    assert ("aggregate_dense_kernel" in changed) is False
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_kernel_is_there(version: str) -> None:
+    kernels = set(aot_table.source_hashes()) - {"tiles"}
+    for arch in ARCHITECTURES:
+        for dtype in DTYPES:
+            rows = [row for row in table(version)["rows"] if row["arch"] == arch]
+            found = {row["kernel"] for row in rows if dtype in row["dtype"].split("+")}
+            assert kernels - found <= ({"select_small_kernel"} if dtype == "float32" else set())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_is_wrong(version: str) -> None:
+    """No spills in loops, no more stack or shared memory than allowed, offsets of 64 bits."""
+    rows = table(version)["rows"]
+    assert len(rows) > 100
+    wrong = {
+        (row["kernel"], row["arch"], row["dtype"], *aot_table.faults(row))
+        for row in rows
+        if aot_table.faults(row) and (version, row["kernel"], row["arch"]) not in KNOWN_ERRORS
+    }
+    assert not wrong
+
+
+FINE = {
+    "arch": 90,
+    "stack": 64,
+    "shared": 227 * 1024,
+    "spills_in_main_loop": 0,
+    "narrow_offsets": 0,
+    "error": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stack": 72}, "72 bytes of stack"),
+        ({"spills_in_main_loop": 1}, "1 spills in the main loop"),
+        ({"arch": 80}, "232448 bytes of shared memory"),
+        ({"narrow_offsets": 2}, "2 offsets in 32 bits"),
+        ({"error": "it crashed"}, "it crashed"),
+    ],
+)
+def test_a_fault_is_seen(change: Row, said: str) -> None:
+    assert aot_table.faults(FINE) == []
+    assert aot_table.faults({**FINE, **change}) == [said]
+
+
+def settings(row: Row) -> dict[str, str]:
+    return dict(item.split("=") for item in row["configuration"].split())
+
+
+def needs_wgmma(row: Row) -> bool:
+    """Whether the main loop of a kernel on sm_90 multiplies matrices that are large enough."""
+    values = settings(row)
+    if row["kernel"] == "sweep_kernel":
+        return values["METRIC"] != "2" and values["PRECISION"] != "ieee"
+    if row["kernel"] == "select_small_kernel":
+        return int(values["BLOCK_N"]) >= 64
+    if row["kernel"] == "weight_grad_dense_kernel":
+        return int(values["BLOCK_C"]) >= 64
+    return row["kernel"] in (
+        "aggregate_dense_kernel",
+        "rho_grad_dense_kernel",
+        "value_grad_dense_kernel",
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_main_loops_use_wgmma(version: str) -> None:
+    rows = [row for row in table(version)["rows"] if row["arch"] == 90 and needs_wgmma(row)]
+    for dtype in DTYPES:
+        assert {row["kernel"] for row in rows if row["dtype"] == dtype} >= {
+            "sweep_kernel",
+            "aggregate_dense_kernel",
+            "rho_grad_dense_kernel",
+            "value_grad_dense_kernel",
+            "weight_grad_dense_kernel",
+        }
+    assert not [row for row in rows if row["matrix_in_loop"] != "HGMMA"]
+
+
+def test_machine_code() -> None:
+    """A loop with a matrix instruction in another loop, a spill there, and the endless last one."""
+    names = [
+        "MOV R1, c[0x0][0x28]",
+        "LDL R2, [R1]",
+        "HMMA.16816.F32 R4, R8, R6, R4",
+        "IADD3 R0, R0",
+    ]
+    names += ["@P0 BRA 0x20", "STL [R1], R2", "@!P1 BRA 0x10", "HMMA.16816.F32 R4", "EXIT"]
+    names += ["BRA 0x90"]
+    sass = "".join(
+        f"        /*{16 * i:04x}*/   {text} ;  /* 0x00 */\n" for i, text in enumerate(names)
+    )
+    assert aot_table.machine_code(sass) == {
+        "matrix": "HMMA",
+        "matrix_in_loop": "HMMA",
+        "main_loop": 3,
+        "spills_in_main_loop": 0,
+    }
+    assert aot_table.machine_code(sass.replace("HMMA", "FFMA"))["main_loop"] == 3
+    assert aot_table.machine_code(sass.replace("IADD3 R0", "LDL R0"))["spills_in_main_loop"] == 1
+
+
+def test_the_documentation_has_the_summary() -> None:
+    """If this fails: `python -m benchmarks.aot_table`."""
+    assert aot_table.summary(map(table, VERSIONS)) in aot_table.DOCUMENT.read_text()
+
+
+def needs_compiler(test: Any) -> Any:
+    missing = importlib.util.find_spec("triton") is None
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    reason = "needs Triton, not its interpreter"
+    return pytest.mark.slow(pytest.mark.skipif(missing or interpreted, reason=reason)(test))
+
+
+def launches() -> dict[str, Any]:
+    """One launch of each kernel, with strides that are not 1 wherever they may be."""
+    import torch
+
+    from benchmarks import aot
+
+    plain = {"N": 4096, "D": 48, "C": 48, "O": 40, "k": 9, "masked": True, "strided": True}
+    calls = [
+        lambda dtype: aot._both_ways(dtype, **plain, weight="dense", candidates=True, own=True),
+        lambda dtype: aot._both_ways(dtype, **plain, weight="depthwise", metric="euclidean"),
+        lambda dtype: aot._both_ways(dtype, **{**plain, "N": 200}, weight="none", candidates=True),
+    ]
+    found: dict[str, Any] = {}
+    for launch in aot.record(90, torch.float16, calls):
+        for name in [name for name in launch["constants"] if name.startswith("stride_")]:
+            launch["signature"][name] = "i32"
+            del launch["constants"][name]
+        found.setdefault(launch["kernel"], launch)
+    return found
+
+
+@needs_compiler
+def test_offsets_have_64_bits() -> None:
+    from benchmarks import aot
+
+    found = launches()
+    assert set(found) == set(aot.kernels())
+    for name, launch in found.items():
+        text = aot.intermediate(launch, 90)
+        assert text.count("tt.addptr") > 2
+        assert aot.narrow_offsets(text) == [], name
+
+
+@needs_compiler
+def test_a_cast_that_is_left_out_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every widening of a program's number and of a range, one after the other."""
+    from benchmarks import aot
+
+    found = launches()
+    monkeypatch.syspath_prepend(tmp_path)
+    casts = re.compile(r"(?<=tl\.program_id\(0\))\.to\(tl\.int64\)")
+    ranges = re.compile(r"(tl\.arange\(0, BLOCK_[CDO]\))\.to\(tl\.int64\)")
+    tried = 0
+    for path in sorted(aot_table.KERNELS.glob("*.py")):
+        source = path.read_text()
+        for pattern, new in ((casts, ""), (ranges, r"\1")):
+            for match in pattern.finditer(source):
+                names = re.findall(r"def (\w+_kernel)\(", source[: match.start()])
+                if not names:
+                    continue
+                package = f"mutated_{tried}"
+                shutil.copytree(aot_table.KERNELS, tmp_path / package)
+                mutated = source[: match.start()] + match.expand(new) + source[match.end() :]
+                (tmp_path / package / path.name).write_text(mutated)
+                kernel = getattr(importlib.import_module(f"{package}.{path.stem}"), names[-1])
+                monkeypatch.setattr(
+                    aot, "kernels", lambda kernel=kernel, name=names[-1]: {name: kernel}
+                )
+                text = aot.intermediate(found[names[-1]], 90)
+                assert aot.narrow_offsets(text), f"{path.name}: {match[0]} of {names[-1]}"
+                tried += 1
+    assert tried > 20
