@@ -21,11 +21,11 @@ import torch
 pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip install .[bench]")
 pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
 
-from benchmarks import compare, devices, figures, goals, page, pictures, report, runner
 from benchmarks import __main__ as command
+from benchmarks import compare, devices, figures, goals, page, pictures, report, runner
 from benchmarks.__main__ import main
 from benchmarks.peers import PEERS
-from benchmarks.runner import Case, Group
+from benchmarks.runner import Case
 from benchmarks.stamp import REPOSITORY, make_stamp
 from benchmarks.suites import SUITES
 from benchmarks.workloads import Workload
@@ -185,7 +185,10 @@ def test_limit_leaves_out_groups_by_name(tmp_path, capsys):
     output = tmp_path / "result.json"
     assert main([*TINY, "--output", str(output), "--no-pictures", "--limit", "1e-9"]) == 0
     result = json.loads(output.read_text())
-    assert result["left_out"] == ["shape (1, 64, 16, 3) photographs", "shape (1, 144, 16, 3) photographs"]
+    assert result["left_out"] == [
+        "shape (1, 64, 16, 3) photographs",
+        "shape (1, 144, 16, 3) photographs",
+    ]
     assert not result["complete"]
     assert "Left out for want of time: shape (1, 64" in report.terminal(result)
 
@@ -335,7 +338,11 @@ def fake_cuda(monkeypatch):
             return end.at - self.at
 
     properties = SimpleNamespace(
-        name="a GPU", major=9, minor=0, multi_processor_count=132, total_memory=10**11,
+        name="a GPU",
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        total_memory=10**11,
         L2_cache_size=2**20,
     )
     fakes = {
@@ -440,7 +447,9 @@ old
 
 @pytest.fixture(scope="module")
 def one_group():
-    return synthetic_result([group for group in GROUPS if group.name == "required (1, 4096, 64, 9)"])
+    return synthetic_result(
+        [group for group in GROUPS if group.name == "required (1, 4096, 64, 9)"]
+    )
 
 
 @pytest.fixture
