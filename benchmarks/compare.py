@@ -4,7 +4,7 @@
 A time is taken relative to the peers of its group that are not this project's (torch.mm, SDPA,
 Conv2d, FAISS, ...), which were timed in the same rounds: what the machine does to all of them
 cancels. A case has moved if both its medians and its 20th percentiles differ by more than 15%, and
-by more than four times the scatter of the rounds. Peers that are not this project's are not judged.
+by more than three times the scatter of the rounds. Only this project's cases are judged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 # Smaller changes are not told from what two runs of the same commit differ by.
 LEAST = 1.15
-_SCATTERS = 4.0
+_SCATTERS = 3.0
 
 _OURS = (
     "convnn",
