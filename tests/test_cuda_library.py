@@ -4,6 +4,7 @@
 CONVNN_CUDA_BUILD names the build folder; CI sets it.
 """
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -68,7 +69,7 @@ def test_introspect_knows_every_kernel() -> None:
     built = introspect()
     kernels = built.cuda_kernels()
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
-    names = set(re.findall(r"__launch_bounds__\(kThreads\) void (\w+_kernel)\(", sources))
+    names = set(re.findall(r"__launch_bounds__\([^)]*\) void (\w+_kernel)\(", sources))
     assert len(names) > 20
     for architecture in built.cuda_architectures():
         if architecture.startswith("sm_"):
@@ -90,8 +91,8 @@ def test_no_kernel_spills() -> None:
 def test_a_cpu_pytorch_says_why_it_does_not_load_it() -> None:
     if torch.version.cuda is not None:
         pytest.skip("a CUDA PyTorch")
-    with pytest.raises(OSError, match="libtorch_cuda"):
-        torch.ops.load_library(LIBRARY)
+    with pytest.raises(OSError, match=r"libtorch_cuda\.so: cannot open"):
+        ctypes.CDLL(str(LIBRARY))
 
 
 def test_example_agrees_with_the_operator() -> None:

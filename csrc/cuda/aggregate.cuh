@@ -59,6 +59,25 @@ const T* permute_weight(const AggregateParams& p, bool outputs_last, Context& co
   return result;
 }
 
+// One output of a dense convolution, without bias, by plain arithmetic.
+template <class T>
+__device__ inline Accumulate<T> plain_output(const AggregateWork<T>& w, int64_t row, int64_t o) {
+  using A = Accumulate<T>;
+  const AggregateParams& p = w.p;
+  A sum = 0;
+  for (int64_t j = 0; j < p.k; ++j) {
+    const int64_t value_row = w.value_row(row, j);
+    if (value_row < 0) continue;
+    A product = 0;
+    for (int64_t c = 0; c < p.c; ++c) {
+      product +=
+          A(widen(w.value()[value_row * p.c + c])) * A(widen(w.weight[(j * p.o + o) * p.c + c]));
+    }
+    sum += w.rho[row * p.k + j] * product;
+  }
+  return sum;
+}
+
 template <class T>
 __global__ __launch_bounds__(kThreads) void aggregate_dense_kernel(const AggregateWork<T> w) {
   using A = Accumulate<T>;
@@ -80,7 +99,7 @@ __global__ __launch_bounds__(kThreads) void aggregate_dense_kernel(const Aggrega
       load_tile(tile_v, v, c, p.c);
       load_tile(tile_w, of_output, c, p.c);
       __syncthreads();
-      multiply_tile(tile_v, tile_w, product);
+      multiply_tile(tile_v, tile_w, p.c, product);
       __syncthreads();
     }
 #pragma unroll
@@ -104,7 +123,12 @@ __global__ __launch_bounds__(kThreads) void aggregate_dense_kernel(const Aggrega
         const int64_t o = first_output + tile_column(n, e);
         if (at >= rows || o >= p.o) continue;
         const A bias = p.bias ? A(widen(static_cast<const T*>(p.bias)[o])) : A(0);
-        narrow(y.value[n][2 * h + e] + bias, static_cast<T*>(p.output)[at * p.o + o]);
+        A sum = y.value[n][2 * h + e];
+        if constexpr (std::is_same_v<T, float>) {
+          // The split of infinity, or of a number near it, gives NaN.
+          if (!isfinite(sum)) sum = plain_output(w, at, o);
+        }
+        narrow(sum + bias, static_cast<T*>(p.output)[at * p.o + o]);
       }
     }
   }

@@ -45,8 +45,8 @@ struct AggregateBackwardWork {
 };
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void rho_grad_dense_kernel(
-    const AggregateBackwardWork<T> w) {
+__global__ __launch_bounds__(kThreads,
+                             2) void rho_grad_dense_kernel(const AggregateBackwardWork<T> w) {
   using A = Accumulate<T>;
   T* tile_g = reinterpret_cast<T*>(shared_memory());
   T* tile_w = tile_g + kTileElements<T>;
@@ -64,7 +64,7 @@ __global__ __launch_bounds__(kThreads) void rho_grad_dense_kernel(
       load_tile(tile_g, g, o, p.o);
       load_tile(tile_w, of_channel, o, p.o);
       __syncthreads();
-      multiply_tile(tile_g, tile_w, product);
+      multiply_tile(tile_g, tile_w, p.o, product);
       __syncthreads();
     }
 #pragma unroll
@@ -162,7 +162,7 @@ __global__ __launch_bounds__(kThreads) void value_grad_dense_kernel(
       }
       load_tile(tile_w, of_channel, first, p.o);
       __syncthreads();
-      multiply_tile(tile_h, tile_w, dv);
+      multiply_tile(tile_h, tile_w, p.o, dv);
       __syncthreads();
     }
     if (p.o == 0) __syncthreads();
@@ -244,7 +244,7 @@ __global__ __launch_bounds__(kThreads) void weight_grad_dense_kernel(
       tile_v[column * kTileStride<A> + depth] = v;
     }
     __syncthreads();
-    multiply_tile(tile_g, tile_v, dw);
+    multiply_tile(tile_g, tile_v, p.batch * p.n, dw);
     __syncthreads();
   }
 #pragma unroll

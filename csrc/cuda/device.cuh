@@ -27,7 +27,8 @@ namespace convnn::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-// Threads of every block.
+// Threads of every block. Where __launch_bounds__ has a second number, of blocks on a
+// multiprocessor, the compiler would otherwise spill registers for more of them.
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 

@@ -8,10 +8,6 @@ namespace {
 
 // Blocks of a sweep that fill a chip.
 constexpr int64_t kFullChip = 1024;
-// Below as many columns, what a product on tensor cores leaves out of a float32 could be more than
-// the certificate of a selection allows.
-constexpr int64_t kFewestSplitColumns = 32;
-
 // Columns in a group, or 0 where refine_kernel takes all columns. Larger groups make the list of
 // maxima shorter and the members of k groups more.
 int64_t group_size(DType dtype, int64_t columns, int64_t k) {
@@ -69,7 +65,7 @@ void select_as(const SelectParams& p, Context& context) {
     w.groups = ceil_div(w.columns, w.group);
     while ((int64_t(1) << w.log_group) < w.group) ++w.log_group;
     w.plainly =
-        p.metric == Metric::euclidean || (std::is_same_v<T, float> && p.d < kFewestSplitColumns);
+        p.metric == Metric::euclidean || (std::is_same_v<T, float> && p.d < kFewestSplitTerms);
     const int64_t row_bytes = kTile * (w.groups + p.k) * int64_t(sizeof(uint32_t));
     const int64_t at_once = std::clamp<int64_t>(context.most_bytes / row_bytes, 1, blocks);
     w.maxima = allocate<uint32_t>(context, at_once * kTile * w.groups);

@@ -272,7 +272,7 @@ class RefinedRow {
 
 // The neighbors of each row, from the nominated groups or from all columns.
 template <class T>
-__global__ __launch_bounds__(kThreads) void refine_kernel(const SelectWork<T> w) {
+__global__ __launch_bounds__(kThreads, 4) void refine_kernel(const SelectWork<T> w) {
   using A = Accumulate<T>;
   const SelectParams& p = w.p;
   const int64_t local = grid_warp();

@@ -65,7 +65,7 @@ __global__ __launch_bounds__(kThreads) void query_grad_kernel(const SelectBackwa
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void key_grad_kernel(const SelectBackwardWork<T> w) {
+__global__ __launch_bounds__(kThreads, 4) void key_grad_kernel(const SelectBackwardWork<T> w) {
   using A = Accumulate<T>;
   A* sums = reinterpret_cast<A*>(shared_memory());  // [2, kWarps, kWarp]: gradients, along
   const SelectBackwardParams& p = w.p;

@@ -166,4 +166,20 @@ __device__ inline void multiply_tile(const double* a, const double* b, TileValue
   multiply_tile_plainly<false>(a, b, kDepth, c);
 }
 
+// With fewer terms in a sum, what the split of float32 leaves out would be more than the rounding
+// errors of the sum.
+constexpr int64_t kFewestSplitTerms = 32;
+
+// C += A B^T, a part of sums of so many terms.
+template <class T, class A>
+__device__ inline void multiply_tile(const T* a, const T* b, int64_t terms, TileValues<A>& c) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (terms < kFewestSplitTerms) {
+      multiply_tile_plainly<false>(a, b, kDepth, c);
+      return;
+    }
+  }
+  multiply_tile(a, b, c);
+}
+
 }  // namespace convnn::cuda
