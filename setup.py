@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 # What one compiler process may take, in bytes: more of them than fit would exhaust the memory.
 CXX_JOB = 1.5e9
-NVCC_JOB = 5e9
+NVCC_JOB = 2e9
 
 
 def find_tool(name: str) -> str:

@@ -70,5 +70,6 @@ def _load_cuda() -> str:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"PyTorch {torch.__version__} cannot load {path}: {error}"
+        # PyTorch's own message names the file alone.
+        return f"PyTorch {torch.__version__} cannot load {path}: {error.__cause__ or error}"
     return ""

@@ -51,6 +51,11 @@ aggregate_backward = torch.ops.convnn.aggregate_backward.default
 
 _OPS = (forward, select, aggregate, select_backward, aggregate_backward)
 
+# Where the CUDA C++ kernels register: the CUDA key of the library above belongs to `choose`.
+_cuda_library = torch.library.Library("convnn_cuda", "DEF")
+for _op in _OPS:
+    _cuda_library.define(str(_op._schema).removeprefix("convnn::"))
+
 
 # Fake kernels: the shapes and dtypes of the results, after the checks of the arguments.
 

@@ -20,6 +20,16 @@ std::vector<std::string> split(const char* list) {
   return items;
 }
 
+using Resources = std::map<std::string, std::map<std::string, long>>;
+
+Resources cuda_kernels() {
+  return {
+#ifdef CONVNN_CUDA_KERNELS
+#include "cuda_kernels.inc"
+#endif
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(introspect, m) {
@@ -37,6 +47,8 @@ PYBIND11_MODULE(introspect, m) {
       "cuda_architectures", [] { return split(CONVNN_CUDA_ARCHITECTURES); },
       "Architectures the CUDA kernels were compiled for; empty without the CUDA library.");
   m.def(
-      "cuda_kernels", [] { return std::map<std::string, std::map<std::string, long>>(); },
-      "Resources of each CUDA kernel by name; empty without the CUDA library.");
+      "cuda_kernels", cuda_kernels,
+      "Of each architecture and CUDA kernel: registers, local (stack and spill) and shared bytes, "
+      "and the percent of a multiprocessor's warps that these allow. Empty without the CUDA "
+      "library, or where cuobjdump was not found as it was built.");
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from convnn_kernels import checks, dispatch, native
-from convnn_kernels.backends import triton
+from convnn_kernels.backends import cuda, triton
 
 BACKENDS = ("triton", "cuda", "cpu")
 
@@ -40,7 +40,7 @@ def available() -> dict[str, str | None]:
     """For each backend, why it cannot run on this machine; None if it can."""
     return {
         "triton": _failures.get("triton") or triton.unavailable(),
-        "cuda": native.load()["cuda"] or "this version has no CUDA kernels",
+        "cuda": cuda.unavailable(),
         "cpu": _why_not_cpu(),
     }
 
@@ -115,10 +115,17 @@ def _run(name: str, args: tuple[Any, ...]) -> Any:
                 f"{name}: the forced backend '{_forced}' cannot run tensors on {device}: "
                 f"{reasons[_forced]}"
             )
-    elif reasons["triton"]:
+        chosen, why = _forced, "forced"
+    elif not reasons["triton"]:
+        chosen, why = "triton", "the default for CUDA tensors"
+    elif not reasons["cuda"]:
+        chosen, why = "cuda", f"triton cannot: {reasons['triton']}"
+    else:
         why = "; ".join(f"{each}: {reason}" for each, reason in reasons.items())
         raise RuntimeError(f"{name}: no backend can run tensors on {device}: {why}")
-    _tell(f"{name} runs on triton: {'forced' if _forced else 'the default for CUDA tensors'}")
+    _tell(f"{name} runs on {chosen}: {why}")
+    if chosen == "cuda":
+        return cuda.run(name, args)
     try:
         return triton.run(name, args)
     except triton.CannotCompile as error:
@@ -132,6 +139,7 @@ def _reasons(args: tuple[Any, ...]) -> dict[str, str | None]:
     """For each backend, why it cannot run a call with ``args``; None if it can."""
     reasons = available() | {"cpu": "it takes tensors on cpu only"}
     reasons["triton"] = reasons["triton"] or triton.refuses(args)
+    reasons["cuda"] = reasons["cuda"] or cuda.refuses(args)
     return reasons
 
 
@@ -157,7 +165,7 @@ def forced_kernel(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     def ask(keyset: Any, *args: Any) -> Any:
         if _forced is not None:
             _require(_forced, "CONVNN_BACKEND")
-        if _forced == "triton" and _on_cpu(args):
+        if _forced in ("triton", "cuda") and _on_cpu(args):
             return _run(name, (*args, *defaults[len(args) :]))
         return op.redispatch(keyset & dispatch.BELOW_BACKEND_SELECT, *args)
 

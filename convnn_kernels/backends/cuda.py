@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA C++ kernels: where they can run, and calls of ``torch.ops.convnn_cuda``.
+
+Their host side is C++, too: ``csrc/cuda``. The library needs nothing but PyTorch when it runs.
+"""
+
+import functools
+import os
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convnn_kernels import checks, native
+
+# For each operator, the positions of candidates and self_indices or of indices, and of the tensor
+# whose rows they are.
+_NEIGHBORS = {"convnn::select": (3, 4, 1), "convnn::forward": (6, 7, 1)}
+_INDICES = {"convnn::aggregate": (2, 0)}
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the kernels cannot run on this machine; None if they can."""
+    reason = native.load()["cuda"]
+    if reason:
+        return reason
+    return None if torch.cuda.is_available() else "there is no CUDA device"
+
+
+def refuses(args: tuple[Any, ...]) -> str | None:
+    """Why these kernels cannot run a call with `args`; None if they can."""
+    for tensor in args:
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.device.type != "cuda":
+            return f"it cannot run tensors on {tensor.device}"
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if not runs_on(capability, _built_for()):
+            return (
+                f"it was built for {', '.join(_built_for())}, and {tensor.device} has compute "
+                f"capability {capability[0]}.{capability[1]}"
+            )
+    return None
+
+
+def runs_on(capability: tuple[int, int], built: tuple[str, ...]) -> bool:
+    """Whether code for the architectures `built` runs on a device.
+
+    Machine code ("sm_80") runs on the later devices of its major version; with a letter ("sm_90a")
+    on no other device. PTX ("compute_80") is compiled for all later ones when it is loaded.
+    """
+    for architecture in built:
+        parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+        if parts is None:
+            continue
+        own = int(parts[2]), int(parts[3])
+        same_major = own[0] == capability[0] or parts[1] == "compute"
+        if own == capability or (same_major and own < capability and not parts[4]):
+            return True
+    return False
+
+
+def run(name: str, args: tuple[Any, ...]) -> Any:
+    """The results of operator `name` for all of its arguments, which have been checked."""
+    if os.environ.get("CONVNN_CHECK_INDICES", "0") == "1":
+        _check_values(name, args)
+    return getattr(torch.ops.convnn_cuda, name.removeprefix("convnn::")).default(*args)
+
+
+@functools.cache
+def _built_for() -> tuple[str, ...]:
+    part = native.build_report().get("cuda", {})
+    return tuple(part["built"].split(", ")) if isinstance(part, dict) and "built" in part else ()
+
+
+def _check_values(name: str, args: tuple[Any, ...]) -> None:
+    """Reads index tensors, which waits for the device, and reports values out of range."""
+    if name in _NEIGHBORS:
+        candidates, own, key = (args[at] for at in _NEIGHBORS[name])
+        checks.check_candidates(name, candidates, key.shape[-2])
+        checks.check_self_indices(name, own, key.shape[-2])
+    elif name in _INDICES:
+        indices, value = (args[at] for at in _INDICES[name])
+        checks.check_indices(name, indices, value.shape[-2])

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: MIT
+// The operators of the library convnn_cuda, which convnn_kernels/backends/cuda.py calls: the
+// dispatch key CUDA of the library convnn belongs to convnn_kernels/backends/choose.py.
+#include "../entry.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "launch.h"
+
+namespace convnn::entry {
+namespace {
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+// Runs on the device of a tensor, in the stream that is current there. Workspace comes from
+// PyTorch's allocator, which gives it out again only behind this call in the stream.
+class Cuda : private cuda::Context {
+ public:
+  static constexpr bool kReadsIndices = false;
+
+  explicit Cuda(const Tensor& like)
+      : Context(current_stream(like.get_device_index())),
+        guard_(like.get_device_index()),
+        like_(like) {}
+
+  void select(const SelectParams& params) { cuda::select(params, *this); }
+  void select_backward(const SelectBackwardParams& params) { cuda::select_backward(params, *this); }
+  void aggregate(const AggregateParams& params) { cuda::aggregate(params, *this); }
+  void aggregate_backward(const AggregateBackwardParams& params) {
+    cuda::aggregate_backward(params, *this);
+  }
+
+ private:
+  void* allocate(size_t bytes) override {
+    workspace_.push_back(empty_as(like_, {int64_t(bytes)}, ScalarType::Byte));
+    return workspace_.back().mutable_data_ptr();
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  const Tensor like_;
+  std::vector<Tensor> workspace_;
+};
+
+}  // namespace
+}  // namespace convnn::entry
+
+STABLE_TORCH_LIBRARY_IMPL(convnn_cuda, CUDA, library) {
+  convnn::entry::implement<convnn::entry::Cuda>(library);
+}

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: MIT
+"""What each CUDA kernel of a built library takes: registers, stack, shared memory.
+
+    python csrc/cuda/resources.py LIBRARY [--header FILE] [--most-stack BYTES]
+
+Prints a table, or writes the initializer that csrc/introspect.cpp includes. With ``--most-stack`` a
+kernel with a larger stack, where spilled registers lie, is an error. The figures come from
+``cuobjdump``, of the CUDA toolkit or of Triton; the environment variable CUOBJDUMP may name it.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# Of a multiprocessor of sm_80, sm_90 and sm_100: registers, warps at most, the steps in which a
+# warp is given registers, shared memory (less on sm_80), and what each block takes of it besides.
+REGISTERS, WARPS, STEP = 65536, 64, 256
+SHARED, SHARED_SM_80, SHARED_OF_BLOCK = 228 << 10, 164 << 10, 1 << 10
+# Warps of every block: kWarps in device.cuh.
+WARPS_OF_BLOCK = 4
+
+# What the launches ask for: shared memory, by the bytes of an element and of a sum. For lists, that
+# of the longest. tests/test_host_cuda.py holds this against the launches.
+_LISTS = WARPS_OF_BLOCK * 2 * 256
+
+
+def _tiles(size: int) -> int:
+    return 2 * 64 * (32 + (8 if size == 2 else 4)) * size
+
+
+DYNAMIC_SHARED: dict[str, Callable[[int, int], int]] = {
+    "sweep_kernel": lambda element, sum: _tiles(element) + 2 * 64 * 4,
+    "nominate_kernel": lambda element, sum: _LISTS * 8,
+    "refine_kernel": lambda element, sum: _LISTS * 2 * sum,
+    "key_grad_kernel": lambda element, sum: 2 * 32 * WARPS_OF_BLOCK * sum,
+    "aggregate_dense_kernel": lambda element, sum: _tiles(element),
+    "rho_grad_dense_kernel": lambda element, sum: _tiles(element),
+    "value_grad_dense_kernel": lambda element, sum: _tiles(sum) + 2 * 64 * 8,
+    "value_grad_depthwise_kernel": lambda element, sum: 32 * WARPS_OF_BLOCK * sum,
+    "weight_grad_dense_kernel": lambda element, sum: _tiles(sum),
+    "count_digits_kernel": lambda element, sum: WARPS_OF_BLOCK * 256 * 4,
+    "sum_counts_kernel": lambda element, sum: 32 * WARPS_OF_BLOCK * 8,
+    "place_kernel": lambda element, sum: WARPS_OF_BLOCK * 256 * 4 + (WARPS_OF_BLOCK + 1) * 256 * 8,
+}
+_ELEMENTS = {"<double>": (8, 8), "<float>": (4, 4)}
+
+
+def dynamic_shared(kernel: str) -> int:
+    """Bytes for "sweep_kernel<float>"."""
+    name, bracket, rest = kernel.partition("<")
+    shared = DYNAMIC_SHARED.get(name)
+    return 0 if shared is None else shared(*_ELEMENTS.get(bracket + rest, (2, 4)))
+
+
+def find_cuobjdump() -> str | None:
+    named = os.environ.get("CUOBJDUMP") or shutil.which("cuobjdump")
+    if named:
+        return named
+    beside = [Path(path).parent / "cuobjdump" for path in (shutil.which("nvcc"),) if path]
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.origin:
+        beside.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return next((str(path) for path in beside if path.exists()), None)
+
+
+def readable(mangled: list[str]) -> list[str]:
+    """`sweep_kernel<float>` for each name."""
+    tool = shutil.which("c++filt")
+    if tool is None:
+        return mangled
+    output = subprocess.run([tool], input="\n".join(mangled), capture_output=True, text=True)
+    names = []
+    for line in output.stdout.splitlines():
+        found = re.search(r"(\w+_kernel)(<[^(]*>)?", line)
+        types = (found[2] or "") if found else ""
+        names.append(found[1] + types.replace("convnn::cuda::", "") if found else line)
+    return names
+
+
+def occupancy(architecture: str, registers: int, shared: int) -> int:
+    """Percent of the warps of a multiprocessor that registers and shared memory allow."""
+    each = -(-registers * 32 // STEP) * STEP
+    by_registers = REGISTERS // max(1, each * WARPS_OF_BLOCK)
+    all_shared = SHARED_SM_80 if architecture == "sm_80" else SHARED
+    by_shared = all_shared // (shared + SHARED_OF_BLOCK)
+    return 100 * min(WARPS, min(by_registers, by_shared) * WARPS_OF_BLOCK) // WARPS
+
+
+def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
+    """By architecture and kernel, such as "sm_90 sweep_kernel<float>"."""
+    dump = subprocess.run(
+        [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    architecture = ""
+    found: list[tuple[str, str, dict[str, int]]] = []
+    for line in dump.splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.search(r"Function (\w+):", line):
+            found.append((architecture, match[1], {}))
+        elif "REG:" in line:
+            found[-1][2].update({name: int(n) for name, n in re.findall(r"(\w+):(\d+)", line)})
+    result = {}
+    names = readable([name for _, name, _ in found])
+    for (architecture, _, numbers), name in zip(found, names, strict=True):
+        # None of it is static: what cuobjdump reports is reserved for the system.
+        shared = dynamic_shared(name)
+        result[f"{architecture} {name}"] = {
+            "registers": numbers["REG"],
+            "local_bytes": numbers["STACK"] + numbers["LOCAL"],
+            "shared_bytes": shared,
+            "occupancy_percent": occupancy(architecture, numbers["REG"], shared),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--header", type=Path, help="write a C++ initializer instead of a table")
+    parser.add_argument("--most-stack", type=int, help="an error beyond as many bytes")
+    arguments = parser.parse_args()
+    tool = find_cuobjdump()
+    if tool is None and arguments.header is None:
+        sys.exit("cuobjdump was not found: name it in CUOBJDUMP")
+    kernels = resources(arguments.library, tool) if tool else {}
+    if arguments.header:
+        lines = [
+            f'{{"{name}", {{{", ".join(f"""{{"{key}", {n}}}""" for key, n in numbers.items())}}}}},'
+            for name, numbers in sorted(kernels.items())
+        ]
+        arguments.header.write_text("\n".join(lines) + "\n")
+        return
+    for name, numbers in sorted(kernels.items()):
+        print(f"{name:<60}" + "  ".join(f"{key} {n}" for key, n in numbers.items()))
+    most = arguments.most_stack
+    large = [name for name, n in kernels.items() if most is not None and n["local_bytes"] > most]
+    if large or not kernels:
+        sys.exit(f"more than {most} bytes of stack: {', '.join(large)}" if large else "no kernels")
+
+
+if __name__ == "__main__":
+    main()

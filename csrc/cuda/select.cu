@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT
+#include "select.cuh"
+
+#include "sort.h"
+
+namespace convnn::cuda {
+namespace {
+
+// Blocks of a sweep that fill a chip.
+constexpr int64_t kFullChip = 1024;
+// Columns in a group, or 0 where refine_kernel takes all columns. Larger groups make the list of
+// maxima shorter and the members of k groups more.
+int64_t group_size(DType dtype, int64_t columns, int64_t k) {
+  const int64_t group = columns < 4096 ? 8 : columns < 16384 ? 16 : columns < (1 << 18) ? 32 : 64;
+  const bool few = columns <= std::max<int64_t>(256, 2 * k * group);
+  return dtype == DType::float64 || k > kLongestList || few ? 0 : group;
+}
+
+template <class T>
+struct Rows {
+  const T* rows;
+  const Accumulate<T>* inverse;
+};
+
+// What the similarities are computed from: for the cosine the scaled rows [count, d].
+template <class T>
+Rows<T> prepare(const SelectParams& p, const void* x, int64_t count, Context& context) {
+  const T* rows = static_cast<const T*>(x);
+  if (p.metric != Metric::cosine) return {rows, nullptr};
+  T* scaled = std::is_same_v<T, Float16> ? nullptr : allocate<T>(context, count * p.d);
+  const Norms<Accumulate<T>> norms = norms_of(rows, scaled, count, p.d, context);
+  return {scaled ? scaled : rows, norms.inverse};
+}
+
+template <class T>
+void select_as(const SelectParams& p, Context& context) {
+  using A = Accumulate<T>;
+  SelectWork<T> w = {};
+  w.p = p;
+  const Rows<T> query = prepare<T>(p, p.query, p.batch * p.n, context);
+  const bool same = p.query == p.key && p.n == p.m;
+  const Rows<T> key = same ? query : prepare<T>(p, p.key, p.batch * p.m, context);
+  w.query = query.rows;
+  w.inverse_query = query.inverse;
+  w.key = key.rows;
+  w.inverse_key = key.inverse;
+  w.columns = p.candidates ? p.r : p.m;
+  w.group = group_size(p.dtype, w.columns, p.k);
+  w.rows = p.candidates;
+  const bool long_by_index = p.order == Order::index && p.k > kLongestList;
+  if (p.candidates && (w.group || long_by_index)) {
+    const int64_t* keys = keys_in_range(p.candidates, p.r, p.m, context);
+    w.rows = gather(keys, sort_positions(keys, p.r, p.m, context), p.r, context);
+  }
+
+  const int64_t blocks = p.batch * ceil_div(p.n, kTile);
+  const size_t list_bytes = kWarps * NearestList<A>::bytes(std::min<int64_t>(p.k, kLongestList));
+  constexpr int64_t kBlocksOfTile = kTile / kWarps;
+  if (!w.group) {
+    launch("refine_kernel", refine_kernel<T>, ceil_div(p.batch * p.n, kWarps), list_bytes, context,
+           w);
+    return;
+  }
+  if constexpr (!std::is_same_v<T, double>) {
+    w.groups = ceil_div(w.columns, w.group);
+    while ((int64_t(1) << w.log_group) < w.group) ++w.log_group;
+    w.plainly =
+        p.metric == Metric::euclidean || (std::is_same_v<T, float> && p.d < kFewestSplitTerms);
+    const int64_t row_bytes = kTile * (w.groups + p.k) * int64_t(sizeof(uint32_t));
+    const int64_t at_once = std::clamp<int64_t>(context.most_bytes / row_bytes, 1, blocks);
+    w.maxima = allocate<uint32_t>(context, at_once * kTile * w.groups);
+    w.nominees = allocate<uint32_t>(context, at_once * kTile * p.k);
+    const size_t tile_bytes = 2 * kTileElements<T> * sizeof(T) + kTile * 2 * sizeof(float);
+    const size_t nominate_bytes = kWarps * NearestList<float>::bytes(p.k);
+    for (w.first = 0; w.first < blocks; w.first += at_once) {
+      const int64_t count = std::min(at_once, blocks - w.first);
+      w.splits = std::min(ceil_div(w.columns, kTile), ceil_div(kFullChip, count));
+      launch("sweep_kernel", sweep_kernel<T>, count * w.splits, tile_bytes, context, w);
+      launch("nominate_kernel", nominate_kernel<T>, count * kBlocksOfTile, nominate_bytes, context,
+             w);
+      launch("refine_kernel", refine_kernel<T>, count * kBlocksOfTile, list_bytes, context, w);
+    }
+  }
+}
+
+}  // namespace
+
+void select(const SelectParams& p, Context& context) {
+  if (p.batch == 0 || p.n == 0) return;
+  with_type(p.dtype, [&](auto t) { select_as<decltype(t)>(p, context); });
+}
+
+}  // namespace convnn::cuda

@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: MIT
+// The k nearest keys of every query: S = Q K^T (Eq. 3), s_i = k-max and I_i = k-argmax (Eq. 4, 5).
+//
+// S is never stored. The columns of a row of S (keys, or candidates in ascending order) are cut
+// into groups of 8 to 64 consecutive ones:
+//
+// 1. scale_rows_kernel (cosine only): the norm of each row; a warp has a row.
+// 2. sweep_kernel: tiles of S, of which only the maximum of each group is stored. A block has 64
+//    rows and a range of columns; the tile of S stays in registers.
+// 3. nominate_kernel: the k groups of each query with the largest maxima, ties by group. A warp
+//    has a row, and its list in shared memory.
+// 4. refine_kernel: the similarities of the members of those groups, each one fixed sum over D,
+//    and the k largest of them. A warp has a row; a lane computes one similarity at a time.
+//
+// Every neighbor is a member of one of the k groups: a group ranked before the neighbor's own
+// holds, by its maximum or at a tie by its lower columns, a key that precedes the neighbor, and
+// fewer than k do. Ties, constant rows and NaN need no special path, and nothing can overflow.
+//
+// With few columns and for float64, steps 2 and 3 are left out and refine_kernel takes all
+// columns. It does so for k beyond the longest list, too, which it fills several times: each time
+// with the keys that follow the last one given out.
+#pragma once
+
+#include "normalize.cuh"
+#include "order.cuh"
+#include "tile.cuh"
+
+namespace convnn::cuda {
+
+// How one call runs.
+template <class T>
+struct SelectWork {
+  using A = Accumulate<T>;
+
+  SelectParams p;
+  const T* query;          // [batch, n, d], scaled for the cosine
+  const T* key;            // [batch, m, d], likewise
+  const A* inverse_query;  // [batch, n]: 1 / norm of the scaled row, cosine only
+  const A* inverse_key;    // [batch, m]
+  // [columns] rows of key, or null: all of them. Ascending where groups or an order by index need
+  // that. Values out of range are left out.
+  const int64_t* rows;
+  int64_t columns;
+  int64_t group;     // columns in a group, or 0: no groups
+  int log_group;     // group = 2^log_group
+  int64_t groups;    // ceil(columns / group)
+  bool plainly;      // sweep without the matrix instruction
+  int64_t splits;    // blocks of the sweep beside each other in a row of tiles
+  int64_t first;     // the first block of 64 rows of this launch; they do not cross batch elements
+  uint32_t* maxima;  // [blocks * 64, groups] order_of() the maximum, kNothing of an empty group
+  uint32_t* nominees;  // [blocks * 64, k] groups, kNoGroup where there is none
+};
+constexpr uint32_t kNoGroup = 0xFFFFFFFFu;
+
+struct QueryRow {
+  int64_t batch, row;  // row within the batch element; n or more where there is none
+};
+// Where row `local` of a launch lies. Without groups, rows follow each other.
+template <class T>
+__device__ inline QueryRow query_row(const SelectWork<T>& w, int64_t local) {
+  if (!w.group) {
+    const bool exists = local < w.p.batch * w.p.n;
+    return {exists ? local / w.p.n : 0, exists ? local % w.p.n : w.p.n};
+  }
+  const int64_t block = w.first + local / kTile, blocks_each = (w.p.n + kTile - 1) / kTile;
+  return {block / blocks_each, block % blocks_each * kTile + local % kTile};
+}
+
+// The row of key in `column`, or -1: none, masked or out of range.
+template <class T>
+__device__ inline int64_t key_row(const SelectWork<T>& w, int64_t batch, int64_t column) {
+  if (column >= w.columns) return -1;
+  const int64_t row = w.rows ? w.rows[column] : column;
+  if (row < 0 || row >= w.p.m) return -1;
+  return !w.p.key_mask || w.p.key_mask[batch * w.p.m + row] ? row : -1;
+}
+
+// The similarity of query q [d] and key k [d], without the norms. Eight sums in turn, the same
+// for every pair and in every path.
+template <class T>
+__device__ inline Accumulate<T> raw_similarity(Metric metric, const T* q, const T* k, int64_t d) {
+  using A = Accumulate<T>;
+  constexpr int kSums = 8;
+  A sum[kSums] = {};
+  int64_t i = 0;
+  const bool aligned = is_aligned16(q) && is_aligned16(k);
+  for (; i < d; i += kSums) {
+    alignas(16) T of_q[kSums] = {}, of_k[kSums] = {};
+    if (aligned && i + kSums <= d) {
+      constexpr int kStep = 16 / sizeof(T);
+#pragma unroll
+      for (int j = 0; j < kSums; j += kStep) {
+        copy16(of_q + j, q + i + j);
+        copy16(of_k + j, k + i + j);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kSums; ++j) {
+        if (i + j < d) {
+          of_q[j] = q[i + j];
+          of_k[j] = k[i + j];
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kSums; ++j) {
+      const A a = widen(of_q[j]), b = widen(of_k[j]);
+      if (metric == Metric::euclidean) {
+        sum[j] -= (a - b) * (a - b);
+      } else {
+        sum[j] += a * b;
+      }
+    }
+  }
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+// Maxima of the groups of S for 64 rows and every splits-th tile of 64 columns. A maximum decides
+// only which groups are looked at; 1 / ||q|| is applied to it rather than to S.
+template <class T>
+__global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) {
+  static_assert(!std::is_same_v<T, double>);
+  T* tile_a = reinterpret_cast<T*>(shared_memory());
+  T* tile_b = tile_a + kTileElements<T>;
+  float* factors = reinterpret_cast<float*>(tile_b + kTileElements<T>);  // [kTile]
+  int* allowed = reinterpret_cast<int*>(factors + kTile);                // [kTile]
+
+  const SelectParams& p = w.p;
+  const int64_t local = blockIdx.x / w.splits;
+  const bool cosine = p.metric == Metric::cosine;
+  const QueryRow loaded = query_row(w, local * kTile + loaded_row());
+  const T* q = loaded.row < p.n ? w.query + (loaded.batch * p.n + loaded.row) * p.d : nullptr;
+  const T* keys = w.key + loaded.batch * p.m * p.d;
+
+  for (int64_t tile = blockIdx.x % w.splits; tile * kTile < w.columns; tile += w.splits) {
+    const int64_t loaded_key = key_row(w, loaded.batch, tile * kTile + loaded_row());
+    const T* k = loaded_key < 0 ? nullptr : keys + loaded_key * p.d;
+    if (threadIdx.x % 2 == 0) {
+      allowed[loaded_row()] = loaded_key >= 0;
+      factors[loaded_row()] =
+          cosine && loaded_key >= 0 ? w.inverse_key[loaded.batch * p.m + loaded_key] : 1;
+    }
+    TileValues<float> s;
+    for (int64_t d = 0; d < p.d; d += kDepth) {
+      load_tile(tile_a, q, d, p.d);
+      load_tile(tile_b, k, d, p.d);
+      __syncthreads();
+      if (!w.plainly) {
+        multiply_tile(tile_a, tile_b, s);
+      } else if (p.metric == Metric::euclidean) {
+        multiply_tile_plainly<true>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
+      } else {
+        multiply_tile_plainly<false>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
+      }
+      __syncthreads();
+    }
+    if (p.d == 0) __syncthreads();
+
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const QueryRow at = query_row(w, local * kTile + tile_row(h));
+      const bool exists = at.row < p.n;
+      const int64_t row = at.batch * p.n + at.row;
+      const float factor = cosine && exists ? w.inverse_query[row] : 1;
+      uint32_t* maxima = w.maxima + (local * kTile + tile_row(h)) * w.groups;
+      uint32_t largest = kNothing<float>;
+#pragma unroll
+      for (int n = 0; n < kTileColumns; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = tile_column(n, e);
+          float x = s.value[n][2 * h + e];
+          if constexpr (std::is_same_v<T, float>) {
+            // The split of infinity, or of a number near it, gives NaN.
+            if (!isfinite(x) && exists && allowed[column] && !w.plainly) {
+              x = raw_similarity(p.metric, w.query + row * p.d,
+                                 keys + key_row(w, at.batch, tile * kTile + column) * p.d, p.d);
+            }
+          }
+          const uint32_t order = order_of(x * factors[column] * factor);
+          if (allowed[column] && order > largest) largest = order;
+        }
+        if ((n + 1) * 8 % w.group == 0) {
+          for (int span = 1; span < 4; span *= 2) {
+            const uint32_t other = __shfl_xor_sync(kAllLanes, largest, span);
+            if (other > largest) largest = other;
+          }
+          const int64_t group = (tile * kTile + 8 * n) / w.group;
+          if (lane() % 4 == 0 && exists && group < w.groups) maxima[group] = largest;
+          largest = kNothing<float>;
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// The groups with the largest maxima of each row.
+template <class T>
+__global__ __launch_bounds__(kThreads) void nominate_kernel(const SelectWork<T> w) {
+  const int64_t local = grid_warp();
+  const QueryRow at = query_row(w, local);
+  if (at.row >= w.p.n) return;
+  const int k = int(w.p.k);
+  NearestList<float> list(shared_memory() + warp() * NearestList<float>::bytes(k), k);
+  list.clear();
+  const uint32_t* maxima = w.maxima + local * w.groups;
+  for (int64_t first = 0; first < w.groups; first += kWarp) {
+    const int64_t group = first + lane();
+    const uint32_t order = group < w.groups ? maxima[group] : kNothing<float>;
+    list.push(order == kNothing<float> ? no_key<float>() : key_of<float>(order, group));
+  }
+  list.finish();
+  for (int i = lane(); i < k; i += kWarp) {
+    const NarrowKey key = list[i];
+    w.nominees[local * k + i] = is_nothing<float>(key) ? kNoGroup : uint32_t(index_of<float>(key));
+  }
+}
+
+// What a lane of refine_kernel looks at.
+template <class T>
+class RefinedRow {
+  using A = Accumulate<T>;
+
+ public:
+  __device__ RefinedRow(const SelectWork<T>& w, QueryRow at, int64_t local)
+      : w_(w), at_(at), local_(local), own_(-1), own_similarity_(0) {
+    if (w.p.self_indices) own_ = w.p.self_indices[at.row];
+    if (own_ < 0 || own_ >= w.p.m) own_ = -1;
+    if (own_ >= 0 && w.p.key_mask && !w.p.key_mask[at.batch * w.p.m + own_]) own_ = -1;
+    if (own_ >= 0) own_similarity_ = similarity(own_);
+  }
+
+  // The token itself, or -1, and its similarity.
+  __device__ int64_t own() const { return own_; }
+  __device__ A own_similarity() const { return own_similarity_; }
+
+  // Places that may hold a neighbor: members of the nominated groups, or columns.
+  __device__ int64_t members() const { return w_.group ? w_.p.k * w_.group : w_.columns; }
+  // The row of key at such a place, or -1. Never the token itself.
+  __device__ int64_t row(int64_t member) const {
+    int64_t column = member;
+    if (w_.group) {
+      if (member >= members()) return -1;
+      const uint32_t group = w_.nominees[local_ * w_.p.k + (member >> w_.log_group)];
+      if (group == kNoGroup) return -1;
+      column = group * w_.group + (member & (w_.group - 1));
+    }
+    const int64_t row = key_row(w_, at_.batch, column);
+    return row == own_ ? -1 : row;
+  }
+  __device__ A similarity(int64_t row) const {
+    const int64_t i = at_.batch * w_.p.n + at_.row, j = at_.batch * w_.p.m + row;
+    const A s = raw_similarity(w_.p.metric, w_.query + i * w_.p.d, w_.key + j * w_.p.d, w_.p.d);
+    return w_.p.metric == Metric::cosine ? s * (w_.inverse_query[i] * w_.inverse_key[j]) : s;
+  }
+  __device__ Key<A> key(int64_t member) const {
+    const int64_t row = this->row(member);
+    return row < 0 ? no_key<A>() : key_of<A>(order_of(similarity(row)), row);
+  }
+  __device__ Key<A> own_key() const {
+    return own_ < 0 ? no_key<A>() : key_of<A>(kOrderOfSelf<A>, own_);
+  }
+
+ private:
+  const SelectWork<T>& w_;
+  const QueryRow at_;
+  const int64_t local_;
+  int64_t own_;
+  A own_similarity_;
+};
+
+// The neighbors of each row, from the nominated groups or from all columns.
+template <class T>
+__global__ __launch_bounds__(kThreads, 4) void refine_kernel(const SelectWork<T> w) {
+  using A = Accumulate<T>;
+  const SelectParams& p = w.p;
+  const int64_t local = grid_warp();
+  const QueryRow at = query_row(w, local);
+  if (at.row >= p.n) return;
+  const int longest = int(min(p.k, int64_t(kLongestList)));
+  NearestList<A> list(shared_memory() + warp() * NearestList<A>::bytes(longest), longest);
+  const RefinedRow<T> row(w, at, local);
+  A* similarities = static_cast<A*>(p.similarities) + (at.batch * p.n + at.row) * p.k;
+  int64_t* indices = p.indices + (at.batch * p.n + at.row) * p.k;
+  const bool by_index = p.order == Order::index;
+  const auto store = [&](int64_t place, Key<A> key) {
+    const bool missing = is_nothing<A>(key);
+    const bool is_own = !missing && high_of(key) == kOrderOfSelf<A>;
+    similarities[place] = missing  ? -kInfinity<A>
+                          : is_own ? row.own_similarity()
+                                   : similarity_of<A>(high_of(key));
+    indices[place] = missing ? 0 : index_of<A>(key);
+  };
+
+  // The last key given out: those that follow it are next.
+  Key<A> last = highest_key<A>();
+  for (int64_t place = 0; place < p.k; place += longest) {
+    list.clear();
+    for (int64_t first = 0; first < row.members(); first += kWarp) {
+      const Key<A> key = row.key(first + lane());
+      list.push(precedes(last, key) ? key : no_key<A>());
+    }
+    list.push(lane() == 0 && precedes(last, row.own_key()) ? row.own_key() : no_key<A>());
+    list.finish();
+    const int count = int(min(p.k - place, int64_t(longest)));
+    last = list[count - 1];
+    if (by_index && p.k > longest) continue;
+    if (by_index) {
+      // Similarity and index in exchanged places.
+      list.reorder(count, [](Key<A> key) { return pack(low_of(key), high_of(key)); });
+    }
+    for (int i = lane(); i < count; i += kWarp) {
+      const Key<A> key = list[i];
+      store(place + i, by_index ? pack(low_of(key), high_of(key)) : key);
+    }
+  }
+  if (!by_index || p.k <= longest) return;
+
+  // In ascending order of columns, what is not behind the last neighbor; the token itself between.
+  int64_t written = 0, before_own = 0;
+  for (int64_t first = 0; first < row.members(); first += kWarp) {
+    const int64_t index = row.row(first + lane());
+    const Key<A> key = row.key(first + lane());
+    const bool keeps = index >= 0 && !precedes(last, key);
+    const unsigned lanes = __ballot_sync(kAllLanes, keeps);
+    if (keeps) {
+      const bool after_own = row.own() >= 0 && index > row.own();
+      store(written + __popc(lanes & ((1u << lane()) - 1)) + after_own, key);
+    }
+    before_own += __popc(__ballot_sync(kAllLanes, keeps && index < row.own()));
+    written += __popc(lanes);
+  }
+  if (row.own() >= 0) {
+    if (lane() == 0) store(before_own, row.own_key());
+    ++written;
+  }
+  for (int64_t i = written + lane(); i < p.k; i += kWarp) store(i, no_key<A>());
+}
+
+}  // namespace convnn::cuda

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT
+// The gradients of select, from g = grad_similarities at the selected neighbors:
+//
+//   dot        dq_i = sum_j g_ij k_j                  dk_m = sum g_ij q_i
+//   euclidean  dq_i = sum_j -2 g_ij (q_i - k_j)       dk_m = sum 2 g_ij (q_i - k_m)
+//   cosine     dq_i = (I - q^ q^T) t / ||q_i||,       dk_m = (I - k^ k^T) u / ||k_m||,
+//              t = sum_j g_ij k^_j                    u = sum g_ij q^_i
+//
+// where j runs over the neighbors of i, and the sums of dk over the pairs (i, j) with I_ij = m.
+// A warp has a query row, a block a key row; lanes are columns, 32 at a time. The warps of a block
+// share the pairs of its key row, which come from the inverse neighbor list in a fixed order, and
+// add their sums in order: nothing is atomic. A row of norm <= epsilon has gradient exactly 0.
+#pragma once
+
+#include "neighbors.cuh"
+#include "normalize.cuh"
+#include "sort.h"
+
+namespace convnn::cuda {
+
+template <class T>
+struct SelectBackwardWork {
+  using A = Accumulate<T>;
+
+  SelectBackwardParams p;
+  Norms<A> query_norms, key_norms;
+  InverseNeighbors inverse;
+
+  // What the pair (own, other) at `place` gives to the gradient of `own`.
+  __device__ A term(A own, A other, A grad, const Norms<A>& other_norms, int64_t other_row) const {
+    if (p.metric == Metric::euclidean) return 2 * grad * (other - own);
+    return grad * (p.metric == Metric::cosine ? other_norms.unit(other, other_row) : other);
+  }
+};
+
+template <class T>
+__global__ __launch_bounds__(kThreads) void query_grad_kernel(const SelectBackwardWork<T> w) {
+  using A = Accumulate<T>;
+  constexpr DType kSimilarities = std::is_same_v<A, double> ? DType::float64 : DType::float32;
+  const SelectBackwardParams& p = w.p;
+  const int64_t row = grid_warp();
+  if (row >= p.batch * p.n) return;
+  const int64_t first_key = row / p.n * p.m;
+  const A* grads = static_cast<const A*>(p.grad_similarities) + row * p.k;
+  const A* similarities = static_cast<const A*>(p.similarities) + row * p.k;
+  for (int64_t d = lane(); d < p.d; d += kWarp) {
+    const A q = widen(static_cast<const T*>(p.query)[row * p.d + d]);
+    RunningSum<A> sum, along;
+    bool in_pairs = false;
+    for (int64_t j = 0; j < p.k; ++j) {
+      if (is_missing(p.similarities, kSimilarities, p.indices, row * p.k + j, p.m)) continue;
+      in_pairs = true;
+      const int64_t key_row = first_key + p.indices[row * p.k + j];
+      const A k = widen(static_cast<const T*>(p.key)[key_row * p.d + d]);
+      sum.add(w.term(q, k, grads[j], w.key_norms, key_row));
+      if (p.metric == Metric::cosine) along.add(grads[j] * similarities[j]);
+    }
+    A grad = sum.value();
+    // A row that is in no pair has gradient 0 whatever it holds.
+    if (p.metric == Metric::cosine && in_pairs) {
+      grad = w.query_norms.through(grad, along.value(), q, row);
+    }
+    narrow(grad, static_cast<T*>(p.grad_query)[row * p.d + d]);
+  }
+}
+
+template <class T>
+__global__ __launch_bounds__(kThreads, 4) void key_grad_kernel(const SelectBackwardWork<T> w) {
+  using A = Accumulate<T>;
+  A* sums = reinterpret_cast<A*>(shared_memory());  // [2, kWarps, kWarp]: gradients, along
+  const SelectBackwardParams& p = w.p;
+  for (int64_t row = blockIdx.x; row < p.batch * p.m; row += gridDim.x) {
+    const int64_t first_query = row / p.m * p.n;
+    const int64_t begin = w.inverse.offsets[row], end = w.inverse.offsets[row + 1];
+    for (int64_t first = 0; first < p.d; first += kWarp) {
+      const int64_t d = first + lane();
+      const A k = d < p.d ? A(widen(static_cast<const T*>(p.key)[row * p.d + d])) : A(0);
+      RunningSum<A> sum, along;
+      for (int64_t at = begin + warp(); at < end; at += kWarps) {
+        const int64_t pair = w.inverse.pairs[at];
+        const int64_t query_row = first_query + pair % p.n;
+        const int64_t place = query_row * p.k + pair / p.n % p.k;
+        const A grad = static_cast<const A*>(p.grad_similarities)[place];
+        if (p.metric == Metric::cosine) {
+          along.add(grad * static_cast<const A*>(p.similarities)[place]);
+        }
+        if (d >= p.d) continue;
+        const A q = widen(static_cast<const T*>(p.query)[query_row * p.d + d]);
+        sum.add(w.term(k, q, grad, w.query_norms, query_row));
+      }
+      sums[threadIdx.x] = sum.value();
+      sums[kThreads + threadIdx.x] = along.value();
+      __syncthreads();
+      if (warp() == 0 && d < p.d) {
+        A grad = 0, weight = 0;
+        for (int i = lane(); i < kThreads; i += kWarp) {
+          grad += sums[i];
+          weight += sums[kThreads + i];
+        }
+        if (p.metric == Metric::cosine && begin < end) {
+          grad = w.key_norms.through(grad, weight, k, row);
+        }
+        narrow(grad, static_cast<T*>(p.grad_key)[row * p.d + d]);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace convnn::cuda

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: MIT
+// The one matrix tile of all products: C [64, 64] += A [64, depth] B [64, depth]^T.
+//
+// A block of four warps owns C. Warp w has the rows from 16 w, all columns, in the registers of
+// the matrix instruction: with g = lane / 4 and t = lane % 4, a lane's value [n][2 h + e] is the
+// one of row 16 w + g + 8 h and column 8 n + 2 t + e. Operands go through shared memory, kDepth
+// columns at a time; both are read row by row. An element depends on its row of A and its row of B
+// alone, in one order of sums: equal rows give equal bits.
+//
+// float16 and bfloat16: exact products, summed in float32. float32: each number is split into two
+// of tf32, and three of the four products are summed; what is left out is 12 * 2^-24 of a term at
+// most. float64, and differences for the euclidean metric: plain arithmetic in the same layout.
+#pragma once
+
+#include "device.cuh"
+
+namespace convnn::cuda {
+
+constexpr int kTile = 64;
+constexpr int kDepth = 32;
+// Where a thread's neighbors in C lie: columns of a warp's row of tiles.
+constexpr int kTileColumns = kTile / 8;
+
+// Columns of a row in shared memory. The surplus keeps the lanes of a warp in different banks.
+template <class T>
+constexpr int kTileStride = kDepth + (sizeof(T) == 2 ? 8 : 4);
+template <class T>
+constexpr int kTileElements = kTile * kTileStride<T>;
+
+// The values of a thread in C.
+template <class A>
+struct TileValues {
+  A value[kTileColumns][4] = {};
+};
+__device__ inline int tile_row(int h) { return 16 * warp() + lane() / 4 + 8 * h; }
+__device__ inline int tile_column(int n, int e) { return 8 * n + lane() % 4 * 2 + e; }
+
+// Each thread fills half of the row threadIdx.x / 2 of tile [kTile, kTileStride] with columns
+// `begin` to begin + kDepth of row [columns], or zeros: beyond its end and where row is null.
+template <class T, class U>
+__device__ inline void load_tile(U* tile, const T* row, int64_t begin, int64_t columns) {
+  constexpr int kHalf = kDepth / 2;
+  const int half = int(threadIdx.x) % 2 * kHalf;
+  U* target = tile + int(threadIdx.x) / 2 * kTileStride<U> + half;
+  begin += half;
+  if constexpr (std::is_same_v<T, U>) {
+    if (row && begin + kHalf <= columns && is_aligned16(row + begin)) {
+      constexpr int kStep = 16 / sizeof(T);
+#pragma unroll
+      for (int i = 0; i < kHalf; i += kStep) copy16(target + i, row + begin + i);
+      return;
+    }
+  }
+#pragma unroll 4
+  for (int i = 0; i < kHalf; ++i) {
+    const T x = row && begin + i < columns ? row[begin + i] : T{};
+    if constexpr (std::is_same_v<T, U>) {
+      target[i] = x;
+    } else {
+      target[i] = widen(x);
+    }
+  }
+}
+
+// The row of a tile that this thread loads.
+__device__ inline int loaded_row() { return int(threadIdx.x) / 2; }
+
+// Two neighboring elements of 16 bits; the address is that of a pair.
+template <class T>
+__device__ inline uint32_t load_pair(const T* elements) {
+  uint32_t pair;
+  copy4(&pair, elements);
+  return pair;
+}
+
+// x = high + low + rest, with both in tf32 and |rest| <= 2^-22 |x|.
+struct SplitFloat {
+  uint32_t high, low;
+  __device__ explicit SplitFloat(float x) {
+    high = (__float_as_uint(x) + 0x1000) & 0xFFFFE000;
+    low = (__float_as_uint(x - __uint_as_float(high)) + 0x1000) & 0xFFFFE000;
+  }
+};
+
+// C += A B^T over the kDepth columns of a, b [kTile, kTileStride] in shared memory.
+template <class T>
+__device__ inline void multiply_tile(const T* a, const T* b, TileValues<float>& c) {
+  static_assert(sizeof(T) == 2);
+  const int g = lane() / 4, t = lane() % 4;
+  const T* row = a + (16 * warp() + g) * kTileStride<T> + 2 * t;
+#pragma unroll
+  for (int d = 0; d < kDepth; d += 16) {
+    const uint32_t of_a[4] = {load_pair(row + d), load_pair(row + d + 8 * kTileStride<T>),
+                              load_pair(row + d + 8), load_pair(row + d + 8 * kTileStride<T> + 8)};
+#pragma unroll
+    for (int n = 0; n < kTileColumns; ++n) {
+      const T* column = b + (8 * n + g) * kTileStride<T> + 2 * t + d;
+      const uint32_t of_b[2] = {load_pair(column), load_pair(column + 8)};
+      multiply_accumulate_16<T>(c.value[n], of_a, of_b);
+    }
+  }
+}
+
+__device__ inline void multiply_tile(const float* a, const float* b, TileValues<float>& c) {
+  const int g = lane() / 4, t = lane() % 4;
+  const float* row = a + (16 * warp() + g) * kTileStride<float> + t;
+#pragma unroll
+  for (int d = 0; d < kDepth; d += 8) {
+    const SplitFloat split_a[4] = {SplitFloat(row[d]), SplitFloat(row[d + 8 * kTileStride<float>]),
+                                   SplitFloat(row[d + 4]),
+                                   SplitFloat(row[d + 8 * kTileStride<float> + 4])};
+    const uint32_t high_a[4] = {split_a[0].high, split_a[1].high, split_a[2].high, split_a[3].high};
+    const uint32_t low_a[4] = {split_a[0].low, split_a[1].low, split_a[2].low, split_a[3].low};
+#pragma unroll
+    for (int n = 0; n < kTileColumns; ++n) {
+      const float* column = b + (8 * n + g) * kTileStride<float> + t + d;
+      const SplitFloat split_b[2] = {SplitFloat(column[0]), SplitFloat(column[4])};
+      const uint32_t high_b[2] = {split_b[0].high, split_b[1].high};
+      const uint32_t low_b[2] = {split_b[0].low, split_b[1].low};
+      // The instruction cuts its sums off: short ones are added by rounding additions.
+      float sum[4] = {};
+      multiply_accumulate_tf32(sum, high_a, low_b);
+      multiply_accumulate_tf32(sum, low_a, high_b);
+      multiply_accumulate_tf32(sum, high_a, high_b);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) c.value[n][e] += sum[e];
+    }
+  }
+}
+
+// The sum over d < depth <= kDepth of a_d b_d, or of -(a_d - b_d)^2, by plain arithmetic. Elements
+// of C are summed apart and then added, so that runs are short.
+template <bool kDifferences, class T, class A>
+__device__ inline void multiply_tile_plainly(const T* a, const T* b, int depth, TileValues<A>& c) {
+  const T* rows = a + tile_row(0) * kTileStride<T>;
+  TileValues<A> run;
+  // float64 has digits to spare, and registers only for one.
+  TileValues<A>& sum = std::is_same_v<A, double> ? c : run;
+#pragma unroll 1
+  for (int d = 0; d < depth; ++d) {
+    const A of_a[2] = {widen(rows[d]), widen(rows[8 * kTileStride<T> + d])};
+#pragma unroll
+    for (int n = 0; n < kTileColumns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const A of_b = widen(b[tile_column(n, e % 2) * kTileStride<T> + d]);
+        if constexpr (kDifferences) {
+          const A difference = of_a[e / 2] - of_b;
+          sum.value[n][e] -= difference * difference;
+        } else {
+          sum.value[n][e] += of_a[e / 2] * of_b;
+        }
+      }
+    }
+  }
+  if constexpr (!std::is_same_v<A, double>) {
+#pragma unroll
+    for (int n = 0; n < kTileColumns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) c.value[n][e] += sum.value[n][e];
+    }
+  }
+}
+
+__device__ inline void multiply_tile(const double* a, const double* b, TileValues<double>& c) {
+  multiply_tile_plainly<false>(a, b, kDepth, c);
+}
+
+// With fewer terms in a sum, what the split of float32 leaves out would be more than the rounding
+// errors of the sum.
+constexpr int64_t kFewestSplitTerms = 32;
+
+// C += A B^T, a part of sums of so many terms.
+template <class T, class A>
+__device__ inline void multiply_tile(const T* a, const T* b, int64_t terms, TileValues<A>& c) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (terms < kFewestSplitTerms) {
+      multiply_tile_plainly<false>(a, b, kDepth, c);
+      return;
+    }
+  }
+  multiply_tile(a, b, c);
+}
+
+}  // namespace convnn::cuda

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT
+// The k nearest keys of each query and their weighted sum, without Python and without PyTorch: on
+// the CPU, and on a CUDA device where there is one. Both must agree.
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <vector>
+
+#include "cpu/launch.h"
+#include "params.h"
+#ifdef WITH_CUDA
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "cuda/launch.h"
+#endif
+
+namespace {
+
+using namespace convnn;
+
+constexpr int64_t kQueries = 5, kKeys = 12, kColumns = 4, kChannels = 3, kNeighbors = 3;
+
+struct Tokens {
+  std::vector<float> query, key, value;
+};
+struct Results {
+  std::vector<float> similarities = std::vector<float>(kQueries * kNeighbors);
+  std::vector<int64_t> indices = std::vector<int64_t>(kQueries * kNeighbors);
+  std::vector<float> output = std::vector<float>(kQueries * kChannels);
+};
+
+// Small integers: similarities by the dot product are exact.
+std::vector<float> numbers(int64_t count, int step) {
+  std::vector<float> result;
+  for (int64_t i = 0; i < count; ++i) result.push_back(float(int(i * step % 7) - 3));
+  return result;
+}
+
+SelectParams select_params(const float* query, const float* key, float* similarities,
+                           int64_t* indices) {
+  SelectParams p = {};
+  p.batch = 1, p.n = kQueries, p.m = kKeys, p.d = kColumns, p.k = kNeighbors;
+  p.dtype = DType::float32, p.metric = Metric::dot, p.order = Order::similarity;
+  p.query = query, p.key = key, p.similarities = similarities, p.indices = indices;
+  return p;
+}
+
+AggregateParams aggregate_params(const float* value, const float* similarities,
+                                 const int64_t* indices, float* output) {
+  AggregateParams p = {};
+  p.batch = 1, p.n = kQueries, p.m = kKeys, p.c = p.o = kChannels, p.k = kNeighbors;
+  p.dtype = p.similarity_dtype = DType::float32;
+  p.convolution = Convolution::none, p.rho = Rho::softmax, p.scale = 1;
+  p.value = value, p.similarities = similarities, p.indices = indices, p.output = output;
+  return p;
+}
+
+void in_one_thread(int64_t tasks, int64_t, const cpu::Body& body) { body(0, tasks); }
+
+Results on_cpu(const Tokens& x) {
+  Results r;
+  cpu::select(select_params(x.query.data(), x.key.data(), r.similarities.data(), r.indices.data()),
+              in_one_thread);
+  cpu::aggregate(
+      aggregate_params(x.value.data(), r.similarities.data(), r.indices.data(), r.output.data()),
+      in_one_thread);
+  return r;
+}
+
+#ifdef WITH_CUDA
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+}
+
+// Memory of the device, freed at the end.
+class DeviceMemory : public cuda::Context {
+ public:
+  DeviceMemory() : Context(nullptr) {}
+  ~DeviceMemory() override {
+    for (void* memory : all_) cudaFree(memory);
+  }
+  void* allocate(size_t bytes) override {
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, bytes));
+    all_.push_back(memory);
+    return memory;
+  }
+  template <class T>
+  T* of(const std::vector<T>& values) {
+    T* memory = static_cast<T*>(allocate(values.size() * sizeof(T)));
+    check(cudaMemcpy(memory, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return memory;
+  }
+
+ private:
+  std::vector<void*> all_;
+};
+
+template <class T>
+void fetch(std::vector<T>& values, const T* memory) {
+  check(cudaMemcpy(values.data(), memory, values.size() * sizeof(T), cudaMemcpyDeviceToHost));
+}
+
+Results on_cuda(const Tokens& x) {
+  Results r;
+  DeviceMemory device;
+  float* similarities = device.of(r.similarities);
+  int64_t* indices = device.of(r.indices);
+  float* output = device.of(r.output);
+  cuda::select(select_params(device.of(x.query), device.of(x.key), similarities, indices), device);
+  cuda::aggregate(aggregate_params(device.of(x.value), similarities, indices, output), device);
+  fetch(r.similarities, similarities);
+  fetch(r.indices, indices);
+  fetch(r.output, output);
+  return r;
+}
+
+bool has_device() {
+  int devices = 0;
+  return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+}
+#endif
+
+void print(const char* where, const Results& r) {
+  std::printf("%s\n", where);
+  for (int64_t i = 0; i < kQueries; ++i) {
+    std::printf("  query %d:", int(i));
+    for (int64_t j = i * kNeighbors; j < (i + 1) * kNeighbors; ++j) {
+      std::printf("  key %2d (%g)", int(r.indices[size_t(j)]), double(r.similarities[size_t(j)]));
+    }
+    std::printf("  ->");
+    for (int64_t c = i * kChannels; c < (i + 1) * kChannels; ++c) {
+      std::printf(" %8.5f", double(r.output[size_t(c)]));
+    }
+    std::printf("\n");
+  }
+}
+
+}  // namespace
+
+int main() {
+  try {
+    const Tokens tokens = {numbers(kQueries * kColumns, 3), numbers(kKeys * kColumns, 5),
+                           numbers(kKeys * kChannels, 2)};
+    const Results cpu = on_cpu(tokens);
+    print("cpu", cpu);
+#ifdef WITH_CUDA
+    if (has_device()) {
+      const Results cuda = on_cuda(tokens);
+      print("cuda", cuda);
+      if (cuda.indices != cpu.indices || cuda.similarities != cpu.similarities) {
+        std::fprintf(stderr, "cpu and cuda chose different neighbors\n");
+        return 1;
+      }
+      return 0;
+    }
+#endif
+    std::printf("cuda: no device, or built without\n");
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}

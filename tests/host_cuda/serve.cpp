@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: MIT
+// Runs operators on the host execution layer for tests/host_device.py: reads calls from standard
+// input and writes results to standard output. A call is an operator's number, a seed, 12 numbers
+// (the last is the limit of the workspace), the scale, and buffers; a buffer is its size, -1 for
+// null, and what is in it. Behind the inputs stand the sizes of the outputs. All numbers have 64
+// bits. Every buffer is an allocation of its own, so that AddressSanitizer sees what is outside;
+// outputs and workspace begin as 0xFF bytes.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cuda/launch.h"
+#include "execution.h"
+
+namespace {
+
+using namespace convnn;
+
+class HostMemory : public cuda::Context {
+ public:
+  HostMemory() : Context(nullptr) {}
+  void* allocate(size_t bytes) override {
+    void* memory = std::malloc(bytes);
+    if (!memory) std::abort();
+    std::memset(memory, 0xFF, bytes);
+    memory_.emplace_back(memory, std::free);
+    return memory;
+  }
+
+ private:
+  std::vector<std::unique_ptr<void, void (*)(void*)>> memory_;
+};
+
+template <class T>
+bool read(T* values, size_t count) {
+  return std::fread(values, sizeof(T), count, stdin) == count;
+}
+int64_t read_number() {
+  int64_t number = 0;
+  if (!read(&number, 1)) std::abort();
+  return number;
+}
+
+struct Buffer {
+  void* data = nullptr;
+  int64_t bytes = -1;
+
+  template <class T>
+  const T* as() const {
+    return static_cast<const T*>(data);
+  }
+};
+
+struct Call {
+  int64_t numbers[12];
+  double scale = 1;
+  HostMemory memory;
+  std::vector<Buffer> inputs, outputs;
+
+  void read_rest() {
+    if (!read(numbers, 12) || !read(&scale, 1)) std::abort();
+    memory.most_bytes = numbers[11];
+    const int64_t input_count = read_number();
+    for (int64_t i = 0; i < input_count; ++i) {
+      Buffer buffer = make(read_number());
+      if (buffer.bytes > 0 && !read(static_cast<char*>(buffer.data), size_t(buffer.bytes))) {
+        std::abort();
+      }
+      inputs.push_back(buffer);
+    }
+    const int64_t output_count = read_number();
+    for (int64_t i = 0; i < output_count; ++i) outputs.push_back(make(read_number()));
+  }
+  Buffer make(int64_t bytes) {
+    return {bytes < 0 ? nullptr : memory.allocate(size_t(bytes)), bytes};
+  }
+};
+
+void select(Call& call) {
+  const int64_t* n = call.numbers;
+  SelectParams p = {};
+  p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4], p.r = n[5];
+  p.dtype = DType(n[6]), p.metric = Metric(n[7]), p.order = Order(n[8]);
+  p.query = call.inputs[0].data, p.key = call.inputs[1].data;
+  p.candidates = call.inputs[2].as<int64_t>();
+  p.self_indices = call.inputs[3].as<int64_t>();
+  p.key_mask = call.inputs[4].as<bool>();
+  p.similarities = call.outputs[0].data;
+  p.indices = static_cast<int64_t*>(call.outputs[1].data);
+  cuda::select(p, call.memory);
+}
+
+void select_backward(Call& call) {
+  const int64_t* n = call.numbers;
+  SelectBackwardParams p = {};
+  p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4];
+  p.dtype = DType(n[5]), p.metric = Metric(n[6]);
+  p.grad_similarities = call.inputs[0].data;
+  p.query = call.inputs[1].data, p.key = call.inputs[2].data;
+  p.similarities = call.inputs[3].data, p.indices = call.inputs[4].as<int64_t>();
+  p.grad_query = call.outputs[0].data, p.grad_key = call.outputs[1].data;
+  cuda::select_backward(p, call.memory);
+}
+
+// Inputs from `first`: value, similarities, indices, weight.
+AggregateParams aggregate_params(const Call& call, size_t first) {
+  const int64_t* n = call.numbers;
+  AggregateParams p = {};
+  p.batch = n[0], p.n = n[1], p.m = n[2], p.c = n[3], p.o = n[4], p.k = n[5];
+  p.dtype = DType(n[6]), p.similarity_dtype = DType(n[7]);
+  p.convolution = Convolution(n[8]), p.rho = Rho(n[9]), p.scale = call.scale;
+  p.value = call.inputs[first].data, p.similarities = call.inputs[first + 1].data;
+  p.indices = call.inputs[first + 2].as<int64_t>(), p.weight = call.inputs[first + 3].data;
+  return p;
+}
+
+void aggregate(Call& call) {
+  AggregateParams p = aggregate_params(call, 0);
+  p.bias = call.inputs[4].data, p.output = call.outputs[0].data;
+  cuda::aggregate(p, call.memory);
+}
+
+void aggregate_backward(Call& call) {
+  AggregateBackwardParams p = {};
+  p.forward = aggregate_params(call, 1);
+  p.grad_output = call.inputs[0].data;
+  p.grad_value = call.outputs[0].data, p.grad_similarities = call.outputs[1].data;
+  p.grad_weight = call.outputs[2].data, p.grad_bias = call.outputs[3].data;
+  cuda::aggregate_backward(p, call.memory);
+}
+
+}  // namespace
+
+int main() {
+  void (*const operators[])(Call&) = {select, select_backward, aggregate, aggregate_backward};
+  for (int64_t number = 0; read(&number, 1);) {
+    execution::seed(uint64_t(read_number()));
+    Call call;
+    call.read_rest();
+    try {
+      operators[number](call);
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "%s\n", error.what());
+      return 1;
+    }
+    for (const Buffer& output : call.outputs) {
+      if (output.bytes > 0) std::fwrite(output.data, 1, size_t(output.bytes), stdout);
+    }
+    std::fflush(stdout);
+  }
+  for (const auto& [kernel, shared_bytes] : execution::launched()) {
+    std::printf("%s %zu\n", kernel.c_str(), shared_bytes);
+  }
+}

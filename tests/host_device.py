@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels on the host execution layer, as functions with the operators' arguments.
+
+A program of its own, built from ``tests/host_cuda`` under AddressSanitizer and
+UndefinedBehaviorSanitizer, runs them; calls and results go through its standard input and output.
+"""
+
+import math
+import os
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+METRICS = {"cosine": 0, "dot": 1, "euclidean": 2}
+RHOS = {"softmax": 0, "ones": 1, "similarity": 2}
+ORDERS = {"similarity": 0, "index": 1}
+NUMBERS = 11
+
+
+class HostDevice:
+    """A running program.
+
+    For the calls that follow, ``seed`` sets the order of threads and blocks, and ``most_bytes`` the
+    limit of the workspace for group maxima.
+    """
+
+    def __init__(self, program: Path) -> None:
+        self.seed = 0
+        self.most_bytes = 2**26
+        # Several test runs may share the program.
+        self._log = program.with_suffix(f".{os.getpid()}.log")
+        options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [program],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **options},
+            )
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> dict[str, int]:
+        """Ends it. Returns the kernels that ran, with the most shared memory of each."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        lines = self._process.stdout.read().decode().splitlines()
+        assert self._process.wait() == 0, self._log.read_text()
+        return {name: int(shared) for name, shared in map(str.split, lines)}
+
+    def select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        k: int,
+        candidates: Tensor | None = None,
+        self_indices: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        metric: str = "cosine",
+        order: str = "similarity",
+    ) -> tuple[Tensor, Tensor]:
+        options = (candidates, self_indices, key_mask, metric, order)
+        return _Select.apply(self, query, key, k, options)
+
+    def aggregate(
+        self,
+        value: Tensor,
+        similarities: Tensor,
+        indices: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        rho: str = "softmax",
+        scale: float = 1.0,
+    ) -> Tensor:
+        return _Aggregate.apply(self, value, similarities, indices, weight, bias, rho, scale)
+
+    def run_select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        k: int,
+        candidates: Tensor | None,
+        self_indices: Tensor | None,
+        key_mask: Tensor | None,
+        metric: str,
+        order: str,
+    ) -> tuple[Tensor, Tensor]:
+        (N, D), M = query.shape[-2:], key.shape[-2]
+        s = query.new_empty((*query.shape[:-1], k), dtype=_similarity_dtype(query))
+        I = query.new_empty((*query.shape[:-1], k), dtype=torch.int64)
+        R = 0 if candidates is None else candidates.shape[0]
+        numbers = (_batch(query), N, M, D, k, R, DTYPES[query.dtype])
+        return self._call(
+            0,
+            (*numbers, METRICS[metric], ORDERS[order]),
+            [query, key, candidates, self_indices, key_mask],
+            [s, I],
+        )
+
+    def select_backward(
+        self,
+        grad_similarities: Tensor,
+        query: Tensor,
+        key: Tensor,
+        similarities: Tensor,
+        indices: Tensor,
+        metric: str,
+        need_query: bool = True,
+        need_key: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        (N, D), M = query.shape[-2:], key.shape[-2]
+        numbers = (_batch(query), N, M, D, indices.shape[-1], DTYPES[query.dtype])
+        return self._call(
+            1,
+            (*numbers, METRICS[metric]),
+            [grad_similarities, query, key, similarities, indices],
+            [_empty_like(query, need_query), _empty_like(key, need_key)],
+        )
+
+    def run_aggregate(
+        self,
+        value: Tensor,
+        similarities: Tensor,
+        indices: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rho: str,
+        scale: float,
+    ) -> Tensor:
+        numbers = _convolution(value, similarities, weight, rho)
+        output = value.new_empty((*similarities.shape[:-1], numbers[4]))
+        inputs = [value, similarities, indices, weight, bias]
+        return self._call(2, numbers, inputs, [output], scale)[0]
+
+    def aggregate_backward(
+        self,
+        grad_output: Tensor,
+        value: Tensor,
+        similarities: Tensor,
+        indices: Tensor,
+        weight: Tensor | None,
+        has_bias: bool,
+        rho: str,
+        scale: float,
+        need_value: bool = True,
+        need_similarities: bool = True,
+        need_weight: bool = True,
+        need_bias: bool = True,
+    ) -> tuple[Tensor | None, ...]:
+        numbers = _convolution(value, similarities, weight, rho)
+        bias = value.new_empty(numbers[4]) if has_bias and need_bias else None
+        outputs = [
+            _empty_like(value, need_value),
+            _empty_like(similarities, need_similarities),
+            _empty_like(weight, need_weight),
+            bias,
+        ]
+        inputs = [grad_output, value, similarities, indices, weight]
+        return self._call(3, numbers, inputs, outputs, scale)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        candidates: Tensor | None = None,
+        self_indices: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        metric: str = "cosine",
+        rho: str = "softmax",
+        scale: float = 1.0,
+        order: str = "similarity",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        s, I = self.select(query, key, k, candidates, self_indices, key_mask, metric, order)
+        return self.aggregate(value, s, I, weight, bias, rho, scale), s, I
+
+    def _call(
+        self,
+        operator: int,
+        numbers: tuple[int, ...],
+        inputs: list[Tensor | None],
+        outputs: list[Any],
+        scale: float = 1.0,
+    ) -> Any:
+        filled = (*numbers, *[0] * (NUMBERS - len(numbers)))
+        message = [
+            struct.pack(f"=qq{NUMBERS}qqd", operator, self.seed, *filled, self.most_bytes, scale)
+        ]
+        message.append(struct.pack("=q", len(inputs)))
+        for tensor in inputs:
+            data = None if tensor is None else _bytes(tensor)
+            message.append(struct.pack("=q", -1 if data is None else len(data)))
+            message.append(data or b"")
+        sizes = [-1 if X is None else X.numel() * X.element_size() for X in outputs]
+        message.append(struct.pack(f"={len(sizes) + 1}q", len(sizes), *sizes))
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(b"".join(message))
+            stdin.flush()
+        except BrokenPipeError:
+            self._fail()
+        for X, size in zip(outputs, sizes, strict=True):
+            if size > 0:
+                data = stdout.read(size)
+                if len(data) != size:
+                    self._fail()
+                bytes_of_X = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                X.copy_(bytes_of_X.view(X.dtype).view(X.shape))
+        return tuple(outputs)
+
+    def _fail(self) -> None:
+        self._process.wait()
+        raise AssertionError(self._log.read_text())
+
+
+class _Select(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, device: HostDevice, query: Tensor, key: Tensor, k: int, options: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        s, I = device.run_select(query, key, k, *options)
+        ctx.device, ctx.metric = device, options[3]
+        ctx.save_for_backward(query, key, s, I)
+        ctx.mark_non_differentiable(I)
+        return s, I
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        return None, *ctx.device.select_backward(grad, *ctx.saved_tensors, ctx.metric), None, None
+
+
+class _Aggregate(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        device: HostDevice,
+        value: Tensor,
+        s: Tensor,
+        I: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        rho: str,
+        scale: float,
+    ) -> Tensor:
+        ctx.device, ctx.options = device, (bias is not None, rho, scale)
+        ctx.save_for_backward(value, s, I, weight)
+        return device.run_aggregate(value, s, I, weight, bias, rho, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        grad_value, grad_s, grad_weight, grad_bias = ctx.device.aggregate_backward(
+            grads[0], *ctx.saved_tensors, *ctx.options
+        )
+        return None, grad_value, grad_s, None, grad_weight, grad_bias, None, None
+
+
+def _similarity_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _batch(tensor: Tensor) -> int:
+    return math.prod(tensor.shape[:-2])
+
+
+def _convolution(
+    value: Tensor, similarities: Tensor, weight: Tensor | None, rho: str
+) -> tuple[int, ...]:
+    """The numbers of an aggregation; the fifth is the outputs."""
+    (N, k), (M, C) = similarities.shape[-2:], value.shape[-2:]
+    kind, O = 0, C
+    if weight is not None:
+        kind, O = (2, weight.shape[0]) if weight.shape[1] == C else (1, C)
+    dtypes = DTYPES[value.dtype], DTYPES[similarities.dtype]
+    return (_batch(value), N, M, C, O, k, *dtypes, kind, RHOS[rho])
+
+
+def _empty_like(tensor: Tensor | None, needed: bool) -> Tensor | None:
+    return torch.empty(tensor.shape, dtype=tensor.dtype) if needed and tensor is not None else None
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
+    return flat.view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: MIT
+"""The built CUDA library, without a GPU: its symbols, the resources of its kernels, the example.
+
+CONVNN_CUDA_BUILD names the build folder; CI sets it.
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import convnn_kernels  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+BUILD = Path(os.environ.get("CONVNN_CUDA_BUILD", ""))
+LIBRARY = BUILD / "libconvnn_cuda.so"
+MOST_STACK = 64
+
+pytestmark = pytest.mark.skipif(
+    "CONVNN_CUDA_BUILD" not in os.environ, reason="needs CONVNN_CUDA_BUILD"
+)
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def introspect() -> ModuleType:
+    (path,) = BUILD.glob("introspect*.so")
+    spec = importlib.util.spec_from_file_location("introspect", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_it_asks_of_torch_is_in_the_stable_c_interface() -> None:
+    folder = Path(torch.__file__).parent / "include" / "torch" / "csrc"
+    headers = ["stable/c/shim.h", "inductor/aoti_torch/c/shim.h"]
+    declared = set(re.findall(r"\w+", "".join((folder / name).read_text() for name in headers)))
+    undefined = {
+        line.split()[-1].partition("@")[0]
+        for line in output("nm", "--dynamic", "--undefined-only", LIBRARY).splitlines()
+    }
+    assert not [name for name in undefined if re.search(r"(2at|3c10|5torch)", name)]
+    asked = {name for name in undefined if name.startswith(("aoti_torch_", "torch_"))}
+    assert "aoti_torch_get_current_cuda_stream" in asked
+    assert not asked - declared
+    # The CUDA runtime is inside.
+    assert not [name for name in undefined if name.startswith("cuda")]
+    assert "cudart" not in output("readelf", "--dynamic", LIBRARY)
+
+
+def test_it_has_no_search_path() -> None:
+    dynamic = output("readelf", "--dynamic", LIBRARY)
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+
+
+def test_introspect_knows_every_kernel() -> None:
+    built = introspect()
+    kernels = built.cuda_kernels()
+    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    names = set(re.findall(r"__launch_bounds__\([^)]*\) void (\w+_kernel)\(", sources))
+    assert len(names) > 20
+    for architecture in built.cuda_architectures():
+        if architecture.startswith("sm_"):
+            of_it = [name for name in kernels if name.startswith(f"{architecture} ")]
+            assert {re.split(r"[ <]", name)[1] for name in of_it} == names
+    for numbers in kernels.values():
+        assert 16 <= numbers["registers"] <= 255
+        assert 0 < numbers["occupancy_percent"] <= 100
+
+
+def test_no_kernel_spills() -> None:
+    command = [sys.executable, ROOT / "csrc" / "cuda" / "resources.py", LIBRARY]
+    assert "sweep_kernel<float>" in output(*command, "--most-stack", str(MOST_STACK))
+    failed = subprocess.run([*command, "--most-stack", "-1"], capture_output=True, text=True)
+    assert failed.returncode != 0
+    assert "more than -1 bytes of stack" in failed.stderr
+
+
+def test_a_cpu_pytorch_says_why_it_does_not_load_it() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("a CUDA PyTorch")
+    with pytest.raises(OSError, match=r"libtorch_cuda\.so: cannot open"):
+        ctypes.CDLL(str(LIBRARY))
+
+
+def test_example_agrees_with_the_operator() -> None:
+    def numbers(count: int, step: int) -> torch.Tensor:
+        return torch.tensor([float(i * step % 7 - 3) for i in range(count)])
+
+    query, key, value = numbers(20, 3).view(5, 4), numbers(48, 5).view(12, 4), numbers(36, 2)
+    Y, s, I = torch.ops.convnn.forward(query, key, value.view(12, 3), 3, metric="dot")
+    lines = output(BUILD / "examples" / "neighbors").splitlines()
+    assert lines[0] == "cpu"
+    for i in range(5):
+        neighbors = re.findall(r"key +(\d+) \((\S+)\)", lines[1 + i])
+        assert [int(index) for index, _ in neighbors] == I[i].tolist()
+        assert [float(similarity) for _, similarity in neighbors] == s[i].tolist()
+        row = [float(x) for x in lines[1 + i].partition("->")[2].split()]
+        torch.testing.assert_close(torch.tensor(row), Y[i], atol=1e-5, rtol=0.0)

@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: MIT
+"""The CUDA kernels, executed on the host: their sources under sanitizers, against the reference.
+
+`tests/host_cuda` holds the execution layer. Between barriers, threads run in an order drawn from a
+seed. Cases are small, but of every element type, in every path.
+"""
+
+import importlib.util
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from building import tool
+from cases import DTYPES, METRICS, SHORT, Case, make_case
+from host_device import HostDevice
+from torch import Tensor
+
+from python_ref import assert_aggregate, assert_forward, assert_select, select
+
+pytestmark = [pytest.mark.slow, pytest.mark.host_cuda]
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+F32 = torch.float32
+FAULTS = {
+    "no_barrier": "wrong result",
+    "thread_ends_before_barrier": "a barrier waits for a thread that has ended",
+    "different_barriers": "threads wait at different barriers",
+    "lane_ends_before_vote": "a warp waits for a lane that is elsewhere",
+    "lane_elsewhere": "lanes of a warp wait at different places",
+    "shared_memory_ends": "heap-buffer-overflow",
+    "not_aligned": "misaligned address",
+}
+
+
+@pytest.fixture(scope="module")
+def programs() -> Path:
+    """Where the programs of `tests/host_cuda` are, built; or CONVNN_HOST_CUDA, as it is."""
+    if "CONVNN_HOST_CUDA" in os.environ:
+        return Path(os.environ["CONVNN_HOST_CUDA"]).resolve()
+    folder = ROOT / "build" / "host_cuda"
+    configure = [
+        *(tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+        *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"),
+        *("-DCONVNN_CUDA=0", "-DCONVNN_WERROR=1"),
+    ]
+    build = [tool("cmake"), "--build", str(folder), "--target", "host_cuda", "host_cuda_faults"]
+    for command in (configure, build):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "tests" / "host_cuda"
+
+
+@pytest.fixture(scope="module")
+def shared_device(programs: Path) -> Iterator[list[HostDevice]]:
+    devices: list[HostDevice] = []
+    yield devices
+    if devices and devices[0].alive():
+        devices[0].close()
+
+
+@pytest.fixture
+def device(programs: Path, shared_device: list[HostDevice]) -> HostDevice:
+    """One program for all tests, and a new one after a crash."""
+    if not shared_device or not shared_device[-1].alive():
+        shared_device[:] = [HostDevice(programs / "host_cuda")]
+    shared_device[0].seed, shared_device[0].most_bytes = 0, 2**26
+    return shared_device[0]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_execution_layer_finds(fault: str, programs: Path) -> None:
+    done = subprocess.run([programs / "host_cuda_faults", fault], capture_output=True, text=True)
+    assert done.returncode not in (0, 2)
+    assert FAULTS[fault] in done.stderr
+
+
+def test_execution_layer_accepts_a_sound_kernel(programs: Path) -> None:
+    subprocess.run([programs / "host_cuda_faults", "sound"], check=True)
+
+
+# Random cases of all operators. Few columns: selection without groups.
+
+
+def small_cases() -> Iterator[Case]:
+    seed = 0
+    while True:
+        case = make_case(seed)
+        seed += 1
+        batch = math.prod(case.lead)
+        if batch * max(case.N, case.M) <= 150 and max(case.D, case.C) <= 130:
+            yield case
+
+
+@pytest.mark.parametrize("case", list(islice(small_cases(), 200)), ids=lambda case: case.id)
+def test_random_case(case: Case, device: HostDevice) -> None:
+    device.seed = case.seed
+    assert_forward(device.forward, **case.arguments(), exact=case.exact, seed=case.seed)
+
+
+# Selection by groups.
+
+
+class Selection:
+    """What a seed stands for: a selection with enough columns for groups."""
+
+    def __init__(self, seed: int) -> None:
+        draw = random.Random(seed)
+        self.seed = seed
+        self.dtype = (torch.float32, torch.float16, torch.bfloat16)[seed % 3]
+        self.metric = METRICS[seed // 3 % 3]
+        contents = ("normal", "integers", "integers", "few_rows", "constant", "special")
+        self.content = draw.choice(contents)
+        self.batch = draw.choice((1, 1, 2))
+        self.N = draw.choice((1, 2, 5, 17, 66))
+        self.D = draw.choice((1, 2, 3, 7, 8, 16, 31, 32, 33, 40, 65))
+        self.k = draw.choice((1, 2, 3, 5, 9, 16))
+        self.M = draw.choice((261, 320, 385, 512))
+        self.listed, self.own = draw.random() < 0.3, draw.random() < 0.3
+        self.masked = draw.choice((0.0, 0.0, 0.5, 0.95, 1.0))
+        self.order = draw.choice(("similarity", "similarity", "index"))
+
+    @property
+    def id(self) -> str:
+        return (
+            f"s{self.seed}-{SHORT[self.dtype]}-{self.metric}-{self.content}-B{self.batch}-N{self.N}"
+            f"-M{self.M}-D{self.D}-k{self.k}-{self.order}-mask{self.masked:g}"
+            + ("-listed" if self.listed else "")
+            + ("-self" if self.own else "")
+        )
+
+    def rows(self, generator: torch.Generator, n: int) -> Tensor:
+        shape = (self.batch, n, self.D)
+        X = torch.randn(shape, generator=generator)
+        if self.content == "integers":
+            return torch.randint(-3, 4, shape, generator=generator).float()
+        if self.content == "few_rows":
+            return X[:, torch.randint(min(n, 4), (n,), generator=generator)]
+        if self.content == "constant":
+            return torch.full(shape, 0.3)
+        if self.content == "special":
+            for value in (math.nan, math.inf, -math.inf, 0.0, -0.0):
+                X[:, torch.randint(n, (max(1, n // 50),), generator=generator), 0] = value
+        return X
+
+    def check(self, device: HostDevice) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        query, key = self.rows(generator, self.N), self.rows(generator, self.M)
+        M = self.M
+        candidates = torch.randperm(M, generator=generator)[: M - 3] if self.listed else None
+        own = torch.randint(M, (self.N,), generator=generator) if self.own else None
+        mask = torch.rand(self.batch, M, generator=generator) >= self.masked
+        assert_select(
+            device.select,
+            query.to(self.dtype),
+            key.to(self.dtype),
+            self.k,
+            candidates,
+            own,
+            mask if self.masked else None,
+            self.metric,
+            self.order,
+            exact=self.content == "integers" and self.metric != "cosine",
+            backward=False,
+        )
+
+
+@pytest.mark.parametrize("case", [Selection(seed) for seed in range(216)], ids=lambda case: case.id)
+def test_selection_by_groups(case: Selection, device: HostDevice) -> None:
+    device.seed = case.seed
+    case.check(device)
+
+
+def integers(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("M", [4100, 16400])
+def test_larger_groups(M: int, device: HostDevice) -> None:
+    """Groups of 16 and of 32 columns."""
+    query, key = integers(3, 4), integers(M, 4, seed=1)
+    assert_select(device.select, query, key, 5, metric="dot", exact=True, backward=False)
+
+
+def test_the_largest_groups(device: HostDevice) -> None:
+    """Groups of 64 columns."""
+    query, key = integers(2, 1), integers(2**18, 1, seed=1)
+    s, I = device.select(query, key, 3, metric="dot")
+    expected = select(query, key, 3, metric="dot")
+    assert torch.equal(I, expected[1])
+    assert torch.equal(s, expected[0])
+
+
+def test_several_launches(device: HostDevice) -> None:
+    """A workspace for one block of rows at a time."""
+    query, key = normal(2, 130, 8), normal(2, 300, 8, seed=1)
+    whole = device.select(query, key, 4)
+    device.most_bytes = 1
+    assert all(map(torch.equal, whole, device.select(query, key, 4)))
+
+
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize("option", ["all", "mask", "few_left", "candidates", "self"])
+@pytest.mark.parametrize(("k", "dtype"), [(257, F32), (290, torch.float64)], ids=str)
+def test_more_neighbors_than_a_list_holds(
+    k: int, dtype: torch.dtype, option: str, order: str, device: HostDevice
+) -> None:
+    query, key = integers(5, 3, dtype=dtype), integers(600, 3, seed=1, dtype=dtype)
+    rows = torch.arange(600)
+    own = torch.tensor([0, 150, 599, 7, 8])
+    options: dict[str, Tensor] = {
+        "all": {},
+        "mask": {"key_mask": rows % 2 == 0},
+        "few_left": {"key_mask": (rows == 3) | (rows == 599), "self_indices": own},
+        "candidates": {"candidates": torch.arange(599, 0, -2)},
+        "self": {"self_indices": own, "candidates": torch.arange(599, 0, -2)},
+    }[option]
+    assert_select(
+        device.select,
+        *(query, key, k),
+        **options,
+        metric="dot",
+        order=order,
+        exact=True,
+        backward=False,
+    )
+
+
+@pytest.mark.parametrize("size", [1e20, 1e-20, 1e-37, 3e38])
+@pytest.mark.parametrize("M", [20, 300])
+def test_norms_of_finite_rows_are_finite(size: float, M: int, device: HostDevice) -> None:
+    query, key = normal(5, 40), normal(M, 40, seed=1)
+    query = query / query.abs().amax() * size
+    key = key * (min(size, 1e37) if size > 1 else size)
+    s, _ = assert_select(device.select, query, key, 5)
+    assert bool(s.isfinite().all())
+
+
+def test_more_than_65535_batch_rows(device: HostDevice) -> None:
+    query, key = integers(66000, 1, 1), integers(66000, 2, 1, seed=1)
+    s, I = device.select(query, key, 1, metric="dot")
+    expected = select(query, key, 1, metric="dot")
+    assert torch.equal(I, expected[1])
+    assert torch.equal(s, expected[0])
+
+
+# Aggregation and its gradients.
+
+
+class Aggregation:
+    """What a seed stands for; `dense` or not."""
+
+    def __init__(self, seed: int, dense: bool) -> None:
+        draw = random.Random(seed)
+        self.seed, self.dense = seed, dense
+        self.dtype = DTYPES[seed % 4]
+        self.similarity_dtype = draw.choice((torch.float32, torch.float32, torch.float64))
+        self.rho = draw.choice(("softmax", "softmax", "ones", "similarity"))
+        self.scale = draw.choice((1.0, 0.125, -1.0)) if self.rho == "softmax" else 1.0
+        self.batch = draw.choice((1, 1, 2, 3))
+        self.N = draw.choice((1, 2, 15, 33, 65))
+        self.M = draw.choice((1, 3, 17, 64, 65, 70))
+        self.C = draw.choice((1, 2, 7, 8, 31, 32, 33, 65))
+        self.O = draw.choice((1, 3, 8, 16, 33, 64, 66))
+        self.k = draw.choice((1, 2, 3, 5)) if dense else draw.choice((1, 2, 3, 9, 33, 70))
+        self.kind = "dense" if dense else draw.choice(("none", "depthwise"))
+        if self.kind == "depthwise" and self.C == 1:
+            self.kind = "none"
+        self.bias = draw.random() < 0.5
+        self.missing = draw.choice((0.0, 0.0, 0.3, 1.0))
+        self.hub = draw.random() < 0.3
+
+    @property
+    def id(self) -> str:
+        return (
+            f"s{self.seed}-{SHORT[self.dtype]}-s{SHORT[self.similarity_dtype]}-B{self.batch}"
+            f"-N{self.N}-M{self.M}-C{self.C}-O{self.O}-k{self.k}-{self.kind}-{self.rho}"
+            f"-missing{self.missing:g}" + ("-bias" if self.bias else "")
+        )
+
+    def tensors(self) -> list[Tensor | None]:
+        """value, similarities, indices, weight and bias."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        shape = (self.batch, self.N, self.k)
+        s = draw(*shape)
+        s[torch.rand(shape, generator=generator) < self.missing] = -math.inf
+        I = torch.randint(1 if self.hub else self.M, shape, generator=generator)
+        weights = {
+            "none": None,
+            "depthwise": (self.C, 1, self.k),
+            "dense": (self.O, self.C, self.k),
+        }
+        weight = None if weights[self.kind] is None else draw(*weights[self.kind])
+        bias = draw(self.O if self.dense else self.C) if self.bias else None
+        value = draw(self.batch, self.M, self.C).to(self.dtype)
+        rest = [None if X is None else X.to(self.dtype) for X in (weight, bias)]
+        return [value, s.to(self.similarity_dtype), I, *rest]
+
+
+AGGREGATIONS = [Aggregation(seed, dense) for dense in (False, True) for seed in range(200)]
+
+
+@pytest.mark.parametrize("case", AGGREGATIONS, ids=lambda case: case.id)
+def test_aggregation(case: Aggregation, device: HostDevice) -> None:
+    device.seed = case.seed
+    assert_aggregate(device.aggregate, *case.tensors(), case.rho, case.scale, seed=case.seed)
+
+
+@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
+def test_a_weight_gradient_of_several_parts(kind: str, device: HostDevice) -> None:
+    N, C, k = 600, 3, 2
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (4, C, k)}[kind]
+    weight = None if shape is None else normal(*shape)
+    bias = normal(4 if kind == "dense" else C, seed=5)
+    I = torch.randint(7, (N, k), generator=torch.Generator().manual_seed(3))
+    assert_aggregate(device.aggregate, normal(7, C, seed=1), normal(N, k), I, weight, bias)
+
+
+def test_values_of_missing_neighbors_do_not_matter(device: HostDevice) -> None:
+    value = normal(6, 20)
+    value[0] = math.nan
+    s = normal(4, 3)
+    s[1], s[2, 1] = -math.inf, -math.inf
+    I = torch.tensor([[1, 2, 3], [0, 0, 0], [4, 0, 5], [2, 2, 2]])
+    for weight in (None, normal(20, 1, 3), normal(7, 20, 3)):
+        Y = assert_aggregate(device.aggregate, value, s, I, weight)
+        assert bool(Y.isfinite().all())
+
+
+@pytest.mark.parametrize("C", [5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_infinite_values_stay_infinite(dtype: torch.dtype, C: int, device: HostDevice) -> None:
+    value = normal(6, C, dtype=dtype)
+    value[1, 2], value[3, 0] = math.inf, -math.inf
+    s, I = normal(4, 2, seed=1), torch.tensor([[0, 2], [1, 0], [3, 4], [1, 3]])
+    weight = normal(3, C, 2, seed=2, dtype=dtype)
+    Y = assert_aggregate(device.aggregate, value, s, I, weight, rho="ones", backward=False)
+    assert bool(Y[0].isfinite().all())
+    assert bool(Y[1:3].isinf().all())
+
+
+def test_infinite_similarity_is_nan_as_in_eager_softmax(device: HostDevice) -> None:
+    s = normal(3, 4)
+    s[0, 1], s[1, 2] = math.inf, math.nan
+    I = torch.arange(12).view(3, 4)
+    Y = assert_aggregate(device.aggregate, normal(12, 5), s, I, backward=False)
+    assert bool(Y[:2].isnan().all())
+    assert bool(Y[2].isfinite().all())
+
+
+def test_no_access_out_of_bounds(device: HostDevice) -> None:
+    """Wrong indices are left out; AddressSanitizer watches."""
+    query, key = integers(3, 4), integers(400, 4, seed=1)
+    wrong = torch.tensor([-5, 10**9, 400])
+    for step, order in ((1, "similarity"), (4, "similarity"), (1, "index")):
+        allowed = torch.arange(0, 400, step)
+        candidates = torch.cat([wrong, allowed])
+        own = torch.tensor([10**12, -1, 3])
+        k = 4 if order == "similarity" else 300
+        s, I = device.select(query, key, k, candidates, own, metric="dot", order=order)
+        expected = select(query[:2], key, k, allowed, metric="dot", order=order)
+        assert torch.equal(I[:2], expected[1])
+        assert torch.equal(s[:2], expected[0])
+    value = normal(5, 3).requires_grad_()
+    I = torch.tensor([[0, 1], [-7, 10**12]])
+    for weight in (None, normal(3, 1, 2), normal(4, 3, 2)):
+        W = None if weight is None else weight.requires_grad_()
+        Y = device.aggregate(value, normal(2, 2), I, W)
+        assert not Y[1].any()
+        assert not torch.autograd.grad(Y.sum(), value)[0][2:].any()
+    grads = device.select_backward(
+        *(normal(2, 2), normal(2, 3), normal(5, 3), normal(2, 2), I, "cosine")
+    )
+    assert not grads[0][1].any()
+
+
+@pytest.mark.parametrize("weight", [None, (6, 1, 4), (5, 6, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("lead", "N"), [((), 0), ((0,), 3), ((2, 0), 3), ((2,), 0)], ids=["N0", "B0", "B2x0", "B2N0"]
+)
+def test_empty(
+    lead: tuple[int, ...], N: int, weight: tuple[int, ...] | None, device: HostDevice
+) -> None:
+    tensors = [torch.randn(*lead, n, 6).requires_grad_() for n in (N, 9, 9)]
+    W = None if weight is None else torch.randn(weight).requires_grad_()
+    Y, s, _ = device.forward(*tensors, 4, W)
+    (Y.sum() + s.sum()).backward()
+    assert all(not X.grad.any() for X in (*tensors, W) if X is not None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("kind", ["depthwise", "dense"])
+def test_the_same_bits_in_every_order_of_threads(
+    kind: str, dtype: torch.dtype, device: HostDevice
+) -> None:
+    """Forward and backward. One case has hubs, ties, several blocks and groups."""
+    N, M, D, C, O, k = 70, 262, 5, 9, 11, 3
+    query, key, value = (normal(1, n, D if i < 2 else C, seed=i) for i, n in enumerate((N, M, M)))
+    key[:, 100:150] = key[:, :50]
+    query[0, :40] = query[0, :1]
+    weight = normal(*((O, C, k) if kind == "dense" else (C, 1, k)), seed=3)
+    bias = normal(O if kind == "dense" else C, seed=4)
+    leaves = [X.to(dtype).requires_grad_() for X in (query, key, value, weight, bias)]
+
+    def run(seed: int) -> list[Tensor]:
+        device.seed = seed
+        Y, s, I = device.forward(*leaves[:3], k, *leaves[3:])
+        grads = [normal(*X.shape, seed=6).to(X.dtype) for X in (Y, s)]
+        return [Y, s, I, *torch.autograd.grad((Y, s), leaves, grads)]
+
+    first = run(0)
+    for seed in range(1, 10):
+        assert all(map(torch.equal, first, run(seed))), f"seed {seed}"
+
+
+def test_kernels_launches_and_shared_memory(programs: Path) -> None:
+    """Every kernel runs, and resources.py knows what its launches ask for."""
+    spec = importlib.util.spec_from_file_location("resources", SOURCES / "resources.py")
+    assert spec is not None
+    assert spec.loader is not None
+    resources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(resources)
+    text = "".join(path.read_text() for path in SOURCES.glob("*.cuh"))
+    kernels = set(re.findall(r"__launch_bounds__\([^)]*\) void (\w+_kernel)\(", text))
+    run: dict[str, dict[str, int]] = {}
+    for dtype in DTYPES:
+        device = HostDevice(programs / "host_cuda")
+        X = [normal(n, 3, seed=n, dtype=dtype).requires_grad_() for n in (2, 600, 600)]
+        weights = (normal(2, 3, 2, dtype=dtype), normal(3, 1, 2, dtype=dtype))
+        for weight in (weight.requires_grad_() for weight in weights):
+            bias = normal(weight.shape[0], dtype=dtype).requires_grad_()
+            Y, s, _ = device.forward(*X, 2, weight, bias, torch.arange(600))
+            (Y.sum() + s.sum()).backward()
+        device.select(*X[:2], 257)
+        run[{8: "<double>", 4: "<float>"}.get(dtype.itemsize, "<Float16>")] = device.close()
+    assert set().union(*run.values()) == kernels
+    for of_type, launched in run.items():
+        for name, shared in launched.items():
+            expected = resources.dynamic_shared(name + of_type)
+            # A list of 2 is shorter than the longest.
+            assert shared == expected or (name == "nominate_kernel" and shared < expected), name
