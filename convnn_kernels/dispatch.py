@@ -48,6 +48,7 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """
     if (
         torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()  # the dispatcher leaves it out by itself
         or needs_autograd(args)
         or torch._C._are_functorch_transforms_active()
     ):
