@@ -350,7 +350,7 @@ def main() -> int:
     todo = [job for job in todo if (job[1], _fingerprint(job[0]), job[2]) not in have]
     launches = len(known) + len(todo)
     # A run that is stopped early has seen every kernel once, for each architecture and dtype.
-    turns: collections.Counter[tuple[str, int, str]] = collections.Counter()
+    turns = collections.Counter((row["kernel"], row["arch"], row["dtype"]) for row in known)
     order = {}
     for launch, arch, dtype in todo:
         turns[launch["kernel"], arch, dtype] += 1

@@ -159,7 +159,7 @@ def summary(tables: Iterable[Table]) -> str:
     compiled = []
     for table in tables:
         compiled.append(
-            f"{table.get('triton', 'none')}: {len(table['rows'])} of {table['launches']}"
+            f"{table.get('triton', 'none')}: {len(table['rows'])} of {table.get('launches', 0)}"
         )
         for row in table["rows"]:
             groups[row["kernel"], row["arch"]].append(row)

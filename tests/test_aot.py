@@ -20,8 +20,11 @@ from benchmarks import aot_table
 from benchmarks.aot_table import ARCHITECTURES, RESULTS, VERSIONS, Row, Table
 
 DTYPES = ("float16", "bfloat16", "float32")
-# What the documentation says of kernels that one version cannot compile.
-KNOWN_ERRORS: set[tuple[str, str, int]] = set()
+# Where this version keeps a few bytes on the stack in a loop; docs/triton.md says so.
+KNOWN_SPILLS = {
+    *(("3.8.0", "refine_kernel", arch) for arch in ARCHITECTURES),
+    ("3.8.0", "nominate_kernel", 100),
+}
 
 
 @cache
@@ -63,6 +66,15 @@ def test_every_kernel_is_there(version: str) -> None:
             assert kernels - found <= ({"select_small_kernel"} if dtype == "float32" else set())
 
 
+def is_known(version: str, row: Row) -> bool:
+    spills = f"{row['spills_in_main_loop']} spills in the main loop"
+    return (
+        (version, row["kernel"], row["arch"]) in KNOWN_SPILLS
+        and row["stack"] <= 16
+        and aot_table.faults(row) == [spills]
+    )
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_nothing_is_wrong(version: str) -> None:
     """No spills in loops, no more stack or shared memory than allowed, offsets of 64 bits."""
@@ -71,7 +83,7 @@ def test_nothing_is_wrong(version: str) -> None:
     wrong = {
         (row["kernel"], row["arch"], row["dtype"], *aot_table.faults(row))
         for row in rows
-        if aot_table.faults(row) and (version, row["kernel"], row["arch"]) not in KNOWN_ERRORS
+        if aot_table.faults(row) and not is_known(version, row)
     }
     assert not wrong
 

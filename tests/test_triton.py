@@ -107,6 +107,7 @@ OPTIONS = {
     "mask": {"key_mask": torch.arange(300) % 7 == 3},
     "mask_of_groups": {"key_mask": (torch.arange(300) // 8) % 5 == 4},
     "few_left": {"key_mask": (torch.arange(300) == 3) | (torch.arange(300) == 299)},
+    "last_keys": {"key_mask": torch.arange(300) >= 250},
     "none_left": {"key_mask": torch.zeros(300, dtype=torch.bool)},
     "candidates": {"candidates": torch.arange(299, 0, -2)},
     "candidates_and_mask": {
@@ -189,7 +190,7 @@ def test_special_values(
 
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("option", ["mask", "mask_of_groups", "candidates", "none"])
+@pytest.mark.parametrize("option", ["mask", "last_keys", "candidates", "none"])
 def test_what_is_left_out_ranks_below_everything(
     option: str, small: bool, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -223,7 +223,7 @@ def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
     return _tile(
         BLOCK_M=64,
         BLOCK_O=min(32, max(16, power_of_two(O))),
-        BLOCK_C=min(64, max(16, power_of_two(C))),
+        BLOCK_C=min(64, max(32, power_of_two(C))),
         num_warps=4,
         num_stages=2,
     )
