@@ -112,6 +112,11 @@ def steps(device: str, folder: Path) -> list[Step]:
     return found
 
 
+def seconds_for(step: Step, left: float) -> float:
+    """Its limit, out of what is left: some of that is for the steps after it."""
+    return min(step.seconds, left - min(step.leave, 0.6 * left))
+
+
 def run_step(step: Step, seconds: float, environment: dict[str, str]) -> Record:
     """Run a step for at most `seconds`, and say how it ended."""
     began = time.monotonic()
@@ -209,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     for step in steps(options.device, folder):
         left = options.seconds - (time.monotonic() - began)
-        seconds = min(step.seconds, left - min(step.leave, 0.6 * left))
+        seconds = seconds_for(step, left)
         print(f"{step.name}, for at most {seconds:.0f} s", flush=True)
         write()
         if seconds < 5:
