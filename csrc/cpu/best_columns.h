@@ -91,6 +91,9 @@ class BestColumns {
     wanted_ = wanted;
     excluded_ = excluded;
     count_ = 0;
+    blocks_ = 0;
+    has_nan_ = false;
+    bound_ = std::numeric_limits<A>::infinity();
     complete_ = false;
     nan_closed_ = false;
   }
@@ -182,7 +185,8 @@ class BestColumns {
   }
 
   // Whether `wanted` columns are known, all of them earlier than the next and none below the bound,
-  // so that one equal to the bound comes too late.
+  // so that one equal to the bound comes too late. (The bound rises from one chunk to the next only
+  // when they are known: before, a full chunk has fewer groups than `wanted`, and no bound.)
   bool closed() const { return complete_ || count_ >= wanted_; }
 
   void add(A similarity, int64_t column) {

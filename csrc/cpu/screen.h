@@ -50,7 +50,8 @@ inline Extent round_row(const float* x, int64_t d, bfloat16* rounded) {
     const double error = double(x[i]) - double(widen(rounded[i]));
     return error * error;
   }));
-  return {float(norm * 1.000001), float(rounding * 1.000001)};
+  // Rounded up; the second term also where the result is subnormal, whose rounding is coarse.
+  return {float(norm * 1.000001) + 0x1p-120f, float(rounding * 1.000001) + 0x1p-120f};
 }
 
 // The bound for a query row and a key row of these extents and d columns; inf where there is none.
@@ -87,7 +88,9 @@ inline void multiply_pairs(const uint32_t* a, int64_t stride, int64_t rows, cons
         column[v] = __m512bh(_mm512_loadu_si512(b + t * kTileColumns<float> + v * kLanes<float>));
       }
       for (int r = 0; r < kTileRows; ++r) {
-        const __m512bh row = __m512bh(_mm512_set1_epi32(int(tile[r * stride + t])));
+        int pair;  // written as bfloat16
+        std::memcpy(&pair, tile + r * stride + t, sizeof pair);
+        const __m512bh row = __m512bh(_mm512_set1_epi32(pair));
         for (int v = 0; v < Vectors; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], row, column[v]);
       }
     }

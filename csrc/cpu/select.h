@@ -18,10 +18,10 @@
 
 namespace convnn::CONVNN_ISA {
 
-// A screen has to leave no more than this part of the groups of a chunk, besides k of them: to
-// compute a pair again costs about as much as eight pairs of a full tile, and a group holds up to
-// kScanVectors.
-constexpr int64_t kOpenGroups = 8;
+// A screen may leave open one in this many groups of a chunk, besides k, and never more than half:
+// to compute a pair again costs about as much as eight pairs of a full tile, and a group holds up
+// to kScanVectors.
+constexpr int64_t kGroupsPerOpen = 8;
 
 // Rows of a strip are not a multiple of a page apart: they would compete for the same few places of
 // the innermost cache.
@@ -79,11 +79,13 @@ class Select {
     }
   };
 
-  // Whether a screen pays for these shapes: with few columns, or most of them neighbors, or short
-  // rows, the product costs little beside the rest.
+  // Whether a screen pays for these shapes. With few queries or columns, preparing the keys costs
+  // more than the product; with most columns neighbors, or short rows, the rest does. What is kept
+  // of a key stays within eight bytes for each element.
   static bool screen_pays(const SelectParams& p, int64_t columns) {
-    return kScreens<A> && p.metric != Metric::euclidean && columns >= 512 && p.d >= 16 &&
-           p.k <= columns / 4;
+    return kScreens<A> && p.metric != Metric::euclidean && p.n >= 4 * kBlockRows &&
+           columns >= 512 && p.d >= 16 && p.k <= columns / 4 &&
+           padded_stride<A>(p.d) + ceil_div(p.d, 2) <= 2 * p.d;
   }
 
   static int64_t pair_stride(const SelectParams& p) {
@@ -299,7 +301,8 @@ class Select {
     for (int64_t r = 0; r < rows; ++r) {
       left += best[r].survey(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
     }
-    const int64_t open = BestColumns<A>::group_count(chunk) / kOpenGroups + p.k;
+    const int64_t groups = BestColumns<A>::group_count(chunk);
+    const int64_t open = min_of(groups / kGroupsPerOpen + p.k, groups / 2);
     if (left > rows * open) return false;
     const int64_t stride = padded_stride<A>(p.d);
     for (int64_t r = 0; r < rows; ++r) {

@@ -111,8 +111,14 @@ inline void store(A* to, Vector<A> x) {
 template <class A, int Step, int... J>
 inline void exchange(Vector<A>& upper, Vector<A>& lower, std::integer_sequence<int, J...>) {
   const Vector<A> first = upper, second = lower;
+#if defined(__clang__)
   upper = __builtin_shufflevector(first, second, (J & Step ? kLanes<A> + J - Step : J)...);
   lower = __builtin_shufflevector(first, second, (J & Step ? kLanes<A> + J : J + Step)...);
+#else  // GCC has the one above from version 12 on
+  using Indices = decltype(Vector<A>{} > Vector<A>{});
+  upper = __builtin_shuffle(first, second, Indices{(J & Step ? kLanes<A> + J - Step : J)...});
+  lower = __builtin_shuffle(first, second, Indices{(J & Step ? kLanes<A> + J : J + Step)...});
+#endif
 }
 
 // Lane j of row i and lane i of row j change places.
