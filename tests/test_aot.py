@@ -24,6 +24,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 KNOWN_SPILLS = {
     *(("3.8.0", "refine_kernel", arch) for arch in ARCHITECTURES),
     ("3.8.0", "nominate_kernel", 100),
+    ("3.6.0", "value_grad_dense_kernel", 100),
 }
 
 

@@ -356,6 +356,32 @@ def test_infinite_values_stay_infinite(dtype: torch.dtype, C: int, device: HostD
     assert bool(Y[1:3].isinf().all())
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000])
+def test_every_nan_stays_nan(bits: int, device: HostDevice) -> None:
+    """Also those whose bits a rounding would carry into the sign."""
+    nan = torch.tensor(bits, dtype=torch.int32).view(F32)
+    value = torch.ones(32, 32)
+    value[0, 0] = nan
+    Y = device.aggregate(value, torch.ones(32, 1), torch.zeros(32, 1).long(), normal(4, 32, 1))
+    assert bool(Y.isnan().all())
+    key = torch.ones(512, 32)
+    key[500, 3] = nan
+    s, I = device.select(torch.ones(2, 32), key, 1, metric="dot")
+    assert bool(s.isnan().all())
+    assert I.eq(500).all()
+
+
+@pytest.mark.parametrize("order", ["similarity", "index"])
+def test_candidates_that_are_not_distinct_write_within_bounds(
+    order: str, device: HostDevice
+) -> None:
+    """What they give is undefined; AddressSanitizer watches."""
+    candidates = torch.zeros(600, dtype=torch.long)
+    for k in (9, 257):
+        s, _ = device.select(normal(3, 2), normal(600, 2, seed=1), k, candidates, order=order)
+        assert s.shape == (3, k)
+
+
 def test_infinite_similarity_is_nan_as_in_eager_softmax(device: HostDevice) -> None:
     s = normal(3, 4)
     s[0, 1], s[1, 2] = math.inf, math.nan

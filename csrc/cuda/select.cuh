@@ -14,7 +14,9 @@
 //
 // Every neighbor is a member of one of the k groups: a group ranked before the neighbor's own
 // holds, by its maximum or at a tie by its lower columns, a key that precedes the neighbor, and
-// fewer than k do. Ties, constant rows and NaN need no special path, and nothing can overflow.
+// fewer than k do. Ties, constant rows and NaN need no special path, and nothing can overflow. For
+// float32 the sweep's products are split, so this holds up to their rounding, which is within what
+// the certificate of a selection allows.
 //
 // With few columns and for float64, steps 2 and 3 are left out and refine_kernel takes all
 // columns. It does so for k beyond the longest list, too, which it fills several times: each time
@@ -318,6 +320,7 @@ __global__ __launch_bounds__(kThreads, 4) void refine_kernel(const SelectWork<T>
   if (!by_index || p.k <= longest) return;
 
   // In ascending order of columns, what is not behind the last neighbor; the token itself between.
+  // Candidates that are not distinct may be more than k: they are not stored.
   int64_t written = 0, before_own = 0;
   for (int64_t first = 0; first < row.members(); first += kWarp) {
     const int64_t index = row.row(first + lane());
@@ -326,13 +329,14 @@ __global__ __launch_bounds__(kThreads, 4) void refine_kernel(const SelectWork<T>
     const unsigned lanes = __ballot_sync(kAllLanes, keeps);
     if (keeps) {
       const bool after_own = row.own() >= 0 && index > row.own();
-      store(written + __popc(lanes & ((1u << lane()) - 1)) + after_own, key);
+      const int64_t place = written + __popc(lanes & ((1u << lane()) - 1)) + after_own;
+      if (place < p.k) store(place, key);
     }
     before_own += __popc(__ballot_sync(kAllLanes, keeps && index < row.own()));
     written += __popc(lanes);
   }
   if (row.own() >= 0) {
-    if (lane() == 0) store(before_own, row.own_key());
+    if (lane() == 0 && before_own < p.k) store(before_own, row.own_key());
     ++written;
   }
   for (int64_t i = written + lane(); i < p.k; i += kWarp) store(i, no_key<A>());

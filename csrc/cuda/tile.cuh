@@ -73,10 +73,14 @@ __device__ inline uint32_t load_pair(const T* elements) {
   return pair;
 }
 
-// x = high + low + rest, with both in tf32 and |rest| <= 2^-22 |x|.
+// x = high + low + rest, with both in tf32 and |rest| <= 2^-22 |x|, but for |x| below 2^-115.
 struct SplitFloat {
   uint32_t high, low;
   __device__ explicit SplitFloat(float x) {
+    if (x != x) {  // rounding would carry some NaN into the sign, and leave a zero
+      high = low = 0x7FC00000u;
+      return;
+    }
     high = (__float_as_uint(x) + 0x1000) & 0xFFFFE000;
     low = (__float_as_uint(x - __uint_as_float(high)) + 0x1000) & 0xFFFFE000;
   }
