@@ -23,6 +23,10 @@ namespace convnn::CONVNN_ISA {
 // to kScanVectors.
 constexpr int64_t kGroupsPerOpen = 8;
 
+// A block whose screen left too much open lets so many others do without: their queries and keys
+// are probably alike. That changes the time and not the result.
+constexpr int64_t kBlocksUnscreened = 15;
+
 // Rows of a strip are not a multiple of a page apart: they would compete for the same few places of
 // the innermost cache.
 template <class A>
@@ -175,8 +179,11 @@ class Select {
   static void rows(const SelectParams& p, const SelectWork& work, int64_t begin, int64_t end,
                    void* scratch) {
     const int64_t blocks = ceil_div(p.n, kBlockRows);
+    int64_t unscreened = 0;  // how many of the next blocks do without a screen
     for (int64_t task = begin; task < end; ++task) {
-      block(p, work, task / blocks, task % blocks * kBlockRows, Scratch(p, scratch));
+      bool screen = unscreened == 0;
+      block(p, work, task / blocks, task % blocks * kBlockRows, Scratch(p, scratch), screen);
+      unscreened = unscreened > 0 ? unscreened - 1 : screen ? 0 : kBlocksUnscreened;
     }
   }
 
@@ -194,9 +201,10 @@ class Select {
     return round_row(row, p.d, rounded);
   }
 
-  // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work.
+  // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work. `screen`:
+  // whether to screen, and then whether that left little open.
   static void block(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
-                    const Scratch& scratch) {
+                    const Scratch& scratch, bool& screen) {
     const int64_t batch = work.first_batch + b;
     const int64_t rows = min_of(kBlockRows, p.n - first_row);
     const int64_t columns = columns_of(work, b);
@@ -230,9 +238,9 @@ class Select {
     for (int64_t first = 0; first < columns; first += kChunk) {
       const int64_t chunk = min_of(kChunk, columns - first);
       if constexpr (kScreens<A>) {
-        if (keys.screened &&
-            screen_chunk(p, keys, first, chunk, rows, extents, self_columns, best, scratch)) {
-          continue;
+        if (keys.screened && screen) {
+          screen = screen_chunk(p, keys, first, chunk, rows, extents, self_columns, best, scratch);
+          if (screen) continue;
         }
       }
       for (int64_t c = 0; c < chunk; c += kPanel) {
