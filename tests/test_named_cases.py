@@ -364,6 +364,30 @@ def test_more_neighbors_than_a_tile_holds(metric: str) -> None:
 
 
 @on_two_threads
+@each_metric
+@pytest.mark.parametrize("D", [8, 32])
+@pytest.mark.parametrize("k", [1, 9, 300])
+def test_ties_far_from_a_query(metric: str, D: int, k: int) -> None:
+    """Among equal keys, and among keys of NaN, the first ones are taken by every query, wherever
+    between them it stands."""
+    N, M = 120, 4000
+    query, key = torch.ones(N, D), torch.ones(M, D)
+    s, I = ops.select(query, key, k, metric=metric)
+    assert torch.equal(I, torch.arange(k).expand(N, k))
+    assert s.isfinite().all()
+    places = torch.tensor([1500, 1501, 1999, 2000, 3999])
+    key[places] = NAN
+    s, I = ops.select(query, key, k, metric=metric)
+    first = torch.cat([places, torch.arange(k)])[:k]
+    assert torch.equal(I, first.expand(N, k))
+    assert torch.equal(s.isnan(), (first >= 1500).expand(N, k))
+    key[:] = NAN
+    s, I = ops.select(query, key, k, metric=metric)
+    assert torch.equal(I, torch.arange(k).expand(N, k))
+    assert s.isnan().all()
+
+
+@on_two_threads
 def test_more_than_65535_queries() -> None:
     query, key = randn(65_540, 2), randn(5, 2)
     assert_forward(ops.forward, query, key, randn(5, 3), 2)

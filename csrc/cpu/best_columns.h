@@ -6,9 +6,8 @@
 // maxima is a lower bound for the k-th similarity of the row, so only elements of groups that reach
 // it can matter: on average little more than k of them. (A bound a little lower serves as well and
 // is found faster.) They are collected with their positions as ranks; once k are known, only what
-// is strictly above the k-th is collected, since an equal one in a later chunk has the larger
-// index. What is collected is reduced to the best k whenever its buffer is full, and ordered at the
-// end.
+// comes before the k-th by rank. What is collected is reduced to the best k whenever its buffer is
+// full, and ordered at the end.
 //
 // Where a row holds screened similarities (screen.h), everything that its error leaves open is
 // computed again before it is collected.
@@ -83,6 +82,7 @@ class BestColumns {
   using Key = std::remove_reference_t<decltype(Keys{}[0])>;
 
  public:
+  bool isfirst() const { return !complete_; }
   static int64_t capacity(int64_t k) { return k + k / 4 + 256; }
 
   void start(Rank<A>* ranks, int64_t wanted, int64_t excluded) {
@@ -95,7 +95,7 @@ class BestColumns {
     has_nan_ = false;
     bound_ = std::numeric_limits<A>::infinity();
     complete_ = false;
-    nan_closed_ = false;
+    all_nan_ = false;
   }
 
   // Finds what a column of a chunk has to reach. row [kChunk]: similarities of the first `columns`
@@ -131,16 +131,12 @@ class BestColumns {
   void collect(const A* row, int64_t first, int64_t columns) {
     if (has_nan_) {
       for (int64_t c = 0; c < columns; ++c) {
-        const A s = row[c];
-        if (s != s ? !nan_closed_ : s > bound_ || (s == bound_ && !closed())) add(s, first + c);
+        consider(row[c], first + c);
       }
     } else {
       int32_t places[kChunk + kLanes<A>];
-      const int64_t listed = list(row, columns, bound_, complete_, places);
-      for (int64_t i = 0; i < listed; ++i) {
-        const A s = row[places[i]];
-        if (s > bound_ || (s == bound_ && !closed())) add(s, first + places[i]);
-      }
+      const int64_t listed = list(row, columns, bound_, too_late(first), places);
+      for (int64_t i = 0; i < listed; ++i) consider(row[places[i]], first + places[i]);
     }
     end_chunk();
   }
@@ -155,10 +151,7 @@ class BestColumns {
     for (int64_t i = 0; i < listed; i += kLanes<A>) {
       const V similarities = exact(places + i);
       const int64_t count = min_of(kLanes<A>, listed - i);
-      for (int64_t j = 0; j < count; ++j) {
-        const A s = similarities[j];
-        if (s > bound_ || (s == bound_ && !closed())) add(s, first + places[i + j]);
-      }
+      for (int64_t j = 0; j < count; ++j) consider(similarities[j], first + places[i + j]);
     }
     end_chunk();
   }
@@ -184,10 +177,16 @@ class BestColumns {
     return mask;
   }
 
-  // Whether `wanted` columns are known, all of them earlier than the next and none below the bound,
-  // so that one equal to the bound comes too late. (The bound rises from one chunk to the next only
-  // when they are known: before, a full chunk has fewer groups than `wanted`, and no bound.)
-  bool closed() const { return complete_ || count_ >= wanted_; }
+  // Whether `wanted` columns are known that come before this one if it only equals the bound.
+  bool too_late(int64_t column) const { return complete_ && last_column_ < column; }
+
+  // Columns of a chunk come in ascending order.
+  void consider(A s, int64_t column) {
+    if (s != s ? !(all_nan_ && too_late(column))
+               : s > bound_ || (s == bound_ && !too_late(column))) {
+      add(s, column);
+    }
+  }
 
   void add(A similarity, int64_t column) {
     if (column == excluded_) return;
@@ -270,8 +269,9 @@ class BestColumns {
     count_ = wanted_;
     complete_ = true;
     bound_ = ranks_[wanted_ - 1].similarity();
+    last_column_ = ranks_[wanted_ - 1].column();
     if (bound_ != bound_) {
-      nan_closed_ = true;
+      all_nan_ = true;
       bound_ = std::numeric_limits<A>::infinity();
     }
   }
@@ -283,8 +283,9 @@ class BestColumns {
   bool has_nan_;                           // whether the row holds a NaN
   A error_;                                // by how much a surveyed similarity may be off
   A bound_;                                // what an element has to reach
-  bool complete_;    // `wanted` are known and the bound is the last of them: it has to be exceeded
-  bool nan_closed_;  // all `wanted` are NaN
+  bool complete_;                          // `wanted` are known and the bound is the last of them
+  bool all_nan_;                           // they are all NaN
+  int64_t last_column_;                    // the column of the last of them
 };
 
 }  // namespace convnn::CONVNN_ISA

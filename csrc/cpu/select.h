@@ -21,11 +21,11 @@ namespace convnn::CONVNN_ISA {
 // A screen may leave open one in this many groups of a chunk, besides k, and never more than half:
 // to compute a pair again costs about as much as eight pairs of a full tile, and a group holds up
 // to kScanVectors.
-constexpr int64_t kGroupsPerOpen = 8;
+constexpr int64_t kGroupsPerOpen = 4;
 
-// A block whose screen left too much open lets so many others do without: their queries and keys
-// are probably alike. That changes the time and not the result.
-constexpr int64_t kBlocksUnscreened = 15;
+// The first chunk has only its own similarities for a bound. Beyond this k, of kChunk /
+// kScanVectors groups, that leaves too many of them open.
+constexpr int64_t kScreenedAtFirst = 16;
 
 // Rows of a strip are not a multiple of a page apart: they would compete for the same few places of
 // the innermost cache.
@@ -179,11 +179,8 @@ class Select {
   static void rows(const SelectParams& p, const SelectWork& work, int64_t begin, int64_t end,
                    void* scratch) {
     const int64_t blocks = ceil_div(p.n, kBlockRows);
-    int64_t unscreened = 0;  // how many of the next blocks do without a screen
     for (int64_t task = begin; task < end; ++task) {
-      bool screen = unscreened == 0;
-      block(p, work, task / blocks, task % blocks * kBlockRows, Scratch(p, scratch), screen);
-      unscreened = unscreened > 0 ? unscreened - 1 : screen ? 0 : kBlocksUnscreened;
+      block(p, work, task / blocks, task % blocks * kBlockRows, Scratch(p, scratch));
     }
   }
 
@@ -201,10 +198,9 @@ class Select {
     return round_row(row, p.d, rounded);
   }
 
-  // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work. `screen`:
-  // whether to screen, and then whether that left little open.
+  // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work.
   static void block(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
-                    const Scratch& scratch, bool& screen) {
+                    const Scratch& scratch) {
     const int64_t batch = work.first_batch + b;
     const int64_t rows = min_of(kBlockRows, p.n - first_row);
     const int64_t columns = columns_of(work, b);
@@ -235,12 +231,17 @@ class Select {
       best[r].start(scratch.ranks + r * capacity, p.k - self, self_columns[r]);
     }
 
-    for (int64_t first = 0; first < columns; first += kChunk) {
+    // The chunk at the place of these rows comes first, then the others from left to right: tokens
+    // of images have most neighbors near by, and with these a screen leaves little open elsewhere.
+    const int64_t chunks = ceil_div(columns, kChunk);
+    const int64_t nearest = min_of(first_row * columns / p.n / kChunk, chunks - 1);
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t first = (i == 0 ? nearest : i <= nearest ? i - 1 : i) * kChunk;
       const int64_t chunk = min_of(kChunk, columns - first);
       if constexpr (kScreens<A>) {
-        if (keys.screened && screen) {
-          screen = screen_chunk(p, keys, first, chunk, rows, extents, self_columns, best, scratch);
-          if (screen) continue;
+        if (keys.screened && (i > 0 || p.k <= kScreenedAtFirst) &&
+            screen_chunk(p, keys, first, chunk, rows, extents, self_columns, best, scratch)) {
+          continue;
         }
       }
       for (int64_t c = 0; c < chunk; c += kPanel) {
