@@ -66,10 +66,15 @@ def _beside_convolution() -> list[Group]:
 
 
 def _growth() -> Group:
-    """Times of N = 1024 ... 32768 for a fit."""
+    """Times of N = 1024 ... 32768 for a fit.
+
+    A sample has several passes at each size, so that all of them are measured warm: after a pass of
+    another size, the next one waits for memory.
+    """
     sizes = [Workload(1, 2**e, 64, 9, "random") for e in range(10, 16)]
     cases = [Case(workload, peer) for workload in sizes for peer in ("convnn-all", "convnn-random")]
-    return Group("growth with N", tuple(cases), Effort(10, fewest_rounds=5))
+    effort = Effort(10, fewest_rounds=5, sample_seconds=0.06)
+    return Group("growth with N", tuple(cases), effort)
 
 
 def _overhead() -> Group:

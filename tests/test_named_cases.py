@@ -387,6 +387,20 @@ def test_ties_far_from_a_query(metric: str, D: int, k: int) -> None:
     assert s.isnan().all()
 
 
+@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
+@pytest.mark.parametrize("chosen", [[7], [0, 1, 39], list(range(5, 20)), [38, 39]])
+def test_keys_that_many_queries_choose(kind: str, chosen: list[int]) -> None:
+    """Gradients of keys with up to thousands of queries, of their neighbors with none, and with
+    missing neighbors in between."""
+    B, N, M, C, k = 2, 700, 40, 6, 3
+    index = torch.tensor(chosen)
+    I = index[torch.randint(len(chosen), (B, N, k))]
+    s = randn(B, N, k)
+    s[torch.rand(B, N, k) < 0.2] = -INF
+    value, weight = randn(B, M, C), make_weight(kind, C, k)
+    assert_aggregate(ops.aggregate, value, s, I, weight, rho="softmax", scale=0.5)
+
+
 @on_two_threads
 def test_more_than_65535_queries() -> None:
     query, key = randn(65_540, 2), randn(5, 2)

@@ -21,6 +21,17 @@ namespace convnn::CONVNN_ISA {
 constexpr int64_t kChannels = 64;        // channels of a row kept in registers
 constexpr int64_t kGatheredDepth = 512;  // depth gathered at a time, but at least one slot
 
+// sum[c] += term(c), c < channels <= kChannels. A whole block has a constant trip count: it stays
+// in registers.
+template <class Term>
+inline void add_channels(double* sum, int64_t channels, const Term& term) {
+  if (channels == kChannels) {
+    for (int64_t c = 0; c < kChannels; ++c) sum[c] += term(c);
+  } else {
+    for (int64_t c = 0; c < channels; ++c) sum[c] += term(c);
+  }
+}
+
 template <class T>
 class Aggregate {
   using A = accumulate_t<T>;
@@ -114,9 +125,10 @@ class Aggregate {
         const double scale = rho[j];
         if (weight) {
           const A* w = weight + j * p.c + first;
-          add(sum, channels, [&](int64_t c) { return scale * double(w[c]) * double(widen(v[c])); });
+          add_channels(sum, channels,
+                       [&](int64_t c) { return scale * double(w[c]) * double(widen(v[c])); });
         } else {
-          add(sum, channels, [&](int64_t c) { return scale * double(widen(v[c])); });
+          add_channels(sum, channels, [&](int64_t c) { return scale * double(widen(v[c])); });
         }
       }
       const T* bias = static_cast<const T*>(p.bias);
@@ -124,16 +136,6 @@ class Aggregate {
         const double shift = bias ? double(widen(bias[first + c])) : 0.0;
         narrow(A(sum[c] + shift), output[first + c]);
       }
-    }
-  }
-
-  // sum[c] += term(c). A whole block has a constant trip count: it stays in registers.
-  template <class Term>
-  static void add(double* sum, int64_t channels, const Term& term) {
-    if (channels == kChannels) {
-      for (int64_t c = 0; c < kChannels; ++c) sum[c] += term(c);
-    } else {
-      for (int64_t c = 0; c < channels; ++c) sum[c] += term(c);
     }
   }
 

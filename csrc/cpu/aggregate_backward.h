@@ -8,10 +8,17 @@
 //   grad_bias    = sum over i of G_i
 //
 // P is never stored beyond a block of rows. Nothing is scattered: grad_value is a gather over the
-// inverse of the neighbor list, and the weight and the bias are split by output element, so every
-// sum has one owner and one order. Sums over the rows of the whole batch are taken in float64, but
-// for the dense weight's, whose blocks of kWeightRows rows are products of tiles.
+// inverse of the neighbor list, the weight is split by output element and by parts of the rows,
+// whose sums are added up afterwards, and the bias by output element, so every sum has one owner
+// and one order. Sums over the rows of the whole batch are taken in float64, but for the dense
+// weight's, whose blocks of kWeightRows rows are products of tiles.
+//
+// A dense P is a matrix product, computed once for both gradients: a task takes some pairs (i, j)
+// in the order of the keys that they chose, and multiplies those of one slot together. A key whose
+// pairs are cut between tasks has its parts added up afterwards.
 #pragma once
+
+#include <algorithm>
 
 #include "aggregate.h"
 
@@ -20,6 +27,12 @@ namespace convnn::CONVNN_ISA {
 constexpr int64_t kWeightRows = 256;      // dense: rows of one product of grad_weight
 constexpr int64_t kSummedRows = 32;       // rows summed before the sum is added to the total
 constexpr int64_t kWeightChannels = 128;  // dense: input channels of one grad_weight task
+constexpr int64_t kWeightTasks = 32;      // rows are divided for about this many grad_weight tasks
+
+// dense: elements of P that a task of `pairs` keeps, in the L2 cache, but at least so many pairs of
+// each slot that its tiles are mostly full.
+constexpr int64_t kPairElements = 1 << 15;
+constexpr int64_t kPairsOfSlot = 32;
 
 template <class T>
 class AggregateBackward {
@@ -29,14 +42,15 @@ class AggregateBackward {
   struct Scratch {
     double* rho;       // [kBlockRows, k]
     double* grad_rho;  // [kBlockRows, k]
-    A* gathered;       // dense: [kBlockRows, padded_stride of slots_at_once * o]
-    A* product;        // dense: [kBlockRows, padded_channels]
-    int64_t* cursors;  // [kBlockRows]
-    double* slot_sum;  // dense: [o]
+    int64_t* slots;    // dense: [k + 1] the first row of each slot in `product`
+    int64_t* queries;  // dense: [pair_rows] the query row of each row of `product`
+    int64_t* rows;     // dense: [pairs_per_task] the row in `product` of each pair
+    int64_t* places;   // dense: [pairs_per_task] the place of each pair in [n, k]
+    A* gathered;       // dense: [kBlockRows, padded_stride of o]
+    A* product;        // dense: [pair_rows, padded_channels]
     A* outputs;        // dense: [kWeightRows, o padded to whole tiles]
     A* channels;       // dense: [panels of kWeightChannels, kWeightRows, kPanel]
     A* tiles;          // dense: [o padded to whole tiles, kPanel]
-    double* weight;    // dense: [o tiles * kTileRows, kWeightChannels padded]
     size_t bytes;
 
     Scratch(const AggregateParams& p, void* base) {
@@ -46,23 +60,28 @@ class AggregateBackward {
       Arena arena(base);
       rho = arena.take<double>(kBlockRows * p.k);
       grad_rho = arena.take<double>(kBlockRows * p.k);
-      gathered = arena.take<A>(dense * kBlockRows * padded_stride<A>(slots_at_once(p) * p.o));
-      product = arena.take<A>(dense * kBlockRows * padded_channels(p));
-      cursors = arena.take<int64_t>(kBlockRows);
-      slot_sum = arena.take<double>(dense * p.o);
+      slots = arena.take<int64_t>(dense * (p.k + 1));
+      queries = arena.take<int64_t>(dense * pair_rows(p));
+      rows = arena.take<int64_t>(dense * pairs_per_task(p));
+      places = arena.take<int64_t>(dense * pairs_per_task(p));
+      gathered = arena.take<A>(dense * kBlockRows * padded_stride<A>(p.o));
+      product = arena.take<A>(dense * pair_rows(p) * padded_channels(p));
       outputs = arena.take<A>(dense * padded_outputs * kWeightRows);
       channels = arena.take<A>(dense * padded * kWeightRows);
       tiles = arena.take<A>(dense * padded_outputs * kPanel);
-      weight = arena.take<double>(dense * padded_outputs * padded);
       bytes = arena.used();
     }
   };
 
-  static int64_t slots_at_once(const AggregateParams& p) {
-    return min_of(p.k, max_of(1, kGatheredDepth / max_of(1, p.o)));
-  }
   static int64_t padded_channels(const AggregateParams& p) {
     return ceil_div(p.c, kPanel) * kPanel;
+  }
+  static int64_t pairs_per_task(const AggregateParams& p) {
+    const int64_t pairs = max_of(kPairElements / max_of(1, padded_channels(p)), kPairsOfSlot * p.k);
+    return max_of(1, min_of(pairs, p.n * p.k));
+  }
+  static int64_t pair_rows(const AggregateParams& p) {  // each slot begins with a whole tile
+    return pairs_per_task(p) + p.k * (kTileRows - 1);
   }
 
  public:
@@ -106,20 +125,21 @@ class AggregateBackward {
       const int64_t first = b * f.n + first_row;
       double* rho = all_rho ? all_rho + first * f.k : scratch.rho;
       for (int64_t r = 0; r < rows; ++r) modulate(f, (first + r) * f.k, rho + r * f.k);
-      if (!p.grad_similarities) continue;
-      if (f.rho != Rho::ones) {
-        const T* value = static_cast<const T*>(f.value) + b * f.m * f.c;
-        if (f.convolution == Convolution::dense) {
-          dense_grad_rho(p, value, weight, first, rows, scratch);
-        } else {
-          for (int64_t r = 0; r < rows; ++r) {
-            grad_rho(p, value, weight, first + r, scratch.grad_rho + r * f.k);
-          }
-        }
-      }
+      const bool ones = f.rho == Rho::ones;
+      if (!p.grad_similarities || (f.convolution == Convolution::dense && !ones)) continue;
+      const T* value = static_cast<const T*>(f.value) + b * f.m * f.c;
       for (int64_t r = 0; r < rows; ++r) {
+        if (!ones) grad_rho(p, value, weight, first + r, scratch.grad_rho + r * f.k);
         modulate_backward(p, (first + r) * f.k, rho + r * f.k, scratch.grad_rho + r * f.k);
       }
+    }
+  }
+
+  static void similarities(const AggregateBackwardParams& p, const double* rho,
+                           const double* grad_rho, int64_t begin, int64_t end) {
+    const int64_t k = p.forward.k;
+    for (int64_t row = begin; row < end; ++row) {
+      modulate_backward(p, row * k, rho + row * k, grad_rho + row * k);
     }
   }
 
@@ -137,31 +157,100 @@ class AggregateBackward {
                              inverse.places + b * f.n * f.k, all_rho + b * f.n * f.k,
                              static_cast<const T*>(p.grad_output) + b * f.n * f.o};
       T* grad_value = static_cast<T*>(p.grad_value) + (b * f.m + first_row) * f.c;
-      if (f.convolution == Convolution::dense) {
-        dense_grad_value(f, chosen, weight, rows, grad_value, scratch);
-      } else {
-        for (int64_t r = 0; r < rows; ++r) {
-          grad_value_row(f, chosen, weight, r, grad_value + r * f.c);
+      for (int64_t r = 0; r < rows; ++r) {
+        grad_value_row(f, chosen, weight, r, grad_value + r * f.c);
+      }
+    }
+  }
+
+  static int64_t pair_tasks(const AggregateBackwardParams& p) {
+    return max_of(1, ceil_div(p.forward.n * p.forward.k, pairs_per_task(p.forward)));
+  }
+
+  static void pairs(const AggregateBackwardParams& p, const InverseNeighbors& inverse,
+                    const void* packed_weight, const double* rho, double* grad_rho, double* cuts,
+                    int64_t begin, int64_t end, void* base) {
+    const AggregateParams& f = p.forward;
+    const Scratch scratch(f, base);
+    const A* weight = static_cast<const A*>(packed_weight);
+    const int64_t tasks = pair_tasks(p);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / tasks;
+      const Pairs pairs = pairs_of(f, inverse, b, task % tasks);
+      if (pairs.first > pairs.last) continue;
+      multiply_pairs_by_slot(p, pairs, b, weight, scratch);
+      for (int64_t key = first_key(f, pairs); key < f.m && !pairs.is_behind(key); ++key) {
+        dense_key(p, pairs, b, key, rho, grad_rho, cuts ? cuts + task * 2 * f.c : nullptr, scratch);
+      }
+    }
+  }
+
+  static void cut_keys(const AggregateBackwardParams& p, const InverseNeighbors& inverse,
+                       const double* cuts, int64_t begin, int64_t end) {
+    const AggregateParams& f = p.forward;
+    const int64_t tasks = pair_tasks(p);
+    for (int64_t b = begin; b < end; ++b) {
+      const double* parts = cuts + b * tasks * 2 * f.c;
+      for (int64_t task = 0; task + 1 < tasks; ++task) {
+        const Pairs pairs = pairs_of(f, inverse, b, task), next = pairs_of(f, inverse, b, task + 1);
+        if (next.first > next.last) break;
+        const int64_t key = first_key(f, next), from = next.offsets[key];
+        if (from < pairs.first || from >= next.first) continue;  // no key begins here and goes on
+        int64_t stop = task + 1;
+        while (stop < tasks && stop * pairs_per_task(f) < next.offsets[key + 1]) ++stop;
+        T* to = static_cast<T*>(p.grad_value) + (b * f.m + key) * f.c;
+        for (int64_t c = 0; c < f.c; ++c) {
+          double sum = parts[(2 * task + 1) * f.c + c];
+          for (int64_t t = task + 1; t < stop; ++t) sum += parts[2 * t * f.c + c];
+          narrow(A(sum), to[c]);
         }
       }
     }
   }
 
+  static int64_t weight_parts(const AggregateBackwardParams& p) {
+    const int64_t rows = p.forward.batch * p.forward.n;
+    const int64_t wanted = ceil_div(kWeightTasks, max_of(1, slot_tasks(p.forward)));
+    return max_of(1, min_of(wanted, ceil_div(rows, kWeightRows)));
+  }
   static int64_t weight_tasks(const AggregateBackwardParams& p) {
-    const AggregateParams& f = p.forward;
-    return f.k * ceil_div(f.c, f.convolution == Convolution::dense ? kWeightChannels : kChannels);
+    return weight_parts(p) * slot_tasks(p.forward);
   }
 
-  static void weight(const AggregateBackwardParams& p, const double* rho, int64_t begin,
-                     int64_t end, void* base) {
+  static void weight(const AggregateBackwardParams& p, const double* rho, double* parts,
+                     int64_t begin, int64_t end, void* base) {
     const AggregateParams& f = p.forward;
     const Scratch scratch(f, base);
+    const int64_t count = weight_parts(p), rows = f.batch * f.n;
+    const int64_t part_rows = ceil_div(ceil_div(rows, count), kWeightRows) * kWeightRows;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t slot = task % f.k, part = task / f.k;
+      const int64_t part = task / slot_tasks(f), slot = task % f.k;
+      const int64_t channel = task % slot_tasks(f) / f.k * weight_channels(f);
+      const int64_t outputs = f.convolution == Convolution::dense ? f.o : 1;
+      double* to = parts + (part * f.k + slot) * outputs * f.c + channel;
+      const int64_t first = min_of(part * part_rows, rows);
+      const int64_t last = min_of(first + part_rows, rows);
       if (f.convolution == Convolution::dense) {
-        dense_grad_weight(p, rho, slot, part * kWeightChannels, scratch);
+        dense_grad_weight(p, rho, slot, channel, first, last, to, scratch);
       } else {
-        depthwise_grad_weight(p, rho, slot, part * kChannels);
+        depthwise_grad_weight(p, rho, slot, channel, first, last, to);
+      }
+    }
+  }
+
+  static void sum_weight(const AggregateBackwardParams& p, const double* parts, int64_t begin,
+                         int64_t end) {
+    const AggregateParams& f = p.forward;
+    const int64_t count = weight_parts(p);
+    const int64_t elements = (f.convolution == Convolution::dense ? f.o : 1) * f.c;
+    T* to = static_cast<T*>(p.grad_weight);
+    for (int64_t element = begin; element < end; ++element) {
+      for (int64_t slot = 0; slot < f.k; ++slot) {
+        double sum = 0;
+        for (int64_t part = 0; part < count; ++part) {
+          sum += parts[(part * f.k + slot) * elements + element];
+        }
+        narrow(A(sum), to[element * f.k + slot]);
       }
     }
   }
@@ -176,11 +265,13 @@ class AggregateBackward {
       const int64_t first = task * kChannels;
       const int64_t outputs = min_of(kChannels, f.o - first);
       const T* grad_output = static_cast<const T*>(p.grad_output) + first;
-      sum_rows(f.batch * f.n, outputs, static_cast<T*>(p.grad_bias) + first, 1,
-               [&](int64_t row, double* sum) {
-                 const T* g = grad_output + row * f.o;
-                 for (int64_t o = 0; o < outputs; ++o) sum[o] += widen(g[o]);
-               });
+      double total[kChannels] = {};
+      sum_rows(0, f.batch * f.n, total, [&](int64_t row, double* sum) {
+        const T* g = grad_output + row * f.o;
+        for (int64_t o = 0; o < outputs; ++o) sum[o] += widen(g[o]);
+      });
+      T* to = static_cast<T*>(p.grad_bias) + first;
+      for (int64_t o = 0; o < outputs; ++o) narrow(A(total[o]), to[o]);
     }
   }
 
@@ -211,35 +302,6 @@ class AggregateBackward {
     }
   }
 
-  // grad_rho of a block of rows: P_j [rows, c] = G W_j slot by slot, then its row dots with V[I_j].
-  static void dense_grad_rho(const AggregateBackwardParams& p, const T* value, const A* weight,
-                             int64_t first, int64_t rows, const Scratch& scratch) {
-    const AggregateParams& f = p.forward;
-    const int64_t tiles = ceil_div(rows, kTileRows);
-    const int64_t width = padded_channels(f);
-    const T* grad_output = static_cast<const T*>(p.grad_output) + first * f.o;
-    const int64_t stride = padded_stride<A>(f.o);
-    for (int64_t r = 0; r < tiles * kTileRows; ++r) {
-      A* to = scratch.gathered + r * stride;
-      for (int64_t o = 0; o < f.o; ++o)
-        to[o] = r < rows ? A(widen(grad_output[r * f.o + o])) : A(0);
-    }
-    for (int64_t j = 0; j < f.k; ++j) {
-      for (int64_t c = 0; c < width; c += kPanel) {
-        const A* panel = weight + (c * f.k + j * kPanel) * f.o;
-        multiply<A>({scratch.gathered, stride, 1}, rows, panel, f.o, kPanel, scratch.product + c,
-                    width);
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t place = (first + r) * f.k + j;
-        scratch.grad_rho[r * f.k + j] =
-            is_missing(similarity_at(f, place))
-                ? A(0)
-                : A(dot(scratch.product + r * width, value + f.indices[place] * f.c, f.c));
-      }
-    }
-  }
-
   // grad_value [c] of key row r of the block, without a dense convolution. weight [k, c] or null.
   static void grad_value_row(const AggregateParams& f, const Chosen& chosen, const A* weight,
                              int64_t r, T* grad_value) {
@@ -252,93 +314,154 @@ class AggregateBackward {
         const T* g = chosen.grad_output + i * f.o + first;
         if (weight) {
           const A* w = weight + slot * f.c + first;
-          for (int64_t c = 0; c < channels; ++c)
-            sum[c] += scale * double(w[c]) * double(widen(g[c]));
+          add_channels(sum, channels,
+                       [&](int64_t c) { return scale * double(w[c]) * double(widen(g[c])); });
         } else {
-          for (int64_t c = 0; c < channels; ++c) sum[c] += scale * double(widen(g[c]));
+          add_channels(sum, channels, [&](int64_t c) { return scale * double(widen(g[c])); });
         }
       }
       for (int64_t c = 0; c < channels; ++c) narrow(A(sum[c]), grad_value[first + c]);
     }
   }
 
-  // grad_value [rows, c] of a block of key rows as a product over depth (slot, o): its left operand
-  // is, for each key row and slot, the sum of rho_ij G_i over the query rows that chose it there.
-  static void dense_grad_value(const AggregateParams& f, const Chosen& chosen, const A* weight,
-                               int64_t rows, T* grad_value, const Scratch& scratch) {
-    const int64_t tiles = ceil_div(rows, kTileRows);
-    const int64_t width = padded_channels(f);
-    for (int64_t r = 0; r < rows; ++r) scratch.cursors[r] = chosen.offsets[r];
-    for (int64_t slot = 0; slot < f.k; slot += slots_at_once(f)) {
-      const int64_t slots = min_of(slots_at_once(f), f.k - slot);
-      const int64_t depth = slots * f.o, stride = padded_stride<A>(depth);
-      for (int64_t i = rows * stride; i < tiles * kTileRows * stride; ++i) scratch.gathered[i] = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        A* to = scratch.gathered + r * stride;
-        for (int64_t j = 0; j < slots; ++j, to += f.o) {
-          sum_slot(f, chosen, slot + j, chosen.offsets[r + 1], scratch.cursors[r], scratch.slot_sum,
-                   to);
+  // Some pairs of one batch element, consecutive in the order of the keys that they chose.
+  struct Pairs {
+    const int64_t* offsets;  // [m + 1] the first pair of each key
+    const int64_t* places;   // [offsets[m]] slot * n + query row
+    int64_t first, last;     // from `first` to before `last`
+    bool to_the_end;         // whether these are the last of all; keys without pairs may follow
+
+    bool is_behind(int64_t key) const { return offsets[key] >= last && !to_the_end; }
+  };
+
+  // The pairs of a task of `pairs`; first > last where there are none left for it.
+  static Pairs pairs_of(const AggregateParams& f, const InverseNeighbors& inverse, int64_t b,
+                        int64_t task) {
+    const int64_t* offsets = inverse.offsets + b * (f.m + 1);
+    const int64_t size = pairs_per_task(f), count = offsets[f.m];
+    const int64_t first = task * size;
+    if (task > 0 && first >= count) return {offsets, nullptr, 1, 0, false};
+    return {offsets, inverse.places + b * f.n * f.k, first, min_of(first + size, count),
+            first + size >= count};
+  }
+
+  // The key of the first pair, or, if that is the first of its key, the first of the keys without
+  // pairs before it: every key is the first or a later one of exactly one task, or cut.
+  static int64_t first_key(const AggregateParams& f, const Pairs& pairs) {
+    const int64_t key =
+        std::lower_bound(pairs.offsets, pairs.offsets + f.m + 1, pairs.first) - pairs.offsets;
+    return pairs.offsets[key] > pairs.first ? key - 1 : key;
+  }
+
+  // P of some pairs to scratch.product [pair_rows, padded_channels], slot by slot.
+  static void multiply_pairs_by_slot(const AggregateBackwardParams& p, const Pairs& pairs,
+                                     int64_t b, const A* weight, const Scratch& scratch) {
+    const AggregateParams& f = p.forward;
+    const int64_t width = padded_channels(f), stride = padded_stride<A>(f.o);
+    const int64_t count = pairs.last - pairs.first;
+    std::fill_n(scratch.slots, f.k + 1, 0);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t slot = pairs.places[pairs.first + i] / f.n;
+      const int64_t query = pairs.places[pairs.first + i] % f.n;
+      scratch.places[i] = query * f.k + slot;
+      scratch.rows[i] = slot;  // for now
+      ++scratch.slots[slot];
+    }
+    int64_t row = 0;
+    for (int64_t slot = 0; slot <= f.k; ++slot) {
+      const int64_t rows = scratch.slots[slot];
+      scratch.slots[slot] = row;
+      row += ceil_div(rows, kTileRows) * kTileRows;
+    }
+    std::fill_n(scratch.queries, row, -1);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t slot = scratch.rows[i];
+      scratch.rows[i] = scratch.slots[slot]++;
+      scratch.queries[scratch.rows[i]] = pairs.places[pairs.first + i] - slot * f.n;
+    }
+
+    const T* grad_output = static_cast<const T*>(p.grad_output) + b * f.n * f.o;
+    for (int64_t slot = 0, first = 0; slot < f.k; ++slot) {
+      const int64_t stop = ceil_div(scratch.slots[slot], kTileRows) * kTileRows;
+      for (; first < stop; first += min_of(kBlockRows, stop - first)) {
+        const int64_t rows = min_of(kBlockRows, stop - first);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t i = scratch.queries[first + r];
+          A* to = scratch.gathered + r * stride;
+          for (int64_t o = 0; o < f.o; ++o) {
+            to[o] = i < 0 ? A(0) : A(widen(grad_output[i * f.o + o]));
+          }
+        }
+        for (int64_t c = 0; c < width; c += kPanel) {
+          multiply<A>({scratch.gathered, stride, 1}, rows, weight + (c * f.k + slot * kPanel) * f.o,
+                      f.o, min_of(kPanel, f.c - c), scratch.product + first * width + c, width);
         }
       }
-      for (int64_t c = 0; c < width; c += kPanel) {
-        const A* panel = weight + (c * f.k + slot * kPanel) * f.o;
-        multiply<A>({scratch.gathered, stride, 1}, rows, panel, depth, kPanel, scratch.product + c,
-                    width, slot > 0);
-      }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < f.c; ++c) {
-        narrow(scratch.product[r * width + c], grad_value[r * f.c + c]);
-      }
     }
   }
 
-  // to [o] = the sum of rho_ij G_i over the query rows of one slot, from the place `at` on, which
-  // moves past them. sum [o] is for two and more of them.
-  static void sum_slot(const AggregateParams& f, const Chosen& chosen, int64_t slot, int64_t end,
-                       int64_t& at, double* sum, A* to) {
-    const int64_t first = at;
-    while (at < end && chosen.places[at] < (slot + 1) * f.n) ++at;
-    const auto term = [&](int64_t place) {
-      const int64_t i = chosen.places[place] - slot * f.n;
-      const double scale = chosen.rho[i * f.k + slot];
-      const T* g = chosen.grad_output + i * f.o;
-      return [=](int64_t o) { return scale * double(widen(g[o])); };
-    };
-    if (at == first) {
-      for (int64_t o = 0; o < f.o; ++o) to[o] = 0;
-    } else if (at == first + 1) {
-      const auto only = term(first);
-      for (int64_t o = 0; o < f.o; ++o) to[o] = A(only(o));
-    } else {
-      for (int64_t o = 0; o < f.o; ++o) sum[o] = 0;
-      for (int64_t place = first; place < at; ++place) {
-        const auto next = term(place);
-        for (int64_t o = 0; o < f.o; ++o) sum[o] += next(o);
-      }
-      for (int64_t o = 0; o < f.o; ++o) to[o] = A(sum[o]);
-    }
-  }
-
-  // to[i * stride] = sum over rows of what `add(row, sum)` adds, i < count <= kChannels.
-  template <class Add>
-  static void sum_rows(int64_t rows, int64_t count, T* to, int64_t stride, const Add& add) {
-    double total[kChannels] = {};
-    for (int64_t first = 0; first < rows; first += kSummedRows) {
+  // grad_rho of the pairs of a key, and their part of its grad_value: to cuts [2, c] where others
+  // have a part as well, first that of a key from an earlier task, then of one that goes on.
+  static void dense_key(const AggregateBackwardParams& p, const Pairs& pairs, int64_t b,
+                        int64_t key, const double* rho, double* grad_rho, double* cuts,
+                        const Scratch& scratch) {
+    const AggregateParams& f = p.forward;
+    const int64_t first = max_of(pairs.offsets[key], pairs.first);
+    const int64_t last = min_of(pairs.offsets[key + 1], pairs.last);
+    const T* v = static_cast<const T*>(f.value) + (b * f.m + key) * f.c;
+    T* to = static_cast<T*>(p.grad_value) + (b * f.m + key) * f.c;
+    const bool from_before = pairs.offsets[key] < pairs.first;
+    const bool whole = !from_before && pairs.offsets[key + 1] <= pairs.last;
+    for (int64_t c = 0; c < f.c; c += kChannels) {
+      const int64_t channels = min_of(kChannels, f.c - c);
       double sum[kChannels] = {};
-      for (int64_t row = first; row < min_of(first + kSummedRows, rows); ++row) add(row, sum);
-      for (int64_t i = 0; i < count; ++i) total[i] += sum[i];
+      for (int64_t i = first - pairs.first; i < last - pairs.first; ++i) {
+        const int64_t place = b * f.n * f.k + scratch.places[i];
+        const A* x = scratch.product + scratch.rows[i] * padded_channels(f) + c;
+        if (p.grad_value) {
+          const double scale = rho[place];
+          add_channels(sum, channels, [&](int64_t j) { return scale * double(x[j]); });
+        }
+        if (grad_rho) {
+          const double product = dot(x, v + c, channels);
+          grad_rho[place] = c == 0 ? product : grad_rho[place] + product;
+        }
+      }
+      if (!p.grad_value) continue;
+      if (whole) {
+        for (int64_t j = 0; j < channels; ++j) narrow(A(sum[j]), to[c + j]);
+      } else {
+        std::copy_n(sum, channels, cuts + (from_before ? 0 : f.c) + c);
+      }
     }
-    for (int64_t i = 0; i < count; ++i) narrow(A(total[i]), to[i * stride]);
   }
 
-  // grad_weight [c, 1, k] at one slot, kChannels channels from `first` on.
+  // The channels of one grad_weight task, and how many tasks all slots have.
+  static int64_t weight_channels(const AggregateParams& f) {
+    return f.convolution == Convolution::dense ? kWeightChannels : kChannels;
+  }
+  static int64_t slot_tasks(const AggregateParams& f) {
+    return f.k * ceil_div(f.c, weight_channels(f));
+  }
+
+  // total [kChannels] = sum over some rows of what `add(row, sum)` adds.
+  template <class Add>
+  static void sum_rows(int64_t first_row, int64_t last_row, double* total, const Add& add) {
+    for (int64_t first = first_row; first < last_row; first += kSummedRows) {
+      double sum[kChannels] = {};
+      for (int64_t row = first; row < min_of(first + kSummedRows, last_row); ++row) add(row, sum);
+      for (int64_t i = 0; i < kChannels; ++i) total[i] += sum[i];
+    }
+  }
+
+  // The part of some rows in grad_weight at one slot, kChannels channels from `first` on.
   static void depthwise_grad_weight(const AggregateBackwardParams& p, const double* rho,
-                                    int64_t slot, int64_t first) {
+                                    int64_t slot, int64_t first, int64_t first_row,
+                                    int64_t last_row, double* to) {
     const AggregateParams& f = p.forward;
     const int64_t channels = min_of(kChannels, f.c - first);
-    T* to = static_cast<T*>(p.grad_weight) + first * f.k + slot;
-    sum_rows(f.batch * f.n, channels, to, f.k, [&](int64_t row, double* sum) {
+    double total[kChannels] = {};
+    sum_rows(first_row, last_row, total, [&](int64_t row, double* sum) {
       const int64_t place = row * f.k + slot;
       if (is_missing(similarity_at(f, place))) return;
       const T* g = static_cast<const T*>(p.grad_output) + row * f.o + first;
@@ -348,6 +471,7 @@ class AggregateBackward {
         sum[c] += scale * double(widen(g[c])) * double(widen(v[c]));
       }
     });
+    std::copy_n(total, channels, to);
   }
 
   // The row of value that the query row `row` of the flattened batch has at `place`.
@@ -355,33 +479,27 @@ class AggregateBackward {
     return static_cast<const T*>(f.value) + (row / f.n * f.m + f.indices[place]) * f.c;
   }
 
-  // grad_weight [o, c, k] at one slot, kWeightChannels channels from `first` on: a product over
-  // the rows of the whole batch.
+  // The part of some rows in grad_weight at one slot, kWeightChannels channels from `first` on, to
+  // to [o, c]: a product over these rows.
   static void dense_grad_weight(const AggregateBackwardParams& p, const double* rho, int64_t slot,
-                                int64_t first, const Scratch& scratch) {
+                                int64_t first, int64_t first_row, int64_t last_row, double* to,
+                                const Scratch& scratch) {
     const AggregateParams& f = p.forward;
     const int64_t channels = min_of(kWeightChannels, f.c - first);
-    const int64_t width = ceil_div(channels, kPanel) * kPanel;
     const int64_t height = ceil_div(f.o, kTileRows) * kTileRows;
-    const int64_t rows = f.batch * f.n;
-    for (int64_t i = 0; i < height * width; ++i) scratch.weight[i] = 0;
-    for (int64_t row = 0; row < rows; row += kWeightRows) {
-      const int64_t depth = min_of(kWeightRows, rows - row);
+    for (int64_t o = 0; o < f.o; ++o) std::fill_n(to + o * f.c, channels, 0);
+    for (int64_t row = first_row; row < last_row; row += kWeightRows) {
+      const int64_t depth = min_of(kWeightRows, last_row - row);
       gather_outputs(p, slot, row, depth, height, scratch.outputs);
       gather_channels(f, rho, slot, row, depth, first, channels, scratch.channels);
-      for (int64_t c = 0; c < width; c += kPanel) {
+      for (int64_t c = 0; c < channels; c += kPanel) {
+        const int64_t columns = min_of(kPanel, channels - c);
         multiply<A>({scratch.outputs, 1, height}, height, scratch.channels + c * depth, depth,
-                    kPanel, scratch.tiles, kPanel);
-        for (int64_t o = 0; o < height; ++o) {
-          double* to = scratch.weight + o * width + c;
-          for (int64_t i = 0; i < kPanel; ++i) to[i] += scratch.tiles[o * kPanel + i];
+                    columns, scratch.tiles, kPanel);
+        for (int64_t o = 0; o < f.o; ++o) {
+          double* sum = to + o * f.c + c;
+          for (int64_t i = 0; i < columns; ++i) sum[i] += scratch.tiles[o * kPanel + i];
         }
-      }
-    }
-    T* to = static_cast<T*>(p.grad_weight);
-    for (int64_t o = 0; o < f.o; ++o) {
-      for (int64_t c = 0; c < channels; ++c) {
-        narrow(A(scratch.weight[o * width + c]), to[(o * f.c + first + c) * f.k + slot]);
       }
     }
   }
@@ -422,8 +540,12 @@ class AggregateBackward {
 template <class T>
 AggregateBackwardKernel aggregate_backward_kernel() {
   using K = AggregateBackward<T>;
-  return {kBlockRows,  K::packed_weight_bytes, K::pack_weight, K::scratch_bytes, K::query_rows,
-          K::key_rows, K::weight_tasks,        K::weight,      K::bias_tasks,    K::bias};
+  return {kBlockRows,       K::packed_weight_bytes, K::pack_weight,
+          K::scratch_bytes, K::query_rows,          K::similarities,
+          K::key_rows,      K::pair_tasks,          K::pairs,
+          K::cut_keys,      K::weight_parts,        K::weight_tasks,
+          K::weight,        K::sum_weight,          K::bias_tasks,
+          K::bias};
 }
 
 }  // namespace convnn::CONVNN_ISA

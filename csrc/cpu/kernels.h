@@ -66,18 +66,37 @@ struct AggregateBackwardKernel {
   size_t (*packed_weight_bytes)(const AggregateBackwardParams&);  // as for AggregateKernel
   void (*pack_weight)(const AggregateBackwardParams&, void* packed);
   size_t (*scratch_bytes)(const AggregateBackwardParams&);
-  // Tasks: blocks of query rows of each batch element. Writes grad_similarities where it is
-  // needed, and rho [batch, n, k] for the passes below where it is not null.
+  // Tasks: blocks of query rows of each batch element. Writes rho [batch, n, k] for the passes
+  // below where it is not null, and grad_similarities where it is needed; not of a dense
+  // convolution, unless rho is ones.
   void (*query_rows)(const AggregateBackwardParams&, const void* packed_weight, double* rho,
                      int64_t begin, int64_t end, void* scratch);
-  // Tasks: blocks of key rows of each batch element. Writes grad_value.
+  // Tasks: query rows. Writes grad_similarities from grad_rho [batch, n, k].
+  void (*similarities)(const AggregateBackwardParams&, const double* rho, const double* grad_rho,
+                       int64_t begin, int64_t end);
+  // Tasks: blocks of key rows of each batch element. Writes grad_value; not of a dense convolution.
   void (*key_rows)(const AggregateBackwardParams&, const InverseNeighbors&,
                    const void* packed_weight, const double* rho, int64_t begin, int64_t end,
                    void* scratch);
-  // Tasks: as many as weight_tasks says. Writes grad_weight.
+  // A dense convolution. Tasks: as many as pair_tasks says, for each batch element. Writes grad_rho
+  // where it is not null, and, where it is needed, grad_value; for key rows that more than one task
+  // has a part of, the parts to cuts [batch, pair_tasks, 2, c].
+  int64_t (*pair_tasks)(const AggregateBackwardParams&);
+  void (*pairs)(const AggregateBackwardParams&, const InverseNeighbors&, const void* packed_weight,
+                const double* rho, double* grad_rho, double* cuts, int64_t begin, int64_t end,
+                void* scratch);
+  // Tasks: batch elements. Adds up the parts.
+  void (*cut_keys)(const AggregateBackwardParams&, const InverseNeighbors&, const double* cuts,
+                   int64_t begin, int64_t end);
+  // Tasks: as many as weight_tasks says. Writes the parts [weight_parts, k, o, c] of grad_weight,
+  // [weight_parts, k, c] of a depthwise convolution, each of some of the rows.
+  int64_t (*weight_parts)(const AggregateBackwardParams&);
   int64_t (*weight_tasks)(const AggregateBackwardParams&);
-  void (*weight)(const AggregateBackwardParams&, const double* rho, int64_t begin, int64_t end,
-                 void* scratch);
+  void (*weight)(const AggregateBackwardParams&, const double* rho, double* parts, int64_t begin,
+                 int64_t end, void* scratch);
+  // Tasks: elements of [o, c], or c. Adds up the parts.
+  void (*sum_weight)(const AggregateBackwardParams&, const double* parts, int64_t begin,
+                     int64_t end);
   // Tasks: as many as bias_tasks says. Writes grad_bias.
   int64_t (*bias_tasks)(const AggregateBackwardParams&);
   void (*bias)(const AggregateBackwardParams&, int64_t begin, int64_t end);

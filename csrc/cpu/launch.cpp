@@ -93,7 +93,8 @@ template <class Pass>
 void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, size_t scratch_bytes,
          const Pass& pass) {
   if (tasks == 0) return;
-  // PyTorch's stable interface loses the message of what is thrown inside its parallel region.
+  // PyTorch's stable interface loses the message of what is thrown inside its
+  // parallel region.
   std::mutex mutex;
   std::exception_ptr failure;
   parallel_for(tasks, grain_of(work_per_task), [&](int64_t begin, int64_t end) {
@@ -108,7 +109,8 @@ void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, size_t s
   if (failure) std::rethrow_exception(failure);
 }
 
-// The rows of key that may be neighbors in one batch element, ascending. Returns how many.
+// The rows of key that may be neighbors in one batch element, ascending.
+// Returns how many.
 int64_t list_columns(const SelectParams& p, const std::vector<int64_t>& sorted_candidates,
                      int64_t batch, int64_t* columns) {
   const bool* mask = p.key_mask ? p.key_mask + batch * p.m : nullptr;
@@ -129,7 +131,8 @@ struct Inverse {
   }
 };
 
-// missing(place) tells whether a place of indices [batch, n, k] holds no neighbor.
+// missing(place) tells whether a place of indices [batch, n, k] holds no
+// neighbor.
 template <class Missing>
 Inverse invert(int64_t batch, int64_t n, int64_t m, int64_t k, const int64_t* indices,
                const Missing& missing, ParallelFor parallel_for) {
@@ -147,7 +150,8 @@ Inverse invert(int64_t batch, int64_t n, int64_t m, int64_t k, const int64_t* in
         if (!missing(place)) ++offsets[indices[place] + 1];
       }
       for (int64_t row = 0; row < m; ++row) offsets[row + 1] += offsets[row];
-      // Filling moves every offset to the end of its list, which is where the next one begins.
+      // Filling moves every offset to the end of its list, which is where
+      // the next one begins.
       for (int64_t slot = 0; slot < k; ++slot) {
         for (int64_t i = 0; i < n; ++i) {
           const int64_t place = first + i * k + slot;
@@ -265,38 +269,69 @@ void aggregate_backward(const AggregateBackwardParams& p, ParallelFor parallel_f
   const AggregateBackwardKernel& kernel = kernels().aggregate_backward[int(f.dtype)];
   const size_t scratch_bytes = kernel.scratch_bytes(p);
   const bool dense = f.convolution == Convolution::dense;
-  const double block_work = double(kernel.rows_per_task * f.k * f.c) * (dense ? double(f.o) : 1.0);
+  const double block_work = double(kernel.rows_per_task * f.k * f.c);
   const bool needs_grad_rho = p.grad_similarities && f.rho != Rho::ones;
   const bool needs_weight = p.grad_value || needs_grad_rho;
   const Memory weight = allocate(needs_weight ? kernel.packed_weight_bytes(p) : 0);
   if (needs_weight) kernel.pack_weight(p, weight.get());
 
-  const bool needs_rho = p.grad_value || p.grad_weight;
-  const Memory rho_memory = allocate(needs_rho ? size_t(f.batch * f.n * f.k) * sizeof(double) : 0);
+  const bool dense_pairs = dense && needs_weight;
+  const bool needs_rho = p.grad_value || p.grad_weight || dense_pairs;
+  const size_t rho_bytes = size_t(f.batch * f.n * f.k) * sizeof(double);
+  const Memory rho_memory = allocate(needs_rho ? rho_bytes : 0);
   double* rho = static_cast<double*>(rho_memory.get());
   if (needs_rho || p.grad_similarities) {
-    run(parallel_for, f.batch * ceil_div(f.n, kernel.rows_per_task), block_work, scratch_bytes,
+    const double row_work = double(kernel.rows_per_task * f.k * (dense ? 1 : f.c));
+    run(parallel_for, f.batch * ceil_div(f.n, kernel.rows_per_task), row_work, scratch_bytes,
         [&](int64_t begin, int64_t end, void* scratch) {
           kernel.query_rows(p, weight.get(), rho, begin, end, scratch);
         });
   }
-  if (p.grad_value) {
+  if (p.grad_value || dense_pairs) {
     const Inverse inverse = invert(
         f.batch, f.n, f.m, f.k, f.indices,
         [&](int64_t place) { return is_missing(f.similarities, f.similarity_dtype, place); },
         parallel_for);
     const InverseNeighbors view = inverse.view();
-    run(parallel_for, f.batch * ceil_div(f.m, kernel.rows_per_task), block_work, scratch_bytes,
-        [&](int64_t begin, int64_t end, void* scratch) {
-          kernel.key_rows(p, view, weight.get(), rho, begin, end, scratch);
+    if (!dense) {
+      run(parallel_for, f.batch * ceil_div(f.m, kernel.rows_per_task), block_work, scratch_bytes,
+          [&](int64_t begin, int64_t end, void* scratch) {
+            kernel.key_rows(p, view, weight.get(), rho, begin, end, scratch);
+          });
+    } else {
+      const int64_t tasks = kernel.pair_tasks(p);
+      const Memory grad_rho_memory = allocate(needs_grad_rho ? rho_bytes : 0);
+      double* grad_rho = static_cast<double*>(grad_rho_memory.get());
+      const Memory cuts_memory =
+          allocate(p.grad_value ? size_t(f.batch * tasks * 2 * f.c) * sizeof(double) : 0);
+      double* cuts = static_cast<double*>(cuts_memory.get());
+      run(parallel_for, f.batch * tasks, double(f.n * f.k) / double(tasks) * double(f.c * f.o),
+          scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
+            kernel.pairs(p, view, weight.get(), rho, grad_rho, cuts, begin, end, scratch);
+          });
+      if (p.grad_value) {
+        run(parallel_for, f.batch, double(tasks * f.c), 0,
+            [&](int64_t begin, int64_t end, void*) { kernel.cut_keys(p, view, cuts, begin, end); });
+      }
+      if (needs_grad_rho) {
+        run(parallel_for, f.batch * f.n, double(f.k), 0, [&](int64_t begin, int64_t end, void*) {
+          kernel.similarities(p, rho, grad_rho, begin, end);
         });
+      }
+    }
   }
   const double rows = double(f.batch * f.n);
   if (p.grad_weight) {
-    run(parallel_for, kernel.weight_tasks(p), rows * (dense ? double(f.o) : 1.0) * 64,
-        scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
-          kernel.weight(p, rho, begin, end, scratch);
+    const int64_t parts = kernel.weight_parts(p), elements = (dense ? f.o : 1) * f.c;
+    const Memory parts_memory = allocate(size_t(parts * f.k * elements) * sizeof(double));
+    double* sums = static_cast<double*>(parts_memory.get());
+    run(parallel_for, kernel.weight_tasks(p),
+        rows / double(parts) * (dense ? double(f.o) : 1.0) * 64, scratch_bytes,
+        [&](int64_t begin, int64_t end, void* scratch) {
+          kernel.weight(p, rho, sums, begin, end, scratch);
         });
+    run(parallel_for, elements, double(parts * f.k), 0,
+        [&](int64_t begin, int64_t end, void*) { kernel.sum_weight(p, sums, begin, end); });
   }
   if (p.grad_bias) {
     run(parallel_for, kernel.bias_tasks(p), rows * 64, 0,
