@@ -139,6 +139,22 @@ def test_options(option: str, order: str, k: int, dtype: torch.dtype) -> None:
     assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("M", [300, 50])
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+def test_a_token_that_is_near_itself_is_counted_once(
+    metric: str, M: int, dtype: torch.dtype
+) -> None:
+    """By groups, by all columns, and in one launch: the token is a neighbor without being asked."""
+    key = integers(M, 6, seed=1, dtype=dtype)
+    own = torch.tensor([0, 7, 8, M - 1])
+    options = {"self_indices": own, "metric": metric}
+    query = key[own] * (10 if metric == "dot" else 1)
+    _, I = assert_select(ops.select, query, key, 4, **options, exact=True, backward=False)
+    assert torch.equal(I[:, 0], own)
+    assert not (I[:, 1:] == own[:, None]).any()
+
+
 @pytest.mark.parametrize("order", ["similarity", "index"])
 @pytest.mark.parametrize("option", ["self_and_mask", "few_left", "candidates"])
 @pytest.mark.parametrize("k", [257, pytest.param(290, marks=pytest.mark.slow)])
@@ -247,6 +263,21 @@ def test_gradients(metric: str, rho: str, weight: str, dtype: torch.dtype) -> No
         rho=rho,
         scale=0.7 if rho == "softmax" else 1.0,
     )
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_rows_that_count_as_zero_have_no_gradient(dtype: torch.dtype) -> None:
+    """Each key is a neighbor of each query."""
+    query, key = normal(4, 5, dtype=dtype), normal(6, 5, seed=1, dtype=dtype)
+    query[1], key[3] = 0.0, 0.0
+    if dtype == F32:
+        query[2], key[4] = 3e-14, -3e-14
+    assert_select(ops.select, query, key, 6)
+    query.requires_grad_(), key.requires_grad_()
+    s, _ = ops.select(query, key, 6)
+    dq, dk = torch.autograd.grad(s, (query, key), normal(4, 6, seed=2))
+    assert torch.equal(dq.any(1), (query.abs() > 1e-12).any(1))
+    assert torch.equal(dk.any(1), (key.abs() > 1e-12).any(1))
 
 
 def test_values_of_missing_neighbors_do_not_matter() -> None:
