@@ -48,6 +48,9 @@ _POINTERS = {
     torch.bool: "*i1",
 }
 
+# What a launch has besides the arguments of its kernel.
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
 Launch = dict[str, Any]
 
 
@@ -60,7 +63,14 @@ class _Recorder:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self._record
 
-    def _record(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
+    def _record(
+        self,
+        *args: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        maxnreg: int | None = None,
+        **named: Any,
+    ) -> None:
         values = {**dict(zip(self.kernel.arg_names, args, strict=False)), **named}
         signature, constants, divisible = {}, {}, []
         for i, parameter in enumerate(self.kernel.params):
@@ -86,6 +96,7 @@ class _Recorder:
                 "divisible": divisible,
                 "num_warps": num_warps,
                 "num_stages": num_stages,
+                **({} if maxnreg is None else {"maxnreg": maxnreg}),
             }
         )
 
@@ -264,7 +275,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
     compiled = triton.compile(
         _compiler_input(launch),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
+        options={name: launch[name] for name in _OPTIONS if name in launch},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -300,10 +311,9 @@ def _row(job: tuple[Launch, int, str]) -> aot_table.Row:
             f"{name}={value}"
             for name, value in [
                 *launch["constants"].items(),
-                ("num_warps", launch["num_warps"]),
-                ("num_stages", launch["num_stages"]),
+                *((name, launch[name]) for name in _OPTIONS if name in launch),
             ]
-            if name.isupper() or name.startswith("num_")
+            if name.isupper() or name in _OPTIONS
         ),
         **outcome,
     }

@@ -2,10 +2,11 @@
 """``python -m benchmarks.gpu``, which is `make gpu`: the GPU tests, then the GPU benchmark, in less
 than ten minutes and without a network.
 
-It takes the libraries in ``convnn_kernels/lib``, or builds them with the compilers that are there.
-Each step is a process of its own with a time limit. The most telling come first, and
-``tests.json``, in ``benchmarks/results/gpu-<date>`` unless told otherwise, is written after each:
-whatever stops a run, what it had found by then is there, with GPU, versions and commit.
+A step whose packages are not installed is left out; the run says so, and fails. It takes the
+libraries in ``convnn_kernels/lib``, or builds them with the compilers that are there. Each step is
+a process of its own with a time limit. The most telling come first, and ``tests.json``, in
+``benchmarks/results/gpu-<date>`` unless told otherwise, is written after each: whatever stops a
+run, what it had found by then is there, with GPU, versions and commit.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class Step:
     seconds: float
     leave: float = 0.0
     junit: Path | None = None
+    # Packages without which it cannot begin.
+    needs: tuple[str, ...] = ()
+
+    def missing(self) -> list[str]:
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 def why_not(device: str) -> str | None:
@@ -77,10 +83,10 @@ def describe(device: str) -> Record:
     return record
 
 
-def missing_libraries() -> list[str]:
+def missing_libraries(device: str) -> list[str]:
     """What has to be built: the CUDA library only where there are sources and a compiler for it."""
     wanted = ["cpu"]
-    if (REPOSITORY / "csrc" / "cuda").is_dir() and shutil.which("nvcc"):
+    if device == "cuda" and (REPOSITORY / "csrc" / "cuda").is_dir() and shutil.which("nvcc"):
         wanted.append("cuda")
     return [name for name in wanted if not list(LIBRARIES.glob(f"libconvnn_{name}*.so"))]
 
@@ -88,16 +94,17 @@ def missing_libraries() -> list[str]:
 def steps(device: str, folder: Path) -> list[Step]:
     """What is run, the most telling first."""
     found = []
-    if missing := missing_libraries():
+    if missing := missing_libraries(device):
         command = (sys.executable, "setup.py", "build_ext", "--inplace")
-        found.append(Step(f"build of {' and '.join(missing)}", command, 240, leave=240))
+        name, tools = f"build of {' and '.join(missing)}", ("setuptools", "pybind11")
+        found.append(Step(name, command, 240, leave=240, needs=tools))
     found.append(Step("info", (sys.executable, "-m", "convnn_kernels.info"), 60))
 
     def tests(name: str, seconds: float, leave: float, *options: str) -> Step:
         junit = folder / f"{name}.xml"
         file = f"tests/gpu/test_{name}.py"
         command = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", file, f"--junitxml={junit}")
-        return Step(f"tests: {name}", (*command, *options), seconds, leave, junit)
+        return Step(f"tests: {name}", (*command, *options), seconds, leave, junit, ("pytest",))
 
     # Most of the time goes into compiling; several processes do that side by side.
     workers = ("-n", "8") if device == "cuda" and importlib.util.find_spec("xdist") else ()
@@ -108,7 +115,8 @@ def steps(device: str, folder: Path) -> list[Step]:
     benchmark += ["--output", str(folder / "benchmark.json")]
     if device == "cpu":
         benchmark += ["--shapes", "1,64,16,3"]
-    found.append(Step("benchmark", tuple(benchmark), TOTAL_SECONDS))
+    needs = ("numpy", "psutil", "tqdm")
+    found.append(Step("benchmark", tuple(benchmark), TOTAL_SECONDS, needs=needs))
     return found
 
 
@@ -217,8 +225,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds = seconds_for(step, left)
         print(f"{step.name}, for at most {seconds:.0f} s", flush=True)
         write()
-        if seconds < 5:
-            record: Record = {"step": step.name, "status": "left out: no time"}
+        if missing := step.missing():
+            status = f"left out: {sys.executable} has no {', '.join(missing)}"
+            record: Record = {"step": step.name, "status": status}
+        elif seconds < 5:
+            record = {"step": step.name, "status": "left out: no time"}
         else:
             record = run_step(step, seconds, environment)
         result["steps"].append(record)

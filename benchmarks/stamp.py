@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -11,7 +12,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,12 +47,17 @@ def _cpu() -> dict[str, Any]:
             model = value
         elif name in ("flags", "Features"):
             flags.update(value.split())
+    cores, memory = None, None
+    with contextlib.suppress(ImportError):  # as on a machine that has a GPU and little else
+        import psutil
+
+        cores, memory = psutil.cpu_count(logical=False), psutil.virtual_memory().total
     return {
         "model": model,
         "architecture": platform.machine(),
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "logical_cores": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "cores": cores or os.cpu_count(),
+        "logical_cores": os.cpu_count(),
+        "memory_bytes": memory,
         "pytorch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "features": [feature for feature in _CPU_FEATURES if feature in flags],
     }

@@ -232,3 +232,20 @@ def make_case(seed: int) -> Case:
         layout=draw.choice(LAYOUTS),
         content=draw.choice(CONTENTS),
     )
+
+
+def whole_numbers(B: int, M: int, D: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Query [B, 1, D] and key [B, M, D], float32, whose dot products are 0 to M - 1 in some order.
+
+    Each is the difference of two numbers of some 22 bits: the product of one of `bits` bits and one
+    of the rest, and a single number. All sums are exact in float32; a bit that is lost is seen.
+    """
+    generator = torch.Generator().manual_seed(bits)
+    query, key = torch.zeros(B, 1, D), torch.zeros(B, M, D)
+    for b in range(B):
+        q = int(torch.randint(2 ** (bits - 1), 2**bits, (), generator=generator)) | 1
+        K = torch.randint(2 ** (22 - bits), (M,), generator=generator) | 1
+        query[b, 0, 3], query[b, 0, D - 2] = q, 1
+        key[b, :, 3], key[b, :, D - 2] = K, torch.randperm(M, generator=generator) - q * K
+    assert float((query.abs() @ key.abs().mT).max()) < 2**24
+    return (-query, -key) if bits % 2 else (query, key)

@@ -3,6 +3,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_all_steps_together_take_less_than_ten_minutes(
     built: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "missing_libraries", lambda: [] if built else ["cuda"])
+    monkeypatch.setattr(gpu, "missing_libraries", lambda _: [] if built else ["cuda"])
     steps = gpu.steps("cuda", tmp_path)
     names = [step.name for step in steps]
     assert names[-4:] == ["tests: runtime", "tests: operators", "tests: large", "benchmark"]
@@ -38,11 +39,13 @@ def test_all_steps_together_take_less_than_ten_minutes(
 
 def test_what_has_to_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "LIBRARIES", tmp_path)
-    assert "cpu" in gpu.missing_libraries()
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert gpu.missing_libraries("cuda") == ["cpu", "cuda"]
+    assert gpu.missing_libraries("cpu") == ["cpu"]
     assert gpu.steps("cuda", tmp_path)[0].name.startswith("build of cpu")
     for name in ("cpu", "cuda"):
         (tmp_path / f"libconvnn_{name}.so").touch()
-    assert gpu.missing_libraries() == []
+    assert gpu.missing_libraries("cuda") == []
 
 
 def test_a_step_is_stopped_in_time() -> None:
@@ -77,6 +80,34 @@ def test_skipped_tests_alone_are_no_success(tmp_path: Path) -> None:
     record = gpu.run_step(gpu.Step("some", command, 60, junit=junit), 60, dict(os.environ))
     assert record["exit_status"] == 0
     assert record["status"] == "failed"
+
+
+def test_a_step_without_its_packages_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [
+        gpu.Step("some", (sys.executable, "-c", ""), 60, needs=("json", "no_such_package")),
+        gpu.Step("other", (sys.executable, "-c", ""), 60, needs=("json",)),
+    ]
+    monkeypatch.setattr(gpu, "steps", lambda *_: steps)
+    assert gpu.main(["--device", "cpu", "--output", str(tmp_path)]) == 1
+    assert "left out: " in capsys.readouterr().out
+    result = json.loads((tmp_path / "tests.json").read_text())
+    records = [record["status"] for record in result["steps"]]
+    assert records[0].endswith(" has no no_such_package")
+    assert records[1] == "passed"
+
+
+def test_it_starts_where_there_is_nothing_but_pytorch() -> None:
+    """What a step needs is its own matter."""
+    packages = ("numpy", "psutil", "tqdm", "pytest", "matplotlib", "PIL", "skimage")
+    code = f"import sys; sys.modules.update(dict.fromkeys({packages}))\n"
+    code += "from benchmarks import gpu, stamp\nprint(stamp.make_stamp('cpu', 1)['commit'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=gpu.REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, make_case
+from cases import Case, make_case, whole_numbers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -103,6 +103,15 @@ def test_exact(
         assert_select(ops.select, query, key, k, metric=metric, exact=True, backward=False)
 
 
+@pytest.mark.parametrize("bits", [2, 9, 11, 12, 17, 20])
+def test_whole_numbers_of_many_bits(bits: int) -> None:
+    """Neighbors are exact, with tensor cores or without."""
+    query, key = whole_numbers(3, 200, 70, bits)
+    s, I = ops.select(query, key, 4, metric="dot")
+    assert torch.equal(s, torch.tensor([199.0, 198, 197, 196]).expand(3, 1, 4))
+    assert torch.equal((query @ key.mT).gather(-1, I), s)
+
+
 OPTIONS = {
     "mask": {"key_mask": torch.arange(300) % 7 == 3},
     "mask_of_groups": {"key_mask": (torch.arange(300) // 8) % 5 == 4},
@@ -139,6 +148,22 @@ def test_options(option: str, order: str, k: int, dtype: torch.dtype) -> None:
     assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("M", [300, 50])
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+def test_a_token_that_is_near_itself_is_counted_once(
+    metric: str, M: int, dtype: torch.dtype
+) -> None:
+    """By groups, by all columns, and in one launch: the token is a neighbor without being asked."""
+    key = integers(M, 6, seed=1, dtype=dtype)
+    own = torch.tensor([0, 7, 8, M - 1])
+    options = {"self_indices": own, "metric": metric}
+    query = key[own] * (10 if metric == "dot" else 1)
+    _, I = assert_select(ops.select, query, key, 4, **options, exact=True, backward=False)
+    assert torch.equal(I[:, 0], own)
+    assert not (I[:, 1:] == own[:, None]).any()
+
+
 @pytest.mark.parametrize("order", ["similarity", "index"])
 @pytest.mark.parametrize("option", ["self_and_mask", "few_left", "candidates"])
 @pytest.mark.parametrize("k", [257, pytest.param(290, marks=pytest.mark.slow)])
@@ -168,20 +193,36 @@ SPECIAL = {
     "zero_rows": lambda X: X.index_fill_(-2, torch.arange(0, 300, 2), 0.0),
     "negative_zero": lambda X: X.index_fill_(-2, torch.arange(40, 300), -0.0),
     "constant": lambda X: X.fill_(0.3),
+    "nan_of_last_bits": lambda X: X.view(torch.int32)[40:200:91, 2].copy_(
+        torch.tensor([0x7F800001, -0x7FFFFF])
+    ),
+    # The bfloat16 that is nearest to any of these is infinite.
+    "largest_numbers": lambda X: (
+        X[5:300:3]
+        .zero_()[:, 2]
+        .copy_(torch.finfo(F32).max * (1 - 2.0**-16 * (torch.arange(99) * 37 % 99)))
+    ),
 }
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("special", SPECIAL)
-@pytest.mark.parametrize(("dtype", "small"), [(F32, False), (F16, False), (F16, True)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "small", "D"), [(F32, False, 5), (F32, False, 37), (F16, False, 5), (F16, True, 5)]
+)
 def test_special_values(
-    special: str, metric: str, dtype: torch.dtype, small: bool, monkeypatch: pytest.MonkeyPatch
+    special: str,
+    metric: str,
+    dtype: torch.dtype,
+    small: bool,
+    D: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if small and metric == "euclidean":
         return
     if not small:
         leave_out_small(monkeypatch)
-    query, key = normal(6, 5), normal(300, 5, seed=1)
+    query, key = normal(6, D), normal(300, D, seed=1)
     SPECIAL[special](key)
     query[1], query[2, 3], query[3] = 0.0, math.nan, -0.0
     query[4, 0] = math.inf
@@ -247,6 +288,21 @@ def test_gradients(metric: str, rho: str, weight: str, dtype: torch.dtype) -> No
         rho=rho,
         scale=0.7 if rho == "softmax" else 1.0,
     )
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_rows_that_count_as_zero_have_no_gradient(dtype: torch.dtype) -> None:
+    """Each key is a neighbor of each query."""
+    query, key = normal(4, 5, dtype=dtype), normal(6, 5, seed=1, dtype=dtype)
+    query[1], key[3] = 0.0, 0.0
+    if dtype == F32:
+        query[2], key[4] = 3e-14, -3e-14
+    assert_select(ops.select, query, key, 6)
+    query.requires_grad_(), key.requires_grad_()
+    s, _ = ops.select(query, key, 6)
+    dq, dk = torch.autograd.grad(s, (query, key), normal(4, 6, seed=2))
+    assert torch.equal(dq.any(1), (query.abs() > 1e-12).any(1))
+    assert torch.equal(dk.any(1), (key.abs() > 1e-12).any(1))
 
 
 def test_values_of_missing_neighbors_do_not_matter() -> None:

@@ -155,6 +155,48 @@ def _group_maxima(b_s, INTERPRETED: tl.constexpr):
     return b_max
 
 
+@triton.jit
+def _leading_bits(b_x):
+    """float32 without its last 16 bits, which is a bfloat16, not larger than b_x in magnitude."""
+    return (b_x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _pieces(b_x, INTERPRETED: tl.constexpr):
+    """Three bfloat16 of b_x (float32), whose sum it is; of the same sign, so that none overflows.
+
+    Of NaN, the first is NaN. Of infinity, the first is infinity, and the others are NaN.
+    """
+    # The bits of a NaN that mark it as such may be the last ones.
+    b_high = tl.where(b_x == b_x, _leading_bits(b_x), b_x)
+    b_rest = b_x - b_high
+    b_middle = _leading_bits(b_rest)
+    b_low = b_rest - b_middle
+    if not INTERPRETED:
+        # Without rounding: each has 8 bits. The interpreter does not know bfloat16.
+        b_high, b_middle = b_high.to(tl.bfloat16), b_middle.to(tl.bfloat16)
+        b_low = b_low.to(tl.bfloat16)
+    return b_high, b_middle, b_low
+
+
+@triton.jit
+def _split_dot(b_q, b_k, b_s, b_rest, INTERPRETED: tl.constexpr):
+    """Adds b_q b_k to b_s + b_rest, with b_s the products of the largest pieces only.
+
+    Six of the nine products of pieces. The others are below 2^-21 of the whole, and 0 wherever a
+    float32 sum is exact: see `tiles.sweep_precision`.
+    """
+    q_high, q_middle, q_low = _pieces(b_q, INTERPRETED)
+    k_high, k_middle, k_low = _pieces(b_k, INTERPRETED)
+    b_rest = tl.dot(q_low, k_high, b_rest, input_precision="ieee")
+    b_rest = tl.dot(q_middle, k_middle, b_rest, input_precision="ieee")
+    b_rest = tl.dot(q_high, k_low, b_rest, input_precision="ieee")
+    b_rest = tl.dot(q_middle, k_high, b_rest, input_precision="ieee")
+    b_rest = tl.dot(q_high, k_middle, b_rest, input_precision="ieee")
+    b_s = tl.dot(q_high, k_high, b_s, input_precision="ieee")
+    return b_s, b_rest
+
+
 @triton.jit(do_not_specialize=["first_block", "N", "M", "columns", "tiles_each"])
 def sweep_kernel(
     p_query,  # [B, N, D]
@@ -234,10 +276,14 @@ def sweep_kernel(
             p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
             m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        b_rest = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if ONE_BLOCK_D and METRIC != EUCLIDEAN:
             p = p_k + row[None, :] * stride_km + o_d[:, None] * stride_kd
             b_k = tl.load(p, m_c[None, :] & (o_d < D)[:, None], 0.0)
-            b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
+            if PRECISION == "split":
+                b_s, b_rest = _split_dot(b_q, b_k, b_s, b_rest, INTERPRETED)
+            else:
+                b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
         else:
             for d in range(0, D, BLOCK_D):
                 o_x = d + o_d
@@ -250,8 +296,13 @@ def sweep_kernel(
                     b_q3 = b_q.to(tl.float32)[:, None, :]
                     b_diff = b_q3 - tl.trans(b_k).to(tl.float32)[None, :, :]
                     b_s -= tl.sum(b_diff * b_diff, 2)
+                elif PRECISION == "split":
+                    b_s, b_rest = _split_dot(b_q, b_k, b_s, b_rest, INTERPRETED)
                 else:
                     b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
+        if PRECISION == "split":
+            # Not a number only where b_s is infinite or not a number, too.
+            b_s += tl.where(b_rest == b_rest, b_rest, 0.0)
         if METRIC == COSINE:
             # What may not be a neighbor was read as zeros, so that -inf can be added to it: an
             # instruction for each similarity, and not three.

@@ -18,6 +18,9 @@ LONGEST_LIST = 256
 WORKSPACE = 2**26
 # Bytes that the partial sums of a weight's gradient may take in any case.
 SMALL_WORKSPACE = 2**21
+# Of a thread. Without a bound the assembler aims at more programs at a time, and may then spill a
+# few bytes in a loop although registers are left.
+MOST_REGISTERS = 255
 
 Tile = dict[str, Any]
 
@@ -70,18 +73,30 @@ def sweep(arch: int, bits: int, D: int, differences: bool) -> Tile:
 
 
 def sweep_precision(bits: int, D: int, tf32: bool) -> str:
-    """How `sweep_kernel` multiplies float32.
+    """How `sweep_kernel` multiplies float32: "ieee", "tf32", or "split" into three bfloat16.
 
-    With u = 2^-24 and D columns, a sum of tf32x3 products is off by at most 12 u for what the
-    split leaves out, and 2 u for each of D / 8 steps of truncated accumulation; the sum of
-    `refine_kernel` by log2(D) + 2 roundings. From D = 32 both together are below the D u that the
-    certificate of a selection allows. For less, products are those of float32.
+    A piece is what the 8 leading bits of a number leave of it, down to the last of its 24. Six of
+    nine products of pieces are taken; one of a middle piece with a last one, or of two last
+    ones, is left out.
+
+    Where float32 sums are exact, these are: let all products q_d k_d of a pair be multiples of a
+    power of two, g, and the sum of their magnitudes less than 2^24 g. Then those of pieces are
+    multiples of g, too, and as pieces have the sign of the whole, no sum of any of them
+    reaches 2^24 g. What is left out is 0: a middle piece takes a q_d of more than 8 bits from its
+    first to its last, a last piece a k_d of more than 16, and |q_d k_d| would reach 2^24 g.
+
+    In general, with u = 2^-24 and D columns, a sum is off by at most 9 u for what is left out, 2 u
+    for each of D / 16 steps of truncated accumulation, and 2 u for adding the small products at
+    the end; the sum of `refine_kernel` by log2(D) + 2 roundings. From D = 32 all together are
+    below the D u that the certificate of a selection allows. For less, products are those of
+    float32. Pieces of numbers below 2^-110 lose bits at the end of bfloat16's range: up to 2^-133
+    times the other factor. Rows of `cosine` have been scaled.
     """
     if bits == 16:
         return "tf32"  # without effect
     if tf32:
         return "tf32"
-    return "tf32x3" if D >= 32 else "ieee"
+    return "split" if D >= 32 else "ieee"
 
 
 def group_size(arch: int, columns: int, k: int) -> int:
@@ -109,7 +124,14 @@ def nominate(arch: int, k: int) -> Tile:
     """Blocks of `nominate_kernel`."""
     log_list = max(1, _log2(k))
     rows = 16 if arch == INTERPRETER else 4 if log_list <= 5 else 1
-    return _tile(ROWS=rows, LOG_LIST=log_list, LOG_TILE=max(log_list, 6), num_warps=4, num_stages=1)
+    return _tile(
+        ROWS=rows,
+        LOG_LIST=log_list,
+        LOG_TILE=max(log_list, 6),
+        num_warps=4,
+        num_stages=1,
+        maxnreg=MOST_REGISTERS,
+    )
 
 
 def refine(arch: int, D: int, k: int) -> Tile:
@@ -127,6 +149,7 @@ def refine(arch: int, D: int, k: int) -> Tile:
         BLOCK_D=block_d,
         num_warps=2 if log_tile <= 6 else 4,
         num_stages=2,
+        maxnreg=128 if log_tile <= 6 else MOST_REGISTERS,
     )
 
 
@@ -226,6 +249,7 @@ def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
         BLOCK_C=min(64, max(32, power_of_two(C))),
         num_warps=4,
         num_stages=2,
+        maxnreg=MOST_REGISTERS,
     )
 
 

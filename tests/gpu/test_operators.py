@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, make_case
+from cases import Case, make_case, whole_numbers
 from on_device import ON_CPU, on_device
 from torch import Tensor
 
@@ -103,6 +103,18 @@ def test_exact(metric: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         expected = ops.select(query, key, k, metric=metric)
         assert torch.equal(I, expected[1])
         assert torch.equal(s, expected[0])
+
+
+@pytest.mark.parametrize("bits", [9, 17] if ON_CPU else [2, 6, 9, 11, 12, 14, 17, 20])
+@pytest.mark.usefixtures("backend")
+def test_whole_numbers_of_many_bits(bits: int) -> None:
+    """Products of pieces of numbers, and their sums in tensor cores, are exact."""
+    B, M = (2, 200) if ON_CPU else (3, 3000)
+    query, key = whole_numbers(B, M, 70, bits)
+    s, I = on_device(ops.select)(query, key, 4, None, None, None, "dot")
+    expected = torch.arange(M - 1.0, M - 5, -1).expand(B, 1, 4)
+    assert torch.equal(s, expected)
+    assert torch.equal((query.double() @ key.double().mT).gather(-1, I), expected.double())
 
 
 def random_cases() -> list[Any]:
