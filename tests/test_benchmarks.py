@@ -333,6 +333,7 @@ def test_exponent_of_growth():
     assert goals.exponent(rows) == pytest.approx(2)
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_the_whole_matrix_of_eager():
     workload = Workload(1, 1024, 16, 3)
     matrix = 4 * workload.tokens**2

@@ -70,6 +70,7 @@ def test_forced_cuda_says_what_is_missing(configure: CMake) -> None:
     assert "nvcc was not found" in message
 
 
+@pytest.mark.slow
 def test_cuda_can_be_left_out(configure: CMake) -> None:
     done = configure(CONVNN_CUDA="0")
     assert done.returncode == 0, done.stderr
@@ -134,6 +135,7 @@ def test_library_needs_only_the_stable_abi() -> None:
     assert [name for name in names if name.startswith(("aoti_torch_", "torch_"))]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "avx2" not in introspect.cpu_instruction_sets(), reason="built for one instruction set"
 )

@@ -548,7 +548,10 @@ CALLS_UNDER_ENVIRONMENT = """
 """
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton", "cuda", "gpu"])
+@pytest.mark.parametrize(
+    "name",
+    ["cpu", "gpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("triton", "cuda"))],
+)
 def test_backend_from_the_environment(name: str, run_python: Callable[..., str]) -> None:
     lines = run_python(CALLS_UNDER_ENVIRONMENT, CONVNN_BACKEND=name).splitlines()
     if name == "cpu":

@@ -191,11 +191,10 @@ def test_empty_batch(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "2d-vgg",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in LAYERS
-            if name not in ("2d-vgg", "attention", "hybrid-conv")
+            if name not in ("attention", "hybrid-conv")
         ),
         "attention",
     ],
