@@ -356,6 +356,69 @@ def test_infinite_values_stay_infinite(dtype: torch.dtype, C: int, device: HostD
     assert bool(Y[1:3].isinf().all())
 
 
+# Numbers that are hard to split: of many bits, tiny beside huge, not finite.
+
+BITS = [(1, 23), (4, 20), (7, 17), (8, 16), (9, 15), (11, 13), (12, 12), (13, 11), (16, 8), (20, 4)]
+
+
+def whole(bits: int, *shape: int, seed: int = 0) -> Tensor:
+    """Odd numbers of so many bits, of both signs, at most 5/8 of the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    high = 5 * 2**bits // 8
+    X = torch.randint(2 ** (bits - 1), max(high, 2), shape, generator=generator) | 1
+    return torch.where(torch.rand(shape, generator=generator) < 0.5, -X, X).float()
+
+
+@pytest.mark.parametrize("bits", BITS, ids=str)
+@pytest.mark.parametrize("D", [32, 45])
+def test_neighbors_of_whole_numbers_are_exact(
+    D: int, bits: tuple[int, int], device: HostDevice
+) -> None:
+    """Many similarities that differ by little, with sums of terms below 2^24."""
+    generator = torch.Generator().manual_seed(D)
+    batch, M = 3, 320
+    query, key = torch.zeros(batch, 1, D), torch.zeros(batch, M, D)
+    for b in range(batch):
+        first, second = torch.randperm(D, generator=generator)[:2]
+        query[b, 0, first], query[b, 0, second] = whole(bits[0], 1, seed=b), 1.0
+        step = torch.randint(2 if bits[1] > 1 else 1, (M,), generator=generator)
+        key[b, :, first] = whole(bits[1], 1, seed=5 + b).abs() - step
+        # Makes up for the step, but for a small rest.
+        rest = torch.randint(40, (M,), generator=generator)
+        key[b, :, second] = query[b, 0, first] * step + rest
+    assert (query.abs() @ key.abs().mT).max() < 2**24
+    s, I = device.select(query, key, 5, metric="dot")
+    expected = select(query.double(), key.double(), 5, metric="dot")
+    assert torch.equal(I, expected[1])
+    assert torch.equal(s.double(), expected[0])
+
+
+@pytest.mark.parametrize("bits", BITS, ids=str)
+def test_convolution_of_whole_numbers_is_exact(bits: tuple[int, int], device: HostDevice) -> None:
+    """Forward and backward, where each sum has one large term."""
+    n = 36
+    generator = torch.Generator().manual_seed(sum(bits))
+    value, grad, chosen = (torch.eye(n)[torch.randperm(n, generator=generator)] for _ in range(3))
+    value, grad = value * whole(bits[0], n), grad * whole(bits[1], n, seed=1)
+    weights = [whole(b, n, n, 1, seed=2) for b in reversed(bits)]
+    s, I = torch.ones(n, 1), chosen.argmax(dim=1, keepdim=True)
+    gathered = value.double()[I[:, 0]]
+    Y = device.aggregate(value, s, I, weights[0], rho="ones")
+    assert torch.equal(Y.double(), gathered @ weights[0][..., 0].double().T)
+    grads = device.aggregate_backward(grad, value, s, I, weights[1], False, "ones", 1.0)
+    assert torch.equal(grads[0].double()[I[:, 0]], grad.double() @ weights[1][..., 0].double())
+    assert torch.equal(grads[2][..., 0].double(), grad.double().T @ gathered)
+
+
+@pytest.mark.parametrize(("small", "large"), [(-121, 120), (-118, 0), (-60, 60)])
+def test_tiny_numbers_keep_their_digits(small: int, large: int, device: HostDevice) -> None:
+    key, query = normal(300, 40) * 2.0**small, normal(3, 40, seed=1) * 2.0**large
+    assert_select(device.select, query, key, 4, metric="dot", backward=False)
+    s, I = torch.ones(5, 2), torch.arange(10).view(5, 2)
+    weight = normal(3, 40, 2, seed=2) * 2.0**large
+    assert_aggregate(device.aggregate, key[:10], s, I, weight, rho="ones")
+
+
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000])
 def test_every_nan_stays_nan(bits: int, device: HostDevice) -> None:
     """Also those whose bits a rounding would carry into the sign."""

@@ -125,7 +125,7 @@ __global__ __launch_bounds__(kThreads) void aggregate_dense_kernel(const Aggrega
         const A bias = p.bias ? A(widen(static_cast<const T*>(p.bias)[o])) : A(0);
         A sum = y.value[n][2 * h + e];
         if constexpr (std::is_same_v<T, float>) {
-          // The split of infinity, or of a number near it, gives NaN.
+          // V W may have overflowed where rho V W does not.
           if (!isfinite(sum)) sum = plain_output(w, at, o);
         }
         narrow(sum + bias, static_cast<T*>(p.output)[at * p.o + o]);

@@ -67,8 +67,6 @@ uint16_t bfloat16_from_float(float x);
 void multiply_accumulate_16(bool is_half, float (&d)[4], const uint32_t (&a)[4],
                             const uint32_t (&b)[2],
                             Site site = {__builtin_FILE(), __builtin_LINE()});
-void multiply_accumulate_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                              Site site = {__builtin_FILE(), __builtin_LINE()});
 
 }  // namespace execution
 
