@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -344,14 +345,80 @@ def test_values_of_missing_neighbors_do_not_matter(device: HostDevice) -> None:
         assert bool(Y.isfinite().all())
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("C", [5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_weights_of_missing_neighbors_do_not_matter(
+    dtype: torch.dtype, C: int, bad: float, device: HostDevice
+) -> None:
+    value, weight = normal(9, C, dtype=dtype), normal(C, C, 3, seed=2, dtype=dtype)
+    s, I = normal(70, 3, seed=3), torch.randint(9, (70, 3), generator=torch.Generator())
+    s[:, 1], s[7] = -math.inf, -math.inf
+    weight[..., 1] = 0
+
+    def aggregate(value: Tensor, s: Tensor, I: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        not_finite = torch.full_like(weight, bad)
+        weight = torch.where(torch.tensor([False, True, False]), not_finite, weight)
+        return device.aggregate(value, s, I, weight, *rest)
+
+    assert_aggregate(aggregate, value, s, I, weight)
+    weight[..., 1] = bad
+    grads = device.aggregate_backward(
+        *(normal(70, C, seed=4, dtype=dtype), value, s, I, weight, False, "softmax", 1.0)
+    )
+    assert grads[2] is not None
+    assert not grads[2][..., 1].any()
+
+
+@pytest.mark.parametrize("C", [5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_weights_of_places_that_did_not_choose_a_key_do_not_matter(
+    dtype: torch.dtype, C: int, device: HostDevice
+) -> None:
+    """Each query has one neighbor in each place; only the third meets infinity."""
+    value, weight = normal(9, C, dtype=dtype), normal(7, C, 3, seed=2, dtype=dtype)
+    weight[..., 2] = math.inf
+    I = torch.tensor([[0, 1, 8], [1, 2, 7], [0, 0, 8]])
+    s = normal(3, 3, seed=3)
+    value.requires_grad_()
+    Y = device.aggregate(value, s, I, weight)
+    (grad,) = torch.autograd.grad(Y, value, normal(3, 7, seed=4).abs().to(dtype))
+    assert bool(grad[:7].isfinite().all())
+    assert bool((grad[7:] == math.inf).all())
+
+
+@pytest.mark.parametrize("C", [5, 40])
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        (torch.float64, (1e-200, 1e200, 1e180)),
+        (torch.float32, (1e-30, 1e20, 1e25)),
+        (torch.bfloat16, (1e-30, 1e20, 1e25)),
+    ],
+    ids=str,
+)
+def test_a_product_that_only_rho_keeps_finite(
+    dtype: torch.dtype, sizes: tuple[float, ...], C: int, device: HostDevice
+) -> None:
+    s, value, weight = (
+        normal(*shape, seed=len(shape), dtype=dtype) * size
+        for shape, size in zip(((6, 2), (9, C), (4, C, 2)), sizes, strict=True)
+    )
+    similarities = s.to(torch.float64 if dtype == torch.float64 else F32)
+    I = torch.arange(12).view(6, 2) % 9
+    options = {"rho": "similarity", "backward": False}
+    Y = assert_aggregate(device.aggregate, value, similarities, I, weight, **options)
+    assert bool(Y.isfinite().all())
+
+
 @pytest.mark.parametrize("C", [5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_infinite_values_stay_infinite(dtype: torch.dtype, C: int, device: HostDevice) -> None:
     value = normal(6, C, dtype=dtype)
     value[1, 2], value[3, 0] = math.inf, -math.inf
-    s, I = normal(4, 2, seed=1), torch.tensor([[0, 2], [1, 0], [3, 4], [1, 3]])
-    weight = normal(3, C, 2, seed=2, dtype=dtype)
-    Y = assert_aggregate(device.aggregate, value, s, I, weight, rho="ones", backward=False)
+    I = torch.tensor([[0, 2], [1, 0], [3, 4], [1, 3], *[[0, 4]] * 32])
+    s, weight = normal(36, 2, seed=1), normal(C, C, 2, seed=2, dtype=dtype)
+    Y = assert_aggregate(device.aggregate, value, s, I, weight, rho="ones")
     assert bool(Y[0].isfinite().all())
     assert bool(Y[1:3].isinf().all())
 
