@@ -89,7 +89,7 @@ struct Fiber {
 
 struct Machine {
   std::mt19937_64 random{0};
-  std::map<std::string, size_t> launched;
+  Launched launched;
   const char* kernel = "";
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -272,7 +272,7 @@ void combine_16(void* const* lanes) {
 
 void seed(uint64_t value) { machine.random.seed(value); }
 
-const std::map<std::string, size_t>& launched() { return machine.launched; }
+const Launched& launched() { return machine.launched; }
 
 unsigned char* shared_memory() { return machine.shared; }
 
@@ -310,11 +310,11 @@ void collective(Site site, void* operand, void (*combine)(void* const* lanes)) {
   leave(fiber, false);
 }
 
-void run(const char* name, int64_t blocks, int threads, size_t shared_bytes,
+void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t shared_bytes,
          const std::function<void()>& body) {
   if (threads % kWarp != 0) std::abort();
   machine.kernel = name;
-  size_t& most_shared_bytes = machine.launched[name];
+  size_t& most_shared_bytes = machine.launched[{address, name}];
   most_shared_bytes = std::max(most_shared_bytes, shared_bytes);
   machine.body = &body;
   machine.threads = threads;
