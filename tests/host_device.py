@@ -47,14 +47,19 @@ class HostDevice:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def close(self) -> dict[str, int]:
-        """Ends it. Returns the kernels that ran, with the most shared memory of each."""
+    def close(self) -> dict[tuple[int, str], int]:
+        """Ends it. Returns the kernels that ran, with the most shared memory of each.
+
+        A kernel is its address, counted from that of execution::seed(), and its name.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
         lines = self._process.stdout.read().decode().splitlines()
         assert self._process.wait() == 0, self._log.read_text()
-        return {name: int(shared) for name, shared in map(str.split, lines)}
+        return {
+            (int(address), name): int(shared) for address, name, shared in map(str.split, lines)
+        }
 
     def select(
         self,
@@ -98,7 +103,7 @@ class HostDevice:
         I = query.new_empty((*query.shape[:-1], k), dtype=torch.int64)
         R = 0 if candidates is None else candidates.shape[0]
         numbers = (_batch(query), N, M, D, k, R, DTYPES[query.dtype])
-        return self._call(
+        return self.call(
             0,
             (*numbers, METRICS[metric], ORDERS[order]),
             [query, key, candidates, self_indices, key_mask],
@@ -118,7 +123,7 @@ class HostDevice:
     ) -> tuple[Tensor | None, Tensor | None]:
         (N, D), M = query.shape[-2:], key.shape[-2]
         numbers = (_batch(query), N, M, D, indices.shape[-1], DTYPES[query.dtype])
-        return self._call(
+        return self.call(
             1,
             (*numbers, METRICS[metric]),
             [grad_similarities, query, key, similarities, indices],
@@ -138,7 +143,7 @@ class HostDevice:
         numbers = _convolution(value, similarities, weight, rho)
         output = value.new_empty((*similarities.shape[:-1], numbers[4]))
         inputs = [value, similarities, indices, weight, bias]
-        return self._call(2, numbers, inputs, [output], scale)[0]
+        return self.call(2, numbers, inputs, [output], scale)[0]
 
     def aggregate_backward(
         self,
@@ -164,7 +169,7 @@ class HostDevice:
             bias,
         ]
         inputs = [grad_output, value, similarities, indices, weight]
-        return self._call(3, numbers, inputs, outputs, scale)
+        return self.call(3, numbers, inputs, outputs, scale)
 
     def forward(
         self,
@@ -185,7 +190,7 @@ class HostDevice:
         s, I = self.select(query, key, k, candidates, self_indices, key_mask, metric, order)
         return self.aggregate(value, s, I, weight, bias, rho, scale), s, I
 
-    def _call(
+    def call(
         self,
         operator: int,
         numbers: tuple[int, ...],
@@ -193,6 +198,7 @@ class HostDevice:
         outputs: list[Any],
         scale: float = 1.0,
     ) -> Any:
+        """One call of an operator as tests/host_cuda/serve.cpp reads it; returns `outputs`."""
         filled = (*numbers, *[0] * (NUMBERS - len(numbers)))
         message = [
             struct.pack(f"=qq{NUMBERS}qqd", operator, self.seed, *filled, self.most_bytes, scale)

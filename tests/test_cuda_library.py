@@ -23,9 +23,24 @@ BUILD = Path(os.environ.get("CONVNN_CUDA_BUILD", ""))
 LIBRARY = BUILD / "libconvnn_cuda.so"
 MOST_STACK = 64
 
-pytestmark = pytest.mark.skipif(
+needs_build = pytest.mark.skipif(
     "CONVNN_CUDA_BUILD" not in os.environ, reason="needs CONVNN_CUDA_BUILD"
 )
+# Disassembled code: what is before a loop, in it, in a branch that leaves it for a while, after it.
+SASS = """
+		Function : _Z11loop_kernelv
+	.headerflags	@"EF_CUDA_SM90"
+        /*0000*/                   {before} ;                 /* 0x00000a00ff017624 */
+                                                              /* 0x000fe400078e00ff */
+        /*0010*/                   {inside} ;                 /* 0x0000000000027919 */
+        /*0020*/              @P1 BRA 0x60 ;                  /* 0x0000000000027919 */
+        /*0030*/             @!P0 BRA 0x10 ;                  /* 0x0000000000027919 */
+        /*0040*/                   {after} ;                  /* 0x0000000000027919 */
+        /*0050*/                   EXIT ;                     /* 0x0000000000027919 */
+        /*0060*/                   {aside} ;                  /* 0x0000000000027919 */
+        /*0070*/                   BRA 0x30 ;                 /* 0x0000000000027919 */
+        /*0080*/                   BRA 0x80;                  /* 0x0000000000027919 */
+"""
 
 
 def output(*command: str | Path) -> str:
@@ -34,7 +49,11 @@ def output(*command: str | Path) -> str:
 
 def introspect() -> ModuleType:
     (path,) = BUILD.glob("introspect*.so")
-    spec = importlib.util.spec_from_file_location("introspect", path)
+    return module("introspect", path)
+
+
+def module(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -42,6 +61,7 @@ def introspect() -> ModuleType:
     return module
 
 
+@needs_build
 def test_what_it_asks_of_torch_is_in_the_stable_c_interface() -> None:
     folder = Path(torch.__file__).parent / "include" / "torch" / "csrc"
     headers = ["stable/c/shim.h", "inductor/aoti_torch/c/shim.h"]
@@ -59,12 +79,14 @@ def test_what_it_asks_of_torch_is_in_the_stable_c_interface() -> None:
     assert "cudart" not in output("readelf", "--dynamic", LIBRARY)
 
 
+@needs_build
 def test_it_has_no_search_path() -> None:
     dynamic = output("readelf", "--dynamic", LIBRARY)
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
 
 
+@needs_build
 def test_introspect_knows_every_kernel() -> None:
     built = introspect()
     kernels = built.cuda_kernels()
@@ -80,6 +102,18 @@ def test_introspect_knows_every_kernel() -> None:
         assert 0 < numbers["occupancy_percent"] <= 100
 
 
+@pytest.mark.parametrize(
+    ("where", "counts"), [("before", 0), ("inside", 1), ("aside", 1), ("after", 0)]
+)
+def test_a_spill_within_a_loop_is_found(where: str, counts: int) -> None:
+    resources = module("resources", ROOT / "csrc" / "cuda" / "resources.py")
+    for access in ("STL.64 [R1+0x8], R6", "@P0 LDL.LU R4, [R1]"):
+        lines = dict.fromkeys(("before", "inside", "aside", "after"), "S2R R2, SR_TID.X")
+        sass = SASS.format(**(lines | {where: access}))
+        assert resources.stack_in_loops(sass) == {"_Z11loop_kernelv": counts}
+
+
+@needs_build
 def test_no_kernel_spills() -> None:
     command = [sys.executable, ROOT / "csrc" / "cuda" / "resources.py", LIBRARY]
     assert "sweep_kernel<float>" in output(*command, "--most-stack", str(MOST_STACK))
@@ -88,6 +122,7 @@ def test_no_kernel_spills() -> None:
     assert "more than -1 bytes of stack" in failed.stderr
 
 
+@needs_build
 def test_a_cpu_pytorch_says_why_it_does_not_load_it() -> None:
     if torch.version.cuda is not None:
         pytest.skip("a CUDA PyTorch")
@@ -95,6 +130,7 @@ def test_a_cpu_pytorch_says_why_it_does_not_load_it() -> None:
         ctypes.CDLL(str(LIBRARY))
 
 
+@needs_build
 def test_example_agrees_with_the_operator() -> None:
     def numbers(count: int, step: int) -> torch.Tensor:
         return torch.tensor([float(i * step % 7 - 3) for i in range(count)])

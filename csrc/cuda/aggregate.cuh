@@ -7,8 +7,9 @@
 //
 // Dense: a block has 64 queries (of any batch elements) and 64 outputs. For each j it gathers the
 // 64 rows of V and multiplies them with W_j in the tile of tile.cuh; rho is applied to that
-// product, so rows go from memory to the matrix instruction as they are. X_nn [n, k, c] is nowhere
-// stored. Depthwise or no weight: a thread has one output at a time.
+// product, so rows go from memory to the matrix instruction as they are. Where that is not finite,
+// the output is computed again with rho before the product. X_nn [n, k, c] is nowhere stored.
+// Depthwise or no weight: a thread has one output at a time.
 #pragma once
 
 #include "neighbors.cuh"
@@ -59,27 +60,33 @@ const T* permute_weight(const AggregateParams& p, bool outputs_last, Context& co
   return result;
 }
 
-// One output of a dense convolution, without bias, by plain arithmetic.
+// One output of a dense convolution, without bias, term by term.
 template <class T>
 __device__ inline Accumulate<T> plain_output(const AggregateWork<T>& w, int64_t row, int64_t o) {
   using A = Accumulate<T>;
   const AggregateParams& p = w.p;
-  A sum = 0;
+  RunningSum<A> sum;
   for (int64_t j = 0; j < p.k; ++j) {
     const int64_t value_row = w.value_row(row, j);
     if (value_row < 0) continue;
-    A product = 0;
+    const A rho = w.rho[row * p.k + j];
     for (int64_t c = 0; c < p.c; ++c) {
-      product +=
-          A(widen(w.value()[value_row * p.c + c])) * A(widen(w.weight[(j * p.o + o) * p.c + c]));
+      const A v = widen(w.value()[value_row * p.c + c]);
+      sum.add(rho * v * A(widen(w.weight[(j * p.o + o) * p.c + c])));
     }
-    sum += w.rho[row * p.k + j] * product;
   }
-  return sum;
+  return sum.value();
 }
 
+// Blocks on a multiprocessor for whose registers nothing is spilled.
 template <class T>
-__global__ __launch_bounds__(kThreads) void aggregate_dense_kernel(const AggregateWork<T> w) {
+constexpr int kDenseBlocks = sizeof(T) == 8   ? 2
+                             : sizeof(T) == 4 ? 3
+                                              : 4;
+
+template <class T>
+__global__ __launch_bounds__(kThreads, kDenseBlocks<T>) void aggregate_dense_kernel(
+    const AggregateWork<T> w) {
   using A = Accumulate<T>;
   T* tile_v = reinterpret_cast<T*>(shared_memory());
   T* tile_w = tile_v + kTileElements<T>;
@@ -124,10 +131,9 @@ __global__ __launch_bounds__(kThreads) void aggregate_dense_kernel(const Aggrega
         if (at >= rows || o >= p.o) continue;
         const A bias = p.bias ? A(widen(static_cast<const T*>(p.bias)[o])) : A(0);
         A sum = y.value[n][2 * h + e];
-        if constexpr (std::is_same_v<T, float>) {
-          // The split of infinity, or of a number near it, gives NaN.
-          if (!isfinite(sum)) sum = plain_output(w, at, o);
-        }
+        // V W may have overflowed where rho V W does not; and the row of zeros in place of a
+        // missing neighbor gives NaN with a weight that is not finite.
+        if (!isfinite(sum)) sum = plain_output(w, at, o);
         narrow(sum + bias, static_cast<T*>(p.output)[at * p.o + o]);
       }
     }

@@ -8,7 +8,8 @@
 //
 // P is never stored. drho, dense: a block has 64 queries and one j, a tile of P at a time. dV,
 // dense: a block has 64 keys and 64 channels; for each j it sums H[m] = sum of rho_ij G_i over the
-// pairs of a key first, and then multiplies the tile of H with W_j. dW: a block has a tile of
+// pairs of a key first, and then multiplies the tile of H with W_j; keys without such a pair leave
+// the product out, because W_j may hold infinity. dW: a block has a tile of
 // W_j and a part of the queries; the parts are added afterwards. Otherwise a thread has an element
 // of a result, or a warp does where that is a sum over channels, or a block the channels of a key.
 //
@@ -150,6 +151,9 @@ __global__ __launch_bounds__(kThreads) void value_grad_dense_kernel(
     }
     const T* of_channel = channel < p.c ? w.forward.weight + (j * p.c + channel) * p.o : nullptr;
     __syncthreads();
+    bool chosen[2];
+    for (int h = 0; h < 2; ++h) chosen[h] = firsts[tile_row(h)] < ends[tile_row(h)];
+    TileValues<A> product;
     for (int64_t first = 0; first < p.o; first += kDepth) {
       const int64_t o = first + lane();
       for (int r = warp(); r < kTile; r += kWarps) {
@@ -162,10 +166,17 @@ __global__ __launch_bounds__(kThreads) void value_grad_dense_kernel(
       }
       load_tile(tile_w, of_channel, first, p.o);
       __syncthreads();
-      multiply_tile(tile_h, tile_w, p.o, dv);
+      multiply_tile(tile_h, tile_w, p.o, product);
       __syncthreads();
     }
     if (p.o == 0) __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kTileColumns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (chosen[e / 2]) dv.value[n][e] += product.value[n][e];
+      }
+    }
   }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

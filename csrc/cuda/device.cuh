@@ -173,21 +173,6 @@ __device__ inline void multiply_accumulate_16(float (&d)[4], const uint32_t (&a)
 #endif
 }
 
-// d += a b for a warp: a [16, 8], b [8, 8] of tf32, d [16, 8] as above. A lane holds of a rows g,
-// g + 8, g, g + 8, columns t, t, t + 4, t + 4; of b column g, rows t and t + 4.
-__device__ inline void multiply_accumulate_tf32(float (&d)[4], const uint32_t (&a)[4],
-                                                const uint32_t (&b)[2]) {
-#ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  execution::multiply_accumulate_tf32(d, a, b);
-#endif
-}
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Bytes of `count` elements of T from the context.

@@ -24,7 +24,8 @@ class Context {
   int64_t most_bytes = int64_t(64) << 20;
 };
 
-// Each throws std::runtime_error where a launch fails. Index values out of range are left out.
+// Each throws std::runtime_error where a launch fails, and select() where there are 2^32 or more
+// rows of key, but of float64. Index values out of range are left out.
 void select(const SelectParams& params, Context& context);
 void select_backward(const SelectBackwardParams& params, Context& context);
 void aggregate(const AggregateParams& params, Context& context);

@@ -43,7 +43,7 @@ __global__ __launch_bounds__(kThreads) void modulate_kernel(
 }
 
 template <class A>
-__global__ __launch_bounds__(kThreads) void modulate_backward_kernel(
+__global__ __launch_bounds__(kThreads, 8) void modulate_backward_kernel(
     const AggregateParams p,
     const A* rho,               // [batch, n, k]
     const A* grad_rho,          // [batch, n, k]

@@ -4,12 +4,14 @@
     python csrc/cuda/resources.py LIBRARY [--header FILE] [--most-stack BYTES]
 
 Prints a table, or writes the initializer that csrc/introspect.cpp includes. With ``--most-stack`` a
-kernel with a larger stack, where spilled registers lie, is an error. The figures come from
-``cuobjdump``, of the CUDA toolkit or of Triton; the environment variable CUOBJDUMP may name it.
+kernel with a larger stack, where spilled registers lie, is an error, and so is one that uses its
+stack within a loop. The figures come from ``cuobjdump``, of the CUDA toolkit or of Triton; the
+environment variable CUOBJDUMP may name it.
 """
 
 import argparse
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -120,6 +122,49 @@ def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
     return result
 
 
+def stack_in_loops(sass: str) -> dict[str, int]:
+    """For each function of disassembled code, the accesses to the stack that are within a loop.
+
+    A loop is what can come back to itself. An indirect jump, and the return from a subroutine, may
+    lead to wherever a call goes on.
+    """
+    found = {}
+    for part in re.split(r"Function : ", sass)[1:]:
+        lines = re.findall(r"^ *(?:\w+:)? */\*([0-9a-f]{4,})\*/ +(.*?) *;", part, re.MULTILINE)
+        code = {int(address, 16): instruction for address, instruction in lines}
+        order = sorted(code)
+        after = dict(itertools.pairwise(order))
+        returns = [after[at] for at in order if "CALL" in code[at] and at in after]
+        following: dict[int, list[int]] = {}
+        for at in order:
+            words = code[at].split()
+            conditional = words[0].startswith("@")
+            name = words[1 if conditional else 0].split(".")[0]
+            target = re.search(r"0x([0-9a-f]+)\)?$", code[at])
+            goes_on = conditional or name not in ("BRA", "JMP", "BRX", "JMX", "RET", "EXIT")
+            following[at] = [after[at]] if goes_on and at in after else []
+            if name in ("BRA", "JMP", "CALL") and target:
+                following[at].append(int(target[1], 16))
+            elif name in ("BRX", "JMX", "RET"):
+                following[at] += returns
+        found[part.split()[0]] = sum(
+            bool(re.search(r"\b(LDL|STL)\b", code[at])) and at in _reached(following, at)
+            for at in order
+        )
+    return found
+
+
+def _reached(following: dict[int, list[int]], start: int) -> set[int]:
+    seen: set[int] = set()
+    left = list(following[start])
+    while left:
+        at = left.pop()
+        if at not in seen:
+            seen.add(at)
+            left += following.get(at, [])
+    return seen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", type=Path)
@@ -139,10 +184,18 @@ def main() -> None:
         return
     for name, numbers in sorted(kernels.items()):
         print(f"{name:<60}" + "  ".join(f"{key} {n}" for key, n in numbers.items()))
+    if not kernels:
+        sys.exit("no kernels")
     most = arguments.most_stack
-    large = [name for name, n in kernels.items() if most is not None and n["local_bytes"] > most]
-    if large or not kernels:
-        sys.exit(f"more than {most} bytes of stack: {', '.join(large)}" if large else "no kernels")
+    if most is None:
+        return
+    if large := [name for name, numbers in kernels.items() if numbers["local_bytes"] > most]:
+        sys.exit(f"more than {most} bytes of stack: {', '.join(large)}")
+    if any(numbers["local_bytes"] for numbers in kernels.values()):
+        command = [str(tool), "--dump-sass", str(arguments.library)]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        if looping := [name for name, count in stack_in_loops(sass).items() if count]:
+            sys.exit(f"stack within a loop: {', '.join(readable(looping))}")
 
 
 if __name__ == "__main__":

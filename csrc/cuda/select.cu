@@ -86,6 +86,12 @@ void select_as(const SelectParams& p, Context& context) {
 }  // namespace
 
 void select(const SelectParams& p, Context& context) {
+  // Candidates and the token itself may be any row, and a key of the order holds the row.
+  constexpr int64_t kMostRows = std::numeric_limits<uint32_t>::max();
+  if (p.dtype != DType::float64 && p.m > kMostRows) {
+    throw std::runtime_error("convnn: key must have at most " + std::to_string(kMostRows) +
+                             " rows unless it is float64, got " + std::to_string(p.m));
+  }
   if (p.batch == 0 || p.n == 0) return;
   with_type(p.dtype, [&](auto t) { select_as<decltype(t)>(p, context); });
 }

@@ -16,7 +16,7 @@
 // holds, by its maximum or at a tie by its lower columns, a key that precedes the neighbor, and
 // fewer than k do. Ties, constant rows and NaN need no special path, and nothing can overflow. For
 // float32 the sweep's products are split, so this holds up to their rounding, which is within what
-// the certificate of a selection allows.
+// the certificate of a selection allows; exact sums stay exact (tile.cuh).
 //
 // With few columns and for float64, steps 2 and 3 are left out and refine_kernel takes all
 // columns. It does so for k beyond the longest list, too, which it fills several times: each time
@@ -171,15 +171,7 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = tile_column(n, e);
-          float x = s.value[n][2 * h + e];
-          if constexpr (std::is_same_v<T, float>) {
-            // The split of infinity, or of a number near it, gives NaN.
-            if (!isfinite(x) && exists && allowed[column] && !w.plainly) {
-              x = raw_similarity(p.metric, w.query + row * p.d,
-                                 keys + key_row(w, at.batch, tile * kTile + column) * p.d, p.d);
-            }
-          }
-          const uint32_t order = order_of(x * factors[column] * factor);
+          const uint32_t order = order_of(s.value[n][2 * h + e] * factors[column] * factor);
           if (allowed[column] && order > largest) largest = order;
         }
         if ((n + 1) * 8 % w.group == 0) {

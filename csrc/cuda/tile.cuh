@@ -7,9 +7,15 @@
 // columns at a time; both are read row by row. An element depends on its row of A and its row of B
 // alone, in one order of sums: equal rows give equal bits.
 //
-// float16 and bfloat16: exact products, summed in float32. float32: each number is split into two
-// of tf32, and three of the four products are summed; what is left out is 12 * 2^-24 of a term at
-// most. float64, and differences for the euclidean metric: plain arithmetic in the same layout.
+// float16 and bfloat16: exact products, summed in float32. float64, and differences for the
+// euclidean metric: plain arithmetic in the same layout.
+//
+// float32: a number is the sum of three of bfloat16, cut off and not rounded, so all have its sign:
+// x = x0 + x1 + x2. Of the nine products of two numbers those x_i y_j with i + j <= 2 are summed.
+// What is left out is less than 8.1 * 2^-24 of a product (more of a number below 2^-126), and
+// nothing where the product can be represented: x1 y2 is 0 unless x has at least 9 significant bits
+// and y 17, and (2^8 + 1) (2^16 + 1) > 2^24. No sum of pieces is larger than the sum of all |x y|,
+// so a sum of whole numbers is exact if that is at most 2^24.
 #pragma once
 
 #include "device.cuh"
@@ -73,16 +79,19 @@ __device__ inline uint32_t load_pair(const T* elements) {
   return pair;
 }
 
-// x = high + low + rest, with both in tf32 and |rest| <= 2^-22 |x|, but for |x| below 2^-115.
-struct SplitFloat {
-  uint32_t high, low;
-  __device__ explicit SplitFloat(float x) {
-    if (x != x) {  // rounding would carry some NaN into the sign, and leave a zero
-      high = low = 0x7FC00000u;
-      return;
+// Two numbers x as x0 + 2^-8 x1 + 2^-16 x2, a register of both for each piece. With these factors a
+// piece is not below what bfloat16 can hold unless x is; neither is it above x.
+struct SplitPair {
+  uint32_t piece[3];
+  __device__ SplitPair(float x, float y) {
+#pragma unroll
+    for (uint32_t& both : piece) {
+      const uint32_t of_x = __float_as_uint(x) & 0xFFFF0000u;
+      const uint32_t of_y = __float_as_uint(y) & 0xFFFF0000u;
+      both = of_x >> 16 | of_y;
+      x = (x - __uint_as_float(of_x)) * 0x1p8f;
+      y = (y - __uint_as_float(of_y)) * 0x1p8f;
     }
-    high = (__float_as_uint(x) + 0x1000) & 0xFFFFE000;
-    low = (__float_as_uint(x - __uint_as_float(high)) + 0x1000) & 0xFFFFE000;
   }
 };
 
@@ -105,27 +114,59 @@ __device__ inline void multiply_tile(const T* a, const T* b, TileValues<float>& 
   }
 }
 
+// Instead of `sum` at `n`, the products of 16 columns of a and b without the split, where that met
+// an infinity, a NaN or an overflow.
+__device__ inline void multiply_again(const float* a, const float* b, float (&sum)[4]) {
+  float plain[4] = {};
+#pragma unroll 1
+  for (int d = 0; d < 16; ++d) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      plain[e] += a[e / 2 * 8 * kTileStride<float> + d] * b[e % 2 * kTileStride<float> + d];
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if (!isfinite(sum[e])) sum[e] = plain[e];
+  }
+}
+
 __device__ inline void multiply_tile(const float* a, const float* b, TileValues<float>& c) {
   const int g = lane() / 4, t = lane() % 4;
-  const float* row = a + (16 * warp() + g) * kTileStride<float> + t;
+  const float* row = a + (16 * warp() + g) * kTileStride<float>;
 #pragma unroll
-  for (int d = 0; d < kDepth; d += 8) {
-    const SplitFloat split_a[4] = {SplitFloat(row[d]), SplitFloat(row[d + 8 * kTileStride<float>]),
-                                   SplitFloat(row[d + 4]),
-                                   SplitFloat(row[d + 8 * kTileStride<float> + 4])};
-    const uint32_t high_a[4] = {split_a[0].high, split_a[1].high, split_a[2].high, split_a[3].high};
-    const uint32_t low_a[4] = {split_a[0].low, split_a[1].low, split_a[2].low, split_a[3].low};
+  for (int d = 0; d < kDepth; d += 16) {
+    // Which columns a lane holds is free as long as a and b agree: these lie in different banks.
+    const auto split = [&](const float* x, int first) {
+      return SplitPair(x[d + t + first], x[d + t + first + 4]);
+    };
+    const float* next = row + 8 * kTileStride<float>;
+    const SplitPair of_a[4] = {split(row, 0), split(next, 0), split(row, 8), split(next, 8)};
 #pragma unroll
     for (int n = 0; n < kTileColumns; ++n) {
-      const float* column = b + (8 * n + g) * kTileStride<float> + t + d;
-      const SplitFloat split_b[2] = {SplitFloat(column[0]), SplitFloat(column[4])};
-      const uint32_t high_b[2] = {split_b[0].high, split_b[1].high};
-      const uint32_t low_b[2] = {split_b[0].low, split_b[1].low};
-      // The instruction cuts its sums off: short ones are added by rounding additions.
-      float sum[4] = {};
-      multiply_accumulate_tf32(sum, high_a, low_b);
-      multiply_accumulate_tf32(sum, low_a, high_b);
-      multiply_accumulate_tf32(sum, high_a, high_b);
+      const float* column = b + (8 * n + g) * kTileStride<float>;
+      const SplitPair of_b[2] = {split(column, 0), split(column, 8)};
+      // The instruction cuts its sums off: those of a piece are short, and added by additions that
+      // round.
+      float sums[3][4] = {};
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        const uint32_t piece_a[4] = {of_a[0].piece[i], of_a[1].piece[i], of_a[2].piece[i],
+                                     of_a[3].piece[i]};
+#pragma unroll
+        for (int j = 0; i + j < 3; ++j) {
+          const uint32_t piece_b[2] = {of_b[0].piece[j], of_b[1].piece[j]};
+          multiply_accumulate_16<BFloat16>(sums[i + j], piece_a, piece_b);
+        }
+      }
+      float sum[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sum[e] = sums[0][e] + 0x1p-8f * (sums[1][e] + 0x1p-8f * sums[2][e]);
+      }
+      if (!isfinite(sum[0] + sum[1] + sum[2] + sum[3])) {
+        multiply_again(row + d, b + tile_column(n, 0) * kTileStride<float> + d, sum);
+      }
 #pragma unroll
       for (int e = 0; e < 4; ++e) c.value[n][e] += sum[e];
     }

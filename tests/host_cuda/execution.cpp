@@ -14,9 +14,7 @@
 #include <random>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
-#endif
 
 execution::Dimension threadIdx, blockIdx, gridDim;
 
@@ -91,7 +89,7 @@ struct Fiber {
 
 struct Machine {
   std::mt19937_64 random{0};
-  std::map<std::string, size_t> launched;
+  Launched launched;
   const char* kernel = "";
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -111,29 +109,17 @@ Machine machine;
   std::abort();
 }
 
-void start_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const void* bottom,
-                  [[maybe_unused]] size_t size) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(fake_stack, bottom, size);
-#endif
-}
-void finish_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] const void** bottom,
-                   [[maybe_unused]] size_t* size) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake_stack, bottom, size);
-#endif
-}
-
 // From a fiber to the scheduler, and back where it is still alive.
 void leave(Fiber& fiber, bool for_good) {
-  start_switch(for_good ? nullptr : &fiber.fake_stack, machine.scheduler_stack,
-               machine.scheduler_stack_size);
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack, machine.scheduler_stack,
+                                 machine.scheduler_stack_size);
   switch_stack(fiber.position, machine.scheduler);
-  finish_switch(fiber.fake_stack, &machine.scheduler_stack, &machine.scheduler_stack_size);
+  __sanitizer_finish_switch_fiber(fiber.fake_stack, &machine.scheduler_stack,
+                                  &machine.scheduler_stack_size);
 }
 
 void enter() {
-  finish_switch(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_size);
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_size);
   Fiber& fiber = *machine.fibers[size_t(machine.current)];
   (*machine.body)();
   fiber.state = State::ended;
@@ -144,9 +130,9 @@ void resume(int thread) {
   Fiber& fiber = *machine.fibers[size_t(thread)];
   machine.current = thread;
   threadIdx.x = unsigned(thread);
-  start_switch(&machine.scheduler_fake_stack, fiber.stack, kStack);
+  __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStack);
   switch_stack(machine.scheduler, fiber.position);
-  finish_switch(machine.scheduler_fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
 }
 
 void make_ready(int thread) {
@@ -154,7 +140,9 @@ void make_ready(int thread) {
   machine.ready.push_back(thread);
 }
 
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
 
 // Nobody can go on: everybody must be at one barrier.
 void release_barrier() {
@@ -200,23 +188,35 @@ float element(bool is_half, uint32_t pair, int which) {
   return is_half ? float_from_half(bits) : same_bits<float>(uint32_t(bits) << 16);
 }
 
-// The matrix instruction sums in float32 and cuts off what does not fit.
-float cut_off(double x) {
-  const float nearest = float(x);
-  const bool away = std::fabs(double(nearest)) > std::fabs(x);
-  return std::isfinite(nearest) && away ? std::nextafterf(nearest, 0) : nearest;
-}
-
 struct Matrices {
   float a[16][16], b[16][8], d[16][8];
 };
 
-void multiply(Matrices& m, int depth) {
+// d and the 16 products, as a device may sum them: each is cut off behind the 24th bit of the
+// largest, and so is the sum.
+float sum_of(float d, const double (&products)[16]) {
+  double sum = double(d), largest = std::fabs(sum);
+  for (const double product : products) {
+    sum += product;
+    largest = std::max(largest, std::fabs(product));
+  }
+  if (!std::isfinite(sum) || largest == 0) return float(sum);
+  const int last = std::max(std::ilogb(largest) - 23, -149);
+  const double scale = std::ldexp(1.0, -last);
+  auto units = int32_t(double(d) * scale);
+  for (const double product : products) units += int32_t(product * scale);
+  sum = std::ldexp(double(units), last);
+  const float nearest = float(sum);
+  const bool away = std::fabs(double(nearest)) > std::fabs(sum);
+  return std::isfinite(nearest) && away ? std::nextafterf(nearest, 0) : nearest;
+}
+
+void multiply(Matrices& m) {
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < 8; ++column) {
-      double sum = double(m.d[row][column]);
-      for (int i = 0; i < depth; ++i) sum += double(m.a[row][i]) * double(m.b[i][column]);
-      m.d[row][column] = cut_off(sum);
+      double products[16];
+      for (int i = 0; i < 16; ++i) products[i] = double(m.a[row][i]) * double(m.b[i][column]);
+      m.d[row][column] = sum_of(m.d[row][column], products);
     }
   }
 }
@@ -227,8 +227,7 @@ struct MatrixOperand {
   const uint32_t *a, *b;
 };
 
-// Fragments as the PTX manual defines them for mma.m16n8k16 and mma.m16n8k8: register i of lane
-// 4 group + member.
+// Fragments as the PTX manual defines them for mma.m16n8k16: register i of lane 4 group + member.
 int row_of_d(int group, int i) { return i < 2 ? group : group + 8; }
 int column_of_d(int member, int i) { return 2 * member + (i & 1); }
 
@@ -265,25 +264,7 @@ void combine_16(void* const* lanes) {
       m.b[row][group] = element(own.is_half, own.b[i / 2], i & 1);
     }
   }
-  multiply(m, 16);
-  write_d(m, lanes);
-}
-
-void combine_tf32(void* const* lanes) {
-  // The low 13 bits are not part of tf32.
-  const auto tf32 = [](uint32_t bits) { return same_bits<float>(bits & 0xFFFFE000u); };
-  Matrices m;
-  read_d(m, lanes);
-  for (int lane = 0; lane < kWarp; ++lane) {
-    const MatrixOperand& own = *static_cast<MatrixOperand*>(lanes[lane]);
-    const int group = lane / 4, member = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-      const int row = i == 0 || i == 2 ? group : group + 8;
-      m.a[row][i < 2 ? member : member + 4] = tf32(own.a[i]);
-    }
-    for (int i = 0; i < 2; ++i) m.b[i == 0 ? member : member + 4][group] = tf32(own.b[i]);
-  }
-  multiply(m, 8);
+  multiply(m);
   write_d(m, lanes);
 }
 
@@ -291,7 +272,7 @@ void combine_tf32(void* const* lanes) {
 
 void seed(uint64_t value) { machine.random.seed(value); }
 
-const std::map<std::string, size_t>& launched() { return machine.launched; }
+const Launched& launched() { return machine.launched; }
 
 unsigned char* shared_memory() { return machine.shared; }
 
@@ -329,11 +310,11 @@ void collective(Site site, void* operand, void (*combine)(void* const* lanes)) {
   leave(fiber, false);
 }
 
-void run(const char* name, int64_t blocks, int threads, size_t shared_bytes,
+void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t shared_bytes,
          const std::function<void()>& body) {
   if (threads % kWarp != 0) std::abort();
   machine.kernel = name;
-  size_t& most_shared_bytes = machine.launched[name];
+  size_t& most_shared_bytes = machine.launched[{address, name}];
   most_shared_bytes = std::max(most_shared_bytes, shared_bytes);
   machine.body = &body;
   machine.threads = threads;
@@ -389,12 +370,6 @@ void multiply_accumulate_16(bool is_half, float (&d)[4], const uint32_t (&a)[4],
                             const uint32_t (&b)[2], Site site) {
   MatrixOperand operand = {is_half, d, a, b};
   collective(site, &operand, combine_16);
-}
-
-void multiply_accumulate_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                              Site site) {
-  MatrixOperand operand = {false, d, a, b};
-  collective(site, &operand, combine_tf32);
 }
 
 }  // namespace execution

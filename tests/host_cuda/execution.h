@@ -17,6 +17,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <utility>
 
 #define __device__
 #define __host__
@@ -37,9 +38,10 @@ struct Site {
 };
 
 void seed(uint64_t value);
-// The kernels that ran, with the most shared memory that a launch of each had.
-const std::map<std::string, size_t>& launched();
-void run(const char* name, int64_t blocks, int threads, size_t shared_bytes,
+// The kernels that ran, by address and name, with the most shared memory that a launch of each had.
+using Launched = std::map<std::pair<intptr_t, std::string>, size_t>;
+const Launched& launched();
+void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t shared_bytes,
          const std::function<void()>& body);
 unsigned char* shared_memory();
 void barrier(Site site);
@@ -49,7 +51,8 @@ void collective(Site site, void* operand, void (*combine)(void* const* lanes));
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
             size_t shared_bytes, const Arguments&... arguments) {
-  run(name, blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  run(reinterpret_cast<intptr_t>(kernel), name, blocks, threads, shared_bytes,
+      [&] { kernel(arguments...); });
 }
 
 template <size_t kBytes>
@@ -67,8 +70,6 @@ uint16_t bfloat16_from_float(float x);
 void multiply_accumulate_16(bool is_half, float (&d)[4], const uint32_t (&a)[4],
                             const uint32_t (&b)[2],
                             Site site = {__builtin_FILE(), __builtin_LINE()});
-void multiply_accumulate_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                              Site site = {__builtin_FILE(), __builtin_LINE()});
 
 }  // namespace execution
 

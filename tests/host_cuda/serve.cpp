@@ -151,7 +151,10 @@ int main() {
     }
     std::fflush(stdout);
   }
+  const auto origin = reinterpret_cast<intptr_t>(&execution::seed);
   for (const auto& [kernel, shared_bytes] : execution::launched()) {
-    std::printf("%s %zu\n", kernel.c_str(), shared_bytes);
+    const auto& [address, name] = kernel;
+    std::printf("%lld %s %zu\n", static_cast<long long>(address - origin), name.c_str(),
+                shared_bytes);
   }
 }
