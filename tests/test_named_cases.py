@@ -387,18 +387,43 @@ def test_ties_far_from_a_query(metric: str, D: int, k: int) -> None:
     assert s.isnan().all()
 
 
-@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
+@each_weight
 @pytest.mark.parametrize("chosen", [[7], [0, 1, 39], list(range(5, 20)), [38, 39]])
 def test_keys_that_many_queries_choose(kind: str, chosen: list[int]) -> None:
     """Gradients of keys with up to thousands of queries, of their neighbors with none, and with
     missing neighbors in between."""
-    B, N, M, C, k = 2, 700, 40, 6, 3
+    B, N, M, C, k = 2, 1100, 40, 33, 3
     index = torch.tensor(chosen)
     I = index[torch.randint(len(chosen), (B, N, k))]
     s = randn(B, N, k)
     s[torch.rand(B, N, k) < 0.2] = -INF
     value, weight = randn(B, M, C), make_weight(kind, C, k)
     assert_aggregate(ops.aggregate, value, s, I, weight, rho="softmax", scale=0.5)
+
+
+@pytest.mark.parametrize("count", [8191, 8192, 8193])
+def test_a_key_that_ends_where_a_task_does(count: int) -> None:
+    """8192 is a multiple of the pairs that a task of any instruction set takes."""
+    I = (torch.arange(9000) >= count).long().reshape(1, 9000, 1)
+    value, weight = randn(1, 3, 4), make_weight("dense", 4, 1)
+    assert_aggregate(ops.aggregate, value, randn(1, 9000, 1), I, weight, rho="similarity")
+
+
+@each_rho
+@each_weight
+def test_no_channels(kind: str, rho: str) -> None:
+    """C = 0: outputs are biases, and gradients of similarities 0."""
+    I, s = torch.randint(20, (2, 30, 3)), randn(2, 30, 3)
+    for dtype in DTYPES:
+        value, weight = randn(2, 20, 0, dtype=dtype), make_weight(kind, 0, 3, dtype)
+        assert_aggregate(
+            ops.aggregate,
+            value,
+            s.to(value.dtype) if dtype == torch.float64 else s,
+            I,
+            weight,
+            rho=rho,
+        )
 
 
 @on_two_threads

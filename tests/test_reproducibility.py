@@ -74,10 +74,11 @@ def test_backward_for_every_thread_count(metric: str, dtype: torch.dtype, kind: 
 
 
 @each_metric
-def test_many_queries_on_one_key_for_every_thread_count(metric: str) -> None:
+@each_weight
+def test_many_queries_on_one_key_for_every_thread_count(metric: str, kind: str) -> None:
     """Where threads would meet in one row of a gradient."""
     torch.use_deterministic_algorithms(True)
-    query, key, value, weight = make_inputs(torch.float32, "depthwise")
+    query, key, value, weight = make_inputs(torch.float32, kind)
     key[:, 17] = query.mean(dim=1) * 1e3
     torch.set_num_threads(THREADS[0])
     expected = backward([query, key, value, weight], metric)

@@ -29,10 +29,12 @@ constexpr int64_t kSummedRows = 32;       // rows summed before the sum is added
 constexpr int64_t kWeightChannels = 128;  // dense: input channels of one grad_weight task
 constexpr int64_t kWeightTasks = 32;      // rows are divided for about this many grad_weight tasks
 
-// dense: elements of P that a task of `pairs` keeps, in the L2 cache, but at least so many pairs of
-// each slot that its tiles are mostly full.
+// dense: elements of P that a task of `pairs` keeps, in the L2 cache; more where k is so large that
+// the tiles of a slot would not be full of pairs; and never more than a fixed workspace.
 constexpr int64_t kPairElements = 1 << 15;
 constexpr int64_t kPairsOfSlot = 32;
+constexpr int64_t kMostPairElements = 1 << 20;
+constexpr int64_t kMostWeightElements = 1 << 20;  // of all parts of grad_weight, if not of one
 
 template <class T>
 class AggregateBackward {
@@ -44,8 +46,8 @@ class AggregateBackward {
     double* grad_rho;  // [kBlockRows, k]
     int64_t* slots;    // dense: [k + 1] the first row of each slot in `product`
     int64_t* queries;  // dense: [pair_rows] the query row of each row of `product`
-    int64_t* rows;     // dense: [pairs_per_task] the row in `product` of each pair
-    int64_t* places;   // dense: [pairs_per_task] the place of each pair in [n, k]
+    int64_t* rows;     // dense: [pairs_per_task] the slot of each pair, then its row in `product`
+    int64_t* places;   // dense: [pairs_per_task] where each pair is in rho [n, k]
     A* gathered;       // dense: [kBlockRows, padded_stride of o]
     A* product;        // dense: [pair_rows, padded_channels]
     A* outputs;        // dense: [kWeightRows, o padded to whole tiles]
@@ -77,7 +79,9 @@ class AggregateBackward {
     return ceil_div(p.c, kPanel) * kPanel;
   }
   static int64_t pairs_per_task(const AggregateParams& p) {
-    const int64_t pairs = max_of(kPairElements / max_of(1, padded_channels(p)), kPairsOfSlot * p.k);
+    const int64_t width = max_of(1, padded_channels(p));
+    const int64_t pairs =
+        min_of(max_of(kPairElements / width, kPairsOfSlot * p.k), kMostPairElements / width);
     return max_of(1, min_of(pairs, p.n * p.k));
   }
   static int64_t pair_rows(const AggregateParams& p) {  // each slot begins with a whole tile
@@ -176,10 +180,10 @@ class AggregateBackward {
     const int64_t tasks = pair_tasks(p);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / tasks;
+      if (task % tasks >= tasks_with_pairs(f, inverse, b)) continue;
       const Pairs pairs = pairs_of(f, inverse, b, task % tasks);
-      if (pairs.first > pairs.last) continue;
       multiply_pairs_by_slot(p, pairs, b, weight, scratch);
-      for (int64_t key = first_key(f, pairs); key < f.m && !pairs.is_behind(key); ++key) {
+      for (int64_t key = first_key(f, pairs); key < f.m && !pairs.end_before(key); ++key) {
         dense_key(p, pairs, b, key, rho, grad_rho, cuts ? cuts + task * 2 * f.c : nullptr, scratch);
       }
     }
@@ -191,13 +195,13 @@ class AggregateBackward {
     const int64_t tasks = pair_tasks(p);
     for (int64_t b = begin; b < end; ++b) {
       const double* parts = cuts + b * tasks * 2 * f.c;
-      for (int64_t task = 0; task + 1 < tasks; ++task) {
+      const int64_t last = tasks_with_pairs(f, inverse, b) - 1;
+      for (int64_t task = 0; task < last; ++task) {
         const Pairs pairs = pairs_of(f, inverse, b, task), next = pairs_of(f, inverse, b, task + 1);
-        if (next.first > next.last) break;
         const int64_t key = first_key(f, next), from = next.offsets[key];
         if (from < pairs.first || from >= next.first) continue;  // no key begins here and goes on
         int64_t stop = task + 1;
-        while (stop < tasks && stop * pairs_per_task(f) < next.offsets[key + 1]) ++stop;
+        while (stop * pairs_per_task(f) < next.offsets[key + 1]) ++stop;
         T* to = static_cast<T*>(p.grad_value) + (b * f.m + key) * f.c;
         for (int64_t c = 0; c < f.c; ++c) {
           double sum = parts[(2 * task + 1) * f.c + c];
@@ -210,8 +214,11 @@ class AggregateBackward {
 
   static int64_t weight_parts(const AggregateBackwardParams& p) {
     const int64_t rows = p.forward.batch * p.forward.n;
-    const int64_t wanted = ceil_div(kWeightTasks, max_of(1, slot_tasks(p.forward)));
-    return max_of(1, min_of(wanted, ceil_div(rows, kWeightRows)));
+    const int64_t elements =
+        p.forward.k * p.forward.c * (p.forward.convolution == Convolution::dense ? p.forward.o : 1);
+    const int64_t wanted = min_of(ceil_div(kWeightTasks, max_of(1, slot_tasks(p.forward))),
+                                  kMostWeightElements / max_of(1, elements));
+    return max_of(1, min_of(wanted, rows / kWeightRows));
   }
   static int64_t weight_tasks(const AggregateBackwardParams& p) {
     return weight_parts(p) * slot_tasks(p.forward);
@@ -222,7 +229,7 @@ class AggregateBackward {
     const AggregateParams& f = p.forward;
     const Scratch scratch(f, base);
     const int64_t count = weight_parts(p), rows = f.batch * f.n;
-    const int64_t part_rows = ceil_div(ceil_div(rows, count), kWeightRows) * kWeightRows;
+    const int64_t part_rows = ceil_div(rows, count);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / slot_tasks(f), slot = task % f.k;
       const int64_t channel = task % slot_tasks(f) / f.k * weight_channels(f);
@@ -331,16 +338,22 @@ class AggregateBackward {
     int64_t first, last;     // from `first` to before `last`
     bool to_the_end;         // whether these are the last of all; keys without pairs may follow
 
-    bool is_behind(int64_t key) const { return offsets[key] >= last && !to_the_end; }
+    bool end_before(int64_t key) const { return offsets[key] >= last && !to_the_end; }
   };
 
-  // The pairs of a task of `pairs`; first > last where there are none left for it.
+  // How many tasks of `pairs` a batch element has, some of whose neighbors may be missing. One
+  // without any has a task for its keys.
+  static int64_t tasks_with_pairs(const AggregateParams& f, const InverseNeighbors& inverse,
+                                  int64_t b) {
+    return max_of(1, ceil_div(inverse.offsets[b * (f.m + 1) + f.m], pairs_per_task(f)));
+  }
+
+  // The pairs of one of these tasks.
   static Pairs pairs_of(const AggregateParams& f, const InverseNeighbors& inverse, int64_t b,
                         int64_t task) {
     const int64_t* offsets = inverse.offsets + b * (f.m + 1);
     const int64_t size = pairs_per_task(f), count = offsets[f.m];
     const int64_t first = task * size;
-    if (task > 0 && first >= count) return {offsets, nullptr, 1, 0, false};
     return {offsets, inverse.places + b * f.n * f.k, first, min_of(first + size, count),
             first + size >= count};
   }
@@ -364,7 +377,7 @@ class AggregateBackward {
       const int64_t slot = pairs.places[pairs.first + i] / f.n;
       const int64_t query = pairs.places[pairs.first + i] % f.n;
       scratch.places[i] = query * f.k + slot;
-      scratch.rows[i] = slot;  // for now
+      scratch.rows[i] = slot;
       ++scratch.slots[slot];
     }
     int64_t row = 0;
@@ -412,6 +425,9 @@ class AggregateBackward {
     T* to = static_cast<T*>(p.grad_value) + (b * f.m + key) * f.c;
     const bool from_before = pairs.offsets[key] < pairs.first;
     const bool whole = !from_before && pairs.offsets[key + 1] <= pairs.last;
+    for (int64_t i = first - pairs.first; grad_rho && i < last - pairs.first; ++i) {
+      grad_rho[b * f.n * f.k + scratch.places[i]] = 0;
+    }
     for (int64_t c = 0; c < f.c; c += kChannels) {
       const int64_t channels = min_of(kChannels, f.c - c);
       double sum[kChannels] = {};
@@ -422,10 +438,7 @@ class AggregateBackward {
           const double scale = rho[place];
           add_channels(sum, channels, [&](int64_t j) { return scale * double(x[j]); });
         }
-        if (grad_rho) {
-          const double product = dot(x, v + c, channels);
-          grad_rho[place] = c == 0 ? product : grad_rho[place] + product;
-        }
+        if (grad_rho) grad_rho[place] += dot(x, v + c, channels);
       }
       if (!p.grad_value) continue;
       if (whole) {

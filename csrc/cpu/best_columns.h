@@ -82,7 +82,6 @@ class BestColumns {
   using Key = std::remove_reference_t<decltype(Keys{}[0])>;
 
  public:
-  bool isfirst() const { return !complete_; }
   static int64_t capacity(int64_t k) { return k + k / 4 + 256; }
 
   void start(Rank<A>* ranks, int64_t wanted, int64_t excluded) {
@@ -180,7 +179,6 @@ class BestColumns {
   // Whether `wanted` columns are known that come before this one if it only equals the bound.
   bool too_late(int64_t column) const { return complete_ && last_column_ < column; }
 
-  // Columns of a chunk come in ascending order.
   void consider(A s, int64_t column) {
     if (s != s ? !(all_nan_ && too_late(column))
                : s > bound_ || (s == bound_ && !too_late(column))) {

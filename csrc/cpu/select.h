@@ -23,9 +23,11 @@ namespace convnn::CONVNN_ISA {
 // to kScanVectors.
 constexpr int64_t kGroupsPerOpen = 4;
 
-// The first chunk has only its own similarities for a bound. Beyond this k, of kChunk /
-// kScanVectors groups, that leaves too many of them open.
+// The first chunk has only its own similarities for a bound: from about as many neighbors as this
+// on, of kChunk / kScanVectors groups, too many of its groups are open. Then a screen pays where
+// there are several chunks.
 constexpr int64_t kScreenedAtFirst = 16;
+constexpr int64_t kScreenedLater = 4 * kChunk;
 
 // Rows of a strip are not a multiple of a page apart: they would compete for the same few places of
 // the innermost cache.
@@ -89,6 +91,7 @@ class Select {
   static bool screen_pays(const SelectParams& p, int64_t columns) {
     return kScreens<A> && p.metric != Metric::euclidean && p.n >= 4 * kBlockRows &&
            columns >= 512 && p.d >= 16 && p.k <= columns / 4 &&
+           (p.k <= kScreenedAtFirst || columns >= kScreenedLater) &&
            padded_stride<A>(p.d) + ceil_div(p.d, 2) <= 2 * p.d;
   }
 
