@@ -111,6 +111,19 @@ def test_a_spill_within_a_loop_is_found(where: str, counts: int) -> None:
         lines = dict.fromkeys(("before", "inside", "aside", "after"), "S2R R2, SR_TID.X")
         sass = SASS.format(**(lines | {where: access}))
         assert resources.stack_in_loops(sass) == {"_Z11loop_kernelv": counts}
+        # For another architecture too, whichever comes first; with a condition as an operand.
+        none = SASS.format(**lines)
+        for both in (sass + none, none + sass):
+            assert resources.stack_in_loops(both) == {"_Z11loop_kernelv": counts}
+        assert "@P1 BRA 0x" in sass
+        uniform = sass.replace("@P1 BRA 0x", "BRA.U UP0, 0x")
+        assert resources.stack_in_loops(uniform) == {"_Z11loop_kernelv": counts}
+
+
+def test_code_that_is_not_understood_is_an_error() -> None:
+    resources = module("resources", ROOT / "csrc" / "cuda" / "resources.py")
+    with pytest.raises(ValueError, match="no instruction of _Z11loop_kernelv was understood"):
+        resources.stack_in_loops("Function : _Z11loop_kernelv\n\tSTL [R1], R2\n")
 
 
 @needs_build

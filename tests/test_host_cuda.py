@@ -376,6 +376,21 @@ def test_values_of_missing_neighbors_do_not_matter(device: HostDevice) -> None:
         assert bool(Y.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
+@pytest.mark.parametrize("M", [200, 300])
+def test_sums_that_overflow_on_the_way(M: int, dtype: torch.dtype, device: HostDevice) -> None:
+    """Whether a sum overflows depends on its order; that of the returned similarity counts, with
+    and without groups."""
+    query, key = torch.ones(1, 40, dtype=dtype), normal(M, 40, seed=1, dtype=dtype)
+    key[123] = 0
+    key[123, [0, 1]] = -3e38
+    key[123, [16, 33]] = 3e38
+    key[123, 4] = 1e38
+    s, I = device.select(query, key, 2, metric="dot")
+    assert I[0, 0] == 123
+    assert s[0, 0].item() == pytest.approx(1e38, rel=0.02)
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("C", [5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)

@@ -78,7 +78,7 @@ __device__ inline Accumulate<T> plain_output(const AggregateWork<T>& w, int64_t 
   return sum.value();
 }
 
-// Blocks on a multiprocessor for whose registers nothing is spilled.
+// Fewest blocks on a multiprocessor: with this bound nothing is spilled.
 template <class T>
 constexpr int kDenseBlocks = sizeof(T) == 8   ? 2
                              : sizeof(T) == 4 ? 3

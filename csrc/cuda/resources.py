@@ -122,17 +122,23 @@ def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
     return result
 
 
+_UNCONDITIONAL = ("BRA", "JMP", "BRX", "BRXU", "JMX", "JMXU", "RET", "EXIT")
+
+
 def stack_in_loops(sass: str) -> dict[str, int]:
     """For each function of disassembled code, the accesses to the stack that are within a loop.
 
     A loop is what can come back to itself. An indirect jump, and the return from a subroutine, may
-    lead to wherever a call goes on.
+    lead anywhere in the function, and to wherever a call goes on. Raises ValueError where a
+    function has no instruction that is understood.
     """
-    found = {}
+    found: dict[str, int] = {}
     for part in re.split(r"Function : ", sass)[1:]:
         lines = re.findall(r"^ *(?:\w+:)? */\*([0-9a-f]{4,})\*/ +(.*?) *;", part, re.MULTILINE)
         code = {int(address, 16): instruction for address, instruction in lines}
         order = sorted(code)
+        if not order:
+            raise ValueError(f"no instruction of {part.split()[0]} was understood")
         after = dict(itertools.pairwise(order))
         returns = [after[at] for at in order if "CALL" in code[at] and at in after]
         following: dict[int, list[int]] = {}
@@ -141,13 +147,18 @@ def stack_in_loops(sass: str) -> dict[str, int]:
             conditional = words[0].startswith("@")
             name = words[1 if conditional else 0].split(".")[0]
             target = re.search(r"0x([0-9a-f]+)\)?$", code[at])
-            goes_on = conditional or name not in ("BRA", "JMP", "BRX", "JMX", "RET", "EXIT")
+            # The condition may also be an operand: BRA.U UP0, 0x40.
+            conditional |= name in ("BRA", "JMP") and "," in code[at]
+            goes_on = conditional or name not in _UNCONDITIONAL
             following[at] = [after[at]] if goes_on and at in after else []
             if name in ("BRA", "JMP", "CALL") and target:
                 following[at].append(int(target[1], 16))
-            elif name in ("BRX", "JMX", "RET"):
+            elif name in ("BRX", "BRXU", "JMX", "JMXU"):
+                following[at] += order
+            elif name == "RET":
                 following[at] += returns
-        found[part.split()[0]] = sum(
+        # A function is there once for each architecture.
+        found[part.split()[0]] = found.get(part.split()[0], 0) + sum(
             bool(re.search(r"\b(LDL|STL)\b", code[at])) and at in _reached(following, at)
             for at in order
         )

@@ -14,9 +14,10 @@
 //
 // Every neighbor is a member of one of the k groups: a group ranked before the neighbor's own
 // holds, by its maximum or at a tie by its lower columns, a key that precedes the neighbor, and
-// fewer than k do. Ties, constant rows and NaN need no special path, and nothing can overflow. For
-// float32 the sweep's products are split, so this holds up to their rounding, which is within what
-// the certificate of a selection allows; exact sums stay exact (tile.cuh).
+// fewer than k do. Ties and constant rows need no special path. For float32 the sweep's products
+// are split, so this holds up to their rounding, which is within what the certificate of a
+// selection allows; sums that are exact stay so under the conditions of tile.cuh. A sum that is not
+// finite in the sweep is taken again as the last step takes it.
 //
 // With few columns and for float64, steps 2 and 3 are left out and refine_kernel takes all
 // columns. It does so for k beyond the longest list, too, which it fills several times: each time
@@ -171,7 +172,13 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = tile_column(n, e);
-          const uint32_t order = order_of(s.value[n][2 * h + e] * factors[column] * factor);
+          float x = s.value[n][2 * h + e];
+          // What is not finite depends on the order of a sum: refine_kernel's decides.
+          if (!isfinite(x) && exists && allowed[column]) {
+            x = raw_similarity(p.metric, w.query + row * p.d,
+                               keys + key_row(w, at.batch, tile * kTile + column) * p.d, p.d);
+          }
+          const uint32_t order = order_of(x * factors[column] * factor);
           if (allowed[column] && order > largest) largest = order;
         }
         if ((n + 1) * 8 % w.group == 0) {

@@ -80,7 +80,9 @@ __device__ inline uint32_t load_pair(const T* elements) {
 }
 
 // Two numbers x as x0 + 2^-8 x1 + 2^-16 x2, a register of both for each piece. With these factors a
-// piece is not below what bfloat16 can hold unless x is; neither is it above x.
+// piece is not below what bfloat16 can hold unless x is. It is less than 2 |x|, so it does not
+// overflow; sums of pieces may be eight times as large as those of |x y|: then they are taken
+// again.
 struct SplitPair {
   uint32_t piece[3];
   __device__ SplitPair(float x, float y) {
