@@ -376,12 +376,11 @@ def test_values_of_missing_neighbors_do_not_matter(device: HostDevice) -> None:
         assert bool(Y.isfinite().all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT.get)
 @pytest.mark.parametrize("M", [200, 300])
-def test_sums_that_overflow_on_the_way(M: int, dtype: torch.dtype, device: HostDevice) -> None:
+def test_sums_that_overflow_on_the_way(M: int, device: HostDevice) -> None:
     """Whether a sum overflows depends on its order; that of the returned similarity counts, with
     and without groups."""
-    query, key = torch.ones(1, 40, dtype=dtype), normal(M, 40, seed=1, dtype=dtype)
+    query, key = torch.ones(1, 40), normal(M, 40, seed=1)
     key[123] = 0
     key[123, [0, 1]] = -3e38
     key[123, [16, 33]] = 3e38

@@ -16,8 +16,8 @@
 // holds, by its maximum or at a tie by its lower columns, a key that precedes the neighbor, and
 // fewer than k do. Ties and constant rows need no special path. For float32 the sweep's products
 // are split, so this holds up to their rounding, which is within what the certificate of a
-// selection allows; sums that are exact stay so under the conditions of tile.cuh. A sum that is not
-// finite in the sweep is taken again as the last step takes it.
+// selection allows; sums that are exact stay so under the conditions of tile.cuh. A float32 sum
+// that is not finite in the sweep is taken again as the last step takes it.
 //
 // With few columns and for float64, steps 2 and 3 are left out and refine_kernel takes all
 // columns. It does so for k beyond the longest list, too, which it fills several times: each time
@@ -173,10 +173,12 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
         for (int e = 0; e < 2; ++e) {
           const int column = tile_column(n, e);
           float x = s.value[n][2 * h + e];
-          // What is not finite depends on the order of a sum: refine_kernel's decides.
-          if (!isfinite(x) && exists && allowed[column]) {
-            x = raw_similarity(p.metric, w.query + row * p.d,
-                               keys + key_row(w, at.batch, tile * kTile + column) * p.d, p.d);
+          if constexpr (std::is_same_v<T, float>) {
+            // What is not finite depends on the order of a sum: refine_kernel's decides.
+            if (!isfinite(x) && exists && allowed[column]) {
+              x = raw_similarity(p.metric, w.query + row * p.d,
+                                 keys + key_row(w, at.batch, tile * kTile + column) * p.d, p.d);
+            }
           }
           const uint32_t order = order_of(x * factors[column] * factor);
           if (allowed[column] && order > largest) largest = order;
