@@ -17,7 +17,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Goal:
-    """key: a name to quote it by. value: None where nothing was measured, and note says why."""
+    """key: a name to quote it by. value: None where nothing was measured. note: why it is neither
+    met nor missed."""
 
     key: str
     what: str
@@ -29,7 +30,8 @@ class Goal:
 
     @property
     def met(self) -> bool | None:
-        if self.value is None:
+        """None where nothing was measured, or where this machine has no such goal."""
+        if self.value is None or self.note:
             return None
         return self.value <= self.limit if self.at_most else self.value >= self.limit
 

@@ -79,7 +79,8 @@ def render(result: report.Result, pictures: Iterable[tuple[str, Path]]) -> str:
         blocks.append(f"<h2>In short</h2><p>Ranges over the shapes below:</p><ul>{lines}</ul>")
     blocks += [_picture(title, path) for title, path in pictures]
     blocks.append(_goals(result))
-    blocks.append(f'<h2>All times</h2><p class="note">{html.escape(report.FOOTNOTE)}</p>')
+    note = html.escape(report.FOOTNOTE + " Ratios above 1 are bold and underlined.")
+    blocks.append(f'<h2>All times</h2><p class="note">{note}</p>')
     for name, rows in report.groups(result["rows"]).items():
         blocks.append(f"<h3>{html.escape(report.heading(name, rows))}</h3>")
         blocks.append(_table(*report.table(rows, spread=True)))
