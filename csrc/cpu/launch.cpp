@@ -93,8 +93,7 @@ template <class Pass>
 void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, size_t scratch_bytes,
          const Pass& pass) {
   if (tasks == 0) return;
-  // PyTorch's stable interface loses the message of what is thrown inside its
-  // parallel region.
+  // PyTorch's stable interface loses the message of what is thrown inside its parallel region.
   std::mutex mutex;
   std::exception_ptr failure;
   parallel_for(tasks, grain_of(work_per_task), [&](int64_t begin, int64_t end) {
@@ -109,8 +108,7 @@ void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, size_t s
   if (failure) std::rethrow_exception(failure);
 }
 
-// The rows of key that may be neighbors in one batch element, ascending.
-// Returns how many.
+// The rows of key that may be neighbors in one batch element, ascending. Returns how many.
 int64_t list_columns(const SelectParams& p, const std::vector<int64_t>& sorted_candidates,
                      int64_t batch, int64_t* columns) {
   const bool* mask = p.key_mask ? p.key_mask + batch * p.m : nullptr;
@@ -131,8 +129,7 @@ struct Inverse {
   }
 };
 
-// missing(place) tells whether a place of indices [batch, n, k] holds no
-// neighbor.
+// missing(place) tells whether a place of indices [batch, n, k] holds no neighbor.
 template <class Missing>
 Inverse invert(int64_t batch, int64_t n, int64_t m, int64_t k, const int64_t* indices,
                const Missing& missing, ParallelFor parallel_for) {
@@ -150,8 +147,7 @@ Inverse invert(int64_t batch, int64_t n, int64_t m, int64_t k, const int64_t* in
         if (!missing(place)) ++offsets[indices[place] + 1];
       }
       for (int64_t row = 0; row < m; ++row) offsets[row + 1] += offsets[row];
-      // Filling moves every offset to the end of its list, which is where
-      // the next one begins.
+      // Filling moves every offset to the end of its list, which is where the next one begins.
       for (int64_t slot = 0; slot < k; ++slot) {
         for (int64_t i = 0; i < n; ++i) {
           const int64_t place = first + i * k + slot;
