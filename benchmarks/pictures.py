@@ -282,7 +282,7 @@ def _roofline(rows: Sequence[Row], machine: str) -> Figure | None:
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(True, color="#dddddd", linewidth=0.7)
-    axis.legend(frameon=False, loc="lower right", ncols=2)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     axis.set_title(
         f"Roofline of the forward passes, {dtype}, {machine}\n"
         "above the line: the product never leaves the cache, torch.mm writes its own"
