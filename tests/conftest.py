@@ -27,8 +27,8 @@ def _instruction_sets() -> list[str]:
             available.append("avx2")
         if capability == "AVX512":
             available.append("avx512")
-            if torch.cpu._is_avx512_bf16_supported():
-                available.append("avx512bf16")
+            if torch.cpu._is_vnni_supported():
+                available.append("avx512vnni")
     return available
 
 

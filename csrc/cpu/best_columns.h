@@ -9,8 +9,9 @@
 // comes before the k-th by rank. What is collected is reduced to the best k whenever its buffer is
 // full, and ordered at the end.
 //
-// Where a row holds screened similarities (screen.h), everything that its error leaves open is
-// computed again before it is collected.
+// Where a row holds screened similarities (screen.h), what its error leaves open is collected with
+// lower bounds for similarities, and computed again only where it is still open when the
+// similarities are needed: at the end, or before a chunk of true ones.
 #pragma once
 
 #include <algorithm>
@@ -92,7 +93,9 @@ class BestColumns {
     count_ = 0;
     blocks_ = 0;
     has_nan_ = false;
+    kept_ = wanted;
     bound_ = std::numeric_limits<A>::infinity();
+    slack_ = 0;
     complete_ = false;
     all_nan_ = false;
   }
@@ -126,7 +129,8 @@ class BestColumns {
     return ceil_div(columns, kScanColumns<A>) * kLanes<A>;
   }
 
-  // Collects from a row that was surveyed without an error; its first column is `first`.
+  // Collects from a row that was surveyed without an error; its first column is `first`. What was
+  // collected with an error has been resolved.
   void collect(const A* row, int64_t first, int64_t columns) {
     if (has_nan_) {
       for (int64_t c = 0; c < columns; ++c) {
@@ -140,19 +144,41 @@ class BestColumns {
     end_chunk();
   }
 
-  // The same for a row that was surveyed with an error: what may be a neighbor is computed again by
-  // exact(columns [kLanes]), for kLanes columns at a time.
+  // The same for a row that was surveyed with an error. exact(columns [kLanes]) computes the
+  // similarities of kLanes columns.
   template <class Exact>
   void collect_screened(const A* row, int64_t first, int64_t columns, const Exact& exact) {
-    int32_t places[kChunk + 2 * kLanes<A>];
+    int32_t places[kChunk + kLanes<A>];
     const int64_t listed = list(row, columns, bound_ - error_, false, places);
-    if (listed > 0) std::fill_n(places + listed, kLanes<A>, places[0]);
-    for (int64_t i = 0; i < listed; i += kLanes<A>) {
-      const V similarities = exact(places + i);
-      const int64_t count = min_of(kLanes<A>, listed - i);
-      for (int64_t j = 0; j < count; ++j) consider(similarities[j], first + places[i + j]);
+    for (int64_t i = 0; i < listed; ++i) {
+      const int64_t column = first + places[i];
+      if (column == excluded_) continue;
+      if (count_ == capacity_) {
+        keep_best();
+        if (count_ > capacity_ - capacity_ / 4) resolve(exact);
+      }
+      slack_ = 2 * error_ > slack_ ? 2 * error_ : slack_;
+      ranks_[count_++] = Rank<A>(row[places[i]] - error_, column);
     }
     end_chunk();
+  }
+
+  // Replaces the bounds of what was collected with an error by similarities.
+  template <class Exact>
+  void resolve(const Exact& exact) {
+    if (slack_ == 0) return;
+    if (count_ > wanted_) keep_best();
+    for (int64_t i = 0; i < count_; i += kLanes<A>) {
+      int64_t columns[kLanes<A>];
+      for (int64_t j = 0; j < kLanes<A>; ++j)
+        columns[j] = ranks_[min_of(i + j, count_ - 1)].column();
+      const V similarities = exact(columns);
+      for (int64_t j = 0; j < min_of(kLanes<A>, count_ - i); ++j) {
+        ranks_[i + j] = Rank<A>(similarities[j], columns[j]);
+      }
+    }
+    slack_ = 0;
+    if (count_ >= wanted_) keep_best();
   }
 
   // Orders what was found, by rank or by column. Returns how many.
@@ -176,7 +202,8 @@ class BestColumns {
     return mask;
   }
 
-  // Whether `wanted` columns are known that come before this one if it only equals the bound.
+  // Whether `wanted` columns are known that come before this one if it only equals the bound. The
+  // similarities are true ones.
   bool too_late(int64_t column) const { return complete_ && last_column_ < column; }
 
   void consider(A s, int64_t column) {
@@ -213,8 +240,7 @@ class BestColumns {
   // The bound rises to the last of the best as soon as there are `wanted`, and again where enough
   // has come since for the time that takes.
   void end_chunk() {
-    if (wanted_ > 0 && count_ >= (complete_ ? wanted_ + wanted_ / 2 + kLanes<A> : wanted_))
-      keep_best();
+    if (wanted_ > 0 && count_ >= (complete_ ? kept_ + kept_ / 2 + kLanes<A> : wanted_)) keep_best();
   }
 
   // A number that at least `wanted` group maxima reach, so that the row's `wanted`-th similarity
@@ -262,12 +288,21 @@ class BestColumns {
     return in_order(bits);
   }
 
+  // Keeps the best `wanted`, and what may be one of them.
   void keep_best() {
     std::nth_element(ranks_, ranks_ + wanted_ - 1, ranks_ + count_);
-    count_ = wanted_;
-    complete_ = true;
     bound_ = ranks_[wanted_ - 1].similarity();
     last_column_ = ranks_[wanted_ - 1].column();
+    complete_ = true;
+    if (slack_ > 0) {
+      const Rank<A> last(bound_ - slack_, std::numeric_limits<uint32_t>::max());
+      count_ = std::partition(ranks_ + wanted_, ranks_ + count_,
+                              [&](const Rank<A>& rank) { return rank < last; }) -
+               ranks_;
+    } else {
+      count_ = wanted_;
+    }
+    kept_ = count_;
     if (bound_ != bound_) {
       all_nan_ = true;
       bound_ = std::numeric_limits<A>::infinity();
@@ -276,11 +311,13 @@ class BestColumns {
 
   Rank<A>* ranks_;
   int64_t capacity_, wanted_, excluded_, count_;
+  int64_t kept_;                           // how many were left when the bound was last raised
   V group_max_[kChunk / kScanColumns<A>];  // of the surveyed row
   int64_t blocks_;                         // how many of them
   bool has_nan_;                           // whether the row holds a NaN
   A error_;                                // by how much a surveyed similarity may be off
   A bound_;                                // what an element has to reach
+  A slack_;                                // by how much a collected similarity may be higher
   bool complete_;                          // `wanted` are known and the bound is the last of them
   bool all_nan_;                           // they are all NaN
   int64_t last_column_;                    // the column of the last of them

@@ -120,7 +120,7 @@ const Kernels& kernels();
 namespace avx512 {
 const Kernels& kernels();
 }
-namespace avx512bf16 {
+namespace avx512vnni {
 const Kernels& kernels();
 }
 

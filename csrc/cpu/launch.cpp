@@ -36,9 +36,9 @@ std::vector<InstructionSet> built_instruction_sets() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("fma");
-#if defined(CONVNN_WITH_AVX512BF16)
+#if defined(CONVNN_WITH_AVX512VNNI)
   sets.push_back(
-      {"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), avx512bf16::kernels});
+      {"avx512vnni", avx512 && __builtin_cpu_supports("avx512vnni"), avx512vnni::kernels});
 #endif
   sets.push_back({"avx512", avx512, avx512::kernels});
 #endif

@@ -7,8 +7,9 @@
 // columns: it fills a strip [kBlockRows, kChunk] of S, which stays in the L2 cache, and selects
 // from it row by row (best_columns.h).
 //
-// Where the processor multiplies bfloat16, the strip first holds a screen of S (screen.h). A chunk
-// that the screen leaves too open, such as one of many nearly equal keys, is computed in full.
+// Where the processor multiplies vectors of 16 bits, the strip first holds a screen of S
+// (screen.h). A chunk that the screen leaves too open, such as one of many nearly equal keys, is
+// computed in full.
 #pragma once
 
 #include "best_columns.h"
@@ -18,16 +19,11 @@
 
 namespace convnn::CONVNN_ISA {
 
-// A screen may leave open one in this many groups of a chunk, besides k, and never more than half:
-// to compute a pair again costs about as much as eight pairs of a full tile, and a group holds up
-// to kScanVectors.
+// A screen may leave open one in this many groups of a chunk, besides k, and never more than half,
+// or, where no bound is known but the chunk's own, three quarters: many more are a sign of columns
+// that no screen tells apart, and to compute a pair again costs about as much as eight pairs of a
+// full tile.
 constexpr int64_t kGroupsPerOpen = 4;
-
-// The first chunk has only its own similarities for a bound: from about as many neighbors as this
-// on, of kChunk / kScanVectors groups, too many of its groups are open. Then a screen pays where
-// there are several chunks.
-constexpr int64_t kScreenedAtFirst = 16;
-constexpr int64_t kScreenedLater = 4 * kChunk;
 
 // Rows of a strip are not a multiple of a page apart: they would compete for the same few places of
 // the innermost cache.
@@ -44,7 +40,8 @@ class Select {
     bool screened;
     A* panels;        // not screened: [panels, d, kPanel]
     A* rows;          // screened: [panels * kPanel, padded_stride of d]
-    uint32_t* pairs;  // screened: [panels, pairs of d, kPanel]
+    uint32_t* pairs;  // screened: [panels, pairs of d, kPanel], two numbers of 16 bits each
+    float* scales;    // screened: [panels, kTileVectors], of the pairs
     Extent* extents;  // screened: [panels]
     size_t bytes;
 
@@ -55,6 +52,7 @@ class Select {
       panels = arena.take<A>(screened ? 0 : count * p.d * kPanel);
       rows = arena.take<A>(screened ? count * kPanel * padded_stride<A>(p.d) : 0);
       pairs = arena.take<uint32_t>(screened ? count * ceil_div(p.d, 2) * kPanel : 0);
+      scales = arena.take<float>(screened ? count * kTileVectors : 0);
       extents = arena.take<Extent>(screened ? count : 0);
       bytes = arena.used();
     }
@@ -62,7 +60,8 @@ class Select {
 
   struct Scratch {
     A* queries;            // [kBlockRows, padded_stride of d]
-    bfloat16* rounded;     // screened: [kBlockRows, 2 * padded_stride of pairs]
+    int16_t* fixed;        // screened: [kBlockRows, 2 * padded_stride of pairs]
+    float* scales;         // screened: [kBlockRows]
     A* strip;              // [kBlockRows, kStripStride]
     A* rows;               // [kLanes, padded_stride of d]
     A* panel;              // [d, kPanel]
@@ -74,7 +73,8 @@ class Select {
     Scratch(const SelectParams& p, void* base) {
       Arena arena(base);
       queries = arena.take<A>(kBlockRows * padded_stride<A>(p.d));
-      rounded = arena.take<bfloat16>(kScreens<A> ? kBlockRows * 2 * pair_stride(p) : 0);
+      fixed = arena.take<int16_t>(kScreens<A> ? kBlockRows * 2 * pair_stride(p) : 0);
+      scales = arena.take<float>(kScreens<A> ? kBlockRows : 0);
       strip = arena.take<A>(kBlockRows * kStripStride<A>);
       rows = arena.take<A>(kLanes<A> * padded_stride<A>(p.d));
       panel = arena.take<A>(p.d * kPanel);
@@ -91,7 +91,6 @@ class Select {
   static bool screen_pays(const SelectParams& p, int64_t columns) {
     return kScreens<A> && p.metric != Metric::euclidean && p.n >= 4 * kBlockRows &&
            columns >= 512 && p.d >= 16 && p.k <= columns / 4 &&
-           (p.k <= kScreenedAtFirst || columns >= kScreenedLater) &&
            padded_stride<A>(p.d) + ceil_div(p.d, 2) <= 2 * p.d;
   }
 
@@ -164,13 +163,22 @@ class Select {
           } else {
             pad_row(p, rows + i * stride, 0);
           }
-          if constexpr (kScreens<A>) {
-            if (keys.screened) extent.include(round(p, rows + i * stride, i, scratch));
-          }
         }
         if (keys.screened) {
-          interleave(pairs_of(p, 0, scratch), pair_stride(p), ceil_div(p.d, 2),
-                     keys.pairs + panel * ceil_div(p.d, 2) * kPanel + first);
+          if constexpr (kScreens<A>) {
+            Extent of_vector;
+            for (int64_t i = 0; i < kLanes<A>; ++i) {
+              of_vector.include({norm_of(rows + i * stride, p.d), 0});
+            }
+            const float scale = scale_of(of_vector.norm);
+            for (int64_t i = 0; i < kLanes<A>; ++i) {
+              of_vector.include({0, round(p, rows + i * stride, i, scale, scratch)});
+            }
+            extent.include(of_vector);
+            keys.scales[panel * kTileVectors + first / kLanes<A>] = scale;
+            interleave(pairs_of(p, 0, scratch), pair_stride(p), ceil_div(p.d, 2),
+                       keys.pairs + panel * ceil_div(p.d, 2) * kPanel + first);
+          }
         } else {
           interleave(rows, stride, p.d, keys.panels + panel * p.d * kPanel + first);
         }
@@ -188,17 +196,16 @@ class Select {
   }
 
  private:
-  // Row r of scratch.rounded: a row of d elements rounded, with zeros up to whole vectors of pairs.
-  static bfloat16* rounded_of(const SelectParams& p, int64_t r, const Scratch& scratch) {
-    return scratch.rounded + r * 2 * pair_stride(p);
+  // A row of d elements to row r of scratch.fixed, with zeros up to whole vectors of pairs. Returns
+  // what round_row does.
+  static float round(const SelectParams& p, const A* row, int64_t r, float scale,
+                     const Scratch& scratch) {
+    int16_t* fixed = scratch.fixed + r * 2 * pair_stride(p);
+    for (int64_t t = p.d; t < 2 * pair_stride(p); ++t) fixed[t] = 0;
+    return round_row(row, p.d, scale, fixed);
   }
   static const uint32_t* pairs_of(const SelectParams& p, int64_t r, const Scratch& scratch) {
-    return reinterpret_cast<const uint32_t*>(rounded_of(p, r, scratch));
-  }
-  static Extent round(const SelectParams& p, const A* row, int64_t r, const Scratch& scratch) {
-    bfloat16* rounded = rounded_of(p, r, scratch);
-    for (int64_t t = p.d; t < 2 * pair_stride(p); ++t) rounded[t].bits = 0;
-    return round_row(row, p.d, rounded);
+    return reinterpret_cast<const uint32_t*>(scratch.fixed + r * 2 * pair_stride(p));
   }
 
   // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work.
@@ -220,7 +227,11 @@ class Select {
         pad_row(p, row, 0);
       }
       if constexpr (kScreens<A>) {
-        if (keys.screened) extents[r] = round(p, row, r, scratch);
+        if (keys.screened) {
+          extents[r].norm = norm_of(row, p.d);
+          scratch.scales[r] = scale_of(extents[r].norm);
+          extents[r].rounding = round(p, row, r, scratch.scales[r], scratch);
+        }
       }
     }
     if (p.self_indices) multiply_self(p, batch, first_row, rows, scratch);
@@ -242,9 +253,12 @@ class Select {
       const int64_t first = (i == 0 ? nearest : i <= nearest ? i - 1 : i) * kChunk;
       const int64_t chunk = min_of(kChunk, columns - first);
       if constexpr (kScreens<A>) {
-        if (keys.screened && (i > 0 || p.k <= kScreenedAtFirst) &&
-            screen_chunk(p, keys, first, chunk, rows, extents, self_columns, best, scratch)) {
-          continue;
+        if (keys.screened) {
+          if (screen_chunk(p, keys, first, chunk, i == 0, rows, extents, self_columns, best,
+                           scratch)) {
+            continue;
+          }
+          resolve(p, keys, rows, best, scratch);
         }
       }
       for (int64_t c = 0; c < chunk; c += kPanel) {
@@ -259,6 +273,9 @@ class Select {
       }
     }
 
+    if constexpr (kScreens<A>) {
+      if (keys.screened) resolve(p, keys, rows, best, scratch);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       write(p, work, b, first_row + r, best[r], scratch.self_similarities[r]);
     }
@@ -291,8 +308,9 @@ class Select {
   // Selects from a chunk by a screen of it; false, with nothing collected, where the screen leaves
   // too much open.
   static bool screen_chunk(const SelectParams& p, const Keys& keys, int64_t first, int64_t chunk,
-                           int64_t rows, const Extent* extents, const int64_t* self_columns,
-                           BestColumns<A>* best, const Scratch& scratch) {
+                           bool is_first, int64_t rows, const Extent* extents,
+                           const int64_t* self_columns, BestColumns<A>* best,
+                           const Scratch& scratch) {
     const int64_t pairs = ceil_div(p.d, 2);
     Extent keys_extent;
     for (int64_t c = first; c < first + chunk; c += kPanel) {
@@ -304,9 +322,9 @@ class Select {
       if (std::isinf(errors[r])) return false;
     }
     for (int64_t c = 0; c < chunk; c += kPanel) {
-      multiply_pairs(pairs_of(p, 0, scratch), pair_stride(p), rows,
-                     keys.pairs + (first + c) * pairs, pairs, chunk - c, scratch.strip + c,
-                     kStripStride<A>);
+      multiply_pairs(pairs_of(p, 0, scratch), pair_stride(p), scratch.scales, rows,
+                     keys.pairs + (first + c) * pairs, pairs, keys.scales + (first + c) / kLanes<A>,
+                     chunk - c, scratch.strip + c, kStripStride<A>);
     }
     close_strip(first, chunk, rows, self_columns, scratch);
     int64_t left = 0;
@@ -314,19 +332,29 @@ class Select {
       left += best[r].survey(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
     }
     const int64_t groups = BestColumns<A>::group_count(chunk);
-    const int64_t open = min_of(groups / kGroupsPerOpen + p.k, groups / 2);
-    if (left > rows * open) return false;
-    const int64_t stride = padded_stride<A>(p.d);
+    const int64_t most = is_first ? groups - groups / 4 : groups / 2;
+    if (left > rows * min_of(groups / kGroupsPerOpen + p.k, most)) return false;
     for (int64_t r = 0; r < rows; ++r) {
-      const A* query = scratch.queries + r * stride;
-      const auto exact = [&](const int32_t* places) {
-        const A* rows[kLanes<A>];
-        for (int i = 0; i < kLanes<A>; ++i) rows[i] = keys.rows + (first + places[i]) * stride;
-        return products(query, rows, p.d);
-      };
-      best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk, exact);
+      best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk,
+                               exact(p, keys, r, scratch));
     }
     return true;
+  }
+
+  static void resolve(const SelectParams& p, const Keys& keys, int64_t rows, BestColumns<A>* best,
+                      const Scratch& scratch) {
+    for (int64_t r = 0; r < rows; ++r) best[r].resolve(exact(p, keys, r, scratch));
+  }
+
+  // A function that computes the similarities of row r to kLanes columns.
+  static auto exact(const SelectParams& p, const Keys& keys, int64_t r, const Scratch& scratch) {
+    const int64_t d = p.d, stride = padded_stride<A>(p.d);
+    const A* query = scratch.queries + r * stride;
+    return [=](const int64_t* columns) {
+      const A* rows[kLanes<A>];
+      for (int i = 0; i < kLanes<A>; ++i) rows[i] = keys.rows + columns[i] * stride;
+      return products(query, rows, d);
+    };
   }
 
   // The similarity of each row to its own token, through the same tile as every other pair.
