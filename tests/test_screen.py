@@ -48,6 +48,25 @@ CODE = """
         mixed = features(1, 5120, 64)
         mixed[:, 1024:2048] = mixed[:, 3072:4096] = mixed[:, :1]
         yield "chunks of either kind", mixed[:, ::51], mixed, 20
+        # The error of a rounded row points along the other row. A row of this norm is rounded to
+        # whole numbers. The last keys come first, and their screened similarities last of all.
+        def of_norm(rows):
+            rows[..., 0] = (32766.0**2 - rows[..., 1:].double().square().sum(-1)).sqrt()
+            return rows
+
+        ones = torch.ones(64)
+        ones[0] = 0
+        low = of_norm(-10 * features(1, 2048, 64).abs())
+        low[0, :12] = of_norm(1000.51 * ones)
+        low[0, -4:] = of_norm(1000.49 * ones + (torch.arange(64) < 3))
+        yield "keys as far off as can be", ones.expand(1, 100, 64), low, 9
+        signs = torch.where(torch.arange(64) % 2 == 0, 1, -1)
+        query = of_norm((1000 * signs + 0.49) * ones)
+        low = -0.01 * features(1, 2048, 64).abs()
+        first = 0.01 * (1 - ones)
+        low[0, :12], low[0, -4:] = first - 0.1 * ones, first + 0.1 * ones
+        low[0, -4:, 0] += (query * (low[0, 0] - low[0, -1])).sum() / query[0] + 1e-6
+        yield "a query as far off as can be", query.expand(1, 100, 64), low, 9
         least, large = 2.0**-149, 2.0**59
         tiny = torch.zeros(1, 2048, 16)
         tiny[0, :, 0] = tiny[0, :1024, 2] = tiny[0, 1024:, 1] = least
@@ -91,5 +110,5 @@ CODE = """
 @pytest.mark.parametrize("instruction_set", [x for x in INSTRUCTION_SETS if x != "portable"])
 def test_a_screen_changes_no_bit(run_python: Callable[..., str], instruction_set: str) -> None:
     lines = run_python(CODE, CONVNN_CPU_ISA=instruction_set).splitlines()
-    assert len(lines) == 22 * 16
+    assert len(lines) == 24 * 16
     assert [line for line in lines if not line.startswith("True ")] == []

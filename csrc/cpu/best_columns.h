@@ -16,6 +16,7 @@
 
 #include <algorithm>
 
+#include "../params.h"
 #include "tile.h"
 
 namespace convnn::CONVNN_ISA {

@@ -7,6 +7,10 @@
 
 namespace convnn::CONVNN_ISA {
 
+#if defined(__AMX_BF16__)
+bool tiles_multiply() { return TileScreen::multiplies(); }
+#endif
+
 #define CONVNN_STRING(x) #x
 #define CONVNN_NAME(x) CONVNN_STRING(x)
 

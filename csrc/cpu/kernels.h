@@ -123,5 +123,9 @@ const Kernels& kernels();
 namespace avx512vnni {
 const Kernels& kernels();
 }
+namespace amx {
+const Kernels& kernels();
+bool tiles_multiply();  // whether they do, seen by a product of whole numbers
+}  // namespace amx
 
 }  // namespace convnn

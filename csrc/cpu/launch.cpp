@@ -15,6 +15,12 @@
 
 #include "kernels.h"
 
+#if defined(CONVNN_WITH_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace convnn::cpu {
 namespace {
 
@@ -29,6 +35,17 @@ struct InstructionSet {
   const Kernels& (*kernels)();
 };
 
+#if defined(CONVNN_WITH_AMX)
+// Whether the processor has AMX for bfloat16, and Linux lets this process use it.
+bool may_use_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBfloat16) || !(d & kTiles)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 // Best first.
 std::vector<InstructionSet> built_instruction_sets() {
   std::vector<InstructionSet> sets;
@@ -37,8 +54,11 @@ std::vector<InstructionSet> built_instruction_sets() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("fma");
 #if defined(CONVNN_WITH_AVX512VNNI)
-  sets.push_back(
-      {"avx512vnni", avx512 && __builtin_cpu_supports("avx512vnni"), avx512vnni::kernels});
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+#if defined(CONVNN_WITH_AMX)
+  sets.push_back({"amx", vnni && may_use_tiles() && amx::tiles_multiply(), amx::kernels});
+#endif
+  sets.push_back({"avx512vnni", vnni, avx512vnni::kernels});
 #endif
   sets.push_back({"avx512", avx512, avx512::kernels});
 #endif

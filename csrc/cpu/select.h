@@ -7,15 +7,16 @@
 // columns: it fills a strip [kBlockRows, kChunk] of S, which stays in the L2 cache, and selects
 // from it row by row (best_columns.h).
 //
-// Where the processor multiplies vectors of 16 bits, the strip first holds a screen of S
-// (screen.h). A chunk that the screen leaves too open, such as one of many nearly equal keys, is
-// computed in full.
+// Where the processor has vectors of 16 bits, the strip first holds a screen of S (screen.h). A
+// chunk that the screen leaves too open, such as one of many nearly equal keys, is computed in
+// full.
 #pragma once
 
 #include "best_columns.h"
 #include "kernels.h"
 #include "normalize.h"
 #include "screen.h"
+#include "screen_tiles.h"
 
 namespace convnn::CONVNN_ISA {
 
@@ -30,9 +31,42 @@ constexpr int64_t kGroupsPerOpen = 4;
 template <class A>
 constexpr int64_t kStripStride = kChunk + kTileColumns<A>;
 
+// The screen for a selection from elements of T.
+template <class T>
+struct NoScreen {
+  static int64_t words(int64_t) { return 0; }
+  struct Session {
+    explicit Session(int64_t) {}
+  };
+};
+template <class T>
+struct ScreenOf {
+  using type = NoScreen<T>;
+};
+#if defined(__AVX2__)
+template <>
+struct ScreenOf<float> {
+  using type = FixedPointScreen;
+};
+template <>
+struct ScreenOf<half> {
+  using type = FixedPointScreen;
+};
+template <>
+struct ScreenOf<bfloat16> {
+#if defined(__AMX_BF16__)
+  using type = TileScreen;
+#else
+  using type = FixedPointScreen;
+#endif
+};
+#endif
+
 template <class T>
 class Select {
   using A = accumulate_t<T>;
+  using Screen = typename ScreenOf<T>::type;
+  static constexpr bool kScreens = !std::is_same_v<Screen, NoScreen<T>>;
   static constexpr int64_t kPanel = kTileColumns<A>;
 
   // The keys of one batch element, made ready.
@@ -40,8 +74,8 @@ class Select {
     bool screened;
     A* panels;        // not screened: [panels, d, kPanel]
     A* rows;          // screened: [panels * kPanel, padded_stride of d]
-    uint32_t* pairs;  // screened: [panels, pairs of d, kPanel], two numbers of 16 bits each
-    float* scales;    // screened: [panels, kTileVectors], of the pairs
+    uint32_t* words;  // screened: [panels, words of d, kPanel]
+    float* scales;    // screened: [panels, kPanel]
     Extent* extents;  // screened: [panels]
     size_t bytes;
 
@@ -51,8 +85,8 @@ class Select {
       Arena arena(base);
       panels = arena.take<A>(screened ? 0 : count * p.d * kPanel);
       rows = arena.take<A>(screened ? count * kPanel * padded_stride<A>(p.d) : 0);
-      pairs = arena.take<uint32_t>(screened ? count * ceil_div(p.d, 2) * kPanel : 0);
-      scales = arena.take<float>(screened ? count * kTileVectors : 0);
+      words = arena.take<uint32_t>(screened ? count * words_of(p) * kPanel : 0);
+      scales = arena.take<float>(screened ? count * kPanel : 0);
       extents = arena.take<Extent>(screened ? count : 0);
       bytes = arena.used();
     }
@@ -60,7 +94,7 @@ class Select {
 
   struct Scratch {
     A* queries;            // [kBlockRows, padded_stride of d]
-    int16_t* fixed;        // screened: [kBlockRows, 2 * padded_stride of pairs]
+    uint32_t* words;       // screened: [kBlockRows, padded_stride of words]
     float* scales;         // screened: [kBlockRows]
     A* strip;              // [kBlockRows, kStripStride]
     A* rows;               // [kLanes, padded_stride of d]
@@ -73,8 +107,8 @@ class Select {
     Scratch(const SelectParams& p, void* base) {
       Arena arena(base);
       queries = arena.take<A>(kBlockRows * padded_stride<A>(p.d));
-      fixed = arena.take<int16_t>(kScreens<A> ? kBlockRows * 2 * pair_stride(p) : 0);
-      scales = arena.take<float>(kScreens<A> ? kBlockRows : 0);
+      words = arena.take<uint32_t>(kScreens ? kBlockRows * word_stride(p) : 0);
+      scales = arena.take<float>(kScreens ? kBlockRows : 0);
       strip = arena.take<A>(kBlockRows * kStripStride<A>);
       rows = arena.take<A>(kLanes<A> * padded_stride<A>(p.d));
       panel = arena.take<A>(p.d * kPanel);
@@ -89,14 +123,12 @@ class Select {
   // more than the product; with most columns neighbors, or short rows, the rest does. What is kept
   // of a key stays within eight bytes for each element.
   static bool screen_pays(const SelectParams& p, int64_t columns) {
-    return kScreens<A> && p.metric != Metric::euclidean && p.n >= 4 * kBlockRows &&
-           columns >= 512 && p.d >= 16 && p.k <= columns / 4 &&
-           padded_stride<A>(p.d) + ceil_div(p.d, 2) <= 2 * p.d;
+    return kScreens && p.metric != Metric::euclidean && p.n >= 4 * kBlockRows && columns >= 512 &&
+           p.d >= 16 && p.k <= columns / 4 && padded_stride<A>(p.d) + words_of(p) + 1 <= 2 * p.d;
   }
 
-  static int64_t pair_stride(const SelectParams& p) {
-    return padded_stride<uint32_t>(ceil_div(p.d, 2));
-  }
+  static int64_t words_of(const SelectParams& p) { return Screen::words(p.d); }
+  static int64_t word_stride(const SelectParams& p) { return padded_stride<uint32_t>(words_of(p)); }
 
   static Keys keys_of(const SelectParams& p, const SelectWork& work, int64_t b) {
     const size_t bytes = packed_bytes(p, work.max_columns);
@@ -108,6 +140,13 @@ class Select {
   }
   static int64_t key_row(const SelectWork& work, int64_t b, int64_t column) {
     return work.columns ? work.columns[b * work.max_columns + column] : column;
+  }
+
+  // The key row [d] of a column of batch element b of the work; null after the last one.
+  static const T* key_at(const SelectParams& p, const SelectWork& work, int64_t b, int64_t column) {
+    if (column >= columns_of(work, b)) return nullptr;
+    const int64_t row = (work.first_batch + b) * p.m + key_row(work, b, column);
+    return static_cast<const T*>(p.key) + row * p.d;
   }
 
   // x [d] to row, normalised for the cosine, and zeros up to whole vectors.
@@ -149,35 +188,29 @@ class Select {
     const int64_t stride = padded_stride<A>(p.d);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / panels, panel = task % panels;
-      const int64_t columns = columns_of(work, b);
-      if (panel * kPanel >= columns) continue;
-      const T* key = static_cast<const T*>(p.key) + (work.first_batch + b) * p.m * p.d;
+      if (panel * kPanel >= columns_of(work, b)) continue;
       const Keys keys = keys_of(p, work, b);
       Extent extent;
       for (int64_t first = 0; first < kPanel; first += kLanes<A>) {
         A* rows = keys.screened ? keys.rows + (panel * kPanel + first) * stride : scratch.rows;
         for (int64_t i = 0; i < kLanes<A>; ++i) {
-          const int64_t column = panel * kPanel + first + i;
-          if (column < columns) {
-            read_row(p, key + key_row(work, b, column) * p.d, rows + i * stride);
+          const T* x = key_at(p, work, b, panel * kPanel + first + i);
+          if (x) {
+            read_row(p, x, rows + i * stride);
           } else {
             pad_row(p, rows + i * stride, 0);
           }
         }
         if (keys.screened) {
-          if constexpr (kScreens<A>) {
-            Extent of_vector;
+          if constexpr (kScreens) {
             for (int64_t i = 0; i < kLanes<A>; ++i) {
-              of_vector.include({norm_of(rows + i * stride, p.d), 0});
+              const T* x = key_at(p, work, b, panel * kPanel + first + i);
+              const Rounded rounded = round(p, x, rows + i * stride, i, scratch);
+              keys.scales[panel * kPanel + first + i] = rounded.scale;
+              extent.include(rounded.extent);
             }
-            const float scale = scale_of(of_vector.norm);
-            for (int64_t i = 0; i < kLanes<A>; ++i) {
-              of_vector.include({0, round(p, rows + i * stride, i, scale, scratch)});
-            }
-            extent.include(of_vector);
-            keys.scales[panel * kTileVectors + first / kLanes<A>] = scale;
-            interleave(pairs_of(p, 0, scratch), pair_stride(p), ceil_div(p.d, 2),
-                       keys.pairs + panel * ceil_div(p.d, 2) * kPanel + first);
+            interleave(scratch.words, word_stride(p), words_of(p),
+                       keys.words + panel * words_of(p) * kPanel + first);
           }
         } else {
           interleave(rows, stride, p.d, keys.panels + panel * p.d * kPanel + first);
@@ -196,16 +229,13 @@ class Select {
   }
 
  private:
-  // A row of d elements to row r of scratch.fixed, with zeros up to whole vectors of pairs. Returns
-  // what round_row does.
-  static float round(const SelectParams& p, const A* row, int64_t r, float scale,
-                     const Scratch& scratch) {
-    int16_t* fixed = scratch.fixed + r * 2 * pair_stride(p);
-    for (int64_t t = p.d; t < 2 * pair_stride(p); ++t) fixed[t] = 0;
-    return round_row(row, p.d, scale, fixed);
-  }
-  static const uint32_t* pairs_of(const SelectParams& p, int64_t r, const Scratch& scratch) {
-    return reinterpret_cast<const uint32_t*>(scratch.fixed + r * 2 * pair_stride(p));
+  // x [d], null for zeros, and what read_row made of it, to row r of scratch.words, with zeros up
+  // to whole vectors.
+  static Rounded round(const SelectParams& p, const T* x, const A* row, int64_t r,
+                       const Scratch& scratch) {
+    uint32_t* words = scratch.words + r * word_stride(p);
+    for (int64_t t = words_of(p); t < word_stride(p); ++t) words[t] = 0;
+    return Screen::round(x, row, p.d, p.metric, words);
   }
 
   // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work.
@@ -226,11 +256,11 @@ class Select {
       } else {
         pad_row(p, row, 0);
       }
-      if constexpr (kScreens<A>) {
+      if constexpr (kScreens) {
         if (keys.screened) {
-          extents[r].norm = norm_of(row, p.d);
-          scratch.scales[r] = scale_of(extents[r].norm);
-          extents[r].rounding = round(p, row, r, scratch.scales[r], scratch);
+          const Rounded rounded = round(p, r < rows ? query + r * p.d : nullptr, row, r, scratch);
+          extents[r] = rounded.extent;
+          scratch.scales[r] = rounded.scale;
         }
       }
     }
@@ -245,6 +275,7 @@ class Select {
       best[r].start(scratch.ranks + r * capacity, p.k - self, self_columns[r]);
     }
 
+    const typename Screen::Session session(keys.screened ? words_of(p) : 0);
     // The chunk at the place of these rows comes first, then the others from left to right: tokens
     // of images have most neighbors near by, and with these a screen leaves little open elsewhere.
     const int64_t chunks = ceil_div(columns, kChunk);
@@ -252,7 +283,7 @@ class Select {
     for (int64_t i = 0; i < chunks; ++i) {
       const int64_t first = (i == 0 ? nearest : i <= nearest ? i - 1 : i) * kChunk;
       const int64_t chunk = min_of(kChunk, columns - first);
-      if constexpr (kScreens<A>) {
+      if constexpr (kScreens) {
         if (keys.screened) {
           if (screen_chunk(p, keys, first, chunk, i == 0, rows, extents, self_columns, best,
                            scratch)) {
@@ -273,7 +304,7 @@ class Select {
       }
     }
 
-    if constexpr (kScreens<A>) {
+    if constexpr (kScreens) {
       if (keys.screened) resolve(p, keys, rows, best, scratch);
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -311,7 +342,7 @@ class Select {
                            bool is_first, int64_t rows, const Extent* extents,
                            const int64_t* self_columns, BestColumns<A>* best,
                            const Scratch& scratch) {
-    const int64_t pairs = ceil_div(p.d, 2);
+    const int64_t words = words_of(p);
     Extent keys_extent;
     for (int64_t c = first; c < first + chunk; c += kPanel) {
       keys_extent.include(keys.extents[c / kPanel]);
@@ -322,9 +353,9 @@ class Select {
       if (std::isinf(errors[r])) return false;
     }
     for (int64_t c = 0; c < chunk; c += kPanel) {
-      multiply_pairs(pairs_of(p, 0, scratch), pair_stride(p), scratch.scales, rows,
-                     keys.pairs + (first + c) * pairs, pairs, keys.scales + (first + c) / kLanes<A>,
-                     chunk - c, scratch.strip + c, kStripStride<A>);
+      Screen::multiply(scratch.words, word_stride(p), scratch.scales, rows,
+                       keys.words + (first + c) * words, words, keys.scales + first + c, chunk - c,
+                       scratch.strip + c, kStripStride<A>);
     }
     close_strip(first, chunk, rows, self_columns, scratch);
     int64_t left = 0;
