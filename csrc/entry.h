@@ -26,6 +26,18 @@ namespace {
 
 using namespace checks;
 
+// The text of a string argument, whose handle it deletes. PyTorch 2.13's conversion to std::string
+// never frees a copy that it makes.
+std::string take_text(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
 Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
@@ -166,17 +178,22 @@ Tensor checked_aggregate(const Tensor& value, const Tensor& similarities, const 
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> select(Tensor query, Tensor key, int64_t k, OptionalTensor candidates,
-                                  OptionalTensor self_indices, OptionalTensor key_mask,
-                                  std::string metric, std::string order) {
+std::tuple<Tensor, Tensor> select(const Tensor& query, const Tensor& key, int64_t k,
+                                  const OptionalTensor& candidates,
+                                  const OptionalTensor& self_indices,
+                                  const OptionalTensor& key_mask, StringHandle metric_handle,
+                                  StringHandle order_handle) {
+  const std::string metric = take_text(metric_handle), order = take_text(order_handle);
   check_select("select", query, key, k, candidates, self_indices, key_mask, metric, order);
   return checked_select<Backend>("select", query, key, k, candidates, self_indices, key_mask,
                                  metric, order);
 }
 
 template <class Backend>
-Tensor aggregate(Tensor value, Tensor similarities, Tensor indices, OptionalTensor weight,
-                 OptionalTensor bias, std::string rho, double scale) {
+Tensor aggregate(const Tensor& value, const Tensor& similarities, const Tensor& indices,
+                 const OptionalTensor& weight, const OptionalTensor& bias, StringHandle rho_handle,
+                 double scale) {
+  const std::string rho = take_text(rho_handle);
   check_aggregate("aggregate", value, similarities, indices);
   int64_t outputs = 0;
   const Convolution convolution = check_convolution("aggregate", value, columns_of(similarities),
@@ -192,11 +209,13 @@ Tensor aggregate(Tensor value, Tensor similarities, Tensor indices, OptionalTens
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, int64_t k,
-                                           OptionalTensor weight, OptionalTensor bias,
-                                           OptionalTensor candidates, OptionalTensor self_indices,
-                                           OptionalTensor key_mask, std::string metric,
-                                           std::string rho, double scale, std::string order) {
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& candidates,
+    const OptionalTensor& self_indices, const OptionalTensor& key_mask, StringHandle metric_handle,
+    StringHandle rho_handle, double scale, StringHandle order_handle) {
+  const std::string metric = take_text(metric_handle), rho = take_text(rho_handle),
+                    order = take_text(order_handle);
   check_select("forward", query, key, k, candidates, self_indices, key_mask, metric, order);
   check_value_as("forward", value, query, key);
   int64_t outputs = 0;
@@ -223,9 +242,11 @@ void check_same(const char* op, const char* name, const Tensor& tensor,
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> select_backward(Tensor grad_similarities, Tensor query, Tensor key,
-                                           Tensor similarities, Tensor indices, std::string metric,
+std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, const Tensor& query,
+                                           const Tensor& key, const Tensor& similarities,
+                                           const Tensor& indices, StringHandle metric_handle,
                                            bool need_query, bool need_key) {
+  const std::string metric = take_text(metric_handle);
   constexpr const char* op = "select_backward";
   check_given(op, "similarities", similarities);
   const int64_t k = similarities.dim() >= 2 ? columns_of(similarities) : 1;
@@ -268,9 +289,10 @@ std::tuple<Tensor, Tensor> select_backward(Tensor grad_similarities, Tensor quer
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
-    Tensor grad_output, Tensor value, Tensor similarities, Tensor indices, OptionalTensor weight,
-    bool has_bias, std::string rho, double scale, bool need_value, bool need_similarities,
-    bool need_weight, bool need_bias) {
+    const Tensor& grad_output, const Tensor& value, const Tensor& similarities,
+    const Tensor& indices, const OptionalTensor& weight, bool has_bias, StringHandle rho_handle,
+    double scale, bool need_value, bool need_similarities, bool need_weight, bool need_bias) {
+  const std::string rho = take_text(rho_handle);
   constexpr const char* op = "aggregate_backward";
   check_aggregate(op, value, similarities, indices);
   int64_t outputs = 0;
