@@ -57,8 +57,22 @@ class ContiguousArgument {
   OptionalTensor tensor_;
 };
 
+// A contiguous tensor on the device of `like`. torch::stable::new_empty would look the operator up
+// by its name and go through the dispatcher, which takes longer than the kernels of a small call.
 Tensor empty_as(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, Shape(shape.data(), shape.size()), dtype);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size() - 1; i > 0; --i) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  }
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle empty = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &empty));
+  return Tensor(empty);
 }
 
 // The shape of `tensor` with its last two dimensions replaced.

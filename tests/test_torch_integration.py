@@ -591,6 +591,20 @@ def test_no_graph_without_need(op: str) -> None:
         assert torch.equal(result, right)
 
 
+@pytest.mark.parametrize("batch", [(), (B,), (0,), (B, 0)], ids=str)
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_outputs_are_made_as_pytorch_makes_them(op: str, batch: tuple[int, ...], n: int) -> None:
+    args = example(op, n=n, batch=batch)
+    for context, inferred in ((torch.no_grad, False), (torch.inference_mode, True)):
+        with context():
+            results = getattr(convnn, op)(*args)
+            for result in results if isinstance(results, tuple) else (results,):
+                like = torch.empty(result.shape, dtype=result.dtype)
+                assert result.stride() == like.stride()
+                assert result.is_inference() == like.is_inference() == inferred
+                assert result.untyped_storage().nbytes() == like.untyped_storage().nbytes()
+
+
 def first_of(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
