@@ -27,13 +27,14 @@ def kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
     }
     node = nodes.get(op.name(), _NoDerivative)
     defaults = dispatch.defaults(op)
+    redispatch = dispatch.redispatcher(op)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         below = keyset & dispatch.BELOW_AUTOGRAD
         if dispatch.needs_autograd(args):
             # The dispatcher leaves out trailing arguments that have their default value.
             return dispatch.apply(node, op, below, *args, *defaults[len(args) :])
-        return op.redispatch(below, *args)
+        return redispatch(below, *args)
 
     return autograd
 

@@ -6,6 +6,7 @@ the next one. The names used here are those that PyTorch's own ``register_autogr
 ``register_autocast`` use.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -54,7 +55,12 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     ):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return op._op(*args)  # what `op(*args)` calls
+
+
+def redispatcher(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """``op.redispatch`` without the call of a Python method."""
+    return op._handle.redispatch_boxed
 
 
 def apply(node: Any, *args: Any) -> Any:

@@ -4,8 +4,6 @@
 // convnn_kernels/checks.py for the paths that come through Python; a test holds them equal.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -14,13 +12,9 @@
 #include <string>
 
 #include "params.h"
+#include "tensor.h"
 
 namespace convnn::checks {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
@@ -96,13 +90,12 @@ inline std::string leading_of(const Tensor& tensor) {
 
 inline std::string device_of(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
-  const std::string index = std::to_string(tensor.get_device_index());
+  const std::string index = std::to_string(tensor.device_index());
   if (tensor.is_cuda()) return "cuda:" + index;
   return "device " + index;
 }
 inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
-         a.get_device_index() == b.get_device_index();
+  return a.device_type() == b.device_type() && a.device_index() == b.device_index();
 }
 
 inline int64_t rows_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 2); }

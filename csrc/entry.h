@@ -9,14 +9,16 @@
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <exception>
 #include <limits>
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -26,27 +28,89 @@ namespace {
 
 using namespace checks;
 
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+// The arguments of an operator, as the dispatcher hands them to the one who is to free them.
+// PyTorch 2.13's own conversion to std::string never frees a copy that it makes.
+template <class T>
+T take(StableIValue value) {
+  return torch::stable::detail::to<T>(value);
+}
+template <>
+Tensor take(StableIValue value) {
+  return Tensor(take<AtenTensorHandle>(value));
+}
+template <>
+OptionalTensor take(StableIValue value) {
+  const auto handle = take<std::optional<AtenTensorHandle>>(value);
+  return handle ? OptionalTensor(*handle) : std::nullopt;
+}
+template <>
+std::string take(StableIValue value) {
+  const auto handle = take<StringHandle>(value);
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
 }
 
-// Keeps the contiguous form of an optional argument alive, and its pointer.
-template <class T>
-class ContiguousArgument {
- public:
-  explicit ContiguousArgument(const OptionalTensor& tensor) {
-    if (tensor) tensor_ = as_contiguous(*tensor);
-  }
-  const T* data() const {
-    return tensor_ ? static_cast<const T*>(tensor_->const_data_ptr()) : nullptr;
+// What TORCH_BOX makes of a function, for these arguments and for tensors as results.
+template <auto function>
+struct Boxed;
+template <class... Results, class... Arguments, std::tuple<Results...> (*function)(Arguments...)>
+struct Boxed<function> {
+  static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
+    if (arguments != sizeof...(Arguments) || results != sizeof...(Results)) {
+      throw std::runtime_error("convnn: the schema of an operator is not that of its kernel");
+    }
+    call(stack, std::index_sequence_for<Arguments...>(), std::index_sequence_for<Results...>());
   }
 
  private:
-  OptionalTensor tensor_;
+  template <size_t... I, size_t... J>
+  static void call(StableIValue* stack, std::index_sequence<I...>, std::index_sequence<J...>) {
+    const std::tuple<std::decay_t<Arguments>...> arguments = {
+        take<std::decay_t<Arguments>>(stack[I])...};
+    std::tuple<Results...> results = std::apply(function, arguments);
+    ((stack[J] = torch::stable::detail::from(std::get<J>(results).release())), ...);
+  }
 };
 
+// The elements of a tensor in their order, copied if need be; null for no tensor.
+class Contiguous {
+ public:
+  explicit Contiguous(const Tensor& tensor) {
+    if (!tensor.is_contiguous()) copy_ = tensor.contiguous();
+    data_ = (copy_ ? *copy_ : tensor).const_data_ptr();
+  }
+  explicit Contiguous(const OptionalTensor& tensor) {
+    if (tensor) *this = Contiguous(*tensor);
+  }
+  const void* data() const { return data_; }
+  template <class T>
+  const T* data_as() const {
+    return static_cast<const T*>(data_);
+  }
+
+ private:
+  OptionalTensor copy_;
+  const void* data_ = nullptr;
+};
+
+// A contiguous tensor on the device of `like`. torch::stable::new_empty would look the operator up
+// by its name and go through the dispatcher, which takes longer than the kernels of a small call.
 Tensor empty_as(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, Shape(shape.data(), shape.size()), dtype);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size() - 1; i > 0; --i) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  }
+  AtenTensorHandle empty = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), like.device_type(),
+      like.device_index(), &empty));
+  return Tensor(empty);
 }
 
 // The shape of `tensor` with its last two dimensions replaced.
@@ -86,17 +150,15 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
     fail(op, "key must have at most ", std::numeric_limits<uint32_t>::max(),
          " rows that may be neighbors, got ", columns);
   }
-  const ContiguousArgument<int64_t> contiguous_candidates(candidates),
-      contiguous_self(self_indices);
-  const ContiguousArgument<bool> contiguous_mask(key_mask);
+  const Contiguous all_candidates(candidates), self(self_indices), mask(key_mask);
   if (Backend::kReadsIndices && candidates) {
-    check_range(op, "candidates", contiguous_candidates.data(), candidates->size(0), m);
-    check_distinct(op, contiguous_candidates.data(), candidates->size(0));
+    check_range(op, "candidates", all_candidates.data_as<int64_t>(), candidates->size(0), m);
+    check_distinct(op, all_candidates.data_as<int64_t>(), candidates->size(0));
   }
   if (Backend::kReadsIndices && self_indices)
-    check_range(op, "self_indices", contiguous_self.data(), n, m);
+    check_range(op, "self_indices", self.data_as<int64_t>(), n, m);
 
-  const Tensor contiguous_query = as_contiguous(query), contiguous_key = as_contiguous(key);
+  const Contiguous queries(query), keys(key);
   const std::vector<int64_t> shape = shape_with(query, n, k);
   Tensor similarities = empty_as(query, shape, wide ? ScalarType::Double : ScalarType::Float);
   Tensor indices = empty_as(query, shape, ScalarType::Long);
@@ -109,23 +171,23 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
       *dtype_of(query),
       *metric_of(metric),
       *order_of(order),
-      contiguous_query.const_data_ptr(),
-      contiguous_key.const_data_ptr(),
-      contiguous_candidates.data(),
+      queries.data(),
+      keys.data(),
+      all_candidates.data_as<int64_t>(),
       candidates ? candidates->size(0) : 0,
-      contiguous_self.data(),
-      contiguous_mask.data(),
+      self.data_as<int64_t>(),
+      mask.data_as<bool>(),
       similarities.mutable_data_ptr(),
       static_cast<int64_t*>(indices.mutable_data_ptr()),
   };
   Backend(query).select(params);
-  return {similarities, indices};
+  return {std::move(similarities), std::move(indices)};
 }
 
-// The parameters of aggregate, but for bias and output. All tensors are contiguous and checked.
+// The parameters of aggregate, but for its pointers.
 AggregateParams aggregate_params(const Tensor& value, const Tensor& similarities,
-                                 const Tensor& indices, const void* weight, Convolution convolution,
-                                 int64_t outputs, const std::string& rho, double scale) {
+                                 Convolution convolution, int64_t outputs, const std::string& rho,
+                                 double scale) {
   AggregateParams params = {};
   params.batch = batch_of(value);
   params.n = rows_of(similarities);
@@ -138,75 +200,71 @@ AggregateParams aggregate_params(const Tensor& value, const Tensor& similarities
   params.convolution = convolution;
   params.rho = *rho_of(rho);
   params.scale = scale;
-  params.value = value.const_data_ptr();
-  params.similarities = similarities.const_data_ptr();
-  params.indices = static_cast<const int64_t*>(indices.const_data_ptr());
-  params.weight = weight;
   return params;
 }
 
 template <class Backend>
-Tensor checked_aggregate(const Tensor& value, const Tensor& similarities, const Tensor& indices,
+Tensor checked_aggregate(const Tensor& value, const Tensor& similarities, const Contiguous& indices,
                          const OptionalTensor& weight, const OptionalTensor& bias,
                          Convolution convolution, int64_t outputs, const std::string& rho,
                          double scale) {
-  const Tensor contiguous_value = as_contiguous(value),
-               contiguous_similarities = as_contiguous(similarities);
-  const Tensor contiguous_indices = as_contiguous(indices);
-  const ContiguousArgument<void> contiguous_weight(weight), contiguous_bias(bias);
+  const Contiguous values(value), all_similarities(similarities), weights(weight), biases(bias);
   Tensor output =
       empty_as(value, shape_with(value, rows_of(similarities), outputs), value.scalar_type());
-  AggregateParams params =
-      aggregate_params(contiguous_value, contiguous_similarities, contiguous_indices,
-                       contiguous_weight.data(), convolution, outputs, rho, scale);
-  params.bias = contiguous_bias.data();
+  AggregateParams params = aggregate_params(value, similarities, convolution, outputs, rho, scale);
+  params.value = values.data();
+  params.similarities = all_similarities.data();
+  params.indices = indices.data_as<int64_t>();
+  params.weight = weights.data();
+  params.bias = biases.data();
   params.output = output.mutable_data_ptr();
   Backend(value).aggregate(params);
   return output;
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> select(Tensor query, Tensor key, int64_t k, OptionalTensor candidates,
-                                  OptionalTensor self_indices, OptionalTensor key_mask,
-                                  std::string metric, std::string order) {
+std::tuple<Tensor, Tensor> select(const Tensor& query, const Tensor& key, int64_t k,
+                                  const OptionalTensor& candidates,
+                                  const OptionalTensor& self_indices,
+                                  const OptionalTensor& key_mask, const std::string& metric,
+                                  const std::string& order) {
   check_select("select", query, key, k, candidates, self_indices, key_mask, metric, order);
   return checked_select<Backend>("select", query, key, k, candidates, self_indices, key_mask,
                                  metric, order);
 }
 
 template <class Backend>
-Tensor aggregate(Tensor value, Tensor similarities, Tensor indices, OptionalTensor weight,
-                 OptionalTensor bias, std::string rho, double scale) {
+std::tuple<Tensor> aggregate(const Tensor& value, const Tensor& similarities, const Tensor& indices,
+                             const OptionalTensor& weight, const OptionalTensor& bias,
+                             const std::string& rho, double scale) {
   check_aggregate("aggregate", value, similarities, indices);
   int64_t outputs = 0;
   const Convolution convolution = check_convolution("aggregate", value, columns_of(similarities),
                                                     weight, bias, rho, scale, outputs);
-  const Tensor contiguous_indices = as_contiguous(indices);
+  const Contiguous rows(indices);
   if (Backend::kReadsIndices) {
-    check_range("aggregate", "indices",
-                static_cast<const int64_t*>(contiguous_indices.const_data_ptr()), indices.numel(),
-                rows_of(value));
+    check_range("aggregate", "indices", rows.data_as<int64_t>(), indices.numel(), rows_of(value));
   }
-  return checked_aggregate<Backend>(value, similarities, contiguous_indices, weight, bias,
-                                    convolution, outputs, rho, scale);
+  return checked_aggregate<Backend>(value, similarities, rows, weight, bias, convolution, outputs,
+                                    rho, scale);
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, int64_t k,
-                                           OptionalTensor weight, OptionalTensor bias,
-                                           OptionalTensor candidates, OptionalTensor self_indices,
-                                           OptionalTensor key_mask, std::string metric,
-                                           std::string rho, double scale, std::string order) {
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& candidates,
+    const OptionalTensor& self_indices, const OptionalTensor& key_mask, const std::string& metric,
+    const std::string& rho, double scale, const std::string& order) {
   check_select("forward", query, key, k, candidates, self_indices, key_mask, metric, order);
   check_value_as("forward", value, query, key);
   int64_t outputs = 0;
   const Convolution convolution =
       check_convolution("forward", value, k, weight, bias, rho, scale, outputs);
-  const auto [similarities, indices] = checked_select<Backend>(
-      "forward", query, key, k, candidates, self_indices, key_mask, metric, order);
-  Tensor output = checked_aggregate<Backend>(value, similarities, indices, weight, bias,
+  auto [similarities, indices] = checked_select<Backend>("forward", query, key, k, candidates,
+                                                         self_indices, key_mask, metric, order);
+  Tensor output = checked_aggregate<Backend>(value, similarities, Contiguous(indices), weight, bias,
                                              convolution, outputs, rho, scale);
-  return {output, similarities, indices};
+  return {std::move(output), std::move(similarities), std::move(indices)};
 }
 
 // A backward operator is called with what the forward one took and gave, so these checks are terse:
@@ -223,8 +281,9 @@ void check_same(const char* op, const char* name, const Tensor& tensor,
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor> select_backward(Tensor grad_similarities, Tensor query, Tensor key,
-                                           Tensor similarities, Tensor indices, std::string metric,
+std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, const Tensor& query,
+                                           const Tensor& key, const Tensor& similarities,
+                                           const Tensor& indices, const std::string& metric,
                                            bool need_query, bool need_key) {
   constexpr const char* op = "select_backward";
   check_given(op, "similarities", similarities);
@@ -236,12 +295,9 @@ std::tuple<Tensor, Tensor> select_backward(Tensor grad_similarities, Tensor quer
   check_same(op, "similarities", similarities, shape, dtype);
   check_same(op, "grad_similarities", grad_similarities, shape, dtype);
   check_same(op, "indices", indices, shape, ScalarType::Long);
-  const Tensor contiguous_grads = as_contiguous(grad_similarities),
-               contiguous_query = as_contiguous(query);
-  const Tensor contiguous_key = as_contiguous(key),
-               contiguous_similarities = as_contiguous(similarities);
-  const Tensor contiguous_indices = as_contiguous(indices);
-  const int64_t* rows = static_cast<const int64_t*>(contiguous_indices.const_data_ptr());
+  const Contiguous grads(grad_similarities), queries(query), keys(key);
+  const Contiguous all_similarities(similarities), all_indices(indices);
+  const int64_t* rows = all_indices.data_as<int64_t>();
   if (Backend::kReadsIndices) check_range(op, "indices", rows, indices.numel(), rows_of(key));
 
   Tensor grad_query = empty_like_if(need_query, query);
@@ -254,23 +310,23 @@ std::tuple<Tensor, Tensor> select_backward(Tensor grad_similarities, Tensor quer
       k,
       *dtype_of(query),
       *metric_of(metric),
-      contiguous_grads.const_data_ptr(),
-      contiguous_query.const_data_ptr(),
-      contiguous_key.const_data_ptr(),
-      contiguous_similarities.const_data_ptr(),
+      grads.data(),
+      queries.data(),
+      keys.data(),
+      all_similarities.data(),
       rows,
       need_query ? grad_query.mutable_data_ptr() : nullptr,
       need_key ? grad_key.mutable_data_ptr() : nullptr,
   };
   Backend(query).select_backward(params);
-  return {grad_query, grad_key};
+  return {std::move(grad_query), std::move(grad_key)};
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
-    Tensor grad_output, Tensor value, Tensor similarities, Tensor indices, OptionalTensor weight,
-    bool has_bias, std::string rho, double scale, bool need_value, bool need_similarities,
-    bool need_weight, bool need_bias) {
+    const Tensor& grad_output, const Tensor& value, const Tensor& similarities,
+    const Tensor& indices, const OptionalTensor& weight, bool has_bias, const std::string& rho,
+    double scale, bool need_value, bool need_similarities, bool need_weight, bool need_bias) {
   constexpr const char* op = "aggregate_backward";
   check_aggregate(op, value, similarities, indices);
   int64_t outputs = 0;
@@ -278,15 +334,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
                                                     std::nullopt, rho, scale, outputs);
   check_same(op, "grad_output", grad_output, shape_with(value, rows_of(similarities), outputs),
              value.scalar_type());
-  const Tensor contiguous_grads = as_contiguous(grad_output),
-               contiguous_value = as_contiguous(value);
-  const Tensor contiguous_similarities = as_contiguous(similarities),
-               contiguous_indices = as_contiguous(indices);
-  const ContiguousArgument<void> contiguous_weight(weight);
-  if (Backend::kReadsIndices) {
-    check_range(op, "indices", static_cast<const int64_t*>(contiguous_indices.const_data_ptr()),
-                indices.numel(), rows_of(value));
-  }
+  const Contiguous grads(grad_output), values(value), weights(weight);
+  const Contiguous all_similarities(similarities), all_indices(indices);
+  const int64_t* rows = all_indices.data_as<int64_t>();
+  if (Backend::kReadsIndices) check_range(op, "indices", rows, indices.numel(), rows_of(value));
 
   need_weight = need_weight && weight;
   need_bias = need_bias && has_bias;
@@ -295,25 +346,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
   Tensor grad_weight = empty_like_if(need_weight, weight ? *weight : value);
   Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type());
   AggregateBackwardParams params = {};
-  params.forward = aggregate_params(contiguous_value, contiguous_similarities, contiguous_indices,
-                                    contiguous_weight.data(), convolution, outputs, rho, scale);
-  params.grad_output = contiguous_grads.const_data_ptr();
+  params.forward = aggregate_params(value, similarities, convolution, outputs, rho, scale);
+  params.forward.value = values.data();
+  params.forward.similarities = all_similarities.data();
+  params.forward.indices = rows;
+  params.forward.weight = weights.data();
+  params.grad_output = grads.data();
   params.grad_value = need_value ? grad_value.mutable_data_ptr() : nullptr;
   params.grad_similarities = need_similarities ? grad_similarities.mutable_data_ptr() : nullptr;
   params.grad_weight = need_weight ? grad_weight.mutable_data_ptr() : nullptr;
   params.grad_bias = need_bias ? grad_bias.mutable_data_ptr() : nullptr;
   Backend(value).aggregate_backward(params);
-  return {grad_value, grad_similarities, grad_weight, grad_bias};
+  return {std::move(grad_value), std::move(grad_similarities), std::move(grad_weight),
+          std::move(grad_bias)};
 }
 
 // Registers all operators of one library and dispatch key.
 template <class Backend, class Library>
 void implement(Library& library) {
-  library.impl("select", TORCH_BOX(&select<Backend>));
-  library.impl("select_backward", TORCH_BOX(&select_backward<Backend>));
-  library.impl("aggregate", TORCH_BOX(&aggregate<Backend>));
-  library.impl("aggregate_backward", TORCH_BOX(&aggregate_backward<Backend>));
-  library.impl("forward", TORCH_BOX(&forward<Backend>));
+  library.impl("select", &Boxed<&select<Backend>>::call);
+  library.impl("select_backward", &Boxed<&select_backward<Backend>>::call);
+  library.impl("aggregate", &Boxed<&aggregate<Backend>>::call);
+  library.impl("aggregate_backward", &Boxed<&aggregate_backward<Backend>>::call);
+  library.impl("forward", &Boxed<&forward<Backend>>::call);
 }
 
 }  // namespace

@@ -69,3 +69,37 @@ def test_an_allocation_of_all_pairs_is_seen(run_python: Callable[..., str]) -> N
     """The control: S at a fourth of the size already exceeds the limit."""
     total, rise = measure(run_python, EAGER, 16_384, 9)
     assert rise > 2 * total
+
+
+KEPT = """
+    import pathlib, torch, convnn_kernels
+
+    def resident():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def run(calls):
+        for _ in range(calls):
+            {call}
+
+    rows = torch.randn(8, 8)
+    with torch.inference_mode():
+        similarities, indices = torch.ops.convnn.select(rows, rows, 2)
+        run(10_000)
+        before = resident()
+        run(60_000)
+    print(resident() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "torch.ops.convnn.forward(rows, rows, rows, 2)",
+        "torch.ops.convnn.aggregate_backward("
+        'rows, rows, similarities, indices, None, False, "softmax", 1.0, True, True, True, True)',
+    ],
+    ids=["forward", "aggregate_backward"],
+)
+def test_a_call_keeps_no_memory(call: str, run_python: Callable[..., str]) -> None:
+    kept = int(run_python(KEPT.format(call=call)))
+    assert kept < 60_000 * 16, f"{kept / 60_000:.0f} bytes for each call"

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: MIT
 """The operators among PyTorch's own machinery: called directly, they behave as built-in ones do."""
 
+import contextlib
 import inspect
 import io
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -591,6 +596,20 @@ def test_no_graph_without_need(op: str) -> None:
         assert torch.equal(result, right)
 
 
+@pytest.mark.parametrize("batch", [(), (B,), (0,), (B, 0)], ids=str)
+@pytest.mark.parametrize("n", [0, 1, N])
+def test_outputs_are_made_as_pytorch_makes_them(op: str, batch: tuple[int, ...], n: int) -> None:
+    args = example(op, n=n, batch=batch)
+    for context, inferred in ((torch.no_grad, False), (torch.inference_mode, True)):
+        with context():
+            results = getattr(convnn, op)(*args)
+            for result in results if isinstance(results, tuple) else (results,):
+                like = torch.empty(result.shape, dtype=result.dtype)
+                assert result.stride() == like.stride()
+                assert result.is_inference() == like.is_inference() == inferred
+                assert result.untyped_storage().nbytes() == like.untyped_storage().nbytes()
+
+
 def first_of(result: Any) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
@@ -634,6 +653,91 @@ def test_functions_agree_with_operators(op: str, context: str) -> None:
     assert results[0].dtype == results[1].dtype
     assert results[0].requires_grad == results[1].requires_grad
     assert torch.equal(*results)
+
+
+class Calls(TorchDispatchMode):
+    """Notes the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class FunctionCalls(TorchFunctionMode):
+    """Notes the functions of PyTorch that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Wrapped(Tensor):
+    """A tensor in a wrapper, which notes the operators that are called with it."""
+
+    ops: ClassVar[list[Any]] = []
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapped":
+        wrapped = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapped.inner = inner
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.ops.append(func)
+        plain = [arg.inner if isinstance(arg, Wrapped) else arg for arg in args]
+        return tree_map_only(Tensor, cls, func(*plain, **(kwargs or {})))
+
+
+WITHOUT_GRADIENTS = [torch.no_grad, torch.inference_mode, contextlib.nullcontext]
+
+
+@pytest.mark.parametrize("context", WITHOUT_GRADIENTS)
+@pytest.mark.parametrize("mode", [Calls, FunctionCalls])
+def test_modes_see_calls_without_gradients(
+    op: str, mode: type[Calls | FunctionCalls], context: Callable[[], Any]
+) -> None:
+    args = example(op)
+    with context():
+        expected = first_of(getattr(convnn, op)(*args))
+        for call in (FUNCTIONS[op], getattr(convnn, op).default):
+            with mode() as calls:
+                result = first_of(call(*args))
+            assert calls.ops == [getattr(convnn, op).default]
+            assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("context", WITHOUT_GRADIENTS)
+def test_subclasses_see_calls_without_gradients(op: str, context: Callable[[], Any]) -> None:
+    first, *rest = example(op)
+    with context():
+        expected = first_of(getattr(convnn, op)(first, *rest))
+        for call in (FUNCTIONS[op], getattr(convnn, op)):
+            Wrapped.ops.clear()
+            result = first_of(call(Wrapped(first), *rest))
+            assert Wrapped.ops == [getattr(convnn, op).default]
+            assert isinstance(result, Wrapped)
+            assert torch.equal(result.inner, expected)
+
+
+@pytest.mark.parametrize("context", WITHOUT_GRADIENTS)
+def test_fake_tensors_without_gradients(op: str, context: Callable[[], Any]) -> None:
+    args = example(op)
+    with context(), FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        results = [first_of(call(*fakes)) for call in (FUNCTIONS[op], getattr(convnn, op))]
+    for result in results:
+        assert isinstance(result, FakeTensor)
+        assert result.shape == first_of(getattr(convnn, op)(*args)).shape
 
 
 def test_functions_refuse_forward_mode(op: str) -> None:

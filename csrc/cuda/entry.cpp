@@ -24,9 +24,7 @@ class Cuda : private cuda::Context {
   static constexpr bool kReadsIndices = false;
 
   explicit Cuda(const Tensor& like)
-      : Context(current_stream(like.get_device_index())),
-        guard_(like.get_device_index()),
-        like_(like) {}
+      : Context(current_stream(like.device_index())), guard_(like.device_index()), like_(like) {}
 
   void select(const SelectParams& params) { cuda::select(params, *this); }
   void select_backward(const SelectBackwardParams& params) { cuda::select_backward(params, *this); }
@@ -42,7 +40,7 @@ class Cuda : private cuda::Context {
   }
 
   torch::stable::accelerator::DeviceGuard guard_;
-  const Tensor like_;
+  const Tensor& like_;
   std::vector<Tensor> workspace_;
 };
 

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: MIT
+// Tensors of LibTorch's stable ABI, for calls so small that their cost is felt. A
+// torch::stable::Tensor shares its handle, and asks PyTorch's library whatever it is asked. A
+// Tensor here is the only owner of its handle, and asks once for shape, dtype and device.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+namespace convnn {
+
+using torch::headeronly::ScalarType;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+class Tensor {
+ public:
+  // Takes the handle over.
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined_));
+    if (!defined_) return;
+    int64_t* sizes = nullptr;
+    int64_t dims = 0;
+    int32_t dtype = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
+    sizes_ = Shape(sizes, size_t(dims));
+    dtype_ = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
+  }
+
+  // The handle, which the caller takes over.
+  AtenTensorHandle release() { return handle_.release(); }
+
+  // None for a required tensor is one that is not defined, of which nothing else may be asked.
+  bool defined() const { return defined_; }
+
+  int64_t dim() const { return int64_t(sizes_.size()); }
+  int64_t size(int64_t i) const { return sizes_[size_t(i)]; }
+  const Shape& sizes() const { return sizes_; }
+  ScalarType scalar_type() const { return dtype_; }
+  int32_t device_type() const { return device_type_; }
+  int32_t device_index() const { return device_index_; }
+  bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
+  bool is_cuda() const { return device_type_ == aoti_torch_device_type_cuda(); }
+
+  int64_t numel() const {
+    int64_t count = 1;
+    for (const int64_t size : sizes_) count *= size;
+    return count;
+  }
+
+  bool is_contiguous() const {
+    bool contiguous = false;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_.get(), &contiguous));
+    return contiguous;
+  }
+  Tensor contiguous() const {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_.get(), &handle));
+    const auto result = torch::stable::contiguous(torch::stable::Tensor(handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
+    return Tensor(handle);
+  }
+
+  const void* const_data_ptr() const {
+    const void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_.get(), &data));
+    return data;
+  }
+  void* mutable_data_ptr() const {
+    void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &data));
+    return data;
+  }
+
+ private:
+  struct Delete {
+    void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+  };
+  std::unique_ptr<AtenTensorOpaque, Delete> handle_;
+  bool defined_ = false;
+  Shape sizes_;  // in the tensor
+  ScalarType dtype_ = ScalarType::Undefined;
+  int32_t device_type_ = 0, device_index_ = 0;
+};
+
+using OptionalTensor = std::optional<Tensor>;
+
+}  // namespace convnn
