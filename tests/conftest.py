@@ -3,7 +3,6 @@
 
 import collections
 import os
-import platform
 import subprocess
 import sys
 import textwrap
@@ -13,28 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from instruction_sets import INSTRUCTION_SETS
 
 ROOT = Path(__file__).parent.parent
 THREADS = 2
-
-
-def _instruction_sets() -> list[str]:
-    """The CPU paths that can run here. CONVNN_CPU_ISA chooses one when the library is loaded."""
-    available = ["portable"]
-    if platform.machine() == "x86_64":
-        capability = torch.backends.cpu.get_cpu_capability()
-        if capability in ("AVX2", "AVX512"):
-            available.append("avx2")
-        if capability == "AVX512":
-            available.append("avx512")
-            if torch.cpu._is_vnni_supported():
-                available.append("avx512vnni")
-                if torch.cpu._is_amx_tile_supported():
-                    available.append("amx")
-    return available
-
-
-INSTRUCTION_SETS = _instruction_sets()
 
 
 _gpu_tests_left_out: collections.Counter[str] = collections.Counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import INSTRUCTION_SETS
+from instruction_sets import INSTRUCTION_SETS
 from torch import Tensor
 
 from convnn_kernels.functional import select_neighbors

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 import pytest
-from conftest import INSTRUCTION_SETS
+from instruction_sets import INSTRUCTION_SETS
 
 # Shapes large enough for a screen. Each case says what makes its bound easy, useless or impossible.
 CODE = """

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: MIT
+"""Which paths of the CPU library can run on this machine."""
+
+import platform
+
+import torch
+
+
+def _instruction_sets() -> list[str]:
+    """The CPU paths that can run here. CONVNN_CPU_ISA chooses one when the library is loaded."""
+    available = ["portable"]
+    if platform.machine() == "x86_64":
+        capability = torch.backends.cpu.get_cpu_capability()
+        if capability in ("AVX2", "AVX512"):
+            available.append("avx2")
+        if capability == "AVX512":
+            available.append("avx512")
+            if torch.cpu._is_vnni_supported():
+                available.append("avx512vnni")
+                if torch.cpu._is_amx_tile_supported():
+                    available.append("amx")
+    return available
+
+
+INSTRUCTION_SETS = _instruction_sets()
