@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Peak memory on the GPU: what a forward takes to the byte, almost, and what a backward may take."""
+"""Peak memory on the GPU: what a forward takes, by a formula, and what a backward may take."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
