@@ -331,6 +331,8 @@ def _print(record: Record) -> None:
         # The last line that begins with "E" is what was wrong.
         said = [line for line in why.splitlines() if line.startswith("E ")] or [why]
         print(f"  FAILED {name}\n    {said[-1][:300]}")
+    for why, count in record.get("skipped", {}).items():
+        print(f"  {count} skipped: {why[:200]}")
     nothing_ran = "tests" in record and not sum(record["tests"].values())
     if record["status"] != "passed" and ("tests" not in record or nothing_ran):
         print(record.get("output", "")[-1500:])

@@ -24,12 +24,15 @@ def pytest_runtest_logreport(report: Any) -> None:
         return
     if report.when != "call" and report.outcome == "passed":
         return
+    why = report.longrepr
+    if report.outcome == "skipped" and isinstance(why, tuple):
+        why = why[2].removeprefix("Skipped: ")
     line = {
         "test": report.nodeid,
         "outcome": report.outcome,
         "seconds": round(report.duration, 2),
         "properties": dict(report.user_properties) if report.when == "call" else {},
-        "why": str(report.longrepr)[-_CHARACTERS:] if report.outcome != "passed" else "",
+        "why": str(why)[-_CHARACTERS:] if report.outcome != "passed" else "",
     }
     with Path(os.environ[VARIABLE]).open("a") as file:
         file.write(json.dumps(line) + "\n")

@@ -121,6 +121,7 @@ def test_failed_tests_are_named(tmp_path: Path) -> None:
     assert record["status"] == "failed"
     assert record["tests"] == {"passed": 3, "failed": 2, "skipped": 1}
     assert record["sums"] == {"cases": 50}
+    assert record["skipped"] == {"no": 1}
     assert [name.split("::")[1] for name in record["failed"]] == ["test_wrong[0]", "test_wrong[1]"]
     assert all("assert 1 == 2" in why for why in record["failed"].values())
     assert not (tmp_path / "some.outcomes").exists()
