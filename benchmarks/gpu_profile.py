@@ -115,7 +115,7 @@ def times(events: Iterable[Any], device_type: Any) -> dict[str, list[float]]:
     return dict(found)
 
 
-def profiled(workload: Workload, dense: bool, device: str) -> list[Row]:
+def profiled(workload: Workload, dense: bool, device: str, backend: str) -> list[Row]:
     run = call(workload, dense, device)
     on_gpu = device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -132,7 +132,7 @@ def profiled(workload: Workload, dense: bool, device: str) -> list[Row]:
     ).items():
         microseconds = sum(each) / _RUNS
         bound = bound_microseconds(kernel, workload)
-        is_predicted = workload == _LONG
+        is_predicted = workload == _LONG and backend == "triton"
         rows.append(
             {
                 "kernel": kernel,
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             entry: Row = {"backend": backend, "workload": asdict(workload), "dense": dense}
             try:
                 with convnn_kernels.backend(backend):
-                    entry["kernels"] = profiled(workload, dense, options.device)
+                    entry["kernels"] = profiled(workload, dense, options.device, backend)
                 entry["kernels"] = entry["kernels"] or None
                 print(f"{name}\n{table(entry['kernels'] or [])}\n", flush=True)
             except Exception as error:

@@ -3,6 +3,8 @@
 tools of a GPU machine print."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,6 +97,41 @@ def test_short_list_of_calls() -> None:
 )
 def test_verdict(status: int | None, printed: str, expected: tuple[str, int | None]) -> None:
     assert gpu_sanitizer.verdict(status, printed) == expected
+
+
+FAKE = """#!{python}
+import subprocess, sys
+command = sys.argv[sys.argv.index({python!r}):]
+planted = "--plant" in command
+print("1 calls" if planted else subprocess.run(command, capture_output=True, text=True).stdout)
+tool = sys.argv[sys.argv.index("--tool") + 1]
+name = "RACECHECK" if tool == "racecheck" else "ERROR"
+what = "errors" if name == "ERROR" else "hazards"
+print(f"========= {{name}} SUMMARY: {{int(planted)}} {{what}}")
+sys.exit(86 if planted else 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finds", [True, False])
+def test_sanitizer_with_a_faked_tool(
+    finds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tool must find the fault that is planted."""
+    tool = tmp_path / "compute-sanitizer"
+    text = FAKE if finds else FAKE.replace('"--plant" in command', "0")
+    tool.write_text(text.format(python=sys.executable))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(gpu_sanitizer, "BACKENDS", ("cpu",))
+    output = tmp_path / "sanitizer.json"
+    assert gpu_sanitizer.main(["--output", str(output)]) == (0 if finds else 1)
+    runs = json.loads(output.read_text())["runs"]
+    verdicts = {(run["tool"], run["what"]): run.get("verdict") for run in runs}
+    assert len(runs) == 5
+    assert [verdicts[tool, "--calls cpu"] for tool in gpu_sanitizer.TOOLS] == ["clean"] * 3
+    assert verdicts["memcheck", "--plant"] == "errors"
 
 
 @pytest.mark.slow

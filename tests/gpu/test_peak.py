@@ -107,7 +107,7 @@ def test_backward(
     device: torch.device,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """The contract's bound: 8 bytes for each of N k + (N + M) (D + C) elements of a batch element,
+    """The contract's bound: 8 bytes for each of N k + N D + M (D + C) elements of a batch element,
     outputs, gradients and a fixed workspace."""
     tensors = shape.inputs(device)
 
@@ -121,6 +121,6 @@ def test_backward(
     results = B * N * (12 * k + C * shape.dtype.itemsize)
     given = sum(X.numel() * X.element_size() for X in tensors)
     # Gradients are as large as inputs; those of the outputs as they are.
-    bound = 2 * results + given + 8 * B * (N * k + (N + M) * 2 * C) + 2 * WORKSPACE
+    bound = 2 * results + given + 8 * B * (N * k + N * C + M * 2 * C) + 2 * WORKSPACE
     record_property("backward bytes", measured)
     assert measured <= bound, f"{measured / bound:.3f} of the bound"
