@@ -428,6 +428,7 @@ def test_a_peer_that_fails_takes_no_other_with_it(breaks_at, monkeypatch):
     assert len(rows[0]["seconds"]["samples"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaks_at", [1, 2])
 def test_a_broken_device_is_left_to_another_process(breaks_at, monkeypatch, tmp_path):
     class Broken(devices.Cpu):

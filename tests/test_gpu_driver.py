@@ -82,6 +82,7 @@ def test_what_has_to_be_built(
     assert "cuda" not in gpu.unusable_libraries("cuda")
 
 
+@pytest.mark.slow
 def test_libraries_that_are_here_are_asked() -> None:
     assert gpu.unusable_libraries("cpu") == []
 
@@ -127,6 +128,7 @@ def test_failed_tests_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "some.outcomes").exists()
 
 
+@pytest.mark.slow
 def test_what_had_ended_is_kept(tmp_path: Path) -> None:
     step = step_of_tests(tmp_path, TESTS.format(crash=True))
     record = gpu.run_step(step, 60, dict(os.environ))
@@ -134,6 +136,7 @@ def test_what_had_ended_is_kept(tmp_path: Path) -> None:
     assert record["tests"] == {"passed": 1, "failed": 2, "skipped": 1}
 
 
+@pytest.mark.slow
 def test_a_test_that_ends_its_process_ends_no_other(tmp_path: Path) -> None:
     """As on a GPU machine, where pytest-xdist is."""
     pytest.importorskip("xdist")
