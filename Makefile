@@ -48,8 +48,9 @@ $(VENV)-triton-%/.done: constraints.txt
 	PIP_CONSTRAINT= $(@D)/bin/python -m pip install --no-deps triton==$*
 	touch $@
 
+# STEPS chooses some of its steps, OUTPUT the folder of results: docs/gpu.md.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(if $(STEPS),--only $(STEPS)) $(if $(OUTPUT),--output $(OUTPUT))
 
 bench: $(VENV)/.bench
 	$(python) -m benchmarks

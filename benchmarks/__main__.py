@@ -29,6 +29,9 @@ from .workloads import SOURCES, Workload
 DEFAULT_PEERS = ("convnn-all", "convnn-random", "convnn-spatial", "eager", "sdpa", "conv2d")
 
 
+# The exit status where another process must go on.
+CRASHED = 70
+
 # For --shapes.
 SHAPES_EFFORT = Effort()
 
@@ -90,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="begin no group after that time",
     )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with --output where it exists: groups that are in it are not measured again",
+    )
     add("--no-pictures", action="store_true", help="leave out the pictures and the page")
     return parser
 
@@ -144,8 +152,10 @@ def _measure(
             result["left_out"] = left
             print(f"--limit {seconds:g}: left out {'; '.join(left)}", file=sys.stderr)
             return
-        runner.measure(group, device, threads, result["rows"], title)
-        report.write(result, output)
+        try:
+            runner.measure(group, device, threads, result["rows"], title)
+        finally:
+            report.write(result, output)
         print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 
@@ -173,6 +183,12 @@ def _run(options: argparse.Namespace, groups: Sequence[Group], device: Device, t
         "left_out": [],
         "rows": [],
     }
+    if options.resume and output.exists():
+        before = report.read(output)
+        result = {**before, "complete": False, "left_out": []}
+        result.setdefault("resumed", []).append(make_stamp(device.name, threads, device.describe()))
+        known = {row["group"] for row in before["rows"]}
+        groups = [group for group in groups if group.name not in known]
     try:
         # Before the work, so that a folder that cannot be written is found out now.
         report.write(result, output)
@@ -184,6 +200,9 @@ def _run(options: argparse.Namespace, groups: Sequence[Group], device: Device, t
         result["complete"] = not result["left_out"]
         report.write(result, output)
         _finish(result, output, not options.no_pictures)
+    except runner.DeviceBroken as error:
+        print(f"python -m benchmarks: the device cannot be used any more: {error}", file=sys.stderr)
+        return CRASHED
     except KeyboardInterrupt:
         print(report.terminal(result), end="\n\n")
         with contextlib.suppress(OSError):
@@ -212,7 +231,7 @@ def _run(options: argparse.Namespace, groups: Sequence[Group], device: Device, t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all measured. 1: a result was refused or failed. 2: wrong use, or a file could not be
-    written. 130: interrupted.
+    written. 70: the device broke, see --resume. 130: interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["compare"]:

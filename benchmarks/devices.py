@@ -50,6 +50,9 @@ class Device(Protocol):
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         """Peak memory above the inputs, or memory.MemoryNotMeasured."""
 
+    def broken(self) -> str | None:
+        """After a failure: why this process cannot use the device any more, or None."""
+
 
 class Cpu:
     name = "cpu"
@@ -86,20 +89,28 @@ class Cpu:
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         return memory.peak_bytes(workload, peer, passes, threads)
 
+    def broken(self) -> str | None:
+        return None
+
 
 @dataclass
 class Cuda:
     """Times are those of the GPU, between two events: the host runs ahead behind a wait of the GPU,
-    so that launches are not measured. Warm: the L2 cache holds what the run before left there.
-    Cold: a buffer larger than the cache was written before.
+    so that launches are not measured. The wait grows until the host has launched everything before
+    it ends. Warm: the L2 cache holds what the run before left there. Cold: a buffer larger than the
+    cache was written before.
     """
 
     name: str = "cuda"
     where: str = "cuda"
     _flushed: torch.Tensor | None = field(default=None, init=False)
+    # Of the wait, in seconds.
+    _ahead: float = field(default=1e-3, init=False)
 
-    # Of the wait, about a millisecond; longer than the host takes to launch what is measured.
-    _AHEAD_CYCLES = 2_000_000
+    _CYCLES_PER_SECOND = 2e9
+    _LONGEST_WAIT = 0.05
+    # Runs in a sample: a stream takes about a thousand launches before it makes the host wait.
+    _MOST_REPEATS = 20
 
     def why_not(self) -> str | None:
         if torch.version.cuda is None:
@@ -133,25 +144,37 @@ class Cuda:
     def memory_bytes(self) -> float:
         return 0.7 * torch.cuda.mem_get_info(self.where)[0]
 
-    def _between_events(self, run: Callable[[], object], repeats: int) -> float:
+    def _between_events(
+        self, run: Callable[[], object], repeats: int, before: Callable[[], object] = bool
+    ) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(self._AHEAD_CYCLES)
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        torch.cuda.synchronize(self.where)
-        return 1e-3 * start.elapsed_time(end) / repeats
+        while True:
+            before()
+            torch.cuda._sleep(int(self._ahead * self._CYCLES_PER_SECOND))
+            began = time.perf_counter()
+            start.record()
+            for _ in range(repeats):
+                run()
+            end.record()
+            taken = time.perf_counter() - began
+            torch.cuda.synchronize(self.where)
+            # A run that waits for the GPU itself is never ahead of it.
+            if taken < 0.9 * self._ahead or self._ahead >= self._LONGEST_WAIT:
+                break
+            self._ahead = min(max(2 * self._ahead, 1.5 * taken), self._LONGEST_WAIT)
+        seconds = 1e-3 * start.elapsed_time(end) / repeats
+        if self._ahead >= self._LONGEST_WAIT:
+            self._ahead = 1e-3
+        return seconds
 
     def seconds(self, run: Callable[[], object], repeats: int) -> float:
-        return self._between_events(run, repeats)
+        return self._between_events(run, min(repeats, self._MOST_REPEATS))
 
     def cold_seconds(self, run: Callable[[], object]) -> float | None:
         if self._flushed is None:
             size = 4 * torch.cuda.get_device_properties(self.where).L2_cache_size
             self._flushed = torch.empty(size, dtype=torch.uint8, device=self.where)
-        self._flushed.zero_()
-        return self._between_events(run, 1)
+        return self._between_events(run, 1, self._flushed.zero_)
 
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         try:
@@ -169,6 +192,15 @@ class Cuda:
             raise memory.MemoryNotMeasured(str(error)) from error
         del results
         return torch.cuda.max_memory_allocated(self.where) - before
+
+    def broken(self) -> str | None:
+        try:
+            torch.cuda.synchronize(self.where)
+        except RuntimeError as error:
+            return " ".join(str(error).split())[:300]
+        # What a failed call held is for the next one.
+        torch.cuda.empty_cache()
+        return None
 
 
 DEVICES: dict[str, Device] = {"cpu": Cpu(), "cuda": Cuda()}

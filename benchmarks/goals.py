@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The goals of the CPU kernels: ratios of times that were taken in turn, each beside its limit."""
+"""The goals on a CPU and on a GPU: ratios of times that were taken in turn, with their limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from .workloads import REQUIRED, Workload
+from .workloads import (
+    GPU_FLOAT32,
+    GPU_LAYERS,
+    GPU_SELECT,
+    GPU_VGG11,
+    GPU_VIT,
+    REQUIRED,
+    SEARCH,
+    SEARCH_PHOTOGRAPHS,
+    TINY,
+    Workload,
+)
 
 Row = dict[str, Any]
 
@@ -139,8 +150,7 @@ def _required(find: Callable[..., Row | None], groups: set[str]) -> Iterator[Goa
             at_most=False,
         )
         for passes, limit in (("forward", forward), ("forward+backward", backward)):
-            kernels = ("sdpa", "sdpa-flash", "sdpa-math", "sdpa-efficient", "sdpa-cudnn")
-            sdpa = quickest(at(peer, passes) for peer in kernels)
+            sdpa = quickest(at(peer, passes) for peer in _KERNELS)
             yield _goal(
                 f"{passes}-over-sdpa/{name}",
                 f"{what}{passes} ÷ {sdpa['label'] if sdpa else 'SDPA'}",
@@ -218,15 +228,14 @@ def _growth(rows: list[Row]) -> Iterator[Goal]:
 
 
 def _overhead(find: Callable[..., Row | None]) -> Iterator[Goal]:
-    tiny = Workload(1, 8, 8, 2, "random")
     for peer, name in (("convnn-all", "torch.ops.convnn.forward"), ("functional", "functional")):
         for passes, mode in (("forward", "no_grad"), ("inference", "inference_mode")):
             yield _goal(
                 f"overhead-{peer}/{mode}",
                 f"a small call of {name} under {mode} ÷ SDPA's",
                 ratio(
-                    find("host overhead", peer, passes, tiny),
-                    find("host overhead", "sdpa", passes, tiny),
+                    find("host overhead", peer, passes, TINY),
+                    find("host overhead", "sdpa", passes, TINY),
                 ),
                 2.0,
             )
@@ -256,6 +265,167 @@ def _bfloat16(
         )
 
 
+_KERNELS = ("sdpa", "sdpa-flash", "sdpa-math", "sdpa-efficient", "sdpa-cudnn")
+_PASSES = ("forward", "forward+backward")
+
+
+def _teraflops(row: Row | None) -> tuple[float, float, float]:
+    """Of the similarity matrix, in a second: median, p20, p80."""
+    if row is None or row["seconds"] is None:
+        return math.nan, math.nan, math.nan
+    samples = 1e-12 * row["flops"] / np.array(row["seconds"]["samples"])
+    p20, median, p80 = np.percentile(samples, [20, 50, 80])
+    return float(median), float(p20), float(p80)
+
+
+def _gpu_searches(find: Callable[..., Row | None], groups: set[str]) -> Iterator[Goal]:
+    for w in GPU_SELECT:
+        if (group := f"gpu select {w.shape}") not in groups:
+            continue
+        random = replace(w, source="random")
+        select = find(group, "select", "forward", random)
+        for peer, limit in (("matmul", 1.0), ("matmul-topk", 0.1)):
+            other = find(group, peer, "forward", random)
+            yield _goal(
+                f"gpu-select-over-{peer}/{short(w)}",
+                f"{w.shape}: select ÷ {other['label'] if other else peer}",
+                ratio(select, other),
+                limit,
+                absent=_why(other),
+            )
+        yield _goal(
+            f"gpu-select-photographs-over-random/{short(w)}",
+            f"{w.shape}: select, photographs ÷ random features",
+            ratio(find(group, "select", "forward", w), select),
+            1.5,
+        )
+    for w, photographs in zip(SEARCH, SEARCH_PHOTOGRAPHS, strict=True):
+        if (group := f"gpu search {w.shape}") not in groups:
+            continue
+        select, flashlib = (find(group, peer, "forward", w) for peer in ("select", "flashlib"))
+        yield _goal(
+            f"gpu-search-over-flashlib/k{w.k}",
+            f"{w.shape}: select ÷ flashlib",
+            ratio(select, flashlib),
+            0.65 if w.k == 8 else 0.5,
+            absent=_why(flashlib),
+        )
+        yield _goal(
+            f"gpu-search-teraflops/k{w.k}",
+            f"{w.shape}: select, TFLOP/s",
+            _teraflops(select),
+            250.0,
+            at_most=False,
+        )
+        # 99,856 keys instead of 100,000.
+        yield _goal(
+            f"gpu-search-photographs-over-random/k{w.k}",
+            f"{w.shape}: select, photographs ÷ random features",
+            ratio(find(group, "select", "forward", photographs), select, w.rows / photographs.rows),
+            1.5,
+        )
+
+
+def _over_sdpa(
+    find: Callable[..., Row | None], group: str, peer: str, passes: str, w: Workload, limit: float
+) -> Iterator[Goal]:
+    """With photographs and with random features; attention does not depend on them. Of SDPA, the
+    quickest kernel is quoted by its name, not PyTorch's choice among them."""
+    chosen, *named = (find(group, kernel, passes, w) for kernel in _KERNELS)
+    sdpa = quickest(named) or chosen
+    for source in ("photographs", "random"):
+        ours = find(group, peer, passes, replace(w, source=source))
+        yield _goal(
+            f"gpu-{peer}-{passes}-over-sdpa-{source}/{short(w)}",
+            f"{w.shape}: {ours['label'] if ours else peer}, {passes}, {source} "
+            f"÷ {sdpa['label'] if sdpa else 'SDPA'}",
+            ratio(ours, sdpa),
+            limit,
+        )
+
+
+def _gpu_layers(find: Callable[..., Row | None], groups: set[str]) -> Iterator[Goal]:
+    for w in GPU_LAYERS:
+        if (group := f"gpu layer {w.shape}") not in groups:
+            continue
+        limits = {_PASSES[1]: 0.7} if w.tokens == 1024 else {_PASSES[0]: 1.0, _PASSES[1]: 0.5}
+        for passes, limit in limits.items():
+            yield from _over_sdpa(find, group, "convnn-all", passes, w, limit)
+        for passes in _PASSES:
+            yield _goal(
+                f"gpu-{passes}-photographs-over-random/{short(w)}",
+                f"{w.shape}: {passes}, photographs ÷ random features",
+                ratio(
+                    find(group, "convnn-all", passes, w),
+                    find(group, "convnn-all", passes, replace(w, source="random")),
+                ),
+                1.5,
+            )
+    if (group := f"gpu ViT-Tiny {GPU_VIT.shape}") in groups:
+        for peer, limit in (("convnn-all", 0.8), ("convnn-random", 0.5)):
+            yield from _over_sdpa(find, group, peer, _PASSES[1], GPU_VIT, limit)
+
+
+def _gpu_vgg(find: Callable[..., Row | None], groups: set[str]) -> Iterator[Goal]:
+    """The sum over all layers of the median times, which were taken in groups of their own."""
+    names = [f"gpu VGG-11 layer {i} {w.shape}" for i, w in enumerate(GPU_VGG11, 1)]
+    if not groups & set(names):
+        return
+    for peer, limit in (("convnn-dense", 2.0), ("convnn-dense-random", 1.5)):
+        for source in ("photographs", "random"):
+            total = {"ours": 0.0, "conv2d": 0.0}
+            for name, w in zip(names, GPU_VGG11, strict=True):
+                ours = find(name, peer, _PASSES[1], replace(w, source=source))
+                conv = find(name, "conv2d", _PASSES[1], w)
+                for key, row in (("ours", ours), ("conv2d", conv)):
+                    seconds = None if row is None else row["seconds"]
+                    total[key] += math.nan if seconds is None else seconds["median"]
+            value = total["ours"] / total["conv2d"]
+            yield Goal(
+                f"gpu-vgg11-{peer}-{source}",
+                f"eight layers of VGG-11, {peer}, {_PASSES[1]}, {source} ÷ Conv2d 3×3",
+                None if math.isnan(value) else value,
+                limit,
+                note="not all layers were measured" if math.isnan(value) else "",
+            )
+
+
+def _gpu_others(find: Callable[..., Row | None], groups: set[str]) -> Iterator[Goal]:
+    w = GPU_FLOAT32
+    if (group := f"gpu float32 {w.shape}") in groups:
+        for peer in ("select", "convnn-all"):
+            for passes in _PASSES[: 1 if peer == "select" else 2]:
+                single, half = (
+                    find(group, peer, passes, replace(w, dtype=dtype))
+                    for dtype in ("float32", "bfloat16")
+                )
+                yield _goal(
+                    f"gpu-float32-{peer}-{passes}",
+                    f"{w.shape}: {peer}, {passes}, float32 ÷ bfloat16",
+                    ratio(single, half),
+                    2.5,
+                )
+    if "gpu host" in groups:
+        for kind, what, limit in (
+            ("host", "time of the host for a call", 3.0),
+            ("graph", "replay of a graph", 3.0),
+        ):
+            for backend in ("cuda", "triton"):
+                ours, sdpa = (
+                    find("gpu host", f"{kind}-{peer}", "forward", TINY)
+                    for peer in (backend, "sdpa")
+                )
+                goal = _goal(
+                    f"gpu-{kind}-{backend}",
+                    f"smallest shape, {what}: {backend} ÷ SDPA",
+                    ratio(ours, sdpa),
+                    limit,
+                    absent=_why(ours, sdpa),
+                )
+                note = "" if (kind, backend) == ("host", "cuda") else "no goal, for comparison"
+                yield replace(goal, note=goal.note or note)
+
+
 def goals(result: dict[str, Any]) -> list[Goal]:
     """Those whose group was measured."""
     rows = [row for row in result["rows"] if "group" in row]
@@ -265,7 +435,10 @@ def goals(result: dict[str, Any]) -> list[Goal]:
         found += _growth(rows)
     if "host overhead" in groups:
         found += _overhead(find)
-    return [*found, *_bfloat16(find, groups, result["stamp"]["cpu"]["features"])]
+    found += _bfloat16(find, groups, result["stamp"]["cpu"]["features"])
+    for of_a_gpu in (_gpu_searches, _gpu_layers, _gpu_vgg, _gpu_others):
+        found += of_a_gpu(find, groups)
+    return found
 
 
 def cells(goal: Goal) -> tuple[str, str, str, str, str]:

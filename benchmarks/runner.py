@@ -63,6 +63,10 @@ class Group:
     memory: tuple[str, ...] = ()
 
 
+class DeviceBroken(RuntimeError):
+    """Nothing can be measured in this process any more; the message says why."""
+
+
 @dataclass
 class Ready:
     """A case that was checked and can be timed."""
@@ -136,17 +140,50 @@ def prepare(group: str, case: Case, device: Device) -> Ready | Row:
     return Ready(row, call, passes)
 
 
-def _warm_up(cases: Sequence[Ready], device: Device, effort: Effort) -> None:
-    """Run each case until its caches are filled, and fix how often a sample repeats it."""
+def _prepare_all(
+    group: Group, device: Device, rows: list[Row], advance: Callable[[str], None]
+) -> list[Ready]:
+    cases: list[Ready] = []
+    for case in group.cases:
+        advance(f"checking {case.peer}")
+        prepared = prepare(group.name, case, device)
+        if isinstance(prepared, Ready):
+            cases.append(prepared)
+            rows.append(prepared.row)
+            continue
+        rows.append(prepared)
+        if prepared["status"] == "failed" and (broken := device.broken()) is not None:
+            raise DeviceBroken(broken)
+    return cases
+
+
+def _fail(row: Row, error: Exception, device: Device) -> None:
+    """The case is left out from here on; DeviceBroken if no other one can be measured either."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    row.update(status="failed", reason=reason[:500])
+    if (broken := device.broken()) is not None:
+        raise DeviceBroken(broken) from error
+
+
+def _warm_up(cases: Sequence[Ready], device: Device, effort: Effort) -> list[Ready]:
+    """Run each case until its caches are filled, and fix how often a sample repeats it. Returns
+    those that could be run."""
+    warm = []
     for case in cases:
-        quickest = case.sample(device)
-        # A pass of seconds ran once already, in the gate.
-        if quickest < 1.0:
+        try:
             quickest = case.sample(device)
-        for _ in range(4 if quickest < 0.1 else 0):
-            quickest = min(quickest, case.sample(device))
+            # A pass of seconds ran once already, in the gate.
+            if quickest < 1.0:
+                quickest = case.sample(device)
+            for _ in range(4 if quickest < 0.1 else 0):
+                quickest = min(quickest, case.sample(device))
+        except Exception as error:
+            _fail(case.row, error, device)
+            continue
         case.estimate = quickest
         case.repeats = max(1, round(effort.sample_seconds / case.estimate))
+        warm.append(case)
+    return warm
 
 
 def _summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -166,20 +203,25 @@ def _time(cases: Sequence[Ready], rounds: int, device: Device, advance: Callable
     order = list(range(len(cases)))
     try:
         for _ in range(rounds):
-            for i in order:
-                samples[i].append(cases[i].sample(device))
-                if (seconds := cases[i].cold_sample(device)) is not None:
-                    cold[i].append(seconds)
+            for i in tuple(order):
+                try:
+                    samples[i].append(cases[i].sample(device))
+                    if (seconds := cases[i].cold_sample(device)) is not None:
+                        cold[i].append(seconds)
+                except Exception as error:
+                    order.remove(i)
+                    _fail(cases[i].row, error, device)
             order.reverse()  # no case always runs after the same other one
             advance()
     finally:
         # An interruption keeps the rounds that are whole.
-        whole = min((len(each) for each in samples), default=0)
-        for case, warm, flushed in zip(cases, samples, cold, strict=True):
+        whole = min((len(samples[i]) for i in order), default=0)
+        for i in order:
+            row = cases[i].row
             if whole:
-                case.row["seconds"] = _summary(warm[:whole]) | {"repeats": case.repeats}
-            if flushed:
-                case.row["cold_seconds"] = _summary(flushed)
+                row["seconds"] = _summary(samples[i][:whole]) | {"repeats": cases[i].repeats}
+            if cold[i]:
+                row["cold_seconds"] = _summary(cold[i])
 
 
 @contextmanager
@@ -197,24 +239,22 @@ def measure(
     """Append one row for each case, also for those that were skipped, refused or failed.
 
     A row is there as soon as its case is checked, so that an interruption keeps what is known.
+
+    Raises:
+        DeviceBroken: where a case has left the device so that no other one can be measured.
     """
     device.prepare(threads)
-    cases: list[Ready] = []
     with _progress(title) as bar:
         bar.total = len(group.cases)
-        for case in group.cases:
-            bar.set_description_str(f"{title}: checking {case.peer}")
-            prepared = prepare(group.name, case, device)
-            if isinstance(prepared, Ready):
-                cases.append(prepared)
-                rows.append(prepared.row)
-            else:
-                rows.append(prepared)
+
+        def advance(what: str) -> None:
+            bar.set_description_str(f"{title}: {what}")
             bar.update()
 
+        cases = _prepare_all(group, device, rows, advance)
         gc.collect()
         bar.set_description_str(f"{title}: warming up")
-        _warm_up(cases, device, group.effort)
+        cases = _warm_up(cases, device, group.effort)
         one_round = sum(max(case.estimate, group.effort.sample_seconds) for case in cases)
         rounds = int(group.effort.seconds / one_round) if cases else 0
         rounds = min(max(rounds, group.effort.fewest_rounds), group.effort.most_rounds)
@@ -226,7 +266,9 @@ def measure(
         measured = [
             ready
             for ready in cases
-            if ready.row["peer"] in group.memory and ready.row["workload"] == first
+            if ready.row["peer"] in group.memory
+            and ready.row["workload"] == first
+            and ready.row["status"] == "measured"
         ]
         bar.reset(total=len(measured))
         for ready in measured:
@@ -237,4 +279,8 @@ def measure(
                 row["peak_bytes"] = device.peak_bytes(workload, row["peer"], ready.passes, threads)
             except (MemoryNotMeasured, OSError) as error:
                 row["peak_reason"] = str(error)
+            except RuntimeError as error:
+                row["peak_reason"] = " ".join(str(error).split())[:500]
+                if (broken := device.broken()) is not None:
+                    raise DeviceBroken(broken) from error
             bar.update()

@@ -8,6 +8,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+_VERSION = REPOSITORY / "convnn_kernels" / "version.py"
 
 # Of all the flags a CPU reports, those that decide which kernels can run.
 _CPU_FEATURES = (
@@ -72,7 +74,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def _commit() -> dict[str, Any]:
+    """CONVNN_COMMIT says it where the checkout was copied without its history: a hash, with
+    "-dirty" behind it if anything had changed, as `git describe --always --dirty --abbrev=40`."""
     head = _git("rev-parse", "--verify", "HEAD")
+    if head is None and (said := os.environ.get("CONVNN_COMMIT")):
+        return {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
     # Results are left out: a run must not make the next one look as if the sources had changed.
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return {
@@ -82,6 +88,9 @@ def _commit() -> dict[str, Any]:
 
 
 def _version(distribution: str) -> str | None:
+    if distribution == "convnn_kernels":
+        # Which need not be installed.
+        return re.findall(r'__version__ = "(.*)"', _VERSION.read_text())[0]
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -8,7 +8,22 @@ from dataclasses import dataclass, replace
 
 from .peers import PEERS
 from .runner import Case, Effort, Group
-from .workloads import LONG, REQUIRED, SEARCH, VGG11, VIT_TINY, Workload, scaled
+from .workloads import (
+    GPU_FLOAT32,
+    GPU_LAYERS,
+    GPU_SELECT,
+    GPU_VGG11,
+    GPU_VIT,
+    LONG,
+    REQUIRED,
+    SEARCH,
+    SEARCH_PHOTOGRAPHS,
+    TINY,
+    VGG11,
+    VIT_TINY,
+    Workload,
+    scaled,
+)
 
 _BOTH = ("forward", "forward+backward")
 _FORWARD = _BOTH[:1]
@@ -79,9 +94,8 @@ def _growth() -> Group:
 
 def _overhead() -> Group:
     """A call so small that its time is that of the host."""
-    tiny = Workload(1, 8, 8, 2, "random")
     cases = [
-        Case(tiny, peer, passes)
+        Case(TINY, peer, passes)
         for peer in ("sdpa", "convnn-all", "functional")
         for passes in ("forward", "inference")
     ]
@@ -135,8 +149,10 @@ def _fit(workload: Workload, device: str) -> Workload:
     """As it is on a GPU; on a CPU in float32 and with as many pairs as fit into a minute."""
     if device == "cuda":
         return workload
-    pairs = 2**24 if workload.keys is None else 2**27
-    return scaled(replace(workload, dtype="float32"), pairs)
+    if workload.keys is not None:
+        # Half as many keys are no map.
+        return scaled(replace(workload, dtype="float32", source="random"), 2**27)
+    return scaled(replace(workload, dtype="float32"), 2**24)
 
 
 def _unique(workloads: Iterable[Workload]) -> list[Workload]:
@@ -235,54 +251,93 @@ def backends(device: str) -> list[Group]:
     return [Group(f"backends {w}", _cases(w, ("mm", *peers), _FORWARD), Effort(8)) for w in shapes]
 
 
+_SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+_SHORT = Effort(3, fewest_rounds=5, most_rounds=30)
+
+
+def _gpu_select(workload: Workload) -> Group:
+    """Beside the product that only writes S, and its topk."""
+    random = replace(workload, source="random")
+    cases = _cases(random, ("mm", "copy", "select", "matmul", "matmul-topk"))
+    cases += _cases(workload, ("select",))
+    return Group(f"gpu select {workload.shape}", cases, _SHORT)
+
+
+def _gpu_search(workload: Workload, photographs: Workload) -> Group:
+    cases = _cases(workload, ("mm", "copy", "select", *_SEARCH)) + _cases(photographs, ("select",))
+    return Group(f"gpu search {workload.shape}", cases, _SHORT)
+
+
+def _gpu_layer(workload: Workload, *peers: str) -> Group:
+    """Both ways beside attention; photographs first, and ours on random features, too."""
+    cases = _cases(workload, ("mm", "copy", "select", "aggregate", "convnn-all", *peers, *_SDPA))
+    cases += _cases(replace(workload, source="random"), ("select", "convnn-all"))
+    memory = ("convnn-all", "sdpa")
+    return Group(f"gpu layer {workload.shape}", cases, _SHORT, memory)
+
+
+def _gpu_vgg(layer: int, workload: Workload) -> Group:
+    peers = ("mm", "conv2d", "convnn-dense", "convnn-dense-random", "aggregate-dense")
+    cases = _cases(workload, peers)
+    cases += _cases(replace(workload, source="random"), ("convnn-dense", "convnn-dense-random"))
+    return Group(f"gpu VGG-11 layer {layer} {workload.shape}", cases, Effort(2, 5, 30))
+
+
+def _gpu_float32() -> Group:
+    peers = ("mm", "copy", "select", "convnn-all")
+    cases: tuple[Case, ...] = ()
+    for dtype in ("float32", "bfloat16"):
+        for source in ("photographs", "random"):
+            w = replace(GPU_FLOAT32, dtype=dtype, source=source)
+            cases += _cases(w, peers if source == "photographs" else peers[2:])
+    return Group(f"gpu float32 {GPU_FLOAT32.shape}", cases, _SHORT)
+
+
+def _gpu_host() -> Group:
+    """What the host takes for a call of the smallest shape, and a replay of its graph."""
+    peers = [f"{kind}-{name}" for kind in ("host", "graph") for name in ("sdpa", "cuda", "triton")]
+    return Group("gpu host", _cases(TINY, peers, _FORWARD), Effort(3, fewest_rounds=15))
+
+
 def gpu(device: str) -> list[Group]:
-    """What a GPU is asked first, in about six minutes; the most telling first."""
-    attention = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
-    fused = ("mm", "copy", "select", "convnn-all", *attention, "matmul", "matmul-topk", "flashlib")
-    model = (
-        "mm",
-        "copy",
-        "select",
-        "aggregate",
-        "convnn-all",
-        "convnn-random",
-        "eager",
-        *attention,
-    )
-    long = _unique(_fit(w, device) for w in (LONG[2], LONG[0], LONG[4], LONG[1], LONG[3], LONG[5]))
-    half = [replace(w, dtype=LONG[0].dtype) for w in (VIT_TINY, *VGG11[:3])]
-    vit, *vgg = _unique(_fit(w, device) for w in half)
-    search = _unique(_fit(w, device) for w in SEARCH)
-    curves = [
-        replace(w, dtype=LONG[0].dtype if device == "cuda" else "float32")
-        for w in (Workload(1, 4**e, 64, 9) for e in range(4, 9 if device == "cuda" else 7))
-    ]
-    short = Effort(3, fewest_rounds=5, most_rounds=30)
+    """What a GPU is held to, in about six minutes; the most telling first."""
+    random_vit = replace(GPU_VIT, source="random")
+    curves = [Workload(1, 4**e, 64, 9, dtype="bfloat16") for e in range(4, 9)]
     groups = [
-        Group(f"operators {long[0]}", _cases(long[0], fused), short, memory=("convnn-all", "sdpa")),
-        Group(f"operators {vit}", _cases(vit, (*model, "conv2d")), short),
-        *(
-            Group(f"operators {w}", _cases(w, ("mm", "select", *_SEARCH)), short)
-            for w in search[:2]
+        _gpu_layer(GPU_LAYERS[0]),
+        _gpu_select(GPU_SELECT[0]),
+        _gpu_search(SEARCH[1], SEARCH_PHOTOGRAPHS[1]),
+        Group(
+            f"gpu ViT-Tiny {GPU_VIT.shape}",
+            _cases(GPU_VIT, ("mm", "copy", "convnn-all", "convnn-random", "select", *_SDPA))
+            + _cases(random_vit, ("convnn-all", "convnn-random", "select")),
+            _SHORT,
+            ("convnn-all", "sdpa"),
         ),
-        *(Group(f"operators {w}", _cases(w, fused), short) for w in long[1:3]),
+        *(_gpu_vgg(i, w) for i, w in enumerate(GPU_VGG11, 1)),
+        _gpu_host(),
+        _gpu_float32(),
+        _gpu_layer(GPU_LAYERS[1]),
+        _gpu_layer(GPU_LAYERS[4], "eager"),
+        *(_gpu_select(w) for w in GPU_SELECT[1:]),
         *(
-            Group(
-                f"VGG-11 layer {i} {w.shape}",
-                _cases(w, ("mm", "conv2d", "convnn-dense", "aggregate-dense")),
-                short,
-            )
-            for i, w in enumerate(vgg, 1)
+            _gpu_search(w, photographs)
+            for w, photographs in zip(SEARCH, SEARCH_PHOTOGRAPHS, strict=True)
+            if w.k != 16
         ),
-        *(Group(f"against N {w.shape}", _cases(w, _MODELS), short, memory=_MODELS) for w in curves),
-        _overhead(),
+        *(_gpu_layer(w) for w in GPU_LAYERS[2:4]),
         *(
-            Group(f"operators {w}", _cases(w, ("mm", "select", *_SEARCH)), short)
-            for w in search[2:]
+            Group(f"gpu against N {w.shape}", _cases(w, _MODELS), _SHORT, memory=_MODELS)
+            for w in curves
         ),
-        *(Group(f"operators {w}", _cases(w, fused), short) for w in long[3:]),
+        *backends("cuda")[:2],
     ]
-    return groups + (backends(device)[:2] if device == "cuda" else [])
+    return groups if device == "cuda" else [_fitted(group) for group in groups]
+
+
+def _fitted(group: Group) -> Group:
+    cases = (replace(case, workload=_fit(case.workload, "cpu")) for case in group.cases)
+    return replace(group, cases=tuple(dict.fromkeys(cases)))
 
 
 @dataclass(frozen=True)
@@ -295,7 +350,7 @@ class Suite:
 
 SUITES = {
     "cpu": Suite("the CPU kernels against their goals, and what they replace", cpu),
-    "gpu": Suite("what a GPU is asked first, in about six minutes", gpu),
+    "gpu": Suite("what a GPU is held to, in about six minutes", gpu),
     "quick": Suite("two small shapes, in seconds", quick),
     "operators": Suite("each operator beside every peer", operators),
     "layers": Suite("layers of VGG-11, and whole models", layers),

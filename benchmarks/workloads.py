@@ -142,10 +142,33 @@ LONG = tuple(
     for channels in (64, 128)
 )
 
+# What a GPU is held to, in bfloat16 (B, N, C, k).
+GPU_SELECT = tuple(
+    Workload(batch, tokens, 64, 9, dtype="bfloat16")
+    for batch, tokens in ((64, 4096), (8, 16384), (1, 65536))
+)
+GPU_LAYERS = tuple(
+    Workload(batch, tokens, channels, 9, dtype="bfloat16")
+    for batch, tokens, channels in (
+        (64, 4096, 64),
+        (8, 16384, 64),
+        (64, 4096, 128),
+        (8, 16384, 128),
+        (256, 1024, 64),
+    )
+)
+GPU_VIT = replace(VIT_TINY, candidates=32, dtype="bfloat16")
+GPU_VGG11 = tuple(replace(w, batch=256, candidates=64, dtype="bfloat16") for w in VGG11)
+GPU_FLOAT32 = Workload(1, 16384, 64, 9)
+# A call whose time is that of the host.
+TINY = Workload(1, 8, 8, 2, "random")
+
 # Search: few queries on many keys that are not the queries.
 SEARCH = tuple(
     Workload(1, 16384, 128, k, "random", keys=100_000, dtype="bfloat16") for k in (8, 16, 32, 64)
 )
+# On a photograph: 316 x 316 keys.
+SEARCH_PHOTOGRAPHS = tuple(replace(w, source="photographs", keys=99_856) for w in SEARCH)
 
 
 def scaled(workload: Workload, largest: int) -> Workload:

@@ -6,10 +6,20 @@ Nothing here is fast or small. It imports torch only, and only tests and benchma
 
 from .certificate import assert_certified_selection, assert_exact_selection
 from .compare import assert_aggregate, assert_forward, assert_select, assert_values
-from .convnn import aggregate, forward, modulate, normalize, select, similarities_at, similarity
+from .convnn import (
+    aggregate,
+    allowed_keys,
+    forward,
+    modulate,
+    normalize,
+    select,
+    similarities_at,
+    similarity,
+)
 
 __all__ = [
     "aggregate",
+    "allowed_keys",
     "assert_aggregate",
     "assert_certified_selection",
     "assert_exact_selection",

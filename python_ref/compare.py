@@ -233,7 +233,8 @@ def _shuffled(
     """
 
     def order(size: int) -> Tensor:
-        return torch.randperm(size, generator=generator)
+        # Drawn on the CPU: the same orders on every device.
+        return torch.randperm(size, generator=generator).to(I.device)
 
     def permute(T: Tensor, *orders: Tensor | None) -> Tensor:
         for dim, by in enumerate(reversed(orders), start=1):
@@ -248,7 +249,7 @@ def _shuffled(
         if metric == "cosine":
             for name in ("query", "key"):
                 rows = shuffled[name]
-                factor = 0.5 + 0.5 * torch.rand((), generator=generator).to(rows.dtype)
+                factor = 0.5 + 0.5 * torch.rand((), generator=generator).to(rows)
                 is_zero = normalize(rows.detach()).eq(0).all(dim=-1, keepdim=True)
                 shuffled[name] = rows * torch.where(is_zero, 1.0, factor)
     if X["similarities"] is not None:
@@ -378,7 +379,7 @@ def _run(
         grad = grads.get(name)
         if grad is None:
             grad = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        complete[name] = grad.to(output.dtype)
+        complete[name] = grad.to(output.device, output.dtype)
     roots = [name for name, output in outputs.items() if output.requires_grad]
     wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None}
     found = torch.autograd.grad(

@@ -190,6 +190,40 @@ def launches() -> dict[str, Any]:
     return found
 
 
+def wanted(architectures: tuple[int, ...], quick: bool) -> set[tuple[int, str, str]]:
+    """Architecture, fingerprint and dtypes of each launch that `make aot` would compile now: what
+    the host side and tiles.py choose, but for grids. Nothing is compiled."""
+    from benchmarks import aot
+
+    jobs = aot.jobs(architectures, aot.DTYPES, quick, only="")
+    return {(arch, aot._fingerprint(launch), dtypes) for launch, arch, dtypes in jobs}
+
+
+@needs_compiler
+def test_launches_are_those_of_the_tables() -> None:
+    """If this fails: `make aot`. The sources of the kernels need not have changed for it."""
+    now = wanted(ARCHITECTURES, quick=False)
+    for version in VERSIONS:
+        rows = [(row["arch"], row["launch"], row["dtype"]) for row in table(version)["rows"]]
+        assert len(rows) == len(set(rows))
+        assert set(rows) == now, version
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("refine", "maxnreg"), ("aggregate_depthwise", "BLOCK_N"), ("query_grad", "num_warps")],
+)
+def test_another_tile_is_noticed(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convnn_kernels.triton_kernels import tiles
+
+    before, chosen = wanted((90,), quick=True), getattr(tiles, name)
+    monkeypatch.setattr(
+        tiles, name, lambda *sizes: (tile := chosen(*sizes)) | {option: 2 * tile[option]}
+    )
+    assert wanted((90,), quick=True) != before
+
+
 @needs_compiler
 def test_offsets_have_64_bits() -> None:
     from benchmarks import aot

@@ -22,10 +22,10 @@ pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip ins
 pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
 
 from benchmarks import __main__ as command
-from benchmarks import compare, devices, figures, goals, page, pictures, report, runner
-from benchmarks.__main__ import main
+from benchmarks import compare, devices, figures, goals, gpu, page, pictures, report, runner
+from benchmarks.__main__ import CRASHED, main
 from benchmarks.peers import PEERS
-from benchmarks.runner import Case
+from benchmarks.runner import Case, Effort, Group
 from benchmarks.stamp import REPOSITORY, make_stamp
 from benchmarks.suites import SUITES
 from benchmarks.workloads import Workload
@@ -368,21 +368,103 @@ def fake_cuda(monkeypatch):
 
 
 def test_gpu_times_are_between_events(fake_cuda):
-    gpu = devices.Cuda(where="cpu")
+    faked = devices.Cuda(where="cpu")
 
     def run():
         fake_cuda.now += 2.0  # milliseconds
 
-    assert gpu.seconds(run, 5) == pytest.approx(2e-3)
-    assert gpu.cold_seconds(run) == pytest.approx(2e-3)
-    assert gpu._flushed.numel() == 4 * 2**20
+    assert faked.seconds(run, 5) == pytest.approx(2e-3)
+    assert faked.cold_seconds(run) == pytest.approx(2e-3)
+    assert faked._flushed.numel() == 4 * 2**20
     assert fake_cuda.slept == 2
+
+
+def test_gpu_waits_until_the_host_is_ahead(fake_cuda):
+    """A sample that the host may not have launched in time is taken again, behind a longer wait."""
+    faked, runs = devices.Cuda(where="cpu"), []
+
+    def run():
+        runs.append(0)
+        time.sleep(2e-3)
+        fake_cuda.now += 2.0
+
+    assert faked.seconds(run, 1000) == pytest.approx(2e-3)
+    assert len(runs) == 2 * faked._MOST_REPEATS
+    assert fake_cuda.slept == 2
+
+
+SMALL = Workload(1, 64, 16, 5, "random")
+
+
+def breaking_peer(monkeypatch, breaks_at):
+    """A peer whose call fails from the `breaks_at`-th on."""
+    peer, calls = PEERS["sdpa"], []
+
+    def build(workload, inputs):
+        call = peer.build(workload, inputs)
+
+        def forward():
+            calls.append(0)
+            if len(calls) >= breaks_at:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return call.forward()
+
+        return replace(call, forward=forward)
+
+    monkeypatch.setitem(PEERS, "sdpa", replace(peer, build=build))
+
+
+@pytest.mark.parametrize("breaks_at", [1, 2, 7])
+def test_a_peer_that_fails_takes_no_other_with_it(breaks_at, monkeypatch):
+    """In the gate, in the warm-up, between two rounds."""
+    breaking_peer(monkeypatch, breaks_at)
+    rows = []
+    cases = tuple(Case(SMALL, peer) for peer in ("select", "sdpa", "convnn-all"))
+    effort = Effort(0.0, 3, 3, sample_seconds=0.0)
+    runner.measure(Group("g", cases, effort), devices.Cpu(), 1, rows)
+    assert [row["status"] for row in rows] == ["measured", "failed", "measured"]
+    assert "illegal memory access" in rows[1]["reason"]
+    assert [row["seconds"] is None for row in rows] == [False, True, False]
+    assert len(rows[0]["seconds"]["samples"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("breaks_at", [1, 2])
+def test_a_broken_device_is_left_to_another_process(breaks_at, monkeypatch, tmp_path):
+    class Broken(devices.Cpu):
+        def broken(self):
+            return "its context is gone"
+
+    breaking_peer(monkeypatch, breaks_at)
+    monkeypatch.setitem(devices.DEVICES, "cpu", Broken())
+    effort = Effort(0.0, 2, 2, sample_seconds=0.0)
+    groups = [
+        Group(name, tuple(Case(SMALL, peer) for peer in peers), effort)
+        for name, peers in (("a", ["select"]), ("b", ["sdpa"]), ("c", ["convnn-all"]))
+    ]
+    monkeypatch.setitem(SUITES, "quick", replace(SUITES["quick"], groups=lambda device: groups))
+    output = tmp_path / "run.json"
+    arguments = ["--suite", "quick", "--output", str(output), "--no-pictures", "--resume"]
+    assert main(arguments) == CRASHED == gpu.CRASHED
+    assert [row["group"] for row in report.read(output)["rows"]] == ["a", "b"]
+    # The next one does not begin with what broke, and says at its end that it did.
+    assert main(arguments) == 1
+    result = report.read(output)
+    assert [row["status"] for row in result["rows"]] == ["measured", "failed", "measured"]
+    assert result["complete"]
+    assert len(result["resumed"]) == 1
+
+
+def test_goals_of_a_gpu_have_values():
+    found = goals.goals(synthetic_result(SUITES["gpu"].groups("cuda")))
+    assert len({goal.key for goal in found}) == len(found) > 50
+    assert all(goal.value is not None for goal in found), [g.key for g in found if g.value is None]
 
 
 @pytest.mark.slow
 def test_gpu_suite_runs_with_a_faked_device(fake_cuda, tmp_path, monkeypatch, capsys):
     class Faked(devices.Cuda):
-        def _between_events(self, run, repeats):
+        def _between_events(self, run, repeats, before=bool):
             return devices.Cpu().seconds(run, repeats)
 
     monkeypatch.setitem(devices.DEVICES, "cuda", Faked(where="cpu"))

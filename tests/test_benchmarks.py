@@ -166,6 +166,18 @@ def test_wrong_result_is_refused_and_not_timed(name, monkeypatch):
         assert bool(row["reason"]) == refused
 
 
+@pytest.mark.parametrize("name", ["eager", "eager-random", "eager-spatial"])
+def test_neighbors_of_half_precision_are_the_nearest_up_to_rounding(name, monkeypatch):
+    """Eager PyTorch returns similarities of bfloat16 then; a farther neighbor is seen anyway."""
+    peer, workload = PEERS[name], Workload(1, 64, 16, 9, dtype="bfloat16", candidates=25)
+    make_wrong = _with_outputs(_another_neighbor)
+    monkeypatch.setitem(PEERS, "wrong", replace(peer, build=make_wrong(peer.build)))
+    for each, expected in ((name, None), ("wrong", "refused")):
+        found = runner.prepare("test", Case(workload, each), DEVICES["cpu"])
+        status = None if isinstance(found, runner.Ready) else found["status"]
+        assert status == expected, found
+
+
 def test_refusal_ends_a_run_with_an_error(tmp_path, monkeypatch, capsys):
     peer = PEERS["sdpa"]
     _, make_wrong, _ = WRONG["attention"]
@@ -217,7 +229,11 @@ _MODELS = {name for name in PEERS if name.startswith(("vgg11", "vit"))}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workload", [TINY, Workload(2, 65, 12, 3), SEARCH_LIKE], ids=str)
+@pytest.mark.parametrize(
+    "workload",
+    [TINY, Workload(2, 65, 12, 3), SEARCH_LIKE, replace(TINY, dtype="bfloat16")],
+    ids=str,
+)
 def test_every_peer_passes_its_gate_or_says_why_not(workload):
     statuses = {}
     for name in PEERS.keys() - _HEAVY - _MODELS:

@@ -203,6 +203,26 @@ def test_a_run_with_a_break_is_the_run_without(folder: Path, tmp_path: Path) -> 
         run(folder, tmp_path / "b", "--rows", row, "--epochs", "3")
 
 
+@pytest.mark.slow
+def test_checkpoints_now_and_then(folder: Path, tmp_path: Path) -> None:
+    """The log has every epoch; a run goes on from the last checkpoint."""
+    row = "vit/attention"
+    place = tmp_path / "runs" / "cifar10" / row
+    options = ("--rows", row, "--save-every", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        saved = []
+        patch.setattr(train, "_save", lambda *arguments: saved.append(1))
+        run(folder, tmp_path / "runs", *options, "--epochs", "3")
+        assert len(saved) == 2
+    log = json.loads((place / "log.json").read_text())
+    assert [epoch["epoch"] for epoch in log["epochs"]] == [1, 2, 3]
+    run(folder, tmp_path / "runs", *options, "--epochs", "2")
+    run(folder, tmp_path / "runs", *options, "--epochs", "3")
+    again = json.loads((place / "log.json").read_text())
+    assert [part["first_epoch"] for part in again["parts"]] == [1, 3]
+    assert [e["test_loss"] for e in again["epochs"]] == [e["test_loss"] for e in log["epochs"]]
+
+
 def test_interrupted_runs_go_on(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """Broken off within an epoch, and while a checkpoint is being written."""
 

@@ -82,6 +82,13 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--seed", type=int, default=recipe.seed)
     how.add_argument("--amp", choices=("none", "bfloat16"), default=recipe.amp)
     how.add_argument("--compile", action="store_true")
+    how.add_argument(
+        "--save-every",
+        type=int,
+        default=recipe.save_every,
+        metavar="EPOCHS",
+        help="between checkpoints, of which one of VGG-11 has 1.6 GB",
+    )
     how.add_argument("--reduced", action="store_true", help="small models, for a CPU")
     how.add_argument("--train-limit", type=int, help="training images in all")
     how.add_argument("--test-limit", type=int, help="test images in all")

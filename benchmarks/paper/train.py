@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Training of one row with the paper's recipe, with a log and a checkpoint after every epoch."""
+"""Training of one row with the paper's recipe, with a log and checkpoints to go on from."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ class Recipe:
     train_limit: int | None = None
     test_limit: int | None = None
     dataset: str = "cifar10"
+    # Epochs between checkpoints; the log is written after each.
+    save_every: int = 1
 
     def fixed(self) -> dict[str, Any]:
         """What must not change when a run goes on: all but its length and its place."""
-        free = {"epochs", "device", "compile"}
+        free = {"epochs", "device", "compile", "save_every"}
         if self.schedule != "none":
             free.remove("epochs")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
@@ -173,7 +175,9 @@ def train(
                 "seconds": seconds,
             }
         )
-        _save(folder, model, optimizer, log)
+        if (epoch + 1) % recipe.save_every == 0 or epoch + 1 == recipe.epochs:
+            _save(folder, model, optimizer, log)
+        _save_log(folder, log)
         tqdm.write(
             f"{row.name} {epoch + 1}/{recipe.epochs}: train {train_loss:.4f}, "
             f"test {test_loss:.4f}, {100 * test_accuracy:.2f}%, {seconds:.1f} s"
@@ -287,6 +291,10 @@ def _save(
     folder.mkdir(parents=True, exist_ok=True)
     with _replaced(folder / "checkpoint.safetensors") as path:
         save_file(tensors, path, metadata={"log": json.dumps(log)})
+
+
+def _save_log(folder: Path, log: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     with _replaced(folder / "log.json") as path:
         path.write_text(json.dumps(log, indent=1) + "\n")
 

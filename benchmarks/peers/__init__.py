@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from . import attention, convnn, convolution, isa, models, rates, search
+from . import attention, convnn, convolution, host, isa, models, rates, search
 from .base import PASSES, TRAINING, Call, Peer, Unavailable, gradient_mode, run_pass
 
 PEERS: dict[str, Peer] = {
@@ -14,6 +14,7 @@ PEERS: dict[str, Peer] = {
     **search.PEERS,
     **models.PEERS,
     **rates.PEERS,
+    **host.PEERS,
 }
 
 __all__ = [

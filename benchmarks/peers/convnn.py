@@ -230,6 +230,12 @@ PEERS = {
         baseline="eager-dense",
         exacting=True,
     ),
+    "convnn-dense-random": Peer(
+        "ConvNN, random candidates, dense",
+        "convnn",
+        lambda w, i: forward_call(operators().forward, w, i, "random", dense=True),
+        exacting=True,
+    ),
     "functional": Peer(
         "ConvNN, all candidates, by functional.convnn",
         "convnn output",

@@ -112,6 +112,8 @@ def _peer(operator: str, isa: str) -> Peer:
             raise Unavailable(f"{isa} is what this process uses already")
         if inputs.query.device.type != "cpu":
             raise Unavailable("instruction sets are the CPU's")
+        if workload.dtype == "bfloat16":
+            raise Unavailable("results come as arrays of NumPy, which has no bfloat16")
         worker, number = _worker(isa), next(_numbers)
         used = worker.ask("prepare", number, (operator, workload, torch.get_num_threads()))
         if used != isa:

@@ -64,6 +64,9 @@ def _matmul_topk(query: Tensor, key: Tensor, k: int) -> Callable[[], tuple[Tenso
 
 
 def _cdist_topk(query: Tensor, key: Tensor, k: int) -> Callable[[], tuple[Tensor, ...]]:
+    if query.dtype not in (torch.float32, torch.float64):
+        raise Unavailable("torch.cdist takes float32 and float64")
+
     def search() -> tuple[Tensor, ...]:
         distance, indices = torch.topk(torch.cdist(query, key), k, dim=-1, largest=False)
         return 1 - 0.5 * distance.square(), indices

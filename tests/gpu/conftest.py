@@ -5,6 +5,7 @@
 see that they do run.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
         elif ON_CPU and item.get_closest_marker("cuda_only"):
             item.add_marker(pytest.mark.skip(reason="means nothing on CPU tensors"))
+
+
+@pytest.fixture(autouse=True)
+def _a_process_whose_gpu_is_broken_ends() -> Iterator[None]:
+    """After an access out of bounds every later call fails, too: pytest-xdist begins a new process,
+    and only the test at fault is counted."""
+    yield
+    if ON_CPU or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        raise
 
 
 @pytest.fixture(params=["triton", "cuda"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Operators for CPU tensors that compute on the device: what the reference is compared with."""
+"""The device of these tests, and how tensors come there and back."""
 
 import os
 from collections.abc import Callable
@@ -28,3 +28,11 @@ def _moved(X: Tensor) -> Tensor:
     if X.is_contiguous() or X.ndim < 2:
         return Y
     return Y.mT.contiguous().mT
+
+
+def there(X: Any) -> Any:
+    """A tensor on the device with its strides, its offset, and what lies between its elements."""
+    if not isinstance(X, Tensor):
+        return X
+    memory = torch.empty(0, dtype=X.dtype).set_(X.untyped_storage())
+    return memory.to(DEVICE).as_strided(X.shape, X.stride(), X.storage_offset())

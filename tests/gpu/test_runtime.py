@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: MIT
 """What only a device can get wrong: order of work, memory, streams, graphs, compilation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from on_device import ON_CPU
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import convnn_kernels
+from benchmarks.audit import Audit
+from benchmarks.paper.rows import ROWS
 from convnn_kernels import functional
 from convnn_kernels.backends import choose
 
@@ -23,6 +28,11 @@ def inputs(
     return [torch.randn(s, generator=generator).to(device).requires_grad_() for s in shapes]
 
 
+def forward(query: Tensor, key: Tensor, value: Tensor, W: Tensor, k: int = 9) -> list[Tensor]:
+    with torch.no_grad():
+        return list(ops.forward(query, key, value, k, W))
+
+
 def both_ways(query: Tensor, key: Tensor, value: Tensor, W: Tensor, k: int = 9) -> list[Tensor]:
     Y, s, I = ops.forward(query, key, value, k, W)
     tensors = [query, key, value, W]
@@ -34,11 +44,47 @@ def small(device: torch.device) -> list[Tensor]:
     return inputs(device, 300, 1500) if device.type == "cuda" else inputs(device, 9, 40, 16)
 
 
-def test_the_same_from_run_to_run(device: torch.device) -> None:
-    tensors = small(device)
-    first = both_ways(*tensors)
-    for _ in range(3):
-        assert all(map(torch.equal, first, both_ways(*tensors)))
+# Selection by groups and in one launch, convolutions of each kind.
+RERUN = {
+    "groups-dense": ((2, 300, 1500, 64, 9), "dense"),
+    "groups-depthwise": ((3, 1100, 1100, 40, 17), "depthwise"),
+    "few-depthwise": ((16, 197, 197, 64, 9), "depthwise"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", RERUN)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["plain", "deterministic"])
+def test_the_same_from_run_to_run(
+    deterministic: bool,
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Forward always, backward under deterministic algorithms, which fill new tensors with NaN."""
+    (B, N, M, C, k), weight = RERUN[kind]
+    runs = 1000
+    if ON_CPU:
+        if dtype == torch.bfloat16:
+            pytest.skip("the interpreter computes bfloat16 wrongly")
+        (B, N, M, C, k), runs = (1, 9, 40, 16, 5), 3
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, N, C), (B, M, C), (B, M, C), (C, C, k) if weight == "dense" else (C, 1, k))
+    tensors = [
+        torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes
+    ]
+    torch.use_deterministic_algorithms(deterministic)
+    run = both_ways if deterministic else forward
+    first = run(*tensors, k)
+    assert not any(X.isnan().any() for X in first)
+    # Compared on the device: a test of each run would leave it idle in between.
+    same = torch.ones((), dtype=torch.bool, device=device)
+    for _ in range(runs):
+        for X, Y in zip(first, run(*tensors, k), strict=True):
+            same &= (X == Y).all()
+    assert same
+    record_property("reruns", runs)
 
 
 def test_memory_that_was_used_before(device: torch.device) -> None:
@@ -49,6 +95,63 @@ def test_memory_that_was_used_before(device: torch.device) -> None:
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3, device=device).isnan().all()
     assert all(map(torch.equal, expected, both_ways(*tensors)))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(half: torch.dtype, device: torch.device) -> None:
+    """The call of tensors that were cast by hand, gradients in the dtypes of the arguments."""
+    if ON_CPU and half == torch.bfloat16:
+        pytest.skip("the interpreter computes bfloat16 wrongly")
+    tensors = small(device)
+    cast = [X.detach().to(half).requires_grad_() for X in tensors]
+    expected = both_ways(*cast)
+    with torch.autocast(device.type, dtype=half):
+        got = both_ways(*tensors)
+    assert got[0].dtype == half
+    assert got[1].dtype == torch.float32
+    assert [X.dtype for X in got[3:]] == [torch.float32] * 4
+    assert all(torch.equal(X, Y.to(X.dtype)) for X, Y in zip(got, expected, strict=True))
+
+
+@pytest.mark.cuda_only
+def test_compile_with_inductor(device: torch.device) -> None:
+    """One compilation for all sizes; the operators within it compute what they do outside."""
+    counter = CompileCounterWithBackend("inductor")
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(query: Tensor, key: Tensor, value: Tensor, W: Tensor) -> Tensor:
+        return functional.convnn(query, key, 2.0 * value, 9, W).relu()
+
+    for N, M in ((300, 1500), (210, 1300), (40, 90)):
+        tensors = inputs(device, N, M)
+        query, key, value, W = tensors
+        got = step(*tensors)
+        expected = functional.convnn(query, key, 2.0 * value, 9, W).relu()
+        assert torch.equal(got, expected)
+        grad = torch.cos(expected.detach())
+        for X, Y in zip(
+            torch.autograd.grad(got, tensors, grad),
+            torch.autograd.grad(expected, tensors, grad),
+            strict=True,
+        ):
+            torch.testing.assert_close(X, Y)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("model", ["vgg11/hybrid-0.5", "vit/convnn-all", "vit/convnn-random-32"])
+def test_operators_in_a_model(model: str, device: torch.device) -> None:
+    """Every call of the operators in a training step, against the reference at its inputs."""
+    row = ROWS[model]
+    network = row.build(10, reduced=True).to(device)
+    size = row.image_size(reduced=True)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, size, size, generator=generator).to(device)
+    with Audit() as audit:
+        network(images).square().sum().backward()
+    assert audit.check() >= 8
+    assert all(P.grad is None or P.grad.isfinite().all() for P in network.parameters())
 
 
 @pytest.mark.cuda_only

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""Peak memory on the GPU: what a forward takes, by a formula, and what a backward may take."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+ops = torch.ops.convnn
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.cuda_only]
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+WORKSPACE = 2**26
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int
+    N: int
+    M: int
+    C: int
+    k: int
+    dtype: torch.dtype
+    weight: str = "depthwise"
+
+    def inputs(self, device: torch.device) -> list[torch.Tensor]:
+        B, N, M, C, k = self.B, self.N, self.M, self.C, self.k
+        weight = (C, 1, k) if self.weight == "depthwise" else (C, C, k)
+        generator = torch.Generator(device).manual_seed(0)
+        return [
+            torch.randn(s, generator=generator, device=device).to(self.dtype).requires_grad_()
+            for s in ((B, N, C), (B, M, C), (B, M, C), weight)
+        ]
+
+
+SHAPES = [
+    Shape(256, 197, 197, 192, 9, BF16),
+    Shape(256, 197, 197, 192, 9, F32),
+    Shape(64, 4096, 4096, 64, 9, BF16),
+    Shape(64, 4096, 4096, 64, 9, F16),
+    Shape(8, 16384, 16384, 128, 9, BF16),
+    Shape(8, 16384, 16384, 64, 9, F32),
+    Shape(1, 65536, 65536, 64, 9, BF16),
+    Shape(1, 16384, 100_000, 128, 64, BF16),
+    Shape(128, 1024, 1024, 64, 9, BF16, "dense"),
+    Shape(4, 4096, 4096, 64, 300, F32),
+]
+
+
+def forward_bytes(shape: Shape, backend: str) -> int:
+    """Of one forward above its inputs: s and I, and then either the output, or what the selection
+    works with: norms, the scaled rows of query and key, and its workspace."""
+    B, N, M, C, k = shape.B, shape.N, shape.M, shape.C, shape.k
+    size = shape.dtype.itemsize
+    scaled = 0 if shape.dtype == F16 else size * C
+    # A norm, a power of two and an inverse norm of each row, or only the last two.
+    work = B * (N + M) * (scaled + (12 if backend == "triton" else 8))
+    group = 8 if M < 4096 else 16 if M < 16384 else 32 if M < 2**18 else 64
+    listed = 1 << (k - 1).bit_length() if backend == "triton" else k
+    is_small = backend == "triton" and size == 2 and M <= 1024 and k <= 32
+    if k <= 256 and max(256, 2 * listed * group) < M and not is_small:
+        block = 128 if backend == "triton" else 64
+        row_blocks = B * -(-N // block)
+        of_block = 4 * block * (-(-M // group) + listed)
+        work += of_block * max(1, min(row_blocks, WORKSPACE // of_block))
+    elif k > 256 and backend == "triton":
+        work += 8 * B * N
+    output = B * N * C * size
+    if shape.weight == "dense":
+        # The weight in the order of the kernel, and in CUDA C++ rho of each neighbor.
+        output += C * C * k * size
+    if backend == "cuda":
+        output += 4 * B * N * k
+    return B * N * k * 12 + max(work, output)
+
+
+def rise(run: Callable[[], object]) -> int:
+    """By how many bytes the peak of allocated memory is above what there was."""
+    run()  # libraries take what they keep
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = run()
+    torch.cuda.synchronize()
+    del results
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(
+    shape: Shape,
+    backend: str,
+    device: torch.device,
+    record_property: Callable[[str, object], None],
+) -> None:
+    tensors = [X.detach() for X in shape.inputs(device)]
+    measured = rise(lambda: ops.forward(*tensors[:3], shape.k, tensors[3]))
+    expected = forward_bytes(shape, backend)
+    record_property("forward bytes", measured)
+    assert measured == pytest.approx(expected, rel=0.02), f"{measured / expected:.3f} of it"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_backward(
+    shape: Shape,
+    device: torch.device,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """The contract's bound: 8 bytes for each of N k + N D + M (D + C) elements of a batch element,
+    outputs, gradients and a fixed workspace."""
+    tensors = shape.inputs(device)
+
+    def run() -> object:
+        Y, s, I = ops.forward(*tensors[:3], shape.k, tensors[3])
+        grads = torch.autograd.grad([Y, s], tensors, [torch.ones_like(Y), torch.ones_like(s)])
+        return Y, s, I, grads
+
+    measured = rise(run)
+    B, N, M, C, k = shape.B, shape.N, shape.M, shape.C, shape.k
+    results = B * N * (12 * k + C * shape.dtype.itemsize)
+    given = sum(X.numel() * X.element_size() for X in tensors)
+    # Gradients are as large as inputs; those of the outputs as they are.
+    bound = 2 * results + given + 8 * B * (N * k + N * C + M * 2 * C) + 2 * WORKSPACE
+    record_property("backward bytes", measured)
+    assert measured <= bound, f"{measured / bound:.3f} of the bound"
