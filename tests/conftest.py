@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from instruction_sets import INSTRUCTION_SETS
+from instruction_sets import INSTRUCTION_SETS, quick_last
 
 ROOT = Path(__file__).parent.parent
 THREADS = 2
@@ -53,7 +53,7 @@ def _fixed_state() -> Iterator[None]:
     torch.set_num_threads(THREADS)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(params=quick_last(INSTRUCTION_SETS))
 def instruction_set(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -2,7 +2,10 @@
 """Which paths of the CPU library can run on this machine."""
 
 import platform
+from collections.abc import Sequence
+from typing import Any
 
+import pytest
 import torch
 
 
@@ -23,3 +26,8 @@ def _instruction_sets() -> list[str]:
 
 
 INSTRUCTION_SETS = _instruction_sets()
+
+
+def quick_last(names: Sequence[str]) -> list[Any]:
+    """Parameters of a test: the quick tests see the widest only, which other tests use too."""
+    return [*(pytest.param(name, marks=pytest.mark.slow) for name in names[:-1]), *names[-1:]]

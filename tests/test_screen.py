@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 import pytest
-from instruction_sets import INSTRUCTION_SETS
+from instruction_sets import INSTRUCTION_SETS, quick_last
 
 # Shapes large enough for a screen. Each case says what makes its bound easy, useless or impossible.
 CODE = """
@@ -97,18 +97,20 @@ CODE = """
         mask = torch.rand(key.shape[:-1]) < 0.9
         for dtype in (torch.float32, torch.bfloat16):
             for metric in ("cosine", "dot"):
-                for self_indices in (None, torch.arange(query.shape[-2])):
-                    for key_mask in (None, mask):
-                        args = query.to(dtype), key.to(dtype), k, self_indices, key_mask, metric
-                        (s, i), (s_plain, i_plain) = select(*args), select_in_pieces(*args)
-                        same = torch.equal(s.view(torch.int32), s_plain.view(torch.int32))
-                        same = same and torch.equal(i, i_plain)
-                        print(same, name, dtype, metric, self_indices is None, key_mask is None)
+                for plain in (True, False):
+                    own = None if plain else torch.arange(query.shape[-2])
+                    key_mask = None if plain else mask
+                    args = query.to(dtype), key.to(dtype), k, own, key_mask, metric
+                    (s, i), (s_plain, i_plain) = select(*args), select_in_pieces(*args)
+                    same = torch.equal(s.view(torch.int32), s_plain.view(torch.int32))
+                    print(same and torch.equal(i, i_plain), name, dtype, metric, plain)
 """
 
 
-@pytest.mark.parametrize("instruction_set", [x for x in INSTRUCTION_SETS if x != "portable"])
+@pytest.mark.parametrize(
+    "instruction_set", quick_last([name for name in INSTRUCTION_SETS if name != "portable"])
+)
 def test_a_screen_changes_no_bit(run_python: Callable[..., str], instruction_set: str) -> None:
     lines = run_python(CODE, CONVNN_CPU_ISA=instruction_set).splitlines()
-    assert len(lines) == 24 * 16
+    assert len(lines) == 24 * 8
     assert [line for line in lines if not line.startswith("True ")] == []
