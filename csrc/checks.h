@@ -68,6 +68,8 @@ inline std::string name_of(ScalarType dtype) {
       return "float8_e4m3fnuz";
     case ScalarType::Float8_e8m0fnu:
       return "float8_e8m0fnu";
+    case ScalarType::Undefined:
+      return "a dtype that LibTorch's stable ABI does not name";
     default:
       return "dtype " + std::to_string(int(dtype));
   }

@@ -102,7 +102,7 @@ class Contiguous {
 // by its name and go through the dispatcher, which takes longer than the kernels of a small call.
 Tensor empty_as(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size() - 1; i > 0; --i) {
+  for (size_t i = shape.size(); i-- > 1;) {
     strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
   }
   AtenTensorHandle empty = nullptr;

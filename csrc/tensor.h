@@ -31,7 +31,11 @@ class Tensor {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
     sizes_ = Shape(sizes, size_t(dims));
-    dtype_ = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
+    try {
+      dtype_ = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
+    } catch (const std::exception&) {
+      // Undefined: the headers do not know it. The checks say so, once all handles have owners.
+    }
   }
 
   // The handle, which the caller takes over.

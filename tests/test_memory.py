@@ -103,3 +103,34 @@ KEPT = """
 def test_a_call_keeps_no_memory(call: str, run_python: Callable[..., str]) -> None:
     kept = int(run_python(KEPT.format(call=call)))
     assert kept < 60_000 * 16, f"{kept / 60_000:.0f} bytes for each call"
+
+
+REFUSED = """
+    import pathlib, torch, convnn_kernels
+
+    query, key = torch.empty(8, 8, dtype=torch.uint8).view(torch.bits8), torch.randn(8, 8)
+
+    def resident():
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def run(calls):
+        for _ in range(calls):
+            try:
+                torch.ops.convnn.forward(query, key, torch.ones(1000, 1000), 2)
+            except RuntimeError as error:
+                message = str(error).splitlines()[0]
+        return message
+
+    with torch.inference_mode():
+        run(10)
+        before = resident()
+        message = run(60)
+    print(resident() - before, message)
+"""
+
+
+def test_a_refused_dtype_keeps_no_memory(run_python: Callable[..., str]) -> None:
+    """Nor the arguments after it, where LibTorch's stable ABI does not know the dtype."""
+    kept, message = run_python(REFUSED).split(maxsplit=1)
+    assert int(kept) < 60 * 2**20
+    assert "query must be float64, float32, float16 or bfloat16, got " in message

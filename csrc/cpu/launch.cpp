@@ -31,52 +31,62 @@ constexpr int64_t kMinimumWork = 1 << 15;
 
 struct InstructionSet {
   const char* name;
-  bool runs_here;
+  bool (*runs_here)();
   const Kernels& (*kernels)();
 };
 
+#if defined(CONVNN_WITH_AVX2)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+#if defined(CONVNN_WITH_AVX512)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("fma");
+}
+#endif
+#if defined(CONVNN_WITH_AVX512VNNI)
+bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#endif
 #if defined(CONVNN_WITH_AMX)
-// Whether the processor has AMX for bfloat16, and Linux lets this process use it.
-bool may_use_tiles() {
+// Whether the processor has AMX for bfloat16, Linux lets this process use it, and it multiplies.
+bool has_amx() {
   unsigned a, b, c, d;
   constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBfloat16) || !(d & kTiles)) return false;
+  if (!has_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!(d & kBfloat16) || !(d & kTiles)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 && amx::tiles_multiply();
 }
 #endif
 
 // Best first.
-std::vector<InstructionSet> built_instruction_sets() {
-  std::vector<InstructionSet> sets;
-#if defined(CONVNN_WITH_AVX512)
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("fma");
-#if defined(CONVNN_WITH_AVX512VNNI)
-  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+constexpr InstructionSet kInstructionSets[] = {
 #if defined(CONVNN_WITH_AMX)
-  sets.push_back({"amx", vnni && may_use_tiles() && amx::tiles_multiply(), amx::kernels});
+    {"amx", has_amx, amx::kernels},
 #endif
-  sets.push_back({"avx512vnni", vnni, avx512vnni::kernels});
+#if defined(CONVNN_WITH_AVX512VNNI)
+    {"avx512vnni", has_vnni, avx512vnni::kernels},
 #endif
-  sets.push_back({"avx512", avx512, avx512::kernels});
+#if defined(CONVNN_WITH_AVX512)
+    {"avx512", has_avx512, avx512::kernels},
 #endif
 #if defined(CONVNN_WITH_AVX2)
-  sets.push_back(
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::kernels});
+    {"avx2", has_avx2, avx2::kernels},
 #endif
-  sets.push_back({"portable", true, portable::kernels});
-  return sets;
-}
+    {"portable", [] { return true; }, portable::kernels},
+};
 
+// Asks of no other set than the one that is wanted whether it runs here: asking executes tiles.
 const Kernels& choose_kernels() {
   const char* wanted = std::getenv("CONVNN_CPU_ISA");
+  const bool any = !wanted || !*wanted;
+  for (const InstructionSet& set : kInstructionSets) {
+    if ((any || std::strcmp(wanted, set.name) == 0) && set.runs_here()) return set.kernels();
+  }
   std::string names;
-  for (const InstructionSet& set : built_instruction_sets()) {
-    if (!set.runs_here) continue;
-    if (!wanted || !*wanted || std::strcmp(wanted, set.name) == 0) return set.kernels();
-    names += names.empty() ? set.name : std::string(", ") + set.name;
+  for (const InstructionSet& set : kInstructionSets) {
+    if (set.runs_here()) names += (names.empty() ? "" : ", ") + std::string(set.name);
   }
   throw std::runtime_error("CONVNN_CPU_ISA must be one of the instruction sets that run here (" +
                            names + "), got " + wanted);

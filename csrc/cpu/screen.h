@@ -47,19 +47,20 @@ inline float upper_bound(double x) { return float(x * 1.000001) + 0x1p-120f; }
 //
 // Each of the d sums of the float32 product is off by at most 2^-24 of ||q|| ||k||, as are those of
 // a screen in float32; 2^-22 also covers the scaling of a screened similarity and the rounding of
-// this bound and of what is computed with it. The last term is for products that are too small to
-// be normal numbers.
+// this bound and of what is computed with it. The last term is for what is too small to be a normal
+// number, and may count as 0: a product of scales, of which a sum has up to 2^30.
 inline float screening_error(const Extent& query, const Extent& key, int64_t d) {
   const float error = query.norm * key.rounding + query.rounding * (key.norm + key.rounding) +
-                      0x1p-22f * float(d + 64) * query.norm * key.norm + 0x1p-100f;
+                      0x1p-22f * float(d + 64) * query.norm * key.norm + 0x1p-94f;
   return std::isfinite(error) ? error : std::numeric_limits<float>::infinity();
 }
 
 #if defined(__AVX2__)
 
 struct FixedPointScreen {
-  // The norm of a row, in units of its scale. Rounding makes no element larger than 2^15 - 1, and a
-  // sum of products, or a part of one, stays below 2^31: it is at most the product of the norms.
+  // The norm of a row, in units of its scale. Rounding makes no element larger than 2^15 - 1, and
+  // adds at most half the root of d to the norm. So a sum of products, or a part of one, which is
+  // at most the product of two norms, stays below 2^31 for every d that fits into memory.
   static constexpr float kNorm = 32766;
   // Below this norm the scale would not be a normal number. All elements are rounded to 0.
   static constexpr float kSmallestNorm = 0x1p-100f;
@@ -77,7 +78,8 @@ struct FixedPointScreen {
     const float inverse = scale > 0 ? 1 / scale : 0;
     // Added to a number below 2^22, leaves it in the last bits, rounded to nearest.
     constexpr float kShift = 0x1.8p23f;
-    int16_t* fixed = reinterpret_cast<int16_t*>(words);
+    typedef int16_t Fixed __attribute__((may_alias));
+    Fixed* fixed = reinterpret_cast<Fixed*>(words);
     for (int64_t i = 0; i < d; ++i) {
       fixed[i] = int16_t(bits_of(row[i] * inverse + kShift) - bits_of(kShift));
     }

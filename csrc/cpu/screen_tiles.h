@@ -34,17 +34,21 @@ struct TileScreen {
     if (!x) return {{}, 0};
     const double norm = std::sqrt(dot(x, x, d));
     if (!(norm < kLargestNorm)) return {kNoBound, 0};
-    bfloat16* elements = reinterpret_cast<bfloat16*>(words);
+    typedef uint16_t Element __attribute__((may_alias));
+    Element* elements = reinterpret_cast<Element*>(words);
     for (int64_t i = 0; i < d; ++i) {
-      elements[i].bits = x[i].bits & 0x7f80 ? x[i].bits : 0;  // tiles take subnormal numbers as 0
+      elements[i] = x[i].bits & 0x7f80 ? x[i].bits : 0;  // tiles take subnormal numbers as 0
     }
     const float scale = metric == Metric::cosine ? float(normalizer(x, d).inverse_norm()) : 1;
     const double rounding = std::sqrt(sum_of(d, [&](int64_t i) {
-      const double error = double(row[i]) - double(scale) * double(widen(elements[i]));
+      const double error = double(row[i]) - double(scale) * double(widen(bfloat16{elements[i]}));
       return error * error;
     }));
     return {{upper_bound(std::sqrt(dot(row, row, d))), upper_bound(rounding)}, scale};
   }
+
+  // Some compilers do not know what memory the intrinsics read.
+  static void settle_memory() { asm volatile("" ::: "memory"); }
 
   // The shapes of the tiles, for rows of `words` words, as long as it lives; none for 0.
   class Session {
@@ -67,6 +71,7 @@ struct TileScreen {
       shape(4, kRows, 4 * depth);
       shape(5, kRows / 2, 4 * depth);
       for (int columns : {6, 7}) shape(columns, depth, kBytes);
+      settle_memory();
       _tile_loadconfig(&shapes);
     }
     ~Session() {
@@ -85,6 +90,7 @@ struct TileScreen {
                        int64_t columns, float* c, int64_t ldc) {
     constexpr int64_t kPanel = kTileColumns<float>;
     const int64_t depth = count / ceil_div(count, kPairs);
+    settle_memory();
     for (int64_t j = 0; j < columns; j += 2 * kColumns) {
       _tile_zero(0);
       _tile_zero(1);
@@ -104,6 +110,7 @@ struct TileScreen {
       _tile_stored(1, c + j + kColumns, ldc * 4);
       _tile_stored(2, c + kRows * ldc + j, ldc * 4);
       _tile_stored(3, c + kRows * ldc + j + kColumns, ldc * 4);
+      settle_memory();
       for (int64_t r = 0; r < kBlockRows; ++r) {
         for (int64_t v = j; v < j + 2 * kColumns; v += kLanes<float>) {
           float* to = c + r * ldc + v;

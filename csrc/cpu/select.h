@@ -7,9 +7,9 @@
 // columns: it fills a strip [kBlockRows, kChunk] of S, which stays in the L2 cache, and selects
 // from it row by row (best_columns.h).
 //
-// Where the processor has vectors of 16 bits, the strip first holds a screen of S (screen.h). A
-// chunk that the screen leaves too open, such as one of many nearly equal keys, is computed in
-// full.
+// Where the processor multiplies vectors of 16-bit numbers, the strip first holds a screen of S
+// (screen.h). A chunk that the screen leaves too open, such as one of many nearly equal keys, is
+// computed in full.
 #pragma once
 
 #include "best_columns.h"
@@ -21,10 +21,14 @@
 namespace convnn::CONVNN_ISA {
 
 // A screen may leave open one in this many groups of a chunk, besides k, and never more than half,
-// or, where no bound is known but the chunk's own, three quarters: many more are a sign of columns
-// that no screen tells apart, and to compute a pair again costs about as much as eight pairs of a
-// full tile.
+// or, where no bound is known but the chunk's own, three quarters. Many more are a sign of columns
+// that no screen tells apart, and those that stay open to the end are computed one by one, each at
+// the price of about eight pairs of a full tile.
 constexpr int64_t kGroupsPerOpen = 4;
+
+// From this many query rows on, and up to this many neighbors, a screen pays: both measured.
+constexpr int64_t kScreenedRows = 8 * kBlockRows;
+constexpr int64_t kMostScreened = 96;
 
 // Rows of a strip are not a multiple of a page apart: they would compete for the same few places of
 // the innermost cache.
@@ -120,11 +124,12 @@ class Select {
   };
 
   // Whether a screen pays for these shapes. With few queries or columns, preparing the keys costs
-  // more than the product; with most columns neighbors, or short rows, the rest does. What is kept
-  // of a key stays within eight bytes for each element.
+  // more than the product; with many neighbors, or short rows, the rest does. What is kept of a key
+  // stays within eight bytes for each element.
   static bool screen_pays(const SelectParams& p, int64_t columns) {
-    return kScreens && p.metric != Metric::euclidean && p.n >= 4 * kBlockRows && columns >= 512 &&
-           p.d >= 16 && p.k <= columns / 4 && padded_stride<A>(p.d) + words_of(p) + 1 <= 2 * p.d;
+    return kScreens && p.metric != Metric::euclidean && p.n >= kScreenedRows && columns >= 512 &&
+           p.d >= 16 && p.k <= min_of(kMostScreened, columns / 4) &&
+           padded_stride<A>(p.d) + words_of(p) + 1 <= 2 * p.d;
   }
 
   static int64_t words_of(const SelectParams& p) { return Screen::words(p.d); }

@@ -9,6 +9,9 @@ using namespace convnn;
 
 extern "C" bool tiles_multiply() { return amx::TileScreen::multiplies(); }
 
+// How many products of tiles there have been.
+extern "C" int64_t products_of_tiles() { return host_tiles::products; }
+
 // query [batch, n, d], key [batch, m, d], similarities and indices [batch, n, k]. metric: 0 cosine,
 // 1 dot.
 extern "C" void select_bfloat16(int64_t batch, int64_t n, int64_t m, int64_t d, int64_t k,

@@ -24,6 +24,7 @@ static_assert(sizeof(Shapes) == 64);
 
 inline thread_local Shapes shapes = {};
 inline thread_local unsigned char tiles[8][16][64];
+inline thread_local int64_t products = 0;
 
 inline void require(bool holds, const char* what) {
   if (holds) return;
@@ -83,6 +84,7 @@ inline float element(int tile, int row, int i) {
 }
 
 inline void multiply_bf16(int sums, int a, int b) {
+  ++products;
   for (int tile : {sums, a, b}) require_tile(tile);
   require(shapes.rows[sums] == shapes.rows[a] && shapes.row_bytes[sums] == shapes.row_bytes[b] &&
               shapes.row_bytes[a] == 4 * shapes.rows[b] && shapes.row_bytes[sums] % 4 == 0,
