@@ -47,8 +47,9 @@ struct TileScreen {
     return {{upper_bound(std::sqrt(dot(row, row, d))), upper_bound(rounding)}, scale};
   }
 
-  // Some compilers do not know what memory the intrinsics read.
-  static void settle_memory() { asm volatile("" ::: "memory"); }
+  // Some compilers do not know how much memory the intrinsics read and write: what is stored before
+  // this call must be there, also behind this pointer, and what is loaded after it must be loaded.
+  static void settle(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
   // The shapes of the tiles, for rows of `words` words, as long as it lives; none for 0.
   class Session {
@@ -71,7 +72,7 @@ struct TileScreen {
       shape(4, kRows, 4 * depth);
       shape(5, kRows / 2, 4 * depth);
       for (int columns : {6, 7}) shape(columns, depth, kBytes);
-      settle_memory();
+      settle(&shapes);
       _tile_loadconfig(&shapes);
     }
     ~Session() {
@@ -90,7 +91,8 @@ struct TileScreen {
                        int64_t columns, float* c, int64_t ldc) {
     constexpr int64_t kPanel = kTileColumns<float>;
     const int64_t depth = count / ceil_div(count, kPairs);
-    settle_memory();
+    settle(a);
+    settle(b);
     for (int64_t j = 0; j < columns; j += 2 * kColumns) {
       _tile_zero(0);
       _tile_zero(1);
@@ -110,7 +112,7 @@ struct TileScreen {
       _tile_stored(1, c + j + kColumns, ldc * 4);
       _tile_stored(2, c + kRows * ldc + j, ldc * 4);
       _tile_stored(3, c + kRows * ldc + j + kColumns, ldc * 4);
-      settle_memory();
+      settle(c);
       for (int64_t r = 0; r < kBlockRows; ++r) {
         for (int64_t v = j; v < j + 2 * kColumns; v += kLanes<float>) {
           float* to = c + r * ldc + v;
