@@ -69,12 +69,13 @@ CODE = """
         low[0, :12], low[0, -4:] = first - 0.1 * ones, first + 0.1 * ones
         low[0, -4:, 0] += (query * (low[0, 0] - low[0, -1])).sum() / query[0] + 1e-6
         yield "a query as far off as can be", query.expand(1, 200, 64), low, 9
-        # What waits from a chunk of large errors is pruned in one of small errors.
-        base, sizes = features(64), 0.05 * features(1, 2048, 64)
-        sizes[0, :40] = base + 3e-5 * features(40, 64)
-        sizes[0, 40] = 3 * features(64)
-        sizes[0, 1024:1060] = 0.9999 * base + 1e-5 * features(36, 64)
-        yield "a large error, then small ones", base + 0.01 * features(1, 200, 64), sizes, 20
+        # The best keys wait with a large error, from the chunk of a long key, while enough others
+        # with small errors arrive to prune what waits.
+        base, long, sizes = features(64), features(64), 0.05 * features(1, 2048, 64)
+        sizes[0, :4] = 1.0001 * base
+        sizes[0, 40] = 30 * (long - (long @ base) / (base @ base) * base)
+        sizes[0, 1024 + 17 * torch.arange(36)] = base
+        yield "a large error, then small ones", base + 0.001 * features(1, 200, 64), sizes, 9
         # The product of the scales of a query and of the later keys is below the normal numbers.
         along = torch.nn.functional.normalize(features(64), dim=0)
         across = features(2048, 64)
