@@ -48,10 +48,10 @@ std::string take(StableIValue value) {
   const auto handle = take<StringHandle>(value);
   size_t length = 0;
   const char* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
   std::string text(data, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   return text;
 }
 
@@ -106,7 +106,7 @@ Tensor empty_as(const Tensor& like, const std::vector<int64_t>& shape, ScalarTyp
     strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
   }
   AtenTensorHandle empty = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(shape.size()), shape.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), like.device_type(),
       like.device_index(), &empty));

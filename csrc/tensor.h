@@ -20,16 +20,16 @@ class Tensor {
  public:
   // Takes the handle over.
   explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined_));
     if (!defined_) return;
     int64_t* sizes = nullptr;
     int64_t dims = 0;
     int32_t dtype = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
     sizes_ = Shape(sizes, size_t(dims));
     try {
       dtype_ = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
@@ -61,25 +61,25 @@ class Tensor {
 
   bool is_contiguous() const {
     bool contiguous = false;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_.get(), &contiguous));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_.get(), &contiguous));
     return contiguous;
   }
   Tensor contiguous() const {
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_.get(), &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_.get(), &handle));
     const auto result = torch::stable::contiguous(torch::stable::Tensor(handle));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
     return Tensor(handle);
   }
 
   const void* const_data_ptr() const {
     const void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_.get(), &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle_.get(), &data));
     return data;
   }
   void* mutable_data_ptr() const {
     void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &data));
     return data;
   }
 

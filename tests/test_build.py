@@ -152,3 +152,10 @@ def test_wide_instructions_stay_in_their_namespaces() -> None:
             wide.add(function)
     assert wide, "the kernels use no AVX at all"
     assert not [name for name in wide if not re.search("(avx2|avx512|avx512vnni|amx)::", name)]
+
+
+def test_sources_need_no_header_newer_than_pytorch_2_11() -> None:
+    """What later headers have added, and 2.11, the oldest that is supported, has not."""
+    newer = ("STABLE_TORCH_ERROR_CODE_CHECK",)
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert not [name for name in newer if name in path.read_text()], path
