@@ -4,7 +4,8 @@
 #   make test       the quick tests
 #   make test-all   the slow tests too
 #   make aot        the Triton kernels compiled for each architecture, without a GPU
-#   make gpu        the tests and the benchmark on an NVIDIA GPU, with PYTHON as it is: no network
+#   make gpu-kit    what a GPU machine without a network needs; PYTHON must be one like its own
+#   make gpu        the kernels on an NVIDIA GPU, with PYTHON as it is: no network
 #   make bench      the benchmark beside its goals: tables, a JSON file, a page and pictures
 #   make lint       formatting, lint and types
 #
@@ -22,7 +23,7 @@ cpp_files = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -na
 build_files := setup.py CMakeLists.txt convnn_kernels/version.py $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help test test-all aot gpu bench lint
+.PHONY: help test test-all aot gpu-kit gpu bench lint
 help:
 	@sed -n '2,/^$$/{/^#/{s/^# \{0,1\}//p}}' Makefile
 
@@ -31,7 +32,7 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(python) -m pytest -m "not gpu and not triton"
-	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton.py tests/test_gpu_driver.py
+	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton.py tests/test_gpu_runner.py
 
 # Compiles the Triton kernels for each architecture with each version of Triton, without a GPU, and
 # writes down the outcome. What has not changed since the last time is not compiled again.
@@ -48,9 +49,25 @@ $(VENV)-triton-%/.done: constraints.txt
 	PIP_CONSTRAINT= $(@D)/bin/python -m pip install --no-deps triton==$*
 	touch $@
 
-# STEPS chooses some of its steps, OUTPUT the folder of results: docs/gpu.md.
+# Libraries, compiled kernels and flashlib in gpu-kit: docs/gpu.md. The versions are those of the
+# GPU machine, and CUDA must be here.
+gpu-kit: $(VENV)-gpu/.done
+	$(VENV)-gpu/bin/python -m tools.gpu_kit
+
+$(VENV)-gpu/.done: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	PIP_CONSTRAINT= $(@D)/bin/python -m pip install torch==2.11.0 cmake ninja pybind11 \
+	  numpy pillow psutil scikit-image tqdm
+	touch $@
+
+# STAGES chooses some of them, OUTPUT the folder of results. Without a kit and a library of CUDA, it
+# is built for the GPU that is here.
+capability = import torch; print("%d.%d" % torch.cuda.get_device_capability())
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(if $(STEPS),--only $(STEPS)) $(if $(OUTPUT),--output $(OUTPUT))
+	test -e gpu-kit/manifest.json || test -e convnn_kernels/lib/libconvnn_cuda.so || \
+	  TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c '$(capability)') \
+	  $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m benchmarks.gpu $(if $(STAGES),--only $(STAGES)) $(if $(OUTPUT),--output $(OUTPUT))
 
 bench: $(VENV)/.bench
 	$(python) -m benchmarks

@@ -9,9 +9,14 @@ outputs and gradients.
 
 from __future__ import annotations
 
+import functools
+import json
+from typing import Any
+
 from .peers import Peer
 from .peers.attention import NEIGHBORHOOD, WINDOW
 from .peers.rates import COPY_BYTES, SIDE
+from .stamp import RESULTS
 from .workloads import Workload
 
 
@@ -73,3 +78,33 @@ def moved_bytes(name: str, peer: Peer, workload: Workload, passes: str) -> float
         return float((element * (keys + outputs) + neighbors) * (2 if backward else 1))
     found = 0 if "attention" in peer.computes else neighbors
     return float((element * (queries + 2 * keys + outputs) + found) * (2 if backward else 1))
+
+
+# Of an H200, measured elsewhere: products of bfloat16 and bytes copied in a second.
+_H200_FLOPS, _H200_BYTES = 790e12, 4.3e12
+
+
+def kernel_microseconds(kernel: str, workload: Workload) -> float | None:
+    """What a kernel of ours takes on an H200 at least, by its products or by what it gathers."""
+    w = workload
+    gathered = w.batch * w.tokens * w.k * w.channels
+    if kernel == "sweep_kernel":
+        pairs = w.batch * w.tokens * w.rows
+        return round(2e6 * pairs * w.channels / _H200_FLOPS, 2)
+    if "dense" in kernel:
+        return round(2e6 * gathered * (w.outputs or w.channels) / _H200_FLOPS, 2)
+    if "depthwise" in kernel or kernel in ("query_grad_kernel", "key_grad_kernel"):
+        return round(1e6 * w.torch_dtype.itemsize * gathered / _H200_BYTES, 2)
+    return None
+
+
+@functools.cache
+def _predictions() -> dict[str, Any]:
+    return json.loads((RESULTS / "predicted.json").read_text())
+
+
+def predicted_microseconds(kernel: str, workload: Workload, backend: str) -> float | None:
+    """As counted from machine code (docs/performance.md), for the shape it was counted for."""
+    w, known = workload, _predictions()
+    same = [w.batch, w.tokens, w.channels, w.k, w.dtype] == [*known["shape"], known["dtype"]]
+    return known["kernels"].get(kernel) if same and backend == "triton" else None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 
 import psutil
 import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from . import memory
 from .peers import PEERS, gradient_mode, run_pass
@@ -47,11 +50,36 @@ class Device(Protocol):
     def cold_seconds(self, run: Callable[[], object]) -> float | None:
         """The same with nothing in the caches, where that is told apart."""
 
+    def kernels(self, run: Callable[[], object]) -> dict[str, dict[str, float]]:
+        """Of each kernel in one run, by its name: launches, and microseconds of all of them."""
+
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         """Peak memory above the inputs, or memory.MemoryNotMeasured."""
 
     def broken(self) -> str | None:
         """After a failure: why this process cannot use the device any more, or None."""
+
+
+def _profiled(run: Callable[[], object], device: str) -> dict[str, dict[str, float]]:
+    """What PyTorch's profiler sees on the device in the second of two runs."""
+    run()
+    with profile(activities=[getattr(ProfilerActivity, device)]) as measured:
+        run()
+        if device == "CUDA":
+            torch.cuda.synchronize()
+    found: dict[str, dict[str, float]] = {}
+    for event in measured.events():
+        if event.device_type == getattr(DeviceType, device):
+            row = found.setdefault(short_name(event.name), {"launches": 0, "us": 0.0})
+            row["launches"] += 1
+            row["us"] = round(row["us"] + event.time_range.elapsed_us(), 2)
+    return found
+
+
+def short_name(kernel: str) -> str:
+    """Without namespace, arguments and template arguments: the same for both backends."""
+    found = re.search(r"(\w+_kernel)\b", kernel)
+    return found[1] if found else kernel[:60]
 
 
 class Cpu:
@@ -86,6 +114,9 @@ class Cpu:
     def cold_seconds(self, run: Callable[[], object]) -> float | None:
         return None
 
+    def kernels(self, run: Callable[[], object]) -> dict[str, dict[str, float]]:
+        return _profiled(run, "CPU")
+
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         return memory.peak_bytes(workload, peer, passes, threads)
 
@@ -97,8 +128,9 @@ class Cpu:
 class Cuda:
     """Times are those of the GPU, between two events: the host runs ahead behind a wait of the GPU,
     so that launches are not measured. The wait grows until the host has launched everything before
-    it ends. Warm: the L2 cache holds what the run before left there. Cold: a buffer larger than the
-    cache was written before.
+    it ends. Where even the longest one is too short, or the driver, which queues about a thousand
+    launches, makes the host wait, a sample has fewer runs. Warm: the L2 cache holds what the run
+    before left there. Cold: a buffer larger than the cache was written before.
     """
 
     name: str = "cuda"
@@ -109,7 +141,6 @@ class Cuda:
 
     _CYCLES_PER_SECOND = 2e9
     _LONGEST_WAIT = 0.05
-    # Runs in a sample: a stream takes about a thousand launches before it makes the host wait.
     _MOST_REPEATS = 20
 
     def why_not(self) -> str | None:
@@ -158,10 +189,14 @@ class Cuda:
             end.record()
             taken = time.perf_counter() - began
             torch.cuda.synchronize(self.where)
-            # A run that waits for the GPU itself is never ahead of it.
-            if taken < 0.9 * self._ahead or self._ahead >= self._LONGEST_WAIT:
+            if taken < 0.9 * self._ahead:
                 break
-            self._ahead = min(max(2 * self._ahead, 1.5 * taken), self._LONGEST_WAIT)
+            if self._ahead < self._LONGEST_WAIT:
+                self._ahead = min(max(2 * self._ahead, 1.5 * taken), self._LONGEST_WAIT)
+            elif repeats > 1:
+                repeats //= 2
+            else:  # a run that waits for the GPU itself is never ahead of it
+                break
         seconds = 1e-3 * start.elapsed_time(end) / repeats
         if self._ahead >= self._LONGEST_WAIT:
             self._ahead = 1e-3
@@ -175,6 +210,9 @@ class Cuda:
             size = 4 * torch.cuda.get_device_properties(self.where).L2_cache_size
             self._flushed = torch.empty(size, dtype=torch.uint8, device=self.where)
         return self._between_events(run, 1, self._flushed.zero_)
+
+    def kernels(self, run: Callable[[], object]) -> dict[str, dict[str, float]]:
+        return _profiled(run, "CUDA")
 
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
         try:

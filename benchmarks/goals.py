@@ -308,7 +308,7 @@ def _gpu_searches(find: Callable[..., Row | None], groups: set[str]) -> Iterator
             f"gpu-search-over-flashlib/k{w.k}",
             f"{w.shape}: select ÷ flashlib",
             ratio(select, flashlib),
-            0.65 if w.k == 8 else 0.5,
+            0.5 if w.k == 8 else 0.25,
             absent=_why(flashlib),
         )
         yield _goal(
@@ -349,7 +349,7 @@ def _gpu_layers(find: Callable[..., Row | None], groups: set[str]) -> Iterator[G
     for w in GPU_LAYERS:
         if (group := f"gpu layer {w.shape}") not in groups:
             continue
-        limits = {_PASSES[1]: 0.7} if w.tokens == 1024 else {_PASSES[0]: 1.0, _PASSES[1]: 0.5}
+        limits = {_PASSES[1]: 0.7} if w.tokens == 1024 else {_PASSES[0]: 0.8, _PASSES[1]: 0.5}
         for passes, limit in limits.items():
             yield from _over_sdpa(find, group, "convnn-all", passes, w, limit)
         for passes in _PASSES:

@@ -57,6 +57,18 @@ def replace_file(path: Path, text: str) -> None:
             partial.unlink()
 
 
+def kernel_lines(rows: Iterable[Row], most: int = 6) -> list[str]:
+    """The time of each pass that was measured, and of the heaviest kernels where they were."""
+    lines = []
+    for row in (row for row in rows if row["seconds"]):
+        ms = 1e3 * row["seconds"]["median"]
+        lines.append(f"  {row['peer']:<20}{row['pass']:<18}{ms:>9.3f} ms")
+        for each in (row["kernels"] or ())[:most]:
+            beside = [f"{name} {each[name]}" for name in ("predicted", "bound") if each[name]]
+            lines.append(f"    {each['kernel']:<34}{each['us']:>9.1f} µs  {', '.join(beside)}")
+    return lines
+
+
 def write(result: Result, path: Path) -> None:
     # A line for each row: a list of samples is not worth forty.
     rows = ",\n".join(json.dumps(row) for row in result["rows"])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,15 @@ class Case:
 class Group:
     """What is timed in turn, and so may be divided by one another.
 
-    memory: the peers whose peak memory is measured too, on the first workload.
+    memory: the peers whose peak memory is measured too, on the first workload. backend: forces one
+    on our operators, and the time of each of their kernels is taken, too.
     """
 
     name: str
     cases: tuple[Case, ...]
     effort: Effort = Effort()
     memory: tuple[str, ...] = ()
+    backend: str = ""
 
 
 class DeviceBroken(RuntimeError):
@@ -107,6 +110,7 @@ def new_row(group: str, case: Case, peer: Peer) -> Row:
         "cold_seconds": None,
         "peak_bytes": None,
         "peak_reason": None,
+        "kernels": None,
     }
 
 
@@ -233,6 +237,36 @@ def _progress(title: str | None) -> Iterator[tqdm]:
         yield bar
 
 
+def _forced(backend: str) -> AbstractContextManager[None]:
+    import convnn_kernels
+
+    return convnn_kernels.backend(backend) if backend else nullcontext()
+
+
+def _time_kernels(cases: Sequence[Ready], backend: str, device: Device) -> None:
+    """Fill in what each kernel takes in a pass of a peer of ours, the heaviest first."""
+    for case in cases:
+        if not PEERS[case.row["peer"]].exacting or case.row["status"] != "measured":
+            continue
+        try:
+            with gradient_mode(case.passes):
+                found = device.kernels(partial(run_pass, case.call, case.passes))
+        except Exception as error:
+            _fail(case.row, error, device)
+            continue
+        workload = Workload(**case.row["workload"])
+        rows = [
+            {
+                "kernel": name,
+                **each,
+                "predicted": bounds.predicted_microseconds(name, workload, backend),
+                "bound": bounds.kernel_microseconds(name, workload),
+            }
+            for name, each in found.items()
+        ]
+        case.row["kernels"] = sorted(rows, key=lambda row: -row["us"])
+
+
 def measure(
     group: Group, device: Device, threads: int, rows: list[Row], title: str | None = None
 ) -> None:
@@ -244,7 +278,7 @@ def measure(
         DeviceBroken: where a case has left the device so that no other one can be measured.
     """
     device.prepare(threads)
-    with _progress(title) as bar:
+    with _progress(title) as bar, _forced(group.backend):
         bar.total = len(group.cases)
 
         def advance(what: str) -> None:
@@ -252,6 +286,8 @@ def measure(
             bar.update()
 
         cases = _prepare_all(group, device, rows, advance)
+        if not group.effort.most_rounds:
+            return
         gc.collect()
         bar.set_description_str(f"{title}: warming up")
         cases = _warm_up(cases, device, group.effort)
@@ -261,6 +297,8 @@ def measure(
         bar.reset(total=rounds)
         bar.set_description_str(f"{title}: timing, rounds")
         _time(cases, rounds, device, bar.update)
+        if group.backend:
+            _time_kernels(cases, group.backend, device)
 
         first = asdict(group.cases[0].workload)
         measured = [

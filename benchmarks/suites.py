@@ -335,6 +335,62 @@ def gpu(device: str) -> list[Group]:
     return groups if device == "cuda" else [_fitted(group) for group in groups]
 
 
+def _backends(device: str) -> tuple[str, ...]:
+    return ("triton", "cuda") if device == "cuda" else ("triton",)
+
+
+# Few columns in one launch; groups of columns; a dense convolution.
+_RIGHT = {
+    "small": Workload(16, 197, 64, 9, "random"),
+    "large": Workload(2, 4096, 64, 9, "random"),
+    "dense": Workload(4, 1024, 64, 9, "random", outputs=128),
+}
+
+
+def right(device: str) -> list[Group]:
+    """Every operator, backend and dtype, checked and not timed; on a CPU a few small ones."""
+    groups = []
+    for name, w in _RIGHT.items():
+        peers = ("select", "aggregate", "convnn-all", "convnn-random")
+        dtypes = ("float32", "float16", "bfloat16")
+        if name == "dense":
+            peers = ("convnn-dense", "aggregate-dense")
+        if device != "cuda":  # Triton's interpreter has no bfloat16
+            w, peers, dtypes = replace(w, batch=1, tokens=16, channels=16), peers[:1], dtypes[:2]
+        for dtype in dtypes:
+            for backend in _backends(device):
+                cases = _cases(replace(w, dtype=dtype), peers)
+                name_of_all = f"{name} {dtype} {backend}"
+                groups.append(Group(name_of_all, cases, Effort(0, 0, 0), backend=backend))
+    return groups
+
+
+def time(device: str) -> list[Group]:
+    """The kernels of the goals, on random features, beside what they are held against."""
+    half = replace(GPU_FLOAT32, dtype="bfloat16")
+    rows: list[tuple[Workload, Sequence[str]]] = [
+        (GPU_LAYERS[0], ("convnn-all", *_SDPA[1:])),
+        *((w, ("select", "matmul")) for w in GPU_SELECT),
+        (GPU_VIT, ("convnn-all", "convnn-random", *_SDPA[1:])),
+        *((w, ("convnn-dense", "conv2d")) for w in dict.fromkeys(GPU_VGG11)),
+        (TINY, ()),
+        *((w, ("convnn-all", *_SDPA[1:])) for w in (half, GPU_FLOAT32, *GPU_LAYERS[1:4])),
+        *((w, ("select",)) for w in SEARCH),
+    ]
+    if device != "cuda":
+        rows = [(TINY, ("convnn-all", "sdpa"))]
+    return [
+        Group(
+            f"{(peers or ('host',))[0]} {w.shape} {w.dtype} {backend}",
+            _cases(replace(w, source="random"), peers or ("host-sdpa", f"host-{backend}")),
+            Effort(0.4, 3, 8) if device == "cuda" else Effort(0, 1, 1),
+            backend=backend,
+        )
+        for w, peers in rows
+        for backend in _backends(device)
+    ]
+
+
 def _fitted(group: Group) -> Group:
     cases = (replace(case, workload=_fit(case.workload, "cpu")) for case in group.cases)
     return replace(group, cases=tuple(dict.fromkeys(cases)))
@@ -351,6 +407,8 @@ class Suite:
 SUITES = {
     "cpu": Suite("the CPU kernels against their goals, and what they replace", cpu),
     "gpu": Suite("what a GPU is held to, in about six minutes", gpu),
+    "right": Suite("every operator, backend and dtype of a GPU, checked and not timed", right),
+    "time": Suite("the kernels of a GPU one by one, in a minute and a half", time),
     "quick": Suite("two small shapes, in seconds", quick),
     "operators": Suite("each operator beside every peer", operators),
     "layers": Suite("layers of VGG-11, and whole models", layers),

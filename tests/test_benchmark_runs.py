@@ -22,7 +22,7 @@ pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip ins
 pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
 
 from benchmarks import __main__ as command
-from benchmarks import compare, devices, figures, goals, gpu, page, pictures, report, runner
+from benchmarks import compare, devices, figures, goals, page, pictures, report, runner
 from benchmarks.__main__ import CRASHED, main
 from benchmarks.peers import PEERS
 from benchmarks.runner import Case, Effort, Group
@@ -393,6 +393,21 @@ def test_gpu_waits_until_the_host_is_ahead(fake_cuda):
     assert fake_cuda.slept == 2
 
 
+def test_gpu_takes_no_more_launches_than_are_queued(fake_cuda):
+    """The driver makes the host wait for the GPU at about the thousandth launch."""
+    faked, queued = devices.Cuda(where="cpu"), []
+    faked._LONGEST_WAIT = 0.02
+
+    def run():
+        queued.append(0)
+        if len(queued) > 10:
+            time.sleep(0.03)
+        fake_cuda.now += 2.0
+
+    assert faked._between_events(run, 20, queued.clear) == pytest.approx(2e-3)
+    assert len(queued) == 10
+
+
 SMALL = Workload(1, 64, 16, 5, "random")
 
 
@@ -445,7 +460,7 @@ def test_a_broken_device_is_left_to_another_process(breaks_at, monkeypatch, tmp_
     monkeypatch.setitem(SUITES, "quick", replace(SUITES["quick"], groups=lambda device: groups))
     output = tmp_path / "run.json"
     arguments = ["--suite", "quick", "--output", str(output), "--no-pictures", "--resume"]
-    assert main(arguments) == CRASHED == gpu.CRASHED
+    assert main(arguments) == CRASHED
     assert [row["group"] for row in report.read(output)["rows"]] == ["a", "b"]
     # The next one does not begin with what broke, and says at its end that it did.
     assert main(arguments) == 1

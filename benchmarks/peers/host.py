@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from ..workloads import Inputs, Workload
-from .base import Call, Peer, Unavailable
-from .convnn import operators
+from . import attention, convnn
+from .base import TRAINING, Call, Peer, Unavailable, gradient_mode, run_pass
 
-# Calls in a sample: fewer than a stream takes before it makes the host wait.
-_CALLS = 50
-
-
-def _operation(name: str, workload: Workload, inputs: Inputs) -> Callable[[], Any]:
-    query, key, value, k = inputs.query, inputs.key, inputs.value, workload.k
-    if name == "sdpa":
-        q, k_heads, v = (each.unsqueeze(1) for each in (query, key, value))
-        return lambda: F.scaled_dot_product_attention(q, k_heads, v)
-    forward = operators().forward
-    return lambda: forward(query, key, value, k, inputs.weight)
+# Calls in a sample: with backward passes too, fewer launches than a driver queues before it makes
+# the host wait.
+_CALLS = 20
 
 
 def _forced(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -41,39 +34,36 @@ def _forced(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return run if name == "sdpa" else in_block
 
 
-# Makes ready: what the operation returned, and the seconds of one, averaged over several.
-_Ready = tuple[Any, Callable[[], float]]
+# Makes ready: the seconds of an operation, averaged over several calls.
+_Make = Callable[[Callable[[], Any]], Callable[[], float]]
 
 
-def _build(
-    name: str, make: Callable[[Callable[[], Any]], _Ready]
-) -> Callable[[Workload, Inputs], Call]:
+def _build(name: str, make: _Make) -> Callable[[Workload, Inputs], Call]:
     def build(workload: Workload, inputs: Inputs) -> Call:
         if inputs.query.device.type != "cuda":
             raise Unavailable("needs a GPU")
-        operation = _operation(name, workload, inputs)
+        peer = attention.PEERS["sdpa"] if name == "sdpa" else convnn.PEERS["convnn-all"]
+        call = peer.build(workload, inputs)
+        passes = "forward+backward" if inputs.query.requires_grad else "forward"
+        forward = _forced(name, call.forward)
         try:
-            with torch.no_grad():
-                result, seconds = _forced(name, lambda: make(operation))()
+            with gradient_mode(passes):
+                seconds = _forced(name, lambda: make(partial(run_pass, call, passes)))()
         except RuntimeError as error:
             raise Unavailable(str(error)) from error
-        leaves = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
-        if name == "sdpa":
-            leaves = {each: X.unsqueeze(1) for each, X in leaves.items()}
-        else:
-            leaves["weight"] = inputs.weight
-        results = (result,) if name == "sdpa" else tuple(result)
 
         def sample(repeats: int) -> float:
-            with torch.no_grad():
+            with gradient_mode(passes):
                 return _forced(name, seconds)()
 
-        return Call(lambda: results, leaves, sample=sample)
+        return replace(call, forward=forward, sample=sample)
 
     return build
 
 
-def _host(operation: Callable[[], Any]) -> _Ready:
+def _host(operation: Callable[[], Any]) -> Callable[[], float]:
+    operation()
+
     def seconds() -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -83,10 +73,10 @@ def _host(operation: Callable[[], Any]) -> _Ready:
         torch.cuda.synchronize()
         return taken / _CALLS
 
-    return operation(), seconds
+    return seconds
 
 
-def _graph(operation: Callable[[], Any]) -> _Ready:
+def _graph(operation: Callable[[], Any]) -> Callable[[], float]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -95,7 +85,7 @@ def _graph(operation: Callable[[], Any]) -> _Ready:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = operation()
+        operation()
     graph.replay()
 
     def seconds() -> float:
@@ -106,7 +96,7 @@ def _graph(operation: Callable[[], Any]) -> _Ready:
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / _CALLS
 
-    return result, seconds
+    return seconds
 
 
 PEERS = {
@@ -114,7 +104,7 @@ PEERS = {
         f"{label} of {'SDPA' if name == 'sdpa' else f'ConvNN, {name}'}",
         "attention" if name == "sdpa" else "convnn",
         _build(name, make),
-        ("forward",),
+        TRAINING if kind == "host" else TRAINING[:1],
         exacting=name != "sdpa",
     )
     for kind, label, make in (

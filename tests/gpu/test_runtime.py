@@ -53,7 +53,7 @@ RERUN = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", RERUN)
+@pytest.mark.parametrize("kind", [*RERUN][: 1 if ON_CPU else 3])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["plain", "deterministic"])
 def test_the_same_from_run_to_run(
     deterministic: bool,
@@ -64,7 +64,7 @@ def test_the_same_from_run_to_run(
 ) -> None:
     """Forward always, backward under deterministic algorithms, which fill new tensors with NaN."""
     (B, N, M, C, k), weight = RERUN[kind]
-    runs = 1000
+    runs = 100
     if ON_CPU:
         if dtype == torch.bfloat16:
             pytest.skip("the interpreter computes bfloat16 wrongly")

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""Runs the cases of a stage against time limits, so that one that crashes or hangs costs itself.
+
+Cases run in processes forked from this one, which has imported PyTorch but never uses a GPU. They
+send results through a pipe as soon as there are any. Where a process crashes, hangs or leaves its
+GPU context unusable, another takes over the remaining cases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Record = dict[str, Any]
+Note = Callable[[str, Record], None]
+
+
+class Skipped(Exception):
+    """A case cannot run here; the message says why."""
+
+
+@dataclass
+class Context:
+    """What a case is given: the device, a folder for files, the limit of its stage, all results so
+    far. emit: reports a part of the case as a result of its own."""
+
+    device: str
+    folder: Path
+    seconds: float = 0.0
+    results: list[Record] = field(default_factory=list)
+    emit: Note = lambda case, record: None
+
+    def found(self, stage: str) -> dict[str, Record]:
+        return {each["case"]: each for each in self.results if each.get("stage") == stage}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """cases: their names on a device. run: returns what a case found; an exception is a failure.
+
+    seconds, case_seconds: limits of the stage and of a case. workers: processes that share the
+    cases, where nothing is timed.
+    """
+
+    name: str
+    seconds: float
+    cases: Callable[[str], Sequence[str]]
+    run: Callable[[str, Context], Record]
+    workers: int = 1
+    case_seconds: float = 30.0
+
+
+def _work(stage: Stage, cases: Sequence[str], context: Context, pipe: Connection) -> None:
+    """A process: sends (case, {}) where a case begins, and its record where it ends."""
+    os.setsid()  # what a case starts is killed with it
+    faulthandler.register(signal.SIGUSR1, sys.__stderr__)
+    context.emit = lambda case, record: pipe.send((case, record))
+    for case in cases:
+        pipe.send((case, {}))
+        began = time.monotonic()
+        try:
+            record = {"status": "passed"} | stage.run(case, context)
+        except Skipped as reason:
+            record = {"status": "skipped", "why": str(reason)}
+        except BaseException as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"{type(error).__name__}: {error}"[:1500]
+            record = {"status": "failed", "why": f"{why} [{frame.filename}:{frame.lineno}]"}
+        pipe.send((case, record | {"seconds": round(time.monotonic() - began, 2)}))
+        if context.device == "cuda" and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # an error ends this process: its context is of no use
+
+
+class _Worker:
+    """A process, the cases that it has not ended, and the one that it is at."""
+
+    def __init__(self, stage: Stage, cases: Sequence[str], context: Context) -> None:
+        self.cases, self.case, self.began = list(cases), cases[0], time.monotonic()
+        fork = multiprocessing.get_context("fork")
+        self.pipe, theirs = fork.Pipe(duplex=False)
+        self.process = fork.Process(target=_work, args=(stage, cases, context, theirs))
+        self.process.start()
+        theirs.close()
+
+    def read(self, note: Note) -> bool:
+        """Passes on what has come; False where no more will come."""
+        try:
+            while self.pipe.poll():
+                case, record = self.pipe.recv()
+                if not record:
+                    self.case, self.began = case, time.monotonic()
+                    continue
+                note(case, record)
+                self.cases = [each for each in self.cases if each != case]
+        except (EOFError, OSError):
+            self.process.join(3)
+            return False
+        return True
+
+    def kill(self, say_where: bool = False) -> None:
+        for number in (signal.SIGUSR1, signal.SIGKILL) if say_where else (signal.SIGKILL,):
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid or 0, number)
+            self.process.join(0.3 if number == signal.SIGUSR1 else 3)
+
+
+def run_stage(stage: Stage, context: Context, add: Callable[[Record], None]) -> Record:
+    """Runs the cases that context.results lacks, for at most context.seconds. Each result goes to
+    `add`. Returns its seconds, and how many results of each status there are."""
+    began, counts = time.monotonic(), Counter[str]()
+    end = began + context.seconds
+
+    def note(case: str, record: Record) -> None:
+        counts[record["status"]] += 1
+        add({"stage": stage.name, "case": case} | record)
+
+    done = context.found(stage.name)
+    todo = [case for case in stage.cases(context.device) if case not in done]
+    parts = (todo[i :: stage.workers] for i in range(stage.workers))
+    workers = [_Worker(stage, part, context) for part in parts if part]
+    try:
+        while workers:
+            limit = min(end, *(each.began + stage.case_seconds for each in workers))
+            wait([each.pipe for each in workers], max(0.0, limit - time.monotonic()))
+            for worker in tuple(workers):
+                alive, now = worker.read(note), time.monotonic()
+                if alive and now < min(end, worker.began + stage.case_seconds):
+                    continue
+                status = "crashed" if not alive else "stopped" if now >= end else "hung"
+                workers.remove(worker)
+                worker.kill(say_where=status == "hung")
+                if worker.case in worker.cases:
+                    worker.cases.remove(worker.case)
+                    why = f"after {now - worker.began:.1f} s, exit status {worker.process.exitcode}"
+                    note(worker.case, {"status": status, "why": why})
+                if worker.cases and now < end:
+                    workers.append(_Worker(stage, worker.cases, context))
+                else:
+                    counts["not begun"] += len(worker.cases)
+    finally:
+        for worker in workers:
+            worker.kill()
+    return {"seconds": round(time.monotonic() - began, 1), "counts": dict(+counts)}

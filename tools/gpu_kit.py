@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: MIT
+"""The kit for a GPU machine without a network: both libraries, Triton's cache, flashlib.
+
+``python -m tools.gpu_kit``, which is `make gpu-kit`, makes it on a machine without a GPU, with the
+Python, PyTorch and Triton that the GPU machine has: Triton's keys depend on all three. What is
+there and current is not made again. `python -m benchmarks.gpu` installs it.
+
+To fill the cache, every operator runs on tensors without data for each group of the suites `right`
+and `time`, and each launch compiles for sm_90 instead of running. A second process, with the cache
+in another folder, must then find every kernel, or the kit is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FOLDER = REPOSITORY / "gpu-kit"
+_MANIFEST = "manifest.json"
+_ARCH = 90
+_LIMIT = 40 * 2**20
+
+# What each part of the kit is made from.
+_SOURCES = {
+    "lib": ("csrc/**/*", "CMakeLists.txt"),
+    "triton": ("convnn_kernels/**/*.py", "benchmarks/suites.py", "benchmarks/workloads.py"),
+}
+
+
+class Refused(Exception):
+    """Nothing is to be run with this kit; the message says why in a line."""
+
+
+def sources(part: str) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for pattern in _SOURCES[part] for p in REPOSITORY.glob(pattern)):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(REPOSITORY)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# On the GPU machine.
+
+
+def install(folder: Path) -> str | None:
+    """Puts the libraries in their place, and names the cache and flashlib in the environment.
+
+    Returns the commit of the kit; None where there is no kit, and what is missing is compiled.
+    Raises Refused where the sources are not those that it was made from.
+    """
+    manifest = read_manifest(folder)
+    if not manifest:
+        print(f"there is no kit in {folder}: what is missing is compiled here", flush=True)
+        return None
+    if changed := [part for part in _SOURCES if manifest[part] != sources(part)]:
+        raise Refused(
+            f"the kit of {manifest['commit'][:12]} is older than the sources of "
+            f"{' and '.join(changed)}: make gpu-kit"
+        )
+    shutil.copytree(folder / "lib", REPOSITORY / "convnn_kernels" / "lib", dirs_exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="convnn-kit-"))
+    unpack_cache(folder / "triton", scratch / "triton")
+    for wheel in folder.glob("*.whl"):
+        zipfile.ZipFile(wheel).extractall(scratch / "site")
+    sys.path.append(str(scratch / "site"))
+    paths = filter(None, [os.environ.get("PYTHONPATH"), str(scratch / "site")])
+    os.environ |= {
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CONVNN_KIT_TRITON": manifest["triton key"],
+    }
+    os.environ.setdefault("CONVNN_COMMIT", manifest["commit"])
+    return manifest["commit"]
+
+
+def unpack_cache(packed: Path, to: Path) -> None:
+    """Copies a cache: Triton 3.6 keeps the paths of a kernel's files, which are others then."""
+    shutil.copytree(packed, to)
+    for path in to.glob("*/__grp__*"):
+        files = json.loads(path.read_text())["child_paths"]
+        moved = {name: str(path.parent / name) for name in files}
+        path.write_text(json.dumps({"child_paths": moved}))
+
+
+def check_triton() -> str:
+    """Whether the cache of the kit is for the Triton of this machine."""
+    from triton.runtime.cache import triton_key
+
+    wanted = os.environ.get("CONVNN_KIT_TRITON")
+    if wanted not in (None, _digest(triton_key())):
+        raise AssertionError("not the Triton of the kit: every kernel is compiled here")
+    return "its cache fits" if wanted else "there is none"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# On the machine with the sources.
+
+
+class _StandIn:
+    """In the place of Triton's driver, on a machine without a GPU."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", _ARCH, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cuda", 0)
+
+
+class _Compiled:
+    """In the place of a kernel: a launch compiles it and its launcher, and runs nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Any:
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        def launch(*args: Any, **named: Any) -> None:
+            compiled = self.kernel.run(*args, grid=grid, warmup=True, **named)
+            CudaLauncher(compiled.src, compiled.metadata)
+
+        return launch
+
+
+def trace(part: int, parts: int) -> dict[str, list[str]]:
+    """Compiles what every `parts`-th group launches.
+
+    Returns the folders of the cache that this needs, and the kernels that were not in it.
+    """
+    from triton import knobs
+    from triton.backends.nvidia.driver import CudaUtils
+    from triton.runtime import build, cache
+    from triton.runtime.driver import driver
+
+    from benchmarks.peers import PEERS
+    from benchmarks.suites import SUITES
+    from benchmarks.workloads import make_inputs
+    from convnn_kernels.backends import triton as host
+
+    used: set[str] = set()
+    missed: list[str] = []
+
+    class Recorded(cache.FileCacheManager):
+        def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
+            used.add(key)
+            super().__init__(key, override, dump)
+
+    def compiled(src: Any, cache_hit: bool, **rest: Any) -> None:
+        missed.extend([] if cache_hit else [src.name])
+
+    # Launchers call the driver's library, which is not here: its functions are bound when called.
+    sys.setdlopenflags(os.RTLD_LAZY)
+    knobs.cache.manager_class, knobs.compilation.listener = Recorded, compiled
+    driver.set_active(_StandIn())
+    real = vars(host._kernels())
+    kernels = {n: _Compiled(k) if n.endswith("_kernel") else k for n, k in real.items()}
+    vars(host).update(_kernels=lambda: SimpleNamespace(**kernels), _arch=lambda tensor: _ARCH)
+    groups = [g for s in ("right", "time") for g in SUITES[s].groups("cuda")]
+    groups = [g for g in groups if g.backend == "triton"]
+    # The key of a launcher depends on whether `file` is installed there: both are filled.
+    for linkage in ("ELF", ""):
+        build.platform_key = lambda linkage=linkage: f"x86_64,Linux,64bit,{linkage}"
+        CudaUtils().__init__()
+        for group in groups[part::parts]:
+            for case in group.cases:
+                if PEERS[case.peer].exacting:
+                    _operators(host, case, make_inputs(case.workload, "meta"))
+    return {"used": sorted(used), "missed": missed}
+
+
+def _operators(host: Any, case: Any, X: Any) -> None:
+    """What the peer of a case runs: operators and their backward, on tensors without data."""
+    import torch
+
+    name, w = case.peer, case.workload
+    weight = X.dense_weight if "dense" in name else X.weight
+    rows = own = None
+    if "random" in name:
+        rows = torch.empty(min(w.candidates, w.rows), dtype=torch.int64, device="meta")
+        own = torch.empty(w.tokens, dtype=torch.int64, device="meta")
+    s, I = host._select(X.query, X.key, w.k, rows, own, None, "cosine", "similarity")
+    if name.startswith("select"):
+        return
+    Y = host._aggregate(X.value, s, I, weight, None, "softmax", 1.0, True)
+    needed = (True, True, True, True)
+    host._aggregate_backward(Y, X.value, s, I, weight, False, "softmax", 1.0, *needed)
+    host._select_backward(s, X.query, X.key, s, I, "cosine", True, True)
+
+
+def _run(*command: str, **environment: str) -> None:
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": tools, **environment}
+    if subprocess.run(command, cwd=REPOSITORY, env=environment).returncode:
+        raise SystemExit(f"gpu-kit: this failed: {' '.join(command)}")
+
+
+def _trace(cache: Path, parts: int) -> dict[str, list[str]]:
+    """`trace` in processes of their own with that cache, taken together."""
+    with tempfile.TemporaryDirectory() as empty:
+        # What launchers are linked to: a library of that name, without content.
+        library = f"{empty}/libcuda.so.1"
+        command = ["cc", "-shared", "-x", "c", "/dev/null", "-o", library]
+        subprocess.run([*command, "-Wl,-soname,libcuda.so.1"], check=True)
+        environment = os.environ | {
+            "TRITON_CACHE_DIR": str(cache),
+            "TRITON_STORE_BINARY_ONLY": "1",
+            "TRITON_LIBCUDA_PATH": empty,
+            "LD_LIBRARY_PATH": empty,
+        }
+        command = [sys.executable, "-m", "tools.gpu_kit", "--trace", str(parts)]
+        options: dict[str, Any] = {"cwd": REPOSITORY, "env": environment, "stdout": subprocess.PIPE}
+        processes = [subprocess.Popen([*command, str(i)], **options) for i in range(parts)]
+        printed = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit("gpu-kit: the kernels could not be compiled")
+    found = [json.loads(text.splitlines()[-1]) for text in printed]
+    return {name: sorted({x for each in found for x in each[name]}) for name in found[0]}
+
+
+def make(folder: Path) -> None:
+    before, work = read_manifest(folder), REPOSITORY / "build" / "gpu-kit"
+    folder.mkdir(exist_ok=True)
+    if before.get("lib") != sources("lib"):
+        settings = (f"-DPython_EXECUTABLE={sys.executable}", "-GNinja")
+        architecture = {"CONVNN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+        _run("cmake", "-S", ".", "-B", str(work), *settings, **architecture)
+        _run("cmake", "--build", str(work), "--parallel", os.environ.get("MAX_JOBS", "2"))
+        _run("cmake", "--install", str(work), "--prefix", str(work / "installed"))
+        shutil.rmtree(folder / "lib", ignore_errors=True)
+        shutil.copytree(work / "installed" / "convnn_kernels" / "lib", folder / "lib")
+    if before.get("triton") != sources("triton"):
+        # What an earlier kit had compiled is still in that cache; this one takes what it needs.
+        used = _trace(work / "triton", 2)["used"]
+        shutil.rmtree(folder / "triton", ignore_errors=True)
+        for name in used:
+            shutil.copytree(work / "triton" / name, folder / "triton" / name)
+        with tempfile.TemporaryDirectory() as scratch:
+            unpack_cache(folder / "triton", Path(scratch) / "triton")
+            if missed := _trace(Path(scratch) / "triton", 1)["missed"]:
+                raise SystemExit(f"gpu-kit: {len(missed)} kernels are not found again: {missed}")
+    if not list(folder.glob("flashlib-*.whl")):
+        pip = (sys.executable, "-m", "pip", "download", "--no-deps", "-c", "constraints.txt")
+        _run(*pip, "--dest", str(folder), "flashlib", PIP_CONSTRAINT="")
+    _describe(folder)
+
+
+def _describe(folder: Path) -> None:
+    """Writes what is in the kit; refuses one that is too large to be carried."""
+    import torch
+    import triton
+    from triton.runtime.cache import triton_key
+
+    git = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    commit = subprocess.run(git, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    kernels = len(list((folder / "triton").glob("*/*.cubin")))
+    manifest = {
+        "commit": commit.strip(),
+        **{part: sources(part) for part in _SOURCES},
+        "triton key": _digest(triton_key()),
+        "holds": {
+            "lib": "the libraries of CPU and CUDA C++, sm_90",
+            "triton": f"{kernels} kernels and their launchers, sm_90",
+            "*.whl": "flashlib, to compare with",
+        },
+        "made with": f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, "
+        f"Triton {triton.__version__}",
+        "bytes": sum(path.stat().st_size for path in files),
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    packed = shutil.make_archive(str(REPOSITORY / "build" / "gpu-kit"), "gztar", folder)
+    size = Path(packed).stat().st_size
+    print(f"{folder.name}: {kernels} kernels, {size / 2**20:.1f} MiB packed")
+    if size > _LIMIT:
+        raise SystemExit(f"gpu-kit: more than {_LIMIT / 2**20:.0f} MiB packed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_kit", description=__doc__)
+    parser.add_argument("--trace", nargs=2, type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.trace:
+        parts, part = options.trace
+        print(json.dumps(trace(part, parts)))
+    else:
+        make(FOLDER)
+
+
+if __name__ == "__main__":
+    main()
