@@ -85,8 +85,9 @@ def test_execution_layer_finds(fault: str, programs: Path) -> None:
     assert FAULTS[fault] in done.stderr
 
 
-def test_execution_layer_accepts_a_sound_kernel(programs: Path) -> None:
-    subprocess.run([programs / "host_cuda_faults", "sound"], check=True)
+@pytest.mark.parametrize("kernel", ["sound", "list_changed_after_reading"])
+def test_execution_layer_accepts_a_sound_kernel(kernel: str, programs: Path) -> None:
+    subprocess.run([programs / "host_cuda_faults", kernel], check=True)
 
 
 # Random cases of all operators. Few columns: selection without groups.
