@@ -469,6 +469,96 @@ def test_infinite_values_stay_infinite(dtype: torch.dtype, C: int, device: HostD
     assert bool(Y[1:3].isinf().all())
 
 
+# Keys that many queries chose: their pairs are summed in chunks.
+
+CHUNK = int(re.search(r"kFewestOfChunk = (\d+);", (SOURCES / "sort.h").read_text())[1])  # type: ignore[index]
+# Queries that chose key 0, key 1 and, with key 1 in the next slot, key 2: where the pairs of key 1
+# begin, and how many they are in each slot.
+HUBS = [
+    (0, CHUNK - 1, 0),
+    (0, CHUNK, 0),
+    (0, CHUNK + 1, 0),
+    (1, CHUNK, 0),
+    (1, 2 * CHUNK - 2, 0),
+    (1, 2 * CHUNK - 1, 0),
+    (5, 2 * CHUNK + 7, 0),
+    (CHUNK, 3 * CHUNK, 1),
+    (CHUNK - 1, CHUNK // 2, CHUNK // 2 + 2),
+    (0, CHUNK + 1, 2 * CHUNK),
+]
+
+
+@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
+@pytest.mark.parametrize("hub", HUBS, ids=str)
+def test_value_gradient_of_a_key_with_many_pairs(
+    hub: tuple[int, int, int], kind: str, device: HostDevice
+) -> None:
+    """In the second batch element, with as many queries without any neighbor."""
+    C, O, k = 5, 3, 2
+    first = torch.repeat_interleave(torch.arange(3), torch.tensor(hub))
+    chosen = torch.stack((first, torch.where(first == 2, 1, 3)), dim=1)
+    chosen = torch.cat((chosen, torch.ones_like(chosen)))
+    N = len(chosen)
+    I = torch.stack((torch.full_like(chosen, 3), chosen))
+    s = normal(2, N, k)
+    s[:, N // 2 :] = -math.inf
+    s[0] = -math.inf
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[kind]
+    weight = None if shape is None else normal(*shape, seed=3)
+    assert_aggregate(device.aggregate, normal(2, 4, C, seed=1), s, I, weight)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("hub", HUBS, ids=str)
+def test_key_gradient_of_a_key_with_many_pairs(
+    hub: tuple[int, int, int], metric: str, device: HostDevice
+) -> None:
+    """In the second batch element; in the first one all keys are masked."""
+    first = torch.repeat_interleave(torch.arange(3), torch.tensor(hub))
+    query, key = 4 * normal(len(first), 7), normal(3, 7, seed=1)
+    key[:, :3] = 9 * torch.eye(3)
+    query[:, :3] = key[first, :3]
+    query, key = query.expand(2, -1, -1), key.expand(2, -1, -1)
+    mask = torch.tensor([[False], [True]]).expand(2, 3)
+    _, I = assert_select(device.select, query, key, 1, key_mask=mask, metric=metric)
+    assert torch.equal(I[1, :, 0], first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("kind", ["depthwise", "dense"])
+def test_every_query_chooses_the_same_keys(
+    kind: str, dtype: torch.dtype, device: HostDevice
+) -> None:
+    """An image of one color. Chunks have more pairs than the fewest, since columns are more."""
+    N, columns, k = CHUNK + 40, CHUNK + 2, 2
+    X = normal(1, columns, dtype=dtype).expand(N, columns)
+    shape = {"depthwise": (columns, 1, k), "dense": (columns, columns, k)}[kind]
+    weight = normal(*shape, seed=1, dtype=dtype) / columns**0.5
+    _, _, I = assert_forward(device.forward, X, X, X, k, weight)
+    assert torch.equal(I, torch.arange(k).expand(N, k))
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "dense"])
+def test_the_same_bits_of_many_pairs_in_every_order_of_threads(
+    kind: str, device: HostDevice
+) -> None:
+    N, C, k = 3 * CHUNK, 5, 2
+    weight = normal(*((3, C, k) if kind == "dense" else (C, 1, k)))
+    I = torch.randint(2, (N, k), generator=torch.Generator().manual_seed(1))
+    I[: 2 * CHUNK + 9] = torch.tensor([0, 1])
+    s, X, value = normal(N, k), normal(N, C, seed=1), normal(2, C, seed=2)
+
+    def run(seed: int) -> tuple[Tensor | None, ...]:
+        device.seed = seed
+        grad = normal(N, weight.shape[0], seed=3)
+        of_value = device.aggregate_backward(grad, value, s, I, weight, False, "softmax", 1.0)[0]
+        return of_value, device.select_backward(s, X, value, s, I, "cosine")[1]
+
+    first = run(0)
+    for seed in range(1, 5):
+        assert all(map(torch.equal, first, run(seed))), f"seed {seed}"
+
+
 # Numbers that are hard to split: of many bits, tiny beside huge, not finite.
 
 BITS = [(1, 23), (4, 20), (7, 17), (8, 16), (9, 15), (11, 13), (12, 12), (13, 11), (16, 8), (20, 4)]
@@ -658,7 +748,7 @@ def test_every_kernel_of_every_type_runs(programs: Path) -> None:
 
     device = HostDevice(program)
     for dtype in DTYPES:
-        X = [normal(n, 3, seed=n, dtype=dtype).requires_grad_() for n in (2, 600, 600)]
+        X = [normal(n, 3, seed=n, dtype=dtype).requires_grad_() for n in (CHUNK, 600, 600)]
         weights = (normal(2, 3, 2, dtype=dtype), normal(3, 1, 2, dtype=dtype))
         for weight in (weight.requires_grad_() for weight in weights):
             bias = normal(weight.shape[0], dtype=dtype).requires_grad_()
