@@ -391,6 +391,44 @@ def test_sums_that_overflow_on_the_way(M: int, device: HostDevice) -> None:
     assert s[0, 0].item() == pytest.approx(1e38, rel=0.02)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("where", ["query", "key", "both"])
+def test_many_rows_that_are_not_finite(where: str, metric: str, device: HostDevice) -> None:
+    """NaN, infinity and both, in any column; sums that overflow on the way lie among them."""
+    D = 45
+    query, key = torch.ones(70, D), normal(300, D, seed=1)
+    bad = [math.nan, math.inf, -math.inf]
+    for i in range(70) if where != "key" else ():
+        query[i, 11 * i % D] = bad[i % 3] if i % 5 else 1.0
+        if i % 7 == 0:
+            query[i] = bad[i % 3]
+    for i in range(0, 300, 37) if where != "query" else ():
+        key[i, 7 * i % D] = bad[i % 3]
+        key[i, 5 * i % D] = bad[i % 2]
+    key[123] = 0
+    key[123, [0, 1, 16, 33, 4]] = torch.tensor([-3e38, -3e38, 3e38, 3e38, 1e38])
+    assert_select(device.select, query, key, 16, metric=metric, backward=False)
+    whole = device.select(query, key, 16, metric=metric)
+    # The same neighbors of fewer keys, without groups.
+    few = [i for i in range(300) if i in whole[1] or i % 2]
+    assert len(few) <= 256
+    again = device.select(query, key[few], 16, metric=metric)
+    assert torch.equal(whole[1], torch.tensor(few)[again[1]])
+    assert torch.equal(whole[0].nan_to_num(nan=1e30), again[0].nan_to_num(nan=1e30))
+
+
+def test_gradients_beside_nan_are_finite(device: HostDevice) -> None:
+    """Where sums of pieces overflow, products are taken again, also beside a row with NaN."""
+    n = 40
+    large = 1 + 2**-7 - 2**-22  # its second piece is almost twice as large
+    grad, weight = normal(20, n, seed=1), normal(n, n, 1, seed=3)
+    grad[:, 20:], weight[20:] = large * 2.0**123, large
+    grad[8:16, 0] = math.nan
+    s, I = normal(20, 1), torch.arange(20).view(20, 1)
+    value = normal(20, n, seed=2) / 2**20
+    assert_aggregate(device.aggregate, value, s, I, weight, rho="ones", grad_output=grad)
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("C", [5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
