@@ -160,8 +160,8 @@ __global__ __launch_bounds__(kThreads,
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads) void value_grad_dense_kernel(
-    const AggregateBackwardWork<T> w) {
+__global__ __launch_bounds__(kThreads,
+                             2) void value_grad_dense_kernel(const AggregateBackwardWork<T> w) {
   using A = Accumulate<T>;
   A* tile_h = reinterpret_cast<A*>(shared_memory());
   A* tile_w = tile_h + kTileElements<A>;
