@@ -85,8 +85,9 @@ def test_execution_layer_finds(fault: str, programs: Path) -> None:
     assert FAULTS[fault] in done.stderr
 
 
-def test_execution_layer_accepts_a_sound_kernel(programs: Path) -> None:
-    subprocess.run([programs / "host_cuda_faults", "sound"], check=True)
+@pytest.mark.parametrize("kernel", ["sound", "list_changed_after_reading"])
+def test_execution_layer_accepts_a_sound_kernel(kernel: str, programs: Path) -> None:
+    subprocess.run([programs / "host_cuda_faults", kernel], check=True)
 
 
 # Random cases of all operators. Few columns: selection without groups.
@@ -390,6 +391,44 @@ def test_sums_that_overflow_on_the_way(M: int, device: HostDevice) -> None:
     assert s[0, 0].item() == pytest.approx(1e38, rel=0.02)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("where", ["query", "key", "both"])
+def test_many_rows_that_are_not_finite(where: str, metric: str, device: HostDevice) -> None:
+    """NaN, infinity and both, in any column; sums that overflow on the way lie among them."""
+    D = 45
+    query, key = torch.ones(70, D), normal(300, D, seed=1)
+    bad = [math.nan, math.inf, -math.inf]
+    for i in range(70) if where != "key" else ():
+        query[i, 11 * i % D] = bad[i % 3] if i % 5 else 1.0
+        if i % 7 == 0:
+            query[i] = bad[i % 3]
+    for i in range(0, 300, 37) if where != "query" else ():
+        key[i, 7 * i % D] = bad[i % 3]
+        key[i, 5 * i % D] = bad[i % 2]
+    key[123] = 0
+    key[123, [0, 1, 16, 33, 4]] = torch.tensor([-3e38, -3e38, 3e38, 3e38, 1e38])
+    assert_select(device.select, query, key, 16, metric=metric, backward=False)
+    whole = device.select(query, key, 16, metric=metric)
+    # The same neighbors of fewer keys, without groups.
+    few = [i for i in range(300) if i in whole[1] or i % 2]
+    assert len(few) <= 256
+    again = device.select(query, key[few], 16, metric=metric)
+    assert torch.equal(whole[1], torch.tensor(few)[again[1]])
+    assert torch.equal(whole[0].nan_to_num(nan=1e30), again[0].nan_to_num(nan=1e30))
+
+
+def test_gradients_beside_nan_are_finite(device: HostDevice) -> None:
+    """Where sums of pieces overflow, products are taken again, also beside a row with NaN."""
+    n = 40
+    large = 1 + 2**-7 - 2**-22  # its second piece is almost twice as large
+    grad, weight = normal(20, n, seed=1), normal(n, n, 1, seed=3)
+    grad[:, 20:], weight[20:] = large * 2.0**123, large
+    grad[8:16, 0] = math.nan
+    s, I = normal(20, 1), torch.arange(20).view(20, 1)
+    value = normal(20, n, seed=2) / 2**20
+    assert_aggregate(device.aggregate, value, s, I, weight, rho="ones", grad_output=grad)
+
+
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("C", [5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
@@ -466,6 +505,96 @@ def test_infinite_values_stay_infinite(dtype: torch.dtype, C: int, device: HostD
     Y = assert_aggregate(device.aggregate, value, s, I, weight, rho="ones")
     assert bool(Y[0].isfinite().all())
     assert bool(Y[1:3].isinf().all())
+
+
+# Keys that many queries chose: their pairs are summed in chunks.
+
+CHUNK = int(re.search(r"kFewestOfChunk = (\d+);", (SOURCES / "sort.h").read_text())[1])  # type: ignore[index]
+# Queries that chose key 0, key 1 and, with key 1 in the next slot, key 2: where the pairs of key 1
+# begin, and how many they are in each slot.
+HUBS = [
+    (0, CHUNK - 1, 0),
+    (0, CHUNK, 0),
+    (0, CHUNK + 1, 0),
+    (1, CHUNK, 0),
+    (1, 2 * CHUNK - 2, 0),
+    (1, 2 * CHUNK - 1, 0),
+    (5, 2 * CHUNK + 7, 0),
+    (CHUNK, 3 * CHUNK, 1),
+    (CHUNK - 1, CHUNK // 2, CHUNK // 2 + 2),
+    (0, CHUNK + 1, 2 * CHUNK),
+]
+
+
+@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
+@pytest.mark.parametrize("hub", HUBS, ids=str)
+def test_value_gradient_of_a_key_with_many_pairs(
+    hub: tuple[int, int, int], kind: str, device: HostDevice
+) -> None:
+    """In the second batch element, with as many queries without any neighbor."""
+    C, O, k = 5, 3, 2
+    first = torch.repeat_interleave(torch.arange(3), torch.tensor(hub))
+    chosen = torch.stack((first, torch.where(first == 2, 1, 3)), dim=1)
+    chosen = torch.cat((chosen, torch.ones_like(chosen)))
+    N = len(chosen)
+    I = torch.stack((torch.full_like(chosen, 3), chosen))
+    s = normal(2, N, k)
+    s[:, N // 2 :] = -math.inf
+    s[0] = -math.inf
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[kind]
+    weight = None if shape is None else normal(*shape, seed=3)
+    assert_aggregate(device.aggregate, normal(2, 4, C, seed=1), s, I, weight)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("hub", HUBS, ids=str)
+def test_key_gradient_of_a_key_with_many_pairs(
+    hub: tuple[int, int, int], metric: str, device: HostDevice
+) -> None:
+    """In the second batch element; in the first one all keys are masked."""
+    first = torch.repeat_interleave(torch.arange(3), torch.tensor(hub))
+    query, key = 4 * normal(len(first), 7), normal(3, 7, seed=1)
+    key[:, :3] = 9 * torch.eye(3)
+    query[:, :3] = key[first, :3]
+    query, key = query.expand(2, -1, -1), key.expand(2, -1, -1)
+    mask = torch.tensor([[False], [True]]).expand(2, 3)
+    _, I = assert_select(device.select, query, key, 1, key_mask=mask, metric=metric)
+    assert torch.equal(I[1, :, 0], first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("kind", ["depthwise", "dense"])
+def test_every_query_chooses_the_same_keys(
+    kind: str, dtype: torch.dtype, device: HostDevice
+) -> None:
+    """An image of one color. Chunks have more pairs than the fewest, since columns are more."""
+    N, columns, k = CHUNK + 40, CHUNK + 2, 2
+    X = normal(1, columns, dtype=dtype).expand(N, columns)
+    shape = {"depthwise": (columns, 1, k), "dense": (columns, columns, k)}[kind]
+    weight = normal(*shape, seed=1, dtype=dtype) / columns**0.5
+    _, _, I = assert_forward(device.forward, X, X, X, k, weight)
+    assert torch.equal(I, torch.arange(k).expand(N, k))
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "dense"])
+def test_the_same_bits_of_many_pairs_in_every_order_of_threads(
+    kind: str, device: HostDevice
+) -> None:
+    N, C, k = 3 * CHUNK, 5, 2
+    weight = normal(*((3, C, k) if kind == "dense" else (C, 1, k)))
+    I = torch.randint(2, (N, k), generator=torch.Generator().manual_seed(1))
+    I[: 2 * CHUNK + 9] = torch.tensor([0, 1])
+    s, X, value = normal(N, k), normal(N, C, seed=1), normal(2, C, seed=2)
+
+    def run(seed: int) -> tuple[Tensor | None, ...]:
+        device.seed = seed
+        grad = normal(N, weight.shape[0], seed=3)
+        of_value = device.aggregate_backward(grad, value, s, I, weight, False, "softmax", 1.0)[0]
+        return of_value, device.select_backward(s, X, value, s, I, "cosine")[1]
+
+    first = run(0)
+    for seed in range(1, 5):
+        assert all(map(torch.equal, first, run(seed))), f"seed {seed}"
 
 
 # Numbers that are hard to split: of many bits, tiny beside huge, not finite.
@@ -657,7 +786,7 @@ def test_every_kernel_of_every_type_runs(programs: Path) -> None:
 
     device = HostDevice(program)
     for dtype in DTYPES:
-        X = [normal(n, 3, seed=n, dtype=dtype).requires_grad_() for n in (2, 600, 600)]
+        X = [normal(n, 3, seed=n, dtype=dtype).requires_grad_() for n in (CHUNK, 600, 600)]
         weights = (normal(2, 3, 2, dtype=dtype), normal(3, 1, 2, dtype=dtype))
         for weight in (weight.requires_grad_() for weight in weights):
             bias = normal(weight.shape[0], dtype=dtype).requires_grad_()

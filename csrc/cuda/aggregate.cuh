@@ -60,7 +60,7 @@ const T* permute_weight(const AggregateParams& p, bool outputs_last, Context& co
   return result;
 }
 
-// One output of a dense convolution, without bias, term by term.
+// One output of a dense convolution, without bias, term by term, up to the first NaN: it stays so.
 template <class T>
 __device__ inline Accumulate<T> plain_output(const AggregateWork<T>& w, int64_t row, int64_t o) {
   using A = Accumulate<T>;
@@ -73,6 +73,7 @@ __device__ inline Accumulate<T> plain_output(const AggregateWork<T>& w, int64_t 
     for (int64_t c = 0; c < p.c; ++c) {
       const A v = widen(w.value()[value_row * p.c + c]);
       sum.add(rho * v * A(widen(w.weight[(j * p.o + o) * p.c + c])));
+      if (sum.value() != sum.value()) return kNan<A>;
     }
   }
   return sum.value();

@@ -6,7 +6,7 @@
 namespace convnn::cuda {
 namespace {
 
-// Blocks of value_grad_depthwise_kernel: each takes more than one key where there are more.
+// Blocks of a kernel whose blocks have a key or a chunk: each takes several where there are more.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 // Of the queries: parts at most, queries of a part at least, and elements of all parts at most.
 constexpr int64_t kMostParts = 64;
@@ -64,7 +64,10 @@ void aggregate_backward_as(const AggregateBackwardParams& p, Context& context) {
   }
   if (p.grad_value) {
     w.inverse =
-        invert(f.batch, f.n, f.m, f.k, f.indices, f.similarities, f.similarity_dtype, context);
+        invert(f.batch, f.n, f.m, f.k, f.indices, f.similarities, f.similarity_dtype, f.o, context);
+    w.chunk_sums = allocate<A>(context, w.inverse.chunks * f.o);
+    launch("value_chunks_kernel", value_chunks_kernel<T>, std::min(w.inverse.chunks, kMostBlocks),
+           kThreads * sizeof(A), context, w);
     if (dense) {
       launch("value_grad_dense_kernel", value_grad_dense_kernel<T>,
              ceil_div(f.batch * f.m, kTile) * ceil_div(f.c, kTile),

@@ -12,13 +12,14 @@
 // the product out, because W_j may hold infinity. dW: a block has a tile of
 // W_j and a part of the queries; the parts are added afterwards. Otherwise a thread has an element
 // of a result, or a warp does where that is a sum over channels, or a block the channels of a key.
+// Of many pairs of a key, blocks of their own sum chunks before that (runs.cuh).
 //
 // Nothing is added atomically: the pairs of a key come from the inverse neighbor list, by slot and
 // then by query, and parts have a fixed size. Factors multiplied by rho are not rounded to 16 bits.
 #pragma once
 
 #include "aggregate.cuh"
-#include "sort.h"
+#include "runs.cuh"
 
 namespace convnn::cuda {
 
@@ -28,6 +29,7 @@ struct AggregateBackwardWork {
 
   AggregateWork<T> forward;
   InverseNeighbors inverse;
+  A* chunk_sums;                  // [chunks, o] sums over pairs of rho G, or of rho G W
   A* grad_rho;                    // [batch, n, k]
   A* parts;                       // [parts, elements of a weight or bias]
   int64_t part_count, rows_each;  // rows of [batch, n] in a part
@@ -115,9 +117,51 @@ __global__ __launch_bounds__(kThreads) void rho_grad_depthwise_kernel(
   if (lane() == 0) w.grad_rho[place] = sum;
 }
 
+// The sum over a run of rho G in column o, with the weight of a depthwise convolution. The warps of
+// the block share it, and each has it afterwards.
 template <class T>
-__global__ __launch_bounds__(kThreads) void value_grad_dense_kernel(
-    const AggregateBackwardWork<T> w) {
+__device__ inline Accumulate<T> sum_of_run(const AggregateBackwardWork<T>& w, const Run& run,
+                                           int64_t o) {
+  using A = Accumulate<T>;
+  A* sums = reinterpret_cast<A*>(shared_memory());  // [kWarps, kWarp]
+  const AggregateParams& p = w.forward.p;
+  RunningSum<A> sum;
+  if (o < p.o) {
+    for_each_term(
+        w.inverse, run, warp(), kWarps,
+        [&](int64_t pair) {
+          const int64_t row = w.query_of(pair), j = w.slot_of(pair);
+          sum.add(w.rho(row, j) * A(widen(w.grad(row)[o])) * w.forward.depthwise_weight(o, j));
+        },
+        [&](int64_t chunk) { sum.add(w.chunk_sums[chunk * p.o + o]); });
+  }
+  sums[threadIdx.x] = sum.value();
+  __syncthreads();
+  A total = 0;
+  for (int i = lane(); i < kThreads; i += kWarp) total += sums[i];
+  __syncthreads();
+  return total;
+}
+
+// A block has a chunk.
+template <class T>
+__global__ __launch_bounds__(kThreads,
+                             8) void value_chunks_kernel(const AggregateBackwardWork<T> w) {
+  const AggregateParams& p = w.forward.p;
+  for (int64_t chunk = blockIdx.x; chunk < w.inverse.chunks; chunk += gridDim.x) {
+    // Dense: a chunk with pairs of two slots is in no run, and its sum is not read.
+    if (row_of_chunk(w.inverse, chunk) < 0) continue;
+    for (int64_t first = 0; first < p.o; first += kWarp) {
+      const int64_t o = first + lane();
+      const Accumulate<T> sum = sum_of_run(w, run_of_chunk(w.inverse, chunk), o);
+      if (warp() == 0 && o < p.o) w.chunk_sums[chunk * p.o + o] = sum;
+    }
+  }
+}
+
+template <class T>
+__global__ __launch_bounds__(kThreads,
+                             2) void value_grad_dense_kernel(const AggregateBackwardWork<T> w) {
   using A = Accumulate<T>;
   A* tile_h = reinterpret_cast<A*>(shared_memory());
   A* tile_w = tile_h + kTileElements<A>;
@@ -158,9 +202,14 @@ __global__ __launch_bounds__(kThreads) void value_grad_dense_kernel(
       const int64_t o = first + lane();
       for (int r = warp(); r < kTile; r += kWarps) {
         RunningSum<A> sum;
-        for (int64_t i = firsts[r]; i < ends[r] && o < p.o; ++i) {
-          const int64_t row = w.query_of(w.inverse.pairs[i]);
-          sum.add(w.rho(row, j) * A(widen(w.grad(row)[o])));
+        if (o < p.o) {
+          for_each_term(
+              w.inverse, run_between(w.inverse, firsts[r], ends[r]), 0, 1,
+              [&](int64_t pair) {
+                const int64_t row = w.query_of(pair);
+                sum.add(w.rho(row, j) * A(widen(w.grad(row)[o])));
+              },
+              [&](int64_t chunk) { sum.add(w.chunk_sums[chunk * p.o + o]); });
         }
         tile_h[r * kTileStride<A> + lane()] = sum.value();
       }
@@ -193,30 +242,18 @@ __global__ __launch_bounds__(kThreads) void value_grad_dense_kernel(
   }
 }
 
-// A block has a key, its lanes channels; its warps share the pairs.
+// A block has a key, its lanes channels.
 template <class T>
-__global__ __launch_bounds__(kThreads) void value_grad_depthwise_kernel(
-    const AggregateBackwardWork<T> w) {
-  using A = Accumulate<T>;
-  A* sums = reinterpret_cast<A*>(shared_memory());  // [kWarps, kWarp]
+__global__ __launch_bounds__(kThreads,
+                             8) void value_grad_depthwise_kernel(const AggregateBackwardWork<T> w) {
   const AggregateParams& p = w.forward.p;
-  for (int64_t row = blockIdx.x; row < p.batch * p.m; row += gridDim.x) {
-    const int64_t begin = w.inverse.offsets[row], end = w.inverse.offsets[row + 1];
+  const int64_t* offsets = w.inverse.offsets;
+  for (int64_t row = blockIdx.x; row < w.inverse.row_count; row += gridDim.x) {
+    const Run run = run_between(w.inverse, offsets[row], offsets[row + 1]);
     for (int64_t first = 0; first < p.c; first += kWarp) {
       const int64_t c = first + lane();
-      RunningSum<A> sum;
-      for (int64_t at = begin + warp(); at < end && c < p.c; at += kWarps) {
-        const int64_t pair = w.inverse.pairs[at], query = w.query_of(pair), j = w.slot_of(pair);
-        sum.add(w.rho(query, j) * A(widen(w.grad(query)[c])) * w.forward.depthwise_weight(c, j));
-      }
-      sums[threadIdx.x] = sum.value();
-      __syncthreads();
-      if (warp() == 0 && c < p.c) {
-        A total = 0;
-        for (int i = lane(); i < kThreads; i += kWarp) total += sums[i];
-        narrow(total, static_cast<T*>(w.grad_value)[row * p.c + c]);
-      }
-      __syncthreads();
+      const Accumulate<T> sum = sum_of_run(w, run, c);
+      if (warp() == 0 && c < p.c) narrow(sum, static_cast<T*>(w.grad_value)[row * p.c + c]);
     }
   }
 }

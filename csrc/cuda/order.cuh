@@ -87,7 +87,8 @@ __device__ inline int64_t index_of(Key<A> key) {
   return int64_t(Half<A>(~low_of(key)));
 }
 
-// The k largest keys that a warp is given, k <= kLongestList, in shared memory of the warp.
+// The k largest keys that a warp is given, k <= kLongestList, in shared memory of the warp. What
+// has been read of it may be changed by the next call at once: each function waits for the readers.
 //
 // Keys above the lowest of the list wait in a buffer behind it. A full buffer is sorted by a
 // bitonic network, and its best ones are merged into the list.
@@ -147,6 +148,8 @@ class NearestList {
   // Sorts the first k keys anew, as change(key) has them; other places become no_key().
   template <class Change>
   __device__ void reorder(int k, const Change& change) {
+    // Other lanes may still read the order there was.
+    __syncwarp();
     for (int i = lane(); i < length_; i += kWarp) keys_[i] = i < k ? change(keys_[i]) : no_key<A>();
     __syncwarp();
     sort(keys_, length_);

@@ -79,8 +79,9 @@ __device__ inline int64_t key_row(const SelectWork<T>& w, int64_t batch, int64_t
 }
 
 // The similarity of query q [d] and key k [d], without the norms. Eight sums in turn, the same
-// for every pair and in every path.
-template <class T>
+// for every pair and in every path. With kEndsAtNan no more than NaN is said of a result that is
+// one: no later term changes a sum that is NaN.
+template <bool kEndsAtNan, class T>
 __device__ inline Accumulate<T> raw_similarity(Metric metric, const T* q, const T* k, int64_t d) {
   using A = Accumulate<T>;
   constexpr int kSums = 8;
@@ -113,6 +114,12 @@ __device__ inline Accumulate<T> raw_similarity(Metric metric, const T* q, const 
       } else {
         sum[j] += a * b;
       }
+    }
+    if constexpr (kEndsAtNan) {
+      bool is_nan = false;
+#pragma unroll
+      for (int j = 0; j < kSums; ++j) is_nan = is_nan || sum[j] != sum[j];
+      if (is_nan) return kNan<A>;
     }
   }
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
@@ -174,10 +181,12 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
           const int column = tile_column(n, e);
           float x = s.value[n][2 * h + e];
           if constexpr (std::is_same_v<T, float>) {
-            // What is not finite depends on the order of a sum: refine_kernel's decides.
-            if (!isfinite(x) && exists && allowed[column]) {
-              x = raw_similarity(p.metric, w.query + row * p.d,
-                                 keys + key_row(w, at.batch, tile * kTile + column) * p.d, p.d);
+            // What is not finite depends on the order of a sum: refine_kernel's decides. Sums of
+            // scaled rows are finite unless a row is not, and then its factor is NaN.
+            if (!cosine && !isfinite(x) && exists && allowed[column]) {
+              x = raw_similarity<true>(p.metric, w.query + row * p.d,
+                                       keys + key_row(w, at.batch, tile * kTile + column) * p.d,
+                                       p.d);
             }
           }
           const uint32_t order = order_of(x * factors[column] * factor);
@@ -254,7 +263,8 @@ class RefinedRow {
   }
   __device__ A similarity(int64_t row) const {
     const int64_t i = at_.batch * w_.p.n + at_.row, j = at_.batch * w_.p.m + row;
-    const A s = raw_similarity(w_.p.metric, w_.query + i * w_.p.d, w_.key + j * w_.p.d, w_.p.d);
+    const A s =
+        raw_similarity<false>(w_.p.metric, w_.query + i * w_.p.d, w_.key + j * w_.p.d, w_.p.d);
     return w_.p.metric == Metric::cosine ? s * (w_.inverse_query[i] * w_.inverse_key[j]) : s;
   }
   __device__ Key<A> key(int64_t member) const {

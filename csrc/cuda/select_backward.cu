@@ -4,7 +4,8 @@
 namespace convnn::cuda {
 namespace {
 
-// Blocks of key_grad_kernel: each takes more than one key row where there are more.
+// Blocks of a kernel whose blocks have a key row or a chunk: each takes several where there are
+// more.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 
 template <class T>
@@ -23,7 +24,10 @@ void select_backward_as(const SelectBackwardParams& p, Context& context) {
   }
   if (p.grad_key) {
     const DType dtype = p.dtype == DType::float64 ? DType::float64 : DType::float32;
-    w.inverse = invert(p.batch, p.n, p.m, p.k, p.indices, p.similarities, dtype, context);
+    w.inverse = invert(p.batch, p.n, p.m, p.k, p.indices, p.similarities, dtype, p.d + 1, context);
+    w.chunk_sums = allocate<A>(context, w.inverse.chunks * (p.d + 1));
+    launch("key_chunks_kernel", key_chunks_kernel<T>, std::min(w.inverse.chunks, kMostBlocks),
+           2 * kThreads * sizeof(A), context, w);
     launch("key_grad_kernel", key_grad_kernel<T>, std::min(p.batch * p.m, kMostBlocks),
            2 * kThreads * sizeof(A), context, w);
   }

@@ -9,12 +9,13 @@
 // where j runs over the neighbors of i, and the sums of dk over the pairs (i, j) with I_ij = m.
 // A warp has a query row, a block a key row; lanes are columns, 32 at a time. The warps of a block
 // share the pairs of its key row, which come from the inverse neighbor list in a fixed order, and
-// add their sums in order: nothing is atomic. A row of norm <= epsilon has gradient exactly 0.
+// add their sums in order: nothing is atomic. Of many pairs of a key row, blocks of their own sum
+// chunks before that (runs.cuh). A row of norm <= epsilon has gradient exactly 0.
 #pragma once
 
 #include "neighbors.cuh"
 #include "normalize.cuh"
-#include "sort.h"
+#include "runs.cuh"
 
 namespace convnn::cuda {
 
@@ -25,6 +26,7 @@ struct SelectBackwardWork {
   SelectBackwardParams p;
   Norms<A> query_norms, key_norms;
   InverseNeighbors inverse;
+  A* chunk_sums;  // [chunks, d + 1]: as KeySums, `along` in the last column
 
   // What the pair (own, other) at `place` gives to the gradient of `own`.
   __device__ A term(A own, A other, A grad, const Norms<A>& other_norms, int64_t other_row) const {
@@ -64,45 +66,89 @@ __global__ __launch_bounds__(kThreads) void query_grad_kernel(const SelectBackwa
   }
 }
 
+// Sums over pairs of a key row: its gradient in one column, for the cosine that of its unit vector,
+// and there the product of both vectors.
+template <class A>
+struct KeySums {
+  A grad, along;
+};
+// Of the pairs of a run, in column d of key row `row`, which holds k there. The warps of the block
+// share them, and each has the sums afterwards.
 template <class T>
-__global__ __launch_bounds__(kThreads, 4) void key_grad_kernel(const SelectBackwardWork<T> w) {
+__device__ inline KeySums<Accumulate<T>> sums_of_run(const SelectBackwardWork<T>& w, int64_t row,
+                                                     const Run& run, int64_t d, Accumulate<T> k) {
   using A = Accumulate<T>;
   A* sums = reinterpret_cast<A*>(shared_memory());  // [2, kWarps, kWarp]: gradients, along
   const SelectBackwardParams& p = w.p;
-  for (int64_t row = blockIdx.x; row < p.batch * p.m; row += gridDim.x) {
-    const int64_t first_query = row / p.m * p.n;
-    const int64_t begin = w.inverse.offsets[row], end = w.inverse.offsets[row + 1];
+  const int64_t first_query = row / p.m * p.n;
+  RunningSum<A> grad, along;
+  for_each_term(
+      w.inverse, run, warp(), kWarps,
+      [&](int64_t pair) {
+        const int64_t query_row = first_query + pair % p.n;
+        const int64_t place = query_row * p.k + pair / p.n % p.k;
+        const A g = static_cast<const A*>(p.grad_similarities)[place];
+        if (p.metric == Metric::cosine) {
+          along.add(g * static_cast<const A*>(p.similarities)[place]);
+        }
+        if (d >= p.d) return;
+        const A q = widen(static_cast<const T*>(p.query)[query_row * p.d + d]);
+        grad.add(w.term(k, q, g, w.query_norms, query_row));
+      },
+      [&](int64_t chunk) {
+        const A* of_chunk = w.chunk_sums + chunk * (p.d + 1);
+        along.add(of_chunk[p.d]);
+        if (d < p.d) grad.add(of_chunk[d]);
+      });
+  sums[threadIdx.x] = grad.value();
+  sums[kThreads + threadIdx.x] = along.value();
+  __syncthreads();
+  KeySums<A> total = {0, 0};
+  for (int i = lane(); i < kThreads; i += kWarp) {
+    total.grad += sums[i];
+    total.along += sums[kThreads + i];
+  }
+  __syncthreads();
+  return total;
+}
+
+// A block has a chunk.
+template <class T>
+__global__ __launch_bounds__(kThreads, 4) void key_chunks_kernel(const SelectBackwardWork<T> w) {
+  using A = Accumulate<T>;
+  const SelectBackwardParams& p = w.p;
+  for (int64_t chunk = blockIdx.x; chunk < w.inverse.chunks; chunk += gridDim.x) {
+    const int64_t row = row_of_chunk(w.inverse, chunk);
+    if (row < 0) continue;
+    A* result = w.chunk_sums + chunk * (p.d + 1);
     for (int64_t first = 0; first < p.d; first += kWarp) {
       const int64_t d = first + lane();
       const A k = d < p.d ? A(widen(static_cast<const T*>(p.key)[row * p.d + d])) : A(0);
-      RunningSum<A> sum, along;
-      for (int64_t at = begin + warp(); at < end; at += kWarps) {
-        const int64_t pair = w.inverse.pairs[at];
-        const int64_t query_row = first_query + pair % p.n;
-        const int64_t place = query_row * p.k + pair / p.n % p.k;
-        const A grad = static_cast<const A*>(p.grad_similarities)[place];
-        if (p.metric == Metric::cosine) {
-          along.add(grad * static_cast<const A*>(p.similarities)[place]);
-        }
-        if (d >= p.d) continue;
-        const A q = widen(static_cast<const T*>(p.query)[query_row * p.d + d]);
-        sum.add(w.term(k, q, grad, w.query_norms, query_row));
+      const KeySums<A> sums = sums_of_run(w, row, run_of_chunk(w.inverse, chunk), d, k);
+      if (warp() == 0 && d < p.d) result[d] = sums.grad;
+      if (threadIdx.x == 0) result[p.d] = sums.along;
+    }
+  }
+}
+
+template <class T>
+__global__ __launch_bounds__(kThreads, 4) void key_grad_kernel(const SelectBackwardWork<T> w) {
+  using A = Accumulate<T>;
+  const SelectBackwardParams& p = w.p;
+  const int64_t* offsets = w.inverse.offsets;
+  for (int64_t row = blockIdx.x; row < w.inverse.row_count; row += gridDim.x) {
+    const Run run = run_between(w.inverse, offsets[row], offsets[row + 1]);
+    for (int64_t first = 0; first < p.d; first += kWarp) {
+      const int64_t d = first + lane();
+      const A k = d < p.d ? A(widen(static_cast<const T*>(p.key)[row * p.d + d])) : A(0);
+      const KeySums<A> sums = sums_of_run(w, row, run, d, k);
+      if (warp() != 0 || d >= p.d) continue;
+      A grad = sums.grad;
+      // As in query_grad_kernel: a row in no pair has gradient 0.
+      if (p.metric == Metric::cosine && run.first < run.last) {
+        grad = w.key_norms.through(grad, sums.along, k, row);
       }
-      sums[threadIdx.x] = sum.value();
-      sums[kThreads + threadIdx.x] = along.value();
-      __syncthreads();
-      if (warp() == 0 && d < p.d) {
-        A grad = 0, weight = 0;
-        for (int i = lane(); i < kThreads; i += kWarp) {
-          grad += sums[i];
-          weight += sums[kThreads + i];
-        }
-        if (p.metric == Metric::cosine && begin < end) {
-          grad = w.key_norms.through(grad, weight, k, row);
-        }
-        narrow(grad, static_cast<T*>(p.grad_key)[row * p.d + d]);
-      }
-      __syncthreads();
+      narrow(grad, static_cast<T*>(p.grad_key)[row * p.d + d]);
     }
   }
 }

@@ -45,7 +45,8 @@ const int64_t* gather(const int64_t* values, const int64_t* positions, int64_t c
 }
 
 InverseNeighbors invert(int64_t batch, int64_t n, int64_t m, int64_t k, const int64_t* indices,
-                        const void* similarities, DType similarity_dtype, Context& context) {
+                        const void* similarities, DType similarity_dtype, int64_t columns,
+                        Context& context) {
   const int64_t count = batch * n * k, limit = batch * m;
   int64_t* rows = allocate<int64_t>(context, count);
   int64_t* offsets = allocate<int64_t>(context, limit + 1);
@@ -54,7 +55,8 @@ InverseNeighbors invert(int64_t batch, int64_t n, int64_t m, int64_t k, const in
   const int64_t* pairs = sort_positions(rows, count, limit, context);
   launch("offsets_kernel", offsets_kernel, strided_blocks(limit + 1), 0, context, rows, pairs,
          offsets, count, limit);
-  return {offsets, pairs};
+  const int64_t chunk = std::max(kFewestOfChunk, columns);
+  return {offsets, pairs, rows, limit, chunk, count / chunk};
 }
 
 }  // namespace convnn::cuda

@@ -116,9 +116,15 @@ __device__ inline void multiply_tile(const T* a, const T* b, TileValues<float>& 
   }
 }
 
-// Instead of `sum` at `n`, the products of 16 columns of a and b without the split, where that met
-// an infinity, a NaN or an overflow.
-__device__ inline void multiply_again(const float* a, const float* b, float (&sum)[4]) {
+// Instead of `sum` the products of 16 columns of a and b without the split, where that met an
+// infinity, a NaN or an overflow. Needless if all that they are added to, `c`, is NaN: after rows
+// with NaN, that is.
+__device__ inline void multiply_again(const float* a, const float* b, const float (&c)[4],
+                                      float (&sum)[4]) {
+  bool all_nan = true;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) all_nan = all_nan && c[e] != c[e];
+  if (all_nan) return;
   float plain[4] = {};
 #pragma unroll 1
   for (int d = 0; d < 16; ++d) {
@@ -167,7 +173,7 @@ __device__ inline void multiply_tile(const float* a, const float* b, TileValues<
         sum[e] = sums[0][e] + 0x1p-8f * (sums[1][e] + 0x1p-8f * sums[2][e]);
       }
       if (!isfinite(sum[0] + sum[1] + sum[2] + sum[3])) {
-        multiply_again(row + d, b + tile_column(n, 0) * kTileStride<float> + d, sum);
+        multiply_again(row + d, b + tile_column(n, 0) * kTileStride<float> + d, c.value[n], sum);
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) c.value[n][e] += sum[e];

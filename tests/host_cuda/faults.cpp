@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 // Kernels with a fault each, by the name of the fault: tests see that the execution layer finds it.
+// Two are sound.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
-#include "../../csrc/cuda/device.cuh"
+#include "../../csrc/cuda/order.cuh"
 
 namespace {
 
@@ -25,6 +26,20 @@ void exchange(int* result, bool waits) {
 }
 void no_barrier(int* result) { exchange(result, false); }
 void sound(int* result) { exchange(result, true); }
+// Every lane must see the list as it was when it read: other lanes go on to change it.
+void list_changed_after_reading(int* result) {
+  NearestList<float> list(shared_memory() + warp() * NearestList<float>::bytes(kWarp), kWarp);
+  list.clear();
+  list.push(key_of<float>(order_of(0.0f), threadIdx.x));
+  list.finish();
+  const int64_t lowest = index_of<float>(list[0]);
+  // Instead of the lowest index the highest comes first, as it is.
+  list.reorder(kWarp, [](NarrowKey key) { return pack(high_of(key), ~low_of(key)); });
+  const int64_t highest = low_of(list[0]);
+  list.clear();
+  const bool right = lowest == warp() * kWarp && highest == lowest + kWarp - 1;
+  result[threadIdx.x] = right ? int(threadIdx.x + 1) % kThreads : -1;
+}
 
 void thread_ends_before_barrier(int*) {
   if (threadIdx.x == 5) return;
@@ -57,8 +72,11 @@ int main(int count, char** arguments) {
   struct {
     const char* name;
     void (*kernel)(int*);
+    size_t shared_bytes = kThreads * sizeof(int);
   } const kernels[] = {
       {"sound", sound},
+      {"list_changed_after_reading", list_changed_after_reading,
+       kWarps * NearestList<float>::bytes(kWarp)},
       {"no_barrier", no_barrier},
       {"thread_ends_before_barrier", thread_ends_before_barrier},
       {"different_barriers", different_barriers},
@@ -71,7 +89,7 @@ int main(int count, char** arguments) {
     if (count != 2 || std::strcmp(each.name, arguments[1]) != 0) continue;
     NoMemory context;
     int result[kThreads];
-    launch(each.name, each.kernel, 3, kThreads * sizeof(int), context, static_cast<int*>(result));
+    launch(each.name, each.kernel, 3, each.shared_bytes, context, static_cast<int*>(result));
     for (int i = 0; i < kThreads; ++i) {
       if (result[i] != (i + 1) % kThreads) {
         std::fprintf(stderr, "wrong result\n");
