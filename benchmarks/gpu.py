@@ -78,7 +78,7 @@ def summary(results: Results, ran: dict[str, Record]) -> str:
     with results.noticed():
         report.write(suite, results.path.with_name("benchmark.json"))
     met = goals.table(goals.goals(suite)).splitlines() if rows else []
-    lines += timed[: LINES - len(lines) - len(met) - 1] + met
+    lines += timed[: max(0, LINES - len(lines) - len(met) - 1)] + met
     return "\n".join(lines + [results.unwritten] * bool(results.unwritten))
 
 

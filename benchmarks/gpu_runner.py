@@ -13,7 +13,6 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import traceback
 from collections import Counter
@@ -35,8 +34,8 @@ class Skipped(Exception):
 
 @dataclass
 class Context:
-    """What a case is given: the device, a folder for files, the limit of its stage, all results so
-    far. emit: reports a part of the case as a result of its own."""
+    """What a case is given: the device, a folder for files, the seconds of its stage, all results
+    so far. emit: reports a part of the case as a result of its own."""
 
     device: str
     folder: Path
@@ -67,7 +66,7 @@ class Stage:
 def _work(stage: Stage, cases: Sequence[str], context: Context, pipe: Connection) -> None:
     """A process: sends (case, {}) where a case begins, and its record where it ends."""
     os.setsid()  # what a case starts is killed with it
-    faulthandler.register(signal.SIGUSR1, sys.__stderr__)
+    faulthandler.register(signal.SIGUSR1, 2)  # standard error
     context.emit = lambda case, record: pipe.send((case, record))
     for case in cases:
         pipe.send((case, {}))

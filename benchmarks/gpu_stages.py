@@ -94,9 +94,7 @@ def _count(backend: str, context: Context) -> Record:
 
 
 # Time, tensor pipe, issue, wavefronts of shared memory, L2.
-_KEPT = (
-    r"Name|duration|pipe_tensor.*pct|inst_issued.*pct|wavefronts_mem_shared|lts__throughput.*pct"
-)
+_KEPT = r"Name|duration|pipe_tensor.*pct|issued.*pct|wavefronts_mem_shared|lts__throughput.*pct"
 
 
 def counters(text: str) -> list[dict[str, str]]:
@@ -141,10 +139,8 @@ def _test(case: str, context: Context) -> Record:
     environment = os.environ | {"CONVNN_OUTCOMES": str(outcomes), "CONVNN_DONE": str(done)}
     with log.open("w") as printed, outcomes.open() as lines:
         options: Record = {"cwd": REPOSITORY, "stdout": printed, "stderr": printed}
-        process, running = (
-            subprocess.Popen([*command, "tests/gpu"], env=environment, **options),
-            True,
-        )
+        process = subprocess.Popen([*command, "tests/gpu"], env=environment, **options)
+        running = True
         while running:
             running = process.poll() is None
             for line in lines:

@@ -349,19 +349,19 @@ _RIGHT = {
 
 def right(device: str) -> list[Group]:
     """Every operator, backend and dtype, checked and not timed; on a CPU a few small ones."""
+    all_peers = ("select", "aggregate", "convnn-all", "convnn-random")
     groups = []
     for name, w in _RIGHT.items():
-        peers = ("select", "aggregate", "convnn-all", "convnn-random")
-        dtypes = ("float32", "float16", "bfloat16")
+        peers: Sequence[str] = all_peers
+        dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
         if name == "dense":
             peers = ("convnn-dense", "aggregate-dense")
         if device != "cuda":  # Triton's interpreter has no bfloat16
             w, peers, dtypes = replace(w, batch=1, tokens=16, channels=16), peers[:1], dtypes[:2]
         for dtype in dtypes:
             for backend in _backends(device):
-                cases = _cases(replace(w, dtype=dtype), peers)
-                name_of_all = f"{name} {dtype} {backend}"
-                groups.append(Group(name_of_all, cases, Effort(0, 0, 0), backend=backend))
+                cases, nothing = _cases(replace(w, dtype=dtype), peers), Effort(0, 0, 0)
+                groups.append(Group(f"{name} {dtype} {backend}", cases, nothing, backend=backend))
     return groups
 
 

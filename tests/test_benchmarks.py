@@ -13,13 +13,14 @@ pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip ins
 pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
 
 from benchmarks import __main__ as command
-from benchmarks import goals, report, runner
+from benchmarks import bounds, goals, report, runner
 from benchmarks.__main__ import DEFAULT_PEERS, main
 from benchmarks.audit import Audit
 from benchmarks.devices import DEVICES, Cpu
 from benchmarks.memory import MemoryNotMeasured, peak_bytes
 from benchmarks.peers import PEERS, TRAINING, Call, run_pass
 from benchmarks.runner import Case, Group
+from benchmarks.stamp import REPOSITORY
 from benchmarks.suites import SUITES
 from benchmarks.workloads import (
     PHOTOGRAPHS,
@@ -421,3 +422,14 @@ def test_unwritable_output_is_found_out_first(tmp_path, capsys):
     file.touch()
     assert main(["--suite", "quick", "--output", str(file / "result.json")]) == 2
     assert str(file) in capsys.readouterr().err
+
+
+def test_every_kernel_has_a_prediction() -> None:
+    folder = REPOSITORY / "convnn_kernels" / "triton_kernels"
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
+    predicted = bounds._predictions()["kernels"]
+    assert all(f"def {name}(" in text for name in predicted)
+    w = Workload(1, 16384, 64, 9, dtype="bfloat16")
+    assert bounds.predicted_microseconds("sweep_kernel", w, "triton") == predicted["sweep_kernel"]
+    assert bounds.predicted_microseconds("sweep_kernel", w, "cuda") is None
+    assert bounds.kernel_microseconds("sweep_kernel", w) == pytest.approx(43.5, abs=0.1)
