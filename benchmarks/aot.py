@@ -81,7 +81,9 @@ class _Recorder:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[parameter.name] = _POINTERS[value.dtype]
-                divisible.append(i)
+                # Memory that is new or a user's begins at a multiple of 16 bytes.
+                if value.storage_offset() * value.element_size() % 16 == 0:
+                    divisible.append(i)
             elif isinstance(value, int):
                 signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0 and not general:
@@ -142,25 +144,27 @@ def _both_ways(
     own: bool = False,
     order: str = "similarity",
     lead: tuple[int, ...] = (2,),
-    strided: bool = False,
+    M: int = 0,
     backward: bool = True,
     only: torch.dtype | None = None,
 ) -> None:
-    """`forward` and its backward, or else `select`, of which only the launches matter."""
+    """`forward` and its backward, or else `select`, of which only the launches matter.
+
+    M is N if it is 0.
+    """
     if only not in (None, dtype):
         return
+    M = M or N
     with torch.device("meta"):
-        query, key, value = (torch.empty(*lead, N, n, dtype=dtype) for n in (D, D, C))
-        if strided:
-            query, key, value = (
-                torch.empty(*lead, 3 * N, 3 * n, dtype=dtype)[..., ::3, ::3] for n in (D, D, C)
-            )
+        query, key, value = (
+            torch.empty(*lead, *shape, dtype=dtype) for shape in ((N, D), (M, D), (M, C))
+        )
         shapes = {"dense": (O, C, k), "depthwise": (C, 1, k)}
         W = None if weight == "none" else torch.empty(shapes[weight], dtype=dtype)
         bias = torch.empty(O if weight == "dense" else C, dtype=dtype)
-        mask = torch.empty(*lead, N, dtype=torch.bool) if masked else None
-        rows = torch.empty(N, dtype=torch.int64)
-    rows_or_none = rows if candidates else None, rows if own else None
+        mask = torch.empty(*lead, M, dtype=torch.bool) if masked else None
+        rows, keys = (torch.empty(n, dtype=torch.int64) for n in (N, M))
+    rows_or_none = keys if candidates else None, rows if own else None
     if not backward:
         host._select(query, key, k, *rows_or_none, mask, metric, order)
         return
@@ -199,9 +203,12 @@ def configurations(quick: bool) -> list[Any]:
     calls += [call(**select | {"N": 512, "k": 300}, own=True)]
     for C, O in ((3, 16), (128, 256)):
         calls += [call(**plain | {"C": C, "O": O}, weight="dense", rho="similarity")]
-    # No stride is 1; pairs, rows and strides beyond 32 bits. Tiles do not depend on them.
-    calls += [call(**plain, weight="dense", masked=True, strided=True, only=torch.float16)]
-    calls += [call(**plain | {"C": 48}, weight="depthwise", strided=True, only=torch.float16)]
+    # Triton makes a constant of a number of channels that is 1.
+    calls += [call(**plain | {"D": 1, "C": 1, "O": 1}, weight="dense")]
+    calls += [call(**plain | {"N": 197, "D": 1, "C": 1}, weight="none")]
+    for C, O in ((1, 64), (64, 1)):
+        calls += [call(**plain | {"C": C, "O": O}, weight="dense", only=torch.float16)]
+    # Pairs, rows and strides beyond 32 bits. Tiles do not depend on them.
     huge = {"N": 2**18, "k": 64, "lead": (3, 100), "only": torch.float16}
     calls += [call(**plain | huge, weight="dense")]
     return calls

@@ -4,6 +4,7 @@
 import ctypes
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,9 +55,16 @@ def cpu_instruction_set() -> str:
 
     Empty if that variable names one that cannot run here.
     """
+    # The answer is not kept: it depends on the variable.
+    return (_instruction_set_question()() or b"").decode()
+
+
+@functools.cache
+def _instruction_set_question() -> Callable[[], bytes | None]:
+    """The function of the CPU library. The library is opened once, not at every call."""
     ask = ctypes.CDLL(str(library("cpu"))).convnn_cpu_instruction_set
     ask.restype = ctypes.c_char_p
-    return (ask() or b"").decode()
+    return ask
 
 
 def _load_cuda() -> str:

@@ -5,16 +5,23 @@ Reading it needs no Triton. That offsets have 64 bits is also read from Triton's
 each kernel as it is now, with every widening taken away once.
 """
 
+import functools
 import importlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
+import weakref
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from test_peak import SHAPES, WORKSPACE, Shape
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import aot_table
 from benchmarks.aot_table import ARCHITECTURES, RESULTS, VERSIONS, Row, Table
@@ -170,12 +177,10 @@ def needs_compiler(test: Any) -> Any:
 
 
 def launches() -> dict[str, Any]:
-    """One launch of each kernel, with strides that are not 1 wherever they may be."""
-    import torch
-
+    """One launch of each kernel."""
     from benchmarks import aot
 
-    plain = {"N": 4096, "D": 48, "C": 48, "O": 40, "k": 9, "masked": True, "strided": True}
+    plain = {"N": 4096, "D": 48, "C": 48, "O": 40, "k": 9, "masked": True}
     calls = [
         lambda dtype: aot._both_ways(dtype, **plain, weight="dense", candidates=True, own=True),
         lambda dtype: aot._both_ways(dtype, **plain, weight="depthwise", metric="euclidean"),
@@ -183,9 +188,6 @@ def launches() -> dict[str, Any]:
     ]
     found: dict[str, Any] = {}
     for launch in aot.record(90, torch.float16, calls):
-        for name in [name for name in launch["constants"] if name.startswith("stride_")]:
-            launch["signature"][name] = "i32"
-            del launch["constants"][name]
         found.setdefault(launch["kernel"], launch)
     return found
 
@@ -222,6 +224,145 @@ def test_another_tile_is_noticed(name: str, option: str, monkeypatch: pytest.Mon
         tiles, name, lambda *sizes: (tile := chosen(*sizes)) | {option: 2 * tile[option]}
     )
     assert wanted((90,), quick=True) != before
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+# Sizes of one class each: M by groups, all in one launch, all columns, and passes over them.
+CLASSES = {
+    "groups": {"M": (257, 1024, 3001), "k": (9, 12, 16), "metric": "euclidean"},
+    "groups_of_a_product": {"M": (1025, 2048, 3001), "k": (9, 12, 16)},
+    "one_launch": {"M": (257, 640, 1023), "k": (9, 12, 16)},
+    "all_columns": {"M": (100, 192, 255), "k": (17, 24, 32), "metric": "euclidean"},
+    "passes": {"M": (400, 576, 701), "k": (257, 300, 304), "order": "index"},
+}
+BATCHES: list[tuple[int, ...]] = [(), (1,), (2,), (5,), (1, 1), (2, 3), (16, 1), (3, 16)]
+EXTRAS = [{}, {"masked": True}, {"candidates": True, "masked": True}, {"own": True}]
+
+
+def compiled(dtype: Any, **options: Any) -> set[str]:
+    from benchmarks import aot
+
+    call = functools.partial(aot._both_ways, **options)
+    return {aot._fingerprint(launch) for launch in aot.record(90, dtype, [call])}
+
+
+@needs_triton
+@pytest.mark.parametrize("extra", EXTRAS, ids="-".join)
+@pytest.mark.parametrize("weight", ["none", "depthwise", "dense"])
+@pytest.mark.parametrize("D", [64, 40, 3])
+@pytest.mark.parametrize("sizes", CLASSES)
+def test_other_sizes_compile_nothing_new(
+    sizes: str, D: int, weight: str, extra: dict[str, bool]
+) -> None:
+    """What is compiled depends on channels; not on N, M, the batch, heads, or k within a tile."""
+    options = {**CLASSES[sizes], "D": D, "C": D, "O": D, "weight": weight, **extra}
+    rows, neighbors = options.pop("M"), options.pop("k")
+    for dtype in (torch.float16, torch.float32):
+        expected = compiled(dtype, **options, N=200, M=rows[0], k=neighbors[0])
+        assert len(expected) > 5
+        for i, lead in enumerate(BATCHES):
+            changed = {"N": (64, 197, 200, 256)[i % 4], "M": rows[i % 3], "k": neighbors[i // 3]}
+            assert compiled(dtype, **options, **changed, lead=lead) == expected, (dtype, changed)
+
+
+@needs_triton
+def test_an_alignment_depends_on_channels_only() -> None:
+    """However rows are laid out: heads before rows or after, one of them or many."""
+    from convnn_kernels.backends import triton as host
+
+    for D in (1, 3, 8, 16, 40, 64):
+        found = set()
+        for B, heads, N in itertools.product((1, 2, 3, 16), (1, 2, 3, 16), (1, 2, 15, 16)):
+            apart = torch.empty(B, heads, N, D)
+            together = torch.empty(B, N, heads, D).transpose(1, 2)
+            rows = torch.empty(N, B, heads, D).permute(1, 2, 0, 3)
+            fused = torch.empty(B, N, 3, heads, D)[:, :, 1].transpose(1, 2)
+            shared = torch.empty(B, 1, N, D).expand(B, heads, N, D)
+            for X in (apart, together, rows, fused, shared):
+                found.add(host._alignment(host._fold(X)))
+        assert found == {16 if D % 16 == 0 else 1}
+
+
+@needs_triton
+def test_rows_that_do_not_lie_in_one_piece_are_copied() -> None:
+    from convnn_kernels.backends import triton as host
+
+    X = torch.randn(2, 3, 8, 5).mT
+    assert torch.equal(host._fold(X), X)
+    assert host._fold(X).stride(-1) == 1
+    bank = torch.randn(8, 5).mT.expand(2, 3, 5, 8)
+    assert torch.equal(host._fold(bank), bank)
+    assert host._fold(bank).stride() == (0, 0, 8, 1)
+    assert host._fold(bank).untyped_storage().nbytes() == 4 * 5 * 8
+    for same in (torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(8, 1).expand(2, 3, 8, 1)):
+        assert host._fold(same).data_ptr() == same.data_ptr()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("metric", "D", "small"),
+    [("dot", 15, False), ("dot", 16, True), ("cosine", 3, True), ("euclidean", 64, False)],
+)
+def test_which_sums_of_tensor_cores_are_returned(metric: str, D: int, small: bool) -> None:
+    """Not those of `dot` over few columns, for which the certificate is stricter."""
+    from benchmarks import aot
+
+    options = {"N": 197, "D": D, "C": 8, "O": 8, "k": 9, "weight": "none", "metric": metric}
+    launches = aot.record(90, torch.float16, [functools.partial(aot._both_ways, **options)])
+    names = {launch["kernel"] for launch in launches}
+    assert ("select_small_kernel" in names, "refine_kernel" in names) == (small, not small)
+
+
+class Live(TorchDispatchMode):
+    """The bytes of tensors that operators have made and that are still there, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.seen: Any = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for X in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(X, torch.Tensor) and X.untyped_storage() not in self.seen:
+                storage = X.untyped_storage()
+                self.seen.add(storage)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def free(self, size: int) -> None:
+        self.bytes -= size
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_memory_of_a_backward(shape: Shape) -> None:
+    """No more than the contract allows, but for what is given and returned."""
+    from benchmarks import aot
+    from convnn_kernels.backends import triton as host
+
+    B, N, M, C, k, dtype = shape.B, shape.N, shape.M, shape.C, shape.k, shape.dtype
+    bound = 8 * B * (N * k + N * C + M * 2 * C) + WORKSPACE
+    with torch.device("meta"):
+        query, key, value, Y = (torch.empty(B, n, C, dtype=dtype) for n in (N, M, M, N))
+        W = torch.empty(C, 1 if shape.weight == "depthwise" else C, k, dtype=dtype)
+        s, I = torch.empty(B, N, k), torch.empty(B, N, k, dtype=torch.int64)
+
+    def above(run: Callable[[], tuple[torch.Tensor, ...]]) -> int:
+        with Live() as live:
+            results = run()
+        return live.peak - sum(X.untyped_storage().nbytes() for X in results)
+
+    def both(_: torch.dtype) -> None:
+        options = (W, True, "softmax", 1.0, True, True, True, True)
+        taken = above(lambda: host._aggregate_backward(Y, value, s, I, *options))
+        assert taken <= bound, f"aggregate: {taken / (B * N * k):.1f} bytes a pair"
+        taken = above(lambda: host._select_backward(s, query, key, s, I, "cosine", True, True))
+        assert taken <= bound, f"select: {taken / (B * N * k):.1f} bytes a pair"
+
+    aot.record(90, dtype, [both])
 
 
 @needs_compiler

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The choice of a backend for CUDA tensors, with devices and backends faked on the CPU."""
 
+import ctypes
 import logging
 import subprocess
 from collections.abc import Callable
@@ -121,6 +122,22 @@ def test_arguments_are_checked_before_a_backend_is_asked(fake: Fake) -> None:
     with pytest.raises(RuntimeError, match="k must be between 1 and 4"):
         run(x, x, 5)
     assert not fake.calls
+
+
+def test_the_cpu_library_is_opened_once(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call asks which instruction set there is: the answer depends on the environment."""
+    opened = []
+    real = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args: opened.append(args) or real(*args))
+    native._instruction_set_question.cache_clear()
+    answers = [native.cpu_instruction_set()]
+    for _ in range(3):
+        run(x, x, 2)
+        answers.append(native.cpu_instruction_set())
+    assert len(opened) == 1
+    assert len(set(answers)) == 1
+    monkeypatch.setattr(native, "_instruction_set_question", lambda: lambda: None)
+    assert native.cpu_instruction_set() == ""
 
 
 def test_failed_compiler_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,7 @@ def _kernels() -> SimpleNamespace:
     from convnn_kernels.triton_kernels import (
         aggregate,
         aggregate_backward,
+        inverse_list,
         modulate,
         select,
         select_backward,
@@ -111,7 +112,15 @@ def _kernels() -> SimpleNamespace:
         tiles,
     )
 
-    modules = (aggregate, aggregate_backward, modulate, select, select_backward, select_small)
+    modules = (
+        aggregate,
+        aggregate_backward,
+        inverse_list,
+        modulate,
+        select,
+        select_backward,
+        select_small,
+    )
     kernels = {
         name: kernel
         for module in modules
@@ -145,11 +154,40 @@ def _product_precision(tensor: Tensor) -> str:
 
 
 def _fold(X: Tensor, last: int = 2) -> Tensor:
-    """X with two leading dimensions before its `last` ones: a view wherever there is one."""
+    """X with two leading dimensions before its `last` ones, and the elements of the last one next
+    to each other: a view wherever there is one."""
+    X = _with_adjacent_channels(X)
     lead, rest = X.shape[: X.dim() - last], X.shape[X.dim() - last :]
     if len(lead) < 2:
         return X.reshape(1, 1, *rest) if not lead else X.unsqueeze(1)
     return X if len(lead) == 2 else X.reshape(lead[:-1].numel(), lead[-1], *rest)
+
+
+def _with_adjacent_channels(X: Tensor) -> Tensor:
+    """X, copied if a row of it does not lie in one piece: to gather such rows would read a sector
+    of memory for each channel. An expanded dimension is not copied out."""
+    if X.stride(-1) == 1 or X.shape[-1] <= 1:
+        return X
+    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in X.stride()[:-1])
+    return X[once].contiguous().expand(X.shape)
+
+
+def _strides(X: Tensor) -> tuple[int, int, int]:
+    """Of a folded X [B1, B2, rows, channels], but for the last dimension.
+
+    In a dimension of one, where a stride has no effect, it is what fits any number of channels.
+    """
+    B1, B2, rows, channels = X.shape
+    return (
+        X.stride(0) if B1 > 1 else 0,
+        X.stride(1) if B2 > 1 else 0,
+        X.stride(2) if rows > 1 else channels,
+    )
+
+
+def _alignment(*tensors: Tensor) -> int:
+    """What all strides of folded tensors are multiples of, as far as kernels want to know."""
+    return 16 if all(stride % 16 == 0 for X in tensors for stride in _strides(X)) else 1
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -168,15 +206,34 @@ def _norms(X: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     kernels = _kernels()
     B1, B2, N, D = X.shape
-    norm, scale, inverse = X.new_empty((3, B1 * B2, N), dtype=torch.float32)
+    rows = B1 * B2 * N
+    # Each of the three begins at a multiple of 16 bytes.
+    facts = X.new_empty((3, _cdiv(rows, 4) * 4), dtype=torch.float32)
+    norm, scale, inverse = facts[:, :rows].unflatten(1, (B1 * B2, N))
     rescale = X.dtype != torch.float16
     scaled = X.new_empty(X.shape) if rescale else X
     tile = kernels.tiles.norms(_arch(X), D)
-    rows = B1 * B2 * N
     kernels.norms_kernel[(_cdiv(rows, tile["ROWS"]),)](
-        X, norm, scale, inverse, scaled, rows, N, D, B2, *X.stride(), RESCALE=rescale, **tile
+        X,
+        norm,
+        scale,
+        inverse,
+        scaled,
+        rows,
+        N,
+        D,
+        B2,
+        *_strides(X),
+        RESCALE=rescale,
+        ALIGN=_alignment(X),
+        **tile,
     )
     return norm, scale, inverse, scaled
+
+
+def _is_same(X: Tensor, Y: Tensor) -> bool:
+    """Whether two tensors of one dtype are the same elements in memory."""
+    return X.data_ptr() == Y.data_ptr() and X.shape == Y.shape and X.stride() == Y.stride()
 
 
 def _select(
@@ -200,18 +257,20 @@ def _select(
     I = query.new_empty((*query.shape[:-1], k), dtype=torch.int64)
     if s.numel() == 0:
         return s, I
-    Q, K = _fold(query), _fold(key)
+    candidates = None if candidates is None else candidates.contiguous()
+    self_indices = None if self_indices is None else self_indices.contiguous()
+    K = _fold(key)
+    Q = K if _is_same(query, key) else _fold(query)
     B2, B = Q.shape[1], Q.shape[0] * Q.shape[1]
     arch, bits = _arch(Q), _bits(Q)
     columns = M if candidates is None else candidates.shape[0]
     mask = K if key_mask is None else _fold(key_mask, 1)
-    mask_strides = (0, 0, 0) if key_mask is None else mask.stride()
+    mask_strides = (0, 0) if key_mask is None else mask.stride()[:2]
     norm_q = norm_k = inverse_q = inverse_k = Q
     if metric == "cosine":
         norm_k, _, inverse_k, K_scaled = _norms(K)
-        same = Q.data_ptr() == K.data_ptr() and Q.shape == K.shape and Q.stride() == K.stride()
         norm_q, inverse_q = norm_k, inverse_k
-        if same:
+        if Q is K:
             Q = K_scaled
         else:
             norm_q, _, inverse_q, Q = _norms(Q)
@@ -222,7 +281,9 @@ def _select(
         "HAS_COLUMNS": candidates is not None,
         "HAS_MASK": key_mask is not None,
     }
-    small = tiles.has_small(bits, columns, k, metric == "euclidean")
+    strides = (*_strides(Q), *_strides(K), *mask_strides)
+    align = _alignment(Q, K)
+    small = tiles.has_small(bits, D, columns, k, metric)
     if small and (candidates is None or self_indices is None):
         tile = tiles.small(arch, D, k, B * N)
         kernels.select_small_kernel[(B * _cdiv(N, tile["BLOCK_N"]),)](
@@ -241,12 +302,9 @@ def _select(
             columns,
             k,
             B2,
-            *Q.stride(),
-            *K.stride(),
-            *mask_strides,
-            0 if candidates is None else candidates.stride(0),
-            0 if self_indices is None else self_indices.stride(0),
+            *strides,
             **shared,
+            ALIGN=align,
             BY_INDEX=order == "index",
             HAS_SELF=self_indices is not None,
             **tile,
@@ -288,12 +346,9 @@ def _select(
             place,
             B2,
             _cdiv(N, block_n),
-            *Q.stride(),
-            *K.stride(),
-            *mask_strides,
-            0 if chosen is None else chosen.stride(0),
-            own.stride(0),
+            *strides,
             **shared,
+            ALIGN=align,
             BY_INDEX=order == "index" and bound is None,
             HAS_SELF=self_indices is not None,
             HAS_GROUPS=groups is not None,
@@ -321,30 +376,32 @@ def _select(
     block_n, block_m = sweep["BLOCK_N"], sweep["BLOCK_M"]
     nominate = tiles.nominate(arch, k)
     G = _cdiv(columns, group)
+    # Whole tiles, and loads of 16 bytes, for any number of groups.
+    stride_g = 16 * _cdiv(G, 16)
     row_blocks = _cdiv(N, block_n)
     blocks = B * row_blocks
     listed = 1 << nominate["LOG_LIST"]
-    at_once = max(1, min(blocks, tiles.WORKSPACE // (4 * block_n * (G + listed))))
-    maxima = torch.empty((at_once * block_n, G), dtype=torch.float32, device=Q.device)
+    at_once = max(1, min(blocks, tiles.WORKSPACE // (4 * block_n * (stride_g + listed))))
+    maxima = torch.empty((at_once * block_n, stride_g), dtype=torch.float32, device=Q.device)
     groups = torch.empty((at_once * block_n, listed), dtype=torch.int32, device=Q.device)
     flags = None
     if candidates is not None or key_mask is not None:
-        flags = torch.empty((B, G), dtype=torch.int8, device=Q.device)
+        flags = torch.empty((B, stride_g), dtype=torch.int8, device=Q.device)
         flag_tile = tiles.group_flags(group)
-        kernels.group_flags_kernel[(B * _cdiv(G, flag_tile["GROUPS"]),)](
+        kernels.group_flags_kernel[(B * _cdiv(stride_g, flag_tile["GROUPS"]),)](
             unused if columns_sorted is None else columns_sorted,
             mask,
             flags,
             M,
             columns,
-            G,
             B2,
+            stride_g,
             *mask_strides,
             HAS_COLUMNS=shared["HAS_COLUMNS"],
             HAS_MASK=shared["HAS_MASK"],
             **flag_tile,
         )
-    column_tiles = _cdiv(columns, block_m)
+    column_tiles = stride_g * group // block_m
     for first in range(0, blocks, at_once):
         count = min(at_once, blocks - first)
         tiles_each = tiles.tiles_each(arch, count, column_tiles)
@@ -361,14 +418,13 @@ def _select(
             M,
             D,
             columns,
-            G,
             B2,
             row_blocks,
             tiles_each,
-            *Q.stride(),
-            *K.stride(),
-            *mask_strides,
+            stride_g,
+            *strides,
             **shared,
+            ALIGN=align,
             PRECISION=tiles.sweep_precision(bits, D, _tf32()),
             INTERPRETED=interpreted(),
             GROUP=group,
@@ -383,6 +439,7 @@ def _select(
             N,
             G,
             row_blocks,
+            stride_g,
             HAS_FLAGS=flags is not None,
             BLOCK_N=block_n,
             **nominate,
@@ -447,7 +504,7 @@ def _aggregate(
     B2, B = V.shape[1], V.shape[0] * V.shape[1]
     arch = _arch(V)
     shared: dict[str, Any] = {"RHO": RHOS[rho], "HAS_BIAS": bias is not None}
-    b = V if bias is None else bias
+    b = V if bias is None else bias.contiguous()
     if weight is not None and _is_dense(weight, C):
         tile = kernels.tiles.aggregate_dense(arch, _bits(V), C, O, k)
         grid = (B * _cdiv(N, tile["BLOCK_N"]) * _cdiv(O, tile["BLOCK_O"]),)
@@ -465,9 +522,9 @@ def _aggregate(
             k,
             scale,
             B2,
-            *V.stride(),
-            b.stride(0),
+            *_strides(V),
             **shared,
+            ALIGN=_alignment(V),
             PRECISION=_product_precision(V),
             **tile,
         )
@@ -478,7 +535,7 @@ def _aggregate(
             V,
             s,
             I,
-            V if weight is None else weight,
+            V if weight is None else weight.contiguous(),
             b,
             output,
             N,
@@ -487,48 +544,45 @@ def _aggregate(
             k,
             scale,
             B2,
-            *V.stride(),
-            *_weight_strides(weight),
-            b.stride(0),
+            *_strides(V),
             **shared,
+            ALIGN=_alignment(V),
             HAS_WEIGHT=weight is not None,
             **tile,
         )
     return output
 
 
-def _weight_strides(weight: Tensor | None) -> tuple[int, int]:
-    """Of a depthwise weight [C, 1, k]: from channel to channel, and from j to j."""
-    return (0, 0) if weight is None else (weight.stride(0), weight.stride(2))
+def _inverse_list(
+    similarities: Tensor, indices: Tensor, M: int, by_slot: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs sorted by key, the key of each, and where those of each key begin: inverse_list.py.
 
-
-def _inverse_list(rows: Tensor, M: int, by_slot: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs sorted by key, the key of each, and where those of each key begin.
-
-    rows [B, N, k] are rows of key, -1 where a neighbor is missing. Pairs of a key come by (i, j),
-    or by (j, i) if `by_slot`; their key is then that of (key, j). Shapes are [B * N * k] twice
-    and [B * M + 1]. Nothing is read back to the host.
+    Of similarities and indices [..., N, k], contiguous. Shapes are [B * N * k] twice and
+    [B * M + 1]. Nothing is read back to the host.
     """
-    B, _, k = rows.shape
-    first_row = (
-        torch.arange(0, B * M, M, device=rows.device).view(B, 1, 1) if M else rows.new_zeros(1)
+    kernels = _kernels()
+    N, k = indices.shape[-2:]
+    total = indices.numel()
+    B = total // (N * k)
+    largest = max(total, (B * M + 1) * (k if by_slot else 1))
+    numbers: dict[str, Any] = {
+        "dtype": torch.int32 if largest < 2**31 else torch.int64,
+        "device": indices.device,
+    }
+    count, each = kernels.tiles.inverse_list_parts(B, N * k, M)
+    # One more in front: sums are of what comes before.
+    places = torch.zeros(B * (M + 1) * count + 1, **numbers)
+    pairs, keys = torch.empty(total, **numbers), torch.empty(total, **numbers)
+    sizes = (N, M, k, B, count, each)
+    options = {"BY_SLOT": by_slot, **kernels.tiles.sort()}
+    kernels.count_pairs_kernel[(B * count,)](similarities, indices, places[1:], *sizes, **options)
+    places.cumsum_(0)
+    offsets = places[: B * M * count + 1 : count].clone()
+    kernels.place_pairs_kernel[(B * count,)](
+        similarities, indices, places, pairs, keys, *sizes, **options
     )
-    sort_by = torch.where(rows < 0, B * M, rows + first_row)
-    bounds = torch.arange(B * M + 1, device=rows.device)
-    if by_slot:
-        sort_by = sort_by * k + torch.arange(k, device=rows.device)
-        bounds = bounds * k
-    if (B * M + 1) * k < 2**31:
-        # Half the passes of a radix sort.
-        sort_by, bounds = sort_by.to(torch.int32), bounds.to(torch.int32)
-    keys, pairs = sort_by.flatten().sort(stable=True)
-    return pairs, keys, torch.searchsorted(keys, bounds)
-
-
-def _present_rows(similarities: Tensor, indices: Tensor, M: int) -> Tensor:
-    """Indices, or -1 where a neighbor is missing."""
-    present = (similarities != -torch.inf) & (indices >= 0) & (indices < M)
-    return torch.where(present, indices, -1)
+    return pairs, keys, offsets
 
 
 def _grad(tensor: Tensor, needed: bool) -> Tensor:
@@ -560,16 +614,30 @@ def _select_backward(
     norms = (Q, Q, Q, Q)
     if metric == "cosine":
         norms = (*_norms(Q)[:2], *_norms(K)[:2])
-    sizes = (N, M, D, k, B2, *Q.stride(), *K.stride())
+    strides, align = (*_strides(Q), *_strides(K)), _alignment(Q, K)
     if need_query:
         tile = tiles.query_grad(arch, D, k)
         grid = (B * _cdiv(N, tile["BLOCK_N"]) * _cdiv(D, tile["BLOCK_D"]),)
         kernels.query_grad_kernel[grid](
-            g, s, I, Q, K, *norms, grad_query, *sizes, METRIC=METRICS[metric], **tile
+            g,
+            s,
+            I,
+            Q,
+            K,
+            *norms,
+            grad_query,
+            N,
+            M,
+            D,
+            k,
+            B2,
+            *strides,
+            METRIC=METRICS[metric],
+            ALIGN=align,
+            **tile,
         )
     if need_key:
-        rows = _present_rows(s, I, M).view(B, N, k)
-        pairs, keys, offsets = _inverse_list(rows, M, by_slot=False)
+        pairs, keys, offsets = _inverse_list(s, I, M, by_slot=False)
         tile = tiles.inverse_list(arch, D)
         tile["BLOCK_D"] = tile.pop("columns")
         chunks = pairs.numel() // tile["CHUNK"]
@@ -597,9 +665,9 @@ def _select_backward(
                     k,
                     pairs.numel(),
                     B2,
-                    *Q.stride(),
-                    *K.stride(),
+                    *strides,
                     METRIC=METRICS[metric],
+                    ALIGN=align,
                     OF_CHUNKS=of_chunks,
                     **tile,
                 )
@@ -607,14 +675,21 @@ def _select_backward(
 
 
 def _value_grad(
-    G: Tensor, V: Tensor, rho: Tensor, W: Tensor | None, rows: Tensor, dense: bool, grad: Tensor
+    G: Tensor,
+    V: Tensor,
+    s: Tensor,
+    I: Tensor,
+    rho: Tensor,
+    W: Tensor | None,
+    dense: bool,
+    grad: Tensor,
 ) -> None:
     """Writes the gradient of V to `grad`. W is [k, C, O] if `dense`, else [C, 1, k] or none."""
     kernels = _kernels()
     tiles = kernels.tiles
-    (B, N, k), (M, C), O = rows.shape, V.shape[-2:], G.shape[-1]
-    B2, arch = V.shape[1], _arch(V)
-    pairs, keys, offsets = _inverse_list(rows, M, by_slot=dense)
+    k, B, (M, C), O = I.shape[-1], V.shape[0] * V.shape[1], V.shape[-2:], G.shape[-1]
+    arch = _arch(V)
+    pairs, keys, offsets = _inverse_list(s, I, M, by_slot=dense)
     tile = tiles.inverse_list(arch, O)
     tile["BLOCK_C"] = tile.pop("columns")
     chunks = pairs.numel() // tile["CHUNK"]
@@ -635,14 +710,9 @@ def _value_grad(
             part,
             grad,
             B * keys_each,
-            N,
-            keys_each,
             O,
             k,
             pairs.numel(),
-            B2,
-            *G.stride(),
-            *_weight_strides(W if weighted else None),
             HAS_WEIGHT=weighted,
             OF_CHUNKS=of_chunks,
             **tile,
@@ -664,14 +734,11 @@ def _value_grad(
         offsets,
         part,
         grad,
-        N,
         M,
         C,
         O,
         k,
         pairs.numel(),
-        B2,
-        *G.stride(),
         PRECISION=_product_precision(V),
         CHUNK=tile["CHUNK"],
         **dense_tile,
@@ -714,13 +781,12 @@ def _aggregate_backward(
 
     s, I = similarities.contiguous(), indices.contiguous()
     # Rows of G are gathered; and what is compiled does not depend on how a caller's loss made it.
-    V, G = _fold(value), _fold(grad_output.contiguous())
+    V, G = _fold(value), grad_output.contiguous()
     B2, B = V.shape[1], V.shape[0] * V.shape[1]
     arch, bits = _arch(V), _bits(V)
     precision = _product_precision(V)
     # [k, C, O] in a dense convolution.
-    W = V if weight is None else weight.permute(2, 1, 0).contiguous() if dense else weight
-    weight_strides = (0, 0) if dense else _weight_strides(weight)
+    W = V if weight is None else (weight.permute(2, 1, 0) if dense else weight).contiguous()
     row_tile = tiles.modulate(arch, k)
     row_grid = (_cdiv(B * N, row_tile["ROWS"]),)
     weights = torch.empty_like(s)
@@ -743,8 +809,8 @@ def _aggregate_backward(
                 O,
                 k,
                 B2,
-                *G.stride(),
-                *V.stride(),
+                *_strides(V),
+                ALIGN=_alignment(V),
                 PRECISION=precision,
                 **tile,
             )
@@ -762,20 +828,14 @@ def _aggregate_backward(
                 C,
                 k,
                 B2,
-                *G.stride(),
-                *V.stride(),
-                *weight_strides,
+                *_strides(V),
+                ALIGN=_alignment(V),
                 HAS_WEIGHT=weight is not None,
                 **tile,
             )
         if rho == "softmax":
             kernels.softmax_backward_kernel[row_grid](weights, grad_s, B * N, k, scale, **row_tile)
 
-    if not (need_value or need_weight):
-        return grad_value, grad_s, grad_weight, grad_bias
-    rows = _present_rows(s, I, M).view(B, N, k)
-    if need_value:
-        _value_grad(G, V, weights, W if weight is not None else None, rows, dense, grad_value)
     if need_weight and weight is not None:
         parts, rows_each = tiles.parts(B * N, weight.numel(), B * N * min(M, k * C))
         if dense:
@@ -786,17 +846,19 @@ def _aggregate_backward(
                 G,
                 V,
                 weights,
-                rows,
+                s,
+                I,
                 part,
                 B * N,
                 N,
+                M,
                 C,
                 O,
                 k,
                 B2,
                 rows_each,
-                *G.stride(),
-                *V.stride(),
+                *_strides(V),
+                ALIGN=_alignment(V),
                 PRECISION=precision,
                 **tile,
             )
@@ -808,19 +870,25 @@ def _aggregate_backward(
                 G,
                 V,
                 weights,
-                rows,
+                s,
+                I,
                 part,
                 B * N,
                 N,
+                M,
                 C,
                 k,
                 B2,
                 rows_each,
-                *G.stride(),
-                *V.stride(),
+                *_strides(V),
+                ALIGN=_alignment(V),
                 **tile,
             )
             grad_weight = part.sum(dim=0).mT.unsqueeze(1).to(weight.dtype).contiguous()
+        del part
+    # Last, because the inverse list takes most memory.
+    if need_value:
+        _value_grad(G, V, s, I, weights, None if weight is None else W, dense, grad_value)
     return grad_value, grad_s, grad_weight, grad_bias
 
 

@@ -15,16 +15,16 @@ import triton
 import triton.language as tl
 
 from .modulate import load_neighbors, modulate, softmax_terms
-from .offsets import wide
+from .offsets import SIZES, aligned, wide
 
 
-@triton.jit(do_not_specialize=["N", "M", "k"])
+@triton.jit(do_not_specialize=SIZES)
 def aggregate_dense_kernel(
     p_value,  # [B, M, C]
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
     p_weight,  # [k, C, O] contiguous
-    p_bias,  # [O], or unused
+    p_bias,  # [O] contiguous, or unused
     p_output,  # [B, N, O] contiguous
     N,
     M,
@@ -36,8 +36,7 @@ def aggregate_dense_kernel(
     stride_vb1,
     stride_vb2,
     stride_vm,
-    stride_vc,
-    stride_b,
+    ALIGN: tl.constexpr,
     RHO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -47,6 +46,9 @@ def aggregate_dense_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """BLOCK_N queries and BLOCK_O outputs. One turn has one j and BLOCK_C channels."""
+    stride_vb1 = aligned(stride_vb1, ALIGN)
+    stride_vb2 = aligned(stride_vb2, ALIGN)
+    stride_vm = aligned(stride_vm, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(N, BLOCK_N)
     output_blocks = tl.cdiv(O, BLOCK_O)
@@ -57,7 +59,7 @@ def aggregate_dense_kernel(
     o_r = b * N + o_n
     o_o = (pid % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
     m_o = o_o < O
-    o_c = tl.arange(0, BLOCK_C).to(tl.int64)
+    o_c = tl.arange(0, BLOCK_C)
     p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
 
     b_max, b_sum = softmax_terms(p_similarities, p_indices, o_r, m_n, M, k, scale, RHO, BLOCK_K)
@@ -67,25 +69,25 @@ def aggregate_dense_kernel(
         j = wide(turn // channel_blocks)
         c = (turn % channel_blocks) * BLOCK_C + o_c
         b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
-        p = p_v + b_row[:, None] * stride_vm + c[None, :] * stride_vc
+        p = p_v + b_row[:, None] * stride_vm + c[None, :]
         b_v = tl.load(p, m[:, None] & (c < C)[None, :], 0.0)
         p = p_weight + (c + j * C)[:, None] * O + o_o[None, :]
         b_w = tl.load(p, (c < C)[:, None] & m_o[None, :], 0.0)
         b_rho = modulate(b_s, m, b_max, b_sum, scale, RHO)
         b_y += b_rho[:, None] * tl.dot(b_v, b_w, input_precision=PRECISION)
     if HAS_BIAS:
-        b_y += tl.load(p_bias + o_o * stride_b, m_o, 0.0).to(tl.float32)[None, :]
+        b_y += tl.load(p_bias + o_o, m_o, 0.0).to(tl.float32)[None, :]
     p = p_output + o_r[:, None] * O + o_o[None, :]
     tl.store(p, b_y.to(p_output.dtype.element_ty), m_n[:, None] & m_o[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "M", "k"])
+@triton.jit(do_not_specialize=SIZES)
 def aggregate_depthwise_kernel(
     p_value,  # [B, M, C]
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
-    p_weight,  # [C, 1, k], or unused
-    p_bias,  # [C], or unused
+    p_weight,  # [C, 1, k] contiguous, or unused
+    p_bias,  # [C] contiguous, or unused
     p_output,  # [B, N, C] contiguous
     N,
     M,
@@ -96,10 +98,7 @@ def aggregate_depthwise_kernel(
     stride_vb1,
     stride_vb2,
     stride_vm,
-    stride_vc,
-    stride_wc,
-    stride_wk,
-    stride_b,
+    ALIGN: tl.constexpr,
     RHO: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -108,6 +107,9 @@ def aggregate_depthwise_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """BLOCK_N queries and BLOCK_C channels, depthwise or without a weight."""
+    stride_vb1 = aligned(stride_vb1, ALIGN)
+    stride_vb2 = aligned(stride_vb2, ALIGN)
+    stride_vm = aligned(stride_vm, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(N, BLOCK_N)
     channel_blocks = tl.cdiv(C, BLOCK_C)
@@ -127,15 +129,15 @@ def aggregate_depthwise_kernel(
         b_part = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for j in range(start, tl.minimum(start + BLOCK_K, k)):
             b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
-            p = p_v + b_row[:, None] * stride_vm + o_c[None, :] * stride_vc
+            p = p_v + b_row[:, None] * stride_vm + o_c[None, :]
             b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
             b_x = modulate(b_s, m, b_max, b_sum, scale, RHO)[:, None] * b_v
             if HAS_WEIGHT:
-                b_w = tl.load(p_weight + o_c * stride_wc + wide(j) * stride_wk, m_c, 0.0)
+                b_w = tl.load(p_weight + o_c * k + j, m_c, 0.0)
                 b_x = b_x * b_w.to(tl.float32)[None, :]
             b_part += b_x
         b_y += b_part
     if HAS_BIAS:
-        b_y += tl.load(p_bias + o_c * stride_b, m_c, 0.0).to(tl.float32)[None, :]
+        b_y += tl.load(p_bias + o_c, m_c, 0.0).to(tl.float32)[None, :]
     p = p_output + o_r[:, None] * C + o_c[None, :]
     tl.store(p, b_y.to(p_output.dtype.element_ty), m_n[:, None] & m_c[None, :])

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .inverse_list import run_of_chunk, run_of_key
 from .modulate import load_neighbors
-from .offsets import wide
+from .offsets import SIZES, aligned, wide
 
 
 @triton.jit
@@ -41,9 +41,9 @@ def _dot_of_float(b_a, b_b, b_sum, PRECISION: tl.constexpr):
     return b_sum
 
 
-@triton.jit(do_not_specialize=["N", "M", "k"])
+@triton.jit(do_not_specialize=SIZES)
 def rho_grad_dense_kernel(
-    p_grad,  # [B, N, O]
+    p_grad,  # [B, N, O] contiguous
     p_value,  # [B, M, C]
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
@@ -55,20 +55,19 @@ def rho_grad_dense_kernel(
     O,
     k,
     B2,
-    stride_gb1,
-    stride_gb2,
-    stride_gn,
-    stride_go,
     stride_vb1,
     stride_vb2,
     stride_vm,
-    stride_vc,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """drho of BLOCK_N queries and one j; P stays in registers, BLOCK_C channels at a time."""
+    stride_vb1 = aligned(stride_vb1, ALIGN)
+    stride_vb2 = aligned(stride_vb2, ALIGN)
+    stride_vm = aligned(stride_vm, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(N, BLOCK_N)
     j = pid % k
@@ -77,56 +76,53 @@ def rho_grad_dense_kernel(
     o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     o_r = b * N + o_n
-    p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2 + o_n * stride_gn
+    p_g = p_grad + o_r * O
     p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
     _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
     b_drho = tl.zeros([BLOCK_N], tl.float32)
     for c0 in range(0, C, BLOCK_C):
-        o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
+        o_c = c0 + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         b_p = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for o0 in range(0, O, BLOCK_O):
-            o_o = o0 + tl.arange(0, BLOCK_O).to(tl.int64)
+            o_o = o0 + tl.arange(0, BLOCK_O)
             m_o = o_o < O
-            p = p_g[:, None] + o_o[None, :] * stride_go
+            p = p_g[:, None] + o_o[None, :]
             b_g = tl.load(p, m[:, None] & m_o[None, :], 0.0)
             p = p_weight + (j * C + o_c)[None, :] * O + o_o[:, None]
             b_w = tl.load(p, m_o[:, None] & m_c[None, :], 0.0)
             b_p = tl.dot(b_g, b_w, b_p, input_precision=PRECISION)
-        p = p_v + b_row[:, None] * stride_vm + o_c[None, :] * stride_vc
+        p = p_v + b_row[:, None] * stride_vm + o_c[None, :]
         b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
         b_drho += tl.sum(b_p * b_v, 1)
     tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
 
 
-@triton.jit(do_not_specialize=["N", "M", "k"])
+@triton.jit(do_not_specialize=SIZES)
 def rho_grad_depthwise_kernel(
-    p_grad,  # [B, N, C]
+    p_grad,  # [B, N, C] contiguous
     p_value,  # [B, M, C]
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
-    p_weight,  # [C, 1, k], or unused
+    p_weight,  # [C, 1, k] contiguous, or unused
     p_rho_grad,  # [B, N, k] float32
     N,
     M,
     C,
     k,
     B2,
-    stride_gb1,
-    stride_gb2,
-    stride_gn,
-    stride_gc,
     stride_vb1,
     stride_vb2,
     stride_vm,
-    stride_vc,
-    stride_wc,
-    stride_wk,
+    ALIGN: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """drho of BLOCK_N queries and one j."""
+    stride_vb1 = aligned(stride_vb1, ALIGN)
+    stride_vb2 = aligned(stride_vb2, ALIGN)
+    stride_vm = aligned(stride_vm, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(N, BLOCK_N)
     j = pid % k
@@ -135,7 +131,7 @@ def rho_grad_depthwise_kernel(
     o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     o_r = b * N + o_n
-    p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2 + o_n * stride_gn
+    p_g = p_grad + o_r * C
     p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
     _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
     b_drho = tl.zeros([BLOCK_N], tl.float32)
@@ -143,37 +139,31 @@ def rho_grad_depthwise_kernel(
         o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         m_c = o_c < C
         m_v = m[:, None] & m_c[None, :]
-        p = p_g[:, None] + o_c[None, :] * stride_gc
+        p = p_g[:, None] + o_c[None, :]
         b_p = tl.load(p, m_v, 0.0).to(tl.float32)
         if HAS_WEIGHT:
-            b_w = tl.load(p_weight + o_c * stride_wc + j * stride_wk, m_c, 0.0)
+            b_w = tl.load(p_weight + o_c * k + j, m_c, 0.0)
             b_p = b_p * b_w.to(tl.float32)[None, :]
-        p = p_v + b_row[:, None] * stride_vm + o_c[None, :] * stride_vc
+        p = p_v + b_row[:, None] * stride_vm + o_c[None, :]
         b_drho += tl.sum(b_p * tl.load(p, m_v, 0.0).to(tl.float32), 1)
     tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
 
 
-@triton.jit(do_not_specialize=["N", "M", "k", "pairs"])
+@triton.jit(do_not_specialize=SIZES)
 def value_grad_dense_kernel(
-    p_grad,  # [B, N, O]
+    p_grad,  # [B, N, O] contiguous
     p_rho,  # [B, N, k] float32
     p_weight,  # [k, C, O] contiguous
-    p_pairs,  # [pairs] int64, sorted by key and j
+    p_pairs,  # [pairs], sorted by key and j
     p_keys,  # [pairs]: (b * M + key) * k + j of each
-    p_offsets,  # [B * M + 1] int64
+    p_offsets,  # [B * M + 1]
     p_part,  # [pairs // CHUNK, O] float32: H_j over the chunks within one key and j
     p_value_grad,  # [B, M, C] contiguous
-    N,
     M,
     C,
     O,
     k,
     pairs,
-    B2,
-    stride_gb1,
-    stride_gb2,
-    stride_gn,
-    stride_go,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -194,15 +184,14 @@ def value_grad_dense_kernel(
     m_m = o_m < M
     o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2
-    first = tl.load(p_offsets + b * M + o_m, m_m, 0)
+    first = tl.load(p_offsets + b * M + o_m, m_m, 0).to(tl.int64)
     b_dv = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for turn in range(0, k):
         j = wide(turn)
         key = (b * M + o_m) * k + j
         cursor = first
         for o0 in range(0, O, BLOCK_O):
-            o_o = o0 + tl.arange(0, BLOCK_O).to(tl.int64)
+            o_o = o0 + tl.arange(0, BLOCK_O)
             m_o = o_o < O
             b_h = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
             cursor = first
@@ -214,8 +203,7 @@ def value_grad_dense_kernel(
                 m_pair = m & (m_chunk == 0)
                 pair = tl.load(p_pairs + cursor, m_pair, 0)
                 b_rho = tl.load(p_rho + pair, m_pair, 0.0)
-                o_n = tl.where(m_pair, pair // k - b * N, 0)
-                p = p_g + o_n[:, None] * stride_gn + o_o[None, :] * stride_go
+                p = p_grad + (pair // k).to(tl.int64)[:, None] * O + o_o[None, :]
                 b_g = tl.load(p, m_pair[:, None] & m_o[None, :], 0.0).to(tl.float32)
                 p = p_part + (cursor // CHUNK)[:, None] * O + o_o[None, :]
                 b_part = tl.load(p, m_chunk[:, None] & m_o[None, :], 0.0)
@@ -230,29 +218,20 @@ def value_grad_dense_kernel(
     tl.store(p, b_dv.to(p_value_grad.dtype.element_ty), m_m[:, None] & m_c[None, :])
 
 
-@triton.jit(do_not_specialize=["keys", "N", "M", "k", "pairs"])
+@triton.jit(do_not_specialize=SIZES)
 def value_grad_depthwise_kernel(
-    p_grad,  # [B, N, C]
+    p_grad,  # [B, N, C] contiguous
     p_rho,  # [B, N, k] float32
-    p_weight,  # [C, 1, k], or unused
-    p_pairs,  # [pairs] int64, sorted by key
+    p_weight,  # [C, 1, k] contiguous, or unused
+    p_pairs,  # [pairs], sorted by key
     p_keys,  # [pairs]: the key of each
-    p_offsets,  # [keys + 1] int64
+    p_offsets,  # [keys + 1]
     p_part,  # [pairs // CHUNK, C] float32: dV over the chunks within one key
     p_value_grad,  # [B, M, C] contiguous
     keys,
-    N,
-    M,
     C,
     k,
     pairs,
-    B2,
-    stride_gb1,
-    stride_gb2,
-    stride_gn,
-    stride_gc,
-    stride_wc,
-    stride_wk,
     HAS_WEIGHT: tl.constexpr,
     OF_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -272,27 +251,23 @@ def value_grad_depthwise_kernel(
     m_c = o_c < C
     if OF_CHUNKS:
         m_r = o_r < pairs // CHUNK
-        key, first, last = run_of_chunk(p_keys, o_r, pairs // CHUNK, keys, CHUNK)
+        _, first, last = run_of_chunk(p_keys, o_r, pairs // CHUNK, keys, CHUNK)
         begin, end = last, last
     else:
         m_r = o_r < keys
-        key = o_r
         first, last, begin, end = run_of_key(p_offsets, o_r, m_r, CHUNK)
-    b = key // M
-    p_g = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2
     b_dv = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS):
         o_p = first[:, None] + start + tl.arange(0, PAIRS)[None, :]
         o_p += tl.where(o_p < begin[:, None], 0, (end - begin)[:, None])
         m_p = o_p < last[:, None]
         b_pair = tl.load(p_pairs + o_p, m_p, 0)
-        b_n = tl.where(m_p, b_pair // k - (b * N)[:, None], 0)
         m = m_p[:, :, None] & m_c[None, None, :]
-        p_row = p_g[:, None] + b_n * stride_gn
-        b_p = tl.load(p_row[:, :, None] + o_c[None, None, :] * stride_gc, m, 0.0).to(tl.float32)
+        p = p_grad + (b_pair // k).to(tl.int64)[:, :, None] * C + o_c[None, None, :]
+        b_p = tl.load(p, m, 0.0).to(tl.float32)
         if HAS_WEIGHT:
             b_j = b_pair % k
-            p = p_weight + o_c[None, None, :] * stride_wc + b_j[:, :, None] * stride_wk
+            p = p_weight + o_c[None, None, :] * k + b_j[:, :, None]
             b_p = b_p * tl.load(p, m, 0.0).to(tl.float32)
         b_dv += tl.sum(tl.load(p_rho + b_pair, m_p, 0.0)[:, :, None] * b_p, 1)
     p_out = o_r[:, None] * C + o_c[None, :]
@@ -308,34 +283,35 @@ def value_grad_depthwise_kernel(
         tl.store(p_value_grad + p_out, b_dv.to(p_value_grad.dtype.element_ty), m_out)
 
 
-@triton.jit(do_not_specialize=["rows", "N", "k", "rows_each"])
+@triton.jit(do_not_specialize=SIZES)
 def weight_grad_dense_kernel(
-    p_grad,  # [B, N, O]
+    p_grad,  # [B, N, O] contiguous
     p_value,  # [B, M, C]
     p_rho,  # [B, N, k] float32
-    p_rows,  # [B, N, k] int64: rows of V, -1 where a neighbor is missing
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
     p_part,  # [parts, k, C, O] float32
     rows,
     N,
+    M,
     C,
     O,
     k,
     B2,
     rows_each,
-    stride_gb1,
-    stride_gb2,
-    stride_gn,
-    stride_go,
     stride_vb1,
     stride_vb2,
     stride_vm,
-    stride_vc,
+    ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dW of one j, BLOCK_C channels and BLOCK_O outputs, over `rows_each` of the B * N queries."""
+    stride_vb1 = aligned(stride_vb1, ALIGN)
+    stride_vb2 = aligned(stride_vb2, ALIGN)
+    stride_vm = aligned(stride_vm, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     output_blocks = tl.cdiv(O, BLOCK_O)
     channel_blocks = tl.cdiv(C, BLOCK_C)
@@ -352,46 +328,47 @@ def weight_grad_dense_kernel(
         o_n = start + tl.arange(0, BLOCK_N)
         o_r = part * rows_each + o_n
         m_r = (o_n < rows_each) & (o_r < rows)
-        b = o_r // N
+        # Of fewer batch elements than programs, so that divisions by B2 may have 32 bits.
+        b = (o_r // N).to(tl.int32)
         b_rho = tl.load(p_rho + o_r * k + j, m_r, 0.0)
-        b_row = tl.load(p_rows + o_r * k + j, m_r, -1)
-        m = m_r & (b_row >= 0)
+        _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_r, M)
         p = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2 + b_row * stride_vm
-        p = p[None, :] + o_c[:, None] * stride_vc
+        p = p[None, :] + o_c[:, None]
         b_v = tl.load(p, m_c[:, None] & m[None, :], 0.0)
-        p = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2 + (o_r % N) * stride_gn
-        b_g = tl.load(p[:, None] + o_o[None, :] * stride_go, m[:, None] & m_o[None, :], 0.0)
+        p = p_grad + o_r[:, None] * O + o_o[None, :]
+        b_g = tl.load(p, m[:, None] & m_o[None, :], 0.0)
         b_x = b_rho[None, :] * b_v.to(tl.float32)
         b_dw = _dot_of_float(b_x, b_g, b_dw, PRECISION)
     p = p_part + ((part * k + j) * C + o_c)[:, None] * O + o_o[None, :]
     tl.store(p, b_dw, m_c[:, None] & m_o[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "N", "k", "rows_each"])
+@triton.jit(do_not_specialize=SIZES)
 def weight_grad_depthwise_kernel(
-    p_grad,  # [B, N, C]
+    p_grad,  # [B, N, C] contiguous
     p_value,  # [B, M, C]
     p_rho,  # [B, N, k] float32
-    p_rows,  # [B, N, k] int64: rows of V, -1 where a neighbor is missing
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
     p_part,  # [parts, k, C] float32
     rows,
     N,
+    M,
     C,
     k,
     B2,
     rows_each,
-    stride_gb1,
-    stride_gb2,
-    stride_gn,
-    stride_gc,
     stride_vb1,
     stride_vb2,
     stride_vm,
-    stride_vc,
+    ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dW of one j and BLOCK_C channels, over `rows_each` of the B * N queries."""
+    stride_vb1 = aligned(stride_vb1, ALIGN)
+    stride_vb2 = aligned(stride_vb2, ALIGN)
+    stride_vm = aligned(stride_vm, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     channel_blocks = tl.cdiv(C, BLOCK_C)
     o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -404,14 +381,14 @@ def weight_grad_depthwise_kernel(
         o_n = start + tl.arange(0, BLOCK_N)
         o_r = part * rows_each + o_n
         m_r = (o_n < rows_each) & (o_r < rows)
-        b = o_r // N
+        # Of fewer batch elements than programs, so that divisions by B2 may have 32 bits.
+        b = (o_r // N).to(tl.int32)
         b_rho = tl.load(p_rho + o_r * k + j, m_r, 0.0)
-        b_row = tl.load(p_rows + o_r * k + j, m_r, -1)
-        m_r = m_r & (b_row >= 0)
+        _, b_row, m_r = load_neighbors(p_similarities, p_indices, o_r * k + j, m_r, M)
         m = m_r[:, None] & m_c[None, :]
         p = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2 + b_row * stride_vm
-        b_v = tl.load(p[:, None] + o_c[None, :] * stride_vc, m, 0.0).to(tl.float32)
-        p = p_grad + (b // B2) * stride_gb1 + (b % B2) * stride_gb2 + (o_r % N) * stride_gn
-        b_g = tl.load(p[:, None] + o_c[None, :] * stride_gc, m, 0.0).to(tl.float32)
+        b_v = tl.load(p[:, None] + o_c[None, :], m, 0.0).to(tl.float32)
+        p = p_grad + o_r[:, None] * C + o_c[None, :]
+        b_g = tl.load(p, m, 0.0).to(tl.float32)
         b_dw += tl.sum(b_rho[:, None] * b_v * b_g, 0)
     tl.store(p_part + (part * k + j) * C + o_c, b_dw, m_c)

@@ -3,6 +3,13 @@
 
 A pair is the place of its neighbor in the flattened [B, N, k]. The list is all pairs, sorted by
 key; `keys` has the key of each, b * M + m, or a number beyond all keys for a missing neighbor.
+Pairs of a key come by (i, j); or by (j, i), and then j is part of the key: (b * M + m) * k + j.
+
+It is a counting sort, which takes 8 bytes for a pair, or 16 where 32 bits are too few. The pairs of
+a batch element are cut into tiles. `count_pairs_kernel` counts the pairs of each key in each tile;
+sums of those before, by key and then by tile, are the places where they go, and
+`place_pairs_kernel` puts them there in their order. Integers are added atomically, which has one
+result in whatever order.
 
 A key that many queries chose has a long run in it, which one program would walk for long. So the
 list is cut, without regard to keys, into chunks of CHUNK pairs, and what a kernel sums over pairs
@@ -13,6 +20,99 @@ always the same terms in the same order.
 
 import triton
 import triton.language as tl
+
+from .modulate import load_neighbors
+from .offsets import SIZES, wide
+
+
+@triton.jit
+def _load_bins(p_similarities, p_indices, place, m, N, M, k, B, b, BY_SLOT: tl.constexpr):
+    """The pairs of batch element b that come at `place` in it; and of each the row of key, or M if
+    the neighbor is missing, the bin, and the key.
+
+    Bins are keys b * M + m; and then one for the missing neighbors of each batch element.
+    """
+    slot = place % k
+    pair = place
+    if BY_SLOT:
+        slot = place // N
+        pair = (place % N) * k + slot
+    pair += b * N * k
+    _, b_row, present = load_neighbors(p_similarities, p_indices, pair, m, M)
+    keys = wide(B) * M
+    b_bin = tl.where(present, b * M + b_row, keys + b)
+    b_key = tl.where(present, b * M + b_row, keys)
+    if BY_SLOT:
+        b_key = b_key * k + slot
+    return pair, tl.where(present, b_row, M).to(tl.int32), b_bin, b_key
+
+
+@triton.jit(do_not_specialize=SIZES)
+def count_pairs_kernel(
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_counts,  # [B * (M + 1), tiles]: 0 before
+    N,
+    M,
+    k,
+    B,
+    tiles,
+    pairs_each,
+    BY_SLOT: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """How many pairs of each bin there are in one tile of `pairs_each` pairs."""
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // tiles
+    tile = pid % tiles
+    first = tile * pairs_each
+    last = tl.minimum(first + pairs_each, N.to(tl.int64) * k)
+    for start in range(first, last, PAIRS):
+        place = start + tl.arange(0, PAIRS)
+        m = place < last
+        _, _, b_bin, _ = _load_bins(p_similarities, p_indices, place, m, N, M, k, B, b, BY_SLOT)
+        tl.atomic_add(p_counts + b_bin * tiles + tile, 1, m, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def place_pairs_kernel(
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_places,  # [B * (M + 1), tiles]: where the next pair of a bin and tile goes
+    p_pairs,  # [B * N * k]
+    p_keys,  # [B * N * k]
+    N,
+    M,
+    k,
+    B,
+    tiles,
+    pairs_each,
+    BY_SLOT: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Puts the pairs of one tile into the list, PAIRS at a time."""
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // tiles
+    tile = pid % tiles
+    first = tile * pairs_each
+    last = tl.minimum(first + pairs_each, N.to(tl.int64) * k)
+    o_p = tl.arange(0, PAIRS)
+    for start in range(first, last, PAIRS):
+        place = start + o_p
+        m = place < last
+        pair, b_row, b_bin, b_key = _load_bins(
+            p_similarities, p_indices, place, m, N, M, k, B, b, BY_SLOT
+        )
+        # The first of a bin takes places for all of the bin; the others come after it in order.
+        # Sums over the first axis, in which threads have many elements, are the cheaper ones.
+        m_same = (b_row[:, None] == b_row[None, :]) & m[:, None]
+        rank = tl.sum((m_same & (o_p[:, None] < o_p[None, :])).to(tl.int32), 0)
+        count = tl.sum(m_same.to(tl.int32), 0).to(p_places.dtype.element_ty)
+        m_first = m & (rank == 0)
+        begin = tl.atomic_add(p_places + b_bin * tiles + tile, count, m_first, sem="relaxed")
+        begin = tl.sum(tl.where(m_same & m_first[:, None], begin[:, None], 0), 0)
+        tl.store(p_pairs + begin + rank, pair.to(p_pairs.dtype.element_ty), m)
+        tl.store(p_keys + begin + rank, b_key.to(p_keys.dtype.element_ty), m)
 
 
 @triton.jit
@@ -33,14 +133,14 @@ def run_of_chunk(
 
 @triton.jit
 def run_of_key(
-    p_offsets,  # [keys + 1] int64
+    p_offsets,  # [keys + 1]
     o_r,  # [rows] int64: keys
     m_r,  # [rows]
     CHUNK: tl.constexpr,
 ):
     """The pairs of a key from `first` to `last`, of which its chunks have `begin` to `end`."""
-    first = tl.load(p_offsets + o_r, m_r, 0)
-    last = tl.load(p_offsets + o_r + 1, m_r, 0)
+    first = tl.load(p_offsets + o_r, m_r, 0).to(tl.int64)
+    last = tl.load(p_offsets + o_r + 1, m_r, 0).to(tl.int64)
     begin = (first + CHUNK - 1) // CHUNK * CHUNK
     end = last // CHUNK * CHUNK
     return first, last, tl.where(begin < end, begin, last), tl.where(begin < end, end, last)

@@ -7,6 +7,8 @@ A similarity of -inf, or an index outside of V, marks a missing neighbor: its rh
 import triton
 import triton.language as tl
 
+from .offsets import SIZES
+
 SOFTMAX = tl.constexpr(0)
 ONES = tl.constexpr(1)
 SIMILARITY = tl.constexpr(2)
@@ -65,7 +67,7 @@ def modulate(b_s, m, b_max, b_sum, scale, RHO: tl.constexpr):
     return tl.where(m, b_rho, 0.0)
 
 
-@triton.jit(do_not_specialize=["rows", "M"])
+@triton.jit(do_not_specialize=SIZES)
 def modulate_kernel(
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
@@ -91,7 +93,7 @@ def modulate_kernel(
         tl.store(p_rho + o, b_rho, m_k)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=SIZES)
 def softmax_backward_kernel(
     p_rho,  # [B, N, k] float32
     p_grad,  # [B, N, k] float32: the gradient of rho, replaced by that of the similarities

@@ -7,7 +7,8 @@ groups of GROUP consecutive ones:
 1. `norms_kernel` (cosine only): the norm of each row.
 2. `sweep_kernel`: tiles of S on tensor cores, of which only the maximum of each group is stored.
    One program has BLOCK_N queries and a range of columns; the tile of S stays in registers. As the
-   maxima of different columns do not meet, a single row block can fill the chip.
+   maxima of different columns do not meet, a single row block can fill the chip. A row of maxima
+   has place for `stride_g` groups, a multiple of 16 whatever their number G; the last are not read.
 3. `nominate_kernel`: the k groups of each query with the largest maxima, ties by group.
 4. `refine_kernel`: the similarities of the members of those groups, each one fixed sum over D in
    float32, and the k largest of them. One program has ROWS queries; its list stays in registers.
@@ -28,6 +29,7 @@ BLOCK_N, which do not cross batch elements; a launch begins at block `first_bloc
 import triton
 import triton.language as tl
 
+from .offsets import SIZES, aligned
 from .order import (
     NOTHING,
     ORDER_OF_SELF,
@@ -45,7 +47,7 @@ DOT = tl.constexpr(1)
 EUCLIDEAN = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["rows", "N"])
+@triton.jit(do_not_specialize=SIZES)
 def norms_kernel(
     p_x,  # [B, N, D]
     p_norm,  # [B, N] float32: the norm of the scaled row, 0 where it counts as zero, or NaN
@@ -59,24 +61,27 @@ def norms_kernel(
     stride_b1,
     stride_b2,
     stride_n,
-    stride_d,
+    ALIGN: tl.constexpr,
     RESCALE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Norms of the rows of x. Scaling by a power of two is exact and keeps squares finite."""
+    stride_b1 = aligned(stride_b1, ALIGN)
+    stride_b2 = aligned(stride_b2, ALIGN)
+    stride_n = aligned(stride_n, ALIGN)
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < rows
     b = o_r // N
     p_row = p_x + (b // B2) * stride_b1 + (b % B2) * stride_b2 + (o_r % N) * stride_n
-    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
 
     scale = tl.full([ROWS], 1.0, tl.float32)
     if RESCALE:
         b_largest = tl.zeros([ROWS], tl.float32)
         for d in range(0, D, BLOCK_D):
             m_x = m_r[:, None] & (d + o_d < D)[None, :]
-            b_x = tl.load(p_row[:, None] + (d + o_d)[None, :] * stride_d, m_x, 0.0).to(tl.float32)
+            b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
             b_largest = tl.maximum(b_largest, tl.max(tl.abs(tl.where(b_x == b_x, b_x, 0.0)), 1))
         exponent = (b_largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
         # 2^-(exponent - 127), for which the exponent must be between 1 and 253.
@@ -86,7 +91,7 @@ def norms_kernel(
     b_sum = tl.zeros([ROWS], tl.float32)
     for d in range(0, D, BLOCK_D):
         m_x = m_r[:, None] & (d + o_d < D)[None, :]
-        b_x = tl.load(p_row[:, None] + (d + o_d)[None, :] * stride_d, m_x, 0.0).to(tl.float32)
+        b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
         b_x = b_x * scale[:, None]
         if RESCALE:
             p_out = p_scaled + o_r[:, None] * D + (d + o_d)[None, :]
@@ -103,18 +108,17 @@ def norms_kernel(
     tl.store(p_inverse + o_r, inverse, m_r)
 
 
-@triton.jit(do_not_specialize=["M", "columns"])
+@triton.jit(do_not_specialize=SIZES)
 def group_flags_kernel(
     p_columns,  # [R] int64, or unused
     p_mask,  # [B, M] bool, or unused
-    p_flags,  # [B, G] int8
+    p_flags,  # [B, stride_g] int8
     M,
     columns,
-    G,
     B2,
+    stride_g,
     stride_mb1,
     stride_mb2,
-    stride_mm,
     HAS_COLUMNS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -122,7 +126,7 @@ def group_flags_kernel(
 ):
     """Whether a group has a column that may be a neighbor."""
     pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(G, GROUPS)
+    blocks = tl.cdiv(stride_g, GROUPS)
     b = pid // blocks
     o_g = (pid % blocks) * GROUPS + tl.arange(0, GROUPS)
     o_c = o_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -133,8 +137,9 @@ def group_flags_kernel(
         m_c = m_c & (row >= 0) & (row < M)
     if HAS_MASK:
         p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
-        m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
-    tl.store(p_flags + b * G + o_g, tl.max(m_c.to(tl.int32), 1).to(tl.int8), o_g < G)
+        m_c = m_c & (tl.load(p_b + row, m_c, 0) != 0)
+    b_flag = tl.max(m_c.to(tl.int32), 1).to(tl.int8)
+    tl.store(p_flags + b * stride_g + o_g, b_flag, o_g < stride_g)
 
 
 @triton.jit
@@ -197,7 +202,7 @@ def _split_dot(b_q, b_k, b_s, b_rest, INTERPRETED: tl.constexpr):
     return b_s, b_rest
 
 
-@triton.jit(do_not_specialize=["first_block", "N", "M", "columns", "tiles_each"])
+@triton.jit(do_not_specialize=SIZES)
 def sweep_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
@@ -205,27 +210,25 @@ def sweep_kernel(
     p_key_inverse,  # [B, M] float32, cosine only
     p_columns,  # [R] int64, or unused
     p_mask,  # [B, M] bool, or unused
-    p_maxima,  # [blocks of the launch * BLOCK_N, G] float32
+    p_maxima,  # [blocks of the launch * BLOCK_N, stride_g] float32
     first_block,
     N,
     M,
     D,
     columns,
-    G,
     B2,
     row_blocks,
     tiles_each,
+    stride_g,
     stride_qb1,
     stride_qb2,
     stride_qn,
-    stride_qd,
     stride_kb1,
     stride_kb2,
     stride_km,
-    stride_kd,
     stride_mb1,
     stride_mb2,
-    stride_mm,
+    ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -241,27 +244,36 @@ def sweep_kernel(
 
     A maximum decides only which groups are looked at. ||q|| is applied to it rather than to S.
     """
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
     GROUPS: tl.constexpr = BLOCK_M // GROUP
-    splits = tl.cdiv(tl.cdiv(columns, BLOCK_M), tiles_each)
+    stride_g = aligned(stride_g, 16)
+    tiles = stride_g // GROUPS
+    splits = tl.cdiv(tiles, tiles_each)
     pid = tl.program_id(0).to(tl.int64)
     local = pid // splits
     block = first_block + local
     b = block // row_blocks
     o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
-    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+    p_m = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
 
     inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
     if METRIC == COSINE:
         inverse_q = tl.load(p_query_inverse + b * N + o_n, m_n, 0.0)
     if ONE_BLOCK_D:
         m_q = m_n[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(p_q[:, None] + o_d[None, :] * stride_qd, m_q, 0.0)
+        b_q = tl.load(p_q[:, None] + o_d[None, :], m_q, 0.0)
 
     first = (pid % splits) * tiles_each
-    last = tl.minimum(first + tiles_each, tl.cdiv(columns, BLOCK_M))
+    last = tl.minimum(first + tiles_each, tiles)
     for tile in range(first, last):
         # Scalars of 64 bits, ranges of 32: every thread has half of the columns.
         o_m = tl.arange(0, BLOCK_M)
@@ -273,12 +285,11 @@ def sweep_kernel(
             m_c = m_c & (row >= 0) & (row < M)
             p_inverse = p_key_inverse + b * M + row
         if HAS_MASK:
-            p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
-            m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
+            m_c = m_c & (tl.load(p_m + row, m_c, 0) != 0)
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         b_rest = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if ONE_BLOCK_D and METRIC != EUCLIDEAN:
-            p = p_k + row[None, :] * stride_km + o_d[:, None] * stride_kd
+            p = p_k + row[None, :] * stride_km + o_d[:, None]
             b_k = tl.load(p, m_c[None, :] & (o_d < D)[:, None], 0.0)
             if PRECISION == "split":
                 b_s, b_rest = _split_dot(b_q, b_k, b_s, b_rest, INTERPRETED)
@@ -288,9 +299,9 @@ def sweep_kernel(
             for d in range(0, D, BLOCK_D):
                 o_x = d + o_d
                 m_d = o_x < D
-                p = p_q[:, None] + o_x[None, :] * stride_qd
+                p = p_q[:, None] + o_x[None, :]
                 b_q = tl.load(p, m_n[:, None] & m_d[None, :], 0.0)
-                p = p_k + row[None, :] * stride_km + o_x[:, None] * stride_kd
+                p = p_k + row[None, :] * stride_km + o_x[:, None]
                 b_k = tl.load(p, m_c[None, :] & m_d[:, None], 0.0)
                 if METRIC == EUCLIDEAN:
                     b_q3 = b_q.to(tl.float32)[:, None, :]
@@ -314,19 +325,20 @@ def sweep_kernel(
         if METRIC == COSINE:
             b_max = b_max * inverse_q[:, None]
         o_g = tile * GROUPS + tl.arange(0, GROUPS)
-        p_out = p_maxima + (local * BLOCK_N + tl.arange(0, BLOCK_N))[:, None] * G + o_g[None, :]
-        tl.store(p_out, b_max, m_n[:, None] & (o_g < G)[None, :])
+        p_out = p_maxima + (local * BLOCK_N + tl.arange(0, BLOCK_N))[:, None] * stride_g
+        tl.store(p_out + o_g[None, :], b_max, m_n[:, None])
 
 
-@triton.jit(do_not_specialize=["first_block", "N"])
+@triton.jit(do_not_specialize=SIZES)
 def nominate_kernel(
-    p_maxima,  # [blocks of the launch * BLOCK_N, G] float32
-    p_flags,  # [B, G] int8, or unused
+    p_maxima,  # [blocks of the launch * BLOCK_N, stride_g] float32
+    p_flags,  # [B, stride_g] int8, or unused
     p_groups,  # [blocks of the launch * BLOCK_N, 2**LOG_LIST] int32, -1 where there is none
     first_block,
     N,
     G,
     row_blocks,
+    stride_g,
     HAS_FLAGS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -334,6 +346,7 @@ def nominate_kernel(
     LOG_TILE: tl.constexpr,
 ):
     """The groups with the largest maxima, the largest first, for ROWS rows."""
+    stride_g = aligned(stride_g, 16)
     row0 = tl.program_id(0).to(tl.int64) * ROWS
     o_r = row0 + tl.arange(0, ROWS)
     block = first_block + row0 // BLOCK_N
@@ -342,11 +355,13 @@ def nominate_kernel(
     b_list = tl.full([ROWS, 1 << LOG_LIST], NOTHING, tl.int64)
     for g in range(0, G, 1 << LOG_TILE):
         o_g = g + tl.arange(0, 1 << LOG_TILE)
+        m_row = o_g < stride_g
+        p_max = p_maxima + o_r[:, None] * stride_g + o_g[None, :]
+        b_max = tl.load(p_max, m_n[:, None] & m_row[None, :], 0.0)
         m_g = o_g < G
         if HAS_FLAGS:
-            m_g = m_g & (tl.load(p_flags + b * G + o_g, m_g, 0) != 0)
+            m_g = m_g & (tl.load(p_flags + b * stride_g + o_g, m_row, 0) != 0)
         m = m_n[:, None] & m_g[None, :]
-        b_max = tl.load(p_maxima + o_r[:, None] * G + o_g[None, :], m, 0.0)
         b_key = tl.where(m, pack(orderable(b_max), o_g[None, :].to(tl.int64)), NOTHING)
         b_list = merge(b_list, b_key, LOG_TILE, LOG_LIST)
     b_group = tl.where(b_list == NOTHING, -1, index_of(b_list)).to(tl.int32)
@@ -388,7 +403,7 @@ def store_list(
     tl.store(p_i[:, None] + o_l, tl.where(b_missing, missing_index, b_index), m_out)
 
 
-@triton.jit(do_not_specialize=["first_block", "N", "M", "columns", "place"])
+@triton.jit(do_not_specialize=SIZES)
 def refine_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
@@ -413,16 +428,12 @@ def refine_kernel(
     stride_qb1,
     stride_qb2,
     stride_qn,
-    stride_qd,
     stride_kb1,
     stride_kb2,
     stride_km,
-    stride_kd,
     stride_mb1,
     stride_mb2,
-    stride_mm,
-    stride_c,
-    stride_o,
+    ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     BY_INDEX: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
@@ -442,6 +453,12 @@ def refine_kernel(
     The members are those of the k groups with the largest maxima, or all columns. One more turn of
     the loop has the token itself, whose key is above all others.
     """
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
     TILE: tl.constexpr = 1 << LOG_TILE
     LIST: tl.constexpr = 1 << LOG_LIST
     row0 = tl.program_id(0).to(tl.int64) * ROWS
@@ -452,14 +469,15 @@ def refine_kernel(
     m_n = o_n < N
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
-    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    p_m = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
+    o_d = tl.arange(0, BLOCK_D)
 
     norm_q = tl.full([ROWS], 1.0, tl.float32)
     if METRIC == COSINE:
         norm_q = tl.load(p_query_norm + b * N + o_n, m_n, 1.0)
     own = tl.full([ROWS], -1, tl.int64)
     if HAS_SELF:
-        own = tl.load(p_own + o_n * stride_o, m_n, -1)
+        own = tl.load(p_own + o_n, m_n, -1)
         own = tl.where(own < M, own, -1)
     s_own = tl.zeros([ROWS], tl.float32)
     if HAS_BOUND:
@@ -484,7 +502,7 @@ def refine_kernel(
             m_c = o_c < columns
         row = o_c
         if HAS_COLUMNS:
-            row = tl.load(p_columns + o_c * stride_c, m_c, -1)
+            row = tl.load(p_columns + o_c, m_c, -1)
             m_c = m_c & (row >= 0) & (row < M)
         if HAS_SELF:
             is_own = turn == turns
@@ -494,15 +512,14 @@ def refine_kernel(
             row = tl.where(is_own, own[:, None], row)
         m_c = m_c & m_n[:, None]
         if HAS_MASK:
-            p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
-            m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
+            m_c = m_c & (tl.load(p_m + row, m_c, 0) != 0)
 
         b_s = tl.zeros([ROWS, TILE], tl.float32)
         for d in range(0, D, BLOCK_D):
             m_d = d + o_d < D
-            p_d = p_q[:, None] + (d + o_d)[None, :] * stride_qd
+            p_d = p_q[:, None] + (d + o_d)[None, :]
             b_q = tl.load(p_d, m_n[:, None] & m_d[None, :], 0.0).to(tl.float32)[:, None, :]
-            p_d = p_k + row[:, :, None] * stride_km + (d + o_d)[None, None, :] * stride_kd
+            p_d = p_k + row[:, :, None] * stride_km + (d + o_d)[None, None, :]
             b_k = tl.load(p_d, m_c[:, :, None] & m_d[None, None, :], 0.0).to(tl.float32)
             if METRIC == EUCLIDEAN:
                 b_diff = b_q - b_k

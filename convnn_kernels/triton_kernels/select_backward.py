@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .inverse_list import run_of_chunk, run_of_key
 from .modulate import load_neighbors
+from .offsets import SIZES, aligned
 from .select import COSINE, EUCLIDEAN
 
 
@@ -32,7 +33,7 @@ def _through_norm(b_sum, b_weight, b_unit, b_scale, b_norm):
     return tl.where(b_norm == 0.0, 0.0, b_grad)
 
 
-@triton.jit(do_not_specialize=["N", "M", "k"])
+@triton.jit(do_not_specialize=SIZES)
 def query_grad_kernel(
     p_grad,  # [B, N, k] float32, contiguous
     p_similarities,  # [B, N, k] float32, contiguous
@@ -52,17 +53,22 @@ def query_grad_kernel(
     stride_qb1,
     stride_qb2,
     stride_qn,
-    stride_qd,
     stride_kb1,
     stride_kb2,
     stride_km,
-    stride_kd,
+    ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """dq of BLOCK_N queries and BLOCK_D columns."""
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(N, BLOCK_N)
     column_blocks = tl.cdiv(D, BLOCK_D)
@@ -74,7 +80,7 @@ def query_grad_kernel(
     o_d = (pid % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     p = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2
-    p = p + o_n[:, None] * stride_qn + o_d[None, :] * stride_qd
+    p = p + o_n[:, None] * stride_qn + o_d[None, :]
     b_q = tl.load(p, m_n[:, None] & m_d[None, :], 0.0).to(tl.float32)
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
     b_dq = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -86,7 +92,7 @@ def query_grad_kernel(
         for j in range(start, tl.minimum(start + BLOCK_K, k)):
             b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
             b_g = tl.load(p_grad + o_r * k + j, m, 0.0)
-            o_k = b_row[:, None] * stride_km + o_d[None, :] * stride_kd
+            o_k = b_row[:, None] * stride_km + o_d[None, :]
             b_k = tl.load(p_k + o_k, m[:, None] & m_d[None, :], 0.0).to(tl.float32)
             if METRIC == EUCLIDEAN:
                 b_part += tl.where(m[:, None], -2.0 * b_g[:, None] * (b_q - b_k), 0.0)
@@ -107,7 +113,7 @@ def query_grad_kernel(
     tl.store(p, b_dq.to(p_query_grad.dtype.element_ty), m_n[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["keys", "N", "M", "k", "pairs"])
+@triton.jit(do_not_specialize=SIZES)
 def key_grad_kernel(
     p_grad,  # [B, N, k] float32, contiguous
     p_similarities,  # [B, N, k] float32, contiguous
@@ -117,9 +123,9 @@ def key_grad_kernel(
     p_query_scale,
     p_key_norm,  # [B, M] float32
     p_key_scale,
-    p_pairs,  # [pairs] int64, sorted by key
+    p_pairs,  # [pairs], sorted by key
     p_keys,  # [pairs]: the key of each, b * M + m
-    p_offsets,  # [B * M + 1] int64
+    p_offsets,  # [B * M + 1]
     p_part,  # [pairs // CHUNK, D] float32: sums over the chunks within one key
     p_along,  # [pairs // CHUNK] float32: of those, sum g_ij s_ij; cosine only
     p_key_grad,  # [B, M, D] contiguous
@@ -133,11 +139,10 @@ def key_grad_kernel(
     stride_qb1,
     stride_qb2,
     stride_qn,
-    stride_qd,
     stride_kb1,
     stride_kb2,
     stride_km,
-    stride_kd,
+    ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     OF_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -146,6 +151,12 @@ def key_grad_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """dk of ROWS keys, or the part of ROWS chunks, and BLOCK_D columns, PAIRS pairs at a time."""
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     column_blocks = tl.cdiv(D, BLOCK_D)
     o_r = (pid // column_blocks) * ROWS + tl.arange(0, ROWS)
@@ -161,7 +172,7 @@ def key_grad_kernel(
         first, last, begin, end = run_of_key(p_offsets, o_r, m_r, CHUNK)
     b = key // M
     p = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2 + (key % M) * stride_km
-    p = p[:, None] + o_d[None, :] * stride_kd
+    p = p[:, None] + o_d[None, :]
     b_k = tl.load(p, m_r[:, None] & m_d[None, :], 0.0).to(tl.float32)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2
     b_dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -172,10 +183,10 @@ def key_grad_kernel(
         m_p = o_p < last[:, None]
         b_pair = tl.load(p_pairs + o_p, m_p, 0)
         b_g = tl.load(p_grad + b_pair, m_p, 0.0)
-        b_query = tl.where(m_p, b_pair // k, (b * N)[:, None])
+        b_query = tl.where(m_p, (b_pair // k).to(tl.int64), (b * N)[:, None])
         m = m_p[:, :, None] & m_d[None, None, :]
         p_row = p_q[:, None] + (b_query - (b * N)[:, None]) * stride_qn
-        b_q = tl.load(p_row[:, :, None] + o_d[None, None, :] * stride_qd, m, 0.0).to(tl.float32)
+        b_q = tl.load(p_row[:, :, None] + o_d[None, None, :], m, 0.0).to(tl.float32)
         if METRIC == EUCLIDEAN:
             b_q = tl.where(m, 2.0 * (b_q - b_k[:, None, :]), 0.0)
         if METRIC == COSINE:

@@ -16,6 +16,7 @@ Shapes as in select.py; with candidates, the token itself must not be asked for.
 import triton
 import triton.language as tl
 
+from .offsets import SIZES, aligned
 from .order import NOTHING, ORDER_OF_SELF, largest, orderable, pack
 from .select import COSINE, store_list
 
@@ -37,7 +38,7 @@ def _best(b_order, row):
     return tl.where(b_max == NO_ORDER, NOTHING, pack(b_max, b_row.to(tl.int64))), b_row
 
 
-@triton.jit(do_not_specialize=["N", "M", "columns"])
+@triton.jit(do_not_specialize=SIZES)
 def select_small_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
@@ -57,16 +58,12 @@ def select_small_kernel(
     stride_qb1,
     stride_qb2,
     stride_qn,
-    stride_qd,
     stride_kb1,
     stride_kb2,
     stride_km,
-    stride_kd,
     stride_mb1,
     stride_mb2,
-    stride_mm,
-    stride_c,
-    stride_o,
+    ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     BY_INDEX: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
@@ -78,20 +75,27 @@ def select_small_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """All of `select` for BLOCK_N queries."""
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
     LIST: tl.constexpr = 1 << LOG_LIST
     pid = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(N, BLOCK_N)
     b = pid // row_blocks
     o_n = (pid % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
-    o_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+    p_m = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
     if METRIC == COSINE:
         inverse_q = tl.load(p_query_inverse + b * N + o_n, m_n, 0.0)
     own = tl.full([BLOCK_N], -1, tl.int64)
     if HAS_SELF:
-        own = tl.load(p_own + o_n * stride_o, m_n, -1)
+        own = tl.load(p_own + o_n, m_n, -1)
     s_own = tl.zeros([BLOCK_N], tl.float32)
 
     # Empty places differ, so that each can be found as the lowest one. Those beyond k are taken.
@@ -104,23 +108,22 @@ def select_small_kernel(
         m_c = o_c < columns
         row = o_c
         if HAS_COLUMNS:
-            row = tl.load(p_columns + o_c * stride_c, m_c, -1)
+            row = tl.load(p_columns + o_c, m_c, -1)
             m_c = m_c & (row >= 0) & (row < M)
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for d in range(0, D, BLOCK_D):
             o_x = d + o_d
             m_d = o_x < D
-            p = p_q[:, None] + o_x[None, :] * stride_qd
+            p = p_q[:, None] + o_x[None, :]
             b_q = tl.load(p, m_n[:, None] & m_d[None, :], 0.0)
-            p = p_k + row[None, :] * stride_km + o_x[:, None] * stride_kd
+            p = p_k + row[None, :] * stride_km + o_x[:, None]
             b_k = tl.load(p, m_c[None, :] & m_d[:, None], 0.0)
             b_s += tl.dot(b_q, b_k)
         if METRIC == COSINE:
             inverse_k = tl.load(p_key_inverse + b * M + row, m_c, 0.0)
             b_s = b_s * inverse_k[None, :] * inverse_q[:, None]
         if HAS_MASK:
-            p_b = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
-            m_c = m_c & (tl.load(p_b + row * stride_mm, m_c, 0) != 0)
+            m_c = m_c & (tl.load(p_m + row, m_c, 0) != 0)
         m = m_n[:, None] & m_c[None, :]
         b_order = tl.where(m, orderable(b_s), NO_ORDER)
         if HAS_SELF:

@@ -153,9 +153,17 @@ def refine(arch: int, D: int, k: int) -> Tile:
     )
 
 
-def has_small(bits: int, columns: int, k: int, differences: bool) -> bool:
-    """Whether `select_small_kernel` is there for it, as far as sizes decide."""
-    return bits == 16 and not differences and columns <= 1024 and k <= 32
+def has_small(bits: int, D: int, columns: int, k: int, metric: str) -> bool:
+    """Whether `select_small_kernel` is there for it, as far as sizes decide.
+
+    It returns sums of tensor cores, in which each term but the largest may lose a unit of 2^-24 of
+    that one, and the whole two more when it is cut off: D + 1 in all where one step has all terms.
+    The certificate of a selection allows `dot` D of them, which matters where D is small: not for
+    less than a step of 16. It allows the product of `cosine` D + 6, for a scaling of the rows that
+    here comes after the sum, under a bound of its own.
+    """
+    of_tensor_cores = metric == "cosine" or (metric == "dot" and D >= 16)
+    return bits == 16 and of_tensor_cores and columns <= 1024 and k <= 32
 
 
 def small(arch: int, D: int, k: int, rows: int) -> Tile:
@@ -273,6 +281,23 @@ def inverse_list(arch: int, columns: int) -> Tile:
         columns=min(64, max(16, power_of_two(columns))),
         num_warps=2,
     )
+
+
+def inverse_list_parts(batch: int, pairs: int, keys: int) -> tuple[int, int]:
+    """In how many tiles the pairs of each batch element are sorted, and how many pairs have each.
+
+    With more tiles there are more programs, and more counts, which fit in half of the workspace.
+    """
+    block = sort()["PAIRS"]
+    most = max(1, (WORKSPACE // 8 - 1) // (batch * (keys + 1)))
+    tiles = max(1, min(most, -(-pairs // (16 * block))))
+    each = -(-pairs // (tiles * block)) * block
+    return -(-pairs // each), each
+
+
+def sort() -> Tile:
+    """Blocks of `count_pairs_kernel` and `place_pairs_kernel`."""
+    return _tile(PAIRS=64, num_warps=2)
 
 
 def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
