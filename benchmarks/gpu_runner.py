@@ -3,12 +3,13 @@
 
 Cases run in processes forked from this one, which has imported PyTorch but never uses a GPU. They
 send results through a pipe as soon as there are any. Where a process crashes, hangs or leaves its
-GPU context unusable, another takes over the remaining cases.
+GPU context unusable, another takes over the remaining cases. None outlives this one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -35,16 +36,19 @@ class Skipped(Exception):
 @dataclass
 class Context:
     """What a case is given: the device, a folder for files, the seconds of its stage, all results
-    so far. emit: reports a part of the case as a result of its own."""
+    so far. emit: reports a part of the case as a result of its own. compiled: kernels so far."""
 
     device: str
     folder: Path
     seconds: float = 0.0
     results: list[Record] = field(default_factory=list)
     emit: Note = lambda case, record: None
+    compiled: list[str] = field(default_factory=list)
 
     def found(self, stage: str) -> dict[str, Record]:
-        return {each["case"]: each for each in self.results if each.get("stage") == stage}
+        """The last result of each case; one that the end of a stage has stopped is to be redone."""
+        found = {each["case"]: each for each in self.results if each.get("stage") == stage}
+        return {case: each for case, each in found.items() if each["status"] != "stopped"}
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,23 @@ class Stage:
 
 def _work(stage: Stage, cases: Sequence[str], context: Context, pipe: Connection) -> None:
     """A process: sends (case, {}) where a case begins, and its record where it ends."""
-    os.setsid()  # what a case starts is killed with it
+    os.setpgid(0, 0)  # what a case starts is killed with it
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     faulthandler.register(signal.SIGUSR1, 2)  # standard error
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // stage.workers))
     context.emit = lambda case, record: pipe.send((case, record))
     for case in cases:
         pipe.send((case, {}))
-        began = time.monotonic()
+        began, compiled = time.monotonic(), len(context.compiled)
         try:
-            record = {"status": "passed"} | stage.run(case, context)
+            record: Record = {"status": "passed"} | stage.run(case, context)
         except Skipped as reason:
             record = {"status": "skipped", "why": str(reason)}
         except BaseException as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             why = f"{type(error).__name__}: {error}"[:1500]
             record = {"status": "failed", "why": f"{why} [{frame.filename}:{frame.lineno}]"}
+        record["compiled"] = len(context.compiled) - compiled
         pipe.send((case, record | {"seconds": round(time.monotonic() - began, 2)}))
         if context.device == "cuda" and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # an error ends this process: its context is of no use
@@ -93,6 +100,9 @@ class _Worker:
         self.pipe, theirs = fork.Pipe(duplex=False)
         self.process = fork.Process(target=_work, args=(stage, cases, context, theirs))
         self.process.start()
+        self.pid = self.process.pid or os.getpid()
+        with contextlib.suppress(OSError):  # whoever of both comes first
+            os.setpgid(self.pid, self.pid)
         theirs.close()
 
     def read(self, note: Note) -> bool:
@@ -113,22 +123,25 @@ class _Worker:
     def kill(self, say_where: bool = False) -> None:
         for number in (signal.SIGUSR1, signal.SIGKILL) if say_where else (signal.SIGKILL,):
             with contextlib.suppress(OSError):
-                os.killpg(self.process.pid or 0, number)
+                os.killpg(self.pid, number)
             self.process.join(0.3 if number == signal.SIGUSR1 else 3)
 
 
 def run_stage(stage: Stage, context: Context, add: Callable[[Record], None]) -> Record:
     """Runs the cases that context.results lacks, for at most context.seconds. Each result goes to
-    `add`. Returns its seconds, and how many results of each status there are."""
+    `add`. Returns its seconds, how many results of each status there are, and kernels compiled."""
     began, counts = time.monotonic(), Counter[str]()
     end = began + context.seconds
 
     def note(case: str, record: Record) -> None:
         counts[record["status"]] += 1
+        counts["kernels compiled"] += record.get("compiled", 0)
         add({"stage": stage.name, "case": case} | record)
 
     done = context.found(stage.name)
     todo = [case for case in stage.cases(context.device) if case not in done]
+    if context.seconds <= 0:
+        counts["not begun"], todo = len(todo), []
     parts = (todo[i :: stage.workers] for i in range(stage.workers))
     workers = [_Worker(stage, part, context) for part in parts if part]
     try:

@@ -57,16 +57,23 @@ def replace_file(path: Path, text: str) -> None:
             partial.unlink()
 
 
-def kernel_lines(rows: Iterable[Row], most: int = 6) -> list[str]:
-    """The time of each pass that was measured, and of the heaviest kernels where they were."""
-    lines = []
-    for row in (row for row in rows if row["seconds"]):
-        ms = 1e3 * row["seconds"]["median"]
-        lines.append(f"  {row['peer']:<20}{row['pass']:<18}{ms:>9.3f} ms")
-        for each in (row["kernels"] or ())[:most]:
-            beside = [f"{name} {each[name]}" for name in ("predicted", "bound") if each[name]]
-            lines.append(f"    {each['kernel']:<34}{each['us']:>9.1f} µs  {', '.join(beside)}")
-    return lines
+def times_line(rows: Iterable[Row]) -> str:
+    """Milliseconds of what was measured, with b for passes that have a backward."""
+    measured = [row for row in rows if row["seconds"]]
+    return ", ".join(
+        f"{row['peer']}{'+b' * ('backward' in row['pass'])} {1e3 * row['seconds']['median']:.3f}"
+        for row in measured
+    )
+
+
+def kernel_lines(rows: Iterable[Row], most: int) -> list[str]:
+    """The heaviest kernels of the last pass that has any."""
+    kernels = [row["kernels"] for row in rows if row["kernels"]][-1:]
+    return [
+        f"    {each['kernel']:<30}{each['us']:>9.1f} µs"
+        + "".join(f"  {name} {each[name]}" for name in ("predicted", "bound") if each[name])
+        for each in (kernels[0][:most] if kernels else ())
+    ]
 
 
 def write(result: Result, path: Path) -> None:

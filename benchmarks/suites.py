@@ -349,20 +349,24 @@ _RIGHT = {
 
 def right(device: str) -> list[Group]:
     """Every operator, backend and dtype, checked and not timed; on a CPU a few small ones."""
-    all_peers = ("select", "aggregate", "convnn-all", "convnn-random")
-    groups = []
-    for name, w in _RIGHT.items():
-        peers: Sequence[str] = all_peers
-        dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
-        if name == "dense":
-            peers = ("convnn-dense", "aggregate-dense")
-        if device != "cuda":  # Triton's interpreter has no bfloat16
-            w, peers, dtypes = replace(w, batch=1, tokens=16, channels=16), peers[:1], dtypes[:2]
-        for dtype in dtypes:
-            for backend in _backends(device):
-                cases, nothing = _cases(replace(w, dtype=dtype), peers), Effort(0, 0, 0)
-                groups.append(Group(f"{name} {dtype} {backend}", cases, nothing, backend=backend))
-    return groups
+    peers = ("select", "aggregate", "convnn-all", "convnn-random")
+    rows = [(name, w, each) for name, w in _RIGHT.items() for each in peers if name != "dense"]
+    rows += [("dense", _RIGHT["dense"], each) for each in ("convnn-dense", "aggregate-dense")]
+    dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
+    if device != "cuda":  # Triton's interpreter has no bfloat16
+        rows = [(n, replace(w, batch=1, tokens=16, channels=16), p) for n, w, p in rows[2::3]]
+        dtypes = dtypes[:2]
+    return [
+        Group(
+            f"{name} {peer} {dtype} {backend}",
+            _cases(replace(w, dtype=dtype), (peer,)),
+            Effort(0, 0, 0),
+            backend=backend,
+        )
+        for name, w, peer in rows
+        for dtype in dtypes
+        for backend in _backends(device)
+    ]
 
 
 def time(device: str) -> list[Group]:
@@ -379,16 +383,16 @@ def time(device: str) -> list[Group]:
     ]
     if device != "cuda":
         rows = [(TINY, ("convnn-all", "sdpa"))]
-    return [
-        Group(
-            f"{(peers or ('host',))[0]} {w.shape} {w.dtype} {backend}",
-            _cases(replace(w, source="random"), peers or ("host-sdpa", f"host-{backend}")),
-            Effort(0.4, 3, 8) if device == "cuda" else Effort(0, 1, 1),
-            backend=backend,
-        )
-        for w, peers in rows
-        for backend in _backends(device)
-    ]
+    groups = []
+    for w, peers in rows:
+        for backend in _backends(device):
+            name = f"{(peers or ('host',))[0]} {w.shape} {w.dtype} {backend}"
+            # What is not ours is measured once.
+            here = peers if backend == "triton" else peers[:1]
+            cases = _cases(replace(w, source="random"), here or ("host-sdpa", f"host-{backend}"))
+            effort = Effort(0.4, 3, 8) if device == "cuda" else Effort(0, 1, 1)
+            groups.append(Group(name, cases, effort, backend=backend))
+    return groups
 
 
 def _fitted(group: Group) -> Group:

@@ -28,7 +28,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = REPOSITORY / "gpu-kit"
 _MANIFEST = "manifest.json"
-_ARCH = 90
+# Of the GPU machine.
+_ARCH, _PYTHON = 90, (3, 12)
 _LIMIT = 40 * 2**20
 
 # What each part of the kit is made from.
@@ -36,6 +37,8 @@ _SOURCES = {
     "lib": ("csrc/**/*", "CMakeLists.txt"),
     "triton": ("convnn_kernels/**/*.py", "benchmarks/suites.py", "benchmarks/workloads.py"),
 }
+# What else a result may depend on: the kit does not, but its commit is then not that of the result.
+_REST = ("benchmarks/**/*.py", "python_ref/*.py", "tests/**/*.py", "tools/*.py")
 
 
 class Refused(Exception):
@@ -44,7 +47,8 @@ class Refused(Exception):
 
 def sources(part: str) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for pattern in _SOURCES[part] for p in REPOSITORY.glob(pattern)):
+    patterns = _SOURCES.get(part, _REST)
+    for path in sorted(p for pattern in patterns for p in REPOSITORY.glob(pattern)):
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(f"{path.relative_to(REPOSITORY)}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -62,8 +66,15 @@ def install(folder: Path) -> str | None:
     """Puts the libraries in their place, and names the cache and flashlib in the environment.
 
     Returns the commit of the kit; None where there is no kit, and what is missing is compiled.
-    Raises Refused where the sources are not those that it was made from.
+    Raises Refused where the sources are not those that it was made from, or it cannot be installed.
     """
+    try:
+        return _install(folder)
+    except OSError as error:
+        raise Refused(f"the kit in {folder} cannot be installed: {error}") from error
+
+
+def _install(folder: Path) -> str | None:
     manifest = read_manifest(folder)
     if not manifest:
         print(f"there is no kit in {folder}: what is missing is compiled here", flush=True)
@@ -85,8 +96,10 @@ def install(folder: Path) -> str | None:
         "PYTHONPATH": os.pathsep.join(paths),
         "CONVNN_KIT_TRITON": manifest["triton key"],
     }
-    os.environ.setdefault("CONVNN_COMMIT", manifest["commit"])
-    return manifest["commit"]
+    dirty = "" if manifest["rest"] == sources("rest") else "-dirty"
+    commit = manifest["commit"].removesuffix("-dirty") + dirty
+    os.environ.setdefault("CONVNN_COMMIT", commit)
+    return commit
 
 
 def unpack_cache(packed: Path, to: Path) -> None:
@@ -96,6 +109,21 @@ def unpack_cache(packed: Path, to: Path) -> None:
         files = json.loads(path.read_text())["child_paths"]
         moved = {name: str(path.parent / name) for name in files}
         path.write_text(json.dumps({"child_paths": moved}))
+
+
+def compilations() -> list[str]:
+    """A list that grows by a name with each kernel that Triton compiles from now on."""
+    found: list[str] = []
+    try:
+        from triton import knobs
+    except ImportError:
+        return found
+
+    def listen(src: Any, cache_hit: bool, **rest: Any) -> None:
+        found.extend([] if cache_hit else [src.name])
+
+    knobs.compilation.listener = listen
+    return found
 
 
 def check_triton() -> str:
@@ -167,19 +195,15 @@ def trace(part: int, parts: int) -> dict[str, list[str]]:
     from convnn_kernels.backends import triton as host
 
     used: set[str] = set()
-    missed: list[str] = []
 
     class Recorded(cache.FileCacheManager):
         def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
             used.add(key)
             super().__init__(key, override, dump)
 
-    def compiled(src: Any, cache_hit: bool, **rest: Any) -> None:
-        missed.extend([] if cache_hit else [src.name])
-
     # Launchers call the driver's library, which is not here: its functions are bound when called.
     sys.setdlopenflags(os.RTLD_LAZY)
-    knobs.cache.manager_class, knobs.compilation.listener = Recorded, compiled
+    knobs.cache.manager_class, missed = Recorded, compilations()
     driver.set_active(_StandIn())
     real = vars(host._kernels())
     kernels = {n: _Compiled(k) if n.endswith("_kernel") else k for n, k in real.items()}
@@ -247,6 +271,8 @@ def _trace(cache: Path, parts: int) -> dict[str, list[str]]:
 
 
 def make(folder: Path) -> None:
+    if sys.version_info[:2] != _PYTHON:
+        raise SystemExit("gpu-kit: needs Python {}.{}: make gpu-kit PYTHON=...".format(*_PYTHON))
     before, work = read_manifest(folder), REPOSITORY / "build" / "gpu-kit"
     folder.mkdir(exist_ok=True)
     if before.get("lib") != sources("lib"):
@@ -285,7 +311,7 @@ def _describe(folder: Path) -> None:
     kernels = len(list((folder / "triton").glob("*/*.cubin")))
     manifest = {
         "commit": commit.strip(),
-        **{part: sources(part) for part in _SOURCES},
+        **{part: sources(part) for part in (*_SOURCES, "rest")},
         "triton key": _digest(triton_key()),
         "holds": {
             "lib": "the libraries of CPU and CUDA C++, sm_90",

@@ -106,6 +106,8 @@ def _kernels() -> SimpleNamespace:
         aggregate_backward,
         inverse_list,
         modulate,
+        offsets,
+        order,
         select,
         select_backward,
         select_small,
@@ -113,14 +115,19 @@ def _kernels() -> SimpleNamespace:
     )
 
     modules = (
+        modulate,
+        inverse_list,
+        select,
+        select_small,
+        select_backward,
         aggregate,
         aggregate_backward,
-        inverse_list,
-        modulate,
-        select,
-        select_backward,
-        select_small,
     )
+    for module in (offsets, order, *modules):
+        for function in vars(module).values():
+            # Of a function that another one calls Triton must know the key of its cache before that
+            # of the caller: else the caller's depends on which kernel happens to run first.
+            getattr(function, "cache_key", None)
     kernels = {
         name: kernel
         for module in modules

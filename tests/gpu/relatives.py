@@ -56,4 +56,6 @@ def wrong_ones(seed: int, number: int, backend: str) -> list[str]:
             assert Y.device.type == DEVICE.type
         except AssertionError as error:
             found.append(f"relative {i}, {case.id}: {error}"[:400])
+        except Exception as error:
+            raise RuntimeError(f"relative {i}, {case.id}: {error}") from error
     return found

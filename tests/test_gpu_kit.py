@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""The kit for a GPU machine: what is refused, what is put where, and the keys of Triton's cache."""
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tools import gpu_kit
+
+
+@pytest.fixture
+def kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A kit of the sources as they are, in a checkout of its own."""
+    folder, cached = tmp_path / "kit", tmp_path / "kit" / "triton" / "KEY"
+    cached.mkdir(parents=True)
+    (cached / "kernel.cubin").write_text("code")
+    group = {"child_paths": {"kernel.cubin": "/elsewhere/KEY/kernel.cubin"}}
+    (cached / "__grp__kernel.json").write_text(json.dumps(group))
+    (folder / "lib").mkdir()
+    (folder / "lib" / "libconvnn_cuda.so").write_text("library")
+    digests = {part: gpu_kit.sources(part) for part in ("lib", "triton", "rest")}
+    manifest = {"commit": "0123456789abcdef", "triton key": "k", **digests}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(gpu_kit, "sources", digests.__getitem__)
+    monkeypatch.setattr(gpu_kit, "REPOSITORY", tmp_path)
+    for name in ("TRITON_CACHE_DIR", "PYTHONPATH", "CONVNN_KIT_TRITON", "CONVNN_COMMIT"):
+        monkeypatch.setenv(name, "")
+    return folder
+
+
+def test_a_kit_is_put_in_its_place(kit: Path, tmp_path: Path) -> None:
+    del os.environ["CONVNN_COMMIT"]
+    assert gpu_kit.install(kit) == "0123456789abcdef"
+    assert (tmp_path / "convnn_kernels" / "lib" / "libconvnn_cuda.so").read_text() == "library"
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    (group,) = cache.glob("*/__grp__*")
+    (path,) = json.loads(group.read_text())["child_paths"].values()
+    assert Path(path).read_text() == "code"
+    assert cache in Path(path).parents
+    assert os.environ["CONVNN_COMMIT"] == "0123456789abcdef"
+    if importlib.util.find_spec("triton"):
+        with pytest.raises(AssertionError, match="not the Triton of the kit"):
+            gpu_kit.check_triton()
+
+
+def test_a_kit_that_is_older_than_the_sources_is_refused(
+    kit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = json.loads((kit / "manifest.json").read_text())
+    (kit / "manifest.json").write_text(json.dumps(manifest | {"triton": "other"}))
+    with pytest.raises(gpu_kit.Refused, match=r"^the kit of 0123456789ab is older .* triton: "):
+        gpu_kit.install(kit)
+    assert gpu_kit.install(kit / "none") is None
+    assert "there is no kit" in capsys.readouterr().out
+
+
+KEYS = """
+from convnn_kernels.triton_kernels import {first}
+from convnn_kernels.backends import triton
+print(sorted((name, f.cache_key) for name, f in vars(triton._kernels()).items() if name != "tiles"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
+def test_keys_do_not_depend_on_what_runs_first(run_python: Callable[..., str]) -> None:
+    """Else a cache that one process has filled is of no use to the next."""
+    pytest.importorskip("triton")
+    keys = set()
+    for first in ("nominate_kernel", "refine_kernel", "select_small_kernel"):
+        module = "select_small" if first == "select_small_kernel" else "select"
+        code = f"from convnn_kernels.backends import triton; triton._kernels().{first}.cache_key"
+        keys.add(run_python(code + KEYS.format(first=module)))
+    assert len(keys) == 1

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+"""The tools that watch calls on a GPU, faked."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip install .[bench]")
+
+from benchmarks import watched
+from benchmarks.gpu_runner import Context, Record, run_stage
+from benchmarks.gpu_stages import STAGES
+
+SANITIZER = """#!{python}
+import sys
+tool, planted = sys.argv[sys.argv.index("--tool") + 1], "fault" in sys.argv
+print("it ran to its end")
+errors = int(planted) if {finds} else 0
+what = "RACECHECK SUMMARY: %d hazards" if tool == "racecheck" else "ERROR SUMMARY: %d errors"
+print("=========", what % errors if {runs} else "Device not supported")
+"""
+
+
+@pytest.mark.parametrize(
+    ("runs", "finds", "expected"),
+    [(1, 1, ["passed"] * 4), (1, 0, ["passed"] * 3 + ["failed"]), (0, 0, ["failed"] * 4)],
+)
+def test_sanitizer_with_a_faked_tool(
+    runs: int, finds: int, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tool must find the fault that is planted."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.format(python=sys.executable, runs=runs, finds=finds))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    results = list[Record]()
+    run_stage(STAGES[6], Context("cuda", tmp_path, 60.0), results.append)
+    found = {each["case"]: each["status"] for each in results}
+    assert [found[case] for case in STAGES[6].cases("cuda")] == expected
+
+
+def test_counters_are_read() -> None:
+    names = '"ID","Process ID","Kernel Name","sm__inst_executed_pipe_tensor.avg.pct","Block Size"'
+    text = (
+        f'==PROF== Connected\n{names}\n"","","","%",""\n"0","7","sweep_kernel","61.5","(256, 1)"\n'
+    )
+    (row,) = watched.counters(text)
+    name = "sm__inst_executed_pipe_tensor.avg.pct"
+    assert row == {"Kernel Name": "sweep_kernel", name: "61.5"}
+    assert watched.counters("==ERROR== LibraryNotLoaded") == []
