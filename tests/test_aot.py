@@ -120,6 +120,8 @@ def needs_wgmma(row: Row) -> bool:
         return int(values["BLOCK_N"]) >= 64
     if row["kernel"] == "weight_grad_dense_kernel":
         return int(values["BLOCK_C"]) >= 64
+    if row["kernel"] == "rho_grad_dense_kernel" and values.get("C") == values.get("O") == "1":
+        return False  # a loop of one turn is none
     return row["kernel"] in (
         "aggregate_dense_kernel",
         "rho_grad_dense_kernel",
@@ -187,7 +189,8 @@ def launches() -> dict[str, Any]:
         lambda dtype: aot._both_ways(dtype, **{**plain, "N": 200}, weight="none", candidates=True),
     ]
     found: dict[str, Any] = {}
-    for launch in aot.record(90, torch.float16, calls):
+    # The 16 bits of which `norms_kernel` stores scaled rows.
+    for launch in aot.record(90, torch.bfloat16, calls):
         found.setdefault(launch["kernel"], launch)
     return found
 
@@ -278,7 +281,10 @@ def test_an_alignment_depends_on_channels_only() -> None:
             rows = torch.empty(N, B, heads, D).permute(1, 2, 0, 3)
             fused = torch.empty(B, N, 3, heads, D)[:, :, 1].transpose(1, 2)
             shared = torch.empty(B, 1, N, D).expand(B, heads, N, D)
-            for X in (apart, together, rows, fused, shared):
+            # A stride of a dimension of one may be anything.
+            strides = [step if apart.shape[i] > 1 else 1 for i, step in enumerate(apart.stride())]
+            odd = apart.as_strided(apart.shape, strides)
+            for X in (apart, together, rows, fused, shared, odd):
                 found.add(host._alignment(host._fold(X)))
         assert found == {16 if D % 16 == 0 else 1}
 
@@ -377,6 +383,10 @@ def test_offsets_have_64_bits() -> None:
         assert aot.narrow_offsets(text) == [], name
 
 
+# Where 32 bits meet the length of a row of maxima, which is wide, before any product of theirs.
+WIDE_ANYWAY = {"sweep_kernel", "nominate_kernel"}
+
+
 @needs_compiler
 def test_a_cast_that_is_left_out_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every widening of a program's number and of a range, one after the other."""
@@ -403,6 +413,8 @@ def test_a_cast_that_is_left_out_is_seen(tmp_path: Path, monkeypatch: pytest.Mon
                     aot, "kernels", lambda kernel=kernel, name=names[-1]: {name: kernel}
                 )
                 text = aot.intermediate(found[names[-1]], 90)
-                assert aot.narrow_offsets(text), f"{path.name}: {match[0]} of {names[-1]}"
+                is_seen = bool(aot.narrow_offsets(text))
+                expected = names[-1] not in WIDE_ANYWAY
+                assert is_seen == expected, f"{path.name}: {match[0]} of {names[-1]}"
                 tried += 1
     assert tried > 20

@@ -142,7 +142,8 @@ OPTIONS = {
 )
 def test_options(option: str, order: str, k: int, dtype: torch.dtype) -> None:
     """By nominated groups, in one launch, and with k = 70 by all columns."""
-    query, key = integers(5, 6, dtype=dtype), integers(300, 6, seed=1, dtype=dtype)
+    # From 16 columns of D on, the one launch is there for `dot`.
+    query, key = integers(5, 18, dtype=dtype), integers(300, 18, seed=1, dtype=dtype)
     options = OPTIONS[option]
     options = {**options, "metric": "dot", "order": order}
     assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
@@ -155,7 +156,7 @@ def test_a_token_that_is_near_itself_is_counted_once(
     metric: str, M: int, dtype: torch.dtype
 ) -> None:
     """By groups, by all columns, and in one launch: the token is a neighbor without being asked."""
-    key = integers(M, 6, seed=1, dtype=dtype)
+    key = integers(M, 18, seed=1, dtype=dtype)
     own = torch.tensor([0, 7, 8, M - 1])
     options = {"self_indices": own, "metric": metric}
     query = key[own] * (10 if metric == "dot" else 1)
@@ -208,7 +209,7 @@ SPECIAL = {
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize(
-    ("dtype", "small", "D"), [(F32, False, 5), (F32, False, 37), (F16, False, 5), (F16, True, 5)]
+    ("dtype", "small", "D"), [(F32, False, 5), (F32, False, 37), (F16, False, 5), (F16, True, 21)]
 )
 def test_special_values(
     special: str,
@@ -238,7 +239,7 @@ def test_what_is_left_out_ranks_below_everything(
     """All similarities are negative, below those of rows of zeros, and for one query NaN."""
     if not small:
         leave_out_small(monkeypatch)
-    query, key = -normal(4, 6).abs(), normal(300, 6, seed=1).abs()
+    query, key = -normal(4, 18).abs(), normal(300, 18, seed=1).abs()
     query[1] = math.nan
     options = OPTIONS.get(option, {})
     assert_select(ops.select, query.half(), key.half(), 5, **options, metric=metric, backward=False)
@@ -625,6 +626,57 @@ def test_keys_that_many_queries_chose(lists: str, weight: str) -> None:
     shape = {"none": None, "depthwise": (C, 1, k), "dense": (7, C, k)}[weight]
     W = None if shape is None else normal(*shape, seed=3) / 8
     assert_aggregate(ops.aggregate, normal(2, M, C, seed=1), normal(2, N, k), I, W)
+
+
+@pytest.mark.parametrize("by_slot", [False, True])
+@pytest.mark.parametrize("pairs_each", [64, 128, 4096])
+@pytest.mark.parametrize(("B", "N", "M", "k"), [(1, 1, 1, 1), (2, 37, 11, 3), (3, 70, 300, 9)])
+def test_inverse_list(
+    B: int,
+    N: int,
+    M: int,
+    k: int,
+    pairs_each: int,
+    by_slot: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stable sort: pairs of a key by (i, j) or (j, i), however many tiles, missing ones last."""
+    tiles = host._kernels().tiles
+    monkeypatch.setattr(
+        tiles, "inverse_list_parts", lambda *_: (-(-N * k // pairs_each), pairs_each)
+    )
+    generator = torch.Generator().manual_seed(0)
+    I = torch.randint(-1, M + 1, (B, N, k), generator=generator)
+    I[:, : N // 3] = 0
+    s = normal(B, N, k)
+    s[s > 1] = -math.inf
+    present = (s != -math.inf) & (I >= 0) & (I < M)
+    expected = torch.where(present, I + M * torch.arange(B).view(B, 1, 1), B * M)
+    bounds = torch.arange(B * M + 1)
+    if by_slot:
+        expected, bounds = expected * k + torch.arange(k), bounds * k
+    in_order, places = expected.flatten().sort(stable=True)
+    pairs, keys, offsets = host._inverse_list(s, I, M, by_slot)
+    assert {X.dtype for X in (pairs, keys, offsets)} == {torch.int32}
+    found = int(present.sum())
+    assert torch.equal(pairs[:found].long(), places[:found])
+    assert torch.equal(keys[:found].long(), in_order[:found])
+    assert torch.equal(offsets.long(), torch.searchsorted(in_order, bounds))
+    assert torch.equal(pairs[found:].long().sort().values, places[found:].sort().values)
+    assert bool((keys[found:] >= bounds[-1]).all())
+
+
+def test_tiles_of_an_inverse_list_are_bounded() -> None:
+    tiles = host._kernels().tiles
+    for batch, pairs, keys in (
+        (1, 9 * 2**16, 2**16),
+        (4, 300 * 4096, 4096),
+        (2**16, 5, 1),
+        (1, 2**34, 2**30),
+    ):
+        count, each = tiles.inverse_list_parts(batch, pairs, keys)
+        assert (count - 1) * each < pairs <= count * each
+        assert count == 1 or 4 * (batch * count * (keys + 1) + 1) <= tiles.WORKSPACE // 2
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])

@@ -61,7 +61,10 @@ def forward_bytes(shape: Shape, backend: str) -> int:
     if k <= 256 and max(256, 2 * listed * group) < M and not is_small:
         block = 128 if backend == "triton" else 64
         row_blocks = B * -(-N // block)
-        of_block = 4 * block * (-(-M // group) + listed)
+        groups = -(-M // group)
+        if backend == "triton":
+            groups = 16 * -(-groups // 16)
+        of_block = 4 * block * (groups + listed)
         work += of_block * max(1, min(row_blocks, WORKSPACE // of_block))
     elif k > 256 and backend == "triton":
         work += 8 * B * N
