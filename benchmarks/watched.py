@@ -27,6 +27,8 @@ from .suites import SUITES
 from .workloads import make_inputs
 
 _WATCHED = (sys.executable, "-m", "benchmarks.watched")
+# For both tools: not the assembler that Triton starts.
+_ALONE = ("--target-processes", "application-only")
 
 
 def tool(command: Sequence[str], seconds: float, **environment: str) -> str:
@@ -54,6 +56,7 @@ def count(backend: str, context: Context) -> Record:
     command = ["ncu", "--clock-control", "none", "--csv", "--page", "raw", "--log-file", str(log)]
     for section in ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables"):
         command += ["--section", section]
+    command += _ALONE
     command += ["--kernel-name", f"regex:^({'|'.join(names or ['refine_kernel'])})"]
     command += ["--launch-count", "40", *_WATCHED, "time", backend, context.device]
     said = tool(command, context.seconds / 2 - 1)
@@ -83,7 +86,7 @@ def sanitize(case: str, context: Context) -> Record:
         said = tool(command, context.seconds) if case == "memcheck triton" else ""
         raise Skipped("there is no GPU" + ", but " * bool(said) + "".join(said.splitlines()[-1:]))
     # Without PyTorch's cache each tensor is an allocation, of which the tool knows the end.
-    options = ("--tool", name, "--report-api-errors", "no", "--print-limit", "10")
+    options = ["--tool", name, "--report-api-errors", "no", "--print-limit", "10", *_ALONE]
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     said = tool(["compute-sanitizer", *options, *command], context.seconds - 5, **alone)
     summary = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", said)
