@@ -55,18 +55,22 @@ gpu-kit: $(VENV)-gpu/.done
 	$(VENV)-gpu/bin/python -m tools.gpu_kit
 
 $(VENV)-gpu/.done: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+	  { echo "make gpu-kit: PYTHON must be Python 3.12, not $(PYTHON)"; exit 2; }
 	$(PYTHON) -m venv $(@D)
 	PIP_CONSTRAINT= $(@D)/bin/python -m pip install torch==2.11.0 cmake ninja pybind11 \
-	  numpy pillow psutil scikit-image tqdm
+	  'numpy<2.4' pillow psutil pytest pytest-timeout pytest-xdist scikit-image tqdm
 	touch $@
 
 # STAGES chooses some of them, OUTPUT the folder of results. Without a kit and a library of CUDA, it
 # is built for the GPU that is here.
 capability = import torch; print("%d.%d" % torch.cuda.get_device_capability())
 gpu:
-	test -e gpu-kit/manifest.json || test -e convnn_kernels/lib/libconvnn_cuda.so || \
-	  TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c '$(capability)') \
-	  $(PYTHON) setup.py build_ext --inplace
+	@$(PYTHON) -c 'import torch' 2>/dev/null || \
+	  { echo "make gpu: $(PYTHON) has no PyTorch: name one with PYTHON=..."; exit 2; }
+	@test -e gpu-kit/manifest.json || test -e convnn_kernels/lib/libconvnn_cuda.so || \
+	  ! arch=$$($(PYTHON) -c '$(capability)' 2>/dev/null) || \
+	  TORCH_CUDA_ARCH_LIST=$$arch $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu $(if $(STAGES),--only $(STAGES)) $(if $(OUTPUT),--output $(OUTPUT))
 
 bench: $(VENV)/.bench

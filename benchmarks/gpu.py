@@ -23,7 +23,7 @@ import torch
 from tools import gpu_kit
 
 from . import goals, report
-from .gpu_runner import Context, Record, Stage, run_stage
+from .gpu_runner import Context, Record, Stage, finds_a_gpu, run_stage
 from .gpu_stages import STAGES
 from .stamp import RESULTS, make_stamp
 
@@ -80,11 +80,12 @@ def summary(results: Results, ran: dict[str, Record]) -> str:
     with results.noticed():
         report.write(suite, results.path.with_name("benchmark.json"))
     met = goals.table(goals.goals(suite)).splitlines() if rows else []
-    lines = list[str]()
+    lines = ["stage, seconds it took, results"]
     for name, record in ran.items():
         counts = ", ".join(f"{count} {status}" for status, count in record["counts"].items())
         lines.append(f"{name:<10}{record['seconds']:>6.0f} of {record['limit']:.0f} s: {counts}")
-        wrong = [r for r in results if r.get("stage") == name and r["status"] != "passed"]
+        last = {r["case"]: r for r in results if r.get("stage") == name}
+        wrong = [r for r in last.values() if r["status"] != "passed"]
         first = {(r["status"], r["why"][:100]): r for r in reversed(wrong)}
         for r in [*reversed(first.values())][:4]:
             lines.append(f"  {r['status']}: {r['case']}: {' '.join(r['why'].split())[:200]}")
@@ -111,8 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Else deterministic algorithms refuse the matrix products of the reference.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
-        if options.device == "cuda" and torch.version.cuda is None:
-            raise gpu_kit.Refused(f"PyTorch {torch.__version__} was built without CUDA")
+        if options.device == "cuda" and not finds_a_gpu():
+            why = f"PyTorch {torch.__version__} finds no CUDA device: --device cpu is a rehearsal"
+            raise gpu_kit.Refused(why)
         kit = gpu_kit.install(options.kit) if options.device == "cuda" else None
     except gpu_kit.Refused as error:
         print(f"make gpu: {error}", file=sys.stderr)

@@ -46,9 +46,8 @@ class Context:
     compiled: list[str] = field(default_factory=list)
 
     def found(self, stage: str) -> dict[str, Record]:
-        """The last result of each case; one that the end of a stage has stopped is to be redone."""
-        found = {each["case"]: each for each in self.results if each.get("stage") == stage}
-        return {case: each for case, each in found.items() if each["status"] != "stopped"}
+        """The last result of each case."""
+        return {each["case"]: each for each in self.results if each.get("stage") == stage}
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,16 @@ class Stage:
     run: Callable[[str, Context], Record]
     workers: int = 1
     case_seconds: float = 30.0
+
+
+def finds_a_gpu() -> bool:
+    """Asked in another process: this one must not use a GPU."""
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: os._exit(0 if torch.cuda.is_available() else 1)
+    )
+    process.start()
+    process.join()
+    return process.exitcode == 0
 
 
 def _work(stage: Stage, cases: Sequence[str], context: Context, pipe: Connection) -> None:
@@ -128,8 +137,9 @@ class _Worker:
 
 
 def run_stage(stage: Stage, context: Context, add: Callable[[Record], None]) -> Record:
-    """Runs the cases that context.results lacks, for at most context.seconds. Each result goes to
-    `add`. Returns its seconds, how many results of each status there are, and kernels compiled."""
+    """Runs the cases that context.results lacks or has as stopped or skipped, for at most
+    context.seconds. Each result goes to `add`. Returns its seconds, and counts: of results by
+    status, of those known before, of kernels compiled."""
     began, counts = time.monotonic(), Counter[str]()
     end = began + context.seconds
 
@@ -138,8 +148,10 @@ def run_stage(stage: Stage, context: Context, add: Callable[[Record], None]) -> 
         counts["kernels compiled"] += record.get("compiled", 0)
         add({"stage": stage.name, "case": case} | record)
 
-    done = context.found(stage.name)
+    known = context.found(stage.name).items()
+    done = {case for case, each in known if each["status"] not in ("stopped", "skipped")}
     todo = [case for case in stage.cases(context.device) if case not in done]
+    counts["known before"] = len(done)
     if context.seconds <= 0:
         counts["not begun"], todo = len(todo), []
     parts = (todo[i :: stage.workers] for i in range(stage.workers))

@@ -138,6 +138,7 @@ def test_what_a_limit_has_stopped_is_done_again(
     faked(monkeypatch)
     assert main(tmp_path, "--only", "load") == 0
     assert [each["status"] for each in records(tmp_path)] == ["stopped", "passed", "passed"]
+    assert "stopped" not in (tmp_path / "report.txt").read_text()
 
 
 def test_nothing_begins_without_time(tmp_path: Path) -> None:
@@ -227,9 +228,9 @@ def test_without_the_package_or_its_tools(tmp_path: Path) -> None:
 def test_without_a_gpu_it_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
-    assert capsys.readouterr().err.endswith("was built without CUDA\n")
+    assert "finds no CUDA device: --device cpu is a rehearsal" in capsys.readouterr().err
 
 
 TESTS = """

@@ -81,8 +81,8 @@ def _install(folder: Path) -> str | None:
         return None
     if changed := [part for part in _SOURCES if manifest[part] != sources(part)]:
         raise Refused(
-            f"the kit of {manifest['commit'][:12]} is older than the sources of "
-            f"{' and '.join(changed)}: make gpu-kit"
+            f"the kit of {manifest['commit'][:12]} was made from other sources "
+            f"({' and '.join(changed)}): commit, then make gpu-kit"
         )
     shutil.copytree(folder / "lib", REPOSITORY / "convnn_kernels" / "lib", dirs_exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="convnn-kit-"))
@@ -283,7 +283,11 @@ def make(folder: Path) -> None:
         _run("cmake", "--install", str(work), "--prefix", str(work / "installed"))
         shutil.rmtree(folder / "lib", ignore_errors=True)
         shutil.copytree(work / "installed" / "convnn_kernels" / "lib", folder / "lib")
+    if not (REPOSITORY / "convnn_kernels" / "lib" / "libconvnn_cpu.so").exists():
+        # The package does not import without it.
+        shutil.copytree(folder / "lib", REPOSITORY / "convnn_kernels" / "lib", dirs_exist_ok=True)
     if before.get("triton") != sources("triton"):
+        print("compiling the Triton kernels, which takes some minutes", flush=True)
         # What an earlier kit had compiled is still in that cache; this one takes what it needs.
         used = _trace(work / "triton", 2)["used"]
         shutil.rmtree(folder / "triton", ignore_errors=True)
@@ -296,11 +300,12 @@ def make(folder: Path) -> None:
     if not list(folder.glob("flashlib-*.whl")):
         pip = (sys.executable, "-m", "pip", "download", "--no-deps", "-c", "constraints.txt")
         _run(*pip, "--dest", str(folder), "flashlib", PIP_CONSTRAINT="")
-    _describe(folder)
+    current = all(before.get(part) == sources(part) for part in _SOURCES)
+    print("gpu-kit: " + ("it was up to date" if current else "made") + f", {_describe(folder)}")
 
 
-def _describe(folder: Path) -> None:
-    """Writes what is in the kit; refuses one that is too large to be carried."""
+def _describe(folder: Path) -> str:
+    """Writes what is in the kit, and says it; refuses one that is too large to be carried."""
     import torch
     import triton
     from triton.runtime.cache import triton_key
@@ -325,9 +330,9 @@ def _describe(folder: Path) -> None:
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     packed = shutil.make_archive(str(REPOSITORY / "build" / "gpu-kit"), "gztar", folder)
     size = Path(packed).stat().st_size
-    print(f"{folder.name}: {kernels} kernels, {size / 2**20:.1f} MiB packed")
     if size > _LIMIT:
         raise SystemExit(f"gpu-kit: more than {_LIMIT / 2**20:.0f} MiB packed")
+    return f"{kernels} kernels, {size / 2**20:.1f} MiB packed, commit {manifest['commit']}"
 
 
 def main() -> None:
