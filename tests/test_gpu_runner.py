@@ -178,7 +178,8 @@ def test_the_summary_fits_what_is_read_of_it(tmp_path: Path) -> None:
             row = {"peer": "p" * 20, "pass": "forward", "seconds": seconds, "kernels": kernels}
             rows = {"rows": [row] * 4} if stage.name == "time" else {}
             why = {"status": "failed", "why": f"{i} " + "w" * 500} if i % 2 else {}
-            results.append({"stage": stage.name, "case": "c" * 50, "status": "passed"} | rows | why)
+            record = {"stage": stage.name, "case": f"{i}" + "c" * 50, "status": "passed"}
+            results.append(record | rows | why)
     how = {"seconds": 1.0, "limit": 2.0, "counts": {"failed": 150, "passed": 150}}
     text = gpu.summary(results, {stage.name: how for stage in STAGES})
     assert len(text.splitlines()) <= 150
