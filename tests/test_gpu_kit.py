@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def test_a_kit_is_put_in_its_place(kit: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("triton"):
         with pytest.raises(AssertionError, match="not the Triton of the kit"):
             gpu_kit.check_triton()
+
+
+def test_what_a_kit_lacks_is_said(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the run goes on without it."""
+    shutil.rmtree(kit / "triton")
+    shutil.rmtree(kit / "lib")
+    assert gpu_kit.install(kit)
+    said = capsys.readouterr().out
+    assert "the kit has no lib: " in said
+    assert "the kit has no triton: " in said
+    assert os.environ["CONVNN_KIT_TRITON"] == ""
 
 
 def test_a_kit_of_other_sources_is_refused(kit: Path, capsys: pytest.CaptureFixture[str]) -> None:

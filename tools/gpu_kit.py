@@ -84,9 +84,17 @@ def _install(folder: Path) -> str | None:
             f"the kit of {manifest['commit'][:12]} was made from other sources "
             f"({' and '.join(changed)}): commit, then make gpu-kit"
         )
-    shutil.copytree(folder / "lib", REPOSITORY / "convnn_kernels" / "lib", dirs_exist_ok=True)
+    instead = {"lib": "libraries are those of the checkout", "triton": "kernels are compiled here"}
+    for part in _SOURCES:
+        if not (folder / part).exists():
+            print(f"the kit has no {part}: {instead[part]}", flush=True)
+    if (folder / "lib").exists():
+        to = REPOSITORY / "convnn_kernels" / "lib"
+        shutil.copytree(folder / "lib", to, dirs_exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="convnn-kit-"))
-    unpack_cache(folder / "triton", scratch / "triton")
+    if (folder / "triton").exists():
+        unpack_cache(folder / "triton", scratch / "triton")
+        os.environ["CONVNN_KIT_TRITON"] = manifest["triton key"]
     for wheel in folder.glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(scratch / "site")
     sys.path.append(str(scratch / "site"))
@@ -94,7 +102,6 @@ def _install(folder: Path) -> str | None:
     os.environ |= {
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "PYTHONPATH": os.pathsep.join(paths),
-        "CONVNN_KIT_TRITON": manifest["triton key"],
     }
     dirty = "" if manifest["rest"] == sources("rest") else "-dirty"
     commit = manifest["commit"].removesuffix("-dirty") + dirty
