@@ -116,6 +116,7 @@ def test_limits() -> None:
     assert gpu.limit(STAGES[-1], [*own], 560, 123) == 123
 
 
+@pytest.mark.slow
 def test_every_stage_runs_into_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +149,7 @@ def test_nothing_begins_without_time(tmp_path: Path) -> None:
         assert counts["counts"] == {"not begun": 2}
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_program(tmp_path: Path) -> None:
     """Even if it is killed: they would hold the GPU."""
     code = "import sys; sys.path.insert(0, 'tests'); from test_gpu_runner import *\n"
@@ -213,6 +215,7 @@ def test_a_full_disk(
     assert said.count("2 passed") == len(STAGES)
 
 
+@pytest.mark.slow
 def test_without_the_package_or_its_tools(tmp_path: Path) -> None:
     """Each case says what is missing, and the next one follows."""
     code = "import sys; sys.modules['convnn_kernels'] = None; from benchmarks import gpu; "
