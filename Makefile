@@ -39,9 +39,9 @@ test-all: $(VENV)/.test
 triton_versions := 3.6.0 3.7.1 3.8.0
 aot: $(VENV)/.test $(addprefix $(VENV)-triton-,$(addsuffix /.done,$(triton_versions)))
 	for version in $(triton_versions); do \
-	  $(VENV)-triton-$$version/bin/python -m benchmarks.aot --write || exit 1; \
+	  $(VENV)-triton-$$version/bin/python -m tools.aot --write || exit 1; \
 	done
-	$(python) -m benchmarks.aot_table
+	$(python) -m tools.aot_table
 
 $(VENV)-triton-%/.done: constraints.txt
 	$(PYTHON) -m venv $(@D)

@@ -7,7 +7,7 @@ call needs before it is made.
 """
 
 from convnn_kernels import functional, native, nn
-from convnn_kernels.backends.choose import backend
+from convnn_kernels.backends.selection import backend
 from convnn_kernels.functional import warmup
 from convnn_kernels.version import __version__
 

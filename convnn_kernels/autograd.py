@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_kernels import dispatch
+from convnn_kernels import torch_internals
 
 _convnn = torch.ops.convnn
 
@@ -26,20 +26,20 @@ def kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
         "convnn::aggregate": _Aggregate,
     }
     node = nodes.get(op.name(), _NoDerivative)
-    defaults = dispatch.defaults(op)
-    redispatch = dispatch.redispatcher(op)
+    defaults = torch_internals.defaults(op)
+    redispatch = torch_internals.redispatcher(op)
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        below = keyset & dispatch.BELOW_AUTOGRAD
-        if dispatch.needs_autograd(args):
+        below = keyset & torch_internals.BELOW_AUTOGRAD
+        if torch_internals.needs_autograd(args):
             # The dispatcher leaves out trailing arguments that have their default value.
-            return dispatch.apply(node, op, below, *args, *defaults[len(args) :])
+            return torch_internals.apply(node, op, below, *args, *defaults[len(args) :])
         return redispatch(below, *args)
 
     return autograd
 
 
-class _Node(dispatch.Node):
+class _Node(torch_internals.Node):
     """A call of an operator in the autograd graph; no forward-mode."""
 
     @staticmethod
@@ -50,7 +50,7 @@ class _Node(dispatch.Node):
 class _Forward(_Node):
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
-        output, similarities, indices = dispatch.redispatch(op, below, *args)
+        output, similarities, indices = torch_internals.redispatch(op, below, *args)
         query, key, value, _, weight, bias, _, _, _, metric, rho, scale, _ = args
         ctx.op = op.name()
         ctx.metric, ctx.rho, ctx.scale, ctx.has_bias = metric, rho, scale, bias is not None
@@ -85,7 +85,7 @@ class _Forward(_Node):
 class _Select(_Node):
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
-        similarities, indices = dispatch.redispatch(op, below, *args)
+        similarities, indices = torch_internals.redispatch(op, below, *args)
         query, key, _, _, _, _, metric, _ = args
         ctx.op = op.name()
         ctx.metric = metric
@@ -105,7 +105,7 @@ class _Select(_Node):
 class _Aggregate(_Node):
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
-        output = dispatch.redispatch(op, below, *args)
+        output = torch_internals.redispatch(op, below, *args)
         value, similarities, indices, weight, bias, rho, scale = args
         ctx.op = op.name()
         ctx.rho, ctx.scale, ctx.has_bias = rho, scale, bias is not None
@@ -130,7 +130,7 @@ class _NoDerivative(_Node):
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
         ctx.op = op.name()
-        return dispatch.redispatch(op, below, *args)
+        return torch_internals.redispatch(op, below, *args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_kernels import dispatch, ops
+from convnn_kernels import ops, torch_internals
 
 
 def convnn(
@@ -72,7 +72,7 @@ def convnn(
             message names it, what was expected and what came. On CUDA, values of index tensors
             are not examined.
     """
-    output, _, _ = dispatch.call(
+    output, _, _ = torch_internals.call(
         ops.forward,
         query,
         key,
@@ -128,7 +128,7 @@ def select_neighbors(
             message names it, what was expected and what came. On CUDA, values of index tensors
             are not examined.
     """
-    return dispatch.call(
+    return torch_internals.call(
         ops.select, query, key, k, candidates, self_indices, key_mask, metric, order
     )
 
@@ -168,7 +168,9 @@ def aggregate_neighbors(
             message names it, what was expected and what came. On CUDA, values of indices are not
             examined.
     """
-    return dispatch.call(ops.aggregate, value, similarities, indices, weight, bias, rho, scale)
+    return torch_internals.call(
+        ops.aggregate, value, similarities, indices, weight, bias, rho, scale
+    )
 
 
 def warmup(*args: Any, **options: Any) -> None:

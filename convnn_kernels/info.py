@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from convnn_kernels import native
-from convnn_kernels.backends import choose
+from convnn_kernels.backends import selection
 from convnn_kernels.version import __version__
 
 
@@ -32,7 +32,7 @@ def collect() -> dict[str, Any]:
             "cuda_devices": devices,
         },
         "build": {**native.build_report(), **_introspect()},
-        "backends": choose.available(),
+        "backends": selection.available(),
     }
 
 

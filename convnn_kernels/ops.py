@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convnn_kernels import autograd, checks, flops, transforms
-from convnn_kernels.backends import choose
+from convnn_kernels.backends import selection
 
 _library = torch.library.Library("convnn", "DEF")
 
@@ -51,7 +51,7 @@ aggregate_backward = torch.ops.convnn.aggregate_backward.default
 
 _OPS = (forward, select, aggregate, select_backward, aggregate_backward)
 
-# Where the CUDA C++ kernels register: the CUDA key of the library above belongs to `choose`.
+# Where the CUDA C++ kernels register: the CUDA key of the library above belongs to `selection`.
 _cuda_library = torch.library.Library("convnn_cuda", "DEF")
 for _op in _OPS:
     _cuda_library.define(str(_op._schema).removeprefix("convnn::"))
@@ -183,8 +183,8 @@ def _grad(tensor: Tensor, needed: bool) -> Tensor:
 
 for _op in _OPS:
     _library.impl(_op, autograd.kernel(_op), "Autograd", with_keyset=True)
-    _library.impl(_op, choose.cuda_kernel(_op), "CUDA")
-    if (_ask := choose.forced_kernel(_op)) is not None:
+    _library.impl(_op, selection.cuda_kernel(_op), "CUDA")
+    if (_ask := selection.forced_kernel(_op)) is not None:
         _library.impl(_op, _ask, "BackendSelect", with_keyset=True)
     torch.library.register_vmap(_op, transforms.VMAP[_op.name()], lib=_library)
 

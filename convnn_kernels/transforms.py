@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_kernels import dispatch
+from convnn_kernels import torch_internals
 
 
 def autocast(
@@ -36,7 +36,7 @@ def autocast(
 
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
-        with dispatch.without_autocast(device_type):
+        with torch_internals.without_autocast(device_type):
             return op(*[arg if i in keep else cast(arg, dtype) for i, arg in enumerate(args)])
 
     return kernel

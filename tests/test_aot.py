@@ -23,8 +23,8 @@ import torch
 from test_peak import SHAPES, WORKSPACE, Shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import aot_table
-from benchmarks.aot_table import ARCHITECTURES, RESULTS, VERSIONS, Row, Table
+from tools import aot_table
+from tools.aot_table import ARCHITECTURES, RESULTS, VERSIONS, Row, Table
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -40,7 +40,7 @@ def test_no_kernel_has_changed_since_it_was_compiled(version: str) -> None:
     assert table(version)["sources"] == aot_table.source_hashes()
 
 
-@pytest.mark.parametrize("file", ["order.py", "tiles.py", "select_backward.py"])
+@pytest.mark.parametrize("file", ["order.py", "configs.py", "select_backward.py"])
 def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = aot_table.source_hashes()
     shutil.copytree(aot_table.KERNELS, tmp_path / "kernels")
@@ -51,7 +51,7 @@ def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     changed = {name for name, digest in aot_table.source_hashes().items() if digest != before[name]}
     expected = {
         "order.py": {"sweep_kernel", "refine_kernel", "select_small_kernel", "key_grad_kernel"},
-        "tiles.py": {"tiles"},
+        "configs.py": {"configs"},
         "select_backward.py": {"query_grad_kernel", "key_grad_kernel"},
     }[file]
     assert expected <= changed
@@ -61,7 +61,7 @@ def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_launch_is_there(version: str) -> None:
     assert len(table(version)["rows"]) == table(version)["launches"]
-    kernels = set(aot_table.source_hashes()) - {"tiles"}
+    kernels = set(aot_table.source_hashes()) - {"configs"}
     for arch in ARCHITECTURES:
         for dtype in DTYPES:
             rows = [row for row in table(version)["rows"] if row["arch"] == arch]
@@ -167,7 +167,7 @@ def test_machine_code() -> None:
 
 
 def test_the_documentation_has_the_summary() -> None:
-    """If this fails: `python -m benchmarks.aot_table`."""
+    """If this fails: `python -m tools.aot_table`."""
     assert aot_table.summary(map(table, VERSIONS)) in aot_table.DOCUMENT.read_text()
 
 
@@ -180,7 +180,7 @@ def needs_compiler(test: Any) -> Any:
 
 def launches() -> dict[str, Any]:
     """One launch of each kernel."""
-    from benchmarks import aot
+    from tools import aot
 
     plain = {"N": 4096, "D": 48, "C": 48, "O": 40, "k": 9, "masked": True}
     calls = [
@@ -197,8 +197,8 @@ def launches() -> dict[str, Any]:
 
 def wanted(architectures: tuple[int, ...], quick: bool) -> set[tuple[int, str, str]]:
     """Architecture, fingerprint and dtypes of each launch that `make aot` would compile now: what
-    the host side and tiles.py choose, but for grids. Nothing is compiled."""
-    from benchmarks import aot
+    the host side and configs.py choose, but for grids. Nothing is compiled."""
+    from tools import aot
 
     jobs = aot.jobs(architectures, aot.DTYPES, quick, only="")
     return {(arch, aot._fingerprint(launch), dtypes) for launch, arch, dtypes in jobs}
@@ -220,11 +220,11 @@ def test_launches_are_those_of_the_tables() -> None:
     [("refine", "maxnreg"), ("aggregate_depthwise", "BLOCK_N"), ("query_grad", "num_warps")],
 )
 def test_another_tile_is_noticed(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from convnn_kernels.triton_kernels import tiles
+    from convnn_kernels.triton import configs
 
-    before, chosen = wanted((90,), quick=True), getattr(tiles, name)
+    before, chosen = wanted((90,), quick=True), getattr(configs, name)
     monkeypatch.setattr(
-        tiles, name, lambda *sizes: (tile := chosen(*sizes)) | {option: 2 * tile[option]}
+        configs, name, lambda *sizes: (tile := chosen(*sizes)) | {option: 2 * tile[option]}
     )
     assert wanted((90,), quick=True) != before
 
@@ -243,7 +243,7 @@ EXTRAS = [{}, {"masked": True}, {"candidates": True, "masked": True}, {"own": Tr
 
 
 def compiled(dtype: Any, **options: Any) -> set[str]:
-    from benchmarks import aot
+    from tools import aot
 
     call = functools.partial(aot._both_ways, **options)
     return {aot._fingerprint(launch) for launch in aot.record(90, dtype, [call])}
@@ -271,7 +271,7 @@ def test_other_sizes_compile_nothing_new(
 @needs_triton
 def test_an_alignment_depends_on_channels_only() -> None:
     """However rows are laid out: heads before rows or after, one of them or many."""
-    from convnn_kernels.backends import triton as host
+    from convnn_kernels.triton import backend as host
 
     for D in (1, 3, 8, 16, 40, 64):
         found = set()
@@ -291,7 +291,7 @@ def test_an_alignment_depends_on_channels_only() -> None:
 
 @needs_triton
 def test_rows_that_do_not_lie_in_one_piece_are_copied() -> None:
-    from convnn_kernels.backends import triton as host
+    from convnn_kernels.triton import backend as host
 
     X = torch.randn(2, 3, 8, 5).mT
     assert torch.equal(host._fold(X), X)
@@ -311,7 +311,7 @@ def test_rows_that_do_not_lie_in_one_piece_are_copied() -> None:
 )
 def test_which_sums_of_tensor_cores_are_returned(metric: str, D: int, small: bool) -> None:
     """Not those of `dot` over few columns, for which the certificate is stricter."""
-    from benchmarks import aot
+    from tools import aot
 
     options = {"N": 197, "D": D, "C": 8, "O": 8, "k": 9, "weight": "none", "metric": metric}
     launches = aot.record(90, torch.float16, [functools.partial(aot._both_ways, **options)])
@@ -346,8 +346,8 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_memory_of_a_backward(shape: Shape) -> None:
     """No more than the contract allows, but for what is given and returned."""
-    from benchmarks import aot
-    from convnn_kernels.backends import triton as host
+    from convnn_kernels.triton import backend as host
+    from tools import aot
 
     B, N, M, C, k, dtype = shape.B, shape.N, shape.M, shape.C, shape.k, shape.dtype
     bound = 8 * B * (N * k + N * C + M * 2 * C) + WORKSPACE
@@ -373,7 +373,7 @@ def test_memory_of_a_backward(shape: Shape) -> None:
 
 @needs_compiler
 def test_offsets_have_64_bits() -> None:
-    from benchmarks import aot
+    from tools import aot
 
     found = launches()
     assert set(found) == set(aot.kernels())
@@ -390,7 +390,7 @@ WIDE_ANYWAY = {"sweep_kernel", "nominate_kernel"}
 @needs_compiler
 def test_a_cast_that_is_left_out_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every widening of a program's number and of a range, one after the other."""
-    from benchmarks import aot
+    from tools import aot
 
     found = launches()
     monkeypatch.syspath_prepend(tmp_path)

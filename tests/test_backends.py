@@ -13,10 +13,11 @@ from torch import Tensor
 
 import convnn_kernels
 from convnn_kernels import native
-from convnn_kernels.backends import choose, cuda, triton
+from convnn_kernels.backends import cuda, selection
+from convnn_kernels.triton import backend as triton
 
 x = torch.arange(12.0).view(4, 3)
-run = choose.cuda_kernel(torch.ops.convnn.select.default)
+run = selection.cuda_kernel(torch.ops.convnn.select.default)
 
 
 class Fake:
@@ -42,8 +43,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
         monkeypatch.setattr(module, "unavailable", lambda name=name: fake.unavailable[name])
         monkeypatch.setattr(module, "refuses", lambda args, name=name: fake.refuses[name])
         monkeypatch.setattr(module, "run", lambda op, args, name=name: fake.run(name, op, args))
-    monkeypatch.setattr(choose, "_told", set())
-    monkeypatch.setattr(choose, "_failures", {})
+    monkeypatch.setattr(selection, "_told", set())
+    monkeypatch.setattr(selection, "_failures", {})
     return fake
 
 
@@ -255,7 +256,7 @@ def test_forced_cuda_does_not_run_on_the_cpu(run_python: Callable[..., str]) -> 
     """Where the backend can run, CONVNN_BACKEND=cuda refuses CPU tensors and says why."""
     code = """
         import torch
-        from convnn_kernels.backends import choose, cuda
+        from convnn_kernels.backends import selection, cuda
         import convnn_kernels
         cuda.unavailable = lambda: None
         x = torch.randn(5, 3)

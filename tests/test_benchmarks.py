@@ -425,7 +425,7 @@ def test_unwritable_output_is_found_out_first(tmp_path, capsys):
 
 
 def test_every_kernel_has_a_prediction() -> None:
-    folder = REPOSITORY / "convnn_kernels" / "triton_kernels"
+    folder = REPOSITORY / "convnn_kernels" / "triton"
     text = "".join(path.read_text() for path in folder.glob("*.py"))
     predicted = bounds._predictions()["kernels"]
     names = {*predicted, "group_flags_kernel", "select_small_kernel"}

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from convnn_kernels import backend, functional
-from convnn_kernels.backends import choose
-from convnn_kernels.backends.choose import available
+from convnn_kernels.backends import selection
+from convnn_kernels.backends.selection import available
 
 OPERATORS = {
     "forward": torch.ops.convnn.forward,
@@ -504,14 +504,14 @@ def test_backend_cpu_runs_and_ends() -> None:
         assert torch.equal(functional.convnn(**args), expected)
         with pytest.raises(RuntimeError, match="k must be"), backend("cpu"):
             functional.convnn(**args | {"k": 0})
-        assert choose._forced == "cpu"
-    assert choose._forced is None
+        assert selection._forced == "cpu"
+    assert selection._forced is None
 
 
 def test_cuda_tensors_have_no_backend() -> None:
     """The owner of the CUDA key checks the arguments, then says why nothing can run them."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key("convnn::forward", "CUDA")
-    kernel = choose.cuda_kernel(torch.ops.convnn.select.default)
+    kernel = selection.cuda_kernel(torch.ops.convnn.select.default)
     x = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match=r"^convnn::select: k must be between 1 and 4"):
         kernel(x, x, 5)
@@ -560,7 +560,9 @@ def test_backend_from_the_environment(name: str, run_python: Callable[..., str])
         expected = "CONVNN_BACKEND must be 'triton', 'cuda' or 'cpu', got 'gpu'"
     else:
         # Asked in a process of its own: other tests here may have faked a device.
-        code = f"from convnn_kernels.backends.choose import available\nprint(available()[{name!r}])"
+        code = (
+            f"from convnn_kernels.backends.selection import available\nprint(available()[{name!r}])"
+        )
         expected = (
             "CONVNN_BACKEND must be a backend that can run here ('cpu'), "
             f"got '{name}': {run_python(code).strip()}"

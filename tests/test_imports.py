@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Imports run one way: nn -> functional -> ops -> backends -> (triton_kernels | native)."""
+"""Imports run one way: nn -> functional -> ops -> backends -> (triton | native)."""
 
 import ast
 import sys
@@ -16,14 +16,14 @@ PACKAGE = "convnn_kernels"
 ALLOWED = {
     "": {"functional", "native", "nn", "backends", "version"},
     "nn": {"functional"},
-    "functional": {"dispatch", "ops"},
+    "functional": {"torch_internals", "ops"},
     "ops": {"autograd", "backends", "checks", "flops", "transforms"},
-    "autograd": {"dispatch"},
-    "transforms": {"dispatch"},
+    "autograd": {"torch_internals"},
+    "transforms": {"torch_internals"},
     "flops": set(),
-    "dispatch": set(),
-    "backends": {"checks", "dispatch", "native", "triton_kernels"},
-    "triton_kernels": set(),
+    "torch_internals": set(),
+    "backends": {"checks", "torch_internals", "native", "triton"},
+    "triton": {"checks"},
     "checks": set(),
     "native": set(),
     "introspect": set(),
@@ -87,8 +87,12 @@ def test_imports(module: str, path: Path) -> None:
     assert not faults(path.read_text(), module, path.name == "__init__.py")
 
 
-def test_only_backends_and_ops_import_checks() -> None:
-    assert {part for part, allowed in ALLOWED.items() if "checks" in allowed} == {"ops", "backends"}
+def test_which_parts_import_checks() -> None:
+    assert {part for part, allowed in ALLOWED.items() if "checks" in allowed} == {
+        "ops",
+        "backends",
+        "triton",
+    }
 
 
 def test_order_has_no_cycle() -> None:
@@ -107,8 +111,8 @@ def test_order_has_no_cycle() -> None:
         ("convnn_kernels.ops", "import convnn_kernels.functional as f"),
         ("convnn_kernels.ops", "from convnn_kernels.nn.attention import ConvNNAttention"),
         ("convnn_kernels.ops", "from . import functional"),
-        ("convnn_kernels.backends.choose", "from .. import ops"),
-        ("convnn_kernels.backends.choose", "from convnn_kernels.ops import forward"),
+        ("convnn_kernels.backends.selection", "from .. import ops"),
+        ("convnn_kernels.backends.selection", "from convnn_kernels.ops import forward"),
         ("convnn_kernels.functional", "from convnn_kernels import checks"),
         ("convnn_kernels.functional", "def f():\n    from convnn_kernels import native"),
         ("convnn_kernels.native", "from convnn_kernels.version import __version__"),
@@ -129,7 +133,7 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
     [
         ("convnn_kernels.nn.hybrid", "from convnn_kernels.functional import convnn\nimport torch"),
         ("convnn_kernels.nn.hybrid", "from .convnn import ConvNN2d"),
-        ("convnn_kernels.backends.choose", "from ..native import load"),
+        ("convnn_kernels.backends.selection", "from ..native import load"),
         ("python_ref.compare", "import math\nfrom torch import Tensor\nfrom . import convnn"),
     ],
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnn_kernels
-from convnn_kernels.backends import triton as host
+from convnn_kernels.triton import backend as host
 from python_ref import assert_aggregate, assert_forward, assert_select, select
 
 pytestmark = [
@@ -83,7 +83,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
 
 def leave_out_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few columns and 16 bits then take the way of many columns."""
-    monkeypatch.setattr(host._kernels().tiles, "has_small", lambda *_: False)
+    monkeypatch.setattr(host._kernels().configs, "has_small", lambda *_: False)
 
 
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])
@@ -374,9 +374,9 @@ def test_several_launches_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace for one block of rows at a time, and one tile of columns in a program."""
     query, key = normal(2, 70, 8), normal(2, 300, 8, seed=1)
     whole = ops.select(query, key, 4)
-    tiles = host._kernels().tiles
-    monkeypatch.setattr(tiles, "WORKSPACE", 1)
-    monkeypatch.setattr(tiles, "tiles_each", lambda *_: 1)
+    configs = host._kernels().configs
+    monkeypatch.setattr(configs, "WORKSPACE", 1)
+    monkeypatch.setattr(configs, "tiles_each", lambda *_: 1)
     parts = ops.select(query, key, 4)
     assert all(map(torch.equal, whole, parts))
 
@@ -499,30 +499,30 @@ MEMORY = [
 def test_memory(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> None:
     """No tensor is N x M or N x k x C, unless an input or output is as large."""
     sizes, given = allocations(monkeypatch, shape)
-    tiles = host._kernels().tiles
+    configs = host._kernels().configs
     assert len(sizes) > 10
     all_pairs = shape.B * shape.N * (shape.M or shape.N)
     all_neighbors = shape.B * shape.N * shape.k * shape.C
     assert max((size for size in sizes if size > given), default=0) < min(all_pairs, all_neighbors)
     # Offsets have one element more than there are keys.
-    assert max(sizes) <= max(given + 1, tiles.SMALL_WORKSPACE // 4, tiles.WORKSPACE // 4)
+    assert max(sizes) <= max(given + 1, configs.SMALL_WORKSPACE // 4, configs.WORKSPACE // 4)
 
 
 def test_parts_of_a_weight_gradient_are_bounded() -> None:
-    tiles = host._kernels().tiles
+    configs = host._kernels().configs
     for rows, size, bound in ((1024, 2**20, 2**20), (2**14, 2**16, 2**28), (10**6, 10**5, 10**6)):
-        count, each = tiles.parts(rows, size, bound)
+        count, each = configs.parts(rows, size, bound)
         assert (count - 1) * each < rows <= count * each
-        assert count == 1 or count * size < max(bound, tiles.SMALL_WORKSPACE // 4 + 1)
+        assert count == 1 or count * size < max(bound, configs.SMALL_WORKSPACE // 4 + 1)
 
 
 @pytest.mark.parametrize("parts", [1, 64])
 def test_a_buffer_of_all_pairs_is_seen(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
     """As many parts of a weight's gradient as there were once; and a buffer in any tensor made."""
-    tiles = host._kernels().tiles
+    configs = host._kernels().configs
     shape = Shape(1024, 256) if parts > 1 else Shape(1024, 9, C=16, weight="none")
     if parts > 1:
-        monkeypatch.setattr(tiles, "parts", lambda rows, *_: (parts, -(-rows // parts)))
+        monkeypatch.setattr(configs, "parts", lambda rows, *_: (parts, -(-rows // parts)))
     else:
         empty = Tensor.new_empty
         monkeypatch.setattr(
@@ -645,9 +645,9 @@ def test_inverse_list(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stable sort: pairs of a key by (i, j) or (j, i), however many tiles, missing ones last."""
-    tiles = host._kernels().tiles
+    configs = host._kernels().configs
     monkeypatch.setattr(
-        tiles, "inverse_list_parts", lambda *_: (-(-N * k // pairs_each), pairs_each)
+        configs, "inverse_list_parts", lambda *_: (-(-N * k // pairs_each), pairs_each)
     )
     generator = torch.Generator().manual_seed(0)
     I = torch.randint(-1, M + 1, (B, N, k), generator=generator)
@@ -671,16 +671,16 @@ def test_inverse_list(
 
 
 def test_tiles_of_an_inverse_list_are_bounded() -> None:
-    tiles = host._kernels().tiles
+    configs = host._kernels().configs
     for batch, pairs, keys in (
         (1, 9 * 2**16, 2**16),
         (4, 300 * 4096, 4096),
         (2**16, 5, 1),
         (1, 2**34, 2**30),
     ):
-        count, each = tiles.inverse_list_parts(batch, pairs, keys)
+        count, each = configs.inverse_list_parts(batch, pairs, keys)
         assert (count - 1) * each < pairs <= count * each
-        assert count == 1 or 4 * (batch * count * (keys + 1) + 1) <= tiles.WORKSPACE // 2
+        assert count == 1 or 4 * (batch * count * (keys + 1) + 1) <= configs.WORKSPACE // 2
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])

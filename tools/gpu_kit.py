@@ -199,7 +199,7 @@ def trace(part: int, parts: int) -> dict[str, list[str]]:
     from benchmarks.peers import PEERS
     from benchmarks.suites import SUITES
     from benchmarks.workloads import make_inputs
-    from convnn_kernels.backends import triton as host
+    from convnn_kernels.triton import backend as host
 
     used: set[str] = set()
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The operators of the library convnn_cuda, which convnn_kernels/backends/cuda.py calls: the
-// dispatch key CUDA of the library convnn belongs to convnn_kernels/backends/choose.py.
+// dispatch key CUDA of the library convnn belongs to convnn_kernels/backends/selection.py.
 #include "../entry.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -14,7 +14,7 @@ import torch
 from on_device import DEVICE, ON_CPU
 
 import convnn_kernels
-from convnn_kernels.backends import choose
+from convnn_kernels.backends import selection
 
 FOLDER = Path(__file__).parent
 
@@ -48,7 +48,7 @@ def _a_process_whose_gpu_is_broken_ends() -> Iterator[None]:
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends of CUDA tensors, each forced."""
-    reason = choose.available()[request.param]
+    reason = selection.available()[request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     with convnn_kernels.backend(request.param):

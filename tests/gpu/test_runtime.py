@@ -14,7 +14,7 @@ import convnn_kernels
 from benchmarks.audit import Audit
 from benchmarks.paper.rows import ROWS
 from convnn_kernels import functional
-from convnn_kernels.backends import choose
+from convnn_kernels.backends import selection
 
 ops = torch.ops.convnn
 pytestmark = pytest.mark.usefixtures("backend")
@@ -218,7 +218,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.cuda_only
 def test_compilations_are_seen(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    if choose._forced != "triton":
+    if selection._forced != "triton":
         return
     compiled = compilations(monkeypatch)
     X = torch.randn(3, 39, 23, device=device)

@@ -189,7 +189,7 @@ def _split_dot(b_q, b_k, b_s, b_rest, INTERPRETED: tl.constexpr):
     """Adds b_q b_k to b_s + b_rest, with b_s the products of the largest pieces only.
 
     Six of the nine products of pieces. The others are below 2^-21 of the whole, and 0 wherever a
-    float32 sum is exact: see `tiles.sweep_precision`.
+    float32 sum is exact: see `configs.sweep_precision`.
     """
     q_high, q_middle, q_low = _pieces(b_q, INTERPRETED)
     k_high, k_middle, k_low = _pieces(b_k, INTERPRETED)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The table of what Triton's compiler made of each kernel, and what would be wrong in a row of it.
 
-``python -m benchmarks.aot_table`` writes the summary in docs/triton.md. Needs neither Triton nor a
-GPU; `benchmarks.aot` fills the table.
+``python -m tools.aot_table`` writes the summary in docs/triton.md. Needs neither Triton nor a
+GPU; `tools.aot` fills the table.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ROOT / "convnn_kernels" / "triton_kernels"
-RESULTS = ROOT / "benchmarks" / "results" / "aot"
+KERNELS = ROOT / "convnn_kernels" / "triton"
+RESULTS = ROOT / "tools" / "aot_tables"
 DOCUMENT = ROOT / "docs" / "triton.md"
 
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0")
@@ -51,7 +51,7 @@ COLUMNS = (
 
 def source_hashes() -> dict[str, str]:
     """For each kernel a hash of its file and of the device code that it imports; and the tiles'."""
-    hashes = {"tiles": _digest({"tiles"})}
+    hashes = {"configs": _digest({"configs"})}
     for path in sorted(KERNELS.glob("*.py")):
         seen: set[str] = set()
         todo = [path.stem]
@@ -98,7 +98,7 @@ def write(
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = sorted(rows, key=lambda row: [str(row.get(name)) for name in COLUMNS])
     lines = ",\n".join(json.dumps([row.get(name) for name in COLUMNS]) for row in ordered)
-    names = {"tiles", *(row["kernel"] for row in rows)}
+    names = {"configs", *(row["kernel"] for row in rows)}
     head = {
         "triton": version,
         "launches": launches,

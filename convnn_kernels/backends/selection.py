@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_kernels import checks, dispatch, native
-from convnn_kernels.backends import cuda, triton
+from convnn_kernels import checks, native, torch_internals
+from convnn_kernels.backends import cuda
+from convnn_kernels.triton import backend as triton
 
 BACKENDS = ("triton", "cuda", "cpu")
 
@@ -95,7 +96,7 @@ def _require(name: str, what: str) -> None:
 def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """The kernel of ``op`` for the CUDA key: it checks the arguments, then picks a backend."""
     name = op.name()
-    defaults = dispatch.defaults(op)
+    defaults = torch_internals.defaults(op)
 
     def choose(*args: Any) -> Any:
         return _run(name, (*args, *defaults[len(args) :]))
@@ -160,14 +161,14 @@ def forced_kernel(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     if _forced in (None, "cpu") and not triton.interpreted():
         return None
     name = op.name()
-    defaults = dispatch.defaults(op)
+    defaults = torch_internals.defaults(op)
 
     def ask(keyset: Any, *args: Any) -> Any:
         if _forced is not None:
             _require(_forced, "CONVNN_BACKEND")
         if _forced in ("triton", "cuda") and _on_cpu(args):
             return _run(name, (*args, *defaults[len(args) :]))
-        return op.redispatch(keyset & dispatch.BELOW_BACKEND_SELECT, *args)
+        return op.redispatch(keyset & torch_internals.BELOW_BACKEND_SELECT, *args)
 
     return ask
 

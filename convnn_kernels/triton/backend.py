@@ -101,9 +101,10 @@ def run(name: str, args: tuple[Any, ...]) -> Any:
 
 @functools.cache
 def _kernels() -> SimpleNamespace:
-    from convnn_kernels.triton_kernels import (
+    from convnn_kernels.triton import (
         aggregate,
         aggregate_backward,
+        configs,
         inverse_list,
         modulate,
         offsets,
@@ -111,7 +112,6 @@ def _kernels() -> SimpleNamespace:
         select,
         select_backward,
         select_small,
-        tiles,
     )
 
     modules = (
@@ -134,7 +134,7 @@ def _kernels() -> SimpleNamespace:
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     }
-    return SimpleNamespace(tiles=tiles, **kernels)
+    return SimpleNamespace(configs=configs, **kernels)
 
 
 @functools.cache
@@ -219,7 +219,7 @@ def _norms(X: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     norm, scale, inverse = facts[:, :rows].unflatten(1, (B1 * B2, N))
     rescale = X.dtype != torch.float16
     scaled = X.new_empty(X.shape) if rescale else X
-    tile = kernels.tiles.norms(_arch(X), D)
+    tile = kernels.configs.norms(_arch(X), D)
     kernels.norms_kernel[(_cdiv(rows, tile["ROWS"]),)](
         X,
         norm,
@@ -254,7 +254,7 @@ def _select(
     order: str,
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels()
-    tiles = kernels.tiles
+    configs = kernels.configs
     N, D = query.shape[-2:]
     M = key.shape[-2]
     if _check_values():
@@ -290,9 +290,9 @@ def _select(
     }
     strides = (*_strides(Q), *_strides(K), *mask_strides)
     align = _alignment(Q, K)
-    small = tiles.has_small(bits, D, columns, k, metric)
+    small = configs.has_small(bits, D, columns, k, metric)
     if small and (candidates is None or self_indices is None):
-        tile = tiles.small(arch, D, k, B * N)
+        tile = configs.small(arch, D, k, B * N)
         kernels.select_small_kernel[(B * _cdiv(N, tile["BLOCK_N"]),)](
             Q,
             K,
@@ -317,8 +317,8 @@ def _select(
             **tile,
         )
         return s, I
-    tile = tiles.refine(arch, D, k)
-    group = tiles.group_size(arch, columns, k)
+    tile = configs.refine(arch, D, k)
+    group = configs.group_size(arch, columns, k)
     own = Q if self_indices is None else self_indices
     unused = Q
 
@@ -368,33 +368,33 @@ def _select(
     columns_sorted = candidates
     if not group:
         blocks = B * _cdiv(N, tile["ROWS"])
-        if k <= tiles.LONGEST_LIST:
+        if k <= configs.LONGEST_LIST:
             refine(0, blocks, tile["ROWS"], None, None, 0)
             return s, I
         bound = torch.empty((B, N), dtype=torch.int64, device=Q.device)
-        for place in range(0, k, tiles.LONGEST_LIST):
+        for place in range(0, k, configs.LONGEST_LIST):
             refine(0, blocks, tile["ROWS"], None, bound, place)
         return _finish_passes(s, I, M, order)
 
     # Groups of ascending columns: at a tie, the lower group then has the lower rows.
     if candidates is not None:
         columns_sorted = candidates.sort().values
-    sweep = tiles.sweep(arch, bits, D, metric == "euclidean")
+    sweep = configs.sweep(arch, bits, D, metric == "euclidean")
     block_n, block_m = sweep["BLOCK_N"], sweep["BLOCK_M"]
-    nominate = tiles.nominate(arch, k)
+    nominate = configs.nominate(arch, k)
     G = _cdiv(columns, group)
     # Whole tiles, and loads of 16 bytes, for any number of groups.
     stride_g = 16 * _cdiv(G, 16)
     row_blocks = _cdiv(N, block_n)
     blocks = B * row_blocks
     listed = 1 << nominate["LOG_LIST"]
-    at_once = max(1, min(blocks, tiles.WORKSPACE // (4 * block_n * (stride_g + listed))))
+    at_once = max(1, min(blocks, configs.WORKSPACE // (4 * block_n * (stride_g + listed))))
     maxima = torch.empty((at_once * block_n, stride_g), dtype=torch.float32, device=Q.device)
     groups = torch.empty((at_once * block_n, listed), dtype=torch.int32, device=Q.device)
     flags = None
     if candidates is not None or key_mask is not None:
         flags = torch.empty((B, stride_g), dtype=torch.int8, device=Q.device)
-        flag_tile = tiles.group_flags(group)
+        flag_tile = configs.group_flags(group)
         kernels.group_flags_kernel[(B * _cdiv(stride_g, flag_tile["GROUPS"]),)](
             unused if columns_sorted is None else columns_sorted,
             mask,
@@ -411,7 +411,7 @@ def _select(
     column_tiles = stride_g * group // block_m
     for first in range(0, blocks, at_once):
         count = min(at_once, blocks - first)
-        tiles_each = tiles.tiles_each(arch, count, column_tiles)
+        tiles_each = configs.tiles_each(arch, count, column_tiles)
         kernels.sweep_kernel[(count * _cdiv(column_tiles, tiles_each),)](
             Q,
             K,
@@ -432,7 +432,7 @@ def _select(
             *strides,
             **shared,
             ALIGN=align,
-            PRECISION=tiles.sweep_precision(bits, D, _tf32()),
+            PRECISION=configs.sweep_precision(bits, D, _tf32()),
             INTERPRETED=interpreted(),
             GROUP=group,
             ONE_BLOCK_D=0 < D <= sweep["BLOCK_D"],
@@ -513,7 +513,7 @@ def _aggregate(
     shared: dict[str, Any] = {"RHO": RHOS[rho], "HAS_BIAS": bias is not None}
     b = V if bias is None else bias.contiguous()
     if weight is not None and _is_dense(weight, C):
-        tile = kernels.tiles.aggregate_dense(arch, _bits(V), C, O, k)
+        tile = kernels.configs.aggregate_dense(arch, _bits(V), C, O, k)
         grid = (B * _cdiv(N, tile["BLOCK_N"]) * _cdiv(O, tile["BLOCK_O"]),)
         kernels.aggregate_dense_kernel[grid](
             V,
@@ -536,7 +536,7 @@ def _aggregate(
             **tile,
         )
     else:
-        tile = kernels.tiles.aggregate_depthwise(arch, C, k)
+        tile = kernels.configs.aggregate_depthwise(arch, C, k)
         grid = (B * _cdiv(N, tile["BLOCK_N"]) * _cdiv(C, tile["BLOCK_C"]),)
         kernels.aggregate_depthwise_kernel[grid](
             V,
@@ -577,12 +577,12 @@ def _inverse_list(
         "dtype": torch.int32 if largest < 2**31 else torch.int64,
         "device": indices.device,
     }
-    count, each = kernels.tiles.inverse_list_parts(B, N * k, M)
+    count, each = kernels.configs.inverse_list_parts(B, N * k, M)
     # One more in front: sums are of what comes before.
     places = torch.zeros(B * (M + 1) * count + 1, **numbers)
     pairs, keys = torch.empty(total, **numbers), torch.empty(total, **numbers)
     sizes = (N, M, k, B, count, each)
-    options = {"BY_SLOT": by_slot, **kernels.tiles.sort()}
+    options = {"BY_SLOT": by_slot, **kernels.configs.sort()}
     kernels.count_pairs_kernel[(B * count,)](similarities, indices, places[1:], *sizes, **options)
     places.cumsum_(0)
     offsets = places[: B * M * count + 1 : count].clone()
@@ -607,7 +607,7 @@ def _select_backward(
     need_key: bool,
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels()
-    tiles = kernels.tiles
+    configs = kernels.configs
     (N, k), (M, D) = indices.shape[-2:], key.shape[-2:]
     grad_query, grad_key = _grad(query, need_query), _grad(key, need_key)
     g, s, I = grad_similarities.contiguous(), similarities.contiguous(), indices.contiguous()
@@ -623,7 +623,7 @@ def _select_backward(
         norms = (*_norms(Q)[:2], *_norms(K)[:2])
     strides, align = (*_strides(Q), *_strides(K)), _alignment(Q, K)
     if need_query:
-        tile = tiles.query_grad(arch, D, k)
+        tile = configs.query_grad(arch, D, k)
         grid = (B * _cdiv(N, tile["BLOCK_N"]) * _cdiv(D, tile["BLOCK_D"]),)
         kernels.query_grad_kernel[grid](
             g,
@@ -645,7 +645,7 @@ def _select_backward(
         )
     if need_key:
         pairs, keys, offsets = _inverse_list(s, I, M, by_slot=False)
-        tile = tiles.inverse_list(arch, D)
+        tile = configs.inverse_list(arch, D)
         tile["BLOCK_D"] = tile.pop("columns")
         chunks = pairs.numel() // tile["CHUNK"]
         part = torch.empty((chunks, D), dtype=torch.float32, device=Q.device)
@@ -693,11 +693,11 @@ def _value_grad(
 ) -> None:
     """Writes the gradient of V to `grad`. W is [k, C, O] if `dense`, else [C, 1, k] or none."""
     kernels = _kernels()
-    tiles = kernels.tiles
+    configs = kernels.configs
     k, B, (M, C), O = I.shape[-1], V.shape[0] * V.shape[1], V.shape[-2:], G.shape[-1]
     arch = _arch(V)
     pairs, keys, offsets = _inverse_list(s, I, M, by_slot=dense)
-    tile = tiles.inverse_list(arch, O)
+    tile = configs.inverse_list(arch, O)
     tile["BLOCK_C"] = tile.pop("columns")
     chunks = pairs.numel() // tile["CHUNK"]
     part = torch.empty((chunks, O), dtype=torch.float32, device=V.device)
@@ -730,7 +730,7 @@ def _value_grad(
     if not dense:
         sum_pairs(B * M, False)
         return
-    dense_tile = tiles.value_grad_dense(arch, _bits(V), C, O)
+    dense_tile = configs.value_grad_dense(arch, _bits(V), C, O)
     grid = (B * _cdiv(M, dense_tile["BLOCK_M"]) * _cdiv(C, dense_tile["BLOCK_C"]),)
     kernels.value_grad_dense_kernel[grid](
         G,
@@ -767,7 +767,7 @@ def _aggregate_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = _kernels()
-    tiles = kernels.tiles
+    configs = kernels.configs
     (N, k), (M, C) = indices.shape[-2:], value.shape[-2:]
     O = grad_output.shape[-1]
     dense = _is_dense(weight, C)
@@ -794,7 +794,7 @@ def _aggregate_backward(
     precision = _product_precision(V)
     # [k, C, O] in a dense convolution.
     W = V if weight is None else (weight.permute(2, 1, 0) if dense else weight).contiguous()
-    row_tile = tiles.modulate(arch, k)
+    row_tile = configs.modulate(arch, k)
     row_grid = (_cdiv(B * N, row_tile["ROWS"]),)
     weights = torch.empty_like(s)
     kernels.modulate_kernel[row_grid](s, I, weights, B * N, M, k, scale, RHO=RHOS[rho], **row_tile)
@@ -802,7 +802,7 @@ def _aggregate_backward(
         grad_s.zero_()
     elif need_similarities:
         if dense:
-            tile = tiles.rho_grad_dense(arch, bits, C, O)
+            tile = configs.rho_grad_dense(arch, bits, C, O)
             kernels.rho_grad_dense_kernel[(B * _cdiv(N, tile["BLOCK_N"]) * k,)](
                 G,
                 V,
@@ -822,7 +822,7 @@ def _aggregate_backward(
                 **tile,
             )
         else:
-            tile = tiles.rho_grad_depthwise(arch, C)
+            tile = configs.rho_grad_depthwise(arch, C)
             kernels.rho_grad_depthwise_kernel[(B * _cdiv(N, tile["BLOCK_N"]) * k,)](
                 G,
                 V,
@@ -844,9 +844,9 @@ def _aggregate_backward(
             kernels.softmax_backward_kernel[row_grid](weights, grad_s, B * N, k, scale, **row_tile)
 
     if need_weight and weight is not None:
-        parts, rows_each = tiles.parts(B * N, weight.numel(), B * N * min(M, k * C))
+        parts, rows_each = configs.parts(B * N, weight.numel(), B * N * min(M, k * C))
         if dense:
-            tile = tiles.weight_grad_dense(arch, bits, C, O)
+            tile = configs.weight_grad_dense(arch, bits, C, O)
             part = torch.empty((parts, k, C, O), dtype=torch.float32, device=V.device)
             grid = (parts * k * _cdiv(C, tile["BLOCK_C"]) * _cdiv(O, tile["BLOCK_O"]),)
             kernels.weight_grad_dense_kernel[grid](
@@ -871,7 +871,7 @@ def _aggregate_backward(
             )
             grad_weight = part.sum(dim=0).permute(2, 1, 0).to(weight.dtype).contiguous()
         else:
-            tile = tiles.weight_grad_depthwise(arch, C)
+            tile = configs.weight_grad_depthwise(arch, C)
             part = torch.empty((parts, k, C), dtype=torch.float32, device=V.device)
             kernels.weight_grad_depthwise_kernel[(parts * k * _cdiv(C, tile["BLOCK_C"]),)](
                 G,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""``python -m benchmarks.aot``: compile every Triton kernel as the host side launches it, without a
+"""``python -m tools.aot``: compile every Triton kernel as the host side launches it, without a
 GPU, and write down what the compiler made of it.
 
 The operators run with a recorder in the place of the kernels, for each architecture, dtype and
 configuration. Every distinct launch (types, constants, divisibility) is then compiled to machine
-code for that architecture. The table, ``benchmarks/results/aot/triton-<version>.json``, has for
+code for that architecture. The table, ``tools/aot_tables/triton-<version>.json``, has for
 each launch registers, stack, shared memory, matrix instructions and what its main loop consists of.
 A launch whose row is there is not compiled again unless a source has changed, so a run may be
 stopped and resumed.
@@ -32,9 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from convnn_kernels.backends import triton as host
-
-from . import aot_table
+from convnn_kernels.triton import backend as host
+from tools import aot_table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -345,14 +344,14 @@ def jobs(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.aot", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel")
     parser.add_argument("--arch", type=int, action="append", help="80, 90 or 100; default all")
     parser.add_argument("--dtype", action="append", help="float16, ...; default all three")
     parser.add_argument("--only", default="", help="a pattern in the name of the kernel")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, help="stop after this time; a later run goes on")
-    parser.add_argument("--write", action="store_true", help="write the table to results/aot")
+    parser.add_argument("--write", action="store_true", help="write the table to tools/aot_tables")
     options = parser.parse_args()
     architectures = tuple(options.arch or aot_table.ARCHITECTURES)
     dtypes = tuple(getattr(torch, name) for name in options.dtype or ()) or DTYPES

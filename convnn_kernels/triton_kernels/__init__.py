@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: MIT
-"""Device code of the Triton backend and its tile choices. The host side is backends/triton.py."""
