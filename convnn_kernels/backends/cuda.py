@@ -10,7 +10,6 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from convnn_kernels import checks, native
 
@@ -29,19 +28,16 @@ def unavailable() -> str | None:
     return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
-def refuses(args: tuple[Any, ...]) -> str | None:
-    """Why these kernels cannot run a call with `args`; None if they can."""
-    for tensor in args:
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.device.type != "cuda":
-            return f"it cannot run tensors on {tensor.device}"
-        capability = torch.cuda.get_device_capability(tensor.device)
-        if not runs_on(capability, _built_for()):
-            return (
-                f"it was built for {', '.join(_built_for())}, and {tensor.device} has compute "
-                f"capability {capability[0]}.{capability[1]}"
-            )
+def refuses(device: torch.device) -> str | None:
+    """Why these kernels cannot run a call with tensors on `device`; None if they can."""
+    if device.type != "cuda":
+        return f"it cannot run tensors on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if not runs_on(capability, _built_for()):
+        return (
+            f"it was built for {', '.join(_built_for())}, and {device} has compute "
+            f"capability {capability[0]}.{capability[1]}"
+        )
     return None
 
 

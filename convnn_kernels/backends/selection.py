@@ -2,8 +2,11 @@
 """Which backend runs a call, and why the others cannot.
 
 CPU tensors go from the dispatcher straight to the C++ kernels. CUDA tensors come here: this module
-is the one owner of the CUDA dispatch key. Where ``TRITON_INTERPRET=1`` or ``CONVNN_BACKEND`` was
-set at import, CPU tensors come here first, too.
+is the only owner of the CUDA dispatch key. Where ``TRITON_INTERPRET=1`` or ``CONVNN_BACKEND`` was
+set at import, CPU tensors come here first as well.
+
+A backend is chosen once for each operator, device, set of dtypes and forced backend. The reason is
+logged then, at level INFO of the logger ``convnn_kernels``.
 """
 
 import contextlib
@@ -11,7 +14,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +32,26 @@ _CHECKS: dict[str, Callable[..., None]] = {
 }
 
 _log = logging.getLogger("convnn_kernels")
-_told: set[str] = set()
 # Backends that turned out not to work here, and why.
 _failures: dict[str, str] = {}
 
 # One choice for the whole process: backward runs in threads of the autograd engine.
 _forced: str | None = os.environ.get("CONVNN_BACKEND") or None
+
+
+class Call(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    operator: str
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    # Whether a dimension exceeds what Triton's kernels can count.
+    is_huge: bool
+    forced: str | None
+
+
+# The backends chosen so far.
+_chosen: dict[Call, str] = {}
 
 
 def available() -> dict[str, str | None]:
@@ -94,61 +111,64 @@ def _require(name: str, what: str) -> None:
 
 
 def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """The kernel of ``op`` for the CUDA key: it checks the arguments, then picks a backend."""
+    """The kernel of ``op`` for the CUDA key: it checks the arguments and runs a backend."""
     name = op.name()
     defaults = torch_internals.defaults(op)
 
-    def choose(*args: Any) -> Any:
+    def run(*args: Any) -> Any:
         return _run(name, (*args, *defaults[len(args) :]))
 
-    return choose
+    return run
 
 
 def _run(name: str, args: tuple[Any, ...]) -> Any:
-    if name in _CHECKS:
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    device = tensors[0].device
+    dtypes = tuple([X.dtype for X in tensors])
+    call = Call(name, device, dtypes, triton.is_huge(tensors), _forced)
+    chosen = _chosen.get(call)
+    if chosen != "cuda" and name in _CHECKS:
+        # The C++ backend checks its arguments itself.
         _CHECKS[name](name, *args)
-    reasons = _reasons(args)
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
-    if _forced is not None:
-        _require(_forced, "CONVNN_BACKEND")
-        if reasons[_forced]:
-            raise RuntimeError(
-                f"{name}: the forced backend '{_forced}' cannot run tensors on {device}: "
-                f"{reasons[_forced]}"
-            )
-        chosen, why = _forced, "forced"
-    elif not reasons["triton"]:
-        chosen, why = "triton", "the default for CUDA tensors"
-    elif not reasons["cuda"]:
-        chosen, why = "cuda", f"triton cannot: {reasons['triton']}"
-    else:
-        why = "; ".join(f"{each}: {reason}" for each, reason in reasons.items())
-        raise RuntimeError(f"{name}: no backend can run tensors on {device}: {why}")
-    _tell(f"{name} runs on {chosen}: {why}")
+    if chosen is None:
+        chosen, why = choose(call)
+        _log.info(f"{name} runs on {chosen}: {why}")
+        _chosen[call] = chosen
     if chosen == "cuda":
         return cuda.run(name, args)
     try:
-        return triton.run(name, args)
+        return triton.run(name, device, args)
     except triton.CannotCompile as error:
         _failures["triton"] = f"it cannot compile: {error}"
+        _chosen.clear()
         warnings.warn(f"convnn_kernels: Triton cannot compile here: {error}", stacklevel=2)
         # The next backend, or why there is none.
         return _run(name, args)
 
 
-def _reasons(args: tuple[Any, ...]) -> dict[str, str | None]:
-    """For each backend, why it cannot run a call with ``args``; None if it can."""
+def choose(call: Call) -> tuple[str, str]:
+    """The backend that runs a call, and why.
+
+    Raises:
+        RuntimeError: if none can run it, or the one that is forced cannot, with the reasons.
+    """
     reasons = available() | {"cpu": "it takes tensors on cpu only"}
-    reasons["triton"] = reasons["triton"] or triton.refuses(args)
-    reasons["cuda"] = reasons["cuda"] or cuda.refuses(args)
-    return reasons
-
-
-def _tell(message: str) -> None:
-    """Logs a message the first time it comes up."""
-    if message not in _told:
-        _told.add(message)
-        _log.info(message)
+    reasons["triton"] = reasons["triton"] or triton.refuses(call.device, call.dtypes, call.is_huge)
+    reasons["cuda"] = reasons["cuda"] or cuda.refuses(call.device)
+    if call.forced is not None:
+        _require(call.forced, "CONVNN_BACKEND")
+        if reasons[call.forced]:
+            raise RuntimeError(
+                f"{call.operator}: the forced backend '{call.forced}' cannot run tensors on "
+                f"{call.device}: {reasons[call.forced]}"
+            )
+        return call.forced, "forced"
+    if not reasons["triton"]:
+        return "triton", "the default for CUDA tensors"
+    if not reasons["cuda"]:
+        return "cuda", f"triton cannot: {reasons['triton']}"
+    why = "; ".join(f"{each}: {reason}" for each, reason in reasons.items())
+    raise RuntimeError(f"{call.operator}: no backend can run tensors on {call.device}: {why}")
 
 
 def forced_kernel(op: torch._ops.OpOverload) -> Callable[..., Any] | None:

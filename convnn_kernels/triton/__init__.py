@@ -1,2 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Device code of the Triton backend and its tile choices. The host side is triton/backend.py."""
+"""The Triton backend: one file for each algorithm, its kernels beside what launches them.
+
+``select.py``, ``aggregate.py``, ``forward.py``, ``select_backward.py`` and
+``aggregate_backward.py`` hold the operators of those names; ``configs.py`` the block sizes.
+``backend.py`` says when they can run.
+"""

@@ -6,25 +6,29 @@
     no weight  y_i[c] = b[c] + sum_j rho_ij V[I_ij, c]
 
 A program has BLOCK_N queries of one batch element and a block of outputs. It gathers rows of V as
-it needs them: X_nn [N, k, C] is nowhere stored. rho is applied in float32, to the product of a
-block of rows with W_j and not to the rows, so that these go from memory to the tensor cores as
-they are. The sum stays in registers.
+it needs them: X_nn [N, k, C] is never stored. rho is applied in float32 to the product of a block
+of rows with W_j rather than to the rows, which go from memory to the tensor cores unchanged. The
+sum stays in registers.
 """
 
-import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import configs, hardware
+from .aggregation import Aggregation, prepare
+from .integers import aligned, as_int64
+from .launch import Kernel
 from .modulate import load_neighbors, modulate, softmax_terms
-from .offsets import SIZES, aligned, wide
+from .tensors import cdiv
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def aggregate_dense_kernel(
     p_value,  # [B, M, C]
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
     p_weight,  # [k, C, O] contiguous
-    p_bias,  # [O] contiguous, or unused
+    p_bias,  # [O] contiguous, or None
     p_output,  # [B, N, O] contiguous
     N,
     M,
@@ -38,14 +42,13 @@ def aggregate_dense_kernel(
     stride_vm,
     ALIGN: tl.constexpr,
     RHO: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_N queries and BLOCK_O outputs. One turn has one j and BLOCK_C channels."""
+    """BLOCK_N queries and BLOCK_O outputs. One step of the loop has one j and BLOCK_C channels."""
     stride_vb1 = aligned(stride_vb1, ALIGN)
     stride_vb2 = aligned(stride_vb2, ALIGN)
     stride_vm = aligned(stride_vm, ALIGN)
@@ -65,9 +68,9 @@ def aggregate_dense_kernel(
     b_max, b_sum = softmax_terms(p_similarities, p_indices, o_r, m_n, M, k, scale, RHO, BLOCK_K)
     b_y = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     channel_blocks = tl.cdiv(C, BLOCK_C)
-    for turn in range(0, k * channel_blocks):
-        j = wide(turn // channel_blocks)
-        c = (turn % channel_blocks) * BLOCK_C + o_c
+    for step in range(0, k * channel_blocks):
+        j = as_int64(step // channel_blocks)
+        c = (step % channel_blocks) * BLOCK_C + o_c
         b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
         p = p_v + b_row[:, None] * stride_vm + c[None, :]
         b_v = tl.load(p, m[:, None] & (c < C)[None, :], 0.0)
@@ -75,19 +78,19 @@ def aggregate_dense_kernel(
         b_w = tl.load(p, (c < C)[:, None] & m_o[None, :], 0.0)
         b_rho = modulate(b_s, m, b_max, b_sum, scale, RHO)
         b_y += b_rho[:, None] * tl.dot(b_v, b_w, input_precision=PRECISION)
-    if HAS_BIAS:
+    if p_bias is not None:
         b_y += tl.load(p_bias + o_o, m_o, 0.0).to(tl.float32)[None, :]
     p = p_output + o_r[:, None] * O + o_o[None, :]
     tl.store(p, b_y.to(p_output.dtype.element_ty), m_n[:, None] & m_o[None, :])
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def aggregate_depthwise_kernel(
     p_value,  # [B, M, C]
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
-    p_weight,  # [C, 1, k] contiguous, or unused
-    p_bias,  # [C] contiguous, or unused
+    p_weight,  # [C, 1, k] contiguous, or None
+    p_bias,  # [C] contiguous, or None
     p_output,  # [B, N, C] contiguous
     N,
     M,
@@ -100,8 +103,6 @@ def aggregate_depthwise_kernel(
     stride_vm,
     ALIGN: tl.constexpr,
     RHO: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -132,12 +133,59 @@ def aggregate_depthwise_kernel(
             p = p_v + b_row[:, None] * stride_vm + o_c[None, :]
             b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
             b_x = modulate(b_s, m, b_max, b_sum, scale, RHO)[:, None] * b_v
-            if HAS_WEIGHT:
+            if p_weight is not None:
                 b_w = tl.load(p_weight + o_c * k + j, m_c, 0.0)
                 b_x = b_x * b_w.to(tl.float32)[None, :]
             b_part += b_x
         b_y += b_part
-    if HAS_BIAS:
+    if p_bias is not None:
         b_y += tl.load(p_bias + o_c, m_c, 0.0).to(tl.float32)[None, :]
     p = p_output + o_r[:, None] * C + o_c[None, :]
     tl.store(p, b_y.to(p_output.dtype.element_ty), m_n[:, None] & m_c[None, :])
+
+
+def aggregate(
+    value: Tensor,
+    similarities: Tensor,
+    indices: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rho: str,
+    scale: float,
+) -> Tensor:
+    """The output [..., N, O]; see schemas.py."""
+    call = prepare(value, similarities, indices, weight, rho, scale)
+    output = value.new_empty((*indices.shape[:-1], call.O))
+    if output.numel() == 0:
+        return output
+    bias = None if bias is None else bias.contiguous()
+    launch = _launch_dense if call.dense else _launch_depthwise
+    launch(call, bias, output)
+    return output
+
+
+def _launch_dense(call: Aggregation, bias: Tensor | None, output: Tensor) -> None:
+    V = call.V
+    config = configs.aggregate_dense(call.arch, call.bits, V.D, call.O, call.k)
+    aggregate_dense_kernel.launch(
+        V.B * cdiv(call.N, config["BLOCK_N"]) * cdiv(call.O, config["BLOCK_O"]),
+        config,
+        **call.arguments,
+        p_weight=call.kernel_weight(),
+        p_bias=bias,
+        p_output=output,
+        PRECISION=hardware.product_precision(V.data),
+    )
+
+
+def _launch_depthwise(call: Aggregation, bias: Tensor | None, output: Tensor) -> None:
+    V = call.V
+    config = configs.aggregate_depthwise(call.arch, V.D, call.k)
+    aggregate_depthwise_kernel.launch(
+        V.B * cdiv(call.N, config["BLOCK_N"]) * cdiv(V.D, config["BLOCK_C"]),
+        config,
+        **call.arguments,
+        p_weight=call.kernel_weight(),
+        p_bias=bias,
+        p_output=output,
+    )

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Tile choices: for each kernel, its blocks, warps and stages. The only place that has them.
+"""Configurations: for each kernel, its blocks, warps and stages. They are chosen here only.
 
 `arch` is a compute capability without its point, such as 90, or INTERPRETER. An architecture
 without a row of its own takes that of the next older one. Nothing is tuned at run time.
 
 A row is keyed by what the kernel depends on: the bits of an element (16 or 32) and, for
-`sweep`, whether it computes differences.
+`group_maxima`, whether it computes differences.
 """
 
 from typing import Any
@@ -22,32 +22,32 @@ SMALL_WORKSPACE = 2**21
 # few bytes in a loop although registers are left.
 MOST_REGISTERS = 255
 
-Tile = dict[str, Any]
+Config = dict[str, Any]
 
 
-def _tile(**blocks: int) -> Tile:
+def _config(**blocks: int) -> Config:
     return blocks
 
 
-_SWEEP: dict[int, dict[str, Tile]] = {
+_GROUP_MAXIMA: dict[int, dict[str, Config]] = {
     INTERPRETER: {
-        "16": _tile(BLOCK_N=32, BLOCK_M=64, BLOCK_D=64, num_warps=4, num_stages=2),
-        "32": _tile(BLOCK_N=32, BLOCK_M=64, BLOCK_D=64, num_warps=4, num_stages=2),
-        "differences": _tile(BLOCK_N=32, BLOCK_M=32, BLOCK_D=32, num_warps=4, num_stages=2),
+        "16": _config(BLOCK_N=32, BLOCK_M=64, BLOCK_D=64, num_warps=4, num_stages=2),
+        "32": _config(BLOCK_N=32, BLOCK_M=64, BLOCK_D=64, num_warps=4, num_stages=2),
+        "differences": _config(BLOCK_N=32, BLOCK_M=32, BLOCK_D=32, num_warps=4, num_stages=2),
     },
     80: {
-        "16": _tile(BLOCK_N=128, BLOCK_M=64, BLOCK_D=128, num_warps=8, num_stages=3),
-        "32": _tile(BLOCK_N=64, BLOCK_M=64, BLOCK_D=32, num_warps=8, num_stages=3),
-        "differences": _tile(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
+        "16": _config(BLOCK_N=128, BLOCK_M=64, BLOCK_D=128, num_warps=8, num_stages=3),
+        "32": _config(BLOCK_N=64, BLOCK_M=64, BLOCK_D=32, num_warps=8, num_stages=3),
+        "differences": _config(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
     },
     90: {
-        "16": _tile(BLOCK_N=128, BLOCK_M=128, BLOCK_D=128, num_warps=8, num_stages=3),
-        "32": _tile(BLOCK_N=128, BLOCK_M=64, BLOCK_D=32, num_warps=8, num_stages=3),
-        "differences": _tile(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
+        "16": _config(BLOCK_N=128, BLOCK_M=128, BLOCK_D=128, num_warps=8, num_stages=3),
+        "32": _config(BLOCK_N=128, BLOCK_M=64, BLOCK_D=32, num_warps=8, num_stages=3),
+        "differences": _config(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
     },
 }
 # With 128 columns, sums that come from tensor memory spill.
-_SWEEP[100] = _SWEEP[90] | {"16": _SWEEP[90]["16"] | {"BLOCK_M": 64}}
+_GROUP_MAXIMA[100] = _GROUP_MAXIMA[90] | {"16": _GROUP_MAXIMA[90]["16"] | {"BLOCK_M": 64}}
 
 
 def row(table: dict[int, Any], arch: int) -> Any:
@@ -64,16 +64,16 @@ def _log2(n: int) -> int:
     return power_of_two(n).bit_length() - 1
 
 
-def sweep(arch: int, bits: int, D: int, differences: bool) -> Tile:
-    """Blocks of `sweep_kernel`."""
-    tile = row(_SWEEP, arch)["differences" if differences else str(bits)].copy()
+def group_maxima(arch: int, bits: int, D: int, differences: bool) -> Config:
+    """Blocks of `group_maxima_kernel`."""
+    config = row(_GROUP_MAXIMA, arch)["differences" if differences else str(bits)].copy()
     if not differences:
-        tile["BLOCK_D"] = min(tile["BLOCK_D"], max(16, power_of_two(D)))
-    return tile
+        config["BLOCK_D"] = min(config["BLOCK_D"], max(16, power_of_two(D)))
+    return config
 
 
-def sweep_precision(bits: int, D: int, tf32: bool) -> str:
-    """How `sweep_kernel` multiplies float32: "ieee", "tf32", or "split" into three bfloat16.
+def group_maxima_precision(bits: int, D: int, tf32: bool) -> str:
+    """How `group_maxima_kernel` multiplies float32: "ieee", "tf32", or "split" into three bfloat16.
 
     A piece is what the 8 leading bits of a number leave of it, down to the last of its 24. Six of
     nine products of pieces are taken; one of a middle piece with a last one, or of two last
@@ -87,7 +87,7 @@ def sweep_precision(bits: int, D: int, tf32: bool) -> str:
 
     In general, with u = 2^-24 and D columns, a sum is off by at most 9 u for what is left out, 2 u
     for each of D / 16 steps of truncated accumulation, and 2 u for adding the small products at
-    the end; the sum of `refine_kernel` by log2(D) + 2 roundings. From D = 32 all together are
+    the end; the sum of `exact_topk_kernel` by log2(D) + 2 roundings. From D = 32 all together are
     below the D u that the certificate of a selection allows. For less, products are those of
     float32. Pieces of numbers below 2^-110 lose bits at the end of bfloat16's range: up to 2^-133
     times the other factor. Rows of `cosine` have been scaled.
@@ -100,7 +100,7 @@ def sweep_precision(bits: int, D: int, tf32: bool) -> str:
 
 
 def group_size(arch: int, columns: int, k: int) -> int:
-    """The columns in a group of `sweep_kernel`, or 0 where `refine_kernel` takes all columns.
+    """The columns in a group, or 0 where `exact_topk_kernel` takes all columns.
 
     Larger groups make the list of maxima shorter and the members of k groups more.
     """
@@ -113,18 +113,18 @@ def group_size(arch: int, columns: int, k: int) -> int:
 
 
 def tiles_each(arch: int, row_blocks: int, column_tiles: int) -> int:
-    """How many tiles a program of `sweep_kernel` has: enough programs to fill a chip, and, where
-    there are more, long loops."""
+    """How many tiles a program of `group_maxima_kernel` has: enough programs to fill a chip, and
+    long loops where there are more."""
     programs = 4 if arch == INTERPRETER else 1024
     splits = min(column_tiles, -(-programs // row_blocks))
     return -(-column_tiles // splits)
 
 
-def nominate(arch: int, k: int) -> Tile:
-    """Blocks of `nominate_kernel`."""
+def top_groups(arch: int, k: int) -> Config:
+    """Blocks of `top_groups_kernel`."""
     log_list = max(1, _log2(k))
     rows = 16 if arch == INTERPRETER else 4 if log_list <= 5 else 1
-    return _tile(
+    return _config(
         ROWS=rows,
         LOG_LIST=log_list,
         LOG_TILE=max(log_list, 6),
@@ -134,15 +134,15 @@ def nominate(arch: int, k: int) -> Tile:
     )
 
 
-def refine(arch: int, D: int, k: int) -> Tile:
-    """Blocks of `refine_kernel`."""
+def exact_topk(arch: int, D: int, k: int) -> Config:
+    """Blocks of `exact_topk_kernel`."""
     log_list = max(1, _log2(min(k, LONGEST_LIST)))
     log_tile = max(log_list, 6)
     if arch == INTERPRETER:
         block_d = min(64, max(16, power_of_two(D)))
-        return _tile(ROWS=8, LOG_LIST=log_list, LOG_TILE=log_tile, BLOCK_D=block_d)
+        return _config(ROWS=8, LOG_LIST=log_list, LOG_TILE=log_tile, BLOCK_D=block_d)
     block_d = min(32, max(16, power_of_two(D)))
-    return _tile(
+    return _config(
         ROWS=1,
         LOG_LIST=log_list,
         LOG_TILE=log_tile,
@@ -153,7 +153,7 @@ def refine(arch: int, D: int, k: int) -> Tile:
     )
 
 
-def has_small(bits: int, D: int, columns: int, k: int, metric: str) -> bool:
+def allows_select_small(bits: int, D: int, columns: int, k: int, metric: str) -> bool:
     """Whether `select_small_kernel` is there for it, as far as sizes decide.
 
     It returns sums of tensor cores, in which each term but the largest may lose a unit of 2^-24 of
@@ -166,17 +166,17 @@ def has_small(bits: int, D: int, columns: int, k: int, metric: str) -> bool:
     return bits == 16 and of_tensor_cores and columns <= 1024 and k <= 32
 
 
-def small(arch: int, D: int, k: int, rows: int) -> Tile:
+def select_small(arch: int, D: int, k: int, rows: int) -> Config:
     """Blocks of `select_small_kernel` for `rows` queries in all.
 
     A warp has 16 rows, so that no row is spread over warps.
     """
     log_list = max(1, _log2(k))
     if arch == INTERPRETER:
-        return _tile(LOG_LIST=log_list, BLOCK_N=32, BLOCK_M=64, BLOCK_D=32)
+        return _config(LOG_LIST=log_list, BLOCK_N=32, BLOCK_M=64, BLOCK_D=32)
     # Fewer rows in a program where there are too few to fill the chip.
     warps = 4 if rows >= 2**14 else 1
-    return _tile(
+    return _config(
         LOG_LIST=log_list,
         BLOCK_N=16 * warps,
         BLOCK_M=64,
@@ -186,15 +186,15 @@ def small(arch: int, D: int, k: int, rows: int) -> Tile:
     )
 
 
-def norms(arch: int, D: int) -> Tile:
+def norms(arch: int, D: int) -> Config:
     """Blocks of `norms_kernel`."""
     rows = 64 if arch == INTERPRETER else 8
-    return _tile(ROWS=rows, BLOCK_D=min(128, max(16, power_of_two(D))), num_warps=4)
+    return _config(ROWS=rows, BLOCK_D=min(128, max(16, power_of_two(D))), num_warps=4)
 
 
-def group_flags(group: int) -> Tile:
+def group_flags(group: int) -> Config:
     """Blocks of `group_flags_kernel`."""
-    return _tile(GROUP=group, GROUPS=2048 // group, num_warps=4)
+    return _config(GROUP=group, GROUPS=2048 // group, num_warps=4)
 
 
 def block_k(k: int) -> int:
@@ -202,39 +202,37 @@ def block_k(k: int) -> int:
     return min(32, power_of_two(k))
 
 
-def aggregate_dense(arch: int, bits: int, C: int, O: int, k: int) -> Tile:
+def aggregate_dense(arch: int, bits: int, C: int, O: int, k: int) -> Config:
     """Blocks of `aggregate_dense_kernel`."""
     largest = 64 if bits == 16 else 32
-    tile = _tile(
+    largest_o = 128 if bits == 16 and arch != INTERPRETER else 64
+    return _config(
         # Before sm_90 sums and products of tensor cores take more registers.
         BLOCK_N=32 if arch == INTERPRETER else 64 if arch < 90 else 128,
-        BLOCK_O=min(
-            64 if arch == INTERPRETER else 128 if bits == 16 else 64, max(16, power_of_two(O))
-        ),
+        BLOCK_O=min(largest_o, max(16, power_of_two(O))),
         BLOCK_C=min(largest, max(16, power_of_two(C))),
         BLOCK_K=block_k(k),
         num_warps=8,
         num_stages=3,
     )
-    return tile
 
 
-def aggregate_depthwise(arch: int, C: int, k: int) -> Tile:
+def aggregate_depthwise(arch: int, C: int, k: int) -> Config:
     """Blocks of `aggregate_depthwise_kernel`."""
     rows = 32 if arch == INTERPRETER else 16
-    return _tile(
+    return _config(
         BLOCK_N=rows, BLOCK_C=min(128, max(16, power_of_two(C))), BLOCK_K=block_k(k), num_warps=4
     )
 
 
-def modulate(arch: int, k: int) -> Tile:
+def modulate(arch: int, k: int) -> Config:
     """Blocks of `modulate_kernel` and `softmax_backward_kernel`."""
-    return _tile(ROWS=128 if arch == INTERPRETER else 32, BLOCK_K=block_k(k), num_warps=4)
+    return _config(ROWS=128 if arch == INTERPRETER else 32, BLOCK_K=block_k(k), num_warps=4)
 
 
-def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
+def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     """Blocks of `rho_grad_dense_kernel`."""
-    return _tile(
+    return _config(
         BLOCK_N=64,
         BLOCK_O=min(64 if bits == 16 else 32, max(16, power_of_two(O))),
         BLOCK_C=min(64, max(16, power_of_two(C))),
@@ -243,15 +241,15 @@ def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
     )
 
 
-def rho_grad_depthwise(arch: int, C: int) -> Tile:
+def rho_grad_depthwise(arch: int, C: int) -> Config:
     """Blocks of `rho_grad_depthwise_kernel`."""
     rows = 64 if arch == INTERPRETER else 16
-    return _tile(BLOCK_N=rows, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
+    return _config(BLOCK_N=rows, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
 
 
-def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
+def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     """Blocks of `value_grad_dense_kernel`."""
-    return _tile(
+    return _config(
         BLOCK_M=64,
         BLOCK_O=min(32, max(16, power_of_two(O))),
         BLOCK_C=min(64, max(32, power_of_two(C))),
@@ -261,26 +259,21 @@ def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
     )
 
 
-def inverse_list(arch: int, columns: int) -> Tile:
-    """Blocks and columns of `value_grad_depthwise_kernel` and `key_grad_kernel`.
+def value_grad_depthwise(arch: int, C: int) -> Config:
+    """Blocks of `value_grad_depthwise_kernel`."""
+    return _over_pairs(arch, C) | {"BLOCK_C": min(64, max(16, power_of_two(C)))}
 
-    CHUNK grows with the columns: the sums of chunks, of all columns, are no more than the pairs.
-    """
+
+def key_grad(arch: int, D: int) -> Config:
+    """Blocks of `key_grad_kernel`."""
+    return _over_pairs(arch, D) | {"BLOCK_D": min(64, max(16, power_of_two(D)))}
+
+
+def _over_pairs(arch: int, channels: int) -> Config:
+    """CHUNK grows with the channels: the sums of all chunks are no more numbers than the pairs."""
     if arch == INTERPRETER:
-        return _tile(
-            ROWS=16,
-            PAIRS=8,
-            CHUNK=16,
-            columns=min(64, max(16, power_of_two(columns))),
-            num_warps=4,
-        )
-    return _tile(
-        ROWS=1,
-        PAIRS=16,
-        CHUNK=max(64, power_of_two(columns)),
-        columns=min(64, max(16, power_of_two(columns))),
-        num_warps=2,
-    )
+        return _config(ROWS=16, PAIRS=8, CHUNK=16, num_warps=4)
+    return _config(ROWS=1, PAIRS=16, CHUNK=max(64, power_of_two(channels)), num_warps=2)
 
 
 def inverse_list_parts(batch: int, pairs: int, keys: int) -> tuple[int, int]:
@@ -295,14 +288,14 @@ def inverse_list_parts(batch: int, pairs: int, keys: int) -> tuple[int, int]:
     return -(-pairs // each), each
 
 
-def sort() -> Tile:
+def sort() -> Config:
     """Blocks of `count_pairs_kernel` and `place_pairs_kernel`."""
-    return _tile(PAIRS=64, num_warps=2)
+    return _config(PAIRS=64, num_warps=2)
 
 
-def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
+def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     """Blocks of `weight_grad_dense_kernel`."""
-    return _tile(
+    return _config(
         BLOCK_N=32,
         BLOCK_O=min(64, max(16, power_of_two(O))),
         BLOCK_C=min(64, max(16, power_of_two(C))),
@@ -311,14 +304,14 @@ def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Tile:
     )
 
 
-def weight_grad_depthwise(arch: int, C: int) -> Tile:
+def weight_grad_depthwise(arch: int, C: int) -> Config:
     """Blocks of `weight_grad_depthwise_kernel`."""
-    return _tile(BLOCK_N=32, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
+    return _config(BLOCK_N=32, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
 
 
-def query_grad(arch: int, D: int, k: int) -> Tile:
+def query_grad(arch: int, D: int, k: int) -> Config:
     """Blocks of `query_grad_kernel`."""
-    return _tile(
+    return _config(
         BLOCK_N=64 if arch == INTERPRETER else 16,
         BLOCK_D=min(128, max(16, power_of_two(D))),
         BLOCK_K=block_k(k),

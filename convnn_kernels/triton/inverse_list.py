@@ -1,45 +1,52 @@
 # SPDX-License-Identifier: MIT
 """The inverse neighbor list: for every key, the pairs (i, j) with I_ij = key.
 
-A pair is the place of its neighbor in the flattened [B, N, k]. The list is all pairs, sorted by
+A pair is the position of its neighbor in the flattened [B, N, k]. The list is all pairs, sorted by
 key; `keys` has the key of each, b * M + m, or a number beyond all keys for a missing neighbor.
-Pairs of a key come by (i, j); or by (j, i), and then j is part of the key: (b * M + m) * k + j.
+Pairs of a key are ordered by (i, j); or by (j, i), and then j is part of the key:
+(b * M + m) * k + j.
 
 It is a counting sort, which takes 8 bytes for a pair, or 16 where 32 bits are too few. The pairs of
-a batch element are cut into tiles. `count_pairs_kernel` counts the pairs of each key in each tile;
-sums of those before, by key and then by tile, are the places where they go, and
-`place_pairs_kernel` puts them there in their order. Integers are added atomically, which has one
-result in whatever order.
+a batch element are divided into tiles. `count_pairs_kernel` counts the pairs of each key in each
+tile; a prefix sum, by key and then by tile, says where they go, and `place_pairs_kernel` stores
+them there in their order. Integers are added atomically, which has one result in any order.
 
-A key that many queries chose has a long run in it, which one program would walk for long. So the
-list is cut, without regard to keys, into chunks of CHUNK pairs, and what a kernel sums over pairs
-is first summed for each chunk that lies within one key, by a program of its own. The program of a
-key then sums the pairs before its first chunk and after its last, and the sums of its chunks:
-always the same terms in the same order.
+A key that many queries chose has a long run in the list, on which one program would work for long.
+So the list is also divided, without regard to keys, into chunks of CHUNK pairs. What a kernel sums
+over pairs is first summed for each chunk that lies within one key, by a program of its own. The
+program of a key then sums the pairs before its first chunk and after its last, and the sums of its
+chunks: always the same terms in the same order.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import configs
+from .integers import as_int64
+from .launch import Buffer, Kernel, Workspace
 from .modulate import load_neighbors
-from .offsets import SIZES, wide
 
 
 @triton.jit
-def _load_bins(p_similarities, p_indices, place, m, N, M, k, B, b, BY_SLOT: tl.constexpr):
-    """The pairs of batch element b that come at `place` in it; and of each the row of key, or M if
-    the neighbor is missing, the bin, and the key.
+def _load_bins(p_similarities, p_indices, rank, m, N, M, k, B, b, BY_SLOT: tl.constexpr):
+    """The pairs number `rank` of batch element b; and of each the row of key, or M if the neighbor
+    is missing, the bin, and the key.
 
     Bins are keys b * M + m; and then one for the missing neighbors of each batch element.
     """
-    slot = place % k
-    pair = place
+    slot = rank % k
+    pair = rank
     if BY_SLOT:
-        slot = place // N
-        pair = (place % N) * k + slot
+        slot = rank // N
+        pair = (rank % N) * k + slot
     pair += b * N * k
     _, b_row, present = load_neighbors(p_similarities, p_indices, pair, m, M)
-    keys = wide(B) * M
+    keys = as_int64(B) * M
     b_bin = tl.where(present, b * M + b_row, keys + b)
     b_key = tl.where(present, b * M + b_row, keys)
     if BY_SLOT:
@@ -47,7 +54,7 @@ def _load_bins(p_similarities, p_indices, place, m, N, M, k, B, b, BY_SLOT: tl.c
     return pair, tl.where(present, b_row, M).to(tl.int32), b_bin, b_key
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def count_pairs_kernel(
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
@@ -68,13 +75,13 @@ def count_pairs_kernel(
     first = tile * pairs_each
     last = tl.minimum(first + pairs_each, N.to(tl.int64) * k)
     for start in range(first, last, PAIRS):
-        place = start + tl.arange(0, PAIRS)
-        m = place < last
-        _, _, b_bin, _ = _load_bins(p_similarities, p_indices, place, m, N, M, k, B, b, BY_SLOT)
+        rank = start + tl.arange(0, PAIRS)
+        m = rank < last
+        _, _, b_bin, _ = _load_bins(p_similarities, p_indices, rank, m, N, M, k, B, b, BY_SLOT)
         tl.atomic_add(p_counts + b_bin * tiles + tile, 1, m, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def place_pairs_kernel(
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
@@ -98,10 +105,10 @@ def place_pairs_kernel(
     last = tl.minimum(first + pairs_each, N.to(tl.int64) * k)
     o_p = tl.arange(0, PAIRS)
     for start in range(first, last, PAIRS):
-        place = start + o_p
-        m = place < last
+        order = start + o_p
+        m = order < last
         pair, b_row, b_bin, b_key = _load_bins(
-            p_similarities, p_indices, place, m, N, M, k, B, b, BY_SLOT
+            p_similarities, p_indices, order, m, N, M, k, B, b, BY_SLOT
         )
         # The first of a bin takes places for all of the bin; the others come after it in order.
         # Sums over the first axis, in which threads have many elements, are the cheaper ones.
@@ -121,13 +128,15 @@ def run_of_chunk(
     o_c,  # [rows] int64: chunks
     chunks,
     keys,
+    slots,  # how many numbers in p_keys stand for one key
     CHUNK: tl.constexpr,
 ):
     """The key of a chunk, and its pairs from `first` to `last`: none where there are two keys."""
     first = o_c * CHUNK
     m_c = o_c < chunks
-    key = tl.load(p_keys + first, m_c, 0).to(tl.int64)
-    m_c = m_c & (key == tl.load(p_keys + first + CHUNK - 1, m_c, 0).to(tl.int64)) & (key < keys)
+    key = tl.load(p_keys + first, m_c, 0).to(tl.int64) // slots
+    key_of_last = tl.load(p_keys + first + CHUNK - 1, m_c, 0).to(tl.int64) // slots
+    m_c = m_c & (key == key_of_last) & (key < keys)
     return tl.where(m_c, key, 0), first, tl.where(m_c, first + CHUNK, first)
 
 
@@ -144,3 +153,64 @@ def run_of_key(
     begin = (first + CHUNK - 1) // CHUNK * CHUNK
     end = last // CHUNK * CHUNK
     return first, last, tl.where(begin < end, begin, last), tl.where(begin < end, end, last)
+
+
+@dataclass
+class InverseList:
+    """The inverse neighbor list of indices [..., N, k] into M rows of key, in each of B batches."""
+
+    pairs: Buffer  # [B * N * k], sorted by key
+    keys: Buffer  # [B * N * k]: the key of each pair
+    offsets: Tensor  # [B * M + 1]: where the pairs of each row of key begin
+    slots: int  # k if the slot j is part of a key, else 1
+    B: int
+    M: int
+
+    @property
+    def length(self) -> int:
+        return self.pairs.shape[0]
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "p_pairs": self.pairs,
+            "p_keys": self.keys,
+            "p_offsets": self.offsets,
+            "pairs": self.length,
+        }
+
+
+def invert(similarities: Tensor, indices: Tensor, M: int, by_slot: bool) -> InverseList:
+    """Inverts similarities and indices [..., N, k], contiguous. Nothing is read by the host."""
+    N, k = indices.shape[-2:]
+    total, device = indices.numel(), indices.device
+    B = total // (N * k)
+    slots = k if by_slot else 1
+    largest = max(total, (B * M + 1) * slots)
+    dtype = torch.int32 if largest < 2**31 else torch.int64
+    tiles, pairs_each = configs.inverse_list_parts(B, N * k, M)
+    # One more in front: the sums are of what comes before.
+    places = torch.zeros(B * (M + 1) * tiles + 1, dtype=dtype, device=device)
+    workspace = Workspace()
+    pairs, keys = (workspace.buffer((total,), dtype) for _ in range(2))
+    workspace.allocate(device)
+    config = configs.sort()
+    arguments = {
+        "p_similarities": similarities,
+        "p_indices": indices,
+        "p_counts": places[1:],
+        "p_places": places,
+        "p_pairs": pairs,
+        "p_keys": keys,
+        "N": N,
+        "M": M,
+        "k": k,
+        "B": B,
+        "tiles": tiles,
+        "pairs_each": pairs_each,
+        "BY_SLOT": by_slot,
+    }
+    count_pairs_kernel.launch(B * tiles, config, **arguments)
+    places.cumsum_(0)
+    offsets = places[: B * M * tiles + 1 : tiles].clone()
+    place_pairs_kernel.launch(B * tiles, config, **arguments)
+    return InverseList(pairs, keys, offsets, slots, B, M)

@@ -4,14 +4,18 @@
 A similarity of -inf, or an index outside of V, marks a missing neighbor: its rho is 0.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .offsets import SIZES
+from . import configs
+from .aggregation import Aggregation
+from .launch import Kernel
+from .tensors import cdiv
 
 SOFTMAX = tl.constexpr(0)
 ONES = tl.constexpr(1)
-SIMILARITY = tl.constexpr(2)
 
 
 @triton.jit
@@ -67,7 +71,7 @@ def modulate(b_s, m, b_max, b_sum, scale, RHO: tl.constexpr):
     return tl.where(m, b_rho, 0.0)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def modulate_kernel(
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
@@ -93,7 +97,7 @@ def modulate_kernel(
         tl.store(p_rho + o, b_rho, m_k)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def softmax_backward_kernel(
     p_rho,  # [B, N, k] float32
     p_grad,  # [B, N, k] float32: the gradient of rho, replaced by that of the similarities
@@ -118,3 +122,21 @@ def softmax_backward_kernel(
         b_rho = tl.load(p_rho + o, m, 0.0)
         b_grad = tl.load(p_grad + o, m, 0.0)
         tl.store(p_grad + o, scale * b_rho * (b_grad - b_sum[:, None]), m)
+
+
+def compute_rho(call: Aggregation) -> Tensor:
+    """rho of all similarities, [..., N, k] float32."""
+    config = configs.modulate(call.arch, call.k)
+    rho = torch.empty_like(call.similarities)
+    programs = cdiv(call.rows, config["ROWS"])
+    modulate_kernel.launch(programs, config, **call.arguments, p_rho=rho, rows=call.rows)
+    return rho
+
+
+def softmax_backward(call: Aggregation, rho: Tensor, grad: Tensor) -> None:
+    """Replaces the gradient of rho in `grad` [..., N, k] by that of the similarities."""
+    config = configs.modulate(call.arch, call.k)
+    programs = cdiv(call.rows, config["ROWS"])
+    softmax_backward_kernel.launch(
+        programs, config, **call.arguments, p_rho=rho, p_grad=grad, rows=call.rows
+    )

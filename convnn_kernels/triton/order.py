@@ -111,3 +111,37 @@ def merge(b_list, b_x, LOG_N: tl.constexpr, LOG_COUNT: tl.constexpr):
         b_new = largest(b_x, LOG_N, LOG_COUNT, 1)
         b_list = _merge_runs(tl.maximum(b_list, b_new), LOG_COUNT, 0)
     return b_list
+
+
+@triton.jit
+def store_list(
+    b_list,  # [rows, 2**LOG_LIST] int64, descending
+    b_s_self,  # [rows] float32: the similarity of the token itself
+    p_s,  # [rows] pointers: where the similarities of a row go
+    p_i,  # [rows] pointers: where its indices go
+    m_r,  # [rows]
+    k,
+    missing_index: tl.constexpr,
+    HAS_SELF: tl.constexpr,
+    BY_INDEX: tl.constexpr,
+    LOG_LIST: tl.constexpr,
+):
+    """Unpacks the first k of each list, in the order that is asked for."""
+    o_l = tl.arange(0, 1 << LOG_LIST)[None, :]
+    m_l = o_l < k
+    b_order = order_of(b_list)
+    if HAS_SELF:
+        b_order = tl.where(b_order == ORDER_OF_SELF, orderable(b_s_self)[:, None], b_order)
+    b_index = index_of(b_list)
+    b_missing = (b_list == NOTHING) | (m_l == 0)
+    if BY_INDEX:
+        # The same numbers with index and similarity in exchanged places.
+        b_key = ((0x7FFFFFFF - b_index) << 32) | (b_order.to(tl.int64) & 0xFFFFFFFF)
+        b_key = largest(tl.where(b_missing, NOTHING, b_key), LOG_LIST, LOG_LIST, 0)
+        b_missing = b_key == NOTHING
+        b_index = 0x7FFFFFFF - (b_key >> 32)
+        b_order = b_key.to(tl.int32)
+    b_s = tl.where(b_missing, float("-inf"), from_orderable(b_order))
+    m_out = m_r[:, None] & m_l
+    tl.store(p_s[:, None] + o_l, b_s, m_out)
+    tl.store(p_i[:, None] + o_l, tl.where(b_missing, missing_index, b_index), m_out)

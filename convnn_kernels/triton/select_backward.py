@@ -9,13 +9,22 @@ The sums of dk are over the pairs (i, j) with I_ij = m, by the inverse neighbor 
 (inverse_list.py). Nothing is added atomically. A row that counts as zero gets 0.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .inverse_list import run_of_chunk, run_of_key
+from . import configs, hardware
+from .integers import aligned
+from .inverse_list import InverseList, invert, run_of_chunk, run_of_key
+from .launch import Kernel, Workspace
+from .metrics import COSINE, EUCLIDEAN, METRICS
 from .modulate import load_neighbors
-from .offsets import SIZES, aligned
-from .select import COSINE, EUCLIDEAN
+from .norms import add_norms, compute_norms
+from .tensors import Rows, alignment, cdiv, empty_gradient, is_same, rows_of
 
 
 @triton.jit
@@ -33,14 +42,14 @@ def _through_norm(b_sum, b_weight, b_unit, b_scale, b_norm):
     return tl.where(b_norm == 0.0, 0.0, b_grad)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def query_grad_kernel(
     p_grad,  # [B, N, k] float32, contiguous
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
-    p_query_norm,  # [B, N] float32, cosine only, as the three below
+    p_query_norm,  # [B, N] float32, or None: no cosine; so the three below
     p_query_scale,
     p_key_norm,  # [B, M] float32
     p_key_scale,
@@ -113,18 +122,18 @@ def query_grad_kernel(
     tl.store(p, b_dq.to(p_query_grad.dtype.element_ty), m_n[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def key_grad_kernel(
     p_grad,  # [B, N, k] float32, contiguous
     p_similarities,  # [B, N, k] float32, contiguous
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
-    p_query_norm,  # [B, N] float32, cosine only, as the three below
+    p_query_norm,  # [B, N] float32, or None: no cosine; so the three below
     p_query_scale,
     p_key_norm,  # [B, M] float32
     p_key_scale,
     p_pairs,  # [pairs], sorted by key
-    p_keys,  # [pairs]: the key of each, b * M + m
+    p_keys,  # [pairs]: the key of each, b * M + m, or (b * M + m) * slots + j
     p_offsets,  # [B * M + 1]
     p_part,  # [pairs // CHUNK, D] float32: sums over the chunks within one key
     p_along,  # [pairs // CHUNK] float32: of those, sum g_ij s_ij; cosine only
@@ -135,6 +144,7 @@ def key_grad_kernel(
     D,
     k,
     pairs,
+    slots,
     B2,
     stride_qb1,
     stride_qb2,
@@ -164,7 +174,7 @@ def key_grad_kernel(
     m_d = o_d < D
     if OF_CHUNKS:
         m_r = o_r < pairs // CHUNK
-        key, first, last = run_of_chunk(p_keys, o_r, pairs // CHUNK, keys, CHUNK)
+        key, first, last = run_of_chunk(p_keys, o_r, pairs // CHUNK, keys, slots, CHUNK)
         begin, end = last, last
     else:
         m_r = o_r < keys
@@ -214,3 +224,96 @@ def key_grad_kernel(
             scale = tl.load(p_key_scale + o_r, m_r, 1.0)[:, None]
             b_dk = _through_norm(b_dk, b_along[:, None], _unit(b_k, scale, norm), scale, norm)
         tl.store(p_key_grad + p_out, b_dk.to(p_key_grad.dtype.element_ty), m_out)
+
+
+def select_backward(
+    grad_similarities: Tensor,
+    query: Tensor,
+    key: Tensor,
+    similarities: Tensor,
+    indices: Tensor,
+    metric: str,
+    need_query: bool,
+    need_key: bool,
+    inverse: Callable[[], InverseList] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and key; see schemas.py.
+
+    `inverse` returns the inverse neighbor list where the caller needs it as well.
+    """
+    grad_query, grad_key = empty_gradient(query, need_query), empty_gradient(key, need_key)
+    if grad_query.numel() == grad_key.numel() == 0:
+        return grad_query, grad_key
+    if indices.numel() == 0:
+        return grad_query, grad_key.zero_()
+    s, I = similarities.contiguous(), indices.contiguous()
+    Q, K = rows_of(query), rows_of(key)
+    if is_same(query, key):
+        Q = K
+    arch = hardware.architecture(query)
+    arguments = {
+        "p_grad": grad_similarities.contiguous(),
+        "p_similarities": s,
+        "p_indices": I,
+        "p_query": Q.data,
+        "p_key": K.data,
+        **_norms(Q, K, metric, arch, query.device),
+        "N": Q.N,
+        "M": K.N,
+        "D": Q.D,
+        "k": I.shape[-1],
+        "B2": Q.B2,
+        **Q.stride_arguments("q"),
+        **K.stride_arguments("k"),
+        "ALIGN": alignment(Q, K),
+        "METRIC": METRICS[metric],
+    }
+    if need_query:
+        config = configs.query_grad(arch, Q.D, I.shape[-1])
+        programs = Q.B * cdiv(Q.N, config["BLOCK_N"]) * cdiv(Q.D, config["BLOCK_D"])
+        query_grad_kernel.launch(programs, config, **arguments, p_query_grad=grad_query)
+    if need_key:
+        pairs = inverse() if inverse else invert(s, I, K.N, by_slot=False)
+        _compute_key_grad(pairs, Q.D, arch, arguments, grad_key)
+    return grad_query, grad_key
+
+
+def _norms(Q: Rows, K: Rows, metric: str, arch: int, device: torch.device) -> dict[str, Any]:
+    """Norms and scales of query and key if the metric is the cosine, computed once if Q is K."""
+    names = ("p_query_norm", "p_query_scale", "p_key_norm", "p_key_scale")
+    if metric != "cosine":
+        return dict.fromkeys(names)
+    workspace = Workspace()
+    of_keys = add_norms(K, workspace)
+    of_queries = of_keys if Q is K else add_norms(Q, workspace)
+    workspace.allocate(device)
+    compute_norms(K, of_keys, arch)
+    if Q is not K:
+        compute_norms(Q, of_queries, arch)
+    norms = (of_queries.norm, of_queries.scale, of_keys.norm, of_keys.scale)
+    return dict(zip(names, norms, strict=True))
+
+
+def _compute_key_grad(
+    inverse: InverseList, D: int, arch: int, arguments: dict[str, Any], grad: Tensor
+) -> None:
+    config = configs.key_grad(arch, D)
+    chunks, keys = inverse.length // config["CHUNK"], inverse.B * inverse.M
+    workspace = Workspace()
+    part = workspace.buffer((chunks, D), torch.float32)
+    along = workspace.buffer((chunks,), torch.float32)
+    workspace.allocate(grad.device)
+    for of_chunks, count in ((True, chunks), (False, keys)):
+        if count:
+            key_grad_kernel.launch(
+                cdiv(count, config["ROWS"]) * cdiv(D, config["BLOCK_D"]),
+                config,
+                **arguments,
+                **inverse.arguments(),
+                p_part=part,
+                p_along=along,
+                p_key_grad=grad,
+                keys=keys,
+                slots=inverse.slots,
+                OF_CHUNKS=of_chunks,
+            )

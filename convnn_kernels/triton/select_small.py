@@ -1,30 +1,34 @@
 # SPDX-License-Identifier: MIT
-"""The k nearest keys of every query where columns are few: select (Eq. 3 to 5) in one launch.
+"""Select where there are few columns, in one launch.
 
 A program has BLOCK_N queries and all columns. It computes a tile of S, [BLOCK_N, BLOCK_M], on
-tensor cores and keeps it in registers. The best of each row is taken out of the tile, again and
-again, and takes the lowest place in the list of the row, until no row has a column left that
-belongs into its list. Lists stay in registers, too; there is no workspace. A row costs a few
-instructions per column and neighbor, without the members of groups to score again.
+tensor cores and keeps it in registers. The best column of each row is taken out of the tile, over
+and over, and replaces the lowest entry in the list of the row, until no row has a column left that
+belongs in its list. Lists stay in registers as well; there is no workspace. A row costs a few
+instructions per column and neighbor, and no similarity is computed twice.
 
-For 16 bits only: products are exact, and their sums are rounded to float32 every BLOCK_D columns of
-D, so what comes from the tensor cores is the similarity that is returned.
+For 16 bits only: products are exact, and their sums are rounded to float32 every BLOCK_D channels,
+so the result of the tensor cores is the similarity that is returned.
 
-Shapes as in select.py; with candidates, the token itself must not be asked for.
+Shapes as in select.py. With candidates, self_indices must be None.
 """
 
 import triton
 import triton.language as tl
 
-from .offsets import SIZES, aligned
-from .order import NOTHING, ORDER_OF_SELF, largest, orderable, pack
-from .select import COSINE, store_list
+from . import configs
+from .integers import aligned
+from .launch import Kernel
+from .metrics import COSINE
+from .order import NOTHING, ORDER_OF_SELF, largest, orderable, pack, store_list
+from .search import Search
+from .tensors import cdiv
 
 # Below the orderable of every number.
 NO_ORDER = tl.constexpr(-(2**31))
 NO_ROW = tl.constexpr(2**31 - 1)
-# Not below any neighbor.
-TAKEN = tl.constexpr(2**63 - 1)
+# Above every neighbor: an entry that is not to be replaced.
+FIXED = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
@@ -38,15 +42,15 @@ def _best(b_order, row):
     return tl.where(b_max == NO_ORDER, NOTHING, pack(b_max, b_row.to(tl.int64))), b_row
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def select_small_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
-    p_query_inverse,  # [B, N] float32, cosine only
-    p_key_inverse,  # [B, M] float32, cosine only
-    p_columns,  # [R] int64, or unused
-    p_mask,  # [B, M] bool, or unused
-    p_own,  # [N] int64, or unused
+    p_query_inverse,  # [B, N] float32, or None: no cosine
+    p_key_inverse,  # [B, M] float32, or None: no cosine
+    p_columns,  # [R] int64, or None
+    p_mask,  # [B, M] bool, or None
+    p_self,  # [N] int64, or None
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
     N,
@@ -66,9 +70,6 @@ def select_small_kernel(
     ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     BY_INDEX: tl.constexpr,
-    HAS_COLUMNS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_SELF: tl.constexpr,
     LOG_LIST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -90,24 +91,25 @@ def select_small_kernel(
     o_d = tl.arange(0, BLOCK_D)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
-    p_m = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
+    if p_mask is not None:
+        p_m = p_mask + (b // B2) * stride_mb1 + (b % B2) * stride_mb2
     if METRIC == COSINE:
         inverse_q = tl.load(p_query_inverse + b * N + o_n, m_n, 0.0)
-    own = tl.full([BLOCK_N], -1, tl.int64)
-    if HAS_SELF:
-        own = tl.load(p_own + o_n, m_n, -1)
-    s_own = tl.zeros([BLOCK_N], tl.float32)
+    self_row = tl.full([BLOCK_N], -1, tl.int64)
+    if p_self is not None:
+        self_row = tl.load(p_self + o_n, m_n, -1)
+    b_s_self = tl.zeros([BLOCK_N], tl.float32)
 
-    # Empty places differ, so that each can be found as the lowest one. Those beyond k are taken.
+    # Empty entries differ, so that each can be found as the lowest one.
     o_l = tl.arange(0, LIST)[None, :]
     b_list = tl.full([BLOCK_N, LIST], NOTHING, tl.int64) + o_l
-    b_list = tl.where(o_l < k, b_list, TAKEN)
+    b_list = tl.where(o_l < k, b_list, FIXED)
     b_lowest = tl.min(b_list, 1)
     for start in range(0, columns, BLOCK_M):
         o_c = start + tl.arange(0, BLOCK_M).to(tl.int64)
         m_c = o_c < columns
         row = o_c
-        if HAS_COLUMNS:
+        if p_columns is not None:
             row = tl.load(p_columns + o_c, m_c, -1)
             m_c = m_c & (row >= 0) & (row < M)
         b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -122,21 +124,21 @@ def select_small_kernel(
         if METRIC == COSINE:
             inverse_k = tl.load(p_key_inverse + b * M + row, m_c, 0.0)
             b_s = b_s * inverse_k[None, :] * inverse_q[:, None]
-        if HAS_MASK:
+        if p_mask is not None:
             m_c = m_c & (tl.load(p_m + row, m_c, 0) != 0)
         m = m_n[:, None] & m_c[None, :]
         b_order = tl.where(m, orderable(b_s), NO_ORDER)
-        if HAS_SELF:
-            is_own = m & (row[None, :] == own[:, None])
-            s_own += tl.sum(tl.where(is_own, b_s, 0.0), 1)
-            b_order = tl.where(is_own, ORDER_OF_SELF, b_order)
+        if p_self is not None:
+            is_self = m & (row[None, :] == self_row[:, None])
+            b_s_self += tl.sum(tl.where(is_self, b_s, 0.0), 1)
+            b_order = tl.where(is_self, ORDER_OF_SELF, b_order)
         row = row.to(tl.int32)
 
         b_key, b_row = _best(b_order, row)
         m_enter = b_key > b_lowest
         while tl.max(m_enter.to(tl.int32), 0) > 0:
-            m_place = m_enter[:, None] & (b_list == b_lowest[:, None])
-            b_list = tl.where(m_place, b_key[:, None], b_list)
+            m_lowest = m_enter[:, None] & (b_list == b_lowest[:, None])
+            b_list = tl.where(m_lowest, b_key[:, None], b_list)
             b_lowest = tl.min(b_list, 1)
             b_order = tl.where(row[None, :] == b_row[:, None], NO_ORDER, b_order)
             b_key, b_row = _best(b_order, row)
@@ -147,4 +149,11 @@ def select_small_kernel(
     o_r = b * N + o_n
     p_s = p_similarities + o_r * k
     p_i = p_indices + o_r * k
-    store_list(b_list, s_own, p_s, p_i, m_n, k, 0, HAS_SELF, BY_INDEX, LOG_LIST)
+    store_list(b_list, b_s_self, p_s, p_i, m_n, k, 0, p_self is not None, BY_INDEX, LOG_LIST)
+
+
+def select_small(search: Search) -> None:
+    Q = search.Q
+    config = configs.select_small(search.arch, Q.D, search.k, Q.B * Q.N)
+    programs = Q.B * cdiv(Q.N, config["BLOCK_N"])
+    select_small_kernel.launch(programs, config, **search.arguments)

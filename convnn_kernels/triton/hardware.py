@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""What the device of a call can do. Nothing here imports Triton."""
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, a choice that Triton makes when imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def architecture(X: Tensor) -> int:
+    """The compute capability of X's device without its point, such as 90; 0 in the interpreter."""
+    return 0 if interpreted() else _capability(X.device.index)
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's switch allows TF32 in products of float32 matrices."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def product_precision(X: Tensor) -> str:
+    """How `tl.dot` multiplies float32 blocks of X; without effect for 16 bits."""
+    return "tf32" if X.element_size() == 2 or allows_tf32() else "tf32x3"

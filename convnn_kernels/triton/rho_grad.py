@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""The gradient of rho, with G the gradient of the output (Eq. 6).
+
+    P_ij[c]  = sum_o G_i[o] W[o, c, j]; depthwise G_i[c] W[c, 0, j]; no weight G_i[c]
+    drho_ij  = sum_c P_ij[c] V[I_ij, c]
+
+A program has BLOCK_N queries and one j. P is never stored.
+"""
+
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, hardware
+from .aggregation import Aggregation
+from .integers import aligned
+from .launch import Kernel
+from .modulate import load_neighbors
+from .tensors import cdiv
+
+
+@Kernel
+def rho_grad_dense_kernel(
+    p_grad,  # [B, N, O] contiguous
+    p_value,  # [B, M, C]
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_weight,  # [k, C, O] contiguous
+    p_rho_grad,  # [B, N, k] float32
+    N,
+    M,
+    C,
+    O,
+    k,
+    B2,
+    stride_vb1,
+    stride_vb2,
+    stride_vm,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """drho of BLOCK_N queries and one j; P stays in registers, BLOCK_C channels at a time."""
+    stride_vb1 = aligned(stride_vb1, ALIGN)
+    stride_vb2 = aligned(stride_vb2, ALIGN)
+    stride_vm = aligned(stride_vm, ALIGN)
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    j = pid % k
+    block = pid // k
+    b = block // row_blocks
+    o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_r = b * N + o_n
+    p_g = p_grad + o_r * O
+    p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
+    _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+    b_drho = tl.zeros([BLOCK_N], tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        o_c = c0 + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        b_p = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+        for o0 in range(0, O, BLOCK_O):
+            o_o = o0 + tl.arange(0, BLOCK_O)
+            m_o = o_o < O
+            p = p_g[:, None] + o_o[None, :]
+            b_g = tl.load(p, m[:, None] & m_o[None, :], 0.0)
+            p = p_weight + (j * C + o_c)[None, :] * O + o_o[:, None]
+            b_w = tl.load(p, m_o[:, None] & m_c[None, :], 0.0)
+            b_p = tl.dot(b_g, b_w, b_p, input_precision=PRECISION)
+        p = p_v + b_row[:, None] * stride_vm + o_c[None, :]
+        b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
+        b_drho += tl.sum(b_p * b_v, 1)
+    tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
+
+
+@Kernel
+def rho_grad_depthwise_kernel(
+    p_grad,  # [B, N, C] contiguous
+    p_value,  # [B, M, C]
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_weight,  # [C, 1, k] contiguous, or None
+    p_rho_grad,  # [B, N, k] float32
+    N,
+    M,
+    C,
+    k,
+    B2,
+    stride_vb1,
+    stride_vb2,
+    stride_vm,
+    ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """drho of BLOCK_N queries and one j."""
+    stride_vb1 = aligned(stride_vb1, ALIGN)
+    stride_vb2 = aligned(stride_vb2, ALIGN)
+    stride_vm = aligned(stride_vm, ALIGN)
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    j = pid % k
+    block = pid // k
+    b = block // row_blocks
+    o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_r = b * N + o_n
+    p_g = p_grad + o_r * C
+    p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
+    _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+    b_drho = tl.zeros([BLOCK_N], tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
+        m_c = o_c < C
+        m_v = m[:, None] & m_c[None, :]
+        p = p_g[:, None] + o_c[None, :]
+        b_p = tl.load(p, m_v, 0.0).to(tl.float32)
+        if p_weight is not None:
+            b_w = tl.load(p_weight + o_c * k + j, m_c, 0.0)
+            b_p = b_p * b_w.to(tl.float32)[None, :]
+        p = p_v + b_row[:, None] * stride_vm + o_c[None, :]
+        b_drho += tl.sum(b_p * tl.load(p, m_v, 0.0).to(tl.float32), 1)
+    tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
+
+
+def compute_rho_grad(call: Aggregation, W: Tensor | None, G: Tensor, grad: Tensor) -> None:
+    """Writes drho to `grad` [..., N, k]. W is `call.kernel_weight()`, G [..., N, O] contiguous."""
+    V, O = call.V, call.O
+    pointers = {"p_grad": G, "p_weight": W, "p_rho_grad": grad}
+    if call.dense:
+        config = configs.rho_grad_dense(call.arch, call.bits, V.D, O)
+        precision = hardware.product_precision(V.data)
+        kernel, options = rho_grad_dense_kernel, {"PRECISION": precision}
+    else:
+        config = configs.rho_grad_depthwise(call.arch, V.D)
+        kernel, options = rho_grad_depthwise_kernel, {}
+    programs = V.B * cdiv(call.N, config["BLOCK_N"]) * call.k
+    kernel.launch(programs, config, **call.arguments, **pointers, **options)
