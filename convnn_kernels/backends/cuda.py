@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_kernels import checks, native
-
-# For each operator, the positions of candidates and self_indices or of indices, and of the tensor
-# whose rows they are.
-_NEIGHBORS = {"convnn::select": (3, 4, 1), "convnn::forward": (6, 7, 1)}
-_INDICES = {"convnn::aggregate": (2, 0)}
+from convnn_kernels import checks, native, schemas
 
 
 @functools.cache
@@ -77,10 +72,10 @@ def _built_for() -> tuple[str, ...]:
 
 def _check_values(name: str, args: tuple[Any, ...]) -> None:
     """Reads index tensors, which waits for the device, and reports values out of range."""
-    if name in _NEIGHBORS:
-        candidates, own, key = (args[at] for at in _NEIGHBORS[name])
-        checks.check_candidates(name, candidates, key.shape[-2])
-        checks.check_self_indices(name, own, key.shape[-2])
-    elif name in _INDICES:
-        indices, value = (args[at] for at in _INDICES[name])
-        checks.check_indices(name, indices, value.shape[-2])
+    arguments = schemas.arguments(name)(*args)
+    if name in ("convnn::forward", "convnn::select"):
+        rows = arguments.key.shape[-2]
+        checks.check_candidates(name, arguments.candidates, rows)
+        checks.check_self_indices(name, arguments.self_indices, rows)
+    elif name == "convnn::aggregate":
+        checks.check_indices(name, arguments.indices, arguments.value.shape[-2])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_kernels import checks, native, torch_internals
+from convnn_kernels import checks, native, schemas, torch_internals
 from convnn_kernels.backends import cuda
 from convnn_kernels.triton import backend as triton
 
@@ -96,17 +96,17 @@ def _require(name: str, what: str) -> None:
 def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """The kernel of ``op`` for the CUDA key: it checks the arguments, then picks a backend."""
     name = op.name()
-    defaults = torch_internals.defaults(op)
+    arguments_of = schemas.arguments(op)
 
     def choose(*args: Any) -> Any:
-        return _run(name, (*args, *defaults[len(args) :]))
+        return _run(name, arguments_of(*args))
 
     return choose
 
 
 def _run(name: str, args: tuple[Any, ...]) -> Any:
     if name in _CHECKS:
-        _CHECKS[name](name, *args)
+        _CHECKS[name](name, args)
     reasons = _reasons(args)
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if _forced is not None:
@@ -161,13 +161,13 @@ def forced_kernel(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     if _forced in (None, "cpu") and not triton.interpreted():
         return None
     name = op.name()
-    defaults = torch_internals.defaults(op)
+    arguments_of = schemas.arguments(op)
 
     def ask(keyset: Any, *args: Any) -> Any:
         if _forced is not None:
             _require(_forced, "CONVNN_BACKEND")
         if _forced in ("triton", "cuda") and _on_cpu(args):
-            return _run(name, (*args, *defaults[len(args) :]))
+            return _run(name, arguments_of(*args))
         return op.redispatch(keyset & torch_internals.BELOW_BACKEND_SELECT, *args)
 
     return ask
