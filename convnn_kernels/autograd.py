@@ -3,8 +3,8 @@
 
 Each operator has a kernel for the Autograd key. If nothing needs a gradient, it calls the
 implementation and does no more. Otherwise it records a node that saves inputs, similarities and
-indices, and whose backward calls ``aggregate_backward`` and ``select_backward``. Those two have no
-derivative: second derivatives and forward-mode raise.
+indices, and whose backward calls one of the backward operators. These have no derivative of their
+own: second derivatives and forward-mode raise.
 """
 
 from collections.abc import Callable
@@ -66,29 +66,33 @@ class _Forward(_Node):
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_similarities: Tensor | None, _: None
     ) -> Any:
-        query, key, value, weight, similarities, indices = ctx.saved_tensors
         needs = _needs(ctx)
-        grad_value, grad_rho, grad_weight, grad_bias = _aggregate_backward(
-            ctx,
-            grad_output,
-            (value, similarities, indices, weight),
-            (needs.value, needs.query or needs.key, needs.weight, needs.bias),
-        )
-        if grad_similarities is None:
-            grad_similarities = grad_rho
-        elif grad_rho is not None:
-            grad_similarities = grad_similarities + grad_rho
-        grad_query, grad_key = _select_backward(
-            ctx, grad_similarities, (query, key, similarities, indices), (needs.query, needs.key)
-        )
-        return _input_grads(
-            ctx,
-            query=grad_query,
-            key=grad_key,
-            value=grad_value,
-            weight=grad_weight,
-            bias=grad_bias,
-        )
+        # With rho="ones" the output does not depend on the similarities.
+        through_output = grad_output is not None and ctx.rho != "ones"
+        selects = through_output or grad_similarities is not None
+        needed = {"query": needs.query and selects, "key": needs.key and selects}
+        if grad_output is None:
+            query, key, _, _, similarities, indices = ctx.saved_tensors
+            grads = _gradients(
+                _convnn.select_backward.default,
+                (grad_similarities, query, key, similarities, indices, ctx.metric),
+                needed,
+            )
+        else:
+            grads = _gradients(
+                _convnn.forward_backward.default,
+                (
+                    grad_output,
+                    grad_similarities,
+                    *ctx.saved_tensors,
+                    ctx.has_bias,
+                    ctx.metric,
+                    ctx.rho,
+                    ctx.scale,
+                ),
+                needed | {"value": needs.value, "weight": needs.weight, "bias": needs.bias},
+            )
+        return _input_grads(ctx, grads)
 
 
 class _Select(_Node):
@@ -102,11 +106,15 @@ class _Select(_Node):
 
     @staticmethod
     def backward(ctx: Any, grad_similarities: Tensor | None, _: None) -> Any:
+        if grad_similarities is None:
+            return _input_grads(ctx, {})
         needs = _needs(ctx)
-        grad_query, grad_key = _select_backward(
-            ctx, grad_similarities, ctx.saved_tensors, (needs.query, needs.key)
+        grads = _gradients(
+            _convnn.select_backward.default,
+            (grad_similarities, *ctx.saved_tensors, ctx.metric),
+            {"query": needs.query, "key": needs.key},
         )
-        return _input_grads(ctx, query=grad_query, key=grad_key)
+        return _input_grads(ctx, grads)
 
 
 class _Aggregate(_Node):
@@ -121,20 +129,21 @@ class _Aggregate(_Node):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> Any:
+        if grad_output is None:
+            return _input_grads(ctx, {})
         needs = _needs(ctx)
-        grad_value, grad_similarities, grad_weight, grad_bias = _aggregate_backward(
-            ctx,
-            grad_output,
-            ctx.saved_tensors,
-            (needs.value, needs.similarities, needs.weight, needs.bias),
+        grads = _gradients(
+            _convnn.aggregate_backward.default,
+            (grad_output, *ctx.saved_tensors, ctx.has_bias, ctx.rho, ctx.scale),
+            {
+                "value": needs.value,
+                # With rho="ones" the output does not depend on the similarities.
+                "similarities": needs.similarities and ctx.rho != "ones",
+                "weight": needs.weight,
+                "bias": needs.bias,
+            },
         )
-        return _input_grads(
-            ctx,
-            value=grad_value,
-            similarities=grad_similarities,
-            weight=grad_weight,
-            bias=grad_bias,
-        )
+        return _input_grads(ctx, grads)
 
 
 class _NoDerivative(_Node):
@@ -167,37 +176,19 @@ def _needs(ctx: Any) -> Any:
     return schemas.arguments(ctx.op)(*ctx.needs_input_grad[2:])
 
 
-def _input_grads(ctx: Any, **grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    op: torch._ops.OpOverload, args: tuple[Any, ...], needed: dict[str, bool]
+) -> dict[str, Tensor]:
+    """Calls a backward operator, whose last arguments say which gradients are needed.
+
+    Returns the needed ones by name.
+    """
+    if not any(needed.values()):
+        return {}
+    grads = op(*args, *needed.values())
+    return {name: grad for name, grad in zip(needed, grads, strict=True) if needed[name]}
+
+
+def _input_grads(ctx: Any, grads: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
     """What the backward of a node returns: a gradient, or None, for each of its inputs."""
     return (None, None, *map(grads.get, schemas.arguments(ctx.op)._fields))
-
-
-def _aggregate_backward(
-    ctx: Any,
-    grad_output: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of value, similarities, weight and bias; None for one not needed."""
-    need_value, need_similarities, need_weight, need_bias = needs
-    # With rho="ones" the similarities do not enter the output.
-    needs = (need_value, need_similarities and ctx.rho != "ones", need_weight, need_bias)
-    if grad_output is None or not any(needs):
-        return None, None, None, None
-    grads = _convnn.aggregate_backward.default(
-        grad_output, *saved, ctx.has_bias, ctx.rho, ctx.scale, *needs
-    )
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-def _select_backward(
-    ctx: Any,
-    grad_similarities: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor],
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query and key; None for one not needed."""
-    if grad_similarities is None or not any(needs):
-        return None, None
-    grads = _convnn.select_backward.default(grad_similarities, *saved, ctx.metric, *needs)
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))

@@ -45,14 +45,24 @@ def _aggregate(arguments: Any) -> int:
     return math.prod(arguments.similarities) * _per_slot(arguments.value, arguments.weight)
 
 
+def _forward_backward(arguments: Any) -> int:
+    from_output = arguments.rho != "ones" and (arguments.need_query or arguments.need_key)
+    selects = from_output or arguments.grad_similarities is not None
+    aggregation = _aggregation_backward(arguments, from_output)
+    return aggregation + (_select_backward(arguments) if selects else 0)
+
+
 def _select_backward(arguments: Any) -> int:
     products = arguments.need_query + arguments.need_key
     return 2 * math.prod(arguments.similarities) * arguments.query[-1] * products
 
 
 def _aggregate_backward(arguments: Any) -> int:
+    return _aggregation_backward(arguments, arguments.need_similarities)
+
+
+def _aggregation_backward(arguments: Any, need_similarities: bool) -> int:
     value, weight = arguments.value, arguments.weight
-    need_similarities = arguments.need_similarities
     convolution = _per_slot(value, weight)
     # The gradient of the modulated neighbors is the convolution transposed; scaled by rho it is
     # that of value, and its product with the neighbors is that of rho.
@@ -73,6 +83,7 @@ _FORMULAS = {
     "convnn::forward": _forward,
     "convnn::select": _select,
     "convnn::aggregate": _aggregate,
+    "convnn::forward_backward": _forward_backward,
     "convnn::select_backward": _select_backward,
     "convnn::aggregate_backward": _aggregate_backward,
 }

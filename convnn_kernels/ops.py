@@ -48,6 +48,17 @@ def _(*args: Any) -> Tensor:
     return _output(arguments.value, arguments.similarities.shape[:-1], arguments.weight)
 
 
+@_register_fake("convnn::forward_backward")
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = schemas.arguments("convnn::forward_backward")(*args)
+    return (
+        _grad(arguments.query, arguments.need_query),
+        _grad(arguments.key, arguments.need_key),
+        _grad(arguments.value, arguments.need_value),
+        *_convolution_grads(arguments),
+    )
+
+
 @_register_fake("convnn::select_backward")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     arguments = schemas.arguments("convnn::select_backward")(*args)

@@ -23,6 +23,13 @@ _SCHEMAS = (
     'str order="similarity") -> (Tensor similarities, Tensor indices)',
     "aggregate(Tensor value, Tensor similarities, Tensor indices, Tensor? weight=None, "
     'Tensor? bias=None, str rho="softmax", float scale=1.0) -> Tensor',
+    # The gradient of the similarities that forward returns is added to what comes from the output;
+    # None stands for zero.
+    "forward_backward(Tensor grad_output, Tensor? grad_similarities, Tensor query, Tensor key, "
+    "Tensor value, Tensor? weight, Tensor similarities, Tensor indices, bool has_bias, "
+    "str metric, str rho, float scale, bool need_query, bool need_key, bool need_value, "
+    "bool need_weight, bool need_bias) -> (Tensor grad_query, Tensor grad_key, "
+    "Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
     "select_backward(Tensor grad_similarities, Tensor query, Tensor key, Tensor similarities, "
     "Tensor indices, str metric, bool need_query, bool need_key) "
     "-> (Tensor grad_query, Tensor grad_key)",

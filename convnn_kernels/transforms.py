@@ -17,6 +17,15 @@ _BATCHED = {
     "convnn::forward": {"query", "key", "value", "key_mask"},
     "convnn::select": {"query", "key", "key_mask"},
     "convnn::aggregate": {"value", "similarities", "indices"},
+    "convnn::forward_backward": {
+        "grad_output",
+        "grad_similarities",
+        "query",
+        "key",
+        "value",
+        "similarities",
+        "indices",
+    },
     "convnn::select_backward": {"grad_similarities", "query", "key", "similarities", "indices"},
     "convnn::aggregate_backward": {"grad_output", "value", "similarities", "indices"},
 }
