@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Derivatives of the operators.
 
-Each operator has a kernel for the Autograd key. Where nothing needs a gradient, it only goes on to
-the implementation. Otherwise it records a node that saves inputs, similarities and indices, and
-whose backward calls ``aggregate_backward`` and ``select_backward``. Those two have no derivative:
-a second derivative, and forward-mode, raise.
+Each operator has a kernel for the Autograd key. If nothing needs a gradient, it calls the
+implementation and does no more. Otherwise it records a node that saves inputs, similarities and
+indices, and whose backward calls one of the backward operators. These have no derivative of their
+own: second derivatives and forward-mode raise.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_kernels import torch_internals
+from convnn_kernels import schemas, torch_internals
 
 _convnn = torch.ops.convnn
 
@@ -26,14 +26,13 @@ def kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
         "convnn::aggregate": _Aggregate,
     }
     node = nodes.get(op.name(), _NoDerivative)
-    defaults = torch_internals.defaults(op)
+    arguments_of = schemas.arguments(op)
     redispatch = torch_internals.redispatcher(op)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         below = keyset & torch_internals.BELOW_AUTOGRAD
         if torch_internals.needs_autograd(args):
-            # The dispatcher leaves out trailing arguments that have their default value.
-            return torch_internals.apply(node, op, below, *args, *defaults[len(args) :])
+            return torch_internals.apply(node, op, below, *arguments_of(*args))
         return redispatch(below, *args)
 
     return autograd
@@ -51,79 +50,100 @@ class _Forward(_Node):
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
         output, similarities, indices = torch_internals.redispatch(op, below, *args)
-        query, key, value, _, weight, bias, _, _, _, metric, rho, scale, _ = args
-        ctx.op = op.name()
-        ctx.metric, ctx.rho, ctx.scale, ctx.has_bias = metric, rho, scale, bias is not None
-        ctx.save_for_backward(query, key, value, weight, similarities, indices)
+        arguments = _keep_options(ctx, op, args)
+        ctx.save_for_backward(
+            arguments.query,
+            arguments.key,
+            arguments.value,
+            arguments.weight,
+            similarities,
+            indices,
+        )
         ctx.mark_non_differentiable(indices)
-        ctx.set_materialize_grads(False)
         return output, similarities, indices
 
     @staticmethod
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_similarities: Tensor | None, _: None
     ) -> Any:
-        query, key, value, weight, similarities, indices = ctx.saved_tensors
-        need_query, need_key, need_value, _, need_weight, need_bias = ctx.needs_input_grad[2:8]
-        grad_value, grad_rho, grad_weight, grad_bias = _aggregate_backward(
-            ctx,
-            grad_output,
-            (value, similarities, indices, weight),
-            (need_value, need_query or need_key, need_weight, need_bias),
-        )
-        if grad_similarities is None:
-            grad_similarities = grad_rho
-        elif grad_rho is not None:
-            grad_similarities = grad_similarities + grad_rho
-        grad_query, grad_key = _select_backward(
-            ctx, grad_similarities, (query, key, similarities, indices), (need_query, need_key)
-        )
-        grads = (grad_query, grad_key, grad_value, None, grad_weight, grad_bias)
-        return None, None, *grads, *[None] * 7
+        needs = _needs(ctx)
+        # With rho="ones" the output does not depend on the similarities.
+        through_output = grad_output is not None and ctx.rho != "ones"
+        selects = through_output or grad_similarities is not None
+        needed = {"query": needs.query and selects, "key": needs.key and selects}
+        if grad_output is None:
+            query, key, _, _, similarities, indices = ctx.saved_tensors
+            grads = _gradients(
+                _convnn.select_backward.default,
+                (grad_similarities, query, key, similarities, indices, ctx.metric),
+                needed,
+            )
+        else:
+            grads = _gradients(
+                _convnn.forward_backward.default,
+                (
+                    grad_output,
+                    grad_similarities,
+                    *ctx.saved_tensors,
+                    ctx.has_bias,
+                    ctx.metric,
+                    ctx.rho,
+                    ctx.scale,
+                ),
+                needed | {"value": needs.value, "weight": needs.weight, "bias": needs.bias},
+            )
+        return _input_grads(ctx, grads)
 
 
 class _Select(_Node):
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
         similarities, indices = torch_internals.redispatch(op, below, *args)
-        query, key, _, _, _, _, metric, _ = args
-        ctx.op = op.name()
-        ctx.metric = metric
-        ctx.save_for_backward(query, key, similarities, indices)
+        arguments = _keep_options(ctx, op, args)
+        ctx.save_for_backward(arguments.query, arguments.key, similarities, indices)
         ctx.mark_non_differentiable(indices)
-        ctx.set_materialize_grads(False)
         return similarities, indices
 
     @staticmethod
     def backward(ctx: Any, grad_similarities: Tensor | None, _: None) -> Any:
-        grads = _select_backward(
-            ctx, grad_similarities, ctx.saved_tensors, ctx.needs_input_grad[2:4]
+        if grad_similarities is None:
+            return _input_grads(ctx, {})
+        needs = _needs(ctx)
+        grads = _gradients(
+            _convnn.select_backward.default,
+            (grad_similarities, *ctx.saved_tensors, ctx.metric),
+            {"query": needs.query, "key": needs.key},
         )
-        return None, None, *grads, *[None] * 6
+        return _input_grads(ctx, grads)
 
 
 class _Aggregate(_Node):
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
         output = torch_internals.redispatch(op, below, *args)
-        value, similarities, indices, weight, bias, rho, scale = args
-        ctx.op = op.name()
-        ctx.rho, ctx.scale, ctx.has_bias = rho, scale, bias is not None
-        ctx.save_for_backward(value, similarities, indices, weight)
-        ctx.set_materialize_grads(False)
+        arguments = _keep_options(ctx, op, args)
+        ctx.save_for_backward(
+            arguments.value, arguments.similarities, arguments.indices, arguments.weight
+        )
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> Any:
-        need_value, need_similarities, _, need_weight, need_bias = ctx.needs_input_grad[2:7]
-        grad_value, grad_similarities, grad_weight, grad_bias = _aggregate_backward(
-            ctx,
-            grad_output,
-            ctx.saved_tensors,
-            (need_value, need_similarities, need_weight, need_bias),
+        if grad_output is None:
+            return _input_grads(ctx, {})
+        needs = _needs(ctx)
+        grads = _gradients(
+            _convnn.aggregate_backward.default,
+            (grad_output, *ctx.saved_tensors, ctx.has_bias, ctx.rho, ctx.scale),
+            {
+                "value": needs.value,
+                # With rho="ones" the output does not depend on the similarities.
+                "similarities": needs.similarities and ctx.rho != "ones",
+                "weight": needs.weight,
+                "bias": needs.bias,
+            },
         )
-        grads = (grad_value, grad_similarities, None, grad_weight, grad_bias)
-        return None, None, *grads, None, None
+        return _input_grads(ctx, grads)
 
 
 class _NoDerivative(_Node):
@@ -137,32 +157,38 @@ class _NoDerivative(_Node):
         raise RuntimeError(f"{ctx.op}: second derivatives are not implemented")
 
 
-def _aggregate_backward(
-    ctx: Any,
-    grad_output: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of value, similarities, weight and bias; None for one not needed."""
-    need_value, need_similarities, need_weight, need_bias = needs
-    # With rho="ones" the similarities do not enter the output.
-    needs = (need_value, need_similarities and ctx.rho != "ones", need_weight, need_bias)
-    if grad_output is None or not any(needs):
-        return None, None, None, None
-    grads = _convnn.aggregate_backward.default(
-        grad_output, *saved, ctx.has_bias, ctx.rho, ctx.scale, *needs
-    )
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+def _keep_options(ctx: Any, op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
+    """Keeps on ``ctx`` what backward needs besides tensors; returns the arguments by name."""
+    arguments = schemas.arguments(op)(*args)
+    ctx.op = op.name()
+    ctx.metric = getattr(arguments, "metric", None)
+    ctx.rho = getattr(arguments, "rho", None)
+    ctx.scale = getattr(arguments, "scale", None)
+    ctx.has_bias = getattr(arguments, "bias", None) is not None
+    # The gradient of an output that is not used is None.
+    ctx.set_materialize_grads(False)
+    return arguments
 
 
-def _select_backward(
-    ctx: Any,
-    grad_similarities: Tensor | None,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor],
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of query and key; None for one not needed."""
-    if grad_similarities is None or not any(needs):
-        return None, None
-    grads = _convnn.select_backward.default(grad_similarities, *saved, ctx.metric, *needs)
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+def _needs(ctx: Any) -> Any:
+    """For each argument of the operator, by name, whether it needs a gradient."""
+    # The first two inputs of a node are the operator and the dispatch keys.
+    return schemas.arguments(ctx.op)(*ctx.needs_input_grad[2:])
+
+
+def _gradients(
+    op: torch._ops.OpOverload, args: tuple[Any, ...], needed: dict[str, bool]
+) -> dict[str, Tensor]:
+    """Calls a backward operator, whose last arguments say which gradients are needed.
+
+    Returns the needed ones by name.
+    """
+    if not any(needed.values()):
+        return {}
+    grads = op(*args, *needed.values())
+    return {name: grad for name, grad in zip(needed, grads, strict=True) if needed[name]}
+
+
+def _input_grads(ctx: Any, grads: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """What the backward of a node returns: a gradient, or None, for each of its inputs."""
+    return (None, None, *map(grads.get, schemas.arguments(ctx.op)._fields))

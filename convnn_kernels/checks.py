@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Argument checks of the operators, on metadata only: sizes may be symbolic.
 
-The texts are those of ``csrc/checks.h``, which makes the same checks in the same order for the
-CPU kernels and adds the ones that must read values. A test holds both to one table.
+``csrc/checks.h`` makes the same checks for the C++ kernels, in the same order and with the same
+messages, and adds those that read values; tests/test_errors.py compares both with one table.
+
+``op`` is the name that messages begin with, ``arguments`` a namedtuple of ``schemas.arguments``.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,24 +21,14 @@ RHOS = ("softmax", "ones", "similarity")
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_forward(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    candidates: Tensor | None,
-    self_indices: Tensor | None,
-    key_mask: Tensor | None,
-    metric: str,
-    rho: str,
-    scale: float,
-    order: str,
-) -> None:
-    """Check the arguments of ``forward``: those of ``select``, then value and the convolution."""
-    check_select(op, query, key, k, candidates, self_indices, key_mask, metric, order)
+def check_forward(op: str, arguments: Any) -> None:
+    """Check the arguments of ``forward``: those of ``select``, then value and the convolution.
+
+    Raises:
+        RuntimeError: naming the operator, the argument, what was expected and what came.
+    """
+    check_select(op, arguments)
+    query, key, value = arguments.query, arguments.key, arguments.value
     _check_value(op, value)
     _check_device(op, "value", value, "query", query)
     lead = list(query.shape[:-2])
@@ -48,25 +41,19 @@ def check_forward(
         raise RuntimeError(
             f"{op}: value must have the {key.shape[-2]} rows of key, got shape {list(value.shape)}"
         )
-    check_convolution(op, value, k, weight, bias, rho, scale)
+    _check_convolution(op, arguments, arguments.k)
 
 
-def check_select(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    candidates: Tensor | None,
-    self_indices: Tensor | None,
-    key_mask: Tensor | None,
-    metric: str,
-    order: str,
-) -> None:
-    """Check the arguments of ``select``.
+def check_select(op: str, arguments: Any) -> None:
+    """Check the arguments of ``select``. Raises as ``check_forward`` does."""
+    _check_query_and_key(op, arguments.query, arguments.key)
+    _check_choice(op, "metric", arguments.metric, METRICS)
+    _check_choice(op, "order", arguments.order, ORDERS)
+    _check_restrictions(op, arguments)
+    _check_k(op, arguments.k, arguments.key, arguments.candidates)
 
-    Raises:
-        RuntimeError: naming the operator, the argument, what was expected and what came.
-    """
+
+def _check_query_and_key(op: str, query: Tensor, key: Tensor) -> None:
     _check_given(op, "query", query)
     _check_given(op, "key", key)
     if query.dim() < 2:
@@ -85,8 +72,7 @@ def check_select(
         )
     _check_dtype(op, "key", key, query.dtype, " as query is")
     _check_device(op, "key", key, "query", query)
-    lead = list(query.shape[:-2])
-    rows, columns = query.shape[-2:]
+    lead, columns = list(query.shape[:-2]), query.shape[-1]
     if list(key.shape[:-2]) != lead:
         raise RuntimeError(
             f"{op}: key must have the leading dimensions {lead} of query, "
@@ -96,9 +82,11 @@ def check_select(
         raise RuntimeError(
             f"{op}: key must have the {columns} columns of query, got shape {list(key.shape)}"
         )
-    _check_choice(op, "metric", metric, METRICS)
-    _check_choice(op, "order", order, ORDERS)
 
+
+def _check_restrictions(op: str, arguments: Any) -> None:
+    """Check what restricts the selection: candidates, self_indices and key_mask."""
+    query, key, candidates = arguments.query, arguments.key, arguments.candidates
     if candidates is not None:
         _check_dtype(op, "candidates", candidates, torch.int64)
         _check_device(op, "candidates", candidates, "query", query)
@@ -106,6 +94,7 @@ def check_select(
             raise RuntimeError(
                 f"{op}: candidates must have shape [R], got shape {list(candidates.shape)}"
             )
+    self_indices, rows = arguments.self_indices, query.shape[-2]
     if self_indices is not None:
         _check_dtype(op, "self_indices", self_indices, torch.int64)
         _check_device(op, "self_indices", self_indices, "query", query)
@@ -114,6 +103,7 @@ def check_select(
                 f"{op}: self_indices must have shape [{rows}], one row of key for each query, "
                 f"got shape {list(self_indices.shape)}"
             )
+    key_mask = arguments.key_mask
     if key_mask is not None:
         _check_dtype(op, "key_mask", key_mask, torch.bool)
         _check_device(op, "key_mask", key_mask, "query", query)
@@ -123,30 +113,20 @@ def check_select(
                 f"got shape {list(key_mask.shape)}"
             )
 
+
+def _check_k(op: str, k: int, key: Tensor, candidates: Tensor | None) -> None:
     if candidates is None:
         most, of_what = key.shape[-2], "the rows of key"
     else:
         most, of_what = candidates.shape[0], "the candidates"
-    # torch._check: under torch.compile either side may be known only at run time.
+    # torch._check, because torch.compile may know either side at run time only.
     for in_range in (k >= 1, k <= most):
         torch._check(in_range, lambda: f"{op}: k must be between 1 and {most} ({of_what}), got {k}")
 
 
-def check_aggregate(
-    op: str,
-    value: Tensor,
-    similarities: Tensor,
-    indices: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rho: str,
-    scale: float,
-) -> None:
-    """Check the arguments of ``aggregate``.
-
-    Raises:
-        RuntimeError: naming the operator, the argument, what was expected and what came.
-    """
+def check_aggregate(op: str, arguments: Any) -> None:
+    """Check the arguments of ``aggregate``. Raises as ``check_forward`` does."""
+    value, similarities, indices = arguments.value, arguments.similarities, arguments.indices
     _check_value(op, value)
     _check_given(op, "similarities", similarities)
     _check_given(op, "indices", indices)
@@ -178,19 +158,12 @@ def check_aggregate(
             f"{op}: indices must have the shape {shape} of similarities, "
             f"got shape {list(indices.shape)}"
         )
-    check_convolution(op, value, similarities.shape[-1], weight, bias, rho, scale)
+    _check_convolution(op, arguments, similarities.shape[-1])
 
 
-def check_convolution(
-    op: str,
-    value: Tensor,
-    k: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rho: str,
-    scale: float,
-) -> None:
-    """Check what modulates and convolves the k neighbours: weight, bias, rho and scale."""
+def _check_convolution(op: str, arguments: Any, k: int) -> None:
+    """Check what modulates and convolves the k neighbors: weight, bias, rho and scale."""
+    value, weight, bias = arguments.value, arguments.weight, arguments.bias
     channels = value.shape[-1]
     if weight is not None:
         _check_dtype(op, "weight", weight, value.dtype, " as value is")
@@ -208,6 +181,7 @@ def check_convolution(
             raise RuntimeError(
                 f"{op}: bias must have shape [{outputs}], got shape {list(bias.shape)}"
             )
+    rho, scale = arguments.rho, arguments.scale
     _check_choice(op, "rho", rho, RHOS)
     if not math.isfinite(scale):
         raise RuntimeError(f"{op}: scale must be finite, got {scale:g}")
@@ -261,7 +235,7 @@ def _is_depthwise(weight: Tensor, channels: int, k: int) -> bool:
 
 
 def _check_given(op: str, name: str, tensor: Tensor) -> None:
-    # The dispatcher lets None through for a tensor that is not optional.
+    # The dispatcher accepts None for a tensor that is not optional.
     if not isinstance(tensor, Tensor):
         raise RuntimeError(f"{op}: {name} must be a tensor, got None")
 

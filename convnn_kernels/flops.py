@@ -1,99 +1,75 @@
 # SPDX-License-Identifier: MIT
 """FLOP formulas for ``torch.utils.flop_counter``.
 
-As everywhere in that counter, a multiplication and its addition are two, and only products of
-matrices and their like count: not norms, softmax, or the search itself. Formulas receive shapes.
+As everywhere in that counter, a multiplication and an addition are two FLOPs, and only matrix
+products and the like count: not norms, softmax, or the search itself. Formulas see shapes in place
+of tensors.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.utils.flop_counter import register_flop_formula
 
-_convnn = torch.ops.convnn
+from convnn_kernels import schemas
+
 _Shape = Sequence[int]
 
 
 def register() -> None:
-    """Registers the formulas; the operators must be defined."""
-    register_flop_formula(_convnn.forward)(_forward)
-    register_flop_formula(_convnn.select)(_select)
-    register_flop_formula(_convnn.aggregate)(_aggregate)
-    register_flop_formula(_convnn.select_backward)(_select_backward)
-    register_flop_formula(_convnn.aggregate_backward)(_aggregate_backward)
+    """Registers the formulas."""
+    for name, formula in _FORMULAS.items():
+        _register(name, formula)
 
 
-def _forward(
-    query: _Shape,
-    key: _Shape,
-    value: _Shape,
-    k: int,
-    weight: _Shape | None = None,
-    bias: _Shape | None = None,
-    candidates: _Shape | None = None,
-    *_: Any,
-    **__: Any,
-) -> int:
-    slots = math.prod(query[:-1]) * k
-    return _select(query, key, k, candidates) + slots * _per_slot(value, weight)
+def _register(name: str, formula: Callable[[Any], int]) -> None:
+    def flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return formula(schemas.arguments(name)(*args, **kwargs))
+
+    register_flop_formula(schemas.OPERATORS[name].overloadpacket)(flops)
 
 
-def _select(
-    query: _Shape, key: _Shape, k: int, candidates: _Shape | None = None, *_: Any, **__: Any
-) -> int:
-    searched = key[-2] if candidates is None else candidates[0]
-    return 2 * math.prod(query) * searched
+def _forward(arguments: Any) -> int:
+    slots = math.prod(arguments.query[:-1]) * arguments.k
+    return _select(arguments) + slots * _per_slot(arguments.value, arguments.weight)
 
 
-def _aggregate(
-    value: _Shape,
-    similarities: _Shape,
-    indices: _Shape,
-    weight: _Shape | None = None,
-    *_: Any,
-    **__: Any,
-) -> int:
-    return math.prod(similarities) * _per_slot(value, weight)
+def _select(arguments: Any) -> int:
+    candidates = arguments.candidates
+    searched = arguments.key[-2] if candidates is None else candidates[0]
+    return 2 * math.prod(arguments.query) * searched
 
 
-def _select_backward(
-    grad_similarities: _Shape,
-    query: _Shape,
-    key: _Shape,
-    similarities: _Shape,
-    indices: _Shape,
-    metric: str,
-    need_query: bool,
-    need_key: bool,
-    **_: Any,
-) -> int:
-    return 2 * math.prod(similarities) * query[-1] * (need_query + need_key)
+def _aggregate(arguments: Any) -> int:
+    return math.prod(arguments.similarities) * _per_slot(arguments.value, arguments.weight)
 
 
-def _aggregate_backward(
-    grad_output: _Shape,
-    value: _Shape,
-    similarities: _Shape,
-    indices: _Shape,
-    weight: _Shape | None,
-    has_bias: bool,
-    rho: str,
-    scale: float,
-    need_value: bool,
-    need_similarities: bool,
-    need_weight: bool,
-    *_: Any,
-    **__: Any,
-) -> int:
+def _forward_backward(arguments: Any) -> int:
+    from_output = arguments.rho != "ones" and (arguments.need_query or arguments.need_key)
+    selects = from_output or arguments.grad_similarities is not None
+    aggregation = _aggregation_backward(arguments, from_output)
+    return aggregation + (_select_backward(arguments) if selects else 0)
+
+
+def _select_backward(arguments: Any) -> int:
+    products = arguments.need_query + arguments.need_key
+    return 2 * math.prod(arguments.similarities) * arguments.query[-1] * products
+
+
+def _aggregate_backward(arguments: Any) -> int:
+    return _aggregation_backward(arguments, arguments.need_similarities)
+
+
+def _aggregation_backward(arguments: Any, need_similarities: bool) -> int:
+    value, weight = arguments.value, arguments.weight
     convolution = _per_slot(value, weight)
     # The gradient of the modulated neighbors is the convolution transposed; scaled by rho it is
     # that of value, and its product with the neighbors is that of rho.
-    per_slot = convolution * (need_value or need_similarities)
+    per_slot = convolution * (arguments.need_value or need_similarities)
     per_slot += 2 * value[-1] * need_similarities
-    per_slot += convolution * (need_weight and weight is not None)
-    return math.prod(similarities) * per_slot
+    per_slot += convolution * (arguments.need_weight and weight is not None)
+    return math.prod(arguments.similarities) * per_slot
 
 
 def _per_slot(value: _Shape, weight: _Shape | None) -> int:
@@ -101,3 +77,13 @@ def _per_slot(value: _Shape, weight: _Shape | None) -> int:
     channels = value[-1]
     dense = weight is not None and weight[1] == channels
     return 2 * channels * (weight[0] if dense and weight is not None else 1)
+
+
+_FORMULAS = {
+    "convnn::forward": _forward,
+    "convnn::select": _select,
+    "convnn::aggregate": _aggregate,
+    "convnn::forward_backward": _forward_backward,
+    "convnn::select_backward": _select_backward,
+    "convnn::aggregate_backward": _aggregate_backward,
+}

@@ -1,167 +1,77 @@
 # SPDX-License-Identifier: MIT
-"""The operators ``torch.ops.convnn.*``: their schemas and shapes, and what runs them.
+"""The operators ``torch.ops.convnn.*``: fake kernels, and what is registered for each of them.
 
-Importing this module defines and registers everything but the C++ implementations, which
+Importing this module registers everything but the C++ implementations, which
 ``convnn_kernels.native`` loads.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from convnn_kernels import autograd, checks, flops, transforms
+from convnn_kernels import autograd, checks, flops, schemas, transforms
 from convnn_kernels.backends import selection
-
-_library = torch.library.Library("convnn", "DEF")
-
-_library.define(
-    "forward(Tensor query, Tensor key, Tensor value, SymInt k, Tensor? weight=None, "
-    "Tensor? bias=None, Tensor? candidates=None, Tensor? self_indices=None, "
-    'Tensor? key_mask=None, str metric="cosine", str rho="softmax", float scale=1.0, '
-    'str order="similarity") -> (Tensor output, Tensor similarities, Tensor indices)'
-)
-_library.define(
-    "select(Tensor query, Tensor key, SymInt k, Tensor? candidates=None, "
-    'Tensor? self_indices=None, Tensor? key_mask=None, str metric="cosine", '
-    'str order="similarity") -> (Tensor similarities, Tensor indices)'
-)
-_library.define(
-    "aggregate(Tensor value, Tensor similarities, Tensor indices, Tensor? weight=None, "
-    'Tensor? bias=None, str rho="softmax", float scale=1.0) -> Tensor'
-)
-# The backward operators are internal. A gradient that is not needed is an empty tensor.
-_library.define(
-    "select_backward(Tensor grad_similarities, Tensor query, Tensor key, Tensor similarities, "
-    "Tensor indices, str metric, bool need_query, bool need_key) "
-    "-> (Tensor grad_query, Tensor grad_key)"
-)
-_library.define(
-    "aggregate_backward(Tensor grad_output, Tensor value, Tensor similarities, Tensor indices, "
-    "Tensor? weight, bool has_bias, str rho, float scale, bool need_value, "
-    "bool need_similarities, bool need_weight, bool need_bias) "
-    "-> (Tensor grad_value, Tensor grad_similarities, Tensor grad_weight, Tensor grad_bias)"
-)
 
 forward = torch.ops.convnn.forward.default
 select = torch.ops.convnn.select.default
 aggregate = torch.ops.convnn.aggregate.default
-select_backward = torch.ops.convnn.select_backward.default
-aggregate_backward = torch.ops.convnn.aggregate_backward.default
 
-_OPS = (forward, select, aggregate, select_backward, aggregate_backward)
-
-# Where the CUDA C++ kernels register: the CUDA key of the library above belongs to `selection`.
-_cuda_library = torch.library.Library("convnn_cuda", "DEF")
-for _op in _OPS:
-    _cuda_library.define(str(_op._schema).removeprefix("convnn::"))
+_register_fake = functools.partial(torch.library.register_fake, lib=schemas.LIBRARY)
 
 
-# Fake kernels: the shapes and dtypes of the results, after the checks of the arguments.
+# Fake kernels check the arguments and return the shapes and dtypes of the results.
 
 
-@torch.library.register_fake("convnn::forward", lib=_library)
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    candidates: Tensor | None = None,
-    self_indices: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    metric: str = "cosine",
-    rho: str = "softmax",
-    scale: float = 1.0,
-    order: str = "similarity",
-) -> tuple[Tensor, Tensor, Tensor]:
-    checks.check_forward(
-        "convnn::forward",
-        query,
-        key,
-        value,
-        k,
-        weight,
-        bias,
-        candidates,
-        self_indices,
-        key_mask,
-        metric,
-        rho,
-        scale,
-        order,
-    )
-    return _output(value, query.shape[:-1], weight), *_neighbors(query, k)
+@_register_fake("convnn::forward")
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = schemas.arguments("convnn::forward")(*args)
+    checks.check_forward("convnn::forward", arguments)
+    query, value = arguments.query, arguments.value
+    output = _output(value, query.shape[:-1], arguments.weight)
+    return output, *_neighbors(query, arguments.k)
 
 
-@torch.library.register_fake("convnn::select", lib=_library)
-def _(
-    query: Tensor,
-    key: Tensor,
-    k: int,
-    candidates: Tensor | None = None,
-    self_indices: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    metric: str = "cosine",
-    order: str = "similarity",
-) -> tuple[Tensor, Tensor]:
-    checks.check_select(
-        "convnn::select", query, key, k, candidates, self_indices, key_mask, metric, order
-    )
-    return _neighbors(query, k)
+@_register_fake("convnn::select")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    arguments = schemas.arguments("convnn::select")(*args)
+    checks.check_select("convnn::select", arguments)
+    return _neighbors(arguments.query, arguments.k)
 
 
-@torch.library.register_fake("convnn::aggregate", lib=_library)
-def _(
-    value: Tensor,
-    similarities: Tensor,
-    indices: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    rho: str = "softmax",
-    scale: float = 1.0,
-) -> Tensor:
-    checks.check_aggregate(
-        "convnn::aggregate", value, similarities, indices, weight, bias, rho, scale
-    )
-    return _output(value, similarities.shape[:-1], weight)
+@_register_fake("convnn::aggregate")
+def _(*args: Any) -> Tensor:
+    arguments = schemas.arguments("convnn::aggregate")(*args)
+    checks.check_aggregate("convnn::aggregate", arguments)
+    return _output(arguments.value, arguments.similarities.shape[:-1], arguments.weight)
 
 
-@torch.library.register_fake("convnn::select_backward", lib=_library)
-def _(
-    grad_similarities: Tensor,
-    query: Tensor,
-    key: Tensor,
-    similarities: Tensor,
-    indices: Tensor,
-    metric: str,
-    need_query: bool,
-    need_key: bool,
-) -> tuple[Tensor, Tensor]:
-    return _grad(query, need_query), _grad(key, need_key)
-
-
-@torch.library.register_fake("convnn::aggregate_backward", lib=_library)
-def _(
-    grad_output: Tensor,
-    value: Tensor,
-    similarities: Tensor,
-    indices: Tensor,
-    weight: Tensor | None,
-    has_bias: bool,
-    rho: str,
-    scale: float,
-    need_value: bool,
-    need_similarities: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_register_fake("convnn::forward_backward")
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    arguments = schemas.arguments("convnn::forward_backward")(*args)
     return (
-        _grad(value, need_value),
-        _grad(similarities, need_similarities),
-        _grad(value if weight is None else weight, need_weight and weight is not None),
-        value.new_empty(grad_output.shape[-1] if need_bias and has_bias else 0),
+        _grad(arguments.query, arguments.need_query),
+        _grad(arguments.key, arguments.need_key),
+        _grad(arguments.value, arguments.need_value),
+        *_convolution_grads(arguments),
+    )
+
+
+@_register_fake("convnn::select_backward")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    arguments = schemas.arguments("convnn::select_backward")(*args)
+    return _grad(arguments.query, arguments.need_query), _grad(arguments.key, arguments.need_key)
+
+
+@_register_fake("convnn::aggregate_backward")
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = schemas.arguments("convnn::aggregate_backward")(*args)
+    return (
+        _grad(arguments.value, arguments.need_value),
+        _grad(arguments.similarities, arguments.need_similarities),
+        *_convolution_grads(arguments),
     )
 
 
@@ -181,17 +91,27 @@ def _grad(tensor: Tensor, needed: bool) -> Tensor:
     return tensor.new_empty(tensor.shape if needed else 0)
 
 
-for _op in _OPS:
-    _library.impl(_op, autograd.kernel(_op), "Autograd", with_keyset=True)
-    _library.impl(_op, selection.cuda_kernel(_op), "CUDA")
-    if (_ask := selection.forced_kernel(_op)) is not None:
-        _library.impl(_op, _ask, "BackendSelect", with_keyset=True)
-    torch.library.register_vmap(_op, transforms.VMAP[_op.name()], lib=_library)
+def _convolution_grads(arguments: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias."""
+    value, weight, grad_output = arguments.value, arguments.weight, arguments.grad_output
+    needs_bias = arguments.need_bias and arguments.has_bias
+    return (
+        value.new_empty(0) if weight is None else _grad(weight, arguments.need_weight),
+        value.new_empty(grad_output.shape[-1] if needs_bias else 0),
+    )
 
-# Backward runs in the dtypes of forward: autocast does not touch the backward operators.
-for _op, _keep in ((forward, ()), (select, ()), (aggregate, (1,))):
+
+for _op in schemas.OPERATORS.values():
+    schemas.LIBRARY.impl(_op, autograd.kernel(_op), "Autograd", with_keyset=True)
+    schemas.LIBRARY.impl(_op, selection.cuda_kernel(_op), "CUDA")
+    if (_ask := selection.forced_kernel(_op)) is not None:
+        schemas.LIBRARY.impl(_op, _ask, "BackendSelect", with_keyset=True)
+    torch.library.register_vmap(_op, transforms.vmap(_op), lib=schemas.LIBRARY)
+
+# Backward runs in the dtypes of forward, so autocast does not apply to the backward operators.
+for _op in (forward, select, aggregate):
     for _device in ("CPU", "CUDA"):
-        _kernel = transforms.autocast(_op, _device.lower(), _keep)
-        _library.impl(_op, _kernel, f"Autocast{_device}")
+        _kernel = transforms.autocast(_op, _device.lower())
+        schemas.LIBRARY.impl(_op, _kernel, f"Autocast{_device}")
 
 flops.register()

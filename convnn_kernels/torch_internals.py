@@ -29,11 +29,6 @@ def without_autocast(device_type: str) -> AbstractContextManager[None]:
     return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
 
 
-def defaults(op: torch._ops.OpOverload) -> tuple[Any, ...]:
-    """The default values of the arguments of ``op``, None where there is none."""
-    return tuple(argument.default_value for argument in op._schema.arguments)
-
-
 def needs_autograd(args: tuple[Any, ...]) -> bool:
     """Whether a call with ``args`` must be recorded, or may carry forward-mode tangents."""
     # An open forward-mode level is the one sign of a tangent that costs nothing to read.

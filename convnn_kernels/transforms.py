@@ -1,29 +1,48 @@
 # SPDX-License-Identifier: MIT
 """Autocast and vmap rules of the operators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convnn_kernels import torch_internals
+from convnn_kernels import schemas, torch_internals
+
+# Similarities stay in float32, whatever the dtype of query and key.
+_NEVER_CAST = {"similarities"}
+
+# The arguments that have the leading dimensions. The mapped dimension becomes the first of those.
+_BATCHED = {
+    "convnn::forward": {"query", "key", "value", "key_mask"},
+    "convnn::select": {"query", "key", "key_mask"},
+    "convnn::aggregate": {"value", "similarities", "indices"},
+    "convnn::forward_backward": {
+        "grad_output",
+        "grad_similarities",
+        "query",
+        "key",
+        "value",
+        "similarities",
+        "indices",
+    },
+    "convnn::select_backward": {"grad_similarities", "query", "key", "similarities", "indices"},
+    "convnn::aggregate_backward": {"grad_output", "value", "similarities", "indices"},
+}
 
 
-def autocast(
-    op: torch._ops.OpOverload, device_type: str, keep: tuple[int, ...] = ()
-) -> Callable[..., Any]:
+def autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
     """The kernel of ``op`` for the autocast key of one device.
 
     Args:
         op: the operator.
         device_type: "cpu" or "cuda".
-        keep: positions of the arguments that are never cast.
 
     Returns:
-        A kernel that casts the floating tensors to the active autocast dtype and goes on.
-        As in PyTorch's own operators, float64 is left as it is.
+        A kernel that casts the floating-point tensors to the active autocast dtype and calls the
+        operator again without autocast. As in PyTorch's own operators, float64 is left alone.
     """
+    kept = {i for i, name in enumerate(schemas.arguments(op)._fields) if name in _NEVER_CAST}
 
     def cast(arg: Any, dtype: torch.dtype) -> Any:
         eligible = (
@@ -37,76 +56,50 @@ def autocast(
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch_internals.without_autocast(device_type):
-            return op(*[arg if i in keep else cast(arg, dtype) for i, arg in enumerate(args)])
+            return op(*[arg if i in kept else cast(arg, dtype) for i, arg in enumerate(args)])
 
     return kernel
 
 
-def vmap_forward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    """vmap of ``forward``: query, key, value and key_mask fold; the rest is looped over."""
-    op = torch.ops.convnn.forward.default
-    foldable = (0, 1, 2, 8)
-    if not _only(in_dims, foldable):
-        return _loop(op, info.batch_size, in_dims, args)
-    return op(*_fold(args, foldable, info.batch_size, in_dims)), (0, 0, 0)
+def vmap(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The vmap rule of ``op``.
 
-
-def vmap_select(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    """vmap of ``select``: query, key and key_mask fold; the rest is looped over."""
-    op = torch.ops.convnn.select.default
-    foldable = (0, 1, 5)
-    if not _only(in_dims, foldable):
-        return _loop(op, info.batch_size, in_dims, args)
-    return op(*_fold(args, foldable, info.batch_size, in_dims)), (0, 0)
-
-
-def vmap_aggregate(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    """vmap of ``aggregate``: value, similarities and indices fold; the rest is looped over."""
-    op = torch.ops.convnn.aggregate.default
-    foldable = (0, 1, 2)
-    if not _only(in_dims, foldable):
-        return _loop(op, info.batch_size, in_dims, args)
-    return op(*_fold(args, foldable, info.batch_size, in_dims)), 0
-
-
-def vmap_select_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    """vmap of ``select_backward``: every tensor folds."""
-    need_query, need_key = args[6:]
-    grads = torch.ops.convnn.select_backward.default(
-        *_fold(args, (0, 1, 2, 3, 4), info.batch_size, in_dims)
-    )
-    return grads, (0 if need_query else None, 0 if need_key else None)
-
-
-def vmap_aggregate_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    """vmap of ``aggregate_backward``.
-
-    Gradients of weight and bias are sums over the leading dimensions, so where one is needed,
-    folding would sum over the mapped dimension too.
+    If only arguments with leading dimensions are mapped, the mapped dimension becomes one of them
+    and ``op`` is called once. Otherwise ``op`` is called for each entry.
     """
-    op = torch.ops.convnn.aggregate_backward.default
-    need_value, need_similarities, need_weight, need_bias = args[8:]
-    foldable = (0, 1, 2, 3)
-    if need_weight or need_bias or not _only(in_dims, foldable):
-        return _loop(op, info.batch_size, in_dims, args)
-    grads = op(*_fold(args, foldable, info.batch_size, in_dims))
-    return grads, (0 if need_value else None, 0 if need_similarities else None, None, None)
+    arguments_of = schemas.arguments(op)
+    batched = {arguments_of._fields.index(name) for name in _BATCHED[op.name()]}
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        mapped = {i for i, dim in enumerate(in_dims) if dim is not None}
+        if not mapped <= batched or _sums_over_batch(arguments_of(*args)):
+            results = _loop(op, info.batch_size, in_dims, args)
+        else:
+            results = op(*_fold(args, batched, info.batch_size, in_dims))
+        if isinstance(results, Tensor):
+            return results, 0
+        # A folded call returns a gradient that is not needed as one empty tensor for all entries.
+        return results, tuple(None if result.shape == (0,) else 0 for result in results)
+
+    return rule
 
 
-def _only(in_dims: tuple[int | None, ...], positions: tuple[int, ...]) -> bool:
-    return all(dim is None or i in positions for i, dim in enumerate(in_dims))
+def _sums_over_batch(arguments: Any) -> bool:
+    """Whether a gradient is needed that is a sum over the leading dimensions.
+
+    It must not be summed over the mapped dimension, too.
+    """
+    return getattr(arguments, "need_weight", False) or getattr(arguments, "need_bias", False)
 
 
 def _fold(
-    args: tuple[Any, ...],
-    positions: tuple[int, ...],
-    batch_size: int,
-    in_dims: tuple[int | None, ...],
+    args: Sequence[Any], batched: set[int], batch_size: int, in_dims: tuple[int | None, ...]
 ) -> list[Any]:
-    """Gives the tensors at ``positions`` the mapped dimension as their first."""
+    """The arguments, the tensors at the positions ``batched`` with the mapped dimension first."""
     folded = list(args)
-    for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
-        if i in positions and isinstance(arg, Tensor):
+    for i in batched:
+        if i < len(args) and isinstance(args[i], Tensor):
+            arg, dim = args[i], in_dims[i]
             folded[i] = arg.expand(batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
     return folded
 
@@ -115,7 +108,7 @@ def _loop(
     op: torch._ops.OpOverload,
     batch_size: int,
     in_dims: tuple[int | None, ...],
-    args: tuple[Any, ...],
+    args: Sequence[Any],
 ) -> Any:
     """Calls ``op`` for each entry of the mapped dimension and stacks the results."""
     if batch_size == 0:
@@ -130,15 +123,5 @@ def _loop(
 
     results = [op(*entry(i)) for i in range(batch_size)]
     if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    stacked = tuple(torch.stack(each) for each in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
-VMAP = {
-    "convnn::forward": vmap_forward,
-    "convnn::select": vmap_select,
-    "convnn::aggregate": vmap_aggregate,
-    "convnn::select_backward": vmap_select_backward,
-    "convnn::aggregate_backward": vmap_aggregate_backward,
-}
+        return torch.stack(results)
+    return tuple(torch.stack(each) for each in zip(*results, strict=True))

@@ -178,6 +178,64 @@ def test_opcheck_aggregate_backward(kind: str | None, needs: tuple[bool, ...]) -
     )
 
 
+def forward_backward_args(
+    kind: str | None, rho: str, with_similarities: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
+    """Arguments of forward_backward, as far as scale."""
+    query, key, value, k, weight = example("forward", dtype=dtype, weight=kind)
+    output, similarities, indices = convnn.forward(query, key, value, k, weight, rho=rho)
+    grad_similarities = ramp_like(similarities) if with_similarities else None
+    results = (similarities, indices)
+    grads = (torch.randn_like(output), grad_similarities)
+    return (*grads, query, key, value, weight, *results, True, "cosine", rho, 1.0)
+
+
+@pytest.mark.parametrize("needs", [(True,) * 5, (False,) * 5, (True, False, True, False, True)])
+@pytest.mark.parametrize("with_similarities", [False, True])
+@pytest.mark.parametrize("kind", [None, "depthwise", "dense"])
+def test_opcheck_forward_backward(
+    kind: str | None, with_similarities: bool, needs: tuple[bool, ...]
+) -> None:
+    args = forward_backward_args(kind, "softmax", with_similarities)
+    torch.library.opcheck(convnn.forward_backward.default, (*args, *needs))
+
+
+@pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])
+@pytest.mark.parametrize("with_similarities", [False, True])
+@pytest.mark.parametrize("kind", [None, "depthwise", "dense"])
+def test_forward_backward_equals_its_parts(
+    kind: str | None, with_similarities: bool, rho: str
+) -> None:
+    args = forward_backward_args(kind, rho, with_similarities, torch.float64)
+    grad_output, grad_similarities, query, key, value, weight, s, I = args[:8]
+    grad_value, grad_rho, grad_weight, grad_bias = convnn.aggregate_backward(
+        grad_output, value, s, I, weight, True, rho, 1.0, *[True] * 4
+    )
+    grad_s = grad_rho if grad_similarities is None else grad_rho + grad_similarities
+    of_select = convnn.select_backward(grad_s, query, key, s, I, "cosine", True, True)
+    expected = (*of_select, grad_value, grad_weight, grad_bias)
+    for needs in ((True,) * 5, *torch.eye(5, dtype=torch.bool).tolist()):
+        results = convnn.forward_backward(*args, *needs)
+        for result, right, needed in zip(results, expected, needs, strict=True):
+            torch.testing.assert_close(result, right if needed else right.new_empty(0))
+
+
+# With a gradient of weight or bias there is a call for each entry, otherwise a single one.
+@pytest.mark.parametrize("needs", [(True,) * 5, (True, True, True, False, False)])
+@pytest.mark.parametrize("dims", [(0, 0), (1, None), (None, 2)], ids=str)
+def test_vmap_of_forward_backward(dims: tuple[int | None, ...], needs: tuple[bool, ...]) -> None:
+    args = forward_backward_args("depthwise", "softmax", True, torch.float64)
+    grads = mapped(list(args[:2]), dims)
+
+    def call(*grads: Tensor) -> tuple[Tensor, ...]:
+        return convnn.forward_backward(*grads, *args[2:], *needs)
+
+    results = torch.vmap(call, dims)(*grads)
+    for result, right, needed in zip(results, one_by_one(call, dims, grads), needs, strict=True):
+        if needed:
+            torch.testing.assert_close(result, right)
+
+
 def test_meta_tensors(op: str) -> None:
     args = [arg.to("meta") if isinstance(arg, Tensor) else arg for arg in example(op)]
     assert all(output.is_meta for output in outputs_of(op, *args))
@@ -748,7 +806,7 @@ def test_functions_refuse_forward_mode(op: str) -> None:
             FUNCTIONS[op](dual, *rest)
 
 
-SECOND = r"^convnn::(select|aggregate)_backward: second derivatives are not implemented$"
+SECOND = r"^convnn::(forward|select|aggregate)_backward: second derivatives are not implemented$"
 
 
 @pytest.mark.parametrize("position", [0, 1])
@@ -884,6 +942,19 @@ def test_flops(kind: str | None) -> None:
     backward = slots * (convolutions * PER_SLOT[kind] + 2 * C) + 2 * slots * 2 * D
     loss = loss_of("forward", *with_grad(forward))
     assert flops(loss.backward) == backward
+
+
+def test_flops_of_backward_without_selection() -> None:
+    """With rho="ones", query and key have a gradient through the similarities only."""
+    args = example("forward", weight="dense")
+    slots = B * N * K
+    aggregation = slots * 2 * PER_SLOT["dense"]
+    output, similarities, _ = convnn.forward(*with_grad(args), rho="ones")
+    assert flops((output.sum() + similarities.sum()).backward) == aggregation + slots * 2 * 2 * D
+    output, similarities, _ = convnn.forward(*with_grad(args), rho="ones")
+    assert flops(output.sum().backward) == aggregation
+    output, similarities, _ = convnn.forward(*with_grad(args), rho="ones")
+    assert flops(similarities.sum().backward) == slots * 2 * 2 * D
 
 
 def test_flops_of_select_backward_count_what_is_needed() -> None:

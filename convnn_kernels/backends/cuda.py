@@ -5,18 +5,12 @@ Their host side is C++, too: ``csrc/cuda``. The library needs nothing but PyTorc
 """
 
 import functools
-import os
 import re
 from typing import Any
 
 import torch
 
-from convnn_kernels import checks, native
-
-# For each operator, the positions of candidates and self_indices or of indices, and of the tensor
-# whose rows they are.
-_NEIGHBORS = {"convnn::select": (3, 4, 1), "convnn::forward": (6, 7, 1)}
-_INDICES = {"convnn::aggregate": (2, 0)}
+from convnn_kernels import native
 
 
 @functools.cache
@@ -58,25 +52,12 @@ def runs_on(capability: tuple[int, int], built: tuple[str, ...]) -> bool:
     return False
 
 
-def run(name: str, args: tuple[Any, ...]) -> Any:
-    """The results of operator `name` for all of its arguments, which have been checked."""
-    if os.environ.get("CONVNN_CHECK_INDICES", "0") == "1":
-        _check_values(name, args)
-    return getattr(torch.ops.convnn_cuda, name.removeprefix("convnn::")).default(*args)
+def run(name: str, arguments: Any) -> Any:
+    """The results of operator `name` for all of its arguments."""
+    return getattr(torch.ops.convnn_cuda, name.removeprefix("convnn::")).default(*arguments)
 
 
 @functools.cache
 def _built_for() -> tuple[str, ...]:
     part = native.build_report().get("cuda", {})
     return tuple(part["built"].split(", ")) if isinstance(part, dict) and "built" in part else ()
-
-
-def _check_values(name: str, args: tuple[Any, ...]) -> None:
-    """Reads index tensors, which waits for the device, and reports values out of range."""
-    if name in _NEIGHBORS:
-        candidates, own, key = (args[at] for at in _NEIGHBORS[name])
-        checks.check_candidates(name, candidates, key.shape[-2])
-        checks.check_self_indices(name, own, key.shape[-2])
-    elif name in _INDICES:
-        indices, value = (args[at] for at in _INDICES[name])
-        checks.check_indices(name, indices, value.shape[-2])

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convnn_kernels import checks, native, torch_internals
+from convnn_kernels import checks, native, schemas, torch_internals
 from convnn_kernels.backends import cuda
 from convnn_kernels.triton import backend as triton
 
@@ -113,37 +113,50 @@ def _require(name: str, what: str) -> None:
 def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """The kernel of ``op`` for the CUDA key: it checks the arguments and runs a backend."""
     name = op.name()
-    defaults = torch_internals.defaults(op)
+    arguments_of = schemas.arguments(op)
 
     def run(*args: Any) -> Any:
-        return _run(name, (*args, *defaults[len(args) :]))
+        return _run(name, arguments_of(*args))
 
     return run
 
 
-def _run(name: str, args: tuple[Any, ...]) -> Any:
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+def _run(name: str, arguments: Any) -> Any:
+    """The results of operator ``name`` for its arguments, a namedtuple of schemas.py."""
+    tensors = [each for each in arguments if isinstance(each, Tensor)]
     device = tensors[0].device
     dtypes = tuple([X.dtype for X in tensors])
     call = Call(name, device, dtypes, triton.is_huge(tensors), _forced)
     chosen = _chosen.get(call)
     if chosen != "cuda" and name in _CHECKS:
         # The C++ backend checks its arguments itself.
-        _CHECKS[name](name, *args)
+        _CHECKS[name](name, arguments)
+    if device.type == "cpu" or os.environ.get("CONVNN_CHECK_INDICES", "0") == "1":
+        _check_values(name, arguments)
     if chosen is None:
         chosen, why = choose(call)
         _log.info(f"{name} runs on {chosen}: {why}")
         _chosen[call] = chosen
     if chosen == "cuda":
-        return cuda.run(name, args)
+        return cuda.run(name, arguments)
     try:
-        return triton.run(name, device, args)
+        return triton.run(name, device, arguments)
     except triton.CannotCompile as error:
         _failures["triton"] = f"it cannot compile: {error}"
         _chosen.clear()
         warnings.warn(f"convnn_kernels: Triton cannot compile here: {error}", stacklevel=2)
         # The next backend, or why there is none.
-        return _run(name, args)
+        return _run(name, arguments)
+
+
+def _check_values(name: str, arguments: Any) -> None:
+    """Reports index values out of range. Reading them waits for the device."""
+    if name in ("convnn::forward", "convnn::select"):
+        rows = arguments.key.shape[-2]
+        checks.check_candidates(name, arguments.candidates, rows)
+        checks.check_self_indices(name, arguments.self_indices, rows)
+    elif name == "convnn::aggregate":
+        checks.check_indices(name, arguments.indices, arguments.value.shape[-2])
 
 
 def choose(call: Call) -> tuple[str, str]:
@@ -181,13 +194,13 @@ def forced_kernel(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     if _forced in (None, "cpu") and not triton.interpreted():
         return None
     name = op.name()
-    defaults = torch_internals.defaults(op)
+    arguments_of = schemas.arguments(op)
 
     def ask(keyset: Any, *args: Any) -> Any:
         if _forced is not None:
             _require(_forced, "CONVNN_BACKEND")
         if _forced in ("triton", "cuda") and _on_cpu(args):
-            return _run(name, (*args, *defaults[len(args) :]))
+            return _run(name, arguments_of(*args))
         return op.redispatch(keyset & torch_internals.BELOW_BACKEND_SELECT, *args)
 
     return ask
