@@ -2,7 +2,7 @@
 """``python -m tools.aot``: compile every Triton kernel as the host side launches it, without a
 GPU, and write down what the compiler made of it.
 
-The operators run with a recorder in the place of the kernels, for each architecture, dtype and
+The operators run with launches recorded, for each architecture, dtype and
 configuration. Every distinct launch (types, constants, divisibility) is then compiled to machine
 code for that architecture. The table, ``tools/aot_tables/triton-<version>.json``, has for
 each launch registers, stack, shared memory, matrix instructions and what its main loop consists of.
@@ -21,8 +21,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -32,7 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
-from convnn_kernels.triton import backend as host
+from convnn_kernels.triton import backend as triton_backend
+from convnn_kernels.triton import hardware
+from convnn_kernels.triton.launch import KERNELS, Kernel
 from tools import aot_table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,78 +55,64 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 Launch = dict[str, Any]
 
 
-class _Recorder:
-    """Takes the place of a kernel and writes down with what it would be compiled."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self._record
-
-    def _record(
-        self,
-        *args: Any,
-        num_warps: int = 4,
-        num_stages: int = 3,
-        maxnreg: int | None = None,
-        **named: Any,
-    ) -> None:
-        values = {**dict(zip(self.kernel.arg_names, args, strict=False)), **named}
-        signature, constants, divisible = {}, {}, []
-        for i, parameter in enumerate(self.kernel.params):
-            value = values[parameter.name]
-            general = parameter.do_not_specialize
-            if parameter.is_constexpr or (type(value) is int and value == 1 and not general):
-                # Triton, too, compiles an argument of 1 as a constant.
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-            elif isinstance(value, Tensor):
-                signature[parameter.name] = _POINTERS[value.dtype]
-                # Memory that is new or a user's begins at a multiple of 16 bytes.
-                if value.storage_offset() * value.element_size() % 16 == 0:
-                    divisible.append(i)
-            elif isinstance(value, int):
-                signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                if value % 16 == 0 and not general:
-                    divisible.append(i)
-            else:
-                signature[parameter.name] = "fp32"
-        self.launches.append(
-            {
-                "kernel": self.kernel.__name__,
-                "signature": signature,
-                "constants": constants,
-                "divisible": divisible,
-                "num_warps": num_warps,
-                "num_stages": num_stages,
-                **({} if maxnreg is None else {"maxnreg": maxnreg}),
-            }
-        )
+def _launch(kernel: Any, config: dict[str, int], arguments: dict[str, Any]) -> Launch:
+    """What Triton would compile for a launch of `kernel`."""
+    arguments = arguments | config
+    signature, constants, divisible = {}, {}, []
+    for i, parameter in enumerate(kernel.jit.params):
+        value, general = arguments[parameter.name], parameter.do_not_specialize
+        is_one = type(value) is int and value == 1 and not general
+        if parameter.is_constexpr or value is None or is_one:
+            # Triton, too, compiles an argument of None or 1 as a constant.
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif hasattr(value, "data_ptr"):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            # Memory that is new or a user's begins at a multiple of 16 bytes.
+            is_view = isinstance(value, Tensor)
+            if not is_view or value.storage_offset() * value.element_size() % 16 == 0:
+                divisible.append(i)
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not general:
+                divisible.append(i)
+        else:
+            signature[parameter.name] = "fp32"
+    options = {"num_warps": 4, "num_stages": 3} | config
+    return {
+        "kernel": kernel.name,
+        "signature": signature,
+        "constants": constants,
+        "divisible": divisible,
+        **{name: value for name, value in options.items() if name in _OPTIONS},
+    }
 
 
 def kernels() -> dict[str, Any]:
     """All kernels by name."""
-    return {name: k for name, k in vars(host._kernels()).items() if name.endswith("_kernel")}
+    triton_backend.operators()
+    return KERNELS
+
+
+def operator(name: str) -> Any:
+    """The function of the Triton backend that runs an operator."""
+    return triton_backend.operators()[f"convnn::{name}"]
 
 
 def record(arch: int, dtype: torch.dtype, calls: list[Any]) -> list[Launch]:
     """The distinct launches of `calls` on an architecture."""
     launches: list[Launch] = []
-    real = vars(host._kernels())
-    fake = SimpleNamespace(
-        **{
-            name: _Recorder(value, launches) if name.endswith("_kernel") else value
-            for name, value in real.items()
-        }
-    )
-    before = host._kernels, host._arch
-    vars(host).update(_kernels=lambda: fake, _arch=lambda tensor: arch)
-    try:
+
+    def take(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
+        launches.append(_launch(kernel, config, arguments))
+
+    kernels()
+    with (
+        mock.patch.object(Kernel, "launch", take),
+        mock.patch.object(hardware, "architecture", return_value=arch),
+    ):
         for call in calls:
             call(dtype)
-    finally:
-        host._kernels, host._arch = before
-    distinct = {json.dumps(launch, sort_keys=True): launch for launch in launches}
+    distinct = {json.dumps(each, sort_keys=True): each for each in launches}
     return list(distinct.values())
 
 
@@ -165,13 +153,14 @@ def _both_ways(
         rows, keys = (torch.empty(n, dtype=torch.int64) for n in (N, M))
     rows_or_none = keys if candidates else None, rows if own else None
     if not backward:
-        host._select(query, key, k, *rows_or_none, mask, metric, order)
+        operator("select")(query, key, k, *rows_or_none, mask, metric, order)
         return
-    Y, s, I = host._forward(
+    Y, s, I = operator("forward")(
         query, key, value, k, W, bias, *rows_or_none, mask, metric, rho, 1.0, order
     )
-    host._aggregate_backward(Y, value, s, I, W, True, rho, 1.0, True, True, True, True)
-    host._select_backward(s, query, key, s, I, metric, True, True)
+    operator("forward_backward")(
+        Y, None, query, key, value, W, s, I, True, metric, rho, 1.0, *[True] * 5
+    )
 
 
 def configurations(quick: bool) -> list[Any]:
@@ -214,7 +203,7 @@ def configurations(quick: bool) -> list[Any]:
 
 
 def _compiler_input(launch: Launch) -> ASTSource:
-    kernel = kernels()[launch["kernel"]]
+    kernel = kernels()[launch["kernel"]].jit
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch["divisible"]}
     names = list(kernel.arg_names)
     constants = {(names.index(name),): value for name, value in launch["constants"].items()}

@@ -7,11 +7,14 @@ GPU; `tools.aot` fills the table.
 
 from __future__ import annotations
 
+import ast
 import collections
 import hashlib
+import io
 import json
 import re
 import sys
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -50,24 +53,50 @@ COLUMNS = (
 
 
 def source_hashes() -> dict[str, str]:
-    """For each kernel a hash of its file and of the device code that it imports; and the tiles'."""
-    hashes = {"configs": _digest({"configs"})}
+    """For each kernel a hash of the device code of its module and of those that it imports; and one
+    of configs.py. Comments, docstrings and host code do not matter."""
+    hashes = {"configs": _hash(_tokens((KERNELS / "configs.py").read_text()))}
     for path in sorted(KERNELS.glob("*.py")):
-        seen: set[str] = set()
+        seen: dict[str, str] = {}
         todo = [path.stem]
         while todo:
             name = todo.pop()
             if name not in seen:
-                seen.add(name)
                 source = (KERNELS / f"{name}.py").read_text()
+                seen[name] = device_code(source)
                 todo += re.findall(r"^from \.(\w+) import", source, re.MULTILINE)
+        text = "".join(seen[name] for name in sorted(seen))
         for kernel in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE):
-            hashes[kernel] = _digest(seen)
+            hashes[kernel] = _hash(text)
     return hashes
 
 
-def _digest(modules: set[str]) -> str:
-    text = "".join((KERNELS / f"{name}.py").read_text() for name in sorted(modules))
+def device_code(source: str) -> str:
+    """The tokens of the functions and constants that Triton compiles."""
+    found = ""
+    for node in ast.parse(source).body:
+        is_device_code = isinstance(node, ast.FunctionDef) and any(
+            ast.unparse(each) in ("triton.jit", "Kernel") for each in node.decorator_list
+        )
+        is_constant = isinstance(node, ast.Assign) and ast.unparse(node).count("tl.constexpr(")
+        if is_device_code or is_constant:
+            found += _tokens(ast.get_source_segment(source, node) or "")
+    return found
+
+
+def _tokens(source: str) -> str:
+    """Source without comments and docstrings, whatever its layout."""
+    ignored = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.DEDENT)
+    kept, begins_statement = [], True
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        is_docstring = begins_statement and token.type == tokenize.STRING
+        if token.type not in ignored and not is_docstring:
+            kept.append(token.string.strip() or "|")
+        begins_statement = token.type in (*ignored, tokenize.INDENT)
+    return " ".join(kept)
+
+
+def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

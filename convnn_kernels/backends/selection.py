@@ -22,6 +22,7 @@ from torch import Tensor
 from convnn_kernels import checks, native, schemas, torch_internals
 from convnn_kernels.backends import cuda
 from convnn_kernels.triton import backend as triton
+from convnn_kernels.triton.hardware import interpreted
 
 BACKENDS = ("triton", "cuda", "cpu")
 
@@ -191,7 +192,7 @@ def forced_kernel(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     forces another from the start, or Triton's interpreter may be asked for, this kernel, of the
     BackendSelect key, does.
     """
-    if _forced in (None, "cpu") and not triton.interpreted():
+    if _forced in (None, "cpu") and not interpreted():
         return None
     name = op.name()
     arguments_of = schemas.arguments(op)

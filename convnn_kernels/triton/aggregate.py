@@ -174,7 +174,7 @@ def _launch_dense(call: Aggregation, bias: Tensor | None, output: Tensor) -> Non
         p_weight=call.kernel_weight(),
         p_bias=bias,
         p_output=output,
-        PRECISION=hardware.product_precision(V.data),
+        PRECISION=hardware.product_precision(V.data.dtype),
     )
 
 

@@ -29,6 +29,6 @@ def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def product_precision(X: Tensor) -> str:
-    """How `tl.dot` multiplies float32 blocks of X; without effect for 16 bits."""
-    return "tf32" if X.element_size() == 2 or allows_tf32() else "tf32x3"
+def product_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies blocks of float32; without effect for 16 bits."""
+    return "tf32" if dtype.itemsize == 2 or allows_tf32() else "tf32x3"

@@ -131,7 +131,7 @@ def compute_rho_grad(call: Aggregation, W: Tensor | None, G: Tensor, grad: Tenso
     pointers = {"p_grad": G, "p_weight": W, "p_rho_grad": grad}
     if call.dense:
         config = configs.rho_grad_dense(call.arch, call.bits, V.D, O)
-        precision = hardware.product_precision(V.data)
+        precision = hardware.product_precision(V.data.dtype)
         kernel, options = rho_grad_dense_kernel, {"PRECISION": precision}
     else:
         config = configs.rho_grad_depthwise(call.arch, V.D)

@@ -211,6 +211,6 @@ def compute_value_grad(
         M=M,
         C=C,
         O=O,
-        PRECISION=hardware.product_precision(call.V.data),
+        PRECISION=hardware.product_precision(call.V.data.dtype),
         CHUNK=config["CHUNK"],
     )

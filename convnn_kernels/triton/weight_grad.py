@@ -150,7 +150,7 @@ def compute_weight_grad(call: Aggregation, G: Tensor, rho: Tensor) -> Tensor:
             **pointers,
             **sizes,
             p_part=part,
-            PRECISION=hardware.product_precision(call.V.data),
+            PRECISION=hardware.product_precision(call.V.data.dtype),
         )
         grad = part.sum(dim=0).permute(2, 1, 0)
         return grad.to(weight.dtype, memory_format=torch.contiguous_format)
