@@ -34,7 +34,7 @@ from triton.compiler.compiler import make_backend
 
 from convnn_kernels.triton import backend as triton_backend
 from convnn_kernels.triton import hardware
-from convnn_kernels.triton.launch import KERNELS, Kernel
+from convnn_kernels.triton.launch import KERNELS, Launch
 from tools import aot_table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -52,38 +52,39 @@ _POINTERS = {
 # What a launch has besides the arguments of its kernel.
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
-Launch = dict[str, Any]
+Variant = dict[str, Any]
 
 
-def _launch(kernel: Any, config: dict[str, int], arguments: dict[str, Any]) -> Launch:
-    """What Triton would compile for a launch of `kernel`."""
-    arguments = arguments | config
+def _variant(launch: Launch, pointers: dict[str, Any]) -> Variant:
+    """What Triton would compile for a launch."""
+    kernel = launch.kernel
+    numbers = dict(zip(kernel.names[len(kernel.pointers) :], launch.values, strict=True))
     signature, constants, divisible = {}, {}, []
     for i, parameter in enumerate(kernel.jit.params):
-        value, general = arguments[parameter.name], parameter.do_not_specialize
+        name, general = parameter.name, parameter.do_not_specialize
+        value = pointers[name] if name in kernel.pointers else numbers[name]
         is_one = type(value) is int and value == 1 and not general
         if parameter.is_constexpr or value is None or is_one:
             # Triton, too, compiles an argument of None or 1 as a constant.
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            signature[name], constants[name] = "constexpr", value
         elif hasattr(value, "data_ptr"):
-            signature[parameter.name] = _POINTERS[value.dtype]
+            signature[name] = _POINTERS[value.dtype]
             # Memory that is new or a user's begins at a multiple of 16 bytes.
-            is_view = isinstance(value, Tensor)
-            if not is_view or value.storage_offset() * value.element_size() % 16 == 0:
+            is_tensor = isinstance(value, Tensor)
+            if not is_tensor or value.storage_offset() * value.element_size() % 16 == 0:
                 divisible.append(i)
         elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not general:
                 divisible.append(i)
         else:
-            signature[parameter.name] = "fp32"
-    options = {"num_warps": 4, "num_stages": 3} | config
+            signature[name] = "fp32"
     return {
         "kernel": kernel.name,
         "signature": signature,
         "constants": constants,
         "divisible": divisible,
-        **{name: value for name, value in options.items() if name in _OPTIONS},
+        **({"num_warps": 4, "num_stages": 3} | launch.options),
     }
 
 
@@ -98,21 +99,21 @@ def operator(name: str) -> Any:
     return triton_backend.operators()[f"convnn::{name}"]
 
 
-def record(arch: int, dtype: torch.dtype, calls: list[Any]) -> list[Launch]:
-    """The distinct launches of `calls` on an architecture."""
-    launches: list[Launch] = []
+def record(arch: int, dtype: torch.dtype, calls: list[Any]) -> list[Variant]:
+    """What Triton compiles for `calls` on an architecture, each variant once."""
+    found: list[Variant] = []
 
-    def take(kernel: Any, programs: int, config: dict[str, int], **arguments: Any) -> None:
-        launches.append(_launch(kernel, config, arguments))
+    def take(launch: Launch, **pointers: Any) -> None:
+        found.append(_variant(launch, pointers))
 
     kernels()
     with (
-        mock.patch.object(Kernel, "launch", take),
+        mock.patch.object(Launch, "__call__", take),
         mock.patch.object(hardware, "architecture", return_value=arch),
     ):
         for call in calls:
             call(dtype)
-    distinct = {json.dumps(each, sort_keys=True): each for each in launches}
+    distinct = {json.dumps(each, sort_keys=True): each for each in found}
     return list(distinct.values())
 
 
@@ -202,19 +203,19 @@ def configurations(quick: bool) -> list[Any]:
     return calls
 
 
-def _compiler_input(launch: Launch) -> ASTSource:
-    kernel = kernels()[launch["kernel"]].jit
-    attributes = {(i,): [["tt.divisibility", 16]] for i in launch["divisible"]}
+def _compiler_input(variant: Variant) -> ASTSource:
+    kernel = kernels()[variant["kernel"]].jit
+    attributes = {(i,): [["tt.divisibility", 16]] for i in variant["divisible"]}
     names = list(kernel.arg_names)
-    constants = {(names.index(name),): value for name, value in launch["constants"].items()}
-    return ASTSource(kernel, launch["signature"], constants, attributes)
+    constants = {(names.index(name),): value for name, value in variant["constants"].items()}
+    return ASTSource(kernel, variant["signature"], constants, attributes)
 
 
-def intermediate(launch: Launch, arch: int) -> str:
-    """Triton's own representation of a launch, of which no machine code is made."""
-    source, target = _compiler_input(launch), GPUTarget("cuda", arch, 32)
+def intermediate(variant: Variant, arch: int) -> str:
+    """Triton's own representation of a variant, of which no machine code is made."""
+    source, target = _compiler_input(variant), GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
-    options = backend.parse_options({"num_warps": launch["num_warps"]})
+    options = backend.parse_options({"num_warps": variant["num_warps"]})
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
@@ -265,12 +266,12 @@ def narrow_offsets(text: str) -> list[str]:
     return narrow
 
 
-def compile_launch(launch: Launch, arch: int) -> dict[str, Any]:
-    """What the compiler says of one launch."""
+def compile_launch(variant: Variant, arch: int) -> dict[str, Any]:
+    """What the compiler says of one variant."""
     compiled = triton.compile(
-        _compiler_input(launch),
+        _compiler_input(variant),
         target=GPUTarget("cuda", arch, 32),
-        options={name: launch[name] for name in _OPTIONS if name in launch},
+        options={name: variant[name] for name in _OPTIONS if name in variant},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -291,22 +292,22 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _row(job: tuple[Launch, int, str]) -> aot_table.Row:
-    launch, arch, dtypes = job
+def _row(job: tuple[Variant, int, str]) -> aot_table.Row:
+    variant, arch, dtypes = job
     try:
-        outcome = compile_launch(launch, arch)
+        outcome = compile_launch(variant, arch)
     except Exception as error:
         outcome = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     return {
-        "kernel": launch["kernel"],
+        "kernel": variant["kernel"],
         "arch": arch,
         "dtype": dtypes,
-        "launch": _fingerprint(launch),
+        "launch": _fingerprint(variant),
         "configuration": " ".join(
             f"{name}={value}"
             for name, value in [
-                *launch["constants"].items(),
-                *((name, launch[name]) for name in _OPTIONS if name in launch),
+                *variant["constants"].items(),
+                *((name, variant[name]) for name in _OPTIONS if name in variant),
             ]
             if name.isupper() or name in _OPTIONS
         ),
@@ -314,22 +315,22 @@ def _row(job: tuple[Launch, int, str]) -> aot_table.Row:
     }
 
 
-def _fingerprint(launch: Launch) -> str:
-    return hashlib.sha256(json.dumps(launch, sort_keys=True).encode()).hexdigest()[:12]
+def _fingerprint(variant: Variant) -> str:
+    return hashlib.sha256(json.dumps(variant, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def jobs(
     architectures: tuple[int, ...], dtypes: tuple[torch.dtype, ...], quick: bool, only: str
-) -> list[tuple[Launch, int, str]]:
-    """Launches, architecture and, joined by "+", the dtypes that have the launch in common."""
-    found: dict[tuple[int, str], tuple[Launch, list[str]]] = {}
+) -> list[tuple[Variant, int, str]]:
+    """Launches, architecture and, joined by "+", the dtypes that have the variant in common."""
+    found: dict[tuple[int, str], tuple[Variant, list[str]]] = {}
     for arch in architectures:
         for dtype in dtypes:
-            for launch in record(arch, dtype, configurations(quick)):
-                if re.search(only, launch["kernel"]):
-                    same = found.setdefault((arch, _fingerprint(launch)), (launch, []))
+            for variant in record(arch, dtype, configurations(quick)):
+                if re.search(only, variant["kernel"]):
+                    same = found.setdefault((arch, _fingerprint(variant)), (variant, []))
                     same[1].append(str(dtype).removeprefix("torch."))
-    return [(launch, arch, "+".join(names)) for (arch, _), (launch, names) in found.items()]
+    return [(variant, arch, "+".join(names)) for (arch, _), (variant, names) in found.items()]
 
 
 def main() -> int:
@@ -349,7 +350,7 @@ def main() -> int:
     path = aot_table.RESULTS / f"triton-{triton.__version__}.json"
     known = aot_table.up_to_date(aot_table.read(path)) if options.write else []
     if options.write and not options.only and not options.arch and not options.dtype:
-        wanted = {(arch, _fingerprint(launch), dtype) for launch, arch, dtype in todo}
+        wanted = {(arch, _fingerprint(variant), dtype) for variant, arch, dtype in todo}
         known = [row for row in known if (row["arch"], row["launch"], row["dtype"]) in wanted]
     have = {(row["arch"], row["launch"], row["dtype"]) for row in known}
     todo = [job for job in todo if (job[1], _fingerprint(job[0]), job[2]) not in have]
@@ -357,9 +358,9 @@ def main() -> int:
     # A run that is stopped early has seen every kernel once, for each architecture and dtype.
     turns = collections.Counter((row["kernel"], row["arch"], row["dtype"]) for row in known)
     order = {}
-    for launch, arch, dtype in todo:
-        turns[launch["kernel"], arch, dtype] += 1
-        order[arch, _fingerprint(launch), dtype] = turns[launch["kernel"], arch, dtype]
+    for variant, arch, dtype in todo:
+        turns[variant["kernel"], arch, dtype] += 1
+        order[arch, _fingerprint(variant), dtype] = turns[variant["kernel"], arch, dtype]
     todo.sort(key=lambda job: order[job[1], _fingerprint(job[0]), job[2]])
 
     rows, wrong, began = [], 0, time.monotonic()

@@ -113,7 +113,9 @@ def up_to_date(table: Table) -> list[Row]:
     """The rows of kernels whose sources have not changed since. A launch has its tiles in it."""
     now = source_hashes()
     return [
-        row for row in table["rows"] if table["sources"].get(row["kernel"]) == now[row["kernel"]]
+        row
+        for row in table["rows"]
+        if table["sources"].get(row["kernel"]) == now.get(row["kernel"], "no longer a kernel")
     ]
 
 

@@ -14,10 +14,10 @@ sum stays in registers.
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, hardware
+from . import configs
 from .aggregation import Aggregation, prepare
 from .integers import aligned, as_int64
-from .launch import Kernel
+from .launch import Kernel, Launch, cache_plans
 from .modulate import load_neighbors, modulate, softmax_terms
 from .tensors import cdiv
 
@@ -144,6 +144,18 @@ def aggregate_depthwise_kernel(
     tl.store(p, b_y.to(p_output.dtype.element_ty), m_n[:, None] & m_c[None, :])
 
 
+@cache_plans
+def plan_aggregate(call: Aggregation) -> Launch:
+    V, N, O = call.V, call.N, call.O
+    if call.is_dense:
+        config = configs.aggregate_dense(call.arch, call.bits, V.D, O, call.k)
+        programs = V.B * cdiv(N, config["BLOCK_N"]) * cdiv(O, config["BLOCK_O"])
+        return aggregate_dense_kernel.prepare(programs, config, **call.numbers())
+    config = configs.aggregate_depthwise(call.arch, V.D, call.k)
+    programs = V.B * cdiv(N, config["BLOCK_N"]) * cdiv(V.D, config["BLOCK_C"])
+    return aggregate_depthwise_kernel.prepare(programs, config, **call.numbers())
+
+
 def aggregate(
     value: Tensor,
     similarities: Tensor,
@@ -154,38 +166,9 @@ def aggregate(
     scale: float,
 ) -> Tensor:
     """The output [..., N, O]; see schemas.py."""
-    call = prepare(value, similarities, indices, weight, rho, scale)
+    call, pointers = prepare(value, similarities, indices, weight, rho, scale)
     output = value.new_empty((*indices.shape[:-1], call.O))
-    if output.numel() == 0:
-        return output
-    bias = None if bias is None else bias.contiguous()
-    launch = _launch_dense if call.dense else _launch_depthwise
-    launch(call, bias, output)
+    if output.numel():
+        bias = None if bias is None else bias.contiguous()
+        plan_aggregate(call)(**pointers, p_bias=bias, p_output=output)
     return output
-
-
-def _launch_dense(call: Aggregation, bias: Tensor | None, output: Tensor) -> None:
-    V = call.V
-    config = configs.aggregate_dense(call.arch, call.bits, V.D, call.O, call.k)
-    aggregate_dense_kernel.launch(
-        V.B * cdiv(call.N, config["BLOCK_N"]) * cdiv(call.O, config["BLOCK_O"]),
-        config,
-        **call.arguments,
-        p_weight=call.kernel_weight(),
-        p_bias=bias,
-        p_output=output,
-        PRECISION=hardware.product_precision(V.data.dtype),
-    )
-
-
-def _launch_depthwise(call: Aggregation, bias: Tensor | None, output: Tensor) -> None:
-    V = call.V
-    config = configs.aggregate_depthwise(call.arch, V.D, call.k)
-    aggregate_depthwise_kernel.launch(
-        V.B * cdiv(call.N, config["BLOCK_N"]) * cdiv(V.D, config["BLOCK_C"]),
-        config,
-        **call.arguments,
-        p_weight=call.kernel_weight(),
-        p_bias=bias,
-        p_output=output,
-    )

@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .aggregation import Aggregation, prepare
+from .aggregation import Aggregation, Pointers, prepare
 from .inverse_list import InverseList, invert
-from .modulate import compute_rho, softmax_backward
-from .rho_grad import compute_rho_grad
+from .modulate import plan_modulate, plan_softmax_backward
+from .rho_grad import plan_rho_grad
 from .tensors import empty_gradient
 from .value_grad import compute_value_grad
 from .weight_grad import compute_weight_grad
@@ -57,24 +57,21 @@ def aggregate_backward(
     if not (need_value or need_similarities or need_weight):
         return grad_value, grad_s, grad_weight, grad_bias
 
-    call = prepare(value, similarities, indices, weight, rho, scale)
+    call, pointers = prepare(value, similarities, indices, weight, rho, scale)
     # Rows of G are gathered; and what is compiled does not depend on how a caller's loss made it.
-    G, W = grad_output.contiguous(), call.kernel_weight()
-    all_rho = compute_rho(call)
+    pointers["p_grad"] = grad_output.contiguous()
+    pointers["p_rho"] = torch.empty_like(pointers["p_similarities"])
+    plan_modulate(call)(**pointers)
     if need_similarities:
-        _similarities_grad(call, W, G, all_rho, grad_s)
+        _similarities_grad(call, pointers, grad_s)
     if need_weight:
-        grad_weight = compute_weight_grad(call, G, all_rho)
+        grad_weight = compute_weight_grad(call, pointers, value.dtype)
     # Last, because the inverse list takes most memory.
     if need_value:
-        pairs = inverse() if inverse else invert_for(call)
-        compute_value_grad(call, pairs, W, G, all_rho, grad_value)
+        s, I = pointers["p_similarities"], pointers["p_indices"]
+        pairs = inverse() if inverse else invert(s, I, value.shape[-2], call.is_dense)
+        compute_value_grad(call, pointers, pairs, grad_value)
     return grad_value, grad_s, grad_weight, grad_bias
-
-
-def invert_for(call: Aggregation) -> InverseList:
-    """The inverse neighbor list in the order that the gradient of value needs."""
-    return invert(call.similarities, call.indices, call.V.N, by_slot=call.dense)
 
 
 def _bias_grad(grad_output: Tensor, value: Tensor) -> Tensor:
@@ -82,12 +79,10 @@ def _bias_grad(grad_output: Tensor, value: Tensor) -> Tensor:
     return grad_output.sum(dim=batch, dtype=torch.float32).to(value.dtype)
 
 
-def _similarities_grad(
-    call: Aggregation, W: Tensor | None, G: Tensor, all_rho: Tensor, grad: Tensor
-) -> None:
+def _similarities_grad(call: Aggregation, pointers: Pointers, grad: Tensor) -> None:
     if call.rho == "ones":
         grad.zero_()
         return
-    compute_rho_grad(call, W, G, grad)
+    plan_rho_grad(call)(**pointers, p_rho_grad=grad)
     if call.rho == "softmax":
-        softmax_backward(call, all_rho, grad)
+        plan_softmax_backward(call)(p_rho=pointers["p_rho"], p_grad=grad)

@@ -1,57 +1,53 @@
 # SPDX-License-Identifier: MIT
 """The arguments of `aggregate` and its backward as their kernels take them."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from . import hardware
-from .tensors import Rows, alignment, rows_of
+from .tensors import Layout, alignment, rows_of
 
 RHOS = {"softmax": 0, "ones": 1, "similarity": 2}
 
+Pointers = dict[str, Any]
 
-@dataclass
-class Aggregation:
-    """A convolution over modulated neighbors (Eq. 6): its inputs, and what kernels share."""
 
-    V: Rows  # [B, M, C]
-    similarities: Tensor  # [..., N, k] float32, contiguous
-    indices: Tensor  # [..., N, k] int64, contiguous
-    weight: Tensor | None  # [O, C, k] dense or [C, 1, k] depthwise
+class Aggregation(NamedTuple):
+    """A convolution over modulated neighbors (Eq. 6), but for the tensors."""
+
+    V: Layout  # [B, M, C]
+    N: int
+    k: int
     O: int
+    is_dense: bool  # whether the weight is [O, C, k]
     rho: str
+    scale: float
+    bits: int
+    precision: str
     arch: int
-    arguments: dict[str, Any]  # those that several kernels have in common, by parameter
-
-    @property
-    def N(self) -> int:
-        return self.indices.shape[-2]
-
-    @property
-    def k(self) -> int:
-        return self.indices.shape[-1]
 
     @property
     def rows(self) -> int:
-        """The queries of all batch elements, B * N."""
+        """The queries of all batch elements."""
         return self.V.B * self.N
 
-    @property
-    def bits(self) -> int:
-        return 8 * self.V.data.dtype.itemsize
-
-    @property
-    def dense(self) -> bool:
-        """Whether weight is [O, C, k]; a weight [1, 1, k] is both, and dense."""
-        return self.weight is not None and self.weight.shape[1] == self.V.D
-
-    def kernel_weight(self) -> Tensor | None:
-        """The weight as kernels read it: [k, C, O] if dense, else [C, 1, k], contiguous."""
-        if self.weight is None:
-            return None
-        return (self.weight.permute(2, 1, 0) if self.dense else self.weight).contiguous()
+    def numbers(self) -> dict[str, Any]:
+        """Numbers and constants that the kernels share, by parameter."""
+        return {
+            "rows": self.rows,
+            "N": self.N,
+            "M": self.V.N,
+            "C": self.V.D,
+            "O": self.O,
+            "k": self.k,
+            "scale": self.scale,
+            "B2": self.V.B2,
+            **self.V.strides("v"),
+            "ALIGN": alignment(self.V),
+            "RHO": RHOS[self.rho],
+            "PRECISION": self.precision,
+        }
 
 
 def prepare(
@@ -61,23 +57,34 @@ def prepare(
     weight: Tensor | None,
     rho: str,
     scale: float,
-) -> Aggregation:
-    V = rows_of(value)
-    s, I = similarities.contiguous(), indices.contiguous()
-    O = V.D if weight is None else weight.shape[0]
-    arguments = {
-        "p_value": V.data,
-        "p_similarities": s,
-        "p_indices": I,
-        "N": I.shape[-2],
-        "M": V.N,
-        "C": V.D,
-        "O": O,
-        "k": I.shape[-1],
-        "scale": scale,
-        "B2": V.B2,
-        **V.stride_arguments("v"),
-        "ALIGN": alignment(V),
-        "RHO": RHOS[rho],
+) -> tuple[Aggregation, Pointers]:
+    """The aggregation that the arguments of `aggregate` ask for, and its tensors by parameter.
+
+    The weight is [k, C, O] if it is dense, else [C, 1, k]; like similarities and indices,
+    contiguous.
+    """
+    V, layout = rows_of(value)
+    N, k = indices.shape[-2:]
+    # A weight [1, 1, k] is both, and dense.
+    is_dense = weight is not None and weight.shape[1] == layout.D
+    aggregation = Aggregation(
+        V=layout,
+        N=N,
+        k=k,
+        O=layout.D if weight is None else weight.shape[0],
+        is_dense=is_dense,
+        rho=rho,
+        scale=scale,
+        bits=8 * value.dtype.itemsize,
+        precision=hardware.product_precision(value.dtype),
+        arch=hardware.architecture(value),
+    )
+    if weight is not None:
+        weight = (weight.permute(2, 1, 0) if is_dense else weight).contiguous()
+    pointers = {
+        "p_value": V,
+        "p_similarities": similarities.contiguous(),
+        "p_indices": indices.contiguous(),
+        "p_weight": weight,
     }
-    return Aggregation(V, s, I, weight, O, rho, hardware.architecture(value), arguments)
+    return aggregation, pointers

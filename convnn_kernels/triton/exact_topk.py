@@ -8,14 +8,13 @@ kernel runs again for the next neighbors, with the last key that it returned as 
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
 from . import configs
 from .integers import aligned
-from .launch import Buffer, Kernel, Workspace
+from .launch import Kernel, Launch, cache_plans, workspace
 from .metrics import COSINE, EUCLIDEAN
 from .order import NOTHING, ORDER_OF_SELF, merge, orderable, pack, store_list
-from .search import Search
+from .search import Pointers, Search
 from .tensors import cdiv
 
 
@@ -162,33 +161,49 @@ def exact_topk_kernel(
     )
 
 
-def select_all_columns(search: Search) -> None:
+@cache_plans
+def plan_exact_topk(
+    search: Search,
+    blocks: int,
+    block_n: int,
+    group: int = 1,
+    first_block: int = 0,
+    first_rank: int = 0,
+) -> Launch:
+    """For blocks of `block_n` rows, from `first_block` on, and neighbors from `first_rank` on."""
+    config = configs.exact_topk(search.arch, search.Q.D, search.k)
+    numbers = search.numbers()
+    if search.k > configs.LONGEST_LIST:
+        # The passes are put in order afterwards.
+        numbers["BY_INDEX"] = False
+    return exact_topk_kernel.prepare(
+        blocks * block_n // config["ROWS"],
+        config,
+        **numbers,
+        first_block=first_block,
+        first_rank=first_rank,
+        row_blocks=cdiv(search.Q.N, block_n),
+        GROUP=group,
+        BLOCK_N=block_n,
+    )
+
+
+def select_all_columns(search: Search, pointers: Pointers) -> None:
     """Select where there are few columns: every similarity is computed by `exact_topk_kernel`."""
     rows = configs.exact_topk(search.arch, search.Q.D, search.k)["ROWS"]
-    launch_exact_topk(search, blocks=search.Q.B * cdiv(search.Q.N, rows), block_n=rows)
+    launch = plan_exact_topk(search, search.Q.B * cdiv(search.Q.N, rows), rows)
+    launch(**pointers, p_groups=None, p_bound=None)
 
 
-def select_in_passes(search: Search) -> None:
+def select_in_passes(search: Search, pointers: Pointers) -> None:
     """Select where k exceeds the longest list: LONGEST_LIST neighbors in each pass."""
-    Q = search.Q
+    Q, s, I = search.Q, pointers["p_similarities"], pointers["p_indices"]
     rows = configs.exact_topk(search.arch, Q.D, search.k)["ROWS"]
-    workspace = Workspace()
-    bound = workspace.buffer((Q.B, Q.N), torch.int64)
-    workspace.allocate(search.indices.device)
+    (bound,) = workspace(I.device, (Q.B * Q.N, torch.int64))
     for first_rank in range(0, search.k, configs.LONGEST_LIST):
-        launch_exact_topk(
-            search,
-            blocks=Q.B * cdiv(Q.N, rows),
-            block_n=rows,
-            bound=bound,
-            first_rank=first_rank,
-        )
-    _order_passes(search)
-
-
-def _order_passes(search: Search) -> None:
-    """Orders the neighbors of all passes. Until here, missing ones have index -1."""
-    s, I = search.similarities, search.indices
+        launch = plan_exact_topk(search, Q.B * cdiv(Q.N, rows), rows, first_rank=first_rank)
+        launch(**pointers, p_groups=None, p_bound=bound)
+    # Until here, missing neighbors have index -1.
     if search.by_index:
         M = search.K.N
         ordered, at = torch.where(I < 0, M, I).sort(dim=-1, stable=True)
@@ -196,39 +211,3 @@ def _order_passes(search: Search) -> None:
         I.copy_(torch.where(ordered == M, 0, ordered))
     else:
         I.clamp_(min=0)
-
-
-def launch_exact_topk(
-    search: Search,
-    blocks: int,
-    block_n: int,
-    columns: Tensor | None = None,
-    groups: Buffer | None = None,
-    group: int = 1,
-    first_block: int = 0,
-    bound: Buffer | None = None,
-    first_rank: int = 0,
-) -> None:
-    """Launches `exact_topk_kernel` for blocks of `block_n` rows, from `first_block` on.
-
-    With `groups` [blocks * block_n, list] of `group` columns each, `columns` are the candidates in
-    ascending order.
-    """
-    config = configs.exact_topk(search.arch, search.Q.D, search.k)
-    arguments = search.arguments
-    if groups is not None:
-        arguments = arguments | {"p_columns": columns}
-    if bound is not None:
-        arguments = arguments | {"BY_INDEX": False}
-    exact_topk_kernel.launch(
-        blocks * block_n // config["ROWS"],
-        config,
-        **arguments,
-        p_groups=groups,
-        p_bound=bound,
-        first_block=first_block,
-        first_rank=first_rank,
-        row_blocks=cdiv(search.Q.N, block_n),
-        GROUP=group,
-        BLOCK_N=block_n,
-    )

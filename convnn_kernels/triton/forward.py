@@ -80,6 +80,6 @@ def forward_backward(
     elif grad_similarities is not None and need_search:
         grad_s = grad_s + grad_similarities
     grad_query, grad_key = select_backward(
-        grad_s, query, key, similarities, indices, metric, need_query, need_key, inverse
+        grad_s, query, key, similarities, indices, metric, need_query, need_key, inverse, dense
     )
     return grad_query, grad_key, grad_value, grad_weight, grad_bias

@@ -15,7 +15,7 @@ def interpreted() -> bool:
 
 def architecture(X: Tensor) -> int:
     """The compute capability of X's device without its point, such as 90; 0 in the interpreter."""
-    return 0 if interpreted() else _capability(X.device.index)
+    return _capability(X.device.index) if X.is_cuda else 0
 
 
 @functools.cache

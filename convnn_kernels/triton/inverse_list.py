@@ -8,7 +8,7 @@ Pairs of a key are ordered by (i, j); or by (j, i), and then j is part of the ke
 
 It is a counting sort, which takes 8 bytes for a pair, or 16 where 32 bits are too few. The pairs of
 a batch element are divided into tiles. `count_pairs_kernel` counts the pairs of each key in each
-tile; a prefix sum, by key and then by tile, says where they go, and `place_pairs_kernel` stores
+tile; a prefix sum, by key and then by tile, says where they go, and `store_pairs_kernel` stores
 them there in their order. Integers are added atomically, which has one result in any order.
 
 A key that many queries chose has a long run in the list, on which one program would work for long.
@@ -18,8 +18,7 @@ program of a key then sums the pairs before its first chunk and after its last, 
 chunks: always the same terms in the same order.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from . import configs
 from .integers import as_int64
-from .launch import Buffer, Kernel, Workspace
+from .launch import Buffer, Kernel, Launch, cache_plans, workspace
 from .modulate import load_neighbors
 
 
@@ -58,7 +57,7 @@ def _load_bins(p_similarities, p_indices, rank, m, N, M, k, B, b, BY_SLOT: tl.co
 def count_pairs_kernel(
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
-    p_counts,  # [B * (M + 1), tiles]: 0 before
+    p_sums,  # [2 + B * (M + 1) * tiles], 0 before: the counts, from the third element on
     N,
     M,
     k,
@@ -78,14 +77,14 @@ def count_pairs_kernel(
         rank = start + tl.arange(0, PAIRS)
         m = rank < last
         _, _, b_bin, _ = _load_bins(p_similarities, p_indices, rank, m, N, M, k, B, b, BY_SLOT)
-        tl.atomic_add(p_counts + b_bin * tiles + tile, 1, m, sem="relaxed")
+        tl.atomic_add(p_sums + 2 + b_bin * tiles + tile, 1, m, sem="relaxed")
 
 
 @Kernel
-def place_pairs_kernel(
+def store_pairs_kernel(
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
-    p_places,  # [B * (M + 1), tiles]: where the next pair of a bin and tile goes
+    p_sums,  # [2 + B * (M + 1) * tiles]: from the second on, where the next pair of each goes
     p_pairs,  # [B * N * k]
     p_keys,  # [B * N * k]
     N,
@@ -114,9 +113,9 @@ def place_pairs_kernel(
         # Sums over the first axis, in which threads have many elements, are the cheaper ones.
         m_same = (b_row[:, None] == b_row[None, :]) & m[:, None]
         rank = tl.sum((m_same & (o_p[:, None] < o_p[None, :])).to(tl.int32), 0)
-        count = tl.sum(m_same.to(tl.int32), 0).to(p_places.dtype.element_ty)
+        count = tl.sum(m_same.to(tl.int32), 0).to(p_sums.dtype.element_ty)
         m_first = m & (rank == 0)
-        begin = tl.atomic_add(p_places + b_bin * tiles + tile, count, m_first, sem="relaxed")
+        begin = tl.atomic_add(p_sums + 1 + b_bin * tiles + tile, count, m_first, sem="relaxed")
         begin = tl.sum(tl.where(m_same & m_first[:, None], begin[:, None], 0), 0)
         tl.store(p_pairs + begin + rank, pair.to(p_pairs.dtype.element_ty), m)
         tl.store(p_keys + begin + rank, b_key.to(p_keys.dtype.element_ty), m)
@@ -142,75 +141,69 @@ def run_of_chunk(
 
 @triton.jit
 def run_of_key(
-    p_offsets,  # [keys + 1]
+    p_offsets,  # [keys + 1] of stride stride_o
     o_r,  # [rows] int64: keys
     m_r,  # [rows]
+    stride_o,
     CHUNK: tl.constexpr,
 ):
     """The pairs of a key from `first` to `last`, of which its chunks have `begin` to `end`."""
-    first = tl.load(p_offsets + o_r, m_r, 0).to(tl.int64)
-    last = tl.load(p_offsets + o_r + 1, m_r, 0).to(tl.int64)
+    first = tl.load(p_offsets + o_r * stride_o, m_r, 0).to(tl.int64)
+    last = tl.load(p_offsets + (o_r + 1) * stride_o, m_r, 0).to(tl.int64)
     begin = (first + CHUNK - 1) // CHUNK * CHUNK
     end = last // CHUNK * CHUNK
     return first, last, tl.where(begin < end, begin, last), tl.where(begin < end, end, last)
 
 
-@dataclass
-class InverseList:
-    """The inverse neighbor list of indices [..., N, k] into M rows of key, in each of B batches."""
+class InverseList(NamedTuple):
+    """The inverse neighbor list of indices [..., N, k]."""
 
     pairs: Buffer  # [B * N * k], sorted by key
     keys: Buffer  # [B * N * k]: the key of each pair
-    offsets: Tensor  # [B * M + 1]: where the pairs of each row of key begin
-    slots: int  # k if the slot j is part of a key, else 1
-    B: int
-    M: int
+    offsets: Tensor  # where the pairs of each row of key begin: every stride_o-th element
 
-    @property
-    def length(self) -> int:
-        return self.pairs.shape[0]
+    def pointers(self) -> dict[str, Any]:
+        return {"p_pairs": self.pairs, "p_keys": self.keys, "p_offsets": self.offsets}
 
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "p_pairs": self.pairs,
-            "p_keys": self.keys,
-            "p_offsets": self.offsets,
-            "pairs": self.length,
-        }
+
+class Plan(NamedTuple):
+    count_pairs: Launch
+    store_pairs: Launch
+    sums: int  # elements of p_sums
+    dtype: torch.dtype
+
+
+def layout(B: int, N: int, M: int, k: int) -> dict[str, int]:
+    """The numbers by which kernels read the list, by parameter."""
+    tiles, _ = configs.inverse_list_parts(B, N * k, M)
+    return {"pairs": B * N * k, "stride_o": tiles}
+
+
+@cache_plans
+def plan_invert(B: int, N: int, M: int, k: int, by_slot: bool) -> Plan:
+    tiles, pairs_each = configs.inverse_list_parts(B, N * k, M)
+    numbers = {"N": N, "M": M, "k": k, "B": B, "tiles": tiles, "pairs_each": pairs_each}
+    numbers["BY_SLOT"] = by_slot
+    config = configs.sort()
+    largest = max(B * N * k, (B * M + 1) * (k if by_slot else 1))
+    return Plan(
+        count_pairs=count_pairs_kernel.prepare(B * tiles, config, **numbers),
+        store_pairs=store_pairs_kernel.prepare(B * tiles, config, **numbers),
+        sums=B * (M + 1) * tiles + 2,
+        dtype=torch.int32 if largest < 2**31 else torch.int64,
+    )
 
 
 def invert(similarities: Tensor, indices: Tensor, M: int, by_slot: bool) -> InverseList:
     """Inverts similarities and indices [..., N, k], contiguous. Nothing is read by the host."""
     N, k = indices.shape[-2:]
-    total, device = indices.numel(), indices.device
-    B = total // (N * k)
-    slots = k if by_slot else 1
-    largest = max(total, (B * M + 1) * slots)
-    dtype = torch.int32 if largest < 2**31 else torch.int64
-    tiles, pairs_each = configs.inverse_list_parts(B, N * k, M)
-    # One more in front: the sums are of what comes before.
-    places = torch.zeros(B * (M + 1) * tiles + 1, dtype=dtype, device=device)
-    workspace = Workspace()
-    pairs, keys = (workspace.buffer((total,), dtype) for _ in range(2))
-    workspace.allocate(device)
-    config = configs.sort()
-    arguments = {
-        "p_similarities": similarities,
-        "p_indices": indices,
-        "p_counts": places[1:],
-        "p_places": places,
-        "p_pairs": pairs,
-        "p_keys": keys,
-        "N": N,
-        "M": M,
-        "k": k,
-        "B": B,
-        "tiles": tiles,
-        "pairs_each": pairs_each,
-        "BY_SLOT": by_slot,
-    }
-    count_pairs_kernel.launch(B * tiles, config, **arguments)
-    places.cumsum_(0)
-    offsets = places[: B * M * tiles + 1 : tiles].clone()
-    place_pairs_kernel.launch(B * tiles, config, **arguments)
-    return InverseList(pairs, keys, offsets, slots, B, M)
+    total = indices.numel()
+    plan = plan_invert(total // (N * k), N, M, k, by_slot)
+    sums = torch.zeros(plan.sums, dtype=plan.dtype, device=indices.device)
+    pairs, keys = workspace(indices.device, (total, plan.dtype), (total, plan.dtype))
+    pointers = {"p_similarities": similarities, "p_indices": indices, "p_sums": sums}
+    plan.count_pairs(**pointers)
+    sums.cumsum_(0)
+    plan.store_pairs(**pointers, p_pairs=pairs, p_keys=keys)
+    # Each element is where the next bin and tile begin.
+    return InverseList(pairs, keys, sums)

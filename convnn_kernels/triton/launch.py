@@ -2,13 +2,16 @@
 """Launching kernels and their temporary memory, at little cost on the host.
 
 Triton's own launch, ``kernel[grid](...)``, examines every argument at every call, which takes four
-times as long as the launch itself. `Kernel.launch` looks the compiled variant up by what Triton
-compiles for (dtypes, alignment, constants, options) and hands addresses to Triton's launcher. It
-leaves the launch to Triton when a variant is used for the first time, when a profiler has installed
-launch hooks, and when Triton's debug mode is on.
+times as long as the launch itself. Here a launch is prepared from sizes and options alone, by the
+functions ``plan_...`` of the other files, which are cached. What remains at a call are the
+pointers: their addresses, dtypes and alignment. With them the compiled variant is looked up and
+handed to Triton's launcher.
+
+The launch is left to Triton when a variant is used for the first time, when a profiler has
+installed launch hooks, and in Triton's debug mode and interpreter.
 """
 
-import math
+import functools
 import sys
 from collections.abc import Callable
 from operator import itemgetter
@@ -27,10 +30,19 @@ from .hardware import interpreted
 # strides, and one variant serves them all.
 _SPECIALIZED = ("C", "D", "O")
 
+# What a configuration has for the compiler.
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+# As Triton sees it: its decorators read the variable too, when kernels are defined.
+_INTERPRETED = interpreted()
 _ALIGNMENT = 16
 _INT32 = 2**31
+_GRANULE = 256
 
 KERNELS: dict[str, "Kernel"] = {}
+
+# A cache for functions that prepare launches. A plan takes some kilobytes, of which calls with
+# sizes of many kinds would make many.
+cache_plans = functools.lru_cache(maxsize=1024)
 
 
 class Kernel:
@@ -39,47 +51,57 @@ class Kernel:
     def __init__(self, function: Callable[..., None]) -> None:
         code = function.__code__
         names = code.co_varnames[: code.co_argcount]
-        pointers = [name for name in names if name.startswith("p_")]
-        constants = [name for name in names if function.__annotations__.get(name)]
-        numbers = names[len(pointers) : len(names) - len(constants)]
-        assert names == (*pointers, *numbers, *constants), function
-        sizes = [name for name in numbers if name not in _SPECIALIZED]
-        self.jit = triton.jit(do_not_specialize=sizes)(function)
         self.name, self.module, self.names = function.__name__, function.__module__, names
+        self.pointers = [name for name in names if name.startswith("p_")]
+        constants = [name for name in names if function.__annotations__.get(name)]
+        self.numbers = [*names[len(self.pointers) : len(names) - len(constants)]]
+        assert names == (*self.pointers, *self.numbers, *constants), function
+        sizes = [name for name in self.numbers if name not in _SPECIALIZED]
+        self.jit = triton.jit(do_not_specialize=sizes)(function)
+        # What Launch needs of compiled variants, by what is known before the pointers are.
+        self.variants: dict[Any, dict[Any, Any]] = {}
         KERNELS[self.name] = self
-        self._arguments = itemgetter(*names)
-        self._pointers = slice(len(pointers))
-        self._numbers = slice(len(pointers), len(pointers) + len(numbers))
-        self._rest = slice(len(pointers) + len(numbers), None)
-        self._channels = [i for i, name in enumerate(numbers) if name in _SPECIALIZED]
-        self._variants: dict[Any, Any] = {}
 
-    def launch(self, programs: int, config: dict[str, int], **arguments: Any) -> None:
-        """Launches `programs` programs on the current device, in its current stream.
+    def prepare(self, programs: int, config: dict[str, int], **arguments: Any) -> "Launch":
+        """A launch that needs nothing but pointers.
 
         Args:
             programs: how many.
             config: the kernel's blocks, and num_warps, num_stages, maxnreg for the compiler.
-            **arguments: the other arguments, tensors and buffers among them; None where a pointer
-                is absent. Arguments of other names are ignored, so that kernels may share a set.
+            **arguments: numbers and constants. Those that the kernel does not have are ignored, so
+                that kernels may share a set.
         """
-        arguments |= config
-        values = self._arguments(arguments)
-        if interpreted():
-            self._launch_by_triton(programs, config, map(_as_tensor, values))
-            return
-        pointers, numbers = values[self._pointers], values[self._numbers]
-        addresses = [None if X is None else X.data_ptr() for X in pointers]
+        return Launch(self, programs, config, arguments | config)
+
+
+class Launch:
+    """A launch of a kernel with all of its arguments but the pointers."""
+
+    def __init__(
+        self, kernel: Kernel, programs: int, config: dict[str, int], arguments: dict[str, Any]
+    ) -> None:
+        self.kernel, self.programs = kernel, programs
+        self.options = {name: config[name] for name in _OPTIONS if name in config}
+        self.values = tuple(arguments[name] for name in kernel.names[len(kernel.pointers) :])
+        numbers = self.values[: len(kernel.numbers)]
+        specialized = [arguments[name] for name in kernel.numbers if name in _SPECIALIZED]
+        in_64_bits = [not -_INT32 <= number < _INT32 for number in numbers]
+        constants = self.values[len(kernel.numbers) :]
+        facts = (*specialized, *in_64_bits, *constants, *self.options.items())
+        self._variants = kernel.variants.setdefault(facts, {})
+        self._pointers = itemgetter(*kernel.pointers)
+
+    def __call__(self, **pointers: Any) -> None:
+        """Launches on the current device, in its current stream.
+
+        Args:
+            **pointers: tensors and buffers, None where one is absent. Those that the kernel does
+                not have are ignored.
+        """
+        found = self._pointers(pointers)
+        addresses = [None if X is None else X.data_ptr() for X in found]
         device = driver.active.get_current_device()
-        key = (
-            device,
-            *(None if X is None else X.dtype for X in pointers),
-            *(numbers[i] for i in self._channels),
-            *values[self._rest],
-            *config.items(),
-            _misaligned(addresses),
-            _exceeding_int32(numbers),
-        )
+        key = (device, _misaligned(addresses), *[None if X is None else X.dtype for X in found])
         variant = self._variants.get(key)
         runtime = knobs.runtime
         if (
@@ -89,20 +111,22 @@ class Kernel:
             or runtime.add_stages_inspection_hook is not None
             or runtime.debug
         ):
-            self._variants[key] = self._launch_by_triton(programs, config, values)
+            self._variants[key] = self._launch_by_triton(found)
             return
         stream = driver.active.get_current_stream(device)
         run, function, metadata = variant
-        rest = (*addresses, *numbers, *values[self._rest])
-        run(programs, 1, 1, stream, function, metadata, None, None, None, *rest)
+        arguments = (*addresses, *self.values)
+        run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
-    def _launch_by_triton(self, programs: int, config: dict[str, int], values: Any) -> Any:
+    def _launch_by_triton(self, pointers: tuple[Any, ...]) -> Any:
         """Returns how to launch the same variant again."""
-        options = {name: value for name, value in config.items() if name not in self.names}
-        compiled = self.jit[(programs,)](*values, **options)
-        return (
-            None if interpreted() else (compiled.run, compiled.function, compiled.packed_metadata)
-        )
+        grid = (self.programs,)
+        if _INTERPRETED:
+            pointers = tuple(X.tensor() if isinstance(X, Buffer) else X for X in pointers)
+        compiled = self.kernel.jit[grid](*pointers, *self.values, **self.options)
+        if _INTERPRETED:
+            return None
+        return compiled.run, compiled.function, compiled.packed_metadata
 
 
 def settle_cache_keys() -> None:
@@ -128,56 +152,33 @@ def _misaligned(addresses: list[int | None]) -> Any:
     return tuple(address is not None and address % _ALIGNMENT != 0 for address in addresses)
 
 
-def _exceeding_int32(numbers: tuple[int, ...]) -> Any:
-    """0 if all numbers fit in 32 bits, else which do not: those are passed in 64."""
-    if max(numbers) < _INT32 and min(numbers) >= -_INT32:
-        return 0
-    return tuple(not -_INT32 <= number < _INT32 for number in numbers)
-
-
 class Buffer:
-    """A part of a `Workspace`, to be passed to kernels; contiguous, aligned for any load."""
+    """Temporary memory for kernels, contiguous and aligned for any load: a part of an allocation.
 
-    __slots__ = ("_offset", "_workspace", "dtype", "shape")
+    It belongs to the stream that is current when it is made: PyTorch gives it to others only behind
+    the work that has been launched there.
+    """
 
-    def __init__(
-        self, workspace: "Workspace", offset: int, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> None:
-        self._workspace, self._offset = workspace, offset
-        self.shape, self.dtype = shape, dtype
+    __slots__ = ("_address", "_count", "_memory", "_offset", "dtype")
+
+    def __init__(self, memory: Tensor, offset: int, count: int, dtype: torch.dtype) -> None:
+        self._memory, self._offset, self._count = memory, offset, count
+        self._address = memory.data_ptr() + offset
+        self.dtype = dtype
 
     def data_ptr(self) -> int:
-        return self._workspace.address + self._offset
+        return self._address
 
     def tensor(self) -> Tensor:
         """The same memory as a tensor, which takes longer to make than to pass the buffer."""
-        end = self._offset + math.prod(self.shape) * self.dtype.itemsize
-        return self._workspace.memory[self._offset : end].view(self.dtype).view(self.shape)
+        end = self._offset + self._count * self.dtype.itemsize
+        return self._memory[self._offset : end].view(self.dtype)
 
 
-class Workspace:
-    """Temporary memory of a call, in one allocation.
-
-    Buffers are added first; kernels may use them after `allocate`. The memory belongs to the stream
-    that is current: PyTorch gives it to others only behind the work that has been launched there.
-    """
-
-    _GRANULE = 256
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.address = 0
-
-    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Buffer:
-        made = Buffer(self, self.bytes, shape, dtype)
-        size = math.prod(shape) * dtype.itemsize
-        self.bytes += -(-size // self._GRANULE) * self._GRANULE
-        return made
-
-    def allocate(self, device: torch.device) -> None:
-        self.memory = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-        self.address = self.memory.data_ptr()
-
-
-def _as_tensor(value: Any) -> Any:
-    return value.tensor() if isinstance(value, Buffer) else value
+def workspace(device: torch.device, *parts: tuple[int, torch.dtype]) -> list[Buffer]:
+    """A buffer for each number of elements and dtype, all in one allocation."""
+    offsets = [0]
+    for count, dtype in parts:
+        offsets.append(offsets[-1] + -(-count * dtype.itemsize // _GRANULE) * _GRANULE)
+    memory = torch.empty(offsets[-1], dtype=torch.uint8, device=device)
+    return [Buffer(memory, at, *part) for at, part in zip(offsets, parts, strict=False)]

@@ -4,14 +4,12 @@
 A similarity of -inf, or an index outside of V, marks a missing neighbor: its rho is 0.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import configs
 from .aggregation import Aggregation
-from .launch import Kernel
+from .launch import Kernel, Launch, cache_plans
 from .tensors import cdiv
 
 SOFTMAX = tl.constexpr(0)
@@ -124,19 +122,14 @@ def softmax_backward_kernel(
         tl.store(p_grad + o, scale * b_rho * (b_grad - b_sum[:, None]), m)
 
 
-def compute_rho(call: Aggregation) -> Tensor:
-    """rho of all similarities, [..., N, k] float32."""
+@cache_plans
+def plan_modulate(call: Aggregation) -> Launch:
     config = configs.modulate(call.arch, call.k)
-    rho = torch.empty_like(call.similarities)
-    programs = cdiv(call.rows, config["ROWS"])
-    modulate_kernel.launch(programs, config, **call.arguments, p_rho=rho, rows=call.rows)
-    return rho
+    return modulate_kernel.prepare(cdiv(call.rows, config["ROWS"]), config, **call.numbers())
 
 
-def softmax_backward(call: Aggregation, rho: Tensor, grad: Tensor) -> None:
-    """Replaces the gradient of rho in `grad` [..., N, k] by that of the similarities."""
+@cache_plans
+def plan_softmax_backward(call: Aggregation) -> Launch:
     config = configs.modulate(call.arch, call.k)
     programs = cdiv(call.rows, config["ROWS"])
-    softmax_backward_kernel.launch(
-        programs, config, **call.arguments, p_rho=rho, p_grad=grad, rows=call.rows
-    )
+    return softmax_backward_kernel.prepare(programs, config, **call.numbers())

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from . import configs
 from .integers import aligned
-from .launch import Buffer, Kernel, Workspace
-from .tensors import Rows, alignment, cdiv
+from .launch import Buffer, Kernel, Launch, cache_plans, workspace
+from .tensors import Layout, alignment, cdiv
 
 
 @Kernel
@@ -77,41 +78,44 @@ def norms_kernel(
 
 
 class Norms(NamedTuple):
-    """Of Rows [B, N, D]: what `norms_kernel` computes, and the rows to multiply."""
+    """What `norms_kernel` computes of rows [B, N, D], and the rows to multiply."""
 
     norm: Buffer
     scale: Buffer
     inverse: Buffer
-    rows: Rows
+    rows: Tensor | Buffer
+    layout: Layout
 
 
-def add_norms(X: Rows, workspace: Workspace) -> Norms:
-    """Buffers for the norms of X; `compute_norms` fills them when the workspace is allocated.
-
-    The range of float16 is too small for a norm to overflow: its rows are not scaled.
-    """
-    norm, scale, inverse = (workspace.buffer((X.B, X.N), torch.float32) for _ in range(3))
-    if X.data.dtype == torch.float16:
-        return Norms(norm, scale, inverse, X)
-    scaled = workspace.buffer((X.B1, X.B2, X.N, X.D), X.data.dtype)
-    return Norms(norm, scale, inverse, X.contiguous(scaled))
-
-
-def compute_norms(X: Rows, norms: Norms, arch: int) -> None:
+@cache_plans
+def plan_norms(X: Layout, arch: int) -> Launch:
     config = configs.norms(arch, X.D)
     rows = X.B * X.N
-    norms_kernel.launch(
+    return norms_kernel.prepare(
         cdiv(rows, config["ROWS"]),
         config,
-        p_x=X.data,
-        p_norm=norms.norm,
-        p_scale=norms.scale,
-        p_inverse=norms.inverse,
-        p_scaled=None if norms.rows is X else norms.rows.data,
         rows=rows,
         N=X.N,
         D=X.D,
         B2=X.B2,
-        **X.stride_arguments("x"),
+        **X.strides("x"),
         ALIGN=alignment(X),
     )
+
+
+def compute_norms(X: Tensor, layout: Layout, arch: int) -> Norms:
+    """The norms of X. The range of float16 is too small for one to overflow: it is not scaled."""
+    rows, is_scaled = layout.B * layout.N, X.dtype != torch.float16
+    scaled_size = rows * layout.D if is_scaled else 0
+    sizes = [(rows, torch.float32)] * 3
+    norm, scale, inverse, scaled = workspace(X.device, *sizes, (scaled_size, X.dtype))
+    plan_norms(layout, arch)(
+        p_x=X,
+        p_norm=norm,
+        p_scale=scale,
+        p_inverse=inverse,
+        p_scaled=scaled if is_scaled else None,
+    )
+    if not is_scaled:
+        return Norms(norm, scale, inverse, X, layout)
+    return Norms(norm, scale, inverse, scaled, layout.contiguous())

@@ -8,12 +8,11 @@ A program has BLOCK_N queries and one j. P is never stored.
 """
 
 import triton.language as tl
-from torch import Tensor
 
-from . import configs, hardware
+from . import configs
 from .aggregation import Aggregation
 from .integers import aligned
-from .launch import Kernel
+from .launch import Kernel, Launch, cache_plans
 from .modulate import load_neighbors
 from .tensors import cdiv
 
@@ -125,16 +124,13 @@ def rho_grad_depthwise_kernel(
     tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
 
 
-def compute_rho_grad(call: Aggregation, W: Tensor | None, G: Tensor, grad: Tensor) -> None:
-    """Writes drho to `grad` [..., N, k]. W is `call.kernel_weight()`, G [..., N, O] contiguous."""
-    V, O = call.V, call.O
-    pointers = {"p_grad": G, "p_weight": W, "p_rho_grad": grad}
-    if call.dense:
-        config = configs.rho_grad_dense(call.arch, call.bits, V.D, O)
-        precision = hardware.product_precision(V.data.dtype)
-        kernel, options = rho_grad_dense_kernel, {"PRECISION": precision}
-    else:
-        config = configs.rho_grad_depthwise(call.arch, V.D)
-        kernel, options = rho_grad_depthwise_kernel, {}
+@cache_plans
+def plan_rho_grad(call: Aggregation) -> Launch:
+    V = call.V
+    if call.is_dense:
+        config = configs.rho_grad_dense(call.arch, call.bits, V.D, call.O)
+        programs = V.B * cdiv(call.N, config["BLOCK_N"]) * call.k
+        return rho_grad_dense_kernel.prepare(programs, config, **call.numbers())
+    config = configs.rho_grad_depthwise(call.arch, V.D)
     programs = V.B * cdiv(call.N, config["BLOCK_N"]) * call.k
-    kernel.launch(programs, config, **call.arguments, **pointers, **options)
+    return rho_grad_depthwise_kernel.prepare(programs, config, **call.numbers())

@@ -1,46 +1,55 @@
 # SPDX-License-Identifier: MIT
 """The arguments of `select` as its kernels take them, whatever the strategy."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import hardware
-from .launch import Workspace
 from .metrics import METRICS
-from .norms import add_norms, compute_norms
-from .tensors import Rows, alignment, is_same, rows_of
+from .norms import compute_norms
+from .tensors import Layout, alignment, is_same, rows_of
+
+Pointers = dict[str, Any]
 
 
-@dataclass
-class Search:
-    """One search for neighbors: S = Q K^T (Eq. 3), of which select keeps the k largest of a row.
-
-    A column of S is a row of key, or a candidate.
+class Search(NamedTuple):
+    """A search for neighbors, but for the tensors: S = Q K^T (Eq. 3), of which select keeps the k
+    largest of a row. A column of S is a row of key, or a candidate.
     """
 
-    Q: Rows  # [B, N, D]
-    K: Rows  # [B, M, D]
-    candidates: Tensor | None  # [R] int64
-    self_indices: Tensor | None  # [N] int64
-    key_mask: Tensor | None  # [..., M] bool
+    Q: Layout  # [B, N, D]
+    K: Layout  # [B, M, D]
+    columns: int
     k: int
     metric: str
     by_index: bool
+    has_candidates: bool
+    has_self: bool
+    has_mask: bool
+    mask_strides: tuple[int, int]
+    bits: int
+    tf32: bool
     arch: int
-    similarities: Tensor  # [..., N, k] float32: the results
-    indices: Tensor  # [..., N, k] int64
-    arguments: dict[str, Any]  # those that several kernels have in common, by parameter
 
-    @property
-    def columns(self) -> int:
-        return self.K.N if self.candidates is None else self.candidates.shape[0]
-
-    @property
-    def bits(self) -> int:
-        return 8 * self.Q.data.dtype.itemsize
+    def numbers(self) -> dict[str, Any]:
+        """Numbers and constants that the kernels share, by parameter."""
+        return {
+            "N": self.Q.N,
+            "M": self.K.N,
+            "D": self.Q.D,
+            "columns": self.columns,
+            "k": self.k,
+            "B2": self.Q.B2,
+            **self.Q.strides("q"),
+            **self.K.strides("k"),
+            "stride_mb1": self.mask_strides[0],
+            "stride_mb2": self.mask_strides[1],
+            "ALIGN": alignment(self.Q, self.K),
+            "METRIC": METRICS[self.metric],
+            "BY_INDEX": self.by_index,
+        }
 
 
 def prepare(
@@ -52,74 +61,54 @@ def prepare(
     key_mask: Tensor | None,
     metric: str,
     order: str,
-) -> Search:
-    """The search that the arguments of `select` ask for, with norms computed and results empty."""
-    candidates = None if candidates is None else candidates.contiguous()
-    self_indices = None if self_indices is None else self_indices.contiguous()
-    K = rows_of(key)
+) -> tuple[Search, Pointers]:
+    """The search that the arguments of `select` ask for, and its tensors by parameter.
+
+    Norms are computed if the metric is the cosine; query and key are scaled rows from then on.
+    """
+    arch = hardware.architecture(query)
+    K, K_layout = rows_of(key)
+    Q, Q_layout = (K, K_layout) if is_same(query, key) else rows_of(query)
+    pointers: Pointers = {
+        "p_query": Q,
+        "p_key": K,
+        "p_query_norm": None,
+        "p_key_norm": None,
+        "p_query_inverse": None,
+        "p_key_inverse": None,
+        "p_columns": None if candidates is None else candidates.contiguous(),
+        "p_mask": None,
+        "p_self": None if self_indices is None else self_indices.contiguous(),
+    }
+    mask_strides = (0, 0)
+    if key_mask is not None:
+        pointers["p_mask"], mask_layout = rows_of(key_mask.unsqueeze(-2))
+        mask_strides = mask_layout.stride_b1, mask_layout.stride_b2
+    if metric == "cosine":
+        of_keys = compute_norms(K, K_layout, arch)
+        of_queries = of_keys if Q is K else compute_norms(Q, Q_layout, arch)
+        Q_layout, K_layout = of_queries.layout, of_keys.layout
+        pointers |= {
+            "p_query": of_queries.rows,
+            "p_key": of_keys.rows,
+            "p_query_norm": of_queries.norm,
+            "p_key_norm": of_keys.norm,
+            "p_query_inverse": of_queries.inverse,
+            "p_key_inverse": of_keys.inverse,
+        }
     search = Search(
-        Q=K if is_same(query, key) else rows_of(query),
-        K=K,
-        candidates=candidates,
-        self_indices=self_indices,
-        key_mask=key_mask,
+        Q=Q_layout,
+        K=K_layout,
+        columns=K_layout.N if candidates is None else candidates.shape[0],
         k=k,
         metric=metric,
         by_index=order == "index",
-        arch=hardware.architecture(query),
-        similarities=query.new_empty((*query.shape[:-1], k), dtype=torch.float32),
-        indices=query.new_empty((*query.shape[:-1], k), dtype=torch.int64),
-        arguments={},
+        has_candidates=candidates is not None,
+        has_self=self_indices is not None,
+        has_mask=key_mask is not None,
+        mask_strides=mask_strides,
+        bits=8 * query.dtype.itemsize,
+        tf32=query.dtype == torch.float32 and hardware.allows_tf32(),
+        arch=arch,
     )
-    if search.indices.numel():
-        search.arguments = _norms(search, query.device) | _common(search)
-    return search
-
-
-def _norms(search: Search, device: torch.device) -> dict[str, Any]:
-    """Computes norms if the metric is the cosine; Q and K are scaled rows from then on."""
-    if search.metric != "cosine":
-        names = ("query_norm", "key_norm", "query_inverse", "key_inverse")
-        return {f"p_{name}": None for name in names}
-    Q, K, workspace = search.Q, search.K, Workspace()
-    of_keys = add_norms(K, workspace)
-    of_queries = of_keys if Q is K else add_norms(Q, workspace)
-    workspace.allocate(device)
-    compute_norms(K, of_keys, search.arch)
-    if Q is not K:
-        compute_norms(Q, of_queries, search.arch)
-    search.Q, search.K = of_queries.rows, of_keys.rows
-    return {
-        "p_query_norm": of_queries.norm,
-        "p_key_norm": of_keys.norm,
-        "p_query_inverse": of_queries.inverse,
-        "p_key_inverse": of_keys.inverse,
-    }
-
-
-def _common(search: Search) -> dict[str, Any]:
-    Q, K = search.Q, search.K
-    mask = None if search.key_mask is None else rows_of(search.key_mask.unsqueeze(-2))
-    stride_mb1, stride_mb2, _ = (0, 0, 0) if mask is None else mask.strides
-    return {
-        "p_query": Q.data,
-        "p_key": K.data,
-        "p_columns": search.candidates,
-        "p_mask": None if mask is None else mask.data,
-        "p_self": search.self_indices,
-        "p_similarities": search.similarities,
-        "p_indices": search.indices,
-        "N": Q.N,
-        "M": K.N,
-        "D": Q.D,
-        "columns": search.columns,
-        "k": search.k,
-        "B2": Q.B2,
-        **Q.stride_arguments("q"),
-        **K.stride_arguments("k"),
-        "stride_mb1": stride_mb1,
-        "stride_mb2": stride_mb2,
-        "ALIGN": alignment(Q, K),
-        "METRIC": METRICS[search.metric],
-        "BY_INDEX": search.by_index,
-    }
+    return search, pointers

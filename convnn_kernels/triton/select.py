@@ -14,6 +14,7 @@ Shapes in all of them: query [B, N, D], key [B, M, D], columns [R] or None, mask
 self [N] or None. The batch B is two dimensions of any strides, b = b1 * B2 + b2.
 """
 
+import torch
 from torch import Tensor
 
 from . import configs
@@ -34,18 +35,22 @@ def select(
     order: str,
 ) -> tuple[Tensor, Tensor]:
     """Similarities [..., N, k] and indices [..., N, k] of the neighbors; see schemas.py."""
-    search = prepare(query, key, k, candidates, self_indices, key_mask, metric, order)
-    D, columns = query.shape[-1], search.columns
-    # With candidates, the token itself need not be one of the columns of a tile.
-    in_columns = candidates is None or self_indices is None
-    if search.indices.numel() == 0:
-        pass
-    elif in_columns and configs.allows_select_small(search.bits, D, columns, k, metric):
-        select_small(search)
+    shape = (*query.shape[:-1], k)
+    s, I = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
+    if I.numel() == 0:
+        return s, I
+    search, pointers = prepare(query, key, k, candidates, self_indices, key_mask, metric, order)
+    pointers |= {"p_similarities": s, "p_indices": I}
+    # `select_small` expects the token itself among the columns.
+    self_is_column = not (search.has_candidates and search.has_self)
+    if self_is_column and configs.allows_select_small(
+        search.bits, search.Q.D, search.columns, k, metric
+    ):
+        select_small(search, pointers)
     elif k > configs.LONGEST_LIST:
-        select_in_passes(search)
-    elif group := configs.group_size(search.arch, columns, k):
-        select_groups(search, group)
+        select_in_passes(search, pointers)
+    elif configs.group_size(search.arch, search.columns, k):
+        select_groups(search, pointers)
     else:
-        select_all_columns(search)
-    return search.similarities, search.indices
+        select_all_columns(search, pointers)
+    return s, I

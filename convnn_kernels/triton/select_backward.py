@@ -10,7 +10,7 @@ The sums of dk are over the pairs (i, j) with I_ij = m, by the inverse neighbor 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from . import configs, hardware
 from .integers import aligned
-from .inverse_list import InverseList, invert, run_of_chunk, run_of_key
-from .launch import Kernel, Workspace
+from .inverse_list import InverseList, invert, layout, run_of_chunk, run_of_key
+from .launch import Kernel, Launch, cache_plans, workspace
 from .metrics import COSINE, EUCLIDEAN, METRICS
 from .modulate import load_neighbors
-from .norms import add_norms, compute_norms
-from .tensors import Rows, alignment, cdiv, empty_gradient, is_same, rows_of
+from .norms import compute_norms
+from .tensors import Layout, alignment, cdiv, empty_gradient, is_same, rows_of
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def key_grad_kernel(
     p_key_scale,
     p_pairs,  # [pairs], sorted by key
     p_keys,  # [pairs]: the key of each, b * M + m, or (b * M + m) * slots + j
-    p_offsets,  # [B * M + 1]
+    p_offsets,  # [B * M + 1] of stride stride_o
     p_part,  # [pairs // CHUNK, D] float32: sums over the chunks within one key
     p_along,  # [pairs // CHUNK] float32: of those, sum g_ij s_ij; cosine only
     p_key_grad,  # [B, M, D] contiguous
@@ -144,6 +144,7 @@ def key_grad_kernel(
     D,
     k,
     pairs,
+    stride_o,
     slots,
     B2,
     stride_qb1,
@@ -179,7 +180,7 @@ def key_grad_kernel(
     else:
         m_r = o_r < keys
         key = tl.where(m_r, o_r, 0)
-        first, last, begin, end = run_of_key(p_offsets, o_r, m_r, CHUNK)
+        first, last, begin, end = run_of_key(p_offsets, o_r, m_r, stride_o, CHUNK)
     b = key // M
     p = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2 + (key % M) * stride_km
     p = p[:, None] + o_d[None, :]
@@ -226,6 +227,49 @@ def key_grad_kernel(
         tl.store(p_key_grad + p_out, b_dk.to(p_key_grad.dtype.element_ty), m_out)
 
 
+class Plan(NamedTuple):
+    query: Launch
+    key: list[Launch]
+    chunks: int
+
+
+@cache_plans
+def plan_select_backward(
+    Q: Layout, K: Layout, k: int, metric: str, by_slot: bool, arch: int
+) -> Plan:
+    D, keys = Q.D, K.B * K.N
+    numbers = {
+        "N": Q.N,
+        "M": K.N,
+        "D": D,
+        "k": k,
+        "B2": Q.B2,
+        **Q.strides("q"),
+        **K.strides("k"),
+        "ALIGN": alignment(Q, K),
+        "METRIC": METRICS[metric],
+        **layout(Q.B, Q.N, K.N, k),
+        "keys": keys,
+        "slots": k if by_slot else 1,
+    }
+    config = configs.query_grad(arch, D, k)
+    programs = Q.B * cdiv(Q.N, config["BLOCK_N"]) * cdiv(D, config["BLOCK_D"])
+    query = query_grad_kernel.prepare(programs, config, **numbers)
+    config = configs.key_grad(arch, D)
+    chunks = Q.B * Q.N * k // config["CHUNK"]
+    launches = [
+        key_grad_kernel.prepare(
+            cdiv(count, config["ROWS"]) * cdiv(D, config["BLOCK_D"]),
+            config,
+            **numbers,
+            OF_CHUNKS=of_chunks,
+        )
+        for of_chunks, count in ((True, chunks), (False, keys))
+        if count
+    ]
+    return Plan(query, launches, chunks)
+
+
 def select_backward(
     grad_similarities: Tensor,
     query: Tensor,
@@ -236,84 +280,43 @@ def select_backward(
     need_query: bool,
     need_key: bool,
     inverse: Callable[[], InverseList] | None = None,
+    by_slot: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and key; see schemas.py.
 
-    `inverse` returns the inverse neighbor list where the caller needs it as well.
+    `inverse` returns the inverse neighbor list where the caller needs it as well; `by_slot` says
+    how it is sorted.
     """
     grad_query, grad_key = empty_gradient(query, need_query), empty_gradient(key, need_key)
     if grad_query.numel() == grad_key.numel() == 0:
         return grad_query, grad_key
     if indices.numel() == 0:
         return grad_query, grad_key.zero_()
+    arch, k = hardware.architecture(query), indices.shape[-1]
     s, I = similarities.contiguous(), indices.contiguous()
-    Q, K = rows_of(query), rows_of(key)
-    if is_same(query, key):
-        Q = K
-    arch = hardware.architecture(query)
-    arguments = {
+    K, K_layout = rows_of(key)
+    Q, Q_layout = (K, K_layout) if is_same(query, key) else rows_of(query)
+    plan = plan_select_backward(Q_layout, K_layout, k, metric, by_slot, arch)
+    pointers = {
         "p_grad": grad_similarities.contiguous(),
         "p_similarities": s,
         "p_indices": I,
-        "p_query": Q.data,
-        "p_key": K.data,
-        **_norms(Q, K, metric, arch, query.device),
-        "N": Q.N,
-        "M": K.N,
-        "D": Q.D,
-        "k": I.shape[-1],
-        "B2": Q.B2,
-        **Q.stride_arguments("q"),
-        **K.stride_arguments("k"),
-        "ALIGN": alignment(Q, K),
-        "METRIC": METRICS[metric],
+        "p_query": Q,
+        "p_key": K,
+        **dict.fromkeys(("p_query_norm", "p_query_scale", "p_key_norm", "p_key_scale")),
     }
+    if metric == "cosine":
+        of_keys = compute_norms(K, K_layout, arch)
+        of_queries = of_keys if Q is K else compute_norms(Q, Q_layout, arch)
+        pointers |= {"p_query_norm": of_queries.norm, "p_query_scale": of_queries.scale}
+        pointers |= {"p_key_norm": of_keys.norm, "p_key_scale": of_keys.scale}
     if need_query:
-        config = configs.query_grad(arch, Q.D, I.shape[-1])
-        programs = Q.B * cdiv(Q.N, config["BLOCK_N"]) * cdiv(Q.D, config["BLOCK_D"])
-        query_grad_kernel.launch(programs, config, **arguments, p_query_grad=grad_query)
+        plan.query(**pointers, p_query_grad=grad_query)
     if need_key:
-        pairs = inverse() if inverse else invert(s, I, K.N, by_slot=False)
-        _compute_key_grad(pairs, Q.D, arch, arguments, grad_key)
+        pairs = inverse() if inverse else invert(s, I, key.shape[-2], by_slot)
+        sums = ((plan.chunks * query.shape[-1], torch.float32), (plan.chunks, torch.float32))
+        part, along = workspace(query.device, *sums)
+        pointers |= pairs.pointers()
+        for launch in plan.key:
+            launch(**pointers, p_part=part, p_along=along, p_key_grad=grad_key)
     return grad_query, grad_key
-
-
-def _norms(Q: Rows, K: Rows, metric: str, arch: int, device: torch.device) -> dict[str, Any]:
-    """Norms and scales of query and key if the metric is the cosine, computed once if Q is K."""
-    names = ("p_query_norm", "p_query_scale", "p_key_norm", "p_key_scale")
-    if metric != "cosine":
-        return dict.fromkeys(names)
-    workspace = Workspace()
-    of_keys = add_norms(K, workspace)
-    of_queries = of_keys if Q is K else add_norms(Q, workspace)
-    workspace.allocate(device)
-    compute_norms(K, of_keys, arch)
-    if Q is not K:
-        compute_norms(Q, of_queries, arch)
-    norms = (of_queries.norm, of_queries.scale, of_keys.norm, of_keys.scale)
-    return dict(zip(names, norms, strict=True))
-
-
-def _compute_key_grad(
-    inverse: InverseList, D: int, arch: int, arguments: dict[str, Any], grad: Tensor
-) -> None:
-    config = configs.key_grad(arch, D)
-    chunks, keys = inverse.length // config["CHUNK"], inverse.B * inverse.M
-    workspace = Workspace()
-    part = workspace.buffer((chunks, D), torch.float32)
-    along = workspace.buffer((chunks,), torch.float32)
-    workspace.allocate(grad.device)
-    for of_chunks, count in ((True, chunks), (False, keys)):
-        if count:
-            key_grad_kernel.launch(
-                cdiv(count, config["ROWS"]) * cdiv(D, config["BLOCK_D"]),
-                config,
-                **arguments,
-                **inverse.arguments(),
-                p_part=part,
-                p_along=along,
-                p_key_grad=grad,
-                keys=keys,
-                slots=inverse.slots,
-                OF_CHUNKS=of_chunks,
-            )

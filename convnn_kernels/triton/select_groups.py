@@ -21,19 +21,19 @@ Rows are processed in blocks of BLOCK_N, which do not cross batch elements. The 
 may exceed the workspace; then there are several launches, each from `first_block` on.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from . import configs, hardware
-from .exact_topk import launch_exact_topk
+from .exact_topk import plan_exact_topk
 from .integers import aligned
-from .launch import Kernel, Workspace
+from .launch import Kernel, Launch, cache_plans, workspace
 from .metrics import COSINE, EUCLIDEAN
 from .order import NOTHING, index_of, merge, orderable, pack
-from .search import Search
+from .search import Pointers, Search
 from .tensors import cdiv
 
 
@@ -296,63 +296,80 @@ def top_groups_kernel(
     tl.store(p_groups + (o_r[:, None] << LOG_LIST) + o_l[None, :], b_group, m_n[:, None])
 
 
-def select_groups(search: Search, group: int) -> None:
-    """Select by the maxima of groups of `group` columns."""
+class Step(NamedTuple):
+    """Launches for some of the rows."""
+
+    maxima: Launch
+    top_groups: Launch
+    exact_topk: Launch
+
+
+class Plan(NamedTuple):
+    sizes: tuple[tuple[int, torch.dtype], ...]  # of the workspace: maxima, groups, flags
+    flags: Launch | None
+    steps: list[Step]
+
+
+@cache_plans
+def plan_select_groups(search: Search) -> Plan:
     Q, arch, k = search.Q, search.arch, search.k
-    # Groups of ascending columns: at a tie, the lower group then has the lower rows of key.
-    columns = None if search.candidates is None else search.candidates.sort().values
+    group = configs.group_size(arch, search.columns, k)
     config = configs.group_maxima(arch, search.bits, Q.D, search.metric == "euclidean")
+    top_config = configs.top_groups(arch, k)
+    block_n, row_blocks = config["BLOCK_N"], cdiv(Q.N, config["BLOCK_N"])
     G = cdiv(search.columns, group)
     # Whole tiles, and loads of 16 bytes, for any number of groups.
     stride_g = 16 * cdiv(G, 16)
-    block_n, row_blocks = config["BLOCK_N"], cdiv(Q.N, config["BLOCK_N"])
-    blocks = Q.B * row_blocks
-    list_length = 1 << configs.top_groups(arch, k)["LOG_LIST"]
-    row_bytes = 4 * (stride_g + list_length)
-    at_once = max(1, min(blocks, configs.WORKSPACE // (block_n * row_bytes)))
-
-    workspace = Workspace()
-    maxima = workspace.buffer((at_once * block_n, stride_g), torch.float32)
-    groups = workspace.buffer((at_once * block_n, list_length), torch.int32)
-    has_flags = columns is not None or search.key_mask is not None
-    flags = workspace.buffer((Q.B, stride_g), torch.int8) if has_flags else None
-    workspace.allocate(search.indices.device)
-    arguments = search.arguments | {
-        "p_columns": columns,
-        "p_maxima": maxima,
-        "p_flags": flags,
-        "p_groups": groups,
+    numbers = search.numbers() | {
         "G": G,
         "stride_g": stride_g,
         "row_blocks": row_blocks,
         "GROUP": group,
         "BLOCK_N": block_n,
+        "PRECISION": configs.group_maxima_precision(search.bits, Q.D, search.tf32),
+        "INTERPRETED": hardware.interpreted(),
+        "ONE_BLOCK_D": 0 < Q.D <= config["BLOCK_D"],
     }
-    if has_flags:
+    blocks, list_length = Q.B * row_blocks, 1 << top_config["LOG_LIST"]
+    row_bytes = 4 * (stride_g + list_length)
+    at_once = max(1, min(blocks, configs.WORKSPACE // (block_n * row_bytes)))
+    tiles = stride_g * group // config["BLOCK_M"]
+
+    def step(first_block: int) -> Step:
+        count = min(at_once, blocks - first_block)
+        each = configs.tiles_each(arch, count, tiles)
+        of_step = numbers | {"first_block": first_block, "tiles_each": each}
+        programs, rows = count * cdiv(tiles, each), count * block_n
+        return Step(
+            group_maxima_kernel.prepare(programs, config, **of_step),
+            top_groups_kernel.prepare(rows // top_config["ROWS"], top_config, **of_step),
+            plan_exact_topk(search, count, block_n, group, first_block),
+        )
+
+    flags = None
+    if search.has_candidates or search.has_mask:
         flag_config = configs.group_flags(group)
         programs = Q.B * cdiv(stride_g, flag_config["GROUPS"])
-        group_flags_kernel.launch(programs, flag_config, **arguments)
-    for first_block in range(0, blocks, at_once):
-        arguments["first_block"] = first_block
-        count = min(at_once, blocks - first_block)
-        _compute_maxima(search, count, config, arguments)
-        top_config = configs.top_groups(arch, k)
-        top_groups_kernel.launch(count * block_n // top_config["ROWS"], top_config, **arguments)
-        launch_exact_topk(search, count, block_n, columns, groups, group, first_block)
-
-
-def _compute_maxima(
-    search: Search, blocks: int, config: dict[str, int], arguments: dict[str, Any]
-) -> None:
-    tiles = arguments["stride_g"] * arguments["GROUP"] // config["BLOCK_M"]
-    tiles_each = configs.tiles_each(search.arch, blocks, tiles)
-    tf32 = hardware.allows_tf32()
-    group_maxima_kernel.launch(
-        blocks * cdiv(tiles, tiles_each),
-        config,
-        **arguments,
-        tiles_each=tiles_each,
-        PRECISION=configs.group_maxima_precision(search.bits, search.Q.D, tf32),
-        INTERPRETED=hardware.interpreted(),
-        ONE_BLOCK_D=0 < search.Q.D <= config["BLOCK_D"],
+        flags = group_flags_kernel.prepare(programs, flag_config, **numbers)
+    sizes = (
+        (at_once * block_n * stride_g, torch.float32),
+        (at_once * block_n * list_length, torch.int32),
+        (Q.B * stride_g if flags else 0, torch.int8),
     )
+    return Plan(sizes, flags, [step(first_block) for first_block in range(0, blocks, at_once)])
+
+
+def select_groups(search: Search, pointers: Pointers) -> None:
+    """Select by the maxima of groups of columns."""
+    plan = plan_select_groups(search)
+    maxima, groups, flags = workspace(pointers["p_indices"].device, *plan.sizes)
+    if search.has_candidates:
+        # Groups of ascending columns: at a tie, the lower group then has the lower rows of key.
+        pointers["p_columns"] = pointers["p_columns"].sort().values
+    pointers |= {"p_maxima": maxima, "p_groups": groups, "p_flags": None, "p_bound": None}
+    if plan.flags:
+        pointers["p_flags"] = flags
+        plan.flags(**pointers)
+    for step in plan.steps:
+        for launch in step:
+            launch(**pointers)

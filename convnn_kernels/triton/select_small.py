@@ -18,10 +18,10 @@ import triton.language as tl
 
 from . import configs
 from .integers import aligned
-from .launch import Kernel
+from .launch import Kernel, Launch, cache_plans
 from .metrics import COSINE
 from .order import NOTHING, ORDER_OF_SELF, largest, orderable, pack, store_list
-from .search import Search
+from .search import Pointers, Search
 from .tensors import cdiv
 
 # Below the orderable of every number.
@@ -152,8 +152,13 @@ def select_small_kernel(
     store_list(b_list, b_s_self, p_s, p_i, m_n, k, 0, p_self is not None, BY_INDEX, LOG_LIST)
 
 
-def select_small(search: Search) -> None:
+@cache_plans
+def plan_select_small(search: Search) -> Launch:
     Q = search.Q
     config = configs.select_small(search.arch, Q.D, search.k, Q.B * Q.N)
     programs = Q.B * cdiv(Q.N, config["BLOCK_N"])
-    select_small_kernel.launch(programs, config, **search.arguments)
+    return select_small_kernel.prepare(programs, config, **search.numbers())
+
+
+def select_small(search: Search, pointers: Pointers) -> None:
+    plan_select_small(search)(**pointers)

@@ -16,12 +16,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, hardware
-from .aggregation import Aggregation
+from . import configs
+from .aggregation import Aggregation, Pointers
 from .dot_of_float import dot_of_float
 from .integers import as_int64
-from .inverse_list import InverseList, run_of_chunk, run_of_key
-from .launch import Kernel, Workspace
+from .inverse_list import InverseList, layout, run_of_chunk, run_of_key
+from .launch import Kernel, Launch, cache_plans, workspace
 from .tensors import cdiv
 
 
@@ -32,7 +32,7 @@ def value_grad_dense_kernel(
     p_weight,  # [k, C, O] contiguous
     p_pairs,  # [pairs], sorted by key and j
     p_keys,  # [pairs]: (b * M + key) * k + j of each
-    p_offsets,  # [B * M + 1]
+    p_offsets,  # [B * M + 1] of stride stride_o
     p_part,  # [pairs // CHUNK, O] float32: H_j over the chunks within one key and j
     p_value_grad,  # [B, M, C] contiguous
     M,
@@ -40,6 +40,7 @@ def value_grad_dense_kernel(
     O,
     k,
     pairs,
+    stride_o,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -60,7 +61,7 @@ def value_grad_dense_kernel(
     m_m = o_m < M
     o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
-    first = tl.load(p_offsets + b * M + o_m, m_m, 0).to(tl.int64)
+    first = tl.load(p_offsets + (b * M + o_m) * stride_o, m_m, 0).to(tl.int64)
     b_dv = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for step in range(0, k):
         j = as_int64(step)
@@ -101,13 +102,14 @@ def value_grad_depthwise_kernel(
     p_weight,  # [C, 1, k] contiguous, or None
     p_pairs,  # [pairs], sorted by key
     p_keys,  # [pairs]: the key of each
-    p_offsets,  # [keys + 1]
+    p_offsets,  # [keys + 1] of stride stride_o
     p_part,  # [pairs // CHUNK, C] float32: dV over the chunks within one key
     p_value_grad,  # [B, M, C] contiguous
     keys,
     C,
     k,
     pairs,
+    stride_o,
     OF_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -130,7 +132,7 @@ def value_grad_depthwise_kernel(
         begin, end = last, last
     else:
         m_r = o_r < keys
-        first, last, begin, end = run_of_key(p_offsets, o_r, m_r, CHUNK)
+        first, last, begin, end = run_of_key(p_offsets, o_r, m_r, stride_o, CHUNK)
     b_dv = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS):
         o_p = first[:, None] + start + tl.arange(0, PAIRS)[None, :]
@@ -158,59 +160,39 @@ def value_grad_depthwise_kernel(
         tl.store(p_value_grad + p_out, b_dv.to(p_value_grad.dtype.element_ty), m_out)
 
 
-def compute_value_grad(
-    call: Aggregation,
-    inverse: InverseList,
-    W: Tensor | None,
-    G: Tensor,
-    rho: Tensor,
-    grad: Tensor,
-) -> None:
-    """Writes dV to `grad` [..., M, C].
-
-    W is `call.kernel_weight()`, G [..., N, O] and rho [..., N, k] are contiguous. If the weight is
-    dense, the list must be sorted by slot.
-    """
+@cache_plans
+def plan_value_grad(call: Aggregation) -> tuple[list[Launch], int]:
+    """The launches, and how many sums of chunks there are. Dense weights are not in those sums."""
     B, M, C, O, k = call.V.B, call.V.N, call.V.D, call.O, call.k
     config = configs.value_grad_depthwise(call.arch, O)
-    chunks = inverse.length // config["CHUNK"]
-    workspace = Workspace()
-    part = workspace.buffer((chunks, O), torch.float32)
-    workspace.allocate(G.device)
-    arguments = {
-        "p_grad": G,
-        "p_rho": rho,
-        "p_weight": W,
-        "p_part": part,
-        "p_value_grad": grad,
-        "k": k,
-        **inverse.arguments(),
-    }
-
-    def launch_depthwise(count: int, of_chunks: bool, p_weight: Tensor | None, keys: int) -> None:
-        value_grad_depthwise_kernel.launch(
-            cdiv(count, config["ROWS"]) * cdiv(O, config["BLOCK_C"]),
-            config,
-            **{**arguments, "p_weight": p_weight},
-            keys=keys,
-            C=O,
-            OF_CHUNKS=of_chunks,
-        )
-
+    chunks = call.rows * k // config["CHUNK"]
+    numbers = call.numbers() | layout(B, call.N, M, k) | {"C": O, "OF_CHUNKS": True}
+    numbers["keys"] = B * M * k if call.is_dense else B * M
+    launches = []
+    column_blocks = cdiv(O, config["BLOCK_C"])
     if chunks:
-        of_chunks = None if call.dense else W
-        launch_depthwise(chunks, True, of_chunks, B * M * inverse.slots)
-    if not call.dense:
-        launch_depthwise(B * M, False, W, B * M)
-        return
+        programs = cdiv(chunks, config["ROWS"]) * column_blocks
+        launches.append(value_grad_depthwise_kernel.prepare(programs, config, **numbers))
+    if not call.is_dense:
+        programs = cdiv(B * M, config["ROWS"]) * column_blocks
+        numbers["OF_CHUNKS"] = False
+        launches.append(value_grad_depthwise_kernel.prepare(programs, config, **numbers))
+        return launches, chunks * O
     dense = configs.value_grad_dense(call.arch, call.bits, C, O)
-    value_grad_dense_kernel.launch(
-        B * cdiv(M, dense["BLOCK_M"]) * cdiv(C, dense["BLOCK_C"]),
-        dense,
-        **arguments,
-        M=M,
-        C=C,
-        O=O,
-        PRECISION=hardware.product_precision(call.V.data.dtype),
-        CHUNK=config["CHUNK"],
-    )
+    programs = B * cdiv(M, dense["BLOCK_M"]) * cdiv(C, dense["BLOCK_C"])
+    numbers |= {"C": C, "CHUNK": config["CHUNK"]}
+    launches.append(value_grad_dense_kernel.prepare(programs, dense, **numbers))
+    return launches, chunks * O
+
+
+def compute_value_grad(
+    call: Aggregation, pointers: Pointers, inverse: InverseList, grad: Tensor
+) -> None:
+    """Writes dV to `grad` [..., M, C]. If the weight is dense, the list must be sorted by slot."""
+    launches, sums = plan_value_grad(call)
+    (part,) = workspace(grad.device, (sums, torch.float32))
+    pointers = pointers | inverse.pointers() | {"p_part": part, "p_value_grad": grad}
+    *chunks, last = launches
+    for launch in chunks:
+        launch(**pointers | {"p_weight": None if call.is_dense else pointers["p_weight"]})
+    last(**pointers)

@@ -12,11 +12,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, hardware
-from .aggregation import Aggregation
+from . import configs
+from .aggregation import Aggregation, Pointers
 from .dot_of_float import dot_of_float
 from .integers import aligned
-from .launch import Kernel
+from .launch import Kernel, Launch, cache_plans
 from .modulate import load_neighbors
 from .tensors import cdiv
 
@@ -132,32 +132,31 @@ def weight_grad_depthwise_kernel(
     tl.store(p_part + (part * C + o_c) * k + j, b_dw, m_c)
 
 
-def compute_weight_grad(call: Aggregation, G: Tensor, rho: Tensor) -> Tensor:
-    """dW, of the shape and dtype of the weight; G [..., N, O] and rho [..., N, k] contiguous."""
-    weight, C, O, k = call.weight, call.V.D, call.O, call.k
-    assert weight is not None
+@cache_plans
+def plan_weight_grad(call: Aggregation) -> tuple[Launch, tuple[int, ...]]:
+    """The launch, and the shape of all parts."""
+    C, O, k = call.V.D, call.O, call.k
+    size = k * C * O if call.is_dense else k * C
     bound = call.rows * min(call.V.N, k * C)
-    parts, rows_each = configs.parts(call.rows, weight.numel(), bound)
-    pointers = {"p_grad": G, "p_rho": rho}
-    sizes = {"rows": call.rows, "rows_each": rows_each}
-    if call.dense:
+    parts, rows_each = configs.parts(call.rows, size, bound)
+    numbers = call.numbers() | {"rows_each": rows_each}
+    if call.is_dense:
         config = configs.weight_grad_dense(call.arch, call.bits, C, O)
-        part = torch.empty((parts, k, C, O), dtype=torch.float32, device=G.device)
-        weight_grad_dense_kernel.launch(
-            parts * k * cdiv(C, config["BLOCK_C"]) * cdiv(O, config["BLOCK_O"]),
-            config,
-            **call.arguments,
-            **pointers,
-            **sizes,
-            p_part=part,
-            PRECISION=hardware.product_precision(call.V.data.dtype),
-        )
-        grad = part.sum(dim=0).permute(2, 1, 0)
-        return grad.to(weight.dtype, memory_format=torch.contiguous_format)
+        programs = parts * k * cdiv(C, config["BLOCK_C"]) * cdiv(O, config["BLOCK_O"])
+        launch = weight_grad_dense_kernel.prepare(programs, config, **numbers)
+        return launch, (parts, k, C, O)
     config = configs.weight_grad_depthwise(call.arch, C)
-    part = torch.empty((parts, C, 1, k), dtype=torch.float32, device=G.device)
     programs = parts * k * cdiv(C, config["BLOCK_C"])
-    weight_grad_depthwise_kernel.launch(
-        programs, config, **call.arguments, **pointers, **sizes, p_part=part
-    )
-    return part.sum(dim=0).to(weight.dtype)
+    launch = weight_grad_depthwise_kernel.prepare(programs, config, **numbers)
+    return launch, (parts, C, 1, k)
+
+
+def compute_weight_grad(call: Aggregation, pointers: Pointers, dtype: torch.dtype) -> Tensor:
+    """dW, of the shape of the weight."""
+    launch, shape = plan_weight_grad(call)
+    part = torch.empty(shape, dtype=torch.float32, device=pointers["p_grad"].device)
+    launch(**pointers, p_part=part)
+    if not call.is_dense:
+        return part.sum(dim=0).to(dtype)
+    grad = part.sum(dim=0).permute(2, 1, 0)
+    return grad.to(dtype, memory_format=torch.contiguous_format)

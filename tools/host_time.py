@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""``python -m tools.host_time``: what a call costs on the host on its way to the Triton kernels.
+
+On a machine without a GPU, over a CUDA driver that does nothing (null_driver/libcuda.c): everything
+runs as for CUDA tensors, from the dispatcher to Triton's own launcher, but tensors are in the
+memory of the CPU and no kernel runs. Kernels are compiled for sm_90. What remains to be added on a
+GPU are the driver's launches and PyTorch's CUDA allocator.
+"""
+
+import argparse
+import cProfile
+import ctypes
+import os
+import pstats
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+_SOURCE = Path(__file__).parent / "null_driver" / "libcuda.c"
+_ARCH = 90
+
+
+def install_null_driver() -> None:
+    """Has Triton launch through the driver that does nothing. To be called before any launch."""
+    folder = Path(tempfile.mkdtemp(prefix="convnn-null-driver-"))
+    library = folder / "libcuda.so.1"
+    options = ("-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
+    subprocess.run(["cc", *options, str(_SOURCE), "-o", str(library)], check=True)
+    (folder / "libcuda.so").symlink_to(library)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    # Triton asks the loader for it by name, and gets the one that is loaded.
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime.driver import driver
+
+    class NullDriver(CudaDriver):
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", _ARCH, 32)
+
+    # What GPUDriver takes from torch.cuda.
+    with mock.patch.multiple("torch.cuda", is_available=lambda: True):
+        made = NullDriver()
+    made.get_device_capability = lambda device=0: divmod(_ARCH, 10)
+    made.get_current_device = lambda: 0
+    made.get_current_stream = lambda device: 0
+    driver.set_active(made)
+
+
+def take_cpu_tensors() -> None:
+    """Registers what runs for CUDA tensors for those of the CPU."""
+    from convnn_kernels import schemas
+    from convnn_kernels.backends import selection
+    from convnn_kernels.triton import hardware
+
+    vars(hardware).update(architecture=lambda X: _ARCH)
+    vars(selection).update(choose=lambda call: ("triton", "this program says so"))
+    warnings.filterwarnings("ignore", "Warning only once for all operators")
+    for op in schemas.OPERATORS.values():
+        schemas.LIBRARY.impl(op, selection.cuda_kernel(op), "CPU", allow_override=True)
+
+
+def measure(call: Callable[[], Any], rounds: int = 50, calls: int = 20) -> float:
+    """Microseconds of a call: the median of rounds, in time of this thread."""
+    call()
+    times = []
+    for _ in range(rounds):
+        begin = time.thread_time()
+        for _ in range(calls):
+            call()
+        times.append((time.thread_time() - begin) / calls)
+    return 1e6 * statistics.median(times)
+
+
+# Small, because PyTorch's own operations do run: queries, keys, and how neighbors are selected.
+_SHAPES = {"select_small": (32, 32), "select_groups": (32, 1100)}
+
+
+def _calls(N: int, M: int, weight: str) -> dict[str, Callable[[], Any]]:
+    """Forward without and with gradients, and backward."""
+    D, k, dtype = 32, 9, torch.bfloat16
+    inputs = [torch.randn(1, n, D, dtype=dtype, requires_grad=True) for n in (N, M, M)]
+    shape = (D, D, k) if weight == "dense" else (D, 1, k)
+    inputs.append(torch.randn(shape, dtype=dtype, requires_grad=True))
+    query, key, value, W = inputs
+
+    def forward() -> Any:
+        return torch.ops.convnn.forward(query, key, value, k, W)
+
+    output = forward()[0]
+    grad = torch.zeros_like(output)
+
+    def backward() -> Any:
+        return torch.autograd.grad(output, inputs, grad, retain_graph=True)
+
+    return {"forward, no_grad": torch.no_grad()(forward), "forward": forward, "backward": backward}
+
+
+def _profile(call: Callable[[], Any]) -> None:
+    with cProfile.Profile() as profile:
+        for _ in range(2000):
+            call()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(40)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.host_time", description=__doc__)
+    parser.add_argument("--profile", metavar="CALL", help="profile a call, such as backward")
+    options = parser.parse_args()
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "convnn-host-time"))
+    install_null_driver()
+    take_cpu_tensors()
+    torch.set_num_threads(1)
+    for strategy, (N, M) in _SHAPES.items():
+        for weight in ("depthwise", "dense"):
+            for name, call in _calls(N, M, weight).items():
+                print(f"{strategy:<14} {weight:<10} {name:<17} {measure(call):6.0f} us", flush=True)
+                if name == options.profile:
+                    _profile(call)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
