@@ -71,6 +71,7 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
     return Tensor(handle);
   }
+  void fill_with_zeros() const { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(handle_.get())); }
 
   const void* const_data_ptr() const {
     const void* data = nullptr;

@@ -9,14 +9,14 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/launch.h"
+#include "cpu/operators.h"
 #include "params.h"
 #ifdef WITH_CUDA
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 
-#include "cuda/launch.h"
+#include "cuda/operators.h"
 #endif
 
 namespace {

@@ -150,11 +150,11 @@ class Aggregate {
       for (int64_t r = 0; r < tiles * kTileRows; ++r) {
         A* to = scratch.gathered + r * stride;
         for (int64_t j = 0; j < slots; ++j, to += p.c) {
-          const int64_t place = (first + r) * p.k + slot + j;
-          if (r >= rows || is_missing(similarity_at(p, place))) {
+          const int64_t entry = (first + r) * p.k + slot + j;
+          if (r >= rows || is_missing(similarity_at(p, entry))) {
             for (int64_t c = 0; c < p.c; ++c) to[c] = 0;
           } else {
-            const T* v = value + p.indices[place] * p.c;
+            const T* v = value + p.indices[entry] * p.c;
             const double scale = scratch.rho[r * p.k + slot + j];
             for (int64_t c = 0; c < p.c; ++c) to[c] = A(scale * double(widen(v[c])));
           }

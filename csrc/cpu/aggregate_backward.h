@@ -42,17 +42,17 @@ class AggregateBackward {
   static constexpr int64_t kPanel = kTileColumns<A>;
 
   struct Scratch {
-    double* rho;       // [kBlockRows, k]
-    double* grad_rho;  // [kBlockRows, k]
-    int64_t* slots;    // dense: [k + 1] the first row of each slot in `product`
-    int64_t* queries;  // dense: [pair_rows] the query row of each row of `product`
-    int64_t* rows;     // dense: [pairs_per_task] the slot of each pair, then its row in `product`
-    int64_t* places;   // dense: [pairs_per_task] where each pair is in rho [n, k]
-    A* gathered;       // dense: [kBlockRows, padded_stride of o]
-    A* product;        // dense: [pair_rows, padded_channels]
-    A* outputs;        // dense: [kWeightRows, o padded to whole tiles]
-    A* channels;       // dense: [panels of kWeightChannels, kWeightRows, kPanel]
-    A* tiles;          // dense: [o padded to whole tiles, kPanel]
+    double* rho;         // [kBlockRows, k]
+    double* grad_rho;    // [kBlockRows, k]
+    int64_t* slots;      // dense: [k + 1] the first row of each slot in `product`
+    int64_t* queries;    // dense: [pair_rows] the query row of each row of `product`
+    int64_t* rows;       // dense: [pairs_per_task] the slot of each pair, then its row in `product`
+    int64_t* positions;  // dense: [pairs_per_task] where each pair is in rho [n, k]
+    A* gathered;         // dense: [kBlockRows, padded_stride of o]
+    A* product;          // dense: [pair_rows, padded_channels]
+    A* outputs;          // dense: [kWeightRows, o padded to whole tiles]
+    A* channels;         // dense: [panels of kWeightChannels, kWeightRows, kPanel]
+    A* tiles;            // dense: [o padded to whole tiles, kPanel]
     size_t bytes;
 
     Scratch(const AggregateParams& p, void* base) {
@@ -65,7 +65,7 @@ class AggregateBackward {
       slots = arena.take<int64_t>(dense * (p.k + 1));
       queries = arena.take<int64_t>(dense * pair_rows(p));
       rows = arena.take<int64_t>(dense * pairs_per_task(p));
-      places = arena.take<int64_t>(dense * pairs_per_task(p));
+      positions = arena.take<int64_t>(dense * pairs_per_task(p));
       gathered = arena.take<A>(dense * kBlockRows * padded_stride<A>(p.o));
       product = arena.take<A>(dense * pair_rows(p) * padded_channels(p));
       outputs = arena.take<A>(dense * padded_outputs * kWeightRows);
@@ -147,7 +147,7 @@ class AggregateBackward {
     }
   }
 
-  static void key_rows(const AggregateBackwardParams& p, const InverseNeighbors& inverse,
+  static void key_rows(const AggregateBackwardParams& p, const InverseList& inverse,
                        const void* packed_weight, const double* all_rho, int64_t begin, int64_t end,
                        void* base) {
     const AggregateParams& f = p.forward;
@@ -158,7 +158,7 @@ class AggregateBackward {
       const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
       const int64_t rows = min_of(kBlockRows, f.m - first_row);
       const Chosen chosen = {inverse.offsets + b * (f.m + 1) + first_row,
-                             inverse.places + b * f.n * f.k, all_rho + b * f.n * f.k,
+                             inverse.pairs + b * f.n * f.k, all_rho + b * f.n * f.k,
                              static_cast<const T*>(p.grad_output) + b * f.n * f.o};
       T* grad_value = static_cast<T*>(p.grad_value) + (b * f.m + first_row) * f.c;
       for (int64_t r = 0; r < rows; ++r) {
@@ -171,7 +171,7 @@ class AggregateBackward {
     return max_of(1, ceil_div(p.forward.n * p.forward.k, pairs_per_task(p.forward)));
   }
 
-  static void pairs(const AggregateBackwardParams& p, const InverseNeighbors& inverse,
+  static void pairs(const AggregateBackwardParams& p, const InverseList& inverse,
                     const void* packed_weight, const double* rho, double* grad_rho, double* cuts,
                     int64_t begin, int64_t end, void* base) {
     const AggregateParams& f = p.forward;
@@ -189,7 +189,7 @@ class AggregateBackward {
     }
   }
 
-  static void cut_keys(const AggregateBackwardParams& p, const InverseNeighbors& inverse,
+  static void cut_keys(const AggregateBackwardParams& p, const InverseList& inverse,
                        const double* cuts, int64_t begin, int64_t end) {
     const AggregateParams& f = p.forward;
     const int64_t tasks = pair_tasks(p);
@@ -286,7 +286,7 @@ class AggregateBackward {
   // Of a block of key rows of one batch element: who chose them, and with what.
   struct Chosen {
     const int64_t* offsets;  // [rows + 1]
-    const int64_t* places;   // [n * k] slot * n + query row
+    const int64_t* pairs;    // [n * k] slot * n + query row
     const double* rho;       // [n, k]
     const T* grad_output;    // [n, o]
   };
@@ -316,7 +316,7 @@ class AggregateBackward {
       const int64_t channels = min_of(kChannels, f.c - first);
       double sum[kChannels] = {};
       for (int64_t at = chosen.offsets[r]; at < chosen.offsets[r + 1]; ++at) {
-        const int64_t slot = chosen.places[at] / f.n, i = chosen.places[at] % f.n;
+        const int64_t slot = chosen.pairs[at] / f.n, i = chosen.pairs[at] % f.n;
         const double scale = chosen.rho[i * f.k + slot];
         const T* g = chosen.grad_output + i * f.o + first;
         if (weight) {
@@ -334,7 +334,7 @@ class AggregateBackward {
   // Some pairs of one batch element, consecutive in the order of the keys that they chose.
   struct Pairs {
     const int64_t* offsets;  // [m + 1] the first pair of each key
-    const int64_t* places;   // [offsets[m]] slot * n + query row
+    const int64_t* numbers;  // [offsets[m]] slot * n + query row
     int64_t first, last;     // from `first` to before `last`
     bool to_the_end;         // whether these are the last of all; keys without pairs may follow
 
@@ -343,18 +343,17 @@ class AggregateBackward {
 
   // How many tasks of `pairs` a batch element has, some of whose neighbors may be missing. One
   // without any has a task for its keys.
-  static int64_t tasks_with_pairs(const AggregateParams& f, const InverseNeighbors& inverse,
-                                  int64_t b) {
+  static int64_t tasks_with_pairs(const AggregateParams& f, const InverseList& inverse, int64_t b) {
     return max_of(1, ceil_div(inverse.offsets[b * (f.m + 1) + f.m], pairs_per_task(f)));
   }
 
   // The pairs of one of these tasks.
-  static Pairs pairs_of(const AggregateParams& f, const InverseNeighbors& inverse, int64_t b,
+  static Pairs pairs_of(const AggregateParams& f, const InverseList& inverse, int64_t b,
                         int64_t task) {
     const int64_t* offsets = inverse.offsets + b * (f.m + 1);
     const int64_t size = pairs_per_task(f), count = offsets[f.m];
     const int64_t first = task * size;
-    return {offsets, inverse.places + b * f.n * f.k, first, min_of(first + size, count),
+    return {offsets, inverse.pairs + b * f.n * f.k, first, min_of(first + size, count),
             first + size >= count};
   }
 
@@ -374,9 +373,9 @@ class AggregateBackward {
     const int64_t count = pairs.last - pairs.first;
     std::fill_n(scratch.slots, f.k + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t slot = pairs.places[pairs.first + i] / f.n;
-      const int64_t query = pairs.places[pairs.first + i] % f.n;
-      scratch.places[i] = query * f.k + slot;
+      const int64_t slot = pairs.numbers[pairs.first + i] / f.n;
+      const int64_t query = pairs.numbers[pairs.first + i] % f.n;
+      scratch.positions[i] = query * f.k + slot;
       scratch.rows[i] = slot;
       ++scratch.slots[slot];
     }
@@ -390,7 +389,7 @@ class AggregateBackward {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = scratch.rows[i];
       scratch.rows[i] = scratch.slots[slot]++;
-      scratch.queries[scratch.rows[i]] = pairs.places[pairs.first + i] - slot * f.n;
+      scratch.queries[scratch.rows[i]] = pairs.numbers[pairs.first + i] - slot * f.n;
     }
 
     const T* grad_output = static_cast<const T*>(p.grad_output) + b * f.n * f.o;
@@ -426,19 +425,19 @@ class AggregateBackward {
     const bool from_before = pairs.offsets[key] < pairs.first;
     const bool whole = !from_before && pairs.offsets[key + 1] <= pairs.last;
     for (int64_t i = first - pairs.first; grad_rho && i < last - pairs.first; ++i) {
-      grad_rho[b * f.n * f.k + scratch.places[i]] = 0;
+      grad_rho[b * f.n * f.k + scratch.positions[i]] = 0;
     }
     for (int64_t c = 0; c < f.c; c += kChannels) {
       const int64_t channels = min_of(kChannels, f.c - c);
       double sum[kChannels] = {};
       for (int64_t i = first - pairs.first; i < last - pairs.first; ++i) {
-        const int64_t place = b * f.n * f.k + scratch.places[i];
+        const int64_t entry = b * f.n * f.k + scratch.positions[i];
         const A* x = scratch.product + scratch.rows[i] * padded_channels(f) + c;
         if (p.grad_value) {
-          const double scale = rho[place];
+          const double scale = rho[entry];
           add_channels(sum, channels, [&](int64_t j) { return scale * double(x[j]); });
         }
-        if (grad_rho) grad_rho[place] += dot(x, v + c, channels);
+        if (grad_rho) grad_rho[entry] += dot(x, v + c, channels);
       }
       if (!p.grad_value) continue;
       if (whole) {
@@ -475,11 +474,11 @@ class AggregateBackward {
     const int64_t channels = min_of(kChannels, f.c - first);
     double total[kChannels] = {};
     sum_rows(first_row, last_row, total, [&](int64_t row, double* sum) {
-      const int64_t place = row * f.k + slot;
-      if (is_missing(similarity_at(f, place))) return;
+      const int64_t entry = row * f.k + slot;
+      if (is_missing(similarity_at(f, entry))) return;
       const T* g = static_cast<const T*>(p.grad_output) + row * f.o + first;
-      const T* v = value_row(f, row, place) + first;
-      const double scale = rho[place];
+      const T* v = value_row(f, row, entry) + first;
+      const double scale = rho[entry];
       for (int64_t c = 0; c < channels; ++c) {
         sum[c] += scale * double(widen(g[c])) * double(widen(v[c]));
       }
@@ -487,9 +486,9 @@ class AggregateBackward {
     std::copy_n(total, channels, to);
   }
 
-  // The row of value that the query row `row` of the flattened batch has at `place`.
-  static const T* value_row(const AggregateParams& f, int64_t row, int64_t place) {
-    return static_cast<const T*>(f.value) + (row / f.n * f.m + f.indices[place]) * f.c;
+  // The row of value that the query row `row` of the flattened batch has at `entry`.
+  static const T* value_row(const AggregateParams& f, int64_t row, int64_t entry) {
+    return static_cast<const T*>(f.value) + (row / f.n * f.m + f.indices[entry]) * f.c;
   }
 
   // The part of some rows in grad_weight at one slot, kWeightChannels channels from `first` on, to
@@ -536,13 +535,13 @@ class AggregateBackward {
                               int64_t row, int64_t depth, int64_t first, int64_t channels,
                               A* packed) {
     for (int64_t t = 0; t < depth; ++t) {
-      const int64_t place = (row + t) * f.k + slot;
-      const bool missing = is_missing(similarity_at(f, place));
-      const T* v = missing ? nullptr : value_row(f, row + t, place) + first;
+      const int64_t entry = (row + t) * f.k + slot;
+      const bool missing = is_missing(similarity_at(f, entry));
+      const T* v = missing ? nullptr : value_row(f, row + t, entry) + first;
       for (int64_t panel = 0; panel < channels; panel += kPanel) {
         A* to = packed + panel * depth + t * kPanel;
         const int64_t given = missing ? 0 : min_of(kPanel, channels - panel);
-        const double scale = rho[place];
+        const double scale = rho[entry];
         for (int64_t c = 0; c < given; ++c) to[c] = A(scale * double(widen(v[panel + c])));
         for (int64_t c = given; c < kPanel; ++c) to[c] = 0;
       }

@@ -17,7 +17,7 @@
 #include <algorithm>
 
 #include "../params.h"
-#include "tile.h"
+#include "register_tile.h"
 
 namespace convnn::CONVNN_ISA {
 
@@ -138,9 +138,9 @@ class BestColumns {
         consider(row[c], first + c);
       }
     } else {
-      int32_t places[kChunk + kLanes<A>];
-      const int64_t listed = list(row, columns, bound_, too_late(first), places);
-      for (int64_t i = 0; i < listed; ++i) consider(row[places[i]], first + places[i]);
+      int32_t positions[kChunk + kLanes<A>];
+      const int64_t listed = list(row, columns, bound_, too_late(first), positions);
+      for (int64_t i = 0; i < listed; ++i) consider(row[positions[i]], first + positions[i]);
     }
     end_chunk();
   }
@@ -149,17 +149,17 @@ class BestColumns {
   // similarities of kLanes columns.
   template <class Exact>
   void collect_screened(const A* row, int64_t first, int64_t columns, const Exact& exact) {
-    int32_t places[kChunk + kLanes<A>];
-    const int64_t listed = list(row, columns, bound_ - error_, false, places);
+    int32_t positions[kChunk + kLanes<A>];
+    const int64_t listed = list(row, columns, bound_ - error_, false, positions);
     for (int64_t i = 0; i < listed; ++i) {
-      const int64_t column = first + places[i];
+      const int64_t column = first + positions[i];
       if (column == excluded_) continue;
       if (count_ == capacity_) {
         keep_best();
         if (count_ > capacity_ - capacity_ / 4) resolve(exact);
       }
       slack_ = 2 * error_ > slack_ ? 2 * error_ : slack_;
-      ranks_[count_++] = Rank<A>(row[places[i]] - error_, column);
+      ranks_[count_++] = Rank<A>(row[positions[i]] - error_, column);
     }
     end_chunk();
   }
@@ -221,7 +221,7 @@ class BestColumns {
   }
 
   // The columns of the surveyed row that reach the bound, or exceed it, ascending; how many.
-  int64_t list(const A* row, int64_t columns, A bound, bool exceed, int32_t* places) const {
+  int64_t list(const A* row, int64_t columns, A bound, bool exceed, int32_t* positions) const {
     const V bounds = V{} + bound;
     const auto bits_of = [&](V x) {
       return lane_bits(exceed ? as_mask(x > bounds) : as_mask(x >= bounds));
@@ -230,11 +230,11 @@ class BestColumns {
     for (int64_t block = 0; block < blocks_; ++block) {
       if (bits_of(group_max_[block]) == 0) continue;
       for (int64_t v = 0; v < kScanVectors; ++v) {
-        const int64_t place = block * kScanColumns<A> + v * kLanes<A>;
-        count += list_lanes<A>(bits_of(load(row + place)), int32_t(place), places + count);
+        const int64_t position = block * kScanColumns<A> + v * kLanes<A>;
+        count += list_lanes<A>(bits_of(load(row + position)), int32_t(position), positions + count);
       }
     }
-    while (count > 0 && places[count - 1] >= columns) --count;
+    while (count > 0 && positions[count - 1] >= columns) --count;
     return count;
   }
 

@@ -8,7 +8,7 @@
 namespace convnn::CONVNN_ISA {
 
 #if defined(__AMX_BF16__)
-bool tiles_multiply() { return TileScreen::multiplies(); }
+bool multiplies_correctly() { return AmxScreen::multiplies_correctly(); }
 #endif
 
 #define CONVNN_STRING(x) #x

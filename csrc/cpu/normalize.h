@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "../params.h"
-#include "tile.h"
+#include "register_tile.h"
 
 namespace convnn::CONVNN_ISA {
 

@@ -46,31 +46,31 @@ class SelectBackward {
       const T* q = static_cast<const T*>(p.query) + row * p.d;
       bool in_pairs = false;
       clear(sum, p.d);
-      for (int64_t place = row * p.k; place < (row + 1) * p.k; ++place) {
-        if (missing(p, place)) continue;
+      for (int64_t entry = row * p.k; entry < (row + 1) * p.k; ++entry) {
+        if (missing(p, entry)) continue;
         in_pairs = true;
-        const int64_t key_row = first_key + p.indices[place];
+        const int64_t key_row = first_key + p.indices[entry];
         const T* k = static_cast<const T*>(p.key) + key_row * p.d;
-        add(p.metric, sum, grads[place], k, q, key_norms, key_row, p.d);
+        add(p.metric, sum, grads[entry], k, q, key_norms, key_row, p.d);
       }
       finish(p.metric, in_pairs, sum, q, query_norms, row, p.d,
              static_cast<T*>(p.grad_query) + row * p.d);
     }
   }
 
-  static void key_rows(const SelectBackwardParams& p, const InverseNeighbors& inverse,
+  static void key_rows(const SelectBackwardParams& p, const InverseList& inverse,
                        const double* query_norms, const double* key_norms, int64_t begin,
                        int64_t end, void* scratch) {
     double* sum = static_cast<double*>(scratch);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.m;
       const int64_t* offsets = inverse.offsets + b * (p.m + 1) + row % p.m;
-      const int64_t* places = inverse.places + b * p.n * p.k;
+      const int64_t* pairs = inverse.pairs + b * p.n * p.k;
       const A* grads = static_cast<const A*>(p.grad_similarities) + b * p.n * p.k;
       const T* k = static_cast<const T*>(p.key) + row * p.d;
       clear(sum, p.d);
       for (int64_t at = offsets[0]; at < offsets[1]; ++at) {
-        const int64_t slot = places[at] / p.n, i = places[at] % p.n;
+        const int64_t slot = pairs[at] / p.n, i = pairs[at] % p.n;
         const int64_t query_row = b * p.n + i;
         const T* q = static_cast<const T*>(p.query) + query_row * p.d;
         add(p.metric, sum, grads[i * p.k + slot], q, k, query_norms, query_row, p.d);
@@ -91,8 +91,8 @@ class SelectBackward {
     for (int64_t t = 0; t < d; ++t) sum[t] = 0;
   }
 
-  static bool missing(const SelectBackwardParams& p, int64_t place) {
-    return is_missing(static_cast<const A*>(p.similarities)[place]);
+  static bool missing(const SelectBackwardParams& p, int64_t entry) {
+    return is_missing(static_cast<const A*>(p.similarities)[entry]);
   }
 
   // Adds what the pair (own, other) gives to the gradient of `own`, before finish().

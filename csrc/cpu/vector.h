@@ -107,7 +107,7 @@ inline void store(A* to, Vector<A> x) {
 }
 
 // One step of `transpose`: of two rows that are Step apart, the lanes that differ in the bit Step
-// change places. J: 0 ... kLanes - 1.
+// trade places. J: 0 ... kLanes - 1.
 template <class A, int Step, int... J>
 inline void exchange(Vector<A>& upper, Vector<A>& lower, std::integer_sequence<int, J...>) {
   const Vector<A> first = upper, second = lower;
@@ -121,7 +121,7 @@ inline void exchange(Vector<A>& upper, Vector<A>& lower, std::integer_sequence<i
 #endif
 }
 
-// Lane j of row i and lane i of row j change places.
+// Lane j of row i and lane i of row j trade places.
 template <class A, int Step = 1>
 inline void transpose(Vector<A> (&rows)[kLanes<A>]) {
   if constexpr (Step < kLanes<A>) {
@@ -165,8 +165,8 @@ inline int64_t list_lanes(uint32_t bits, int32_t first, int32_t* to) {
 #if defined(__AVX512F__)
   if constexpr (kLanes<A> == 16) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), places));
+    const __m512i positions = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), positions));
     return __builtin_popcount(bits);
   }
 #endif

@@ -6,14 +6,14 @@
 //   no weight  y_i[c] = b[c] + sum_j rho_ij V[I_ij, c]
 //
 // Dense: a block has 64 queries (of any batch elements) and 64 outputs. For each j it gathers the
-// 64 rows of V and multiplies them with W_j in the tile of tile.cuh; rho is applied to that
+// 64 rows of V and multiplies them with W_j in the tile of matmul_tile.cuh; rho is applied to that
 // product, so rows go from memory to the matrix instruction as they are. Where that is not finite,
 // the output is computed again with rho before the product. X_nn [n, k, c] is nowhere stored.
 // Depthwise or no weight: a thread has one output at a time.
 #pragma once
 
+#include "matmul_tile.cuh"
 #include "neighbors.cuh"
-#include "tile.cuh"
 
 namespace convnn::cuda {
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "aggregate_backward.cuh"
 
+#include "backward.h"
 #include "modulate.cuh"
 
 namespace convnn::cuda {
@@ -31,7 +32,8 @@ void in_parts(AggregateBackwardWork<T> w, void* result, int64_t size, Context& c
 }
 
 template <class T>
-void aggregate_backward_as(const AggregateBackwardParams& p, Context& context) {
+void aggregate_backward_as(const AggregateBackwardParams& p, const InverseList& inverse,
+                           Context& context) {
   using A = Accumulate<T>;
   const AggregateParams& f = p.forward;
   const bool dense = f.convolution == Convolution::dense;
@@ -63,8 +65,7 @@ void aggregate_backward_as(const AggregateBackwardParams& p, Context& context) {
            0, context, f, w.forward.rho, static_cast<const A*>(w.grad_rho), p.grad_similarities);
   }
   if (p.grad_value) {
-    w.inverse =
-        invert(f.batch, f.n, f.m, f.k, f.indices, f.similarities, f.similarity_dtype, f.o, context);
+    w.inverse = in_chunks(inverse, f.o);
     w.chunk_sums = allocate<A>(context, w.inverse.chunks * f.o);
     launch("value_chunks_kernel", value_chunks_kernel<T>, std::min(w.inverse.chunks, kMostBlocks),
            kThreads * sizeof(A), context, w);
@@ -100,8 +101,16 @@ void aggregate_backward_as(const AggregateBackwardParams& p, Context& context) {
 
 }  // namespace
 
+void aggregate_backward(const AggregateBackwardParams& p, const InverseList& inverse,
+                        Context& context) {
+  with_type(p.forward.dtype,
+            [&](auto t) { aggregate_backward_as<decltype(t)>(p, inverse, context); });
+}
+
 void aggregate_backward(const AggregateBackwardParams& p, Context& context) {
-  with_type(p.forward.dtype, [&](auto t) { aggregate_backward_as<decltype(t)>(p, context); });
+  InverseList inverse = {};
+  if (p.grad_value) inverse = invert(p.forward, context);
+  aggregate_backward(p, inverse, context);
 }
 
 }  // namespace convnn::cuda

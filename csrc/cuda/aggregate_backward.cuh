@@ -28,7 +28,7 @@ struct AggregateBackwardWork {
   using A = Accumulate<T>;
 
   AggregateWork<T> forward;
-  InverseNeighbors inverse;
+  InverseList inverse;
   A* chunk_sums;                  // [chunks, o] sums over pairs of rho G, or of rho G W
   A* grad_rho;                    // [batch, n, k]
   A* parts;                       // [parts, elements of a weight or bias]

@@ -21,7 +21,7 @@
 #include <string>
 #include <type_traits>
 
-#include "launch.h"
+#include "operators.h"
 
 namespace convnn::cuda {
 

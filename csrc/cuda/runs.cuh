@@ -9,7 +9,7 @@
 #pragma once
 
 #include "device.cuh"
-#include "sort.h"
+#include "inverse_list.h"
 
 namespace convnn::cuda {
 
@@ -19,16 +19,16 @@ struct Run {
 };
 
 // The run of pairs at places first <= at < last.
-__device__ inline Run run_between(const InverseNeighbors& list, int64_t first, int64_t last) {
+__device__ inline Run run_between(const InverseList& list, int64_t first, int64_t last) {
   const int64_t begin = (first + list.chunk - 1) / list.chunk, end = last / list.chunk;
   return {first, last, begin, begin < end ? end - begin : 0};
 }
 // All pairs of one chunk, one by one.
-__device__ inline Run run_of_chunk(const InverseNeighbors& list, int64_t chunk) {
+__device__ inline Run run_of_chunk(const InverseList& list, int64_t chunk) {
   return {chunk * list.chunk, (chunk + 1) * list.chunk, 0, 0};
 }
 // The row that all pairs of a chunk chose, or -1: there is none.
-__device__ inline int64_t row_of_chunk(const InverseNeighbors& list, int64_t chunk) {
+__device__ inline int64_t row_of_chunk(const InverseList& list, int64_t chunk) {
   const Run run = run_of_chunk(list, chunk);
   const int64_t row = list.rows[list.pairs[run.first]];
   return row < list.row_count && row == list.rows[list.pairs[run.last - 1]] ? row : -1;
@@ -37,7 +37,7 @@ __device__ inline int64_t row_of_chunk(const InverseNeighbors& list, int64_t chu
 // Calls of_pair(pair) for the pairs of a run that are in no chunk within it, and of_chunk(chunk)
 // for those chunks: every workers-th of each, from `worker`.
 template <class OfPair, class OfChunk>
-__device__ inline void for_each_term(const InverseNeighbors& list, const Run& run, int worker,
+__device__ inline void for_each_term(const InverseList& list, const Run& run, int worker,
                                      int workers, const OfPair& of_pair, const OfChunk& of_chunk) {
   const int64_t before_chunks = run.first_chunk * list.chunk - run.first;
   const int64_t in_chunks = run.chunks * list.chunk;

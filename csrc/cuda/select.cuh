@@ -5,28 +5,29 @@
 // into groups of 8 to 64 consecutive ones:
 //
 // 1. scale_rows_kernel (cosine only): the norm of each row; a warp has a row.
-// 2. sweep_kernel: tiles of S, of which only the maximum of each group is stored. A block has 64
+// 2. group_maxima_kernel: tiles of S, of which only the maximum of each group is stored. A block
+// has 64
 //    rows and a range of columns; the tile of S stays in registers.
-// 3. nominate_kernel: the k groups of each query with the largest maxima, ties by group. A warp
+// 3. top_groups_kernel: the k groups of each query with the largest maxima, ties by group. A warp
 //    has a row, and its list in shared memory.
-// 4. refine_kernel: the similarities of the members of those groups, each one fixed sum over D,
+// 4. exact_topk_kernel: the similarities of the members of those groups, each one fixed sum over D,
 //    and the k largest of them. A warp has a row; a lane computes one similarity at a time.
 //
 // Every neighbor is a member of one of the k groups: a group ranked before the neighbor's own
 // holds, by its maximum or at a tie by its lower columns, a key that precedes the neighbor, and
 // fewer than k do. Ties and constant rows need no special path. For float32 the sweep's products
 // are split, so this holds up to their rounding, which is within what the certificate of a
-// selection allows; sums that are exact stay so under the conditions of tile.cuh. A float32 sum
-// that is not finite in the sweep is taken again as the last step takes it.
+// selection allows; sums that are exact stay so under the conditions of matmul_tile.cuh. A float32
+// sum that is not finite in the sweep is taken again as the last step takes it.
 //
-// With few columns and for float64, steps 2 and 3 are left out and refine_kernel takes all
+// With few columns and for float64, steps 2 and 3 are left out and exact_topk_kernel takes all
 // columns. It does so for k beyond the longest list, too, which it fills several times: each time
 // with the keys that follow the last one given out.
 #pragma once
 
+#include "matmul_tile.cuh"
 #include "normalize.cuh"
 #include "order.cuh"
-#include "tile.cuh"
 
 namespace convnn::cuda {
 
@@ -47,11 +48,11 @@ struct SelectWork {
   int64_t group;     // columns in a group, or 0: no groups
   int log_group;     // group = 2^log_group
   int64_t groups;    // ceil(columns / group)
-  bool plainly;      // sweep without the matrix instruction
+  bool without_mma;  // sweep without the matrix instruction
   int64_t splits;    // blocks of the sweep beside each other in a row of tiles
   int64_t first;     // the first block of 64 rows of this launch; they do not cross batch elements
   uint32_t* maxima;  // [blocks * 64, groups] order_of() the maximum, kNothing of an empty group
-  uint32_t* nominees;  // [blocks * 64, k] groups, kNoGroup where there is none
+  uint32_t* top_groups;  // [blocks * 64, k] groups, kNoGroup where there is none
 };
 constexpr uint32_t kNoGroup = 0xFFFFFFFFu;
 
@@ -128,7 +129,7 @@ __device__ inline Accumulate<T> raw_similarity(Metric metric, const T* q, const 
 // Maxima of the groups of S for 64 rows and every splits-th tile of 64 columns. A maximum decides
 // only which groups are looked at; 1 / ||q|| is applied to it rather than to S.
 template <class T>
-__global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) {
+__global__ __launch_bounds__(kThreads) void group_maxima_kernel(const SelectWork<T> w) {
   static_assert(!std::is_same_v<T, double>);
   T* tile_a = reinterpret_cast<T*>(shared_memory());
   T* tile_b = tile_a + kTileElements<T>;
@@ -155,12 +156,12 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
       load_tile(tile_a, q, d, p.d);
       load_tile(tile_b, k, d, p.d);
       __syncthreads();
-      if (!w.plainly) {
+      if (!w.without_mma) {
         multiply_tile(tile_a, tile_b, s);
       } else if (p.metric == Metric::euclidean) {
-        multiply_tile_plainly<true>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
+        multiply_tile_without_mma<true>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
       } else {
-        multiply_tile_plainly<false>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
+        multiply_tile_without_mma<false>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
       }
       __syncthreads();
     }
@@ -181,8 +182,8 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
           const int column = tile_column(n, e);
           float x = s.value[n][2 * h + e];
           if constexpr (std::is_same_v<T, float>) {
-            // What is not finite depends on the order of a sum: refine_kernel's decides. Sums of
-            // scaled rows are finite unless a row is not, and then its factor is NaN.
+            // What is not finite depends on the order of a sum: exact_topk_kernel's decides. Sums
+            // of scaled rows are finite unless a row is not, and then its factor is NaN.
             if (!cosine && !isfinite(x) && exists && allowed[column]) {
               x = raw_similarity<true>(p.metric, w.query + row * p.d,
                                        keys + key_row(w, at.batch, tile * kTile + column) * p.d,
@@ -209,7 +210,7 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
 
 // The groups with the largest maxima of each row.
 template <class T>
-__global__ __launch_bounds__(kThreads) void nominate_kernel(const SelectWork<T> w) {
+__global__ __launch_bounds__(kThreads) void top_groups_kernel(const SelectWork<T> w) {
   const int64_t local = grid_warp();
   const QueryRow at = query_row(w, local);
   if (at.row >= w.p.n) return;
@@ -225,17 +226,18 @@ __global__ __launch_bounds__(kThreads) void nominate_kernel(const SelectWork<T> 
   list.finish();
   for (int i = lane(); i < k; i += kWarp) {
     const NarrowKey key = list[i];
-    w.nominees[local * k + i] = is_nothing<float>(key) ? kNoGroup : uint32_t(index_of<float>(key));
+    w.top_groups[local * k + i] =
+        is_nothing<float>(key) ? kNoGroup : uint32_t(index_of<float>(key));
   }
 }
 
-// What a lane of refine_kernel looks at.
+// What a lane of exact_topk_kernel looks at.
 template <class T>
-class RefinedRow {
+class ScoredRow {
   using A = Accumulate<T>;
 
  public:
-  __device__ RefinedRow(const SelectWork<T>& w, QueryRow at, int64_t local)
+  __device__ ScoredRow(const SelectWork<T>& w, QueryRow at, int64_t local)
       : w_(w), at_(at), local_(local), own_(-1), own_similarity_(0) {
     if (w.p.self_indices) own_ = w.p.self_indices[at.row];
     if (own_ < 0 || own_ >= w.p.m) own_ = -1;
@@ -254,7 +256,7 @@ class RefinedRow {
     int64_t column = member;
     if (w_.group) {
       if (member >= members()) return -1;
-      const uint32_t group = w_.nominees[local_ * w_.p.k + (member >> w_.log_group)];
+      const uint32_t group = w_.top_groups[local_ * w_.p.k + (member >> w_.log_group)];
       if (group == kNoGroup) return -1;
       column = group * w_.group + (member & (w_.group - 1));
     }
@@ -285,7 +287,7 @@ class RefinedRow {
 
 // The neighbors of each row, from the nominated groups or from all columns.
 template <class T>
-__global__ __launch_bounds__(kThreads, 4) void refine_kernel(const SelectWork<T> w) {
+__global__ __launch_bounds__(kThreads, 4) void exact_topk_kernel(const SelectWork<T> w) {
   using A = Accumulate<T>;
   const SelectParams& p = w.p;
   const int64_t local = grid_warp();
@@ -293,7 +295,7 @@ __global__ __launch_bounds__(kThreads, 4) void refine_kernel(const SelectWork<T>
   if (at.row >= p.n) return;
   const int longest = int(min(p.k, int64_t(kLongestList)));
   NearestList<A> list(shared_memory() + warp() * NearestList<A>::bytes(longest), longest);
-  const RefinedRow<T> row(w, at, local);
+  const ScoredRow<T> row(w, at, local);
   A* similarities = static_cast<A*>(p.similarities) + (at.batch * p.n + at.row) * p.k;
   int64_t* indices = p.indices + (at.batch * p.n + at.row) * p.k;
   const bool by_index = p.order == Order::index;

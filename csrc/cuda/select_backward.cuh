@@ -25,7 +25,7 @@ struct SelectBackwardWork {
 
   SelectBackwardParams p;
   Norms<A> query_norms, key_norms;
-  InverseNeighbors inverse;
+  InverseList inverse;
   A* chunk_sums;  // [chunks, d + 1]: as KeySums, `along` in the last column
 
   // What the pair (own, other) at `place` gives to the gradient of `own`.

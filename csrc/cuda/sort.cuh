@@ -5,14 +5,15 @@
 //    comes up in the run.
 // 2. sum_counts_kernel: a block for each digit turns these counts into the number of positions
 //    with that digit in the blocks before.
-// 3. place_kernel: every position goes to its place. Lanes of a warp with one digit take places in
+// 3. scatter_kernel: every position goes to its place. Lanes of a warp with one digit take places
+// in
 //    order; a warp knows from the counts of its block where it begins.
 //
 // Counts of a warp are in shared memory, and each is written by one lane at a time: nothing is
 // atomic.
 #pragma once
 
-#include "neighbors.cuh"
+#include "device.cuh"
 #include "sort.h"
 
 namespace convnn::cuda {
@@ -93,7 +94,7 @@ static __global__ __launch_bounds__(kThreads) void sum_counts_kernel(const SortP
   }
 }
 
-static __global__ __launch_bounds__(kThreads) void place_kernel(const SortPass p) {
+static __global__ __launch_bounds__(kThreads) void scatter_kernel(const SortPass p) {
   const int* counts = count_digits(p);
   // [kWarps, kDigits]: where the next position of a warp with a digit goes.
   int64_t* places = reinterpret_cast<int64_t*>(shared_memory() + kWarps * kDigits * sizeof(int));
@@ -137,41 +138,6 @@ static __global__ __launch_bounds__(kThreads) void gather_kernel(
     int64_t* result,           // [count]
     int64_t count) {
   for (int64_t i = grid_thread(); i < count; i += grid_threads()) result[i] = values[positions[i]];
-}
-
-// The row of key, among those of all batch elements, that each pair chose; batch * m where none.
-static __global__ __launch_bounds__(kThreads) void chosen_rows_kernel(
-    const int64_t* indices,    // [batch, n, k]
-    const void* similarities,  // [batch, n, k]
-    DType similarity_dtype,
-    int64_t* rows,  // [batch, k, n]
-    int64_t batch, int64_t n, int64_t m, int64_t k) {
-  for (int64_t pair = grid_thread(); pair < batch * k * n; pair += grid_threads()) {
-    const int64_t b = pair / n / k, slot = pair / n % k, i = pair % n;
-    const int64_t place = (b * n + i) * k + slot;
-    const bool missing = is_missing(similarities, similarity_dtype, indices, place, m);
-    rows[pair] = missing ? batch * m : b * m + indices[place];
-  }
-}
-
-// Where the pairs of each row begin: the first place whose row is not lower.
-static __global__ __launch_bounds__(kThreads) void offsets_kernel(
-    const int64_t* rows,   // [count] by pair
-    const int64_t* pairs,  // [count] sorted by row
-    int64_t* offsets,      // [limit + 1]
-    int64_t count, int64_t limit) {
-  for (int64_t row = grid_thread(); row <= limit; row += grid_threads()) {
-    int64_t low = 0, high = count;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (rows[pairs[middle]] < row) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    offsets[row] = low;
-  }
 }
 
 }  // namespace convnn::cuda

@@ -314,7 +314,9 @@ void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t
          const std::function<void()>& body) {
   if (threads % kWarp != 0) std::abort();
   machine.kernel = name;
-  size_t& most_shared_bytes = machine.launched[{address, name}];
+  Launches& launches = machine.launched[{address, name}];
+  ++launches.count;
+  size_t& most_shared_bytes = launches.most_shared_bytes;
   most_shared_bytes = std::max(most_shared_bytes, shared_bytes);
   machine.body = &body;
   machine.threads = threads;

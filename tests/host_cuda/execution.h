@@ -38,8 +38,12 @@ struct Site {
 };
 
 void seed(uint64_t value);
-// The kernels that ran, by address and name, with the most shared memory that a launch of each had.
-using Launched = std::map<std::pair<intptr_t, std::string>, size_t>;
+// The kernels that ran, by address and name.
+struct Launches {
+  int64_t count = 0;
+  size_t most_shared_bytes = 0;
+};
+using Launched = std::map<std::pair<intptr_t, std::string>, Launches>;
 const Launched& launched();
 void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t shared_bytes,
          const std::function<void()>& body);

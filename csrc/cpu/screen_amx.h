@@ -14,7 +14,7 @@
 
 namespace convnn::CONVNN_ISA {
 
-struct TileScreen {
+struct AmxScreen {
   static constexpr int kRows = 16;       // of a tile
   static constexpr int kBytes = 64;      // of a row of a tile
   static constexpr int kColumns = 16;    // of a tile of sums
@@ -30,7 +30,7 @@ struct TileScreen {
   // x [d], null for zeros, as row [d] in float32, to words [words(d)].
   static Rounded round(const bfloat16* x, const float* row, int64_t d, Metric metric,
                        uint32_t* words) {
-    std::memset(words, 0, size_t(TileScreen::words(d)) * sizeof *words);
+    std::memset(words, 0, size_t(AmxScreen::words(d)) * sizeof *words);
     if (!x) return {{}, 0};
     const double norm = std::sqrt(dot(x, x, d));
     if (!(norm < kLargestNorm)) return {kNoBound, 0};
@@ -123,7 +123,7 @@ struct TileScreen {
   }
 
   // Whether this processor multiplies a block of whole numbers as it should.
-  static bool multiplies() {
+  static bool multiplies_correctly() {
     constexpr int64_t kDepth = 70;
     constexpr int64_t kPanel = kTileColumns<float>;
     const int64_t count = words(kDepth);

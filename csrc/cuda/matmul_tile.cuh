@@ -184,7 +184,8 @@ __device__ inline void multiply_tile(const float* a, const float* b, TileValues<
 // The sum over d < depth <= kDepth of a_d b_d, or of -(a_d - b_d)^2, by plain arithmetic. Elements
 // of C are summed apart and then added, so that runs are short.
 template <bool kDifferences, class T, class A>
-__device__ inline void multiply_tile_plainly(const T* a, const T* b, int depth, TileValues<A>& c) {
+__device__ inline void multiply_tile_without_mma(const T* a, const T* b, int depth,
+                                                 TileValues<A>& c) {
   const T* rows = a + tile_row(0) * kTileStride<T>;
   TileValues<A> run;
   // float64 has digits to spare, and registers only for one.
@@ -216,7 +217,7 @@ __device__ inline void multiply_tile_plainly(const T* a, const T* b, int depth, 
 }
 
 __device__ inline void multiply_tile(const double* a, const double* b, TileValues<double>& c) {
-  multiply_tile_plainly<false>(a, b, kDepth, c);
+  multiply_tile_without_mma<false>(a, b, kDepth, c);
 }
 
 // With fewer terms in a sum, what the split of float32 leaves out would be more than the rounding
@@ -228,7 +229,7 @@ template <class T, class A>
 __device__ inline void multiply_tile(const T* a, const T* b, int64_t terms, TileValues<A>& c) {
   if constexpr (std::is_same_v<T, float>) {
     if (terms < kFewestSplitTerms) {
-      multiply_tile_plainly<false>(a, b, kDepth, c);
+      multiply_tile_without_mma<false>(a, b, kDepth, c);
       return;
     }
   }

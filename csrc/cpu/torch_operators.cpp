@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // The operators at the dispatch key CPU.
-#include "../entry.h"
+#include "../torch_operators.h"
 
-#include "launch.h"
+#include "operators.h"
 
-namespace convnn::entry {
+namespace convnn::torch_operators {
 namespace {
 
 void parallel_for(int64_t tasks, int64_t grain, const cpu::Body& body) {
@@ -23,13 +23,16 @@ struct Cpu {
   void aggregate_backward(const AggregateBackwardParams& params) {
     cpu::aggregate_backward(params, parallel_for);
   }
+  void forward_backward(const ForwardBackwardParams& params) {
+    cpu::forward_backward(params, parallel_for);
+  }
 };
 
 }  // namespace
-}  // namespace convnn::entry
+}  // namespace convnn::torch_operators
 
 STABLE_TORCH_LIBRARY_IMPL(convnn, CPU, library) {
-  convnn::entry::implement<convnn::entry::Cpu>(library);
+  convnn::torch_operators::implement<convnn::torch_operators::Cpu>(library);
 }
 
 // The instruction set in use, or null where the one that CONVNN_CPU_ISA names cannot run.

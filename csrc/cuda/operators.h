@@ -20,7 +20,7 @@ class Context {
   virtual void* allocate(size_t bytes) = 0;
 
   void* const stream;
-  // Workspace for group maxima and nominees: with more rows, the launches are several.
+  // Workspace for group maxima and top_groups: with more rows, the launches are several.
   int64_t most_bytes = int64_t(64) << 20;
 };
 
@@ -30,5 +30,6 @@ void select(const SelectParams& params, Context& context);
 void select_backward(const SelectBackwardParams& params, Context& context);
 void aggregate(const AggregateParams& params, Context& context);
 void aggregate_backward(const AggregateBackwardParams& params, Context& context);
+void forward_backward(const ForwardBackwardParams& params, Context& context);
 
 }  // namespace convnn::cuda
