@@ -70,12 +70,11 @@ struct AggregateBackwardParams {
   void* grad_bias;          // [o] dtype, or null
 };
 
-// The backward pass of select followed by aggregate on the same neighbors.
+// The backward pass of select followed by aggregate on the same neighbors. The gradient of the
+// similarities is what comes from grad_output plus select.grad_similarities.
 struct ForwardBackwardParams {
-  // Without grad_similarities: what reaches them from the output is added to that of `select`.
-  AggregateBackwardParams aggregate;
-  // grad_similarities may be null: zero. Unless rho is ones: then it is null only if neither
-  // grad_query nor grad_key is needed.
+  AggregateBackwardParams aggregate;  // with a null grad_similarities
+  // A null grad_similarities means zero. If rho is ones, grad_query and grad_key must then be null.
   SelectBackwardParams select;
 };
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The operators on LibTorch's stable ABI, for the backends written in C++: tensors become the plain
-// parameters of params.h. Schemas and fake tensors are in convnn_kernels/ops.py, derivatives in
-// convnn_kernels/autograd.py.
+// The operators as PyTorch calls them, on LibTorch's stable ABI, for the backends written in C++:
+// they check arguments, allocate results and turn tensors into the parameters of params.h. Fake
+// kernels are in convnn_kernels/ops.py, derivatives in convnn_kernels/autograd.py.
 //
-// A Backend is made for each call from a tensor of its device. It runs select(), aggregate() and
-// their backward passes, and says in kReadsIndices whether index values are in host memory and can
-// be checked.
+// A Backend is constructed for each call from a tensor on its device. It has a function for each
+// operator but forward, which is select() and aggregate(). kReadsIndices says whether index values
+// are in host memory and can be checked.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -28,8 +28,8 @@ namespace {
 
 using namespace checks;
 
-// The arguments of an operator, as the dispatcher hands them to the one who is to free them.
-// PyTorch 2.13's own conversion to std::string never frees a copy that it makes.
+// Converts an argument of an operator and takes ownership of it. For std::string, the conversion of
+// PyTorch 2.13 leaks memory.
 template <class T>
 T take(StableIValue value) {
   return torch::stable::detail::to<T>(value);
@@ -55,7 +55,8 @@ std::string take(StableIValue value) {
   return text;
 }
 
-// What TORCH_BOX makes of a function, for these arguments and for tensors as results.
+// The boxed form of a function, like TORCH_BOX, for these argument types and results that are
+// tensors.
 template <auto function>
 struct Boxed;
 template <class... Results, class... Arguments, std::tuple<Results...> (*function)(Arguments...)>
@@ -77,7 +78,7 @@ struct Boxed<function> {
   }
 };
 
-// The elements of a tensor in their order, copied if need be; null for no tensor.
+// The elements of a tensor in row-major order, copied if necessary; null for no tensor.
 class Contiguous {
  public:
   explicit Contiguous(const Tensor& tensor) {
@@ -98,8 +99,8 @@ class Contiguous {
   const void* data_ = nullptr;
 };
 
-// A contiguous tensor on the device of `like`. torch::stable::new_empty would look the operator up
-// by its name and go through the dispatcher, which takes longer than the kernels of a small call.
+// A contiguous tensor on the device of `like`. torch::stable::new_empty looks the operator up by
+// name and goes through the dispatcher, which takes longer than the kernels of a small call.
 Tensor empty_as(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) {
@@ -184,7 +185,7 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
   return {std::move(similarities), std::move(indices)};
 }
 
-// The parameters of aggregate, but for its pointers.
+// The parameters of aggregate except its pointers.
 AggregateParams aggregate_params(const Tensor& value, const Tensor& similarities,
                                  Convolution convolution, int64_t outputs, const std::string& rho,
                                  double scale) {
@@ -267,8 +268,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {std::move(output), std::move(similarities), std::move(indices)};
 }
 
-// A backward operator is called with what the forward one took and gave, so these checks are terse:
-// they only keep a wrong call from reading out of bounds.
+// A backward operator gets the arguments and results of its forward operator, so these checks are
+// terse: they only keep a wrong call from reading out of bounds.
 void check_same(const char* op, const char* name, const Tensor& tensor,
                 const std::vector<int64_t>& shape, ScalarType dtype) {
   check_given(op, name, tensor);
@@ -280,7 +281,7 @@ void check_same(const char* op, const char* name, const Tensor& tensor,
   check_dtype(op, name, tensor, dtype);
 }
 
-// The parameters of select_backward, but for its pointers.
+// The parameters of select_backward except its pointers.
 SelectBackwardParams select_backward_params(const Tensor& query, const Tensor& key, int64_t k,
                                             const std::string& metric) {
   SelectBackwardParams params = {};
@@ -367,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
           std::move(grad_bias)};
 }
 
-// What the arguments of forward_backward must be. Returns the kind of convolution and, in
+// Checks the arguments of forward_backward. Returns the kind of convolution and, in
 // `outputs`, its output channels.
 Convolution check_forward_backward(const char* op, const Tensor& grad_output,
                                    const OptionalTensor& grad_similarities, const Tensor& query,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The AMX path of select, on tiles that plain code executes, beside the path without tiles."""
+"""The AMX path of select on emulated tiles gives the bits of the path without tiles."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 from convnn_kernels.functional import select_neighbors
 
 SOURCES = Path(__file__).parent / "amx_emulation"
-# Of those in CMakeLists.txt for this path, what results depend on.
+# The flags of CMakeLists.txt for this path that results depend on.
 FLAGS = """
     -std=c++17 -O2 -shared -fPIC -Wall -Werror -ffp-contract=fast -fno-math-errno -fno-trapping-math
     -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c -mamx-tile -mamx-bf16
@@ -97,6 +97,6 @@ def test_tiles_change_no_bit(library: ctypes.CDLL) -> None:
     assert count == 36
 
 
-def test_the_check_before_tiles_are_chosen(library: ctypes.CDLL) -> None:
+def test_the_check_before_amx_is_chosen(library: ctypes.CDLL) -> None:
     library.multiplies_correctly.restype = ctypes.c_bool
     assert library.multiplies_correctly()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The CUDA kernels, executed on the host: their sources under sanitizers, against the reference.
+"""The CUDA kernels run on the host under sanitizers and compared with the reference.
 
 `tests/host_cuda` holds the execution layer. Between barriers, threads run in an order drawn from a
 seed. Cases are small, but of every element type, in every path.
@@ -37,7 +37,7 @@ FAULTS = {
     "thread_ends_before_barrier": "a barrier waits for a thread that has ended",
     "different_barriers": "threads wait at different barriers",
     "lane_ends_before_vote": "a warp waits for a lane that is elsewhere",
-    "lane_elsewhere": "lanes of a warp wait at different places",
+    "lane_elsewhere": "lanes of a warp wait at different points",
     "shared_memory_ends": "heap-buffer-overflow",
     "not_aligned": "misaligned address",
 }
@@ -45,7 +45,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def programs() -> Path:
-    """Where the programs of `tests/host_cuda` are, built; or CONVNN_HOST_CUDA, as it is."""
+    """Builds the programs of `tests/host_cuda` and returns their folder; or CONVNN_HOST_CUDA."""
     if "CONVNN_HOST_CUDA" in os.environ:
         return Path(os.environ["CONVNN_HOST_CUDA"]).resolve()
     folder = ROOT / "build" / "host_cuda"
@@ -113,7 +113,7 @@ def test_random_case(case: Case, device: HostCuda) -> None:
 
 
 class Selection:
-    """What a seed stands for: a selection with enough columns for groups."""
+    """The random case of a seed: a selection with enough columns for groups."""
 
     def __init__(self, seed: int) -> None:
         draw = random.Random(seed)
@@ -266,7 +266,7 @@ def test_more_than_65535_batch_rows(device: HostCuda) -> None:
 
 
 def test_more_than_65535_batch_rows_by_groups(device: HostCuda) -> None:
-    """Takes minutes: CI leaves it out."""
+    """Takes minutes, so it is not part of CI."""
     query, key = integers(65600, 1, 1), integers(65600, 257, 1, seed=1)
     s, I = device.select(query, key, 1, metric="dot")
     expected = select(query, key, 1, metric="dot")
@@ -275,7 +275,7 @@ def test_more_than_65535_batch_rows_by_groups(device: HostCuda) -> None:
 
 
 def test_too_many_rows_of_key(device: HostCuda) -> None:
-    """Refused before anything is read, also where few of them are candidates."""
+    """Rejected before anything is read, even if there are few candidates."""
     rows = 2**32
     numbers = (1, 1, rows, 1, 1, 1, DTYPE_NUMBERS[F32], 1, 0)
     inputs = [torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.int64), None, None]
@@ -287,7 +287,7 @@ def test_too_many_rows_of_key(device: HostCuda) -> None:
 
 
 class Aggregation:
-    """What a seed stands for; `dense` or not."""
+    """The random case of a seed, with a dense convolution or another one."""
 
     def __init__(self, seed: int, dense: bool) -> None:
         draw = random.Random(seed)
@@ -379,8 +379,8 @@ def test_values_of_missing_neighbors_do_not_matter(device: HostCuda) -> None:
 
 @pytest.mark.parametrize("M", [200, 300])
 def test_sums_that_overflow_on_the_way(M: int, device: HostCuda) -> None:
-    """Whether a sum overflows depends on its order; that of the returned similarity counts, with
-    and without groups."""
+    """Whether a sum overflows depends on its order. The order of the returned similarity counts,
+    with and without groups."""
     query, key = torch.ones(1, 40), normal(M, 40, seed=1)
     key[123] = 0
     key[123, [0, 1]] = -3e38
@@ -394,7 +394,7 @@ def test_sums_that_overflow_on_the_way(M: int, device: HostCuda) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("where", ["query", "key", "both"])
 def test_many_rows_that_are_not_finite(where: str, metric: str, device: HostCuda) -> None:
-    """NaN, infinity and both, in any column; sums that overflow on the way lie among them."""
+    """NaN, infinity and both, in any column, among sums that overflow on the way."""
     D = 45
     query, key = torch.ones(70, D), normal(300, D, seed=1)
     bad = [math.nan, math.inf, -math.inf]
@@ -418,7 +418,7 @@ def test_many_rows_that_are_not_finite(where: str, metric: str, device: HostCuda
 
 
 def test_gradients_beside_nan_are_finite(device: HostCuda) -> None:
-    """Where sums of pieces overflow, products are taken again, also beside a row with NaN."""
+    """If sums of pieces overflow, products are computed again, also next to a row with NaN."""
     n = 40
     large = 1 + 2**-7 - 2**-22  # its second piece is almost twice as large
     grad, weight = normal(20, n, seed=1), normal(n, n, 1, seed=3)
@@ -459,7 +459,7 @@ def test_weights_of_missing_neighbors_do_not_matter(
 def test_weights_of_places_that_did_not_choose_a_key_do_not_matter(
     dtype: torch.dtype, C: int, device: HostCuda
 ) -> None:
-    """Each query has one neighbor in each place; only the third meets infinity."""
+    """Each query has a neighbor in each slot; only the third is infinite."""
     value, weight = normal(9, C, dtype=dtype), normal(7, C, 3, seed=2, dtype=dtype)
     weight[..., 2] = math.inf
     I = torch.tensor([[0, 1, 8], [1, 2, 7], [0, 0, 8]])
@@ -510,8 +510,8 @@ def test_infinite_values_stay_infinite(dtype: torch.dtype, C: int, device: HostC
 # Keys that many queries chose: their pairs are summed in chunks.
 
 CHUNK = int(re.search(r"kFewestOfChunk = (\d+);", (SOURCES / "inverse_list.h").read_text())[1])  # type: ignore[index]
-# Queries that chose key 0, key 1 and, with key 1 in the next slot, key 2: where the pairs of key 1
-# begin, and how many they are in each slot.
+# How many queries chose key 0, key 1, and key 2 with key 1 in the next slot. This sets where the
+# pairs of key 1 begin and how many there are in each slot.
 HUBS = [
     (0, CHUNK - 1, 0),
     (0, CHUNK, 0),
@@ -565,7 +565,7 @@ def test_key_gradient_of_a_key_with_many_pairs(
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 @pytest.mark.parametrize("kind", ["depthwise", "dense"])
 def test_every_query_chooses_the_same_keys(kind: str, dtype: torch.dtype, device: HostCuda) -> None:
-    """An image of one color. Chunks have more pairs than the fewest, since columns are more."""
+    """An image of one color. There are so many columns that chunks exceed the minimum size."""
     N, columns, k = CHUNK + 40, CHUNK + 2, 2
     X = normal(1, columns, dtype=dtype).expand(N, columns)
     shape = {"depthwise": (columns, 1, k), "dense": (columns, columns, k)}[kind]
@@ -593,13 +593,80 @@ def test_the_same_bits_of_many_pairs_in_every_order_of_threads(kind: str, device
         assert all(map(torch.equal, first, run(seed))), f"seed {seed}"
 
 
-# Numbers that are hard to split: of many bits, tiny beside huge, not finite.
+# The backward of forward in one call.
+
+
+def backward_call(dtype: torch.dtype, rho: str, kind: str, direct: bool) -> dict[str, Any]:
+    """Arguments of forward_backward, with a missing neighbor."""
+    N, M, D, C, O, k = 9, 12, 5, 6, 4, 3
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[kind]
+    similarities = normal(2, N, k, seed=5, dtype=torch.float64 if dtype is torch.float64 else F32)
+    similarities[0, 2, 1] = -math.inf
+    return {
+        "grad_output": normal(2, N, O if kind == "dense" else C, dtype=dtype),
+        "grad_similarities": normal(2, N, k, seed=6).to(similarities.dtype) if direct else None,
+        "query": normal(2, N, D, seed=1, dtype=dtype),
+        "key": normal(2, M, D, seed=2, dtype=dtype),
+        "value": normal(2, M, C, seed=3, dtype=dtype),
+        "weight": None if shape is None else normal(*shape, seed=4, dtype=dtype),
+        "similarities": similarities,
+        "indices": torch.arange(2 * N * k).view(2, N, k) * 7 % M,
+        **{"has_bias": True, "metric": "cosine", "rho": rho, "scale": 1.0},
+    }
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "output-only"])
+@pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])
+@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_forward_backward_has_the_bits_of_two_steps(
+    dtype: torch.dtype, kind: str, rho: str, direct: bool, device: HostCuda
+) -> None:
+    x = backward_call(dtype, rho, kind, direct)
+    # Nothing reaches the similarities: the C++ operators leave that case to their caller.
+    selects = direct or rho != "ones"
+    needs = (selects, selects, True, True, True)
+    grads = device.forward_backward(**x, needs=needs)
+    grad_value, grad_s, grad_weight, grad_bias = device.aggregate_backward(
+        *(x["grad_output"], x["value"], x["similarities"], x["indices"], x["weight"]),
+        *(x["has_bias"], x["rho"], x["scale"]),
+    )
+    grad_query = grad_key = None
+    if selects:
+        if rho == "ones":
+            grad_s = x["grad_similarities"]
+        elif direct:
+            grad_s = grad_s + x["grad_similarities"]
+        grad_query, grad_key = device.select_backward(
+            grad_s, x["query"], x["key"], x["similarities"], x["indices"], x["metric"]
+        )
+    expected = (grad_query, grad_key, grad_value, grad_weight, grad_bias)
+    for name, one, other in zip(
+        ("query", "key", "value", "weight", "bias"), grads, expected, strict=True
+    ):
+        assert (one is None) == (other is None), name
+        assert one is None or torch.equal(one, other), name
+
+
+def test_forward_backward_computes_the_list_and_the_norms_once(programs: Path) -> None:
+    program = HostCuda(programs / "host_cuda")
+    x = backward_call(F32, "softmax", "dense", True)
+    x["key"] = x["query"] = normal(2, 12, 5)
+    x = {**x, **{name: normal(2, 12, 3) for name in ("similarities", "grad_similarities")}}
+    x |= {"grad_output": normal(2, 12, 4), "indices": torch.arange(72).view(2, 12, 3) % 12}
+    program.forward_backward(**x)
+    counts = {kernel.name: launches.count for kernel, launches in program.close().items()}
+    assert counts["chosen_rows_kernel"] == 1
+    assert counts["scale_rows_kernel"] == 1
+
+
+# Numbers that are hard to split: with many bits, tiny next to huge, not finite.
 
 BITS = [(1, 23), (4, 20), (7, 17), (8, 16), (9, 15), (11, 13), (12, 12), (13, 11), (16, 8), (20, 4)]
 
 
 def whole(bits: int, *shape: int, seed: int = 0) -> Tensor:
-    """Odd numbers of so many bits, of both signs, at most 5/8 of the largest."""
+    """Odd integers of `bits` bits and both signs, at most 5/8 of the largest."""
     generator = torch.Generator().manual_seed(seed)
     high = 5 * 2**bits // 8
     X = torch.randint(2 ** (bits - 1), max(high, 2), shape, generator=generator) | 1
@@ -611,7 +678,7 @@ def whole(bits: int, *shape: int, seed: int = 0) -> Tensor:
 def test_neighbors_of_whole_numbers_are_exact(
     D: int, bits: tuple[int, int], device: HostCuda
 ) -> None:
-    """Many similarities that differ by little, with sums of terms below 2^24."""
+    """Many similarities that differ slightly, with sums below 2^24."""
     generator = torch.Generator().manual_seed(D)
     batch, M = 3, 320
     query, key = torch.zeros(batch, 1, D), torch.zeros(batch, M, D)
@@ -620,7 +687,7 @@ def test_neighbors_of_whole_numbers_are_exact(
         query[b, 0, first], query[b, 0, second] = whole(bits[0], 1, seed=b), 1.0
         step = torch.randint(2 if bits[1] > 1 else 1, (M,), generator=generator)
         key[b, :, first] = whole(bits[1], 1, seed=5 + b).abs() - step
-        # Makes up for the step, but for a small rest.
+        # Compensates for the step, up to a small remainder.
         rest = torch.randint(40, (M,), generator=generator)
         key[b, :, second] = query[b, 0, first] * step + rest
     assert (query.abs() @ key.abs().mT).max() < 2**24
@@ -658,7 +725,7 @@ def test_tiny_numbers_keep_their_digits(small: int, large: int, device: HostCuda
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000])
 def test_every_nan_stays_nan(bits: int, device: HostCuda) -> None:
-    """Also those whose bits a rounding would carry into the sign."""
+    """Including those whose bits would carry into the sign when rounded."""
     nan = torch.tensor(bits, dtype=torch.int32).view(F32)
     value = torch.ones(32, 32)
     value[0, 0] = nan
@@ -673,7 +740,7 @@ def test_every_nan_stays_nan(bits: int, device: HostCuda) -> None:
 
 @pytest.mark.parametrize("order", ["similarity", "index"])
 def test_candidates_that_are_not_distinct_write_within_bounds(order: str, device: HostCuda) -> None:
-    """What they give is undefined; AddressSanitizer watches."""
+    """The result is undefined; AddressSanitizer checks the accesses."""
     candidates = torch.zeros(600, dtype=torch.long)
     for k in (9, 257):
         s, _ = device.select(normal(3, 2), normal(600, 2, seed=1), k, candidates, order=order)
@@ -690,7 +757,7 @@ def test_infinite_similarity_is_nan_as_in_eager_softmax(device: HostCuda) -> Non
 
 
 def test_no_access_out_of_bounds(device: HostCuda) -> None:
-    """Wrong indices are left out; AddressSanitizer watches."""
+    """Indices out of range are ignored; AddressSanitizer checks the accesses."""
     query, key = integers(3, 4), integers(400, 4, seed=1)
     wrong = torch.tensor([-5, 10**9, 400])
     for step, order in ((1, "similarity"), (4, "similarity"), (1, "index")):
@@ -755,7 +822,7 @@ def test_the_same_bits_in_every_order_of_threads(
 
 
 def test_every_kernel_of_every_type_runs(programs: Path) -> None:
-    """All instances there are, and resources.py knows what their launches ask for."""
+    """Every instance is launched, with the shared memory that resources.py expects."""
     spec = importlib.util.spec_from_file_location("resources", SOURCES / "resources.py")
     assert spec is not None
     assert spec.loader is not None

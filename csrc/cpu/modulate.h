@@ -13,7 +13,7 @@ inline double similarity_at(const AggregateParams& p, int64_t entry) {
                                               : static_cast<const float*>(p.similarities)[entry];
 }
 
-// A similarity of -inf marks a missing neighbor: it is left out everywhere, whatever rho is.
+// A similarity of -inf marks a missing neighbor, which is ignored for every rho.
 inline bool is_missing(double similarity) {
   return similarity == -std::numeric_limits<double>::infinity();
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The operators at the dispatch key CPU.
+// Registers the operators for the CPU dispatch key.
 #include "../torch_operators.h"
 
 #include "operators.h"
@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(convnn, CPU, library) {
   convnn::torch_operators::implement<convnn::torch_operators::Cpu>(library);
 }
 
-// The instruction set in use, or null where the one that CONVNN_CPU_ISA names cannot run.
+// The instruction set in use, or null if the one that CONVNN_CPU_ISA names cannot run.
 extern "C" __attribute__((visibility("default"))) const char* convnn_cpu_instruction_set() {
   try {
     return convnn::cpu::instruction_set();

@@ -7,7 +7,7 @@
 
 namespace convnn::cuda {
 
-// The row of key, among those of all batch elements, that each pair chose; batch * m where none.
+// The row of key, among those of all batch elements, that each pair chose; batch * m if none.
 static __global__ __launch_bounds__(kThreads) void chosen_rows_kernel(
     const int64_t* indices,    // [batch, n, k]
     const void* similarities,  // [batch, n, k]
@@ -16,13 +16,13 @@ static __global__ __launch_bounds__(kThreads) void chosen_rows_kernel(
     int64_t batch, int64_t n, int64_t m, int64_t k) {
   for (int64_t pair = grid_thread(); pair < batch * k * n; pair += grid_threads()) {
     const int64_t b = pair / n / k, slot = pair / n % k, i = pair % n;
-    const int64_t place = (b * n + i) * k + slot;
-    const bool missing = is_missing(similarities, similarity_dtype, indices, place, m);
-    rows[pair] = missing ? batch * m : b * m + indices[place];
+    const int64_t entry = (b * n + i) * k + slot;
+    const bool missing = is_missing(similarities, similarity_dtype, indices, entry, m);
+    rows[pair] = missing ? batch * m : b * m + indices[entry];
   }
 }
 
-// Where the pairs of each row begin: the first place whose row is not lower.
+// Where the pairs of each row begin: the first position whose row is not lower.
 static __global__ __launch_bounds__(kThreads) void offsets_kernel(
     const int64_t* rows,   // [count] by pair
     const int64_t* pairs,  // [count] sorted by row

@@ -27,8 +27,8 @@ SHARED, SHARED_SM_80, SHARED_OF_BLOCK = 228 << 10, 164 << 10, 1 << 10
 # Warps of every block: kWarps in device.cuh.
 WARPS_OF_BLOCK = 4
 
-# What the launches ask for: shared memory, by the bytes of an element and of a sum. For lists, that
-# of the longest. tests/test_host_cuda.py holds this against the launches.
+# The dynamic shared memory of a launch, by the bytes of an element and of a sum; with a list, for
+# the longest one. tests/test_host_cuda.py compares this with the launches.
 _LISTS = WARPS_OF_BLOCK * 2 * 256
 
 

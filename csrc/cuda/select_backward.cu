@@ -6,8 +6,8 @@
 namespace convnn::cuda {
 namespace {
 
-// Blocks of a kernel whose blocks have a key row or a chunk: each takes several where there are
-// more.
+// Blocks of a kernel with one block per key row or chunk; with more of those, a block takes
+// several.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 
 template <class T>

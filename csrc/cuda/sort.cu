@@ -8,21 +8,21 @@ const int64_t* sort_positions(const int64_t* keys, int64_t count, int64_t larges
   SortPass pass = {};
   pass.keys = keys;
   pass.count = count;
-  // Whole steps of a warp, and no more blocks than sum_counts_kernel is meant for.
+  // A multiple of the warp size, and at most kSortBlocks blocks.
   pass.each = std::max<int64_t>(8, ceil_div(count, kSortBlocks * kThreads)) * kWarp;
   pass.blocks = std::max<int64_t>(1, ceil_div(count, pass.each * kWarps));
   pass.before = allocate<int64_t>(context, kDigits * pass.blocks);
   pass.totals = allocate<int64_t>(context, kDigits);
   int64_t* const results[] = {allocate<int64_t>(context, count), allocate<int64_t>(context, count)};
   constexpr size_t kCounts = kWarps * kDigits * sizeof(int);
-  constexpr size_t kPlaces = (kWarps + 1) * kDigits * sizeof(int64_t);
-  // One pass at least: without any there would be no positions.
+  constexpr size_t kLocations = (kWarps + 1) * kDigits * sizeof(int64_t);
+  // At least one pass: it writes the positions.
   do {
     pass.sorted = results[pass.shift / kDigitBits % 2];
     launch("count_digits_kernel", count_digits_kernel, pass.blocks, kCounts, context, pass);
     launch("sum_counts_kernel", sum_counts_kernel, kDigits, kThreads * sizeof(int64_t), context,
            pass);
-    launch("scatter_kernel", scatter_kernel, pass.blocks, kCounts + kPlaces, context, pass);
+    launch("scatter_kernel", scatter_kernel, pass.blocks, kCounts + kLocations, context, pass);
     pass.positions = pass.sorted;
     pass.shift += kDigitBits;
   } while (pass.shift < 63 && largest >> pass.shift);

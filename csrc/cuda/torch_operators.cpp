@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The operators of the library convnn_cuda, which convnn_kernels/backends/cuda.py calls: the
-// dispatch key CUDA of the library convnn belongs to convnn_kernels/backends/selection.py.
+// Registers the operators of the library convnn_cuda, which convnn_kernels/backends/cuda.py calls.
+// The CUDA key of the library convnn belongs to convnn_kernels/backends/selection.py.
 #include "../torch_operators.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -17,8 +17,8 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// Runs on the device of a tensor, in the stream that is current there. Workspace comes from
-// PyTorch's allocator, which gives it out again only behind this call in the stream.
+// Runs on the device of a tensor, in its current stream. Workspace comes from PyTorch's allocator,
+// which reuses it only for work later in that stream.
 class Cuda : private cuda::Context {
  public:
   static constexpr bool kReadsIndices = false;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
-// AMX tiles executed by plain code, for processors without them. Included before the kernels, it
-// puts its own functions in the place of the intrinsics. What an instruction would refuse ends the
-// program.
+// Emulates AMX tiles, for processors without them. Included before the kernels, it replaces the
+// intrinsics by functions. Operands that an instruction would reject abort the program.
 #pragma once
 
 #include <immintrin.h>
