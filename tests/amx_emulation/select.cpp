@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// select for bfloat16 on the tiles of amx_emulation.h, as a function for the tests, and the library's
-// check of AMX.
+// select for bfloat16 on the tiles of amx_emulation.h, as a function for the tests, and the
+// library's check of AMX.
 #include <memory>
 
 #include "../../csrc/cpu/select.h"
