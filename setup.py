@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Drives CMake; what is built, and from which sources, stands in CMakeLists.txt.
+"""Runs CMake. CMakeLists.txt says what is built, and from which sources.
 
-The environment may set ``CONVNN_CUDA`` (1 requires the CUDA library, 0 leaves it out),
-``TORCH_CUDA_ARCH_LIST`` (as in PyTorch), ``CONVNN_WERROR`` (1 makes warnings errors), ``MAX_JOBS``
-(parallel compilers) and, as CMake reads them, ``CXX`` and ``CXXFLAGS``.
+Environment variables: ``CONVNN_CUDA`` (1 requires the CUDA library, 0 skips it),
+``TORCH_CUDA_ARCH_LIST`` (as in PyTorch), ``CONVNN_WERROR`` (1 turns warnings into errors),
+``MAX_JOBS`` (parallel compilers), and those that CMake reads, such as ``CXX`` and ``CXXFLAGS``.
 """
 
 import importlib
@@ -19,13 +19,13 @@ from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
-# What one compiler process may take, in bytes: more of them than fit would exhaust the memory.
+# Memory of one compiler process, in bytes; limits how many run in parallel.
 CXX_JOB = 1.5e9
 NVCC_JOB = 2e9
 
 
 def find_tool(name: str) -> str:
-    """Path of ``cmake`` or ``ninja``: from its Python package, else on PATH."""
+    """Path of ``cmake`` or ``ninja``: from its Python package, or else on PATH."""
     try:
         package = importlib.import_module(name)
         folder = getattr(package, "CMAKE_BIN_DIR", None) or package.BIN_DIR
@@ -38,13 +38,13 @@ def find_tool(name: str) -> str:
 
 
 def run_tool(*command: str) -> None:
-    """Runs a build step. Its own output says what went wrong, so a failure adds no traceback."""
+    """Runs a build step. If it fails, its output explains why, so there is no traceback."""
     if subprocess.run(command).returncode != 0:
-        raise SystemExit("convnn_kernels: the build failed; the reason stands above.")
+        raise SystemExit("convnn_kernels: the build failed; see the output above.")
 
 
 def available_memory() -> float:
-    """Bytes that can be used now, as far as Linux tells, within the container's limit."""
+    """Available memory in bytes as reported by Linux, within the container's limit."""
     limits = [float("inf")]
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -57,7 +57,7 @@ def available_memory() -> float:
 
 
 def parallel_jobs(job_memory: float) -> int:
-    """``MAX_JOBS``, or as many compilers as there are cores and memory for."""
+    """``MAX_JOBS``, or as many compilers as cores and memory allow."""
     wanted = os.environ.get("MAX_JOBS", "")
     if wanted:
         if not wanted.isdigit() or int(wanted) < 1:
@@ -72,7 +72,7 @@ def parallel_jobs(job_memory: float) -> int:
 
 class Build(build):
     def run(self) -> None:
-        # Modules that an earlier build left here would ride along into the wheel.
+        # Modules left over from an earlier build would end up in the wheel.
         shutil.rmtree(Path(self.build_lib) / "convnn_kernels", ignore_errors=True)
         super().run()
 
@@ -81,7 +81,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         source = Path(__file__).parent.resolve()
         folder = source / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        # An editable install puts the results into the checkout, any other into the wheel.
+        # An editable install puts the results into the checkout, other builds into the wheel.
         target = source if self.inplace else Path(self.build_lib).resolve()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         configured_for = json.dumps(
@@ -89,7 +89,7 @@ class CMakeBuild(build_ext):
             + [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX")]
         )
         stamp = folder / "configured-for.json"
-        # CMake keeps the first answers it got. An isolated build has a Python of its own each time.
+        # CMake caches what it found first, but every isolated build has a new Python.
         fresh = stamp.exists() and stamp.read_text() != configured_for
         run_tool(
             *(cmake, "-S", str(source), "-B", str(folder), "-G", "Ninja"),
@@ -110,7 +110,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    # Names what CMake builds, so that the wheel is marked for this platform and Python.
+    # Declares what CMake builds, so that the wheel is tagged for this platform and Python.
     ext_modules=[Extension("convnn_kernels.introspect", ["csrc/introspect.cpp"])],
     cmdclass={"build": Build, "build_ext": CMakeBuild},
 )

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Argument checks of the entry files: each raises before anything runs and names the argument, what
-// was expected and what came. The same checks, in the same order and words, stand in
-// convnn_kernels/checks.py for the paths that come through Python; a test holds them equal.
+// Argument checks of the operators. Each throws before anything runs and names the argument, what
+// was expected and what was passed. convnn_kernels/checks.py has the same checks, in the same order
+// and words, for calls that come through Python; a test compares them.
 #pragma once
 
 #include <cmath>
@@ -147,7 +147,7 @@ inline std::optional<Rho> rho_of(const std::string& name) {
   return std::nullopt;
 }
 
-// None for a required tensor reaches the operator as an undefined one.
+// None for a required tensor arrives as an undefined tensor.
 inline void check_given(const char* op, const char* name, const Tensor& tensor) {
   if (!tensor.defined()) fail(op, name, " must be a tensor, got None");
 }
@@ -193,7 +193,7 @@ inline void check_leading_as(const char* op, const char* name, const Tensor& ten
   }
 }
 
-// What select and forward share.
+// The arguments that select and forward share.
 inline void check_select(const char* op, const Tensor& query, const Tensor& key, int64_t k,
                          const OptionalTensor& candidates, const OptionalTensor& self_indices,
                          const OptionalTensor& key_mask, const std::string& metric,
@@ -249,7 +249,8 @@ inline void check_select(const char* op, const Tensor& query, const Tensor& key,
   }
 }
 
-// What aggregate and forward share. Returns the kind of convolution and, in `outputs`, its width.
+// The arguments that aggregate and forward share. Returns the kind of convolution and, in
+// `outputs`, its output channels.
 inline Convolution check_convolution(const char* op, const Tensor& value, int64_t k,
                                      const OptionalTensor& weight, const OptionalTensor& bias,
                                      const std::string& rho, double scale, int64_t& outputs) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The module convnn_kernels.introspect: what was built, known at build time and answered without
-// torch, without the libraries and without a GPU.
+// The module convnn_kernels.introspect: what was built. It needs neither PyTorch nor the libraries
+// nor a GPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -42,13 +42,14 @@ PYBIND11_MODULE(introspect, m) {
       "Name and version of the C++ compiler.");
   m.def(
       "cpu_instruction_sets", [] { return split(CONVNN_INSTRUCTION_SETS); },
-      "Instruction sets the CPU kernels were compiled for, from the plainest to the widest.");
+      "Instruction sets the CPU kernels were compiled for, from the most basic to the most "
+      "advanced.");
   m.def(
       "cuda_architectures", [] { return split(CONVNN_CUDA_ARCHITECTURES); },
       "Architectures the CUDA kernels were compiled for; empty without the CUDA library.");
   m.def(
       "cuda_kernels", cuda_kernels,
-      "Of each architecture and CUDA kernel: registers, local (stack and spill) and shared bytes, "
-      "and the percent of a multiprocessor's warps that these allow. Empty without the CUDA "
-      "library, or where cuobjdump was not found as it was built.");
+      "For each architecture and CUDA kernel: registers, local (stack and spill) and shared bytes, "
+      "and the occupancy that they allow, in percent. Empty without the CUDA library, or if "
+      "cuobjdump was not found when it was built.");
 }

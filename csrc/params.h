@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// What an operator is asked to do, as plain data: no torch, no CUDA. Every backend written in C++
-// takes these. Tensors are dense and row-major, their leading dimensions flattened into `batch`;
-// shapes stand beside the pointers. A pointer that the caller left out is null.
+// The arguments of the operators as plain data, without PyTorch or CUDA, for every backend written
+// in C++. Tensors are dense and row-major, with their leading dimensions flattened into `batch`;
+// the comment after each pointer gives its shape. A pointer is null if the argument is absent or
+// the result is not needed.
 #pragma once
 
 #include <cstdint>
@@ -67,6 +68,14 @@ struct AggregateBackwardParams {
   void* grad_similarities;  // [batch, n, k] similarity_dtype, or null
   void* grad_weight;        // as weight, or null
   void* grad_bias;          // [o] dtype, or null
+};
+
+// The backward pass of select followed by aggregate on the same neighbors. The gradient of the
+// similarities is what comes from grad_output plus select.grad_similarities.
+struct ForwardBackwardParams {
+  AggregateBackwardParams aggregate;  // with a null grad_similarities
+  // A null grad_similarities means zero. If rho is ones, grad_query and grad_key must then be null.
+  SelectBackwardParams select;
 };
 
 }  // namespace convnn

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Tensors of LibTorch's stable ABI, for calls so small that their cost is felt. A
-// torch::stable::Tensor shares its handle, and asks PyTorch's library whatever it is asked. A
-// Tensor here is the only owner of its handle, and asks once for shape, dtype and device.
+// A lightweight handle for tensors of LibTorch's stable ABI that keeps small calls cheap: it is the
+// only owner of the tensor and reads shape, dtype and device once. torch::stable::Tensor shares its
+// tensor and calls into PyTorch for every query.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -18,7 +18,7 @@ using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 class Tensor {
  public:
-  // Takes the handle over.
+  // Takes ownership of the handle.
   explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined_));
     if (!defined_) return;
@@ -34,14 +34,15 @@ class Tensor {
     try {
       dtype_ = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
     } catch (const std::exception&) {
-      // Undefined: the headers do not know it. The checks say so, once all handles have owners.
+      // Undefined: unknown to the headers. The argument checks report it once all handles have
+      // owners.
     }
   }
 
-  // The handle, which the caller takes over.
+  // Gives ownership of the handle to the caller.
   AtenTensorHandle release() { return handle_.release(); }
 
-  // None for a required tensor is one that is not defined, of which nothing else may be asked.
+  // None for a required tensor arrives as one that is not defined; call nothing else on that.
   bool defined() const { return defined_; }
 
   int64_t dim() const { return int64_t(sizes_.size()); }
@@ -71,6 +72,7 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
     return Tensor(handle);
   }
+  void fill_with_zeros() const { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(handle_.get())); }
 
   const void* const_data_ptr() const {
     const void* data = nullptr;
@@ -89,7 +91,7 @@ class Tensor {
   };
   std::unique_ptr<AtenTensorOpaque, Delete> handle_;
   bool defined_ = false;
-  Shape sizes_;  // in the tensor
+  Shape sizes_;  // points into the tensor
   ScalarType dtype_ = ScalarType::Undefined;
   int32_t device_type_ = 0, device_index_ = 0;
 };

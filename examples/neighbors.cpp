@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The k nearest keys of each query and their weighted sum, without Python and without PyTorch: on
-// the CPU, and on a CUDA device where there is one. Both must give what a plain loop gives.
+// the CPU, and on a CUDA device if there is one. Both are compared with a simple loop.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -9,14 +9,14 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/launch.h"
+#include "cpu/operators.h"
 #include "params.h"
 #ifdef WITH_CUDA
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 
-#include "cuda/launch.h"
+#include "cuda/operators.h"
 #endif
 
 namespace {
@@ -34,7 +34,7 @@ struct Results {
   std::vector<float> output = std::vector<float>(kQueries * kChannels);
 };
 
-// Small integers: similarities by the dot product are exact.
+// Small integers, so that dot products are exact.
 std::vector<float> numbers(int64_t count, int step) {
   std::vector<float> result;
   for (int64_t i = 0; i < count; ++i) result.push_back(float(int(i * step % 7) - 3));
@@ -72,7 +72,7 @@ Results on_cpu(const Tokens& x) {
   return r;
 }
 
-// The same by the definitions: all similarities, sorted; softmax; the sum.
+// The same from the definition: all similarities, sorted; softmax; weighted sum.
 Results expected(const Tokens& x) {
   Results r;
   for (size_t i = 0; i < kQueries; ++i) {
@@ -100,7 +100,7 @@ Results expected(const Tokens& x) {
   return r;
 }
 
-// Says where results differ from what is expected. Outputs may differ in their rounding.
+// Reports results that differ from the expected ones. Outputs may differ in rounding.
 bool agree(const char* where, const Results& r, const Results& expected) {
   bool same = r.indices == expected.indices && r.similarities == expected.similarities;
   if (!same) std::fprintf(stderr, "%s chose other neighbors than expected\n", where);
@@ -119,7 +119,7 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// Memory of the device, freed at the end.
+// Device memory, freed by the destructor.
 class DeviceMemory : public cuda::Context {
  public:
   DeviceMemory() : Context(nullptr) {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The build: what it makes, what it says, and what it says when something is missing."""
+"""The build: its results, its messages, and its errors if something is missing."""
 
 import importlib.metadata
 import re
@@ -23,7 +23,7 @@ CMake = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CMake:
-    """Configures the checkout in a folder of its own, with the given environment."""
+    """Configures the checkout in a separate folder, with the given environment."""
 
     def run(
         *options: str, python: str = sys.executable, **environment: str
@@ -41,7 +41,7 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CMake:
 
 
 def _message(done: subprocess.CompletedProcess[str]) -> str:
-    """What CMake said as it failed, without its line breaks."""
+    """The error message of CMake, without its line breaks."""
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     return " ".join(done.stderr.split())
@@ -128,7 +128,7 @@ def test_library_has_no_search_path() -> None:
 
 
 def test_library_needs_only_the_stable_abi() -> None:
-    """It asks PyTorch for C functions alone, which stay the same from one version to the next."""
+    """It uses only C functions of PyTorch, which are stable across versions."""
     symbols = _lines("nm", "--dynamic", "--undefined-only", str(native.library("cpu")))
     names = {line.split()[-1].partition("@")[0] for line in symbols}
     assert not [name for name in names if re.search(r"(2at|3c10|5torch)", name)]
@@ -155,7 +155,7 @@ def test_wide_instructions_stay_in_their_namespaces() -> None:
 
 
 def test_sources_need_no_header_newer_than_pytorch_2_11() -> None:
-    """What later headers have added, and 2.11, the oldest that is supported, has not."""
+    """Functions that later headers added, and 2.11, the oldest supported version, lacks."""
     newer = ("STABLE_TORCH_ERROR_CODE_CHECK",)
     for path in (ROOT / "csrc").rglob("*.*"):
         assert not [name for name in newer if name in path.read_text()], path

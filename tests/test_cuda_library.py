@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The built CUDA library, without a GPU: its symbols, the resources of its kernels, the example.
+"""The built CUDA library, without a GPU: symbols, resources of its kernels, and the example.
 
-CONVNN_CUDA_BUILD names the build folder; CI sets it.
+CONVNN_CUDA_BUILD is the build folder, which CI sets.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ MOST_STACK = 64
 needs_build = pytest.mark.skipif(
     "CONVNN_CUDA_BUILD" not in os.environ, reason="needs CONVNN_CUDA_BUILD"
 )
-# Disassembled code: what is before a loop, in it, in a branch that leaves it for a while, after it.
+# Disassembled code: before a loop, within it, in a branch that leaves it and returns, and after it.
 SASS = """
 		Function : _Z11loop_kernelv
 	.headerflags	@"EF_CUDA_SM90"
@@ -74,7 +74,7 @@ def test_what_it_asks_of_torch_is_in_the_stable_c_interface() -> None:
     asked = {name for name in undefined if name.startswith(("aoti_torch_", "torch_"))}
     assert "aoti_torch_get_current_cuda_stream" in asked
     assert not asked - declared
-    # The CUDA runtime is inside.
+    # The CUDA runtime is linked statically.
     assert not [name for name in undefined if name.startswith("cuda")]
     assert "cudart" not in output("readelf", "--dynamic", LIBRARY)
 
@@ -111,7 +111,7 @@ def test_a_spill_within_a_loop_is_found(where: str, counts: int) -> None:
         lines = dict.fromkeys(("before", "inside", "aside", "after"), "S2R R2, SR_TID.X")
         sass = SASS.format(**(lines | {where: access}))
         assert resources.stack_in_loops(sass) == {"_Z11loop_kernelv": counts}
-        # For another architecture too, whichever comes first; with a condition as an operand.
+        # Another architecture, in either order; an operand that is a predicate.
         none = SASS.format(**lines)
         for both in (sass + none, none + sass):
             assert resources.stack_in_loops(both) == {"_Z11loop_kernelv": counts}
@@ -129,7 +129,7 @@ def test_code_that_is_not_understood_is_an_error() -> None:
 @needs_build
 def test_no_kernel_spills() -> None:
     command = [sys.executable, ROOT / "csrc" / "cuda" / "resources.py", LIBRARY]
-    assert "sweep_kernel<float>" in output(*command, "--most-stack", str(MOST_STACK))
+    assert "group_maxima_kernel<float>" in output(*command, "--most-stack", str(MOST_STACK))
     failed = subprocess.run([*command, "--most-stack", "-1"], capture_output=True, text=True)
     assert failed.returncode != 0
     assert "more than -1 bytes of stack" in failed.stderr

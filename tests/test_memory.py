@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Peak memory of forward and backward, in a process of its own, against what they return."""
+"""Peak memory of forward and backward, in a separate process, relative to what they return."""
 
 import json
 import sys
@@ -12,8 +12,8 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
-# Prints the bytes of inputs, outputs and gradients, and by how many bytes the peak of resident
-# memory rose over what was resident before any of them existed.
+# Prints the bytes of inputs, outputs and gradients, and how far peak resident memory rose above
+# that before any of them were allocated.
 MEASURE = """
     import json, pathlib, torch, convnn_kernels
 
@@ -35,7 +35,7 @@ MEASURE = """
         return size(*inputs, *outputs, *grads, *gradients)
 
     torch.set_num_threads(2)
-    run(64, 3)  # starts threads and fills caches that stay
+    run(64, 3)  # starts threads and fills caches that remain
     before = resident("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
     total = run({N}, {k})
@@ -43,7 +43,7 @@ MEASURE = """
 """
 
 CONVNN = "torch.ops.convnn.forward(query, key, value, k, weight)"
-# Materialises N x M, as eager PyTorch does, and nothing else that is large.
+# Materializes N x M, as eager PyTorch does, and nothing else that is large.
 EAGER = """(
             *(lambda S: (S.values, S.indices))((query @ key.mT).topk(k)),
             value.square() * weight[:, 0, 0]
@@ -66,7 +66,7 @@ def test_no_more_than_twice_what_is_returned(
 
 
 def test_an_allocation_of_all_pairs_is_seen(run_python: Callable[..., str]) -> None:
-    """The control: S at a fourth of the size already exceeds the limit."""
+    """The control: even at a fourth of the size, S exceeds the limit."""
     total, rise = measure(run_python, EAGER, 16_384, 9)
     assert rise > 2 * total
 
@@ -97,8 +97,11 @@ KEPT = """
         "torch.ops.convnn.forward(rows, rows, rows, 2)",
         "torch.ops.convnn.aggregate_backward("
         'rows, rows, similarities, indices, None, False, "softmax", 1.0, True, True, True, True)',
+        "torch.ops.convnn.forward_backward("
+        "rows, None, rows, rows, rows, None, similarities, indices, "
+        'False, "cosine", "softmax", 1.0, True, True, True, False, False)',
     ],
-    ids=["forward", "aggregate_backward"],
+    ids=["forward", "aggregate_backward", "forward_backward"],
 )
 def test_a_call_keeps_no_memory(call: str, run_python: Callable[..., str]) -> None:
     kept = int(run_python(KEPT.format(call=call)))
@@ -130,7 +133,7 @@ REFUSED = """
 
 
 def test_a_refused_dtype_keeps_no_memory(run_python: Callable[..., str]) -> None:
-    """Nor the arguments after it, where LibTorch's stable ABI does not know the dtype."""
+    """Nor does it keep later arguments, if LibTorch's stable ABI does not know the dtype."""
     kept, message = run_python(REFUSED).split(maxsplit=1)
     assert int(kept) < 60 * 2**20
     assert "query must be float64, float32, float16 or bfloat16, got " in message

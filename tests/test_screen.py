@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A screen in fixed point changes the time of a selection and not one bit of its result."""
+"""A fixed-point screen changes how long a selection takes, but not one bit of its result."""
 
 from collections.abc import Callable
 
 import pytest
 from instruction_sets import INSTRUCTION_SETS, quick_last
 
-# Shapes large enough for a screen. Each case says what makes its bound easy, useless or impossible.
+# Shapes large enough for a screen. The name of a case says what makes its bound easy, useless or
+# impossible.
 CODE = """
     import torch
     import convnn_kernels
@@ -40,16 +41,16 @@ CODE = """
         yield "one neighbor", features(1, 200, 64), broken, 1
         clusters = features(1, 20, 64).repeat(1, 100, 1) + 1e-4 * features(1, 2000, 64)
         yield "clusters larger than k", clusters[:, :200], clusters, 64
-        # In every chunk so many keys are close that they do not fit among those that wait.
+        # Every chunk has more close keys than the buffer holds.
         crowd = torch.where((torch.arange(4096) % 8 < 5)[:, None], close[0, 0], features(4096, 64))
         crowd = crowd[None] + 1e-6 * features(1, 4096, 64)
         yield "more close keys than can wait", crowd[:, :200], crowd, 64
-        # A chunk of 1024 keys that no screen tells apart, between others.
+        # Chunks of 1024 keys that no screen can distinguish, among others.
         mixed = features(1, 5120, 64)
         mixed[:, 1024:2048] = mixed[:, 3072:4096] = mixed[:, :1]
         yield "chunks of either kind", mixed[:, ::25], mixed, 20
-        # The error of a rounded row points along the other row. A row of this norm is rounded to
-        # whole numbers. The last keys come first, and their screened similarities last of all.
+        # The error of a rounded row is parallel to the other row. A row of this norm is rounded to
+        # integers. The last keys are the nearest, but have the lowest screened similarities.
         def of_norm(rows):
             rows[..., 0] = (32766.0**2 - rows[..., 1:].double().square().sum(-1)).sqrt()
             return rows
@@ -69,14 +70,14 @@ CODE = """
         low[0, :12], low[0, -4:] = first - 0.1 * ones, first + 0.1 * ones
         low[0, -4:, 0] += (query * (low[0, 0] - low[0, -1])).sum() / query[0] + 1e-6
         yield "a query as far off as can be", query.expand(1, 200, 64), low, 9
-        # The best keys wait with a large error, from the chunk of a long key, while enough others
-        # with small errors arrive to prune what waits.
+        # The best keys are collected with a large error, from the chunk of a long key, before
+        # enough others with small errors arrive to prune them.
         base, long, sizes = features(64), features(64), 0.05 * features(1, 2048, 64)
         sizes[0, :4] = 1.0001 * base
         sizes[0, 40] = 30 * (long - (long @ base) / (base @ base) * base)
         sizes[0, 1024 + 17 * torch.arange(36)] = base
         yield "a large error, then small ones", base + 0.001 * features(1, 200, 64), sizes, 9
-        # The product of the scales of a query and of the later keys is below the normal numbers.
+        # The product of the scales of a query and the later keys is subnormal.
         along = torch.nn.functional.normalize(features(64), dim=0)
         across = features(2048, 64)
         across -= (across @ along)[:, None] * along

@@ -6,11 +6,11 @@
 //   depthwise  y_i[c] = b[c] + sum_j W[c, j] rho_ij V[I_ij, c]
 //   dense      y_i[o] = b[o] + sum_j sum_c W[o, c, j] rho_ij V[I_ij, c]
 //
-// A task owns kBlockRows query rows. Without a dense convolution a row is a sum of k scaled rows
-// of V, kept in registers kChannels at a time, in float64: k may be large, and its cost is that of
-// reading V. A dense one is a matrix product over depth (j, c):
-// a task gathers the scaled rows of a few slots j at a time, as one operand of the tile; the other
-// operand is the weight, packed once.
+// A task computes kBlockRows query rows. Without a dense convolution a row is a sum of k scaled
+// rows of V, in registers, kChannels at a time. The sum is in float64, since k may be large; it
+// costs no more than reading V. A dense convolution is a matrix product over depth (j, c): a task
+// gathers the scaled rows of a few slots j at a time as one operand of the tile; the other operand
+// is the weight, packed once.
 #pragma once
 
 #include "kernels.h"
@@ -18,11 +18,11 @@
 
 namespace convnn::CONVNN_ISA {
 
-constexpr int64_t kChannels = 64;        // channels of a row kept in registers
+constexpr int64_t kChannels = 64;        // channels of a row in registers at a time
 constexpr int64_t kGatheredDepth = 512;  // depth gathered at a time, but at least one slot
 
-// sum[c] += term(c), c < channels <= kChannels. A whole block has a constant trip count: it stays
-// in registers.
+// sum[c] += term(c), c < channels <= kChannels. With its constant trip count, a full block stays in
+// registers.
 template <class Term>
 inline void add_channels(double* sum, int64_t channels, const Term& term) {
   if (channels == kChannels) {
@@ -139,7 +139,7 @@ class Aggregate {
     }
   }
 
-  // rows <= kBlockRows rows from `first` on. weight [o panels, k * c, kPanel].
+  // At most kBlockRows rows, starting at `first`. weight [o panels, k * c, kPanel].
   static void dense(const AggregateParams& p, const T* value, const A* weight, int64_t first,
                     int64_t rows, const Scratch& scratch) {
     const int64_t tiles = ceil_div(rows, kTileRows);
@@ -150,11 +150,11 @@ class Aggregate {
       for (int64_t r = 0; r < tiles * kTileRows; ++r) {
         A* to = scratch.gathered + r * stride;
         for (int64_t j = 0; j < slots; ++j, to += p.c) {
-          const int64_t place = (first + r) * p.k + slot + j;
-          if (r >= rows || is_missing(similarity_at(p, place))) {
+          const int64_t entry = (first + r) * p.k + slot + j;
+          if (r >= rows || is_missing(similarity_at(p, entry))) {
             for (int64_t c = 0; c < p.c; ++c) to[c] = 0;
           } else {
-            const T* v = value + p.indices[place] * p.c;
+            const T* v = value + p.indices[entry] * p.c;
             const double scale = scratch.rho[r * p.k + slot + j];
             for (int64_t c = 0; c < p.c; ++c) to[c] = A(scale * double(widen(v[c])));
           }

@@ -7,15 +7,15 @@
 //   grad_weight  = sum over i of G_i (x) rho_ij V[I_ij], for each slot j
 //   grad_bias    = sum over i of G_i
 //
-// P is never stored beyond a block of rows. Nothing is scattered: grad_value is a gather over the
-// inverse of the neighbor list, the weight is split by output element and by parts of the rows,
-// whose sums are added up afterwards, and the bias by output element, so every sum has one owner
-// and one order. Sums over the rows of the whole batch are taken in float64, but for the dense
-// weight's, whose blocks of kWeightRows rows are products of tiles.
+// P is never stored beyond a block of rows. Nothing is scattered: grad_value is gathered through
+// the inverse neighbor list; grad_weight is divided by element and by parts of the rows, whose sums
+// are then added up; grad_bias is divided by element. So every sum is taken by one task, in one
+// order. Sums over the rows of the whole batch are in float64, except within the blocks of
+// kWeightRows rows that a dense weight gradient multiplies as tiles.
 //
-// A dense P is a matrix product, computed once for both gradients: a task takes some pairs (i, j)
-// in the order of the keys that they chose, and multiplies those of one slot together. A key whose
-// pairs are cut between tasks has its parts added up afterwards.
+// A dense P is a matrix product, computed once for both gradients: a task takes some pairs (i, j),
+// ordered by the keys that they chose, and multiplies those of one slot together. If the pairs of a
+// key are divided between tasks, their partial sums are added up afterwards.
 #pragma once
 
 #include <algorithm>
@@ -27,14 +27,14 @@ namespace convnn::CONVNN_ISA {
 constexpr int64_t kWeightRows = 256;      // dense: rows of one product of grad_weight
 constexpr int64_t kSummedRows = 32;       // rows summed before the sum is added to the total
 constexpr int64_t kWeightChannels = 128;  // dense: input channels of one grad_weight task
-constexpr int64_t kWeightTasks = 32;      // rows are divided for about this many grad_weight tasks
+constexpr int64_t kWeightTasks = 32;      // rows are divided into about this many grad_weight tasks
 
-// dense: elements of P that a task of `pairs` keeps, in the L2 cache; more where k is so large that
-// the tiles of a slot would not be full of pairs; and never more than a fixed workspace.
+// dense: elements of P that a task of `pairs` stores, in the L2 cache; more if k is so large that
+// there would be too few pairs of a slot to fill tiles, up to a fixed workspace.
 constexpr int64_t kPairElements = 1 << 15;
 constexpr int64_t kPairsOfSlot = 32;
 constexpr int64_t kMostPairElements = 1 << 20;
-constexpr int64_t kMostWeightElements = 1 << 20;  // of all parts of grad_weight, if not of one
+constexpr int64_t kMostWeightElements = 1 << 20;  // of all parts of grad_weight, if several
 
 template <class T>
 class AggregateBackward {
@@ -42,17 +42,17 @@ class AggregateBackward {
   static constexpr int64_t kPanel = kTileColumns<A>;
 
   struct Scratch {
-    double* rho;       // [kBlockRows, k]
-    double* grad_rho;  // [kBlockRows, k]
-    int64_t* slots;    // dense: [k + 1] the first row of each slot in `product`
-    int64_t* queries;  // dense: [pair_rows] the query row of each row of `product`
-    int64_t* rows;     // dense: [pairs_per_task] the slot of each pair, then its row in `product`
-    int64_t* places;   // dense: [pairs_per_task] where each pair is in rho [n, k]
-    A* gathered;       // dense: [kBlockRows, padded_stride of o]
-    A* product;        // dense: [pair_rows, padded_channels]
-    A* outputs;        // dense: [kWeightRows, o padded to whole tiles]
-    A* channels;       // dense: [panels of kWeightChannels, kWeightRows, kPanel]
-    A* tiles;          // dense: [o padded to whole tiles, kPanel]
+    double* rho;         // [kBlockRows, k]
+    double* grad_rho;    // [kBlockRows, k]
+    int64_t* slots;      // dense: [k + 1] the first row of each slot in `product`
+    int64_t* queries;    // dense: [pair_rows] the query row of each row of `product`
+    int64_t* rows;       // dense: [pairs_per_task] the slot of each pair, then its row in `product`
+    int64_t* positions;  // dense: [pairs_per_task] where each pair is in rho [n, k]
+    A* gathered;         // dense: [kBlockRows, padded_stride of o]
+    A* product;          // dense: [pair_rows, padded_channels]
+    A* outputs;          // dense: [kWeightRows, o padded to whole tiles]
+    A* channels;         // dense: [panels of kWeightChannels, kWeightRows, kPanel]
+    A* tiles;            // dense: [o padded to whole tiles, kPanel]
     size_t bytes;
 
     Scratch(const AggregateParams& p, void* base) {
@@ -65,7 +65,7 @@ class AggregateBackward {
       slots = arena.take<int64_t>(dense * (p.k + 1));
       queries = arena.take<int64_t>(dense * pair_rows(p));
       rows = arena.take<int64_t>(dense * pairs_per_task(p));
-      places = arena.take<int64_t>(dense * pairs_per_task(p));
+      positions = arena.take<int64_t>(dense * pairs_per_task(p));
       gathered = arena.take<A>(dense * kBlockRows * padded_stride<A>(p.o));
       product = arena.take<A>(dense * pair_rows(p) * padded_channels(p));
       outputs = arena.take<A>(dense * padded_outputs * kWeightRows);
@@ -147,7 +147,7 @@ class AggregateBackward {
     }
   }
 
-  static void key_rows(const AggregateBackwardParams& p, const InverseNeighbors& inverse,
+  static void key_rows(const AggregateBackwardParams& p, const InverseList& inverse,
                        const void* packed_weight, const double* all_rho, int64_t begin, int64_t end,
                        void* base) {
     const AggregateParams& f = p.forward;
@@ -158,7 +158,7 @@ class AggregateBackward {
       const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
       const int64_t rows = min_of(kBlockRows, f.m - first_row);
       const Chosen chosen = {inverse.offsets + b * (f.m + 1) + first_row,
-                             inverse.places + b * f.n * f.k, all_rho + b * f.n * f.k,
+                             inverse.pairs + b * f.n * f.k, all_rho + b * f.n * f.k,
                              static_cast<const T*>(p.grad_output) + b * f.n * f.o};
       T* grad_value = static_cast<T*>(p.grad_value) + (b * f.m + first_row) * f.c;
       for (int64_t r = 0; r < rows; ++r) {
@@ -171,7 +171,7 @@ class AggregateBackward {
     return max_of(1, ceil_div(p.forward.n * p.forward.k, pairs_per_task(p.forward)));
   }
 
-  static void pairs(const AggregateBackwardParams& p, const InverseNeighbors& inverse,
+  static void pairs(const AggregateBackwardParams& p, const InverseList& inverse,
                     const void* packed_weight, const double* rho, double* grad_rho, double* cuts,
                     int64_t begin, int64_t end, void* base) {
     const AggregateParams& f = p.forward;
@@ -189,7 +189,7 @@ class AggregateBackward {
     }
   }
 
-  static void cut_keys(const AggregateBackwardParams& p, const InverseNeighbors& inverse,
+  static void cut_keys(const AggregateBackwardParams& p, const InverseList& inverse,
                        const double* cuts, int64_t begin, int64_t end) {
     const AggregateParams& f = p.forward;
     const int64_t tasks = pair_tasks(p);
@@ -199,7 +199,8 @@ class AggregateBackward {
       for (int64_t task = 0; task < last; ++task) {
         const Pairs pairs = pairs_of(f, inverse, b, task), next = pairs_of(f, inverse, b, task + 1);
         const int64_t key = first_key(f, next), from = next.offsets[key];
-        if (from < pairs.first || from >= next.first) continue;  // no key begins here and goes on
+        if (from < pairs.first || from >= next.first)
+          continue;  // no key that begins here continues
         int64_t stop = task + 1;
         while (stop * pairs_per_task(f) < next.offsets[key + 1]) ++stop;
         T* to = static_cast<T*>(p.grad_value) + (b * f.m + key) * f.c;
@@ -283,10 +284,10 @@ class AggregateBackward {
   }
 
  private:
-  // Of a block of key rows of one batch element: who chose them, and with what.
+  // The pairs that chose a block of key rows of one batch element, and what they contribute.
   struct Chosen {
     const int64_t* offsets;  // [rows + 1]
-    const int64_t* places;   // [n * k] slot * n + query row
+    const int64_t* pairs;    // [n * k] slot * n + query row
     const double* rho;       // [n, k]
     const T* grad_output;    // [n, o]
   };
@@ -316,7 +317,7 @@ class AggregateBackward {
       const int64_t channels = min_of(kChannels, f.c - first);
       double sum[kChannels] = {};
       for (int64_t at = chosen.offsets[r]; at < chosen.offsets[r + 1]; ++at) {
-        const int64_t slot = chosen.places[at] / f.n, i = chosen.places[at] % f.n;
+        const int64_t slot = chosen.pairs[at] / f.n, i = chosen.pairs[at] % f.n;
         const double scale = chosen.rho[i * f.k + slot];
         const T* g = chosen.grad_output + i * f.o + first;
         if (weight) {
@@ -331,42 +332,42 @@ class AggregateBackward {
     }
   }
 
-  // Some pairs of one batch element, consecutive in the order of the keys that they chose.
+  // Consecutive pairs of one batch element, ordered by the keys that they chose.
   struct Pairs {
     const int64_t* offsets;  // [m + 1] the first pair of each key
-    const int64_t* places;   // [offsets[m]] slot * n + query row
+    const int64_t* numbers;  // [offsets[m]] slot * n + query row
     int64_t first, last;     // from `first` to before `last`
-    bool to_the_end;         // whether these are the last of all; keys without pairs may follow
+    bool to_the_end;         // whether these are the last ones; keys without pairs may follow
 
     bool end_before(int64_t key) const { return offsets[key] >= last && !to_the_end; }
   };
 
-  // How many tasks of `pairs` a batch element has, some of whose neighbors may be missing. One
-  // without any has a task for its keys.
-  static int64_t tasks_with_pairs(const AggregateParams& f, const InverseNeighbors& inverse,
-                                  int64_t b) {
+  // How many tasks of `pairs` a batch element needs: fewer than pair_tasks() if neighbors are
+  // missing, but at least one, for keys without pairs.
+  static int64_t tasks_with_pairs(const AggregateParams& f, const InverseList& inverse, int64_t b) {
     return max_of(1, ceil_div(inverse.offsets[b * (f.m + 1) + f.m], pairs_per_task(f)));
   }
 
   // The pairs of one of these tasks.
-  static Pairs pairs_of(const AggregateParams& f, const InverseNeighbors& inverse, int64_t b,
+  static Pairs pairs_of(const AggregateParams& f, const InverseList& inverse, int64_t b,
                         int64_t task) {
     const int64_t* offsets = inverse.offsets + b * (f.m + 1);
     const int64_t size = pairs_per_task(f), count = offsets[f.m];
     const int64_t first = task * size;
-    return {offsets, inverse.places + b * f.n * f.k, first, min_of(first + size, count),
+    return {offsets, inverse.pairs + b * f.n * f.k, first, min_of(first + size, count),
             first + size >= count};
   }
 
-  // The key of the first pair, or, if that is the first of its key, the first of the keys without
-  // pairs before it: every key is the first or a later one of exactly one task, or cut.
+  // The first key of a task: that of its first pair or, if that pair is the first of its key, the
+  // first of the keys without pairs before it. So every key belongs to exactly one task unless its
+  // pairs are divided.
   static int64_t first_key(const AggregateParams& f, const Pairs& pairs) {
     const int64_t key =
         std::lower_bound(pairs.offsets, pairs.offsets + f.m + 1, pairs.first) - pairs.offsets;
     return pairs.offsets[key] > pairs.first ? key - 1 : key;
   }
 
-  // P of some pairs to scratch.product [pair_rows, padded_channels], slot by slot.
+  // Computes P of some pairs, slot by slot, to scratch.product [pair_rows, padded_channels].
   static void multiply_pairs_by_slot(const AggregateBackwardParams& p, const Pairs& pairs,
                                      int64_t b, const A* weight, const Scratch& scratch) {
     const AggregateParams& f = p.forward;
@@ -374,9 +375,9 @@ class AggregateBackward {
     const int64_t count = pairs.last - pairs.first;
     std::fill_n(scratch.slots, f.k + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t slot = pairs.places[pairs.first + i] / f.n;
-      const int64_t query = pairs.places[pairs.first + i] % f.n;
-      scratch.places[i] = query * f.k + slot;
+      const int64_t slot = pairs.numbers[pairs.first + i] / f.n;
+      const int64_t query = pairs.numbers[pairs.first + i] % f.n;
+      scratch.positions[i] = query * f.k + slot;
       scratch.rows[i] = slot;
       ++scratch.slots[slot];
     }
@@ -390,7 +391,7 @@ class AggregateBackward {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = scratch.rows[i];
       scratch.rows[i] = scratch.slots[slot]++;
-      scratch.queries[scratch.rows[i]] = pairs.places[pairs.first + i] - slot * f.n;
+      scratch.queries[scratch.rows[i]] = pairs.numbers[pairs.first + i] - slot * f.n;
     }
 
     const T* grad_output = static_cast<const T*>(p.grad_output) + b * f.n * f.o;
@@ -413,8 +414,9 @@ class AggregateBackward {
     }
   }
 
-  // grad_rho of the pairs of a key, and their part of its grad_value: to cuts [2, c] where others
-  // have a part as well, first that of a key from an earlier task, then of one that goes on.
+  // grad_rho of the pairs of a key, and its grad_value. If the pairs of the key are divided between
+  // tasks, the partial sum goes to cuts [2, c]: the first row is for a key that begins in an
+  // earlier task, the second for one that begins here.
   static void dense_key(const AggregateBackwardParams& p, const Pairs& pairs, int64_t b,
                         int64_t key, const double* rho, double* grad_rho, double* cuts,
                         const Scratch& scratch) {
@@ -426,19 +428,19 @@ class AggregateBackward {
     const bool from_before = pairs.offsets[key] < pairs.first;
     const bool whole = !from_before && pairs.offsets[key + 1] <= pairs.last;
     for (int64_t i = first - pairs.first; grad_rho && i < last - pairs.first; ++i) {
-      grad_rho[b * f.n * f.k + scratch.places[i]] = 0;
+      grad_rho[b * f.n * f.k + scratch.positions[i]] = 0;
     }
     for (int64_t c = 0; c < f.c; c += kChannels) {
       const int64_t channels = min_of(kChannels, f.c - c);
       double sum[kChannels] = {};
       for (int64_t i = first - pairs.first; i < last - pairs.first; ++i) {
-        const int64_t place = b * f.n * f.k + scratch.places[i];
+        const int64_t entry = b * f.n * f.k + scratch.positions[i];
         const A* x = scratch.product + scratch.rows[i] * padded_channels(f) + c;
         if (p.grad_value) {
-          const double scale = rho[place];
+          const double scale = rho[entry];
           add_channels(sum, channels, [&](int64_t j) { return scale * double(x[j]); });
         }
-        if (grad_rho) grad_rho[place] += dot(x, v + c, channels);
+        if (grad_rho) grad_rho[entry] += dot(x, v + c, channels);
       }
       if (!p.grad_value) continue;
       if (whole) {
@@ -457,7 +459,7 @@ class AggregateBackward {
     return f.k * ceil_div(f.c, weight_channels(f));
   }
 
-  // total [kChannels] = sum over some rows of what `add(row, sum)` adds.
+  // total [kChannels] += the sum over some rows of what add(row, sum) adds to its sum.
   template <class Add>
   static void sum_rows(int64_t first_row, int64_t last_row, double* total, const Add& add) {
     for (int64_t first = first_row; first < last_row; first += kSummedRows) {
@@ -467,7 +469,7 @@ class AggregateBackward {
     }
   }
 
-  // The part of some rows in grad_weight at one slot, kChannels channels from `first` on.
+  // Sums grad_weight over some rows at one slot, for kChannels channels from `first` on.
   static void depthwise_grad_weight(const AggregateBackwardParams& p, const double* rho,
                                     int64_t slot, int64_t first, int64_t first_row,
                                     int64_t last_row, double* to) {
@@ -475,11 +477,11 @@ class AggregateBackward {
     const int64_t channels = min_of(kChannels, f.c - first);
     double total[kChannels] = {};
     sum_rows(first_row, last_row, total, [&](int64_t row, double* sum) {
-      const int64_t place = row * f.k + slot;
-      if (is_missing(similarity_at(f, place))) return;
+      const int64_t entry = row * f.k + slot;
+      if (is_missing(similarity_at(f, entry))) return;
       const T* g = static_cast<const T*>(p.grad_output) + row * f.o + first;
-      const T* v = value_row(f, row, place) + first;
-      const double scale = rho[place];
+      const T* v = value_row(f, row, entry) + first;
+      const double scale = rho[entry];
       for (int64_t c = 0; c < channels; ++c) {
         sum[c] += scale * double(widen(g[c])) * double(widen(v[c]));
       }
@@ -487,13 +489,13 @@ class AggregateBackward {
     std::copy_n(total, channels, to);
   }
 
-  // The row of value that the query row `row` of the flattened batch has at `place`.
-  static const T* value_row(const AggregateParams& f, int64_t row, int64_t place) {
-    return static_cast<const T*>(f.value) + (row / f.n * f.m + f.indices[place]) * f.c;
+  // The row of value at `entry` of the neighbor list, for row `row` of the flattened batch.
+  static const T* value_row(const AggregateParams& f, int64_t row, int64_t entry) {
+    return static_cast<const T*>(f.value) + (row / f.n * f.m + f.indices[entry]) * f.c;
   }
 
-  // The part of some rows in grad_weight at one slot, kWeightChannels channels from `first` on, to
-  // to [o, c]: a product over these rows.
+  // Sums grad_weight over some rows at one slot, for kWeightChannels channels from `first` on, to
+  // to [o, c]: a matrix product over these rows.
   static void dense_grad_weight(const AggregateBackwardParams& p, const double* rho, int64_t slot,
                                 int64_t first, int64_t first_row, int64_t last_row, double* to,
                                 const Scratch& scratch) {
@@ -517,34 +519,34 @@ class AggregateBackward {
     }
   }
 
-  // grad_output of `depth` rows to rows [depth, height]; zeros for a row whose neighbor at that
-  // slot is missing, like those of gather_channels: neither may be infinite.
+  // Copies grad_output of `depth` rows to rows [depth, height], with zeros for a row whose neighbor
+  // at that slot is missing. gather_channels has zeros there, too, and 0 * inf would be NaN.
   static void gather_outputs(const AggregateBackwardParams& p, int64_t slot, int64_t row,
                              int64_t depth, int64_t height, A* rows) {
     const int64_t outputs = p.forward.o;
     const T* g = static_cast<const T*>(p.grad_output) + row * outputs;
     for (int64_t t = 0; t < depth; ++t, g += outputs, rows += height) {
       const bool missing = is_missing(similarity_at(p.forward, (row + t) * p.forward.k + slot));
-      const int64_t given = missing ? 0 : outputs;
-      for (int64_t o = 0; o < given; ++o) rows[o] = widen(g[o]);
-      for (int64_t o = given; o < height; ++o) rows[o] = 0;
+      const int64_t filled = missing ? 0 : outputs;
+      for (int64_t o = 0; o < filled; ++o) rows[o] = widen(g[o]);
+      for (int64_t o = filled; o < height; ++o) rows[o] = 0;
     }
   }
 
-  // rho V[I] of `depth` rows at one slot to packed [channels / kPanel, depth, kPanel].
+  // Copies rho V[I] of `depth` rows at one slot to packed [channels / kPanel, depth, kPanel].
   static void gather_channels(const AggregateParams& f, const double* rho, int64_t slot,
                               int64_t row, int64_t depth, int64_t first, int64_t channels,
                               A* packed) {
     for (int64_t t = 0; t < depth; ++t) {
-      const int64_t place = (row + t) * f.k + slot;
-      const bool missing = is_missing(similarity_at(f, place));
-      const T* v = missing ? nullptr : value_row(f, row + t, place) + first;
+      const int64_t entry = (row + t) * f.k + slot;
+      const bool missing = is_missing(similarity_at(f, entry));
+      const T* v = missing ? nullptr : value_row(f, row + t, entry) + first;
       for (int64_t panel = 0; panel < channels; panel += kPanel) {
         A* to = packed + panel * depth + t * kPanel;
-        const int64_t given = missing ? 0 : min_of(kPanel, channels - panel);
-        const double scale = rho[place];
-        for (int64_t c = 0; c < given; ++c) to[c] = A(scale * double(widen(v[panel + c])));
-        for (int64_t c = given; c < kPanel; ++c) to[c] = 0;
+        const int64_t filled = missing ? 0 : min_of(kPanel, channels - panel);
+        const double scale = rho[entry];
+        for (int64_t c = 0; c < filled; ++c) to[c] = A(scale * double(widen(v[panel + c])));
+        for (int64_t c = filled; c < kPanel; ++c) to[c] = 0;
       }
     }
   }

@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: MIT
-// Selection from rows of S: the best k columns of a row, seen a chunk at a time.
+// Selection from rows of S: the best k columns of a row, one chunk at a time.
 //
-// The columns of a chunk fall into groups, one for each lane of a scan block of kScanVectors
-// vectors, and one pass over the row takes the maximum of every group. The k-th largest of these
-// maxima is a lower bound for the k-th similarity of the row, so only elements of groups that reach
-// it can matter: on average little more than k of them. (A bound a little lower serves as well and
-// is found faster.) They are collected with their positions as ranks; once k are known, only what
-// comes before the k-th by rank. What is collected is reduced to the best k whenever its buffer is
-// full, and ordered at the end.
+// The columns of a chunk are divided into groups, one for each lane of a scan block of kScanVectors
+// vectors, and one pass over the row computes the maximum of every group. The k-th largest of these
+// maxima is a lower bound of the k-th similarity of the row, so only elements of groups that reach
+// it matter: on average little more than k of them. (A slightly lower bound works as well and is
+// found faster.) They are collected as ranks; as soon as there are k, only elements that precede
+// the k-th are. The buffer of ranks is reduced to the best k whenever it is full, and sorted at the
+// end.
 //
-// Where a row holds screened similarities (screen.h), what its error leaves open is collected with
-// lower bounds for similarities, and computed again only where it is still open when the
-// similarities are needed: at the end, or before a chunk of true ones.
+// From a row of screened similarities (screen.h), columns that its error cannot rule out are
+// collected with lower bounds of their similarities. Those that remain when exact similarities are
+// needed, at the end or before a chunk of exact ones, are computed again.
 #pragma once
 
 #include <algorithm>
 
 #include "../params.h"
-#include "tile.h"
+#include "register_tile.h"
 
 namespace convnn::CONVNN_ISA {
 
-// A similarity and its column as one number that sorts by the total order of the contract:
+// A similarity and its column as one number, in the total order of neighbors:
 // similarity descending, NaN first, -0 equal to +0, then column ascending.
 template <class A>
 struct RankCode;
@@ -69,7 +69,7 @@ class Rank {
   Code code_;
 };
 
-constexpr int64_t kChunk = 1024;     // columns of S kept at a time
+constexpr int64_t kChunk = 1024;     // columns of S in memory at a time
 constexpr int64_t kScanVectors = 8;  // vectors of one scan block
 template <class A>
 constexpr int64_t kScanColumns = kScanVectors * kLanes<A>;
@@ -101,9 +101,9 @@ class BestColumns {
     all_nan_ = false;
   }
 
-  // Finds what a column of a chunk has to reach. row [kChunk]: similarities of the first `columns`
-  // of a chunk, then -inf; -inf also at the excluded column. They may be off by `error`. Returns
-  // how many groups are left, of group_count(columns).
+  // Finds the bound that a column of a chunk has to reach. row [kChunk]: similarities of the first
+  // `columns` of a chunk, each with an error of at most `error`, then -inf; -inf also at the
+  // excluded column. Returns how many of the group_count(columns) groups are not ruled out.
   int64_t survey(const A* row, int64_t columns, A error) {
     blocks_ = wanted_ == 0 ? 0 : ceil_div(columns, kScanColumns<A>);
     error_ = error;
@@ -113,7 +113,7 @@ class BestColumns {
       V largest = V{} - std::numeric_limits<A>::infinity();
       for (int v = 0; v < kScanVectors; ++v) {
         const V x = load(row + block * kScanColumns<A> + v * kLanes<A>);
-        largest = x > largest ? x : largest;  // keeps the old one where x is NaN
+        largest = x > largest ? x : largest;  // unchanged if x is NaN
         unordered = x != x ? V{} - A(1) : unordered;
       }
       group_max_[block] = largest;
@@ -130,17 +130,17 @@ class BestColumns {
     return ceil_div(columns, kScanColumns<A>) * kLanes<A>;
   }
 
-  // Collects from a row that was surveyed without an error; its first column is `first`. What was
-  // collected with an error has been resolved.
+  // Collects from a row that was surveyed with an error of 0; its first column is `first`. Columns
+  // collected with an error must have been resolved.
   void collect(const A* row, int64_t first, int64_t columns) {
     if (has_nan_) {
       for (int64_t c = 0; c < columns; ++c) {
         consider(row[c], first + c);
       }
     } else {
-      int32_t places[kChunk + kLanes<A>];
-      const int64_t listed = list(row, columns, bound_, too_late(first), places);
-      for (int64_t i = 0; i < listed; ++i) consider(row[places[i]], first + places[i]);
+      int32_t positions[kChunk + kLanes<A>];
+      const int64_t listed = list(row, columns, bound_, too_late(first), positions);
+      for (int64_t i = 0; i < listed; ++i) consider(row[positions[i]], first + positions[i]);
     }
     end_chunk();
   }
@@ -149,22 +149,22 @@ class BestColumns {
   // similarities of kLanes columns.
   template <class Exact>
   void collect_screened(const A* row, int64_t first, int64_t columns, const Exact& exact) {
-    int32_t places[kChunk + kLanes<A>];
-    const int64_t listed = list(row, columns, bound_ - error_, false, places);
+    int32_t positions[kChunk + kLanes<A>];
+    const int64_t listed = list(row, columns, bound_ - error_, false, positions);
     for (int64_t i = 0; i < listed; ++i) {
-      const int64_t column = first + places[i];
+      const int64_t column = first + positions[i];
       if (column == excluded_) continue;
       if (count_ == capacity_) {
         keep_best();
         if (count_ > capacity_ - capacity_ / 4) resolve(exact);
       }
       slack_ = 2 * error_ > slack_ ? 2 * error_ : slack_;
-      ranks_[count_++] = Rank<A>(row[places[i]] - error_, column);
+      ranks_[count_++] = Rank<A>(row[positions[i]] - error_, column);
     }
     end_chunk();
   }
 
-  // Replaces the bounds of what was collected with an error by similarities.
+  // Replaces the lower bounds of columns collected with an error by their similarities.
   template <class Exact>
   void resolve(const Exact& exact) {
     if (slack_ == 0) return;
@@ -182,7 +182,7 @@ class BestColumns {
     if (count_ >= wanted_) keep_best();
   }
 
-  // Orders what was found, by rank or by column. Returns how many.
+  // Sorts the best columns by rank or by column. Returns how many there are.
   int64_t finish(Order order) {
     if (count_ > wanted_) keep_best();
     if (order == Order::similarity) {
@@ -203,8 +203,8 @@ class BestColumns {
     return mask;
   }
 
-  // Whether `wanted` columns are known that come before this one if it only equals the bound. The
-  // similarities are true ones.
+  // Whether `wanted` columns precede this one if its similarity only equals the bound. Similarities
+  // must be exact.
   bool too_late(int64_t column) const { return complete_ && last_column_ < column; }
 
   void consider(A s, int64_t column) {
@@ -220,8 +220,9 @@ class BestColumns {
     ranks_[count_++] = Rank<A>(similarity, column);
   }
 
-  // The columns of the surveyed row that reach the bound, or exceed it, ascending; how many.
-  int64_t list(const A* row, int64_t columns, A bound, bool exceed, int32_t* places) const {
+  // Lists the columns of the surveyed row that reach the bound, or exceed it, in ascending order.
+  // Returns how many.
+  int64_t list(const A* row, int64_t columns, A bound, bool exceed, int32_t* positions) const {
     const V bounds = V{} + bound;
     const auto bits_of = [&](V x) {
       return lane_bits(exceed ? as_mask(x > bounds) : as_mask(x >= bounds));
@@ -230,22 +231,22 @@ class BestColumns {
     for (int64_t block = 0; block < blocks_; ++block) {
       if (bits_of(group_max_[block]) == 0) continue;
       for (int64_t v = 0; v < kScanVectors; ++v) {
-        const int64_t place = block * kScanColumns<A> + v * kLanes<A>;
-        count += list_lanes<A>(bits_of(load(row + place)), int32_t(place), places + count);
+        const int64_t position = block * kScanColumns<A> + v * kLanes<A>;
+        count += list_lanes<A>(bits_of(load(row + position)), int32_t(position), positions + count);
       }
     }
-    while (count > 0 && places[count - 1] >= columns) --count;
+    while (count > 0 && positions[count - 1] >= columns) --count;
     return count;
   }
 
-  // The bound rises to the last of the best as soon as there are `wanted`, and again where enough
-  // has come since for the time that takes.
+  // Raises the bound to the last of the best as soon as there are `wanted`, and again whenever
+  // enough columns were added to make it worthwhile.
   void end_chunk() {
     if (wanted_ > 0 && count_ >= (complete_ ? kept_ + kept_ / 2 + kLanes<A> : wanted_)) keep_best();
   }
 
-  // A number that at least `wanted` group maxima reach, so that the row's `wanted`-th similarity
-  // does, and hardly more: found by bisection over the numbers in their order, counting lanes.
+  // A number that at least `wanted` group maxima reach, and so the row's `wanted`-th similarity,
+  // but few more: found by bisection over the ordered floating-point numbers, counting lanes.
   A bound_of_groups() const {
     if (wanted_ > blocks_ * kLanes<A>) return -std::numeric_limits<A>::infinity();
     Keys keys[kChunk / kScanColumns<A>];
@@ -278,7 +279,7 @@ class BestColumns {
     return bound;
   }
 
-  // The bits of a number as an integer of the same order, and back.
+  // Maps the bits of a number to an integer of the same order, and back.
   template <class Bits>
   static Bits in_order(Bits bits) {
     return bits ^ ((bits >> (8 * sizeof(A) - 1)) & std::numeric_limits<Key>::max());
@@ -289,7 +290,7 @@ class BestColumns {
     return in_order(bits);
   }
 
-  // Keeps the best `wanted`, and what may be one of them.
+  // Keeps the best `wanted` and those that may be among them.
   void keep_best() {
     std::nth_element(ranks_, ranks_ + wanted_ - 1, ranks_ + count_);
     bound_ = ranks_[wanted_ - 1].similarity();
@@ -312,14 +313,14 @@ class BestColumns {
 
   Rank<A>* ranks_;
   int64_t capacity_, wanted_, excluded_, count_;
-  int64_t kept_;                           // how many were left when the bound was last raised
+  int64_t kept_;                           // count_ when the bound was last raised
   V group_max_[kChunk / kScanColumns<A>];  // of the surveyed row
   int64_t blocks_;                         // how many of them
-  bool has_nan_;                           // whether the row holds a NaN
-  A error_;                                // by how much a surveyed similarity may be off
+  bool has_nan_;                           // whether that row contains NaN
+  A error_;                                // largest error of a similarity of that row
   A bound_;                                // what an element has to reach
-  A slack_;                                // by how much a collected similarity may be higher
-  bool complete_;                          // `wanted` are known and the bound is the last of them
+  A slack_;                                // by how much a similarity may exceed its lower bound
+  bool complete_;                          // there are `wanted`, and the bound is the last of them
   bool all_nan_;                           // they are all NaN
   int64_t last_column_;                    // the column of the last of them
 };

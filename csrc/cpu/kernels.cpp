@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// All CPU kernels for one instruction set: compiled once for each, with CONVNN_ISA its name.
+// All CPU kernels for one instruction set, compiled once per set with CONVNN_ISA as its name.
 #include "aggregate.h"
 #include "aggregate_backward.h"
 #include "select.h"
@@ -8,7 +8,7 @@
 namespace convnn::CONVNN_ISA {
 
 #if defined(__AMX_BF16__)
-bool tiles_multiply() { return TileScreen::multiplies(); }
+bool multiplies_correctly() { return AmxScreen::multiplies_correctly(); }
 #endif
 
 #define CONVNN_STRING(x) #x

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// What one instruction set offers to the host code of launch.cpp: for each operator and dtype, a
-// set of passes over ranges of tasks. A pass is called from many threads, each with a range and a
-// scratch of its own, and its results depend on neither.
+// What one instruction set provides: for each operator and dtype, a set of passes over ranges of
+// tasks. A pass is called from many threads, each with its own range and scratch memory, and its
+// results depend on neither.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace convnn {
 
-// The keys of some consecutive batch elements, made ready for selection.
+// The keys of some consecutive batch elements, packed for selection.
 struct SelectWork {
   int64_t first_batch;     // the batch element at position 0 of the arrays below
   int64_t max_columns;     // m, or the number of candidates
@@ -31,29 +31,29 @@ struct SelectKernel {
   void (*rows)(const SelectParams&, const SelectWork&, int64_t begin, int64_t end, void* scratch);
 };
 
-// The inverse of `indices`: for each key row of each batch element the places (slot, query row)
-// that chose it, in ascending order of (slot, query row), missing neighbors left out.
-struct InverseNeighbors {
-  const int64_t* offsets;  // [batch, m + 1] into the places of the batch element
-  const int64_t* places;   // [batch, n * k] slot * n + query row
+// The inverse of `indices`: for each key row of each batch element the pairs (slot, query row) that
+// chose it, in ascending order of (slot, query row), without missing neighbors.
+struct InverseList {
+  const int64_t* offsets;  // [batch, m + 1] into the pairs of the batch element
+  const int64_t* pairs;    // [batch, n * k] slot * n + query row
 };
 
 struct SelectBackwardKernel {
   size_t (*scratch_bytes)(const SelectBackwardParams&);
-  // Tasks: query rows, then key rows, of all batch elements. Both arrays are written by the first
-  // two passes and read by the last two; they are null unless the metric is cosine.
+  // Tasks: query rows or key rows of all batch elements. The norms are written by the first two
+  // passes and read by the last two; they are null unless the metric is cosine.
   void (*query_norms)(const SelectBackwardParams&, double* inverse_norms, int64_t begin,
                       int64_t end);
   void (*key_norms)(const SelectBackwardParams&, double* inverse_norms, int64_t begin, int64_t end);
   void (*query_rows)(const SelectBackwardParams&, const double* query_norms,
                      const double* key_norms, int64_t begin, int64_t end, void* scratch);
-  void (*key_rows)(const SelectBackwardParams&, const InverseNeighbors&, const double* query_norms,
+  void (*key_rows)(const SelectBackwardParams&, const InverseList&, const double* query_norms,
                    const double* key_norms, int64_t begin, int64_t end, void* scratch);
 };
 
 struct AggregateKernel {
   int64_t rows_per_task;
-  size_t (*packed_weight_bytes)(const AggregateParams&);  // 0, and then null below: no weight
+  size_t (*packed_weight_bytes)(const AggregateParams&);  // 0 without a weight: null below
   void (*pack_weight)(const AggregateParams&, void* packed);
   size_t (*scratch_bytes)(const AggregateParams&);
   // Tasks: blocks of query rows of each batch element.
@@ -62,42 +62,42 @@ struct AggregateKernel {
 };
 
 struct AggregateBackwardKernel {
-  int64_t rows_per_task;                                          // of both query and key rows
+  int64_t rows_per_task;                                          // query rows or key rows
   size_t (*packed_weight_bytes)(const AggregateBackwardParams&);  // as for AggregateKernel
   void (*pack_weight)(const AggregateBackwardParams&, void* packed);
   size_t (*scratch_bytes)(const AggregateBackwardParams&);
   // Tasks: blocks of query rows of each batch element. Writes rho [batch, n, k] for the passes
-  // below where it is not null, and grad_similarities where it is needed; not of a dense
-  // convolution, unless rho is ones.
+  // below if it is not null, and grad_similarities if it is needed, except that of a dense
+  // convolution whose rho is not ones.
   void (*query_rows)(const AggregateBackwardParams&, const void* packed_weight, double* rho,
                      int64_t begin, int64_t end, void* scratch);
   // Tasks: query rows. Writes grad_similarities from grad_rho [batch, n, k].
   void (*similarities)(const AggregateBackwardParams&, const double* rho, const double* grad_rho,
                        int64_t begin, int64_t end);
-  // Tasks: blocks of key rows of each batch element. Writes grad_value; not of a dense convolution.
-  void (*key_rows)(const AggregateBackwardParams&, const InverseNeighbors&,
-                   const void* packed_weight, const double* rho, int64_t begin, int64_t end,
-                   void* scratch);
-  // A dense convolution. Tasks: as many as pair_tasks says, for each batch element. Writes grad_rho
-  // where it is not null, and, where it is needed, grad_value; for key rows that more than one task
-  // has a part of, the parts to cuts [batch, pair_tasks, 2, c].
+  // Tasks: blocks of key rows of each batch element. Writes grad_value, except that of a dense
+  // convolution.
+  void (*key_rows)(const AggregateBackwardParams&, const InverseList&, const void* packed_weight,
+                   const double* rho, int64_t begin, int64_t end, void* scratch);
+  // Dense convolution only. Tasks: pair_tasks() for each batch element. Writes grad_rho if it is
+  // not null, and grad_value if it is needed; of key rows whose pairs are split between tasks, the
+  // partial sums, to cuts [batch, pair_tasks, 2, c].
   int64_t (*pair_tasks)(const AggregateBackwardParams&);
-  void (*pairs)(const AggregateBackwardParams&, const InverseNeighbors&, const void* packed_weight,
+  void (*pairs)(const AggregateBackwardParams&, const InverseList&, const void* packed_weight,
                 const double* rho, double* grad_rho, double* cuts, int64_t begin, int64_t end,
                 void* scratch);
-  // Tasks: batch elements. Adds up the parts.
-  void (*cut_keys)(const AggregateBackwardParams&, const InverseNeighbors&, const double* cuts,
+  // Tasks: batch elements. Adds up the partial sums in cuts.
+  void (*cut_keys)(const AggregateBackwardParams&, const InverseList&, const double* cuts,
                    int64_t begin, int64_t end);
-  // Tasks: as many as weight_tasks says. Writes the parts [weight_parts, k, o, c] of grad_weight,
-  // [weight_parts, k, c] of a depthwise convolution, each of some of the rows.
+  // Tasks: weight_tasks(). Writes partial sums of grad_weight, each over some of the rows:
+  // parts [weight_parts, k, o, c], or [weight_parts, k, c] of a depthwise convolution.
   int64_t (*weight_parts)(const AggregateBackwardParams&);
   int64_t (*weight_tasks)(const AggregateBackwardParams&);
   void (*weight)(const AggregateBackwardParams&, const double* rho, double* parts, int64_t begin,
                  int64_t end, void* scratch);
-  // Tasks: elements of [o, c], or c. Adds up the parts.
+  // Tasks: elements of [o, c], or [c]. Adds up the parts.
   void (*sum_weight)(const AggregateBackwardParams&, const double* parts, int64_t begin,
                      int64_t end);
-  // Tasks: as many as bias_tasks says. Writes grad_bias.
+  // Tasks: bias_tasks(). Writes grad_bias.
   int64_t (*bias_tasks)(const AggregateBackwardParams&);
   void (*bias)(const AggregateBackwardParams&, int64_t begin, int64_t end);
 };
@@ -125,7 +125,7 @@ const Kernels& kernels();
 }
 namespace amx {
 const Kernels& kernels();
-bool tiles_multiply();  // whether they do, seen by a product of whole numbers
+bool multiplies_correctly();  // whether a test product of whole numbers comes out right
 }  // namespace amx
 
 }  // namespace convnn

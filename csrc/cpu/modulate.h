@@ -4,21 +4,21 @@
 
 #include <cmath>
 
-#include "tile.h"
+#include "register_tile.h"
 
 namespace convnn::CONVNN_ISA {
 
-inline double similarity_at(const AggregateParams& p, int64_t place) {
-  return p.similarity_dtype == DType::float64 ? static_cast<const double*>(p.similarities)[place]
-                                              : static_cast<const float*>(p.similarities)[place];
+inline double similarity_at(const AggregateParams& p, int64_t entry) {
+  return p.similarity_dtype == DType::float64 ? static_cast<const double*>(p.similarities)[entry]
+                                              : static_cast<const float*>(p.similarities)[entry];
 }
 
-// A similarity of -inf marks a missing neighbor: it is left out everywhere, whatever rho is.
+// A similarity of -inf marks a missing neighbor, which is ignored for every rho.
 inline bool is_missing(double similarity) {
   return similarity == -std::numeric_limits<double>::infinity();
 }
 
-// rho [k] of the row of p.similarities that starts at place `first`; 0 for a missing neighbor.
+// rho [k] of the row of p.similarities that starts at entry `first`; 0 for a missing neighbor.
 inline void modulate(const AggregateParams& p, int64_t first, double* rho) {
   if (p.rho != Rho::softmax) {
     for (int64_t j = 0; j < p.k; ++j) {

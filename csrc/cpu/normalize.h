@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The normalisation of the cosine (section 4.1 of the paper): x^ = x / ||x||, or 0 where
+// The normalization of the cosine (section 4.1 of the paper): x^ = x / ||x||, or 0 where
 // ||x|| <= epsilon.
 #pragma once
 
@@ -7,12 +7,12 @@
 #include <type_traits>
 
 #include "../params.h"
-#include "tile.h"
+#include "register_tile.h"
 
 namespace convnn::CONVNN_ISA {
 
-// x^ = (x * factor) * inverse; inverse is 0 for a row of norm <= epsilon only. The factor is a
-// power of two that keeps the squares of large float64 rows finite; narrower types are squared in
+// x^ = (x * factor) * inverse; inverse is 0 only for a row of norm <= epsilon. The factor is a
+// power of two that keeps the squares of large float64 rows finite; other types are squared in
 // float64, where they cannot overflow.
 struct Normalizer {
   double factor = 1;

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: MIT
-// A screen for select: S~ = Q~ K~^T of rows rounded to what a processor multiplies faster than
-// float32, and a bound of |S~ - S| for a query row and a panel of keys:
+// A screen for select: S~ = Q~ K~^T of rows rounded to a format that the processor multiplies
+// faster than float32, and a bound of |S~ - S| for a query row and a panel of keys:
 //
 //   |q . k - q~ . k~| <= ||q|| ||k - k~|| + ||q - q~|| ||k~||        (Cauchy-Schwarz)
 //
-// and what the float32 sums lose. A key whose screened similarity lies further than twice the bound
-// below that of a k-th key is no neighbor; the others are computed again in float32, in the order
-// of multiply_tile. So what is selected is the same, bit for bit, with and without.
+// plus the rounding of the float32 sums. A key whose screened similarity is below that of a k-th
+// key by more than twice the bound is no neighbor; the others are computed again in float32, in the
+// order of multiply_tile. So the selection is the same, bit for bit, as without the screen.
 //
-// Here: rounding to fixed point, whole numbers of 16 bits times a scale, at twice the rate.
+// FixedPointScreen: 16-bit integers times a scale, at twice the rate of float32.
 #pragma once
 
 #include <cmath>
 
 #include "../params.h"
-#include "tile.h"
+#include "register_tile.h"
 
 namespace convnn::CONVNN_ISA {
 
-// From this norm on, and for NaN, there is no bound: products might overflow.
+// There is no bound for rows with this norm or more, whose products might overflow, or with NaN.
 constexpr double kLargestNorm = 0x1p60;
 
 // Upper bounds for some rows: of ||x||, and of ||x - x~||.
@@ -34,21 +34,21 @@ struct Extent {
 
 constexpr Extent kNoBound = {std::numeric_limits<float>::infinity(), 0};
 
-// A row as a screen multiplies it: words of two numbers of 16 bits, times a scale.
+// A rounded row: words of two 16-bit numbers, times a scale.
 struct Rounded {
   Extent extent;
   float scale;
 };
 
-// Rounded up, also where the result is subnormal, whose rounding is coarse.
+// x rounded up. The sum covers subnormal results, which are rounded coarsely.
 inline float upper_bound(double x) { return float(x * 1.000001) + 0x1p-120f; }
 
-// The bound for a query row and a key row of these extents and d columns; inf where there is none.
+// The bound for a query row and a key row of these extents and d columns; inf if there is none.
 //
-// Each of the d sums of the float32 product is off by at most 2^-24 of ||q|| ||k||, as are those of
-// a screen in float32; 2^-22 also covers the scaling of a screened similarity and the rounding of
-// this bound and of what is computed with it. The last term is for what is too small to be a normal
-// number, and may count as 0: a product of scales, of which a sum has up to 2^30.
+// Each of the d additions of the float32 product has an error of at most 2^-24 ||q|| ||k||, and so
+// have those of a screen in float32; 2^-22 also covers the scaling of a screened similarity and the
+// rounding of this bound and of what is computed from it. The last term is for products of scales
+// that are too small to be normal numbers and may be flushed to 0; a sum has up to 2^30 of them.
 inline float screening_error(const Extent& query, const Extent& key, int64_t d) {
   const float error = query.norm * key.rounding + query.rounding * (key.norm + key.rounding) +
                       0x1p-22f * float(d + 64) * query.norm * key.norm + 0x1p-94f;
@@ -58,9 +58,9 @@ inline float screening_error(const Extent& query, const Extent& key, int64_t d) 
 #if defined(__AVX2__)
 
 struct FixedPointScreen {
-  // The norm of a row, in units of its scale. Rounding makes no element larger than 2^15 - 1, and
-  // adds at most half the root of d to the norm. So a sum of products, or a part of one, which is
-  // at most the product of two norms, stays below 2^31 for every d that fits into memory.
+  // The norm of a row in units of its scale. Rounding makes no element larger than 2^15 - 1 and
+  // adds at most sqrt(d) / 2 to the norm. A sum of products, or a part of one, is at most the
+  // product of two norms, so it stays below 2^31 for every d that fits into memory.
   static constexpr float kNorm = 32766;
   // Below this norm the scale would not be a normal number. All elements are rounded to 0.
   static constexpr float kSmallestNorm = 0x1p-100f;
@@ -68,7 +68,7 @@ struct FixedPointScreen {
   // Words of a row of d elements.
   static int64_t words(int64_t d) { return ceil_div(d, 2); }
 
-  // row [d] to words [words(d)]. Other screens need what the row was made of.
+  // Rounds row [d] to words [words(d)]. Other screens also use the original row, here unnamed.
   template <class T>
   static Rounded round(const T*, const float* row, int64_t d, Metric, uint32_t* words) {
     const double norm = std::sqrt(dot(row, row, d));
@@ -76,7 +76,7 @@ struct FixedPointScreen {
     const float bound = upper_bound(norm);
     const float scale = bound >= kSmallestNorm ? bound / kNorm : 0;
     const float inverse = scale > 0 ? 1 / scale : 0;
-    // Added to a number below 2^22, leaves it in the last bits, rounded to nearest.
+    // Adding this to a number below 2^22 leaves that number, rounded to nearest, in the last bits.
     constexpr float kShift = 0x1.8p23f;
     typedef int16_t Fixed __attribute__((may_alias));
     Fixed* fixed = reinterpret_cast<Fixed*>(words);
@@ -98,7 +98,7 @@ struct FixedPointScreen {
 
   typedef int32_t Sum __attribute__((vector_size(kVectorBytes)));
 
-  // sum + a . b in every lane, of pairs of 16 bits.
+  // sum + a . b in every lane, of pairs of 16-bit numbers.
   static Sum add_products(Sum sum, Sum a, Sum b) {
 #if defined(__AVX512VNNI__)
     return Sum(_mm512_dpwssd_epi32(__m512i(sum), __m512i(a), __m512i(b)));

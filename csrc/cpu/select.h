@@ -2,36 +2,36 @@
 // select on the CPU: s_i = k-max(S)[i, :], I_i = k-argmax(S)[i, :] with S = Q^ K^T (Eq. 3 to 5),
 // without S.
 //
-// The keys that may be neighbors are made ready once: normalised and packed into panels of tile
-// columns. A task then owns kBlockRows query rows and sweeps the panels in chunks of kChunk
+// The keys that may be neighbors are prepared once: normalized and packed into panels of tile
+// columns. A task then processes kBlockRows query rows and walks the panels in chunks of kChunk
 // columns: it fills a strip [kBlockRows, kChunk] of S, which stays in the L2 cache, and selects
 // from it row by row (best_columns.h).
 //
-// Where the processor multiplies vectors of 16-bit numbers, the strip first holds a screen of S
-// (screen.h). A chunk that the screen leaves too open, such as one of many nearly equal keys, is
-// computed in full.
+// If the processor multiplies vectors of 16-bit numbers, the strip first holds approximate
+// similarities, a screen of S (screen.h). A chunk in which the screen rules out too few keys, such
+// as one of many nearly equal keys, is computed in full.
 #pragma once
 
 #include "best_columns.h"
 #include "kernels.h"
 #include "normalize.h"
 #include "screen.h"
-#include "screen_tiles.h"
+#include "screen_amx.h"
 
 namespace convnn::CONVNN_ISA {
 
-// A screen may leave open one in this many groups of a chunk, besides k, and never more than half,
-// or, where no bound is known but the chunk's own, three quarters. Many more are a sign of columns
-// that no screen tells apart, and those that stay open to the end are computed one by one, each at
-// the price of about eight pairs of a full tile.
+// A screen is used if it leaves at most k plus one in this many groups of a chunk undecided, and at
+// most half of them, or three quarters in the first chunk, which has only its own bound. More mean
+// that the columns are too similar for a screen, and those still undecided at the end are computed
+// one by one, each at the cost of about eight pairs of a full tile.
 constexpr int64_t kGroupsPerOpen = 4;
 
-// From this many query rows on, and up to this many neighbors, a screen pays: both measured.
+// A screen pays from this many query rows on and up to this many neighbors; both measured.
 constexpr int64_t kScreenedRows = 8 * kBlockRows;
 constexpr int64_t kMostScreened = 96;
 
-// Rows of a strip are not a multiple of a page apart: they would compete for the same few places of
-// the innermost cache.
+// The rows of a strip are not a multiple of a page apart: they would map to the same few sets of
+// the L1 cache.
 template <class A>
 constexpr int64_t kStripStride = kChunk + kTileColumns<A>;
 
@@ -59,7 +59,7 @@ struct ScreenOf<half> {
 template <>
 struct ScreenOf<bfloat16> {
 #if defined(__AMX_BF16__)
-  using type = TileScreen;
+  using type = AmxScreen;
 #else
   using type = FixedPointScreen;
 #endif
@@ -73,7 +73,7 @@ class Select {
   static constexpr bool kScreens = !std::is_same_v<Screen, NoScreen<T>>;
   static constexpr int64_t kPanel = kTileColumns<A>;
 
-  // The keys of one batch element, made ready.
+  // The prepared keys of one batch element.
   struct Keys {
     bool screened;
     A* panels;        // not screened: [panels, d, kPanel]
@@ -124,8 +124,8 @@ class Select {
   };
 
   // Whether a screen pays for these shapes. With few queries or columns, preparing the keys costs
-  // more than the product; with many neighbors, or short rows, the rest does. What is kept of a key
-  // stays within eight bytes for each element.
+  // more than the product; with many neighbors or short rows, the selection does. A prepared key
+  // takes at most eight bytes per element.
   static bool screen_pays(const SelectParams& p, int64_t columns) {
     return kScreens && p.metric != Metric::euclidean && p.n >= kScreenedRows && columns >= 512 &&
            p.d >= 16 && p.k <= min_of(kMostScreened, columns / 4) &&
@@ -154,7 +154,7 @@ class Select {
     return static_cast<const T*>(p.key) + row * p.d;
   }
 
-  // x [d] to row, normalised for the cosine, and zeros up to whole vectors.
+  // Copies x [d] to row, normalized for the cosine and padded with zeros to whole vectors.
   static void read_row(const SelectParams& p, const T* x, A* row) {
     if (p.metric == Metric::cosine) {
       const Normalizer normalize = normalizer(x, p.d);
@@ -234,8 +234,8 @@ class Select {
   }
 
  private:
-  // x [d], null for zeros, and what read_row made of it, to row r of scratch.words, with zeros up
-  // to whole vectors.
+  // Rounds x [d] (null for zeros), of which read_row made `row`, to row r of scratch.words, padded
+  // with zeros to whole vectors.
   static Rounded round(const SelectParams& p, const T* x, const A* row, int64_t r,
                        const Scratch& scratch) {
     uint32_t* words = scratch.words + r * word_stride(p);
@@ -281,8 +281,9 @@ class Select {
     }
 
     const typename Screen::Session session(keys.screened ? words_of(p) : 0);
-    // The chunk at the place of these rows comes first, then the others from left to right: tokens
-    // of images have most neighbors near by, and with these a screen leaves little open elsewhere.
+    // The chunk with the same relative position as these rows comes first, then the others from
+    // left to right: most neighbors of a token of an image are nearby, and with those the screen
+    // rules out almost everything else.
     const int64_t chunks = ceil_div(columns, kChunk);
     const int64_t nearest = min_of(first_row * columns / p.n / kChunk, chunks - 1);
     for (int64_t i = 0; i < chunks; ++i) {
@@ -317,7 +318,7 @@ class Select {
     }
   }
 
-  // -inf after the last column of a strip, and where a row's own token is.
+  // Writes -inf after the last column of a strip and at the token itself.
   static void close_strip(int64_t first, int64_t chunk, int64_t rows, const int64_t* self_columns,
                           const Scratch& scratch) {
     constexpr A kLowest = -std::numeric_limits<A>::infinity();
@@ -341,8 +342,8 @@ class Select {
     return scratch.panel;
   }
 
-  // Selects from a chunk by a screen of it; false, with nothing collected, where the screen leaves
-  // too much open.
+  // Selects from a chunk by its screen. Returns false, with nothing collected, if the screen rules
+  // out too little.
   static bool screen_chunk(const SelectParams& p, const Keys& keys, int64_t first, int64_t chunk,
                            bool is_first, int64_t rows, const Extent* extents,
                            const int64_t* self_columns, BestColumns<A>* best,
@@ -382,7 +383,7 @@ class Select {
     for (int64_t r = 0; r < rows; ++r) best[r].resolve(exact(p, keys, r, scratch));
   }
 
-  // A function that computes the similarities of row r to kLanes columns.
+  // Returns a function that computes the similarities of row r to kLanes columns.
   static auto exact(const SelectParams& p, const Keys& keys, int64_t r, const Scratch& scratch) {
     const int64_t d = p.d, stride = padded_stride<A>(p.d);
     const A* query = scratch.queries + r * stride;
@@ -393,7 +394,7 @@ class Select {
     };
   }
 
-  // The similarity of each row to its own token, through the same tile as every other pair.
+  // The similarity of each query to the token itself, through the same tile as every other pair.
   static void multiply_self(const SelectParams& p, int64_t batch, int64_t first_row, int64_t rows,
                             const Scratch& scratch) {
     const T* key = static_cast<const T*>(p.key) + batch * p.m * p.d;
@@ -424,7 +425,7 @@ class Select {
     return p.self_indices && (!p.key_mask || p.key_mask[batch * p.m + p.self_indices[row]]);
   }
 
-  // The column of a row of key, or -1 where it is not among the columns.
+  // The column of a row of key, or -1 if it is not among the columns.
   static int64_t column_of(const SelectWork& work, int64_t b, int64_t row) {
     if (!work.columns) return row;
     const int64_t* columns = work.columns + b * work.max_columns;
@@ -451,16 +452,16 @@ class Select {
       indices[count++] = index;
     };
     const int64_t found = best.finish(p.order);
-    bool self_due = has_self(p, batch, row);
+    bool self_pending = has_self(p, batch, row);
     for (int64_t j = 0; j < found; ++j) {
       const int64_t index = key_row(work, b, best.ranks()[j].column());
-      if (self_due && (p.order == Order::similarity || p.self_indices[row] < index)) {
+      if (self_pending && (p.order == Order::similarity || p.self_indices[row] < index)) {
         put(self_similarity, p.self_indices[row]);
-        self_due = false;
+        self_pending = false;
       }
       put(best.ranks()[j].similarity(), index);
     }
-    if (self_due) put(self_similarity, p.self_indices[row]);
+    if (self_pending) put(self_similarity, p.self_indices[row]);
     while (count < p.k) put(-std::numeric_limits<A>::infinity(), 0);
   }
 };

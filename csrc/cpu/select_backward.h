@@ -7,10 +7,9 @@
 //              t = sum_j g_ij k^_j                    u = sum g_ij q^_i
 //
 // where j runs over the neighbors of i, and the sums of dk over the pairs (i, j) with I_ij = m.
-// A task owns query rows or key rows; for key rows those pairs come from the inverse of the
-// neighbor list, in a fixed order, so nothing is scattered. Sums are in float64: a key may be in
-// many pairs. A row of norm <= epsilon has gradient
-// exactly 0.
+// A task computes query rows or key rows. The pairs of a key row come from the inverse neighbor
+// list in a fixed order, so nothing is scattered. Sums are in float64, since a key may be in many
+// pairs. A row of norm <= epsilon has gradient exactly 0.
 #pragma once
 
 #include "kernels.h"
@@ -46,31 +45,31 @@ class SelectBackward {
       const T* q = static_cast<const T*>(p.query) + row * p.d;
       bool in_pairs = false;
       clear(sum, p.d);
-      for (int64_t place = row * p.k; place < (row + 1) * p.k; ++place) {
-        if (missing(p, place)) continue;
+      for (int64_t entry = row * p.k; entry < (row + 1) * p.k; ++entry) {
+        if (missing(p, entry)) continue;
         in_pairs = true;
-        const int64_t key_row = first_key + p.indices[place];
+        const int64_t key_row = first_key + p.indices[entry];
         const T* k = static_cast<const T*>(p.key) + key_row * p.d;
-        add(p.metric, sum, grads[place], k, q, key_norms, key_row, p.d);
+        add(p.metric, sum, grads[entry], k, q, key_norms, key_row, p.d);
       }
       finish(p.metric, in_pairs, sum, q, query_norms, row, p.d,
              static_cast<T*>(p.grad_query) + row * p.d);
     }
   }
 
-  static void key_rows(const SelectBackwardParams& p, const InverseNeighbors& inverse,
+  static void key_rows(const SelectBackwardParams& p, const InverseList& inverse,
                        const double* query_norms, const double* key_norms, int64_t begin,
                        int64_t end, void* scratch) {
     double* sum = static_cast<double*>(scratch);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.m;
       const int64_t* offsets = inverse.offsets + b * (p.m + 1) + row % p.m;
-      const int64_t* places = inverse.places + b * p.n * p.k;
+      const int64_t* pairs = inverse.pairs + b * p.n * p.k;
       const A* grads = static_cast<const A*>(p.grad_similarities) + b * p.n * p.k;
       const T* k = static_cast<const T*>(p.key) + row * p.d;
       clear(sum, p.d);
       for (int64_t at = offsets[0]; at < offsets[1]; ++at) {
-        const int64_t slot = places[at] / p.n, i = places[at] % p.n;
+        const int64_t slot = pairs[at] / p.n, i = pairs[at] % p.n;
         const int64_t query_row = b * p.n + i;
         const T* q = static_cast<const T*>(p.query) + query_row * p.d;
         add(p.metric, sum, grads[i * p.k + slot], q, k, query_norms, query_row, p.d);
@@ -91,16 +90,16 @@ class SelectBackward {
     for (int64_t t = 0; t < d; ++t) sum[t] = 0;
   }
 
-  static bool missing(const SelectBackwardParams& p, int64_t place) {
-    return is_missing(static_cast<const A*>(p.similarities)[place]);
+  static bool missing(const SelectBackwardParams& p, int64_t entry) {
+    return is_missing(static_cast<const A*>(p.similarities)[entry]);
   }
 
-  // Adds what the pair (own, other) gives to the gradient of `own`, before finish().
-  static void add(Metric metric, double* sum, double grad, const T* other, const T* own,
+  // Adds what a pair of rows contributes to the gradient of one of them, x, before finish().
+  static void add(Metric metric, double* sum, double grad, const T* other, const T* x,
                   const double* other_norms, int64_t other_row, int64_t d) {
     if (metric == Metric::euclidean) {
       for (int64_t t = 0; t < d; ++t) {
-        sum[t] += 2 * grad * (double(widen(other[t])) - double(widen(own[t])));
+        sum[t] += 2 * grad * (double(widen(other[t])) - double(widen(x[t])));
       }
     } else {
       const double scale = metric == Metric::cosine ? grad * other_norms[other_row] : grad;
@@ -108,20 +107,20 @@ class SelectBackward {
     }
   }
 
-  // Cosine: projects the sum onto the tangent space of the row and divides by its norm. A row that
-  // is in no pair has gradient 0 whatever it holds.
-  static void finish(Metric metric, bool in_pairs, const double* sum, const T* own,
-                     const double* own_norms, int64_t row, int64_t d, T* grad) {
-    const double inverse = metric == Metric::cosine ? own_norms[row] : 1;
+  // The gradient of row x from its sum. Cosine: projects the sum onto the tangent space of the row
+  // and divides by its norm. A row in no pair has gradient 0, whatever its elements are.
+  static void finish(Metric metric, bool in_pairs, const double* sum, const T* x,
+                     const double* norms, int64_t row, int64_t d, T* grad) {
+    const double inverse = metric == Metric::cosine ? norms[row] : 1;
     if (metric != Metric::cosine || !in_pairs || inverse == 0) {
       for (int64_t t = 0; t < d; ++t) narrow(inverse == 0 ? A(0) : A(sum[t]), grad[t]);
       return;
     }
-    // The row is made a unit first: the product of a large one would overflow.
+    // The row is normalized first: the product of a large row would overflow.
     const double along =
-        sum_of(d, [&](int64_t t) { return sum[t] * (double(widen(own[t])) * inverse); });
+        sum_of(d, [&](int64_t t) { return sum[t] * (double(widen(x[t])) * inverse); });
     for (int64_t t = 0; t < d; ++t) {
-      const double unit = double(widen(own[t])) * inverse;
+      const double unit = double(widen(x[t])) * inverse;
       narrow(A((sum[t] - unit * along) * inverse), grad[t]);
     }
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Element types and SIMD vectors of one instruction set. Compiled once per instruction set, in the
-// namespace CONVNN_ISA: no code of one set can be linked into another.
+// namespace CONVNN_ISA, so that no code of one set is linked into another.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// What sums over elements of T are kept in.
+// The type of sums over elements of T.
 template <class T>
 struct Accumulate {
   using type = float;
@@ -106,22 +106,21 @@ inline void store(A* to, Vector<A> x) {
   std::memcpy(to, &x, sizeof x);
 }
 
-// One step of `transpose`: of two rows that are Step apart, the lanes that differ in the bit Step
-// change places. J: 0 ... kLanes - 1.
+// One step of `transpose`: swaps lanes of two rows that are Step apart. J: 0 ... kLanes - 1.
 template <class A, int Step, int... J>
 inline void exchange(Vector<A>& upper, Vector<A>& lower, std::integer_sequence<int, J...>) {
   const Vector<A> first = upper, second = lower;
 #if defined(__clang__)
   upper = __builtin_shufflevector(first, second, (J & Step ? kLanes<A> + J - Step : J)...);
   lower = __builtin_shufflevector(first, second, (J & Step ? kLanes<A> + J : J + Step)...);
-#else  // GCC has the one above from version 12 on
+#else  // GCC has __builtin_shufflevector only from version 12 on
   using Indices = decltype(Vector<A>{} > Vector<A>{});
   upper = __builtin_shuffle(first, second, Indices{(J & Step ? kLanes<A> + J - Step : J)...});
   lower = __builtin_shuffle(first, second, Indices{(J & Step ? kLanes<A> + J : J + Step)...});
 #endif
 }
 
-// Lane j of row i and lane i of row j change places.
+// Swaps lane j of row i and lane i of row j.
 template <class A, int Step = 1>
 inline void transpose(Vector<A> (&rows)[kLanes<A>]) {
   if constexpr (Step < kLanes<A>) {
@@ -134,7 +133,7 @@ inline void transpose(Vector<A> (&rows)[kLanes<A>]) {
   }
 }
 
-// The sign bit of each lane, lane 0 lowest: of a comparison's result, where it holds.
+// The sign bits of the lanes, lane 0 lowest: for the result of a comparison, where it is true.
 #if defined(__AVX512F__)
 inline uint32_t lane_bits(Vector<float> a) { return _mm512_movepi32_mask(_mm512_castps_si512(a)); }
 inline uint32_t lane_bits(Vector<double> a) { return _mm512_movepi64_mask(_mm512_castpd_si512(a)); }
@@ -158,15 +157,15 @@ inline uint32_t lane_bits(V a) {
 }
 #endif
 
-// Writes first + lane for every lane whose bit is set, ascending; returns how many. There must be
-// room for kLanes of them.
+// Writes first + lane for every lane whose bit is set, ascending. Returns how many; `to` must have
+// room for kLanes.
 template <class A>
 inline int64_t list_lanes(uint32_t bits, int32_t first, int32_t* to) {
 #if defined(__AVX512F__)
   if constexpr (kLanes<A> == 16) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), places));
+    const __m512i positions = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), positions));
     return __builtin_popcount(bits);
   }
 #endif
@@ -175,7 +174,7 @@ inline int64_t list_lanes(uint32_t bits, int32_t first, int32_t* to) {
   return count;
 }
 
-// Carves typed arrays out of one block of memory. Built on null it only counts the bytes.
+// Divides a block of memory into typed arrays. For a null block it only counts the bytes.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}

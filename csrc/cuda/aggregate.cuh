@@ -5,15 +5,15 @@
 //   depthwise  y_i[c] = b[c] + sum_j rho_ij W[c, 0, j] V[I_ij, c]
 //   no weight  y_i[c] = b[c] + sum_j rho_ij V[I_ij, c]
 //
-// Dense: a block has 64 queries (of any batch elements) and 64 outputs. For each j it gathers the
-// 64 rows of V and multiplies them with W_j in the tile of tile.cuh; rho is applied to that
-// product, so rows go from memory to the matrix instruction as they are. Where that is not finite,
-// the output is computed again with rho before the product. X_nn [n, k, c] is nowhere stored.
-// Depthwise or no weight: a thread has one output at a time.
+// Dense: a block computes 64 queries (of any batch elements) and 64 outputs. For each j it gathers
+// the 64 rows of V and multiplies them by W_j in the tile of matmul_tile.cuh. rho is applied to the
+// product, so rows reach the matrix instruction unchanged. An output that is not finite is computed
+// again with rho applied first. X_nn [n, k, c] is never stored.
+// Depthwise or no weight: a thread computes one output at a time.
 #pragma once
 
+#include "matmul_tile.cuh"
 #include "neighbors.cuh"
-#include "tile.cuh"
 
 namespace convnn::cuda {
 
@@ -26,12 +26,11 @@ struct AggregateWork {
   const T* weight;  // dense: [k, o, c] in forward, [k, c, o] in backward; depthwise [c, 1, k]
 
   __device__ const T* value() const { return static_cast<const T*>(p.value); }
-  // The row of V, among those of all batch elements, of neighbor j of `row`; -1 where there is
-  // none.
+  // The row of V, among those of all batch elements, of neighbor j of `row`; -1 if missing.
   __device__ int64_t value_row(int64_t row, int64_t j) const {
-    const int64_t place = row * p.k + j;
-    if (is_missing(p.similarities, p.similarity_dtype, p.indices, place, p.m)) return -1;
-    return row / p.n * p.m + p.indices[place];
+    const int64_t entry = row * p.k + j;
+    if (is_missing(p.similarities, p.similarity_dtype, p.indices, entry, p.m)) return -1;
+    return row / p.n * p.m + p.indices[entry];
   }
   __device__ A depthwise_weight(int64_t c, int64_t j) const {
     return p.convolution == Convolution::depthwise ? A(widen(weight[c * p.k + j])) : A(1);
@@ -60,7 +59,7 @@ const T* permute_weight(const AggregateParams& p, bool outputs_last, Context& co
   return result;
 }
 
-// One output of a dense convolution, without bias, term by term, up to the first NaN: it stays so.
+// One output of a dense convolution without bias, term by term. Returns early once it is NaN.
 template <class T>
 __device__ inline Accumulate<T> plain_output(const AggregateWork<T>& w, int64_t row, int64_t o) {
   using A = Accumulate<T>;
@@ -79,7 +78,7 @@ __device__ inline Accumulate<T> plain_output(const AggregateWork<T>& w, int64_t 
   return sum.value();
 }
 
-// Fewest blocks on a multiprocessor: with this bound nothing is spilled.
+// Blocks per multiprocessor, at least: with this bound the compiler spills nothing.
 template <class T>
 constexpr int kDenseBlocks = sizeof(T) == 8   ? 2
                              : sizeof(T) == 4 ? 3
@@ -132,8 +131,8 @@ __global__ __launch_bounds__(kThreads, kDenseBlocks<T>) void aggregate_dense_ker
         if (at >= rows || o >= p.o) continue;
         const A bias = p.bias ? A(widen(static_cast<const T*>(p.bias)[o])) : A(0);
         A sum = y.value[n][2 * h + e];
-        // V W may have overflowed where rho V W does not; and the row of zeros in place of a
-        // missing neighbor gives NaN with a weight that is not finite.
+        // V W may overflow where rho V W does not, and the row of zeros that stands for a missing
+        // neighbor gives NaN with a weight that is not finite.
         if (!isfinite(sum)) sum = plain_output(w, at, o);
         narrow(sum + bias, static_cast<T*>(p.output)[at * p.o + o]);
       }

@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: MIT
 #include "aggregate_backward.cuh"
 
+#include "backward.h"
 #include "modulate.cuh"
 
 namespace convnn::cuda {
 namespace {
 
-// Blocks of a kernel whose blocks have a key or a chunk: each takes several where there are more.
+// Blocks of a kernel with one block per key or chunk; with more of those, a block takes several.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
-// Of the queries: parts at most, queries of a part at least, and elements of all parts at most.
+// Sums over queries: at most so many parts, of at least so many queries, with at most so many
+// elements in all.
 constexpr int64_t kMostParts = 64;
 constexpr int64_t kRowsOfPart = 256;
 constexpr int64_t kElementsOfParts = int64_t(1) << 24;
 
-// Sums over all queries in parts, then adds the parts: run(w) fills w.parts [part_count, size].
-// The parts depend on shapes only.
+// Sums over all queries in parts and adds them up: run(w) fills w.parts [part_count, size]. The
+// parts depend only on shapes.
 template <class T, class Run>
 void in_parts(AggregateBackwardWork<T> w, void* result, int64_t size, Context& context,
               const Run& run) {
@@ -31,12 +33,13 @@ void in_parts(AggregateBackwardWork<T> w, void* result, int64_t size, Context& c
 }
 
 template <class T>
-void aggregate_backward_as(const AggregateBackwardParams& p, Context& context) {
+void aggregate_backward_as(const AggregateBackwardParams& p, const InverseList& inverse,
+                           Context& context) {
   using A = Accumulate<T>;
   const AggregateParams& f = p.forward;
   const bool dense = f.convolution == Convolution::dense;
   constexpr size_t kTileBytes = 2 * kTileElements<T> * sizeof(T);
-  constexpr size_t kWideTileBytes = 2 * kTileElements<A> * sizeof(A);
+  constexpr size_t kSumTileBytes = 2 * kTileElements<A> * sizeof(A);
   AggregateBackwardWork<T> w = {};
   w.forward.p = f;
   w.grad_output = p.grad_output;
@@ -48,30 +51,29 @@ void aggregate_backward_as(const AggregateBackwardParams& p, Context& context) {
   }
 
   if (p.grad_similarities) {
-    const int64_t places = f.batch * f.n * f.k;
-    w.grad_rho = allocate<A>(context, places);
+    const int64_t entries = f.batch * f.n * f.k;
+    w.grad_rho = allocate<A>(context, entries);
     if (f.rho == Rho::ones) {
-      // Nothing is asked of it.
+      // The gradient is zero; grad_rho is not read.
     } else if (dense) {
       launch("rho_grad_dense_kernel", rho_grad_dense_kernel<T>,
              ceil_div(f.batch * f.n, kTile) * f.k, kTileBytes, context, w);
     } else {
-      launch("rho_grad_depthwise_kernel", rho_grad_depthwise_kernel<T>, ceil_div(places, kWarps), 0,
-             context, w);
+      launch("rho_grad_depthwise_kernel", rho_grad_depthwise_kernel<T>, ceil_div(entries, kWarps),
+             0, context, w);
     }
     launch("modulate_backward_kernel", modulate_backward_kernel<A>, ceil_div(f.batch * f.n, kWarps),
            0, context, f, w.forward.rho, static_cast<const A*>(w.grad_rho), p.grad_similarities);
   }
   if (p.grad_value) {
-    w.inverse =
-        invert(f.batch, f.n, f.m, f.k, f.indices, f.similarities, f.similarity_dtype, f.o, context);
+    w.inverse = in_chunks(inverse, f.o);
     w.chunk_sums = allocate<A>(context, w.inverse.chunks * f.o);
     launch("value_chunks_kernel", value_chunks_kernel<T>, std::min(w.inverse.chunks, kMostBlocks),
            kThreads * sizeof(A), context, w);
     if (dense) {
       launch("value_grad_dense_kernel", value_grad_dense_kernel<T>,
              ceil_div(f.batch * f.m, kTile) * ceil_div(f.c, kTile),
-             kWideTileBytes + 2 * kTile * sizeof(int64_t), context, w);
+             kSumTileBytes + 2 * kTile * sizeof(int64_t), context, w);
     } else {
       launch("value_grad_depthwise_kernel", value_grad_depthwise_kernel<T>,
              std::min(f.batch * f.m, kMostBlocks), kThreads * sizeof(A), context, w);
@@ -83,7 +85,7 @@ void aggregate_backward_as(const AggregateBackwardParams& p, Context& context) {
                if (dense) {
                  const int64_t tiles = ceil_div(f.c, kTile) * ceil_div(f.o, kTile);
                  launch("weight_grad_dense_kernel", weight_grad_dense_kernel<T>,
-                        parts.part_count * f.k * tiles, kWideTileBytes, context, parts);
+                        parts.part_count * f.k * tiles, kSumTileBytes, context, parts);
                } else {
                  launch("weight_grad_depthwise_kernel", weight_grad_depthwise_kernel<T>,
                         strided_blocks(parts.part_count * f.k * f.c), 0, context, parts);
@@ -100,8 +102,16 @@ void aggregate_backward_as(const AggregateBackwardParams& p, Context& context) {
 
 }  // namespace
 
+void aggregate_backward(const AggregateBackwardParams& p, const InverseList& inverse,
+                        Context& context) {
+  with_type(p.forward.dtype,
+            [&](auto t) { aggregate_backward_as<decltype(t)>(p, inverse, context); });
+}
+
 void aggregate_backward(const AggregateBackwardParams& p, Context& context) {
-  with_type(p.forward.dtype, [&](auto t) { aggregate_backward_as<decltype(t)>(p, context); });
+  InverseList inverse = {};
+  if (p.grad_value) inverse = invert(p.forward, context);
+  aggregate_backward(p, inverse, context);
 }
 
 }  // namespace convnn::cuda

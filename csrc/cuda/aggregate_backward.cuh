@@ -6,16 +6,19 @@
 //   dV[m]    = sum of rho_ij P_ij over the pairs (i, j) with I_ij = m
 //   dW[:, :, j] = sum_i G_i (rho_ij V[I_ij])^T
 //
-// P is never stored. drho, dense: a block has 64 queries and one j, a tile of P at a time. dV,
-// dense: a block has 64 keys and 64 channels; for each j it sums H[m] = sum of rho_ij G_i over the
-// pairs of a key first, and then multiplies the tile of H with W_j; keys without such a pair leave
-// the product out, because W_j may hold infinity. dW: a block has a tile of
-// W_j and a part of the queries; the parts are added afterwards. Otherwise a thread has an element
-// of a result, or a warp does where that is a sum over channels, or a block the channels of a key.
-// Of many pairs of a key, blocks of their own sum chunks before that (runs.cuh).
+// P is never stored.
 //
-// Nothing is added atomically: the pairs of a key come from the inverse neighbor list, by slot and
-// then by query, and parts have a fixed size. Factors multiplied by rho are not rounded to 16 bits.
+// drho, dense: a block computes 64 queries and one j, one tile of P at a time.
+// dV, dense: a block computes 64 keys and 64 channels. For each j it first sums H[m], which is
+// rho_ij G_i over the pairs of a key, and then multiplies the tile of H by W_j. A key without such
+// pairs skips the product, because W_j may contain infinity. dW, dense: a block computes a tile of
+// W_j for a part of the queries; the parts are then added up. Otherwise a thread computes an
+// element of a result; a warp, if that is a sum over channels; or a block, the channels of a key.
+// Keys with many pairs have those summed in chunks by separate blocks first (runs.cuh).
+//
+// There are no atomic additions: the pairs of a key come from the inverse neighbor list, ordered by
+// slot and then by query, and parts have a fixed size. Factors multiplied by rho are not rounded to
+// 16 bits.
 #pragma once
 
 #include "aggregate.cuh"
@@ -28,7 +31,7 @@ struct AggregateBackwardWork {
   using A = Accumulate<T>;
 
   AggregateWork<T> forward;
-  InverseNeighbors inverse;
+  InverseList inverse;
   A* chunk_sums;                  // [chunks, o] sums over pairs of rho G, or of rho G W
   A* grad_rho;                    // [batch, n, k]
   A* parts;                       // [parts, elements of a weight or bias]
@@ -96,15 +99,15 @@ __global__ __launch_bounds__(kThreads,
   }
 }
 
-// A warp has a neighbor, its lanes channels.
+// One warp per neighbor, one channel per lane at a time.
 template <class T>
 __global__ __launch_bounds__(kThreads) void rho_grad_depthwise_kernel(
     const AggregateBackwardWork<T> w) {
   using A = Accumulate<T>;
   const AggregateParams& p = w.forward.p;
-  const int64_t place = grid_warp();
-  if (place >= p.batch * p.n * p.k) return;
-  const int64_t row = place / p.k, j = place % p.k;
+  const int64_t entry = grid_warp();
+  if (entry >= p.batch * p.n * p.k) return;
+  const int64_t row = entry / p.k, j = entry % p.k;
   const int64_t value_row = w.forward.value_row(row, j);
   A sum = 0;
   if (value_row >= 0) {
@@ -114,11 +117,11 @@ __global__ __launch_bounds__(kThreads) void rho_grad_depthwise_kernel(
     }
   }
   sum = warp_sum(sum);
-  if (lane() == 0) w.grad_rho[place] = sum;
+  if (lane() == 0) w.grad_rho[entry] = sum;
 }
 
-// The sum over a run of rho G in column o, with the weight of a depthwise convolution. The warps of
-// the block share it, and each has it afterwards.
+// The sum of rho G over a run in column o, times the weight if the convolution is depthwise. The
+// warps of the block share the work, and all receive the result.
 template <class T>
 __device__ inline Accumulate<T> sum_of_run(const AggregateBackwardWork<T>& w, const Run& run,
                                            int64_t o) {
@@ -143,13 +146,13 @@ __device__ inline Accumulate<T> sum_of_run(const AggregateBackwardWork<T>& w, co
   return total;
 }
 
-// A block has a chunk.
+// One block per chunk.
 template <class T>
 __global__ __launch_bounds__(kThreads,
                              8) void value_chunks_kernel(const AggregateBackwardWork<T> w) {
   const AggregateParams& p = w.forward.p;
   for (int64_t chunk = blockIdx.x; chunk < w.inverse.chunks; chunk += gridDim.x) {
-    // Dense: a chunk with pairs of two slots is in no run, and its sum is not read.
+    // Dense: a chunk with pairs of two slots lies in no run, so its sum is never read.
     if (row_of_chunk(w.inverse, chunk) < 0) continue;
     for (int64_t first = 0; first < p.o; first += kWarp) {
       const int64_t o = first + lane();
@@ -172,15 +175,15 @@ __global__ __launch_bounds__(kThreads,
   const int64_t first_key = blockIdx.x / channel_blocks * kTile;
   const int64_t first_channel = blockIdx.x % channel_blocks * kTile;
   const int64_t channel = first_channel + loaded_row();
-  const int64_t own_key = first_key + threadIdx.x;
-  const bool has_key = threadIdx.x < kTile && own_key < keys;
-  int64_t at = has_key ? w.inverse.offsets[own_key] : 0;
-  const int64_t last = has_key ? w.inverse.offsets[own_key + 1] : 0;
+  const int64_t thread_key = first_key + threadIdx.x;
+  const bool has_key = threadIdx.x < kTile && thread_key < keys;
+  int64_t at = has_key ? w.inverse.offsets[thread_key] : 0;
+  const int64_t last = has_key ? w.inverse.offsets[thread_key + 1] : 0;
 
   TileValues<A> dv;
   for (int64_t j = 0; j < p.k; ++j) {
     if (threadIdx.x < kTile) {
-      // The pairs of slot j are next; they end where those of the next slot begin.
+      // The pairs of slot j come next and end where those of the next slot begin.
       firsts[threadIdx.x] = at;
       int64_t high = last;
       while (at < high) {
@@ -242,7 +245,7 @@ __global__ __launch_bounds__(kThreads,
   }
 }
 
-// A block has a key, its lanes channels.
+// One block per key, one channel per lane at a time.
 template <class T>
 __global__ __launch_bounds__(kThreads,
                              8) void value_grad_depthwise_kernel(const AggregateBackwardWork<T> w) {
@@ -258,7 +261,7 @@ __global__ __launch_bounds__(kThreads,
   }
 }
 
-// The tile of one W_j for one part of the queries; rows of the tile are outputs.
+// A tile of one W_j for one part of the queries. Rows of the tile are outputs.
 template <class T>
 __global__ __launch_bounds__(kThreads) void weight_grad_dense_kernel(
     const AggregateBackwardWork<T> w) {
@@ -279,7 +282,7 @@ __global__ __launch_bounds__(kThreads) void weight_grad_dense_kernel(
   TileValues<A> dw;
   for (int64_t first = part * w.rows_each; first < end; first += kDepth) {
     for (int i = int(threadIdx.x); i < kTile * kDepth; i += kThreads) {
-      // Lanes are neighboring outputs and channels of one query.
+      // Lanes read consecutive outputs and channels of one query.
       const int column = i % kTile, depth = i / kTile;
       const int64_t row = first + depth, o = first_output + column, c = first_channel + column;
       const int64_t value_row = row < end ? w.forward.value_row(row, j) : -1;

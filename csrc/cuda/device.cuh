@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // What the kernels use of CUDA: element types, shared memory, the matrix instruction, launches.
 //
-// The kernels are also compiled by a plain C++ compiler, for tests on machines without a GPU:
-// then tests/host_cuda/execution.h has what CUDA has otherwise.
+// The kernels are also compiled as plain C++ for tests on machines without a GPU; then
+// tests/host_cuda/execution.h stands in for CUDA.
 #pragma once
 
 #ifdef __CUDACC__
@@ -21,14 +21,14 @@
 #include <string>
 #include <type_traits>
 
-#include "launch.h"
+#include "operators.h"
 
 namespace convnn::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-// Threads of every block. Where __launch_bounds__ has a second number, of blocks on a
-// multiprocessor, the compiler would otherwise spill registers for more of them.
+// Threads of every block. A second number in __launch_bounds__, of blocks per multiprocessor, keeps
+// the compiler from spilling registers for a higher occupancy.
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 
@@ -39,13 +39,13 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Constants, where device code could not call the functions.
+// As constants, because device code cannot call these functions.
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class A>
 constexpr A kNan = std::numeric_limits<A>::quiet_NaN();
 
-// What sums over elements of T are computed in.
+// The type of sums over elements of T.
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -79,12 +79,12 @@ __device__ inline void narrow(float x, BFloat16& result) {
 
 __device__ inline int lane() { return int(threadIdx.x) % kWarp; }
 __device__ inline int warp() { return int(threadIdx.x) / kWarp; }
-// The number of this warp, and of this thread, in the grid.
+// The index of this warp, and of this thread, in the grid.
 __device__ inline int64_t grid_warp() { return int64_t(blockIdx.x) * kWarps + warp(); }
 __device__ inline int64_t grid_thread() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
 __device__ inline int64_t grid_threads() { return int64_t(gridDim.x) * kThreads; }
 
-// Shared memory of the block, as many bytes as the launch asked for, aligned to 16.
+// The block's dynamic shared memory, aligned to 16 bytes.
 __device__ inline unsigned char* shared_memory() {
 #ifdef __CUDACC__
   extern __shared__ __align__(16) unsigned char memory[];
@@ -94,7 +94,7 @@ __device__ inline unsigned char* shared_memory() {
 #endif
 }
 
-// Copy 16 or 4 bytes. Both addresses are aligned to that.
+// Copy 16 or 4 bytes between addresses with that alignment.
 __device__ inline void copy16(void* target, const void* source) {
 #ifdef __CUDACC__
   *static_cast<uint4*>(target) = *static_cast<const uint4*>(source);
@@ -128,7 +128,7 @@ __device__ inline A warp_max(A x) {
   return x;
 }
 
-// A sum of many terms, of short runs first: rounding errors grow with the longest sum.
+// A sum of many terms, taken in short runs because rounding errors grow with the length of a sum.
 template <class A>
 class RunningSum {
  public:
@@ -181,7 +181,7 @@ T* allocate(Context& context, int64_t count) {
   return static_cast<T*>(context.allocate(size_t(std::max<int64_t>(count, 1)) * sizeof(T)));
 }
 
-// Launches `blocks` blocks of kThreads threads; none of no blocks.
+// Launches `blocks` blocks of kThreads threads. Zero blocks are no launch.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes,
             [[maybe_unused]] Context& context, const Arguments&... arguments) {
@@ -203,8 +203,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, siz
 #endif
 }
 
-// As many blocks as give each of `threads` a thread, within what a chip works on at once: for
-// kernels whose threads go on in steps of grid_threads().
+// Blocks for a grid-stride loop over `threads` items.
 inline int64_t strided_blocks(int64_t threads) {
   return std::min<int64_t>(ceil_div(threads, kThreads), 1 << 16);
 }

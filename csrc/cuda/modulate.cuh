@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The modulation rho of section 4.1 and its derivative, in float64. A warp has a query; its lanes
-// are neighbors.
+// The modulation rho of section 4.1 and its derivative, in float64. One warp per query, one
+// neighbor per lane at a time.
 #pragma once
 
 #include "neighbors.cuh"
@@ -26,7 +26,7 @@ __global__ __launch_bounds__(kThreads) void modulate_kernel(
     }
     return;
   }
-  // A maximum over NaN does not matter: the sum is NaN.
+  // A maximum that misses NaN does no harm: the sum is NaN.
   double largest = -kInfinity<double>;
   for (int64_t j = lane(); j < p.k; j += kWarp) {
     if (!missing(j) && logit(j) > largest) largest = logit(j);
@@ -51,11 +51,11 @@ __global__ __launch_bounds__(kThreads, 8) void modulate_backward_kernel(
   const int64_t row = grid_warp();
   if (row >= p.batch * p.n) return;
   const int64_t first = row * p.k;
-  const auto missing = [&](int64_t place) {
-    return is_missing(p.similarities, p.similarity_dtype, p.indices, place, p.m);
+  const auto missing = [&](int64_t entry) {
+    return is_missing(p.similarities, p.similarity_dtype, p.indices, entry, p.m);
   };
-  // Softmax: ds_j = scale rho_j (drho_j - mean), with the mean weighted by rho. It does not change
-  // with a constant, so gradients are taken relative to one of them: equal ones give exactly 0.
+  // Softmax: ds_j = scale rho_j (drho_j - mean), with the mean weighted by rho. A constant added to
+  // all drho_j does not change it, so one of them is subtracted: equal ones give exactly 0.
   double origin = 0, mean = 0;
   if (p.rho == Rho::softmax) {
     int64_t before = -p.k;
@@ -65,23 +65,23 @@ __global__ __launch_bounds__(kThreads, 8) void modulate_backward_kernel(
     before = warp_max(before);
     if (before > -p.k) origin = double(grad_rho[first - before]);
     if (!isfinite(origin)) origin = 0;
-    for (int64_t place = first + lane(); place < first + p.k; place += kWarp) {
-      if (!missing(place)) mean += double(rho[place]) * (double(grad_rho[place]) - origin);
+    for (int64_t entry = first + lane(); entry < first + p.k; entry += kWarp) {
+      if (!missing(entry)) mean += double(rho[entry]) * (double(grad_rho[entry]) - origin);
     }
     mean = warp_sum(mean);
   }
-  for (int64_t place = first + lane(); place < first + p.k; place += kWarp) {
+  for (int64_t entry = first + lane(); entry < first + p.k; entry += kWarp) {
     double grad = 0;
-    if (!missing(place)) {
+    if (!missing(entry)) {
       if (p.rho == Rho::softmax) {
-        grad = p.scale * double(rho[place]) * (double(grad_rho[place]) - origin - mean);
+        grad = p.scale * double(rho[entry]) * (double(grad_rho[entry]) - origin - mean);
       }
-      if (p.rho == Rho::similarity) grad = double(grad_rho[place]);
+      if (p.rho == Rho::similarity) grad = double(grad_rho[entry]);
     }
     if (p.similarity_dtype == DType::float64) {
-      static_cast<double*>(grad_similarities)[place] = grad;
+      static_cast<double*>(grad_similarities)[entry] = grad;
     } else {
-      static_cast<float*>(grad_similarities)[place] = float(grad);
+      static_cast<float*>(grad_similarities)[entry] = float(grad);
     }
   }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The normalisation of the cosine (section 4.1 of the paper): x^ = x / ||x||, or 0 where
-// ||x|| <= epsilon. Rows are first brought near 1 by a power of two, so that no square and no
+// The normalization of the cosine (section 4.1 of the paper): x^ = x / ||x||, or 0 where
+// ||x|| <= epsilon. Rows are first scaled near 1 by a power of two, so that no square and no
 // product of finite rows overflows.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace convnn::cuda {
 
-// A power of two that brings x near 1, and is finite as its inverse is.
+// A power of two that brings x near 1. It and its inverse are finite.
 template <class A>
 __device__ inline A scale_of(A x) {
   constexpr int kMost = std::is_same_v<A, double> ? 1000 : 120;
@@ -16,8 +16,8 @@ __device__ inline A scale_of(A x) {
   return scalbn(A(1), -(exponent > kMost ? kMost : exponent < -kMost ? -kMost : exponent));
 }
 
-// The norms of rows [rows, d], one warp for each. Scaling by a power of two is exact and keeps
-// squares and products finite; float16 has too small a range to need it.
+// The norms of rows [rows, d], one warp per row. Scaling by a power of two is exact and keeps
+// squares and products finite; the range of float16 is too small to need it.
 template <class T>
 __global__ __launch_bounds__(kThreads) void scale_rows_kernel(
     const T* x,              // [rows, d]
@@ -54,7 +54,7 @@ __global__ __launch_bounds__(kThreads) void scale_rows_kernel(
   }
 }
 
-// Norms of rows [rows]; null but for the cosine.
+// Norms of rows [rows]; null unless the metric is cosine.
 template <class A>
 struct Norms {
   const A* inverse;  // 1 / norm of the scaled row, 0 of a row that counts as zero
@@ -62,7 +62,8 @@ struct Norms {
 
   // x / ||x||, or 0.
   __device__ A unit(A x, int64_t row) const { return x * scale[row] * inverse[row]; }
-  // The gradient of a row from that of its unit vector, `sum`; `along` is the product of both.
+  // The gradient of a row from `sum`, that of its unit vector, and `along`, the dot product of
+  // both.
   __device__ A through(A sum, A along, A x, int64_t row) const {
     if (inverse[row] == 0) return 0;
     return (sum - along * unit(x, row)) * inverse[row] * scale[row];

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // The total order of neighbors as one unsigned number, and the largest of a stream of such numbers.
 //
-// A neighbor (s, index) becomes its similarity in the upper half, mapped so that larger is nearer
-// (NaN above every number, -0 equal to +0), and in the lower half the complement of its index, so
-// that of equal similarities the lower index is larger. All keys of a row differ, so whatever
-// finds the largest of them finds the same ones in any order of work.
+// The key of a neighbor (s, index) has its similarity in the upper half, mapped so that larger is
+// nearer (NaN above every number, -0 equal to +0), and the complement of its index in the lower
+// half, so that among equal similarities the lower index has the larger key. All keys of a row
+// differ, so the largest ones do not depend on the order in which they are found.
 #pragma once
 
 #include "device.cuh"
@@ -31,7 +31,7 @@ using Half = std::conditional_t<std::is_same_v<A, double>, uint64_t, uint32_t>;
 // Below every neighbor.
 template <class A>
 constexpr Half<A> kNothing = 0;
-// The order of the token itself, before even NaN.
+// The order of the token itself, even above NaN.
 template <class A>
 constexpr Half<A> kOrderOfSelf = ~Half<A>(0) - 1;
 template <class A>
@@ -42,7 +42,7 @@ __device__ inline uint64_t bits_of(double x) { return uint64_t(__double_as_longl
 __device__ inline float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline double from_bits(uint64_t bits) { return __longlong_as_double(int64_t(bits)); }
 
-// Increasing in x; above kNothing also for -inf.
+// Increases with x, and is above kNothing even for -inf.
 template <class A>
 __device__ inline Half<A> order_of(A x) {
   if (x != x) return kOrderOfNan<A>;
@@ -87,11 +87,11 @@ __device__ inline int64_t index_of(Key<A> key) {
   return int64_t(Half<A>(~low_of(key)));
 }
 
-// The k largest keys that a warp is given, k <= kLongestList, in shared memory of the warp. What
-// has been read of it may be changed by the next call at once: each function waits for the readers.
+// The k largest of the keys that are pushed, k <= kLongestList, in shared memory of one warp. Every
+// function that changes the list first waits for lanes that still read it.
 //
-// Keys above the lowest of the list wait in a buffer behind it. A full buffer is sorted by a
-// bitonic network, and its best ones are merged into the list.
+// Keys above the lowest one of the list are collected in a buffer behind it. A full buffer is
+// sorted by a bitonic network, and its largest keys are merged into the list.
 constexpr int kLongestList = 256;
 
 // Lengths of the list and of its buffer: powers of two.
@@ -120,7 +120,7 @@ class NearestList {
         buffered_(buffer_length(k)) {}
 
   __device__ void clear() {
-    // Other lanes may still read what was found before.
+    // Other lanes may still be reading.
     __syncwarp();
     for (int i = lane(); i < length_; i += kWarp) keys_[i] = no_key<A>();
     waiting_ = 0;
@@ -128,27 +128,27 @@ class NearestList {
     __syncwarp();
   }
 
-  // Each lane gives a key, or no_key().
+  // Each lane pushes a key, or no_key().
   __device__ void push(Key<A> key) {
     const bool enters = precedes(key, lowest_);
     const unsigned lanes = __ballot_sync(kAllLanes, enters);
     if (!lanes) return;
-    const int place = waiting_ + __popc(lanes & ((1u << lane()) - 1));
-    if (enters) buffer()[place] = key;
+    const int position = waiting_ + __popc(lanes & ((1u << lane()) - 1));
+    if (enters) buffer()[position] = key;
     waiting_ += __popc(lanes);
     if (waiting_ > buffered_ - kWarp) merge();
   }
 
-  // Puts everything given so far into order: afterwards [i] is the key at place i < length.
+  // Merges everything pushed so far: afterwards [i] is the i-th largest key.
   __device__ void finish() {
     if (waiting_) merge();
   }
-  __device__ Key<A> operator[](int place) const { return keys_[place]; }
+  __device__ Key<A> operator[](int position) const { return keys_[position]; }
 
-  // Sorts the first k keys anew, as change(key) has them; other places become no_key().
+  // Replaces the first k keys by change(key) and sorts them; the others become no_key().
   template <class Change>
   __device__ void reorder(int k, const Change& change) {
-    // Other lanes may still read the order there was.
+    // Other lanes may still be reading.
     __syncwarp();
     for (int i = lane(); i < length_; i += kWarp) keys_[i] = i < k ? change(keys_[i]) : no_key<A>();
     __syncwarp();
@@ -162,8 +162,8 @@ class NearestList {
     for (int i = waiting_ + lane(); i < buffered_; i += kWarp) buffer()[i] = no_key<A>();
     __syncwarp();
     sort(buffer(), buffered_);
-    // The larger of the i-th best of one and the i-th worst of the other: the best of both, in a
-    // sequence that rises once and falls once at most.
+    // The larger of the i-th largest of one and the i-th smallest of the other, for all i, are the
+    // largest of both, in a bitonic sequence.
     for (int i = lane(); i < length_; i += kWarp) {
       const Key<A> other = buffer()[length_ - 1 - i];
       if (precedes(other, keys_[i])) keys_[i] = other;
@@ -181,7 +181,7 @@ class NearestList {
       for (int span = run / 2; span > 0; span /= 2) exchange(keys, n, span, run);
     }
   }
-  // Puts keys that are `span` apart in order: descending and ascending in turn, run by run.
+  // Orders keys that are `span` apart, alternately descending and ascending from run to run.
   static __device__ __forceinline__ void exchange(Key<A>* keys, int n, int span, int run) {
     for (int i = lane(); i < n / 2; i += kWarp) {
       const int low = i / span * 2 * span + i % span, high = low + span;

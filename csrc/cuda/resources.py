@@ -27,8 +27,8 @@ SHARED, SHARED_SM_80, SHARED_OF_BLOCK = 228 << 10, 164 << 10, 1 << 10
 # Warps of every block: kWarps in device.cuh.
 WARPS_OF_BLOCK = 4
 
-# What the launches ask for: shared memory, by the bytes of an element and of a sum. For lists, that
-# of the longest. tests/test_host_cuda.py holds this against the launches.
+# The dynamic shared memory of a launch, by the bytes of an element and of a sum; with a list, for
+# the longest one. tests/test_host_cuda.py compares this with the launches.
 _LISTS = WARPS_OF_BLOCK * 2 * 256
 
 
@@ -37,9 +37,9 @@ def _tiles(size: int) -> int:
 
 
 DYNAMIC_SHARED: dict[str, Callable[[int, int], int]] = {
-    "sweep_kernel": lambda element, sum: _tiles(element) + 2 * 64 * 4,
-    "nominate_kernel": lambda element, sum: _LISTS * 8,
-    "refine_kernel": lambda element, sum: _LISTS * 2 * sum,
+    "group_maxima_kernel": lambda element, sum: _tiles(element) + 2 * 64 * 4,
+    "top_groups_kernel": lambda element, sum: _LISTS * 8,
+    "exact_topk_kernel": lambda element, sum: _LISTS * 2 * sum,
     "key_chunks_kernel": lambda element, sum: 2 * 32 * WARPS_OF_BLOCK * sum,
     "key_grad_kernel": lambda element, sum: 2 * 32 * WARPS_OF_BLOCK * sum,
     "aggregate_dense_kernel": lambda element, sum: _tiles(element),
@@ -50,13 +50,15 @@ DYNAMIC_SHARED: dict[str, Callable[[int, int], int]] = {
     "weight_grad_dense_kernel": lambda element, sum: _tiles(sum),
     "count_digits_kernel": lambda element, sum: WARPS_OF_BLOCK * 256 * 4,
     "sum_counts_kernel": lambda element, sum: 32 * WARPS_OF_BLOCK * 8,
-    "place_kernel": lambda element, sum: WARPS_OF_BLOCK * 256 * 4 + (WARPS_OF_BLOCK + 1) * 256 * 8,
+    "scatter_kernel": lambda element, sum: (
+        WARPS_OF_BLOCK * 256 * 4 + (WARPS_OF_BLOCK + 1) * 256 * 8
+    ),
 }
 _ELEMENTS = {"<double>": (8, 8), "<float>": (4, 4)}
 
 
 def dynamic_shared(kernel: str) -> int:
-    """Bytes for "sweep_kernel<float>"."""
+    """Bytes for "group_maxima_kernel<float>"."""
     name, bracket, rest = kernel.partition("<")
     shared = DYNAMIC_SHARED.get(name)
     return 0 if shared is None else shared(*_ELEMENTS.get(bracket + rest, (2, 4)))
@@ -74,7 +76,7 @@ def find_cuobjdump() -> str | None:
 
 
 def readable(mangled: list[str]) -> list[str]:
-    """`sweep_kernel<float>` for each name."""
+    """`group_maxima_kernel<float>` for each name."""
     tool = shutil.which("c++filt")
     if tool is None:
         return mangled
@@ -97,7 +99,7 @@ def occupancy(architecture: str, registers: int, shared: int) -> int:
 
 
 def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
-    """By architecture and kernel, such as "sm_90 sweep_kernel<float>"."""
+    """By architecture and kernel, such as "sm_90 group_maxima_kernel<float>"."""
     dump = subprocess.run(
         [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
     ).stdout

@@ -6,10 +6,10 @@
 namespace convnn::cuda {
 namespace {
 
-// Blocks of a sweep that fill a chip.
-constexpr int64_t kFullChip = 1024;
-// Columns in a group, or 0 where refine_kernel takes all columns. Larger groups make the list of
-// maxima shorter and the members of k groups more.
+// Blocks of group_maxima_kernel that fill a device.
+constexpr int64_t kFullDevice = 1024;
+// Columns in a group, or 0 if exact_topk_kernel scores all columns. Larger groups mean fewer maxima
+// and more members in k groups.
 int64_t group_size(DType dtype, int64_t columns, int64_t k) {
   const int64_t group = columns < 4096 ? 8 : columns < 16384 ? 16 : columns < (1 << 18) ? 32 : 64;
   const bool few = columns <= std::max<int64_t>(256, 2 * k * group);
@@ -22,7 +22,7 @@ struct Rows {
   const Accumulate<T>* inverse;
 };
 
-// What the similarities are computed from: for the cosine the scaled rows [count, d].
+// The rows that the similarities are computed from: for the cosine the scaled rows [count, d].
 template <class T>
 Rows<T> prepare(const SelectParams& p, const void* x, int64_t count, Context& context) {
   const T* rows = static_cast<const T*>(x);
@@ -57,28 +57,30 @@ void select_as(const SelectParams& p, Context& context) {
   const size_t list_bytes = kWarps * NearestList<A>::bytes(std::min<int64_t>(p.k, kLongestList));
   constexpr int64_t kBlocksOfTile = kTile / kWarps;
   if (!w.group) {
-    launch("refine_kernel", refine_kernel<T>, ceil_div(p.batch * p.n, kWarps), list_bytes, context,
-           w);
+    launch("exact_topk_kernel", exact_topk_kernel<T>, ceil_div(p.batch * p.n, kWarps), list_bytes,
+           context, w);
     return;
   }
   if constexpr (!std::is_same_v<T, double>) {
     w.groups = ceil_div(w.columns, w.group);
     while ((int64_t(1) << w.log_group) < w.group) ++w.log_group;
-    w.plainly =
+    w.without_mma =
         p.metric == Metric::euclidean || (std::is_same_v<T, float> && p.d < kFewestSplitTerms);
     const int64_t row_bytes = kTile * (w.groups + p.k) * int64_t(sizeof(uint32_t));
     const int64_t at_once = std::clamp<int64_t>(context.most_bytes / row_bytes, 1, blocks);
     w.maxima = allocate<uint32_t>(context, at_once * kTile * w.groups);
-    w.nominees = allocate<uint32_t>(context, at_once * kTile * p.k);
+    w.top_groups = allocate<uint32_t>(context, at_once * kTile * p.k);
     const size_t tile_bytes = 2 * kTileElements<T> * sizeof(T) + kTile * 2 * sizeof(float);
-    const size_t nominate_bytes = kWarps * NearestList<float>::bytes(p.k);
+    const size_t top_groups_bytes = kWarps * NearestList<float>::bytes(p.k);
     for (w.first = 0; w.first < blocks; w.first += at_once) {
       const int64_t count = std::min(at_once, blocks - w.first);
-      w.splits = std::min(ceil_div(w.columns, kTile), ceil_div(kFullChip, count));
-      launch("sweep_kernel", sweep_kernel<T>, count * w.splits, tile_bytes, context, w);
-      launch("nominate_kernel", nominate_kernel<T>, count * kBlocksOfTile, nominate_bytes, context,
+      w.splits = std::min(ceil_div(w.columns, kTile), ceil_div(kFullDevice, count));
+      launch("group_maxima_kernel", group_maxima_kernel<T>, count * w.splits, tile_bytes, context,
              w);
-      launch("refine_kernel", refine_kernel<T>, count * kBlocksOfTile, list_bytes, context, w);
+      launch("top_groups_kernel", top_groups_kernel<T>, count * kBlocksOfTile, top_groups_bytes,
+             context, w);
+      launch("exact_topk_kernel", exact_topk_kernel<T>, count * kBlocksOfTile, list_bytes, context,
+             w);
     }
   }
 }
@@ -86,7 +88,7 @@ void select_as(const SelectParams& p, Context& context) {
 }  // namespace
 
 void select(const SelectParams& p, Context& context) {
-  // Candidates and the token itself may be any row, and a key of the order holds the row.
+  // The number of a row must fit into a key of order.cuh.
   constexpr int64_t kMostRows = std::numeric_limits<uint32_t>::max();
   if (p.dtype != DType::float64 && p.m > kMostRows) {
     throw std::runtime_error("convnn: key must have at most " + std::to_string(kMostRows) +

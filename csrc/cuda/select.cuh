@@ -1,36 +1,36 @@
 // SPDX-License-Identifier: MIT
 // The k nearest keys of every query: S = Q K^T (Eq. 3), s_i = k-max and I_i = k-argmax (Eq. 4, 5).
 //
-// S is never stored. The columns of a row of S (keys, or candidates in ascending order) are cut
-// into groups of 8 to 64 consecutive ones:
+// S is never stored. The columns of a row of S (keys, or candidates in ascending order) are divided
+// into groups of 8 to 64 consecutive columns:
 //
-// 1. scale_rows_kernel (cosine only): the norm of each row; a warp has a row.
-// 2. sweep_kernel: tiles of S, of which only the maximum of each group is stored. A block has 64
-//    rows and a range of columns; the tile of S stays in registers.
-// 3. nominate_kernel: the k groups of each query with the largest maxima, ties by group. A warp
-//    has a row, and its list in shared memory.
-// 4. refine_kernel: the similarities of the members of those groups, each one fixed sum over D,
-//    and the k largest of them. A warp has a row; a lane computes one similarity at a time.
+// 1. scale_rows_kernel (cosine only): the norm of each row. One warp per row.
+// 2. group_maxima_kernel: tiles of S, of which only the maximum of each group is stored. A block
+//    computes 64 rows and a range of columns; the tile of S stays in registers.
+// 3. top_groups_kernel: the k groups of each query with the largest maxima, ties by group number.
+//    One warp per row, with its list in shared memory.
+// 4. exact_topk_kernel: the similarities of the members of those groups, each summed over D in one
+//    fixed order, and the k largest of them. One warp per row, one similarity per lane at a time.
 //
-// Every neighbor is a member of one of the k groups: a group ranked before the neighbor's own
-// holds, by its maximum or at a tie by its lower columns, a key that precedes the neighbor, and
-// fewer than k do. Ties and constant rows need no special path. For float32 the sweep's products
-// are split, so this holds up to their rounding, which is within what the certificate of a
-// selection allows; sums that are exact stay so under the conditions of tile.cuh. A float32 sum
-// that is not finite in the sweep is taken again as the last step takes it.
+// Every neighbor is a member of one of the k groups: a group ranked before the neighbor's group
+// contains, because of its maximum or, in a tie, its lower columns, a key that precedes the
+// neighbor, and fewer than k keys do. Ties and constant rows need no special case. In float32 the
+// products of step 2 are split, so this holds up to their rounding, which is within the tolerance
+// of a selection; exact sums remain exact under the conditions of matmul_tile.cuh. A float32 sum
+// that is not finite in step 2 is recomputed in the order of step 4.
 //
-// With few columns and for float64, steps 2 and 3 are left out and refine_kernel takes all
-// columns. It does so for k beyond the longest list, too, which it fills several times: each time
-// with the keys that follow the last one given out.
+// With few columns, and for float64, steps 2 and 3 are skipped and exact_topk_kernel scores all
+// columns. So it does for k beyond the longest list, in several rounds: each fills the list with
+// the keys that follow the last one of the round before.
 #pragma once
 
+#include "matmul_tile.cuh"
 #include "normalize.cuh"
 #include "order.cuh"
-#include "tile.cuh"
 
 namespace convnn::cuda {
 
-// How one call runs.
+// The arguments of the kernels in one call.
 template <class T>
 struct SelectWork {
   using A = Accumulate<T>;
@@ -40,25 +40,25 @@ struct SelectWork {
   const T* key;            // [batch, m, d], likewise
   const A* inverse_query;  // [batch, n]: 1 / norm of the scaled row, cosine only
   const A* inverse_key;    // [batch, m]
-  // [columns] rows of key, or null: all of them. Ascending where groups or an order by index need
-  // that. Values out of range are left out.
+  // [columns] rows of key, or null: all of them. Ascending if groups or an order by index require
+  // it. Values out of range are ignored.
   const int64_t* rows;
   int64_t columns;
-  int64_t group;     // columns in a group, or 0: no groups
-  int log_group;     // group = 2^log_group
-  int64_t groups;    // ceil(columns / group)
-  bool plainly;      // sweep without the matrix instruction
-  int64_t splits;    // blocks of the sweep beside each other in a row of tiles
-  int64_t first;     // the first block of 64 rows of this launch; they do not cross batch elements
-  uint32_t* maxima;  // [blocks * 64, groups] order_of() the maximum, kNothing of an empty group
-  uint32_t* nominees;  // [blocks * 64, k] groups, kNoGroup where there is none
+  int64_t group;         // columns in a group, or 0: no groups
+  int log_group;         // group = 2^log_group
+  int64_t groups;        // ceil(columns / group)
+  bool without_mma;      // group maxima without the matrix instruction
+  int64_t splits;        // blocks that share the column tiles of one row of tiles
+  int64_t first;         // the launch's first block of 64 rows; blocks do not cross batch elements
+  uint32_t* maxima;      // [blocks * 64, groups] order_of() the maximum, kNothing of an empty group
+  uint32_t* top_groups;  // [blocks * 64, k] groups, kNoGroup where there is none
 };
 constexpr uint32_t kNoGroup = 0xFFFFFFFFu;
 
 struct QueryRow {
-  int64_t batch, row;  // row within the batch element; n or more where there is none
+  int64_t batch, row;  // row within the batch element; n or more if there is none
 };
-// Where row `local` of a launch lies. Without groups, rows follow each other.
+// The query of row `local` of a launch. Without groups, rows are consecutive.
 template <class T>
 __device__ inline QueryRow query_row(const SelectWork<T>& w, int64_t local) {
   if (!w.group) {
@@ -78,9 +78,9 @@ __device__ inline int64_t key_row(const SelectWork<T>& w, int64_t batch, int64_t
   return !w.p.key_mask || w.p.key_mask[batch * w.p.m + row] ? row : -1;
 }
 
-// The similarity of query q [d] and key k [d], without the norms. Eight sums in turn, the same
-// for every pair and in every path. With kEndsAtNan no more than NaN is said of a result that is
-// one: no later term changes a sum that is NaN.
+// The similarity of query q [d] and key k [d], without the norms: eight interleaved sums, the same
+// for every pair and in every path. With kEndsAtNan it returns as soon as a sum is NaN, which no
+// later term changes.
 template <bool kEndsAtNan, class T>
 __device__ inline Accumulate<T> raw_similarity(Metric metric, const T* q, const T* k, int64_t d) {
   using A = Accumulate<T>;
@@ -125,10 +125,10 @@ __device__ inline Accumulate<T> raw_similarity(Metric metric, const T* q, const 
   return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
-// Maxima of the groups of S for 64 rows and every splits-th tile of 64 columns. A maximum decides
-// only which groups are looked at; 1 / ||q|| is applied to it rather than to S.
+// Maxima of the groups of S for 64 rows and every splits-th tile of 64 columns. A maximum only
+// decides which groups are scored again, so 1 / ||q|| is applied to it rather than to S.
 template <class T>
-__global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) {
+__global__ __launch_bounds__(kThreads) void group_maxima_kernel(const SelectWork<T> w) {
   static_assert(!std::is_same_v<T, double>);
   T* tile_a = reinterpret_cast<T*>(shared_memory());
   T* tile_b = tile_a + kTileElements<T>;
@@ -155,12 +155,12 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
       load_tile(tile_a, q, d, p.d);
       load_tile(tile_b, k, d, p.d);
       __syncthreads();
-      if (!w.plainly) {
+      if (!w.without_mma) {
         multiply_tile(tile_a, tile_b, s);
       } else if (p.metric == Metric::euclidean) {
-        multiply_tile_plainly<true>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
+        multiply_tile_without_mma<true>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
       } else {
-        multiply_tile_plainly<false>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
+        multiply_tile_without_mma<false>(tile_a, tile_b, int(min(p.d - d, int64_t(kDepth))), s);
       }
       __syncthreads();
     }
@@ -181,8 +181,8 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
           const int column = tile_column(n, e);
           float x = s.value[n][2 * h + e];
           if constexpr (std::is_same_v<T, float>) {
-            // What is not finite depends on the order of a sum: refine_kernel's decides. Sums of
-            // scaled rows are finite unless a row is not, and then its factor is NaN.
+            // Whether a sum overflows or is NaN may depend on its order: use exact_topk_kernel's.
+            // Sums of scaled rows are finite unless a row is not, whose factor is then NaN.
             if (!cosine && !isfinite(x) && exists && allowed[column]) {
               x = raw_similarity<true>(p.metric, w.query + row * p.d,
                                        keys + key_row(w, at.batch, tile * kTile + column) * p.d,
@@ -209,7 +209,7 @@ __global__ __launch_bounds__(kThreads) void sweep_kernel(const SelectWork<T> w) 
 
 // The groups with the largest maxima of each row.
 template <class T>
-__global__ __launch_bounds__(kThreads) void nominate_kernel(const SelectWork<T> w) {
+__global__ __launch_bounds__(kThreads) void top_groups_kernel(const SelectWork<T> w) {
   const int64_t local = grid_warp();
   const QueryRow at = query_row(w, local);
   if (at.row >= w.p.n) return;
@@ -225,41 +225,43 @@ __global__ __launch_bounds__(kThreads) void nominate_kernel(const SelectWork<T> 
   list.finish();
   for (int i = lane(); i < k; i += kWarp) {
     const NarrowKey key = list[i];
-    w.nominees[local * k + i] = is_nothing<float>(key) ? kNoGroup : uint32_t(index_of<float>(key));
+    w.top_groups[local * k + i] =
+        is_nothing<float>(key) ? kNoGroup : uint32_t(index_of<float>(key));
   }
 }
 
-// What a lane of refine_kernel looks at.
+// The members that exact_topk_kernel scores for one query, and their similarities.
 template <class T>
-class RefinedRow {
+class ScoredRow {
   using A = Accumulate<T>;
 
  public:
-  __device__ RefinedRow(const SelectWork<T>& w, QueryRow at, int64_t local)
-      : w_(w), at_(at), local_(local), own_(-1), own_similarity_(0) {
-    if (w.p.self_indices) own_ = w.p.self_indices[at.row];
-    if (own_ < 0 || own_ >= w.p.m) own_ = -1;
-    if (own_ >= 0 && w.p.key_mask && !w.p.key_mask[at.batch * w.p.m + own_]) own_ = -1;
-    if (own_ >= 0) own_similarity_ = similarity(own_);
+  __device__ ScoredRow(const SelectWork<T>& w, QueryRow at, int64_t local)
+      : w_(w), at_(at), local_(local), self_row_(-1), self_similarity_(0) {
+    if (w.p.self_indices) self_row_ = w.p.self_indices[at.row];
+    if (self_row_ < 0 || self_row_ >= w.p.m) self_row_ = -1;
+    if (self_row_ >= 0 && w.p.key_mask && !w.p.key_mask[at.batch * w.p.m + self_row_])
+      self_row_ = -1;
+    if (self_row_ >= 0) self_similarity_ = similarity(self_row_);
   }
 
-  // The token itself, or -1, and its similarity.
-  __device__ int64_t own() const { return own_; }
-  __device__ A own_similarity() const { return own_similarity_; }
+  // The row of key that is the token itself, or -1, and its similarity.
+  __device__ int64_t self_row() const { return self_row_; }
+  __device__ A self_similarity() const { return self_similarity_; }
 
-  // Places that may hold a neighbor: members of the nominated groups, or columns.
+  // How many members there are: those of the top groups, or all columns.
   __device__ int64_t members() const { return w_.group ? w_.p.k * w_.group : w_.columns; }
-  // The row of key at such a place, or -1. Never the token itself.
+  // The row of key of a member, or -1. Never the token itself.
   __device__ int64_t row(int64_t member) const {
     int64_t column = member;
     if (w_.group) {
       if (member >= members()) return -1;
-      const uint32_t group = w_.nominees[local_ * w_.p.k + (member >> w_.log_group)];
+      const uint32_t group = w_.top_groups[local_ * w_.p.k + (member >> w_.log_group)];
       if (group == kNoGroup) return -1;
       column = group * w_.group + (member & (w_.group - 1));
     }
     const int64_t row = key_row(w_, at_.batch, column);
-    return row == own_ ? -1 : row;
+    return row == self_row_ ? -1 : row;
   }
   __device__ A similarity(int64_t row) const {
     const int64_t i = at_.batch * w_.p.n + at_.row, j = at_.batch * w_.p.m + row;
@@ -271,21 +273,21 @@ class RefinedRow {
     const int64_t row = this->row(member);
     return row < 0 ? no_key<A>() : key_of<A>(order_of(similarity(row)), row);
   }
-  __device__ Key<A> own_key() const {
-    return own_ < 0 ? no_key<A>() : key_of<A>(kOrderOfSelf<A>, own_);
+  __device__ Key<A> self_key() const {
+    return self_row_ < 0 ? no_key<A>() : key_of<A>(kOrderOfSelf<A>, self_row_);
   }
 
  private:
   const SelectWork<T>& w_;
   const QueryRow at_;
   const int64_t local_;
-  int64_t own_;
-  A own_similarity_;
+  int64_t self_row_;
+  A self_similarity_;
 };
 
-// The neighbors of each row, from the nominated groups or from all columns.
+// The neighbors of each row, from its top groups or from all columns.
 template <class T>
-__global__ __launch_bounds__(kThreads, 4) void refine_kernel(const SelectWork<T> w) {
+__global__ __launch_bounds__(kThreads, 4) void exact_topk_kernel(const SelectWork<T> w) {
   using A = Accumulate<T>;
   const SelectParams& p = w.p;
   const int64_t local = grid_warp();
@@ -293,61 +295,62 @@ __global__ __launch_bounds__(kThreads, 4) void refine_kernel(const SelectWork<T>
   if (at.row >= p.n) return;
   const int longest = int(min(p.k, int64_t(kLongestList)));
   NearestList<A> list(shared_memory() + warp() * NearestList<A>::bytes(longest), longest);
-  const RefinedRow<T> row(w, at, local);
+  const ScoredRow<T> row(w, at, local);
   A* similarities = static_cast<A*>(p.similarities) + (at.batch * p.n + at.row) * p.k;
   int64_t* indices = p.indices + (at.batch * p.n + at.row) * p.k;
   const bool by_index = p.order == Order::index;
-  const auto store = [&](int64_t place, Key<A> key) {
+  const auto store = [&](int64_t slot, Key<A> key) {
     const bool missing = is_nothing<A>(key);
-    const bool is_own = !missing && high_of(key) == kOrderOfSelf<A>;
-    similarities[place] = missing  ? -kInfinity<A>
-                          : is_own ? row.own_similarity()
+    const bool is_self = !missing && high_of(key) == kOrderOfSelf<A>;
+    similarities[slot] = missing   ? -kInfinity<A>
+                         : is_self ? row.self_similarity()
                                    : similarity_of<A>(high_of(key));
-    indices[place] = missing ? 0 : index_of<A>(key);
+    indices[slot] = missing ? 0 : index_of<A>(key);
   };
 
-  // The last key given out: those that follow it are next.
+  // The last key of the round before: this round finds those that follow it.
   Key<A> last = highest_key<A>();
-  for (int64_t place = 0; place < p.k; place += longest) {
+  for (int64_t slot = 0; slot < p.k; slot += longest) {
     list.clear();
     for (int64_t first = 0; first < row.members(); first += kWarp) {
       const Key<A> key = row.key(first + lane());
       list.push(precedes(last, key) ? key : no_key<A>());
     }
-    list.push(lane() == 0 && precedes(last, row.own_key()) ? row.own_key() : no_key<A>());
+    list.push(lane() == 0 && precedes(last, row.self_key()) ? row.self_key() : no_key<A>());
     list.finish();
-    const int count = int(min(p.k - place, int64_t(longest)));
+    const int count = int(min(p.k - slot, int64_t(longest)));
     last = list[count - 1];
     if (by_index && p.k > longest) continue;
     if (by_index) {
-      // Similarity and index in exchanged places.
+      // Similarity and index swapped.
       list.reorder(count, [](Key<A> key) { return pack(low_of(key), high_of(key)); });
     }
     for (int i = lane(); i < count; i += kWarp) {
       const Key<A> key = list[i];
-      store(place + i, by_index ? pack(low_of(key), high_of(key)) : key);
+      store(slot + i, by_index ? pack(low_of(key), high_of(key)) : key);
     }
   }
   if (!by_index || p.k <= longest) return;
 
-  // In ascending order of columns, what is not behind the last neighbor; the token itself between.
-  // Candidates that are not distinct may be more than k: they are not stored.
-  int64_t written = 0, before_own = 0;
+  // Store, in ascending order of columns, every key that does not follow the last neighbor, with
+  // the token itself in between. Candidates that are not distinct may give more than k: those are
+  // dropped.
+  int64_t written = 0, before_self = 0;
   for (int64_t first = 0; first < row.members(); first += kWarp) {
     const int64_t index = row.row(first + lane());
     const Key<A> key = row.key(first + lane());
     const bool keeps = index >= 0 && !precedes(last, key);
     const unsigned lanes = __ballot_sync(kAllLanes, keeps);
     if (keeps) {
-      const bool after_own = row.own() >= 0 && index > row.own();
-      const int64_t place = written + __popc(lanes & ((1u << lane()) - 1)) + after_own;
-      if (place < p.k) store(place, key);
+      const bool after_self = row.self_row() >= 0 && index > row.self_row();
+      const int64_t slot = written + __popc(lanes & ((1u << lane()) - 1)) + after_self;
+      if (slot < p.k) store(slot, key);
     }
-    before_own += __popc(__ballot_sync(kAllLanes, keeps && index < row.own()));
+    before_self += __popc(__ballot_sync(kAllLanes, keeps && index < row.self_row()));
     written += __popc(lanes);
   }
-  if (row.own() >= 0) {
-    if (lane() == 0 && before_own < p.k) store(before_own, row.own_key());
+  if (row.self_row() >= 0) {
+    if (lane() == 0 && before_self < p.k) store(before_self, row.self_key());
     ++written;
   }
   for (int64_t i = written + lane(); i < p.k; i += kWarp) store(i, no_key<A>());

@@ -7,10 +7,11 @@
 //              t = sum_j g_ij k^_j                    u = sum g_ij q^_i
 //
 // where j runs over the neighbors of i, and the sums of dk over the pairs (i, j) with I_ij = m.
-// A warp has a query row, a block a key row; lanes are columns, 32 at a time. The warps of a block
-// share the pairs of its key row, which come from the inverse neighbor list in a fixed order, and
-// add their sums in order: nothing is atomic. Of many pairs of a key row, blocks of their own sum
-// chunks before that (runs.cuh). A row of norm <= epsilon has gradient exactly 0.
+// One warp per query row, one block per key row; lanes are columns, 32 at a time. The warps of a
+// block divide the pairs of its key row, which come from the inverse neighbor list in a fixed
+// order, and their sums are added in order, without atomics. Key rows with many pairs have those
+// summed in chunks by separate blocks first (runs.cuh). A row of norm <= epsilon has gradient
+// exactly 0.
 #pragma once
 
 #include "neighbors.cuh"
@@ -25,12 +26,12 @@ struct SelectBackwardWork {
 
   SelectBackwardParams p;
   Norms<A> query_norms, key_norms;
-  InverseNeighbors inverse;
+  InverseList inverse;
   A* chunk_sums;  // [chunks, d + 1]: as KeySums, `along` in the last column
 
-  // What the pair (own, other) at `place` gives to the gradient of `own`.
-  __device__ A term(A own, A other, A grad, const Norms<A>& other_norms, int64_t other_row) const {
-    if (p.metric == Metric::euclidean) return 2 * grad * (other - own);
+  // What a pair of rows adds to the gradient of one of them, x, before Norms::through().
+  __device__ A term(A x, A other, A grad, const Norms<A>& other_norms, int64_t other_row) const {
+    if (p.metric == Metric::euclidean) return 2 * grad * (other - x);
     return grad * (p.metric == Metric::cosine ? other_norms.unit(other, other_row) : other);
   }
 };
@@ -58,7 +59,7 @@ __global__ __launch_bounds__(kThreads) void query_grad_kernel(const SelectBackwa
       if (p.metric == Metric::cosine) along.add(grads[j] * similarities[j]);
     }
     A grad = sum.value();
-    // A row that is in no pair has gradient 0 whatever it holds.
+    // A row in no pair has gradient 0, whatever its elements are.
     if (p.metric == Metric::cosine && in_pairs) {
       grad = w.query_norms.through(grad, along.value(), q, row);
     }
@@ -66,14 +67,14 @@ __global__ __launch_bounds__(kThreads) void query_grad_kernel(const SelectBackwa
   }
 }
 
-// Sums over pairs of a key row: its gradient in one column, for the cosine that of its unit vector,
-// and there the product of both vectors.
+// Sums over pairs of a key row: one column of its gradient, or for the cosine of the gradient of
+// its unit vector, and there the dot product of both vectors.
 template <class A>
 struct KeySums {
   A grad, along;
 };
-// Of the pairs of a run, in column d of key row `row`, which holds k there. The warps of the block
-// share them, and each has the sums afterwards.
+// The sums over a run in column d of key row `row`, where its element is k. The warps of the block
+// share the work, and all receive the result.
 template <class T>
 __device__ inline KeySums<Accumulate<T>> sums_of_run(const SelectBackwardWork<T>& w, int64_t row,
                                                      const Run& run, int64_t d, Accumulate<T> k) {
@@ -86,10 +87,10 @@ __device__ inline KeySums<Accumulate<T>> sums_of_run(const SelectBackwardWork<T>
       w.inverse, run, warp(), kWarps,
       [&](int64_t pair) {
         const int64_t query_row = first_query + pair % p.n;
-        const int64_t place = query_row * p.k + pair / p.n % p.k;
-        const A g = static_cast<const A*>(p.grad_similarities)[place];
+        const int64_t entry = query_row * p.k + pair / p.n % p.k;
+        const A g = static_cast<const A*>(p.grad_similarities)[entry];
         if (p.metric == Metric::cosine) {
-          along.add(g * static_cast<const A*>(p.similarities)[place]);
+          along.add(g * static_cast<const A*>(p.similarities)[entry]);
         }
         if (d >= p.d) return;
         const A q = widen(static_cast<const T*>(p.query)[query_row * p.d + d]);
@@ -112,7 +113,7 @@ __device__ inline KeySums<Accumulate<T>> sums_of_run(const SelectBackwardWork<T>
   return total;
 }
 
-// A block has a chunk.
+// One block per chunk.
 template <class T>
 __global__ __launch_bounds__(kThreads, 4) void key_chunks_kernel(const SelectBackwardWork<T> w) {
   using A = Accumulate<T>;

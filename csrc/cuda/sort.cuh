@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT
-// A stable radix sort of positions by a key, eight bits in each pass, from the lowest:
+// A stable radix sort of positions by a key, eight bits per pass, lowest bits first:
 //
-// 1. count_digits_kernel: a block has a run of positions, a warp a part of it; how often each digit
-//    comes up in the run.
-// 2. sum_counts_kernel: a block for each digit turns these counts into the number of positions
-//    with that digit in the blocks before.
-// 3. place_kernel: every position goes to its place. Lanes of a warp with one digit take places in
-//    order; a warp knows from the counts of its block where it begins.
+// 1. count_digits_kernel: how often each digit occurs in the run of positions of a block, of which
+//    each warp counts a part.
+// 2. sum_counts_kernel: one block per digit turns these counts into the number of positions with
+//    that digit in earlier blocks.
+// 3. scatter_kernel: writes every position to its new location. Lanes of a warp with the same digit
+//    write in order; a warp's first location follows from the counts of its block.
 //
-// Counts of a warp are in shared memory, and each is written by one lane at a time: nothing is
-// atomic.
+// The counts of a warp are in shared memory, and each is written by one lane at a time, so nothing
+// is atomic.
 #pragma once
 
-#include "neighbors.cuh"
+#include "device.cuh"
 #include "sort.h"
 
 namespace convnn::cuda {
@@ -32,8 +32,8 @@ struct SortPass {
   int shift;
 };
 
-// Calls body(position, digit, lanes): 32 positions of this warp at a time, in order. `lanes` are
-// those with the same digit, which is -1 behind the end. Every lane takes part.
+// Calls body(position, digit, lanes) for 32 positions of this warp at a time, in order. `lanes` are
+// those with the same digit, which is -1 beyond the end. All lanes must participate.
 template <class Body>
 __device__ inline void for_each_position(const SortPass& p, const Body& body) {
   const int64_t first = grid_warp() * p.each;
@@ -51,14 +51,14 @@ __device__ inline void for_each_position(const SortPass& p, const Body& body) {
   }
 }
 
-// Shared memory [kWarps, kDigits]: how often each digit comes up for each warp of this block.
+// Shared memory [kWarps, kDigits]: how often each digit occurs for each warp of this block.
 __device__ inline int* count_digits(const SortPass& p) {
   int* counts = reinterpret_cast<int*>(shared_memory());
   for (int i = int(threadIdx.x); i < kWarps * kDigits; i += kThreads) counts[i] = 0;
   __syncthreads();
-  int* own = counts + warp() * kDigits;
+  int* warp_counts = counts + warp() * kDigits;
   for_each_position(p, [&](int64_t, int digit, unsigned lanes) {
-    if (digit >= 0 && lane() == __ffs(int(lanes)) - 1) own[digit] += __popc(lanes);
+    if (digit >= 0 && lane() == __ffs(int(lanes)) - 1) warp_counts[digit] += __popc(lanes);
   });
   __syncthreads();
   return counts;
@@ -73,7 +73,7 @@ static __global__ __launch_bounds__(kThreads) void count_digits_kernel(const Sor
   }
 }
 
-// The digit of this block: counts of blocks become sums over the blocks before.
+// For the digit of this block, turns the counts of blocks into sums over earlier blocks.
 static __global__ __launch_bounds__(kThreads) void sum_counts_kernel(const SortPass p) {
   int64_t* sums = reinterpret_cast<int64_t*>(shared_memory());  // [kThreads]
   int64_t* counts = p.before + blockIdx.x * p.blocks;
@@ -93,32 +93,32 @@ static __global__ __launch_bounds__(kThreads) void sum_counts_kernel(const SortP
   }
 }
 
-static __global__ __launch_bounds__(kThreads) void place_kernel(const SortPass p) {
+static __global__ __launch_bounds__(kThreads) void scatter_kernel(const SortPass p) {
   const int* counts = count_digits(p);
-  // [kWarps, kDigits]: where the next position of a warp with a digit goes.
-  int64_t* places = reinterpret_cast<int64_t*>(shared_memory() + kWarps * kDigits * sizeof(int));
-  int64_t* totals = places + kWarps * kDigits;  // [kDigits]
+  // [kWarps, kDigits]: the location of a warp's next position with each digit.
+  int64_t* locations = reinterpret_cast<int64_t*>(shared_memory() + kWarps * kDigits * sizeof(int));
+  int64_t* totals = locations + kWarps * kDigits;  // [kDigits]
   for (int digit = int(threadIdx.x); digit < kDigits; digit += kThreads) {
     totals[digit] = p.totals[digit];
   }
   __syncthreads();
   for (int digit = int(threadIdx.x); digit < kDigits; digit += kThreads) {
-    int64_t place = p.before[digit * p.blocks + blockIdx.x];
-    for (int i = 0; i < digit; ++i) place += totals[i];
+    int64_t location = p.before[digit * p.blocks + blockIdx.x];
+    for (int i = 0; i < digit; ++i) location += totals[i];
     for (int w = 0; w < kWarps; ++w) {
-      places[w * kDigits + digit] = place;
-      place += counts[w * kDigits + digit];
+      locations[w * kDigits + digit] = location;
+      location += counts[w * kDigits + digit];
     }
   }
   __syncthreads();
-  int64_t* own = places + warp() * kDigits;
+  int64_t* next = locations + warp() * kDigits;
   for_each_position(p, [&](int64_t position, int digit, unsigned lanes) {
-    int64_t place = 0;
-    if (digit >= 0) place = own[digit] + __popc(lanes & ((1u << lane()) - 1));
+    int64_t location = 0;
+    if (digit >= 0) location = next[digit] + __popc(lanes & ((1u << lane()) - 1));
     __syncwarp();
     if (digit < 0) return;
-    p.sorted[place] = position;
-    if (lane() == __ffs(int(lanes)) - 1) own[digit] += __popc(lanes);
+    p.sorted[location] = position;
+    if (lane() == __ffs(int(lanes)) - 1) next[digit] += __popc(lanes);
   });
 }
 
@@ -137,41 +137,6 @@ static __global__ __launch_bounds__(kThreads) void gather_kernel(
     int64_t* result,           // [count]
     int64_t count) {
   for (int64_t i = grid_thread(); i < count; i += grid_threads()) result[i] = values[positions[i]];
-}
-
-// The row of key, among those of all batch elements, that each pair chose; batch * m where none.
-static __global__ __launch_bounds__(kThreads) void chosen_rows_kernel(
-    const int64_t* indices,    // [batch, n, k]
-    const void* similarities,  // [batch, n, k]
-    DType similarity_dtype,
-    int64_t* rows,  // [batch, k, n]
-    int64_t batch, int64_t n, int64_t m, int64_t k) {
-  for (int64_t pair = grid_thread(); pair < batch * k * n; pair += grid_threads()) {
-    const int64_t b = pair / n / k, slot = pair / n % k, i = pair % n;
-    const int64_t place = (b * n + i) * k + slot;
-    const bool missing = is_missing(similarities, similarity_dtype, indices, place, m);
-    rows[pair] = missing ? batch * m : b * m + indices[place];
-  }
-}
-
-// Where the pairs of each row begin: the first place whose row is not lower.
-static __global__ __launch_bounds__(kThreads) void offsets_kernel(
-    const int64_t* rows,   // [count] by pair
-    const int64_t* pairs,  // [count] sorted by row
-    int64_t* offsets,      // [limit + 1]
-    int64_t count, int64_t limit) {
-  for (int64_t row = grid_thread(); row <= limit; row += grid_threads()) {
-    int64_t low = 0, high = count;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (rows[pairs[middle]] < row) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    offsets[row] = low;
-  }
 }
 
 }  // namespace convnn::cuda

@@ -19,10 +19,10 @@
 execution::Dimension threadIdx, blockIdx, gridDim;
 
 #if defined(__x86_64__)
-// swapcontext() of the C library asks the system for the signal mask each time, which would take
-// most of the time of a test. This keeps the registers that a call must keep, on the stack, whose
-// address goes to *own, and goes on where `other` was left.
-extern "C" void execution_switch_stack(void** own, void* other);
+// swapcontext() of the C library makes a system call for the signal mask each time, which would
+// take most of the time of a test. This saves the callee-saved registers on the stack and its
+// address in *current, and continues on the stack at `other`.
+extern "C" void execution_switch_stack(void** current, void* other);
 __asm__(R"(
 .text
 .type execution_switch_stack, @function
@@ -55,10 +55,12 @@ constexpr size_t kStack = 256 << 10;
 #if defined(__x86_64__)
 using StackPosition = void*;
 
-void switch_stack(StackPosition& own, StackPosition& other) { execution_switch_stack(&own, other); }
+void switch_stack(StackPosition& current, StackPosition& other) {
+  execution_switch_stack(&current, other);
+}
 void start_at(StackPosition& position, void* stack, void (*entry)()) {
   void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStack);
-  *--top = nullptr;  // where a return address of entry() would be; it never returns
+  *--top = nullptr;  // the return address of entry(), which never returns
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   position = top;
@@ -66,7 +68,7 @@ void start_at(StackPosition& position, void* stack, void (*entry)()) {
 #else
 using StackPosition = ucontext_t;
 
-void switch_stack(StackPosition& own, StackPosition& other) { swapcontext(&own, &other); }
+void switch_stack(StackPosition& current, StackPosition& other) { swapcontext(&current, &other); }
 void start_at(StackPosition& position, void* stack, void (*entry)()) {
   getcontext(&position);
   position.uc_stack.ss_sp = stack;
@@ -109,7 +111,7 @@ Machine machine;
   std::abort();
 }
 
-// From a fiber to the scheduler, and back where it is still alive.
+// Switches from a fiber to the scheduler, and back unless the fiber has ended.
 void leave(Fiber& fiber, bool for_good) {
   __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack, machine.scheduler_stack,
                                  machine.scheduler_stack_size);
@@ -144,7 +146,7 @@ bool same(Site a, Site b) {
   return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
 }
 
-// Nobody can go on: everybody must be at one barrier.
+// No thread can continue: all must be at the same barrier.
 void release_barrier() {
   const Fiber* first = nullptr;
   for (int i = 0; i < machine.threads; ++i) {
@@ -182,7 +184,7 @@ void run_block() {
   }
 }
 
-// The 16 bits of a float that float16 or bfloat16 elements take in a register.
+// A float from the 16 bits of a float16 or bfloat16 element.
 float element(bool is_half, uint32_t pair, int which) {
   const uint16_t bits = uint16_t(which ? pair >> 16 : pair);
   return is_half ? float_from_half(bits) : same_bits<float>(uint32_t(bits) << 16);
@@ -192,8 +194,8 @@ struct Matrices {
   float a[16][16], b[16][8], d[16][8];
 };
 
-// d and the 16 products, as a device may sum them: each is cut off behind the 24th bit of the
-// largest, and so is the sum.
+// The sum of d and the 16 products as a device may compute it: each term is truncated after the
+// 24th bit of the largest, and so is the sum.
 float sum_of(float d, const double (&products)[16]) {
   double sum = double(d), largest = std::fabs(sum);
   for (const double product : products) {
@@ -284,12 +286,12 @@ void barrier(Site site) {
 }
 
 void collective(Site site, void* operand, void (*combine)(void* const* lanes)) {
-  const int own = machine.current;
-  Fiber& fiber = *machine.fibers[size_t(own)];
+  const int current = machine.current;
+  Fiber& fiber = *machine.fibers[size_t(current)];
   fiber.site = site;
   fiber.operand = operand;
   fiber.state = State::in_collective;
-  const int first = own / kWarp * kWarp;
+  const int first = current / kWarp * kWarp;
   void* lanes[kWarp];
   bool complete = true;
   for (int i = 0; i < kWarp; ++i) {
@@ -300,13 +302,13 @@ void collective(Site site, void* operand, void (*combine)(void* const* lanes)) {
   if (complete) {
     for (int i = 0; i < kWarp; ++i) {
       if (!same(machine.fibers[size_t(first + i)]->site, site)) {
-        fail("lanes of a warp wait at different places", fiber);
+        fail("lanes of a warp wait at different points", fiber);
       }
     }
     combine(lanes);
     for (int i = 0; i < kWarp; ++i) make_ready(first + i);
   }
-  // Also the last to come waits for its turn: any of them may go on first.
+  // The last lane to arrive is rescheduled, too: any of them may continue first.
   leave(fiber, false);
 }
 
@@ -314,7 +316,9 @@ void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t
          const std::function<void()>& body) {
   if (threads % kWarp != 0) std::abort();
   machine.kernel = name;
-  size_t& most_shared_bytes = machine.launched[{address, name}];
+  Launches& launches = machine.launched[{address, name}];
+  ++launches.count;
+  size_t& most_shared_bytes = launches.most_shared_bytes;
   most_shared_bytes = std::max(most_shared_bytes, shared_bytes);
   machine.body = &body;
   machine.threads = threads;
@@ -355,7 +359,7 @@ uint16_t half_from_float(float x) {
   // 65520 is halfway between the largest number and the next one.
   if (size >= 65520.0f) return uint16_t(sign | 0x7C00);
   const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
-  // In units of the last place; rounds to even. A carry goes into the exponent by itself.
+  // In units of the last bit, rounded to even. A carry correctly increments the exponent.
   const auto units = uint16_t(std::nearbyint(std::ldexp(double(size), 10 - exponent)));
   return uint16_t(sign | (units + ((exponent + 14) << 10)));
 }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT
-// Runs the CUDA kernels on the host, for tests: what csrc/cuda/device.cuh takes from CUDA
-// otherwise.
+// Runs the CUDA kernels on the host, for tests: replaces what csrc/cuda/device.cuh uses of CUDA.
 //
-// A block's threads are fibers, of which one runs at a time, up to the next point where it must
-// wait for others: a barrier, or an instruction of its warp. Which goes on is drawn at random, and
-// so is the order of blocks: a result that depends on either shows. Threads that wait at different
-// places, or for one that has ended, are an error. Shared memory has exactly the size that the
-// launch asked for, and holds 0xFF bytes at the start of every block: AddressSanitizer sees what is
-// outside, and NaN or -1 shows what was read before it was written.
+// A block's threads are fibers, one of which runs at a time until it must wait for others, at a
+// barrier or an instruction of its warp. Which one continues is random, and so is the order of
+// blocks, to reveal results that depend on either. Threads that wait at different points, or for
+// one that has ended, are an error. Shared memory has exactly the size of the launch and is filled
+// with 0xFF bytes at the start of every block, so that AddressSanitizer detects accesses outside
+// it, and NaN or -1 reveals reads before a write.
 #pragma once
 
 #include <cmath>
@@ -31,21 +30,27 @@ struct Dimension {
   unsigned x;
 };
 
-// Where a thread waits. Threads that wait for each other must do so in one place.
+// The point in the source where a thread waits. Threads that wait for each other must be at the
+// same one.
 struct Site {
   const char* file;
   int line;
 };
 
 void seed(uint64_t value);
-// The kernels that ran, by address and name, with the most shared memory that a launch of each had.
-using Launched = std::map<std::pair<intptr_t, std::string>, size_t>;
+// The kernels that ran, by address and name.
+struct Launches {
+  int64_t count = 0;
+  size_t most_shared_bytes = 0;
+};
+using Launched = std::map<std::pair<intptr_t, std::string>, Launches>;
 const Launched& launched();
 void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t shared_bytes,
          const std::function<void()>& body);
 unsigned char* shared_memory();
 void barrier(Site site);
-// Waits until all lanes of the warp have come here with their operands; then, once, combine(lanes).
+// Waits until all lanes of the warp have arrived with their operands, then calls combine(lanes)
+// once.
 void collective(Site site, void* operand, void (*combine)(void* const* lanes));
 
 template <class... Parameters, class... Arguments>
@@ -57,7 +62,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
 
 template <size_t kBytes>
 void copy(void* target, const void* source) {
-  // As the device does: an address that is not aligned is an error.
+  // As on the device, a misaligned address is an error.
   struct alignas(kBytes) Block {
     unsigned char bytes[kBytes];
   };
@@ -94,8 +99,8 @@ T __shfl_xor_sync(unsigned, T value, int lane_mask,
   } operand = {value, value, lane_mask};
   execution::collective(site, &operand, [](void* const* lanes) {
     for (int i = 0; i < 32; ++i) {
-      Operand& own = *static_cast<Operand*>(lanes[i]);
-      own.result = static_cast<Operand*>(lanes[(i ^ own.lane_mask) & 31])->value;
+      Operand& mine = *static_cast<Operand*>(lanes[i]);
+      mine.result = static_cast<Operand*>(lanes[(i ^ mine.lane_mask) & 31])->value;
     }
   });
   return operand.result;
@@ -110,10 +115,10 @@ unsigned __match_any_sync(unsigned, T value,
   } operand = {value, 0};
   execution::collective(site, &operand, [](void* const* lanes) {
     for (int i = 0; i < 32; ++i) {
-      Operand& own = *static_cast<Operand*>(lanes[i]);
+      Operand& mine = *static_cast<Operand*>(lanes[i]);
       for (int j = 0; j < 32; ++j) {
-        const bool same = static_cast<Operand*>(lanes[j])->value == own.value;
-        own.result |= unsigned(same) << j;
+        const bool same = static_cast<Operand*>(lanes[j])->value == mine.value;
+        mine.result |= unsigned(same) << j;
       }
     }
   });

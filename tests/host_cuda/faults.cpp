@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Kernels with a fault each, by the name of the fault: tests see that the execution layer finds it.
-// Two are sound.
+// Kernels with one fault each, named after it, to test that the execution layer detects it. Two
+// kernels are correct.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -17,7 +17,7 @@ class NoMemory : public Context {
   void* allocate(size_t) override { std::abort(); }
 };
 
-// Every thread takes what its neighbor wrote into shared memory.
+// Every thread reads what its neighbor wrote to shared memory.
 void exchange(int* result, bool waits) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   shared[threadIdx.x] = int(threadIdx.x);
@@ -26,7 +26,7 @@ void exchange(int* result, bool waits) {
 }
 void no_barrier(int* result) { exchange(result, false); }
 void sound(int* result) { exchange(result, true); }
-// Every lane must see the list as it was when it read: other lanes go on to change it.
+// Every lane must see the list as it was when it read, although other lanes then change it.
 void list_changed_after_reading(int* result) {
   NearestList<float> list(shared_memory() + warp() * NearestList<float>::bytes(kWarp), kWarp);
   list.clear();

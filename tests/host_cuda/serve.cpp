@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// Runs operators on the host execution layer for tests/host_device.py: reads calls from standard
-// input and writes results to standard output. A call is an operator's number, a seed, 12 numbers
-// (the last is the limit of the workspace), the scale, and buffers; a buffer is its size, -1 for
-// null, and what is in it. Behind the inputs stand the sizes of the outputs. All numbers have 64
-// bits. Every buffer is an allocation of its own, so that AddressSanitizer sees what is outside;
-// outputs and workspace begin as 0xFF bytes.
+// Runs operators on the host execution layer for tests/host_cuda_program.py: reads calls from
+// standard input and writes results to standard output. A call is an operator's number, a seed, 14
+// numbers (the last is the limit of the workspace), the scale, the input buffers, and the sizes of
+// the output buffers. A buffer is its size, -1 for null, and its contents. All numbers have 64
+// bits. Each buffer is allocated separately, so that AddressSanitizer detects accesses outside it;
+// outputs and workspace are filled with 0xFF bytes.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,12 +12,14 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/operators.h"
 #include "execution.h"
 
 namespace {
 
 using namespace convnn;
+
+constexpr size_t kNumbers = 14;
 
 class HostMemory : public cuda::Context {
  public:
@@ -55,14 +57,14 @@ struct Buffer {
 };
 
 struct Call {
-  int64_t numbers[12];
+  int64_t numbers[kNumbers];
   double scale = 1;
   HostMemory memory;
   std::vector<Buffer> inputs, outputs;
 
   void read_rest() {
-    if (!read(numbers, 12) || !read(&scale, 1)) std::abort();
-    memory.most_bytes = numbers[11];
+    if (!read(numbers, kNumbers) || !read(&scale, 1)) std::abort();
+    memory.most_bytes = numbers[kNumbers - 1];
     const int64_t input_count = read_number();
     for (int64_t i = 0; i < input_count; ++i) {
       Buffer buffer = make(read_number());
@@ -74,6 +76,10 @@ struct Call {
     const int64_t output_count = read_number();
     for (int64_t i = 0; i < output_count; ++i) outputs.push_back(make(read_number()));
   }
+  // The key at `input`, or the query before it if that is null.
+  const void* key(size_t input) const {
+    return inputs[input].bytes < 0 ? inputs[input - 1].data : inputs[input].data;
+  }
   Buffer make(int64_t bytes) {
     return {bytes < 0 ? nullptr : memory.allocate(size_t(bytes)), bytes};
   }
@@ -84,7 +90,7 @@ void select(Call& call) {
   SelectParams p = {};
   p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4], p.r = n[5];
   p.dtype = DType(n[6]), p.metric = Metric(n[7]), p.order = Order(n[8]);
-  p.query = call.inputs[0].data, p.key = call.inputs[1].data;
+  p.query = call.inputs[0].data, p.key = call.key(1);
   p.candidates = call.inputs[2].as<int64_t>();
   p.self_indices = call.inputs[3].as<int64_t>();
   p.key_mask = call.inputs[4].as<bool>();
@@ -99,7 +105,7 @@ void select_backward(Call& call) {
   p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4];
   p.dtype = DType(n[5]), p.metric = Metric(n[6]);
   p.grad_similarities = call.inputs[0].data;
-  p.query = call.inputs[1].data, p.key = call.inputs[2].data;
+  p.query = call.inputs[1].data, p.key = call.key(2);
   p.similarities = call.inputs[3].data, p.indices = call.inputs[4].as<int64_t>();
   p.grad_query = call.outputs[0].data, p.grad_key = call.outputs[1].data;
   cuda::select_backward(p, call.memory);
@@ -132,10 +138,32 @@ void aggregate_backward(Call& call) {
   cuda::aggregate_backward(p, call.memory);
 }
 
+void forward_backward(Call& call) {
+  const int64_t* n = call.numbers;
+  ForwardBackwardParams p = {};
+  AggregateParams& f = p.aggregate.forward;
+  SelectBackwardParams& s = p.select;
+  f.batch = s.batch = n[0], f.n = s.n = n[1], f.m = s.m = n[2], s.d = n[3], f.c = n[4], f.o = n[5];
+  f.k = s.k = n[6];
+  s.dtype = DType(n[7]), f.dtype = DType(n[8]), f.similarity_dtype = DType(n[9]);
+  f.convolution = Convolution(n[10]), f.rho = Rho(n[11]), f.scale = call.scale;
+  s.metric = Metric(n[12]);
+  p.aggregate.grad_output = call.inputs[0].data, s.grad_similarities = call.inputs[1].data;
+  s.query = call.inputs[2].data, s.key = call.key(3);
+  f.value = call.inputs[4].data, f.weight = call.inputs[5].data;
+  f.similarities = s.similarities = call.inputs[6].data;
+  f.indices = s.indices = call.inputs[7].as<int64_t>();
+  s.grad_query = call.outputs[0].data, s.grad_key = call.outputs[1].data;
+  p.aggregate.grad_value = call.outputs[2].data, p.aggregate.grad_weight = call.outputs[3].data;
+  p.aggregate.grad_bias = call.outputs[4].data;
+  cuda::forward_backward(p, call.memory);
+}
+
 }  // namespace
 
 int main() {
-  void (*const operators[])(Call&) = {select, select_backward, aggregate, aggregate_backward};
+  void (*const operators[])(Call&) = {select, select_backward, aggregate, aggregate_backward,
+                                      forward_backward};
   for (int64_t number = 0; read(&number, 1);) {
     execution::seed(uint64_t(read_number()));
     Call call;
@@ -152,9 +180,9 @@ int main() {
     std::fflush(stdout);
   }
   const auto origin = reinterpret_cast<intptr_t>(&execution::seed);
-  for (const auto& [kernel, shared_bytes] : execution::launched()) {
+  for (const auto& [kernel, launches] : execution::launched()) {
     const auto& [address, name] = kernel;
-    std::printf("%lld %s %zu\n", static_cast<long long>(address - origin), name.c_str(),
-                shared_bytes);
+    std::printf("%lld %s %zu %lld\n", static_cast<long long>(address - origin), name.c_str(),
+                launches.most_shared_bytes, static_cast<long long>(launches.count));
   }
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The AMX path of select, on tiles that plain code executes, beside the path without tiles."""
+"""The AMX path of select on emulated tiles gives the bits of the path without tiles."""
 
 import ctypes
 import os
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from convnn_kernels.functional import select_neighbors
 
-SOURCES = Path(__file__).parent / "host_tiles"
-# Of those in CMakeLists.txt for this path, what results depend on.
+SOURCES = Path(__file__).parent / "amx_emulation"
+# The flags of CMakeLists.txt for this path that results depend on.
 FLAGS = """
     -std=c++17 -O2 -shared -fPIC -Wall -Werror -ffp-contract=fast -fno-math-errno -fno-trapping-math
     -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c -mamx-tile -mamx-bf16
@@ -31,9 +31,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("host_tiles") / "libselect.so"
+    path = tmp_path_factory.mktemp("amx_emulation") / "libselect.so"
     compiler = os.environ.get("CXX", "c++")
-    emulation, source = SOURCES / "tiles.h", SOURCES / "select.cpp"
+    emulation, source = SOURCES / "amx_emulation.h", SOURCES / "select.cpp"
     files = ["-include", str(emulation), str(source), "-o", str(path)]
     subprocess.run([compiler, *FLAGS.split(), "-DCONVNN_ISA=amx", *files], check=True)
     library = ctypes.CDLL(str(path))
@@ -97,6 +97,6 @@ def test_tiles_change_no_bit(library: ctypes.CDLL) -> None:
     assert count == 36
 
 
-def test_the_check_before_tiles_are_chosen(library: ctypes.CDLL) -> None:
-    library.tiles_multiply.restype = ctypes.c_bool
-    assert library.tiles_multiply()
+def test_the_check_before_amx_is_chosen(library: ctypes.CDLL) -> None:
+    library.multiplies_correctly.restype = ctypes.c_bool
+    assert library.multiplies_correctly()

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: MIT
-// The one matrix tile of all products: C [64, 64] += A [64, depth] B [64, depth]^T.
+// The matrix tile of every product on the device: C [64, 64] += A [64, depth] B [64, depth]^T.
 //
-// A block of four warps owns C. Warp w has the rows from 16 w, all columns, in the registers of
-// the matrix instruction: with g = lane / 4 and t = lane % 4, a lane's value [n][2 h + e] is the
-// one of row 16 w + g + 8 h and column 8 n + 2 t + e. Operands go through shared memory, kDepth
-// columns at a time; both are read row by row. An element depends on its row of A and its row of B
-// alone, in one order of sums: equal rows give equal bits.
+// A block of four warps computes C. Warp w has 16 rows from row 16 w on, all columns, in the
+// registers of the matrix instruction: with g = lane / 4 and t = lane % 4, a lane's value
+// [n][2 h + e] belongs to row 16 w + g + 8 h and column 8 n + 2 t + e. Operands go through shared
+// memory, kDepth columns at a time; both are read row by row. An element depends only on its row of
+// A and its row of B, summed in one order: equal rows give equal bits.
 //
 // float16 and bfloat16: exact products, summed in float32. float64, and differences for the
-// euclidean metric: plain arithmetic in the same layout.
+// euclidean metric: ordinary arithmetic in the same layout.
 //
-// float32: a number is the sum of three of bfloat16, cut off and not rounded, so all have its sign:
-// x = x0 + x1 + x2. Of the nine products of two numbers those x_i y_j with i + j <= 2 are summed.
-// What is left out is less than 8.1 * 2^-24 of a product (more of a number below 2^-126), and
-// nothing where the product can be represented: x1 y2 is 0 unless x has at least 9 significant bits
-// and y 17, and (2^8 + 1) (2^16 + 1) > 2^24. No sum of pieces is larger than the sum of all |x y|,
-// so a sum of whole numbers is exact if that is at most 2^24.
+// float32: a number is split into three bfloat16, truncated and not rounded, so that all have its
+// sign: x = x0 + x1 + x2. Of the nine products of two numbers, the x_i y_j with i + j <= 2 are
+// summed. What is omitted is less than 8.1 * 2^-24 of a product (more for numbers below 2^-126),
+// and nothing if the product is a float32: x1 y2 is 0 unless x has at least 9 significant bits and
+// y 17, and (2^8 + 1) (2^16 + 1) > 2^24. No sum of pieces exceeds the sum of all |x y|, so a sum of
+// integers is exact if that is at most 2^24.
 #pragma once
 
 #include "device.cuh"
@@ -24,16 +24,16 @@ namespace convnn::cuda {
 
 constexpr int kTile = 64;
 constexpr int kDepth = 32;
-// Where a thread's neighbors in C lie: columns of a warp's row of tiles.
+// Tiles of the matrix instruction, of 8 columns each, in a row of C.
 constexpr int kTileColumns = kTile / 8;
 
-// Columns of a row in shared memory. The surplus keeps the lanes of a warp in different banks.
+// Elements of a row in shared memory. The padding keeps the lanes of a warp in different banks.
 template <class T>
 constexpr int kTileStride = kDepth + (sizeof(T) == 2 ? 8 : 4);
 template <class T>
 constexpr int kTileElements = kTile * kTileStride<T>;
 
-// The values of a thread in C.
+// The elements of C that a thread holds.
 template <class A>
 struct TileValues {
   A value[kTileColumns][4] = {};
@@ -42,7 +42,7 @@ __device__ inline int tile_row(int h) { return 16 * warp() + lane() / 4 + 8 * h;
 __device__ inline int tile_column(int n, int e) { return 8 * n + lane() % 4 * 2 + e; }
 
 // Each thread fills half of the row threadIdx.x / 2 of tile [kTile, kTileStride] with columns
-// `begin` to begin + kDepth of row [columns], or zeros: beyond its end and where row is null.
+// `begin` to begin + kDepth of row [columns]; zeros beyond its end and if row is null.
 template <class T, class U>
 __device__ inline void load_tile(U* tile, const T* row, int64_t begin, int64_t columns) {
   constexpr int kHalf = kDepth / 2;
@@ -71,7 +71,7 @@ __device__ inline void load_tile(U* tile, const T* row, int64_t begin, int64_t c
 // The row of a tile that this thread loads.
 __device__ inline int loaded_row() { return int(threadIdx.x) / 2; }
 
-// Two neighboring elements of 16 bits; the address is that of a pair.
+// Two adjacent 16-bit elements, at an address aligned to both.
 template <class T>
 __device__ inline uint32_t load_pair(const T* elements) {
   uint32_t pair;
@@ -79,10 +79,10 @@ __device__ inline uint32_t load_pair(const T* elements) {
   return pair;
 }
 
-// Two numbers x as x0 + 2^-8 x1 + 2^-16 x2, a register of both for each piece. With these factors a
-// piece is not below what bfloat16 can hold unless x is. It is less than 2 |x|, so it does not
-// overflow; sums of pieces may be eight times as large as those of |x y|: then they are taken
-// again.
+// Two numbers x as x0 + 2^-8 x1 + 2^-16 x2, one register with the piece of both for each i. With
+// these factors a piece is within the range of bfloat16 unless x is too small, and less than 2 |x|,
+// so it does not overflow. Sums of pieces may be eight times as large as those of |x y|; if they
+// overflow, the products are computed again.
 struct SplitPair {
   uint32_t piece[3];
   __device__ SplitPair(float x, float y) {
@@ -116,9 +116,9 @@ __device__ inline void multiply_tile(const T* a, const T* b, TileValues<float>& 
   }
 }
 
-// Instead of `sum` the products of 16 columns of a and b without the split, where that met an
-// infinity, a NaN or an overflow. Needless if all that they are added to, `c`, is NaN: after rows
-// with NaN, that is.
+// Replaces elements of `sum` that are not finite by the products of 16 columns of a and b without
+// the split. Unnecessary if all elements of c, to which they are added, are NaN, as they are after
+// rows with NaN.
 __device__ inline void multiply_again(const float* a, const float* b, const float (&c)[4],
                                       float (&sum)[4]) {
   bool all_nan = true;
@@ -144,7 +144,7 @@ __device__ inline void multiply_tile(const float* a, const float* b, TileValues<
   const float* row = a + (16 * warp() + g) * kTileStride<float>;
 #pragma unroll
   for (int d = 0; d < kDepth; d += 16) {
-    // Which columns a lane holds is free as long as a and b agree: these lie in different banks.
+    // A lane may hold any columns as long as a and b agree: these are in different banks.
     const auto split = [&](const float* x, int first) {
       return SplitPair(x[d + t + first], x[d + t + first + 4]);
     };
@@ -154,8 +154,7 @@ __device__ inline void multiply_tile(const float* a, const float* b, TileValues<
     for (int n = 0; n < kTileColumns; ++n) {
       const float* column = b + (8 * n + g) * kTileStride<float>;
       const SplitPair of_b[2] = {split(column, 0), split(column, 8)};
-      // The instruction cuts its sums off: those of a piece are short, and added by additions that
-      // round.
+      // The instruction truncates its sums, so these are short and combined by rounding additions.
       float sums[3][4] = {};
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
@@ -181,13 +180,14 @@ __device__ inline void multiply_tile(const float* a, const float* b, TileValues<
   }
 }
 
-// The sum over d < depth <= kDepth of a_d b_d, or of -(a_d - b_d)^2, by plain arithmetic. Elements
-// of C are summed apart and then added, so that runs are short.
+// Adds the sum over d < depth <= kDepth of a_d b_d, or of -(a_d - b_d)^2, without the matrix
+// instruction. The sum is taken separately and then added to C, so that runs are short.
 template <bool kDifferences, class T, class A>
-__device__ inline void multiply_tile_plainly(const T* a, const T* b, int depth, TileValues<A>& c) {
+__device__ inline void multiply_tile_without_mma(const T* a, const T* b, int depth,
+                                                 TileValues<A>& c) {
   const T* rows = a + tile_row(0) * kTileStride<T>;
   TileValues<A> run;
-  // float64 has digits to spare, and registers only for one.
+  // float64 has digits to spare, but no registers for a second tile.
   TileValues<A>& sum = std::is_same_v<A, double> ? c : run;
 #pragma unroll 1
   for (int d = 0; d < depth; ++d) {
@@ -216,19 +216,19 @@ __device__ inline void multiply_tile_plainly(const T* a, const T* b, int depth, 
 }
 
 __device__ inline void multiply_tile(const double* a, const double* b, TileValues<double>& c) {
-  multiply_tile_plainly<false>(a, b, kDepth, c);
+  multiply_tile_without_mma<false>(a, b, kDepth, c);
 }
 
-// With fewer terms in a sum, what the split of float32 leaves out would be more than the rounding
-// errors of the sum.
+// With fewer terms in a sum, what the split of float32 omits would exceed the rounding errors of
+// the sum.
 constexpr int64_t kFewestSplitTerms = 32;
 
-// C += A B^T, a part of sums of so many terms.
+// C += A B^T over kDepth columns, as part of sums of `terms` terms.
 template <class T, class A>
 __device__ inline void multiply_tile(const T* a, const T* b, int64_t terms, TileValues<A>& c) {
   if constexpr (std::is_same_v<T, float>) {
     if (terms < kFewestSplitTerms) {
-      multiply_tile_plainly<false>(a, b, kDepth, c);
+      multiply_tile_without_mma<false>(a, b, kDepth, c);
       return;
     }
   }

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: MIT
-// The one matrix tile that every product on the CPU goes through, and its sizes.
+// The register tile of every matrix product on the CPU, and its sizes.
 //
 //   c[r][j] (+)= sum over t of a[r][t] * b[t][j]        r < kTileRows, j < kTileColumns<A>
 //
 // The columns are packed so that step t reads one short row of b. The sum over t is taken in a
-// fixed order, in registers; lanes are columns. So an element depends on its own row and column
-// only, never on where in a tile they lie: equal rows give equal bits.
+// fixed order, in registers; lanes are columns. So an element depends only on its row and column,
+// not on their position in a tile: equal rows give equal bits.
 #pragma once
 
 #include "vector.h"
 
 namespace convnn::CONVNN_ISA {
 
-// kTileRows * kTileVectors accumulators, plus kTileVectors operands and one broadcast, fit the
-// registers: 32 of them with AVX-512 and on AArch64, 16 otherwise.
+// kTileRows * kTileVectors accumulators, kTileVectors operands and one broadcast fit into the
+// registers: 32 with AVX-512 and on AArch64, 16 otherwise.
 constexpr int kTileRows = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileVectors = 4;
@@ -23,16 +23,16 @@ constexpr int kTileVectors = 2;
 template <class A>
 constexpr int kTileColumns = kTileVectors * kLanes<A>;
 
-// A thread works on this many tiles of rows at a time, so that a packed panel of columns read
-// once from the outer cache serves all of them.
+// A thread works on this many tiles of rows at a time, so that a packed panel of columns is read
+// from the outer cache once for all of them.
 constexpr int kBlockTiles = 4;
 constexpr int kBlockRows = kBlockTiles * kTileRows;
 
-// Steps summed before the sum is added to c: partial sums stay short, and so do their errors, which
-// grow with their length, and that part of the columns stays in the innermost cache.
+// Steps summed before the sum is added to c. Short sums have small rounding errors, and that part
+// of the columns stays in the L1 cache.
 constexpr int64_t kSummedSteps = 32;
 
-// The rows a[r][t] of a product: one element from the next along t, one row from the next.
+// The rows a[r][t] of a product, with the strides between rows and between steps t.
 template <class A>
 struct TileRows {
   const A* at;
@@ -41,14 +41,14 @@ struct TileRows {
 };
 
 // A stride for rows of d elements that are read side by side: whole vectors, but not a multiple of
-// eight, so that the rows do not compete for the same few places of a cache.
+// eight, so that the rows do not map to the same few cache sets.
 template <class A>
 inline int64_t padded_stride(int64_t d) {
   const int64_t vectors = ceil_div(d, kLanes<A>);
   return (vectors % 8 ? vectors : vectors + 1) * kLanes<A>;
 }
 
-// kLanes rows of d elements [kLanes, stride], whole vectors of which can be read, to columns
+// Transposes kLanes rows of d elements, [kLanes, stride] and readable in whole vectors, to columns
 // [d, kTileColumns]: element t of row i goes to columns[t][i].
 template <class A>
 inline void interleave(const A* rows, int64_t stride, int64_t d, A* columns) {
@@ -93,9 +93,9 @@ inline void multiply_tile(TileRows<A> a, const A* b, int64_t steps, A* c, int64_
   }
 }
 
-// `rows` rows of a, rounded up to whole tiles, with the first `columns` of a panel, rounded up to
-// whole vectors. b [depth, kTileColumns], c [rows, ldc]. A short piece of the panel at a time
-// serves all rows from the innermost cache.
+// Multiplies `rows` rows of a, rounded up to whole tiles, by the first `columns` of a panel,
+// rounded up to whole vectors. b [depth, kTileColumns], c [rows, ldc]. All rows use a short piece
+// of the panel, which stays in the L1 cache, before the next one.
 template <class A, bool SquaredDifference = false, int Vectors = kTileVectors>
 inline void multiply(TileRows<A> a, int64_t rows, const A* b, int64_t depth, int64_t columns, A* c,
                      int64_t ldc, bool accumulate = false) {
@@ -118,8 +118,7 @@ inline void multiply(TileRows<A> a, int64_t rows, const A* b, int64_t depth, int
   } while (t < depth);
 }
 
-// Sums in float64 have a fixed order: interleaved partial sums, then sums of two of them until one
-// is left.
+// Sums in float64 have a fixed order: interleaved partial sums, which are then added pairwise.
 constexpr int kPartial = 16;
 inline double sum_of_partial(double* partial) {
 #pragma GCC unroll 8

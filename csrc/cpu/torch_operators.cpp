@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// The operators at the dispatch key CPU.
-#include "../entry.h"
+// Registers the operators for the CPU dispatch key.
+#include "../torch_operators.h"
 
-#include "launch.h"
+#include "operators.h"
 
-namespace convnn::entry {
+namespace convnn::torch_operators {
 namespace {
 
 void parallel_for(int64_t tasks, int64_t grain, const cpu::Body& body) {
@@ -23,16 +23,19 @@ struct Cpu {
   void aggregate_backward(const AggregateBackwardParams& params) {
     cpu::aggregate_backward(params, parallel_for);
   }
+  void forward_backward(const ForwardBackwardParams& params) {
+    cpu::forward_backward(params, parallel_for);
+  }
 };
 
 }  // namespace
-}  // namespace convnn::entry
+}  // namespace convnn::torch_operators
 
 STABLE_TORCH_LIBRARY_IMPL(convnn, CPU, library) {
-  convnn::entry::implement<convnn::entry::Cpu>(library);
+  convnn::torch_operators::implement<convnn::torch_operators::Cpu>(library);
 }
 
-// The instruction set in use, or null where the one that CONVNN_CPU_ISA names cannot run.
+// The instruction set in use, or null if the one that CONVNN_CPU_ISA names cannot run.
 extern "C" __attribute__((visibility("default"))) const char* convnn_cpu_instruction_set() {
   try {
     return convnn::cpu::instruction_set();

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT
-// select for bfloat16 with the tiles of tiles.h, as a function for the tests, and the check that
-// the library makes before it chooses them.
+// select for bfloat16 on the tiles of amx_emulation.h, as a function for the tests, and the
+// library's check of AMX.
 #include <memory>
 
 #include "../../csrc/cpu/select.h"
 
 using namespace convnn;
 
-extern "C" bool tiles_multiply() { return amx::TileScreen::multiplies(); }
+extern "C" bool multiplies_correctly() { return amx::AmxScreen::multiplies_correctly(); }
 
-// How many products of tiles there have been.
-extern "C" int64_t products_of_tiles() { return host_tiles::products; }
+// How many products of tiles have been computed.
+extern "C" int64_t products_of_tiles() { return amx_emulation::products; }
 
 // query [batch, n, d], key [batch, m, d], similarities and indices [batch, n, k]. metric: 0 cosine,
 // 1 dot.

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The operators on LibTorch's stable ABI, for the backends written in C++: tensors become the plain
-// parameters of params.h. Schemas and fake tensors are in convnn_kernels/ops.py, derivatives in
-// convnn_kernels/autograd.py.
+// The operators as PyTorch calls them, on LibTorch's stable ABI, for the backends written in C++:
+// they check arguments, allocate results and turn tensors into the parameters of params.h. Fake
+// kernels are in convnn_kernels/ops.py, derivatives in convnn_kernels/autograd.py.
 //
-// A Backend is made for each call from a tensor of its device. It runs select(), aggregate() and
-// their backward passes, and says in kReadsIndices whether index values are in host memory and can
-// be checked.
+// A Backend is constructed for each call from a tensor on its device. It has a function for each
+// operator but forward, which is select() and aggregate(). kReadsIndices says whether index values
+// are in host memory and can be checked.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,13 +23,13 @@
 
 #include "checks.h"
 
-namespace convnn::entry {
+namespace convnn::torch_operators {
 namespace {
 
 using namespace checks;
 
-// The arguments of an operator, as the dispatcher hands them to the one who is to free them.
-// PyTorch 2.13's own conversion to std::string never frees a copy that it makes.
+// Converts an argument of an operator and takes ownership of it. For std::string, the conversion of
+// PyTorch 2.13 leaks memory.
 template <class T>
 T take(StableIValue value) {
   return torch::stable::detail::to<T>(value);
@@ -55,7 +55,8 @@ std::string take(StableIValue value) {
   return text;
 }
 
-// What TORCH_BOX makes of a function, for these arguments and for tensors as results.
+// The boxed form of a function, like TORCH_BOX, for these argument types and results that are
+// tensors.
 template <auto function>
 struct Boxed;
 template <class... Results, class... Arguments, std::tuple<Results...> (*function)(Arguments...)>
@@ -77,7 +78,7 @@ struct Boxed<function> {
   }
 };
 
-// The elements of a tensor in their order, copied if need be; null for no tensor.
+// The elements of a tensor in row-major order, copied if necessary; null for no tensor.
 class Contiguous {
  public:
   explicit Contiguous(const Tensor& tensor) {
@@ -98,8 +99,8 @@ class Contiguous {
   const void* data_ = nullptr;
 };
 
-// A contiguous tensor on the device of `like`. torch::stable::new_empty would look the operator up
-// by its name and go through the dispatcher, which takes longer than the kernels of a small call.
+// A contiguous tensor on the device of `like`. torch::stable::new_empty looks the operator up by
+// name and goes through the dispatcher, which takes longer than the kernels of a small call.
 Tensor empty_as(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) {
@@ -144,9 +145,9 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
                                           const OptionalTensor& key_mask, const std::string& metric,
                                           const std::string& order) {
   const int64_t n = rows_of(query), m = rows_of(key);
-  const bool wide = query.scalar_type() == ScalarType::Double;
+  const bool is_float64 = query.scalar_type() == ScalarType::Double;
   const int64_t columns = candidates ? candidates->size(0) : m;
-  if (!wide && columns > std::numeric_limits<uint32_t>::max()) {
+  if (!is_float64 && columns > std::numeric_limits<uint32_t>::max()) {
     fail(op, "key must have at most ", std::numeric_limits<uint32_t>::max(),
          " rows that may be neighbors, got ", columns);
   }
@@ -160,7 +161,7 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
 
   const Contiguous queries(query), keys(key);
   const std::vector<int64_t> shape = shape_with(query, n, k);
-  Tensor similarities = empty_as(query, shape, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor similarities = empty_as(query, shape, is_float64 ? ScalarType::Double : ScalarType::Float);
   Tensor indices = empty_as(query, shape, ScalarType::Long);
   const SelectParams params = {
       batch_of(query),
@@ -184,7 +185,7 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
   return {std::move(similarities), std::move(indices)};
 }
 
-// The parameters of aggregate, but for its pointers.
+// The parameters of aggregate except its pointers.
 AggregateParams aggregate_params(const Tensor& value, const Tensor& similarities,
                                  Convolution convolution, int64_t outputs, const std::string& rho,
                                  double scale) {
@@ -267,8 +268,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {std::move(output), std::move(similarities), std::move(indices)};
 }
 
-// A backward operator is called with what the forward one took and gave, so these checks are terse:
-// they only keep a wrong call from reading out of bounds.
+// A backward operator gets the arguments and results of its forward operator, so these checks are
+// terse: they only keep a wrong call from reading out of bounds.
 void check_same(const char* op, const char* name, const Tensor& tensor,
                 const std::vector<int64_t>& shape, ScalarType dtype) {
   check_given(op, name, tensor);
@@ -280,6 +281,20 @@ void check_same(const char* op, const char* name, const Tensor& tensor,
   check_dtype(op, name, tensor, dtype);
 }
 
+// The parameters of select_backward except its pointers.
+SelectBackwardParams select_backward_params(const Tensor& query, const Tensor& key, int64_t k,
+                                            const std::string& metric) {
+  SelectBackwardParams params = {};
+  params.batch = batch_of(query);
+  params.n = rows_of(query);
+  params.m = rows_of(key);
+  params.d = columns_of(query);
+  params.k = k;
+  params.dtype = *dtype_of(query);
+  params.metric = *metric_of(metric);
+  return params;
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, const Tensor& query,
                                            const Tensor& key, const Tensor& similarities,
@@ -289,8 +304,8 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
   check_given(op, "similarities", similarities);
   const int64_t k = similarities.dim() >= 2 ? columns_of(similarities) : 1;
   check_select(op, query, key, k, std::nullopt, std::nullopt, std::nullopt, metric, "similarity");
-  const bool wide = query.scalar_type() == ScalarType::Double;
-  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const bool is_float64 = query.scalar_type() == ScalarType::Double;
+  const ScalarType dtype = is_float64 ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> shape = shape_with(query, rows_of(query), k);
   check_same(op, "similarities", similarities, shape, dtype);
   check_same(op, "grad_similarities", grad_similarities, shape, dtype);
@@ -302,22 +317,14 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
 
   Tensor grad_query = empty_like_if(need_query, query);
   Tensor grad_key = empty_like_if(need_key, key);
-  const SelectBackwardParams params = {
-      batch_of(query),
-      rows_of(query),
-      rows_of(key),
-      columns_of(query),
-      k,
-      *dtype_of(query),
-      *metric_of(metric),
-      grads.data(),
-      queries.data(),
-      keys.data(),
-      all_similarities.data(),
-      rows,
-      need_query ? grad_query.mutable_data_ptr() : nullptr,
-      need_key ? grad_key.mutable_data_ptr() : nullptr,
-  };
+  SelectBackwardParams params = select_backward_params(query, key, k, metric);
+  params.grad_similarities = grads.data();
+  params.query = queries.data();
+  params.key = keys.data();
+  params.similarities = all_similarities.data();
+  params.indices = rows;
+  params.grad_query = need_query ? grad_query.mutable_data_ptr() : nullptr;
+  params.grad_key = need_key ? grad_key.mutable_data_ptr() : nullptr;
   Backend(query).select_backward(params);
   return {std::move(grad_query), std::move(grad_key)};
 }
@@ -361,6 +368,85 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
           std::move(grad_bias)};
 }
 
+// Checks the arguments of forward_backward. Returns the kind of convolution and, in
+// `outputs`, its output channels.
+Convolution check_forward_backward(const char* op, const Tensor& grad_output,
+                                   const OptionalTensor& grad_similarities, const Tensor& query,
+                                   const Tensor& key, const Tensor& value,
+                                   const OptionalTensor& weight, const Tensor& similarities,
+                                   const Tensor& indices, const std::string& metric,
+                                   const std::string& rho, double scale, int64_t& outputs) {
+  check_aggregate(op, value, similarities, indices);
+  const int64_t k = columns_of(similarities);
+  check_select(op, query, key, k, std::nullopt, std::nullopt, std::nullopt, metric, "similarity");
+  check_value_as(op, value, query, key);
+  const Convolution convolution =
+      check_convolution(op, value, k, weight, std::nullopt, rho, scale, outputs);
+  const bool is_float64 = query.scalar_type() == ScalarType::Double;
+  const ScalarType dtype = is_float64 ? ScalarType::Double : ScalarType::Float;
+  const std::vector<int64_t> shape = shape_with(query, rows_of(query), k);
+  check_same(op, "similarities", similarities, shape, dtype);
+  if (grad_similarities) check_same(op, "grad_similarities", *grad_similarities, shape, dtype);
+  check_same(op, "grad_output", grad_output, shape_with(value, rows_of(query), outputs),
+             value.scalar_type());
+  return convolution;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
+    const Tensor& grad_output, const OptionalTensor& grad_similarities, const Tensor& query,
+    const Tensor& key, const Tensor& value, const OptionalTensor& weight,
+    const Tensor& similarities, const Tensor& indices, bool has_bias, const std::string& metric,
+    const std::string& rho, double scale, bool need_query, bool need_key, bool need_value,
+    bool need_weight, bool need_bias) {
+  constexpr const char* op = "forward_backward";
+  int64_t outputs = 0;
+  const Convolution convolution =
+      check_forward_backward(op, grad_output, grad_similarities, query, key, value, weight,
+                             similarities, indices, metric, rho, scale, outputs);
+  const Contiguous output_grads(grad_output), similarity_grads(grad_similarities);
+  const Contiguous queries(query), keys(key), values(value), weights(weight);
+  const Contiguous all_similarities(similarities), all_indices(indices);
+  const int64_t* rows = all_indices.data_as<int64_t>();
+  if (Backend::kReadsIndices) check_range(op, "indices", rows, indices.numel(), rows_of(key));
+
+  need_weight = need_weight && weight;
+  need_bias = need_bias && has_bias;
+  Tensor grad_query = empty_like_if(need_query, query);
+  Tensor grad_key = empty_like_if(need_key, key);
+  Tensor grad_value = empty_like_if(need_value, value);
+  Tensor grad_weight = empty_like_if(need_weight, weight ? *weight : value);
+  Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type());
+  if (!grad_similarities && *rho_of(rho) == Rho::ones) {  // nothing depends on the similarities
+    grad_query.fill_with_zeros();
+    grad_key.fill_with_zeros();
+    need_query = need_key = false;
+  }
+  ForwardBackwardParams params = {};
+  AggregateBackwardParams& aggregate = params.aggregate;
+  aggregate.forward = aggregate_params(value, similarities, convolution, outputs, rho, scale);
+  aggregate.forward.value = values.data();
+  aggregate.forward.similarities = all_similarities.data();
+  aggregate.forward.indices = rows;
+  aggregate.forward.weight = weights.data();
+  aggregate.grad_output = output_grads.data();
+  aggregate.grad_value = need_value ? grad_value.mutable_data_ptr() : nullptr;
+  aggregate.grad_weight = need_weight ? grad_weight.mutable_data_ptr() : nullptr;
+  aggregate.grad_bias = need_bias ? grad_bias.mutable_data_ptr() : nullptr;
+  SelectBackwardParams& select = params.select;
+  select = select_backward_params(query, key, columns_of(similarities), metric);
+  select.grad_similarities = similarity_grads.data();
+  select.query = queries.data();
+  select.key = keys.data();
+  select.similarities = all_similarities.data();
+  select.indices = rows;
+  select.grad_query = need_query ? grad_query.mutable_data_ptr() : nullptr;
+  select.grad_key = need_key ? grad_key.mutable_data_ptr() : nullptr;
+  Backend(query).forward_backward(params);
+  return {std::move(grad_query), std::move(grad_key), std::move(grad_value), std::move(grad_weight),
+          std::move(grad_bias)};
+}
+
 // Registers all operators of one library and dispatch key.
 template <class Backend, class Library>
 void implement(Library& library) {
@@ -369,7 +455,8 @@ void implement(Library& library) {
   library.impl("aggregate", &Boxed<&aggregate<Backend>>::call);
   library.impl("aggregate_backward", &Boxed<&aggregate_backward<Backend>>::call);
   library.impl("forward", &Boxed<&forward<Backend>>::call);
+  library.impl("forward_backward", &Boxed<&forward_backward<Backend>>::call);
 }
 
 }  // namespace
-}  // namespace convnn::entry
+}  // namespace convnn::torch_operators

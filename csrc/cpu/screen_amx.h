@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
-// A screen for select (screen.h) on AMX tiles, for rows given in bfloat16: the tiles multiply them
-// as they are, and a similarity is the product times a scale for each row, 1 or its inverse norm.
-// All that is rounded is the normalised row that it stands for, to float32.
+// A screen for select (screen.h) on AMX tiles, for bfloat16 rows. The tiles multiply the rows
+// unchanged, and a similarity is the product times a scale for each row: 1, or its inverse norm.
+// The only rounding is that of the normalized row, to float32.
 //
-// One call multiplies a block of 24 query rows, 16 and 8, with a panel of 64 keys, 32 at a time:
-// four tiles of sums, two of rows, two of columns. A step takes up to 16 pairs of elements.
+// One call multiplies a block of 24 query rows, 16 and 8, by a panel of 64 keys, 32 at a time, with
+// four tiles of sums, two of rows and two of columns. A step takes up to 16 pairs of elements.
 #pragma once
 
 #include "normalize.h"
@@ -14,30 +14,30 @@
 
 namespace convnn::CONVNN_ISA {
 
-struct TileScreen {
+struct AmxScreen {
   static constexpr int kRows = 16;       // of a tile
   static constexpr int kBytes = 64;      // of a row of a tile
   static constexpr int kColumns = 16;    // of a tile of sums
   static constexpr int64_t kPairs = 16;  // of elements in a row of a tile
   static_assert(kBlockRows == kRows + kRows / 2 && kTileColumns<float> == 4 * kColumns);
 
-  // Steps of equal depth for a row of d elements, and that depth in pairs.
+  // The steps for a row of d elements, which have equal depth, and its words: steps times depth.
   static int64_t steps(int64_t d) { return ceil_div(ceil_div(d, 2), kPairs); }
   static int64_t words(int64_t d) {
     return d == 0 ? 0 : steps(d) * ceil_div(ceil_div(d, 2), steps(d));
   }
 
-  // x [d], null for zeros, as row [d] in float32, to words [words(d)].
+  // Rounds x [d] (null for zeros), which is row [d] in float32, to words [words(d)].
   static Rounded round(const bfloat16* x, const float* row, int64_t d, Metric metric,
                        uint32_t* words) {
-    std::memset(words, 0, size_t(TileScreen::words(d)) * sizeof *words);
+    std::memset(words, 0, size_t(AmxScreen::words(d)) * sizeof *words);
     if (!x) return {{}, 0};
     const double norm = std::sqrt(dot(x, x, d));
     if (!(norm < kLargestNorm)) return {kNoBound, 0};
     typedef uint16_t Element __attribute__((may_alias));
     Element* elements = reinterpret_cast<Element*>(words);
     for (int64_t i = 0; i < d; ++i) {
-      elements[i] = x[i].bits & 0x7f80 ? x[i].bits : 0;  // tiles take subnormal numbers as 0
+      elements[i] = x[i].bits & 0x7f80 ? x[i].bits : 0;  // AMX flushes subnormals to 0
     }
     const float scale = metric == Metric::cosine ? float(normalizer(x, d).inverse_norm()) : 1;
     const double rounding = std::sqrt(sum_of(d, [&](int64_t i) {
@@ -47,11 +47,11 @@ struct TileScreen {
     return {{upper_bound(std::sqrt(dot(row, row, d))), upper_bound(rounding)}, scale};
   }
 
-  // Some compilers do not know how much memory the intrinsics read and write: what is stored before
-  // this call must be there, also behind this pointer, and what is loaded after it must be loaded.
+  // Some compilers do not know which memory the intrinsics access. This makes them complete earlier
+  // stores, including those through this pointer, and repeat later loads.
   static void settle(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
-  // The shapes of the tiles, for rows of `words` words, as long as it lives; none for 0.
+  // Configures the tiles for rows of `words` words while it exists; does nothing for 0.
   class Session {
    public:
     explicit Session(int64_t words) : open_(words > 0) {
@@ -85,7 +85,7 @@ struct TileScreen {
     bool open_;
   };
 
-  // As FixedPointScreen::multiply, in a session for `count` words; always kBlockRows rows.
+  // Like FixedPointScreen::multiply, within a Session for `count` words; always kBlockRows rows.
   static void multiply(const uint32_t* a, int64_t stride, const float* row_scales, int64_t,
                        const uint32_t* b, int64_t count, const float* column_scales,
                        int64_t columns, float* c, int64_t ldc) {
@@ -122,8 +122,8 @@ struct TileScreen {
     }
   }
 
-  // Whether this processor multiplies a block of whole numbers as it should.
-  static bool multiplies() {
+  // Whether this processor computes a product of integers correctly.
+  static bool multiplies_correctly() {
     constexpr int64_t kDepth = 70;
     constexpr int64_t kPanel = kTileColumns<float>;
     const int64_t count = words(kDepth);

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The CUDA kernels on the host execution layer, as functions with the operators' arguments.
 
-A program of its own, built from ``tests/host_cuda`` under AddressSanitizer and
+A separate program, built from ``tests/host_cuda`` with AddressSanitizer and
 UndefinedBehaviorSanitizer, runs them; calls and results go through its standard input and output.
 """
 
@@ -10,7 +10,7 @@ import os
 import struct
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +19,28 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 
 METRICS = {"cosine": 0, "dot": 1, "euclidean": 2}
 RHOS = {"softmax": 0, "ones": 1, "similarity": 2}
 ORDERS = {"similarity": 0, "index": 1}
-NUMBERS = 11
+NUMBERS = 13
 
 
-class HostDevice:
+class Kernel(NamedTuple):
+    """A kernel by its address, relative to that of ``execution::seed()``, and its name."""
+
+    address: int
+    name: str
+
+
+class Launches(NamedTuple):
+    """How often a kernel was launched, and the most shared memory of a launch."""
+
+    count: int
+    shared_bytes: int
+
+
+class HostCuda:
     """A running program.
 
-    For the calls that follow, ``seed`` sets the order of threads and blocks, and ``most_bytes`` the
-    limit of the workspace for group maxima.
+    For the following calls, ``seed`` determines the order of threads and blocks, and ``most_bytes``
+    limits the workspace for group maxima.
     """
 
     def __init__(self, program: Path) -> None:
@@ -47,18 +61,16 @@ class HostDevice:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def close(self) -> dict[tuple[int, str], int]:
-        """Ends it. Returns the kernels that ran, with the most shared memory of each.
-
-        A kernel is its address, counted from that of execution::seed(), and its name.
-        """
+    def close(self) -> dict[Kernel, Launches]:
+        """Ends the program and returns what it launched."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
         lines = self._process.stdout.read().decode().splitlines()
         assert self._process.wait() == 0, self._log.read_text()
         return {
-            (int(address), name): int(shared) for address, name, shared in map(str.split, lines)
+            Kernel(int(address), name): Launches(int(count), int(shared))
+            for address, name, shared, count in map(str.split, lines)
         }
 
     def select(
@@ -106,7 +118,7 @@ class HostDevice:
         return self.call(
             0,
             (*numbers, METRICS[metric], ORDERS[order]),
-            [query, key, candidates, self_indices, key_mask],
+            [query, _unless_same(key, query), candidates, self_indices, key_mask],
             [s, I],
         )
 
@@ -126,7 +138,7 @@ class HostDevice:
         return self.call(
             1,
             (*numbers, METRICS[metric]),
-            [grad_similarities, query, key, similarities, indices],
+            [grad_similarities, query, _unless_same(key, query), similarities, indices],
             [_empty_like(query, need_query), _empty_like(key, need_key)],
         )
 
@@ -187,8 +199,41 @@ class HostDevice:
         scale: float = 1.0,
         order: str = "similarity",
     ) -> tuple[Tensor, Tensor, Tensor]:
-        s, I = self.select(query, key, k, candidates, self_indices, key_mask, metric, order)
-        return self.aggregate(value, s, I, weight, bias, rho, scale), s, I
+        options = (candidates, self_indices, key_mask, metric, order)
+        return _Forward.apply(self, query, key, value, weight, bias, k, options, rho, scale)
+
+    def forward_backward(
+        self,
+        grad_output: Tensor,
+        grad_similarities: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor | None,
+        similarities: Tensor,
+        indices: Tensor,
+        has_bias: bool,
+        metric: str,
+        rho: str,
+        scale: float,
+        needs: tuple[bool, bool, bool, bool, bool] = (True,) * 5,
+    ) -> tuple[Tensor | None, ...]:
+        """``needs``: gradients of query, key, value, weight and bias."""
+        batch, N, M, C, O, k, *types = _convolution(value, similarities, weight, rho)
+        need_query, need_key, need_value, need_weight, need_bias = needs
+        outputs = [
+            _empty_like(query, need_query),
+            _empty_like(key, need_key),
+            _empty_like(value, need_value),
+            _empty_like(weight, need_weight),
+            value.new_empty(O) if has_bias and need_bias else None,
+        ]
+        inputs = [
+            *(grad_output, grad_similarities, query, _unless_same(key, query)),
+            *(value, weight, similarities, indices),
+        ]
+        numbers = (batch, N, M, query.shape[-1], C, O, k, DTYPES[query.dtype], *types)
+        return self.call(4, (*numbers, METRICS[metric]), inputs, outputs, scale)
 
     def call(
         self,
@@ -235,7 +280,7 @@ class HostDevice:
 class _Select(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, device: HostDevice, query: Tensor, key: Tensor, k: int, options: tuple[Any, ...]
+        ctx: Any, device: HostCuda, query: Tensor, key: Tensor, k: int, options: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor]:
         s, I = device.run_select(query, key, k, *options)
         ctx.device, ctx.metric = device, options[3]
@@ -252,7 +297,7 @@ class _Aggregate(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        device: HostDevice,
+        device: HostCuda,
         value: Tensor,
         s: Tensor,
         I: Tensor,
@@ -273,6 +318,33 @@ class _Aggregate(torch.autograd.Function):
         return None, grad_value, grad_s, None, grad_weight, grad_bias, None, None
 
 
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        device: HostCuda,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        k: int,
+        options: tuple[Any, ...],
+        rho: str,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        s, I = device.run_select(query, key, k, *options)
+        ctx.device, ctx.options = device, (bias is not None, options[3], rho, scale)
+        ctx.save_for_backward(query, key, value, weight, s, I)
+        ctx.mark_non_differentiable(I)
+        return device.run_aggregate(value, s, I, weight, bias, rho, scale), s, I
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, grad_s: Tensor, _: Any) -> tuple[Any, ...]:
+        grads = ctx.device.forward_backward(grad_output, grad_s, *ctx.saved_tensors, *ctx.options)
+        return None, *grads, *[None] * 4
+
+
 def _similarity_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
@@ -291,6 +363,12 @@ def _convolution(
         kind, O = (2, weight.shape[0]) if weight.shape[1] == C else (1, C)
     dtypes = DTYPES[value.dtype], DTYPES[similarities.dtype]
     return (_batch(value), N, M, C, O, k, *dtypes, kind, RHOS[rho])
+
+
+def _unless_same(key: Tensor, query: Tensor) -> Tensor | None:
+    """The key; None, which stands for the query, if both are the same memory."""
+    same = key.data_ptr() == query.data_ptr() and key.shape == query.shape
+    return None if same and key.stride() == query.stride() else key
 
 
 def _empty_like(tensor: Tensor | None, needed: bool) -> Tensor | None:

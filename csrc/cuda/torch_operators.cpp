@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
-// The operators of the library convnn_cuda, which convnn_kernels/backends/cuda.py calls: the
-// dispatch key CUDA of the library convnn belongs to convnn_kernels/backends/selection.py.
-#include "../entry.h"
+// Registers the operators of the library convnn_cuda, which convnn_kernels/backends/cuda.py calls.
+// The CUDA key of the library convnn belongs to convnn_kernels/backends/selection.py.
+#include "../torch_operators.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "launch.h"
+#include "operators.h"
 
-namespace convnn::entry {
+namespace convnn::torch_operators {
 namespace {
 
 void* current_stream(int32_t device) {
@@ -17,8 +17,8 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// Runs on the device of a tensor, in the stream that is current there. Workspace comes from
-// PyTorch's allocator, which gives it out again only behind this call in the stream.
+// Runs on the device of a tensor, in its current stream. Workspace comes from PyTorch's allocator,
+// which reuses it only for work later in that stream.
 class Cuda : private cuda::Context {
  public:
   static constexpr bool kReadsIndices = false;
@@ -31,6 +31,9 @@ class Cuda : private cuda::Context {
   void aggregate(const AggregateParams& params) { cuda::aggregate(params, *this); }
   void aggregate_backward(const AggregateBackwardParams& params) {
     cuda::aggregate_backward(params, *this);
+  }
+  void forward_backward(const ForwardBackwardParams& params) {
+    cuda::forward_backward(params, *this);
   }
 
  private:
@@ -45,8 +48,8 @@ class Cuda : private cuda::Context {
 };
 
 }  // namespace
-}  // namespace convnn::entry
+}  // namespace convnn::torch_operators
 
 STABLE_TORCH_LIBRARY_IMPL(convnn_cuda, CUDA, library) {
-  convnn::entry::implement<convnn::entry::Cuda>(library);
+  convnn::torch_operators::implement<convnn::torch_operators::Cuda>(library);
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
-// AMX tiles executed by plain code, for processors without them. Included before the kernels, it
-// puts its own functions in the place of the intrinsics. What an instruction would refuse ends the
-// program.
+// Emulates AMX tiles, for processors without them. Included before the kernels, it replaces the
+// intrinsics by functions. Operands that an instruction would reject abort the program.
 #pragma once
 
 #include <immintrin.h>
@@ -13,7 +12,7 @@
 #include <cstring>
 #include <initializer_list>
 
-namespace host_tiles {
+namespace amx_emulation {
 
 struct Shapes {
   uint8_t palette, start_row, reserved[14];
@@ -28,7 +27,7 @@ inline thread_local int64_t products = 0;
 
 inline void require(bool holds, const char* what) {
   if (holds) return;
-  std::fprintf(stderr, "host_tiles: %s\n", what);
+  std::fprintf(stderr, "amx_emulation: %s\n", what);
   std::abort();
 }
 
@@ -103,7 +102,7 @@ inline void multiply_bf16(int sums, int a, int b) {
   }
 }
 
-}  // namespace host_tiles
+}  // namespace amx_emulation
 
 #undef _tile_loadconfig
 #undef _tile_release
@@ -111,9 +110,9 @@ inline void multiply_bf16(int sums, int a, int b) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
-#define _tile_loadconfig host_tiles::load_config
-#define _tile_release host_tiles::release
-#define _tile_zero host_tiles::zero
-#define _tile_loadd host_tiles::load
-#define _tile_stored host_tiles::store
-#define _tile_dpbf16ps host_tiles::multiply_bf16
+#define _tile_loadconfig amx_emulation::load_config
+#define _tile_release amx_emulation::release
+#define _tile_zero amx_emulation::zero
+#define _tile_loadd amx_emulation::load
+#define _tile_stored amx_emulation::store
+#define _tile_dpbf16ps amx_emulation::multiply_bf16

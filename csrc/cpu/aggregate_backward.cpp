@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: MIT
+#include "backward.h"
+#include "instruction_sets.h"
+#include "inverse_list.h"
+#include "parallel.h"
+
+namespace convnn::cpu {
+namespace {
+
+bool is_dense(const AggregateBackwardParams& p) {
+  return p.forward.convolution == Convolution::dense;
+}
+bool needs_grad_rho(const AggregateBackwardParams& p) {
+  return p.grad_similarities && p.forward.rho != Rho::ones;
+}
+// The weight enters the gradients of value and rho.
+bool needs_weight(const AggregateBackwardParams& p) { return p.grad_value || needs_grad_rho(p); }
+
+size_t rho_bytes(const AggregateBackwardParams& p) {
+  return size_t(p.forward.batch * p.forward.n * p.forward.k) * sizeof(double);
+}
+
+// One call: what its passes read and what they share.
+class Call {
+ public:
+  Call(const AggregateBackwardParams& params, const InverseList& inverse, ParallelFor parallel_for)
+      : p_(params),
+        f_(params.forward),
+        kernel_(kernels().aggregate_backward[int(f_.dtype)]),
+        inverse_(inverse),
+        parallel_for_(parallel_for),
+        scratch_bytes_(kernel_.scratch_bytes(p_)),
+        weight_(needs_weight(p_) ? kernel_.packed_weight_bytes(p_) : 0),
+        rho_(p_.grad_value || p_.grad_weight || (is_dense(p_) && needs_weight(p_)) ? rho_bytes(p_)
+                                                                                   : 0) {
+    if (needs_weight(p_)) kernel_.pack_weight(p_, weight_.get());
+  }
+
+  void run_passes() const {
+    if (rho() || p_.grad_similarities) query_rows();
+    if (is_dense(p_) && needs_weight(p_)) {
+      dense_pairs();
+    } else if (p_.grad_value) {
+      key_rows();
+    }
+    if (p_.grad_weight) weight_gradient();
+    if (p_.grad_bias) bias_gradient();
+  }
+
+ private:
+  double* rho() const { return rho_.as<double>(); }
+
+  // rho, and grad_similarities without a dense convolution.
+  void query_rows() const {
+    const double task_work = double(kernel_.rows_per_task * f_.k * (is_dense(p_) ? 1 : f_.c));
+    run(parallel_for_, f_.batch * ceil_div(f_.n, kernel_.rows_per_task), task_work, scratch_bytes_,
+        [&](int64_t begin, int64_t end, void* scratch) {
+          kernel_.query_rows(p_, weight_.get(), rho(), begin, end, scratch);
+        });
+  }
+
+  // grad_value without a dense convolution.
+  void key_rows() const {
+    run(parallel_for_, f_.batch * ceil_div(f_.m, kernel_.rows_per_task),
+        double(kernel_.rows_per_task * f_.k * f_.c), scratch_bytes_,
+        [&](int64_t begin, int64_t end, void* scratch) {
+          kernel_.key_rows(p_, inverse_, weight_.get(), rho(), begin, end, scratch);
+        });
+  }
+
+  // grad_value and grad_similarities of a dense convolution.
+  void dense_pairs() const {
+    const int64_t tasks = kernel_.pair_tasks(p_);
+    const Workspace grad_rho_workspace(needs_grad_rho(p_) ? rho_bytes(p_) : 0);
+    const Workspace cuts_workspace(
+        p_.grad_value ? size_t(f_.batch * tasks * 2 * f_.c) * sizeof(double) : 0);
+    double* const grad_rho = grad_rho_workspace.as<double>();
+    double* const cuts = cuts_workspace.as<double>();
+    run(parallel_for_, f_.batch * tasks, double(f_.n * f_.k) / double(tasks) * double(f_.c * f_.o),
+        scratch_bytes_, [&](int64_t begin, int64_t end, void* scratch) {
+          kernel_.pairs(p_, inverse_, weight_.get(), rho(), grad_rho, cuts, begin, end, scratch);
+        });
+    if (p_.grad_value) {
+      run(parallel_for_, f_.batch, double(tasks * f_.c),
+          [&](int64_t begin, int64_t end) { kernel_.cut_keys(p_, inverse_, cuts, begin, end); });
+    }
+    if (needs_grad_rho(p_)) {
+      run(parallel_for_, f_.batch * f_.n, double(f_.k), [&](int64_t begin, int64_t end) {
+        kernel_.similarities(p_, rho(), grad_rho, begin, end);
+      });
+    }
+  }
+
+  void weight_gradient() const {
+    const int64_t parts = kernel_.weight_parts(p_), outputs = is_dense(p_) ? f_.o : 1;
+    const int64_t elements = outputs * f_.c;
+    const Workspace sums_workspace(size_t(parts * f_.k * elements) * sizeof(double));
+    double* const sums = sums_workspace.as<double>();
+    run(parallel_for_, kernel_.weight_tasks(p_),
+        double(f_.batch * f_.n) / double(parts) * double(outputs) * 64, scratch_bytes_,
+        [&](int64_t begin, int64_t end, void* scratch) {
+          kernel_.weight(p_, rho(), sums, begin, end, scratch);
+        });
+    run(parallel_for_, elements, double(parts * f_.k),
+        [&](int64_t begin, int64_t end) { kernel_.sum_weight(p_, sums, begin, end); });
+  }
+
+  void bias_gradient() const {
+    run(parallel_for_, kernel_.bias_tasks(p_), double(f_.batch * f_.n) * 64,
+        [&](int64_t begin, int64_t end) { kernel_.bias(p_, begin, end); });
+  }
+
+  const AggregateBackwardParams& p_;
+  const AggregateParams& f_;
+  const AggregateBackwardKernel& kernel_;
+  const InverseList inverse_;
+  const ParallelFor parallel_for_;
+  const size_t scratch_bytes_;
+  const Workspace weight_, rho_;
+};
+
+}  // namespace
+
+bool needs_inverse_list(const AggregateBackwardParams& p) {
+  return p.grad_value || (is_dense(p) && needs_weight(p));
+}
+
+void aggregate_backward(const AggregateBackwardParams& p, const InverseList& inverse,
+                        ParallelFor parallel_for) {
+  Call(p, inverse, parallel_for).run_passes();
+}
+
+void aggregate_backward(const AggregateBackwardParams& p, ParallelFor parallel_for) {
+  OwnedInverseList inverse;
+  if (needs_inverse_list(p)) inverse = invert(p.forward, parallel_for);
+  aggregate_backward(p, inverse.view(), parallel_for);
+}
+
+}  // namespace convnn::cpu

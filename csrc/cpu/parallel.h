@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: MIT
+// Runs the passes of kernels.h in parallel.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+
+#include "operators.h"
+#include "workspace.h"
+
+namespace convnn::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls pass(begin, end, scratch) for ranges that together cover [0, tasks), each with its own
+// scratch memory. work_per_task is in multiply-adds; less than kMinimumWork of them is not worth a
+// thread.
+template <class Pass>
+void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, size_t scratch_bytes,
+         const Pass& pass) {
+  constexpr int64_t kMinimumWork = 1 << 15;
+  const auto run_range = [&](int64_t begin, int64_t end) {
+    const Workspace scratch(scratch_bytes);
+    pass(begin, end, scratch.get());
+  };
+  const int64_t grain = std::max<int64_t>(1, int64_t(kMinimumWork / std::max(1.0, work_per_task)));
+  if (tasks <= grain) {
+    if (tasks > 0) run_range(0, tasks);
+    return;
+  }
+  // PyTorch's stable ABI loses the message of an exception that leaves its parallel region.
+  std::mutex mutex;
+  std::exception_ptr failure;
+  parallel_for(tasks, grain, [&](int64_t begin, int64_t end) {
+    try {
+      run_range(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+// A pass without scratch memory: pass(begin, end).
+template <class Pass>
+void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, const Pass& pass) {
+  run(parallel_for, tasks, work_per_task, 0,
+      [&](int64_t begin, int64_t end, void*) { pass(begin, end); });
+}
+
+}  // namespace convnn::cpu
