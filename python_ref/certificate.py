@@ -208,8 +208,8 @@ def assert_certified_selection(
     mask = None if key_mask is None else key_mask.reshape(B, M)
     per_query = B * M * (D if metric == "euclidean" else 4)
     for rows in query_chunks(N, per_query):
-        own = None if self_indices is None else self_indices[rows]
-        allowed, is_self = allowed_keys(Q[:, rows], K, candidates, own, mask)
+        self_rows = None if self_indices is None else self_indices[rows]
+        allowed, is_self = allowed_keys(Q[:, rows], K, candidates, self_rows, mask)
         S, least, greatest = _similarity_bounds(Q[:, rows], K, metric, similarities.dtype)
         _certify(S, least, greatest, all_s[:, rows], all_I[:, rows], allowed, is_self, order)
 
@@ -226,8 +226,8 @@ def _certify(
 ) -> None:
     B, n, M = S.shape
     k = I.shape[-1]
-    place = torch.arange(k, device=I.device)
-    real = place < allowed.sum(dim=-1, keepdim=True)
+    slot = torch.arange(k, device=I.device)
+    real = slot < allowed.sum(dim=-1, keepdim=True)
     fail("missing neighbor with a similarity", ~real & (s != -math.inf), ("similarity", s))
     fail("missing neighbor with an index other than 0", ~real & (I != 0), ("index", I))
     fail("neighbor that is not allowed", real & ~allowed.gather(-1, I), ("index", I))
@@ -239,17 +239,17 @@ def _certify(
     fail("neighbor that is returned more than once", counts > 1, ("times", counts))
     fail("self is not among the neighbors", is_self & (counts == 0), ("times", counts))
 
-    own = is_self.gather(-1, I) & real
+    at_self = is_self.gather(-1, I) & real
     if order == "index":
         disordered = real[..., 1:] & (I[..., :-1] > I[..., 1:])
         fail("indices do not ascend", disordered, ("index", I[..., :-1]), ("next", I[..., 1:]))
     else:
         has_self = is_self.any(dim=-1, keepdim=True)
-        fail("self is not first", has_self & (place == 0) & ~own, ("index", I))
+        fail("self is not first", has_self & (slot == 0) & ~at_self, ("index", I))
         a, b = s[..., :-1], s[..., 1:]
         tie = (a == b) | (a.isnan() & b.isnan())
         descending = _at_most(b, a) & ~tie
-        in_order = descending | (tie & (I[..., :-1] < I[..., 1:])) | own[..., :-1]
+        in_order = descending | (tie & (I[..., :-1] < I[..., 1:])) | at_self[..., :-1]
         details = (
             ("similarity", a),
             ("next", b),
@@ -265,7 +265,7 @@ def _certify(
     fail("similarity outside its error bound", real & ~within, *details)
 
     # The worst returned neighbor, by its greatest possible value. Self is returned regardless.
-    chosen = real & ~own
+    chosen = real & ~at_self
     neutral = torch.where(chosen, greatest_I, math.nan)
     order_value = torch.where(neutral.isnan(), math.inf, neutral)
     worst = order_value.amin(dim=-1, keepdim=True)

@@ -130,17 +130,19 @@ class _Problem:
 
     def evaluate(
         self,
-        wide: Callable[[torch.dtype], torch.dtype],
+        to_dtype: Callable[[torch.dtype], torch.dtype],
         inputs: Tensors | None = None,
         shuffle: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Outputs and "gradient of ..." each tensor, computed in the dtypes that `wide` returns.
+        """Outputs and "gradient of ..." each tensor, in the dtypes that `to_dtype` returns.
 
         Queries are processed in chunks to bound memory. With `shuffle`, every sum is taken in a
         random order.
         """
         inputs = self.tensors if inputs is None else inputs
-        given = {name: X.detach().to(wide(X.dtype)) for name, X in inputs.items() if X is not None}
+        given = {
+            name: X.detach().to(to_dtype(X.dtype)) for name, X in inputs.items() if X is not None
+        }
         gradients = {f"gradient of {name}": torch.zeros_like(X) for name, X in given.items()}
         parts: dict[str, list[Tensor]] = {}
         N, k = self.indices.shape[-2:]
@@ -393,7 +395,7 @@ def _run(
         allow_unused=True,
     )
     gradients = {
-        # No gradient stands for a gradient of zero, and only for that.
+        # A missing gradient means that it is zero, and nothing else.
         f"gradient of {name}": torch.zeros_like(leaf) if gradient is None else gradient
         for (name, leaf), gradient in zip(wanted.items(), found, strict=True)
     }

@@ -84,9 +84,9 @@ def replace(
         ("conv2d", conv2d, ("convnn", "hybrid")),
         ("attention", attention, ("convnn", "kvt")),
     ):
-        known = given is None or given in choices or (callable(given) and not _is_made(given))
+        is_valid = given is None or given in choices or _is_builder(given)
         expected = f"{choices[0]!r}, {choices[1]!r} or a function from the old layer to the new one"
-        settings.require(known, owner, name, expected, given)
+        settings.require(is_valid, owner, name, expected, given)
     if conv2d is None and attention is None:
         raise ValueError(
             "replace: conv2d or attention must say what to swap for, such as conv2d='hybrid' or "
@@ -191,9 +191,9 @@ def _is_named_attention(module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower()
 
 
-def _is_made(given: object) -> bool:
-    """A module is callable, but it is not a function that creates one."""
-    return isinstance(given, nn.Module)
+def _is_builder(given: object) -> bool:
+    """Whether `given` creates modules. A module is callable, too, but does not."""
+    return callable(given) and not isinstance(given, nn.Module)
 
 
 def _layer_of(module: nn.Module) -> nn.Module:
@@ -228,12 +228,12 @@ def _require_plain_convolution(conv: nn.Conv2d) -> None:
             raise CannotReplaceError(reason)
 
 
-def _require_no_extras(module: nn.Module, known: tuple[str, ...]) -> None:
+def _require_no_extras(module: nn.Module, replaced: tuple[str, ...]) -> None:
     """Raises if an attention layer has parts that would be lost, such as a position bias."""
     extras = [
         name
         for name, part in module.named_children()
-        if name not in known and not isinstance(part, nn.Identity)
+        if name not in replaced and not isinstance(part, nn.Identity)
     ]
     extras += [name for name, _ in module.named_parameters(recurse=False)]
     if extras:
