@@ -15,7 +15,11 @@ from convnn_kernels.version import __version__
 
 
 def collect() -> dict[str, Any]:
-    """The report as JSON-able values; None stands for "not there", or for "nothing against it"."""
+    """The report as JSON values.
+
+    A version or a machine's property is None where there is none; a backend is None where nothing
+    keeps it from running here.
+    """
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "versions": {
@@ -37,7 +41,7 @@ def collect() -> dict[str, Any]:
 
 
 def _version(distribution: str) -> str | None:
-    # Asked for without importing the package.
+    # From the metadata, because importing Triton is slow.
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -48,7 +52,7 @@ def _introspect() -> dict[str, Any]:
     try:
         from convnn_kernels import introspect
     except ImportError:
-        # Built without Python's headers; build_report() says so.
+        # The build skipped it, for lack of Python's headers; build_report() says so.
         return {}
     return {
         "compiler": introspect.compiler(),
@@ -59,7 +63,7 @@ def _introspect() -> dict[str, Any]:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The report as text, one fact a line."""
+    """The report as text, one fact per line."""
     versions, machine, build = report["versions"], report["machine"], report["build"]
     devices = ", ".join(machine["cuda_devices"]) or "none"
     instruction_set = machine["cpu_instruction_set"] or "none: CONVNN_CPU_ISA cannot run here"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``python -m convnn_kernels.show_neighbors IMAGE``: which neighbors each setting picks."""
+"""``python -m convnn_kernels.show_neighbors IMAGE`` draws the neighbors that settings pick."""
 
 import argparse
 import math
@@ -14,18 +14,18 @@ from torch import Tensor
 from convnn_kernels.nn import ConvNN2d, RandomCandidates, SpatialCandidates
 
 DESCRIPTION = """
-For some pixels of an image, draws the k neighbors that six settings of ConvNN2d pick: by color (two
-metrics), by color and place, by place alone (a convolution), and among random or spatial
+Draws the k neighbors that six settings of ConvNN2d pick for some pixels of an image: by color (two
+metrics), by color and position, by position alone (a convolution), and among random or spatial
 candidates. Writes one picture and prints its name.
 """
 
 
 def settings(k: int, r: int) -> dict[str, ConvNN2d]:
-    """The layers that are compared, by their captions.
+    """The layers to compare, by caption.
 
     Args:
         k: the number of neighbors.
-        r: the number of candidates of the last two; a square number.
+        r: the number of candidates of the last two layers, a square number.
     """
     common: dict[str, Any] = {"k": k, "projections": "identity", "rho": "ones"}
     placed = {**common, "positional_encoding": "similarity"}
@@ -33,26 +33,26 @@ def settings(k: int, r: int) -> dict[str, ConvNN2d]:
     return {
         "features (cosine)": ConvNN2d(3, 3, **common),
         "features (euclidean)": ConvNN2d(3, 3, metric="euclidean", **common),
-        "features and place": ConvNN2d(3, 3, metric="euclidean", **placed),
-        "place: convolution": ConvNN2d(3, 3, coordinates="pixel", **by_place),
+        "features and position": ConvNN2d(3, 3, metric="euclidean", **placed),
+        "position: convolution": ConvNN2d(3, 3, coordinates="pixel", **by_place),
         f"{r} random candidates": ConvNN2d(3, 3, candidates=RandomCandidates(r), **common),
         f"{r} spatial candidates": ConvNN2d(3, 3, candidates=SpatialCandidates(r), **common),
     }
 
 
 def neighbors(layer: ConvNN2d, image: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
-    """The neighbors of some pixels.
+    """The neighbors that a layer picks for some pixels.
 
     Args:
-        layer: without padding.
-        image: [3, H, W] in [0, 1]; its features are the colors less their means.
+        layer: a layer without padding.
+        image: [3, H, W] in [0, 1]; the features are the colors minus their mean.
         pixels: rows and columns.
 
     Returns:
         [len(pixels), k, 2] int64: rows and columns.
     """
     width = image.shape[-1]
-    # All colors are positive and so are all cosines; about the mean they tell colors apart.
+    # Colors are positive, so all their cosines are close to 1. Subtracting the mean separates them.
     centered = image - image.mean((1, 2), keepdim=True)
     _, indices = layer.neighbors(centered.unsqueeze(0))
     found = indices[0, [row * width + column for row, column in pixels]]
@@ -60,10 +60,10 @@ def neighbors(layer: ConvNN2d, image: Tensor, pixels: Sequence[tuple[int, int]])
 
 
 def load(path: Path, size: int) -> Tensor:
-    """An image as [3, H, W] float32 in [0, 1], made smaller so that no side exceeds `size`.
+    """Loads an image as [3, H, W] float32 in [0, 1], scaled down so that no side exceeds `size`.
 
     Raises:
-        OSError: if the file is not there, or not an image that can be read.
+        OSError: if the file does not exist or cannot be read as an image.
     """
     from PIL import Image
 
@@ -78,14 +78,14 @@ def load(path: Path, size: int) -> Tensor:
 
 
 def draw(image: Tensor, pixels: Sequence[tuple[int, int]], k: int, r: int, path: Path) -> None:
-    """Draws one panel for each setting and saves them as an image.
+    """Draws one panel per setting and saves the picture.
 
     Args:
         image: [3, H, W] in [0, 1].
         pixels: rows and columns of the queries.
         k: the number of neighbors.
         r: the number of random or spatial candidates.
-        path: where to save.
+        path: the file to write.
     """
     import matplotlib.pyplot as plt
 
@@ -125,7 +125,7 @@ def _at_least_one(text: str) -> int:
     return number
 
 
-# What argparse says of a value: "invalid ... value: ...".
+# argparse uses the names in its messages: "invalid ROW,COLUMN value: ...".
 _pixel.__name__ = "ROW,COLUMN"
 _at_least_one.__name__ = "positive number"
 
@@ -146,11 +146,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--size",
         type=_at_least_one,
         default=48,
-        help="longer side of the image after scaling it down (default: %(default)s); time grows "
-        "with its fourth power",
+        help="longer side of the image after scaling it down (default: %(default)s); the time "
+        "grows with its fourth power",
     )
     parser.add_argument(
-        "--k", type=_at_least_one, default=9, help="neighbors of a pixel (default: %(default)s)"
+        "--k", type=_at_least_one, default=9, help="neighbors per pixel (default: %(default)s)"
     )
     parser.add_argument(
         "--r",
@@ -159,14 +159,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="random or spatial candidates, a square number (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the random candidates (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the random candidates (default: %(default)s)"
     )
     parser.add_argument(
         "--pixels",
         type=_pixel,
         nargs="+",
         metavar="ROW,COLUMN",
-        help="whose neighbors to draw, after scaling down (default: four, evenly spaced)",
+        help="pixels of the scaled image whose neighbors to draw (default: four, evenly spaced)",
     )
     options = parser.parse_args(arguments)
     try:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The reference: ConvNN in plain eager PyTorch, and how results are compared with it.
+"""The reference: ConvNN in plain eager PyTorch, and functions that compare results with it.
 
-Nothing here is fast or small. It imports torch only, and only tests and benchmarks import it.
+Nothing here is fast or saves memory. It imports only torch, and only tests and benchmarks import
+it.
 """
 
 from .certificate import assert_certified_selection, assert_exact_selection

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Is a selection right: exactly where similarities are exact, else by a certificate in float64.
+"""Checks a selection: exactly where similarities are exact, otherwise by a float64 certificate.
 
-Error bound of a similarity, with u the unit roundoff (2^-24, or 2^-53 for float64), D columns, and
+Error bounds of a similarity, with u the unit roundoff (2^-24, or 2^-53 for float64), D columns, and
 gamma(n) = n u / (1 - n u), which bounds the relative error of n roundings (Higham 2002, section 3):
 
 - dot: D products and D - 1 additions in any order: gamma(D) * sum |q_d k_d|.
 - euclidean: a difference, its square and the additions: gamma(D + 2) * sum (q_d - k_d)^2.
-- cosine: with c the exact value and a = sum |q_d k_d| / (||q|| ||k||) <= 1. The product of the rows
-  as for dot, with at most 6 roundings more for each term (scaling and division of both rows):
+- cosine: let c be the exact value and a = sum |q_d k_d| / (||q|| ||k||) <= 1. The product of the
+  rows is as for dot, with at most 6 more roundings per term (scaling and division of both rows):
   gamma(D + 6) * a. Each norm: gamma(D + 2) / 2 for the square root of the sum of squares, 2 u for
   root and scaling; the two norms and their combination: gamma(D + 8) * |c|.
 
-A term below the smallest normal number may be lost entirely: D times that number is added. The
-float64 reference has rounding errors of its own: for float64 inputs the bound is doubled.
+A term below the smallest normal number may be lost entirely, so D times that number is added. For
+float64 inputs the bound is doubled, because the float64 reference has rounding errors, too.
 """
 
 import math
@@ -34,7 +34,7 @@ def query_chunks(N: int, elements_per_query: int) -> Iterator[slice]:
 
 
 def fail(name: str, wrong: Tensor, *details: tuple[str, Tensor]) -> None:
-    """Raise for the first True of `wrong`, with the details at that position."""
+    """Raises for the first True in `wrong`, with the details at that position."""
     if not bool(wrong.any()):
         return
     position = tuple(wrong.nonzero()[0].tolist())
@@ -72,9 +72,9 @@ def assert_exact_selection(
     metric: str = "dot",
     order: str = "similarity",
 ) -> None:
-    """Indices and similarities equal the reference's in float64, element by element.
+    """Asserts that indices and similarities equal those of the float64 reference.
 
-    For inputs of small integers with `dot` or `euclidean`, where every partial sum is exact.
+    For small integer inputs with `dot` or `euclidean`, where every partial sum is exact.
     """
     if metric == "cosine":
         raise ValueError("cosine is not exact, even for integers: use the certificate")
@@ -113,11 +113,12 @@ def assert_exact_selection(
 def _similarity_bounds(
     Q: Tensor, K: Tensor, metric: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact similarities S of float64 Q [B, n, D] and K [B, M, D], and the least and the greatest
-    value that a computation in `dtype` may return for each pair: three float64 [B, n, M].
+    """Exact similarities S, and the least and the greatest value that a computation in `dtype` may
+    return for each pair.
 
-    A NaN in S says that the pair is NaN in any computation. Where the outcome of an overflow
-    depends on the order of operations, the least is -inf and the greatest NaN.
+    Q [B, n, D] and K [B, M, D] are float64; so are the three results, [B, n, M]. A NaN in S means
+    that the pair is NaN in any computation. Where the outcome of an overflow depends on the order
+    of operations, the least is -inf and the greatest NaN.
     """
     D = Q.shape[-1]
     finfo = torch.finfo(dtype)
@@ -131,7 +132,7 @@ def _similarity_bounds(
         Q_unit, K_unit = normalize(Q), normalize(K)
         S = Q_unit @ K_unit.mT
         bound = gamma(D + 6) * (Q_unit.abs() @ K_unit.abs().mT) + gamma(D + 8) * S.abs() + lost
-        # A row whose norm is within rounding of epsilon may count as zero or not.
+        # A row whose norm equals epsilon up to rounding may or may not count as zero.
         for X, dim in ((Q, -1), (K, -2)):
             norm = torch.linalg.vector_norm(X, dim=-1)
             unsure = (norm / EPSILON - 1).abs() <= gamma(D + 8)
@@ -150,15 +151,15 @@ def _similarity_bounds(
     if dtype == torch.float64:
         bound = 2 * bound
 
-    # Overflow. Where terms of one sign alone exceed the largest number and those of the other
-    # sign do not, the result is that infinity; where both may, anything can come out.
+    # Overflow. If only the terms of one sign exceed the largest number, the result is that
+    # infinity; if both may, the result can be anything.
     largest = finfo.max
     finite_rows = Q.isfinite().all(dim=-1, keepdim=True) & K.isfinite().all(dim=-1).unsqueeze(-2)
     over = finite_rows & (S.abs() > 1.01 * largest) & (magnitude - S.abs() < 0.98 * largest)
     S = torch.where(over & S.isfinite(), S.sign() * math.inf, S)
     unsure = (magnitude > 0.98 * largest) & ~over
     if metric == "euclidean":
-        # One sign only: there is no inf - inf, whatever the order.
+        # All terms have one sign, so inf - inf cannot occur in any order.
         unsure = unsure & finite_rows
     S = torch.where(unsure, 0.0, S)
     settled = S.isfinite()
@@ -170,7 +171,7 @@ def _similarity_bounds(
 
 
 def _at_most(a: Tensor, b: Tensor) -> Tensor:
-    """a <= b where NaN is above every number."""
+    """a <= b, with NaN above every number."""
     return b.isnan() | (~a.isnan() & (a <= b))
 
 
@@ -186,15 +187,16 @@ def assert_certified_selection(
     metric: str = "cosine",
     order: str = "similarity",
 ) -> None:
-    """The certificate of a selection, in float64 from the inputs as given.
+    """Asserts the certificate of a selection, computed in float64 from the inputs as given.
 
-    - Indices are in range, allowed and unique; self, if it may be a neighbor, is there, and first
-      under order="similarity". Missing places are as many as must be, last, -inf and index 0.
-    - Neighbors are in the total order of the returned similarities, or of the indices.
-    - Each returned similarity lies within the error bound of its pair.
-    - The best unreturned key <= the worst returned one + both bounds. So every key outside that
-      band around the k-th similarity is returned if above and not returned if below it.
-    - Pairs that are NaN or infinite in any computation are so here, and tie by index.
+    - Indices are in range, allowed and unique. Self is included if it may be a neighbor, and comes
+      first with order="similarity". Missing neighbors are exactly as many as necessary and come
+      last, with similarity -inf and index 0.
+    - Neighbors are in the total order of the returned similarities, or in that of the indices.
+    - Each returned similarity is within the error bound of its pair.
+    - The best key that was not returned <= the worst returned one + both bounds. Every key outside
+      that band around the k-th similarity is therefore returned if above it, and not if below.
+    - Pairs that are NaN or infinite in any computation are so here, and ties go by index.
     """
     _check_form(query, key, similarities, indices, k)
     lead, (N, D), M = query.shape[:-2], query.shape[-2:], key.shape[-2]
@@ -206,8 +208,8 @@ def assert_certified_selection(
     mask = None if key_mask is None else key_mask.reshape(B, M)
     per_query = B * M * (D if metric == "euclidean" else 4)
     for rows in query_chunks(N, per_query):
-        own = None if self_indices is None else self_indices[rows]
-        allowed, is_self = allowed_keys(Q[:, rows], K, candidates, own, mask)
+        self_rows = None if self_indices is None else self_indices[rows]
+        allowed, is_self = allowed_keys(Q[:, rows], K, candidates, self_rows, mask)
         S, least, greatest = _similarity_bounds(Q[:, rows], K, metric, similarities.dtype)
         _certify(S, least, greatest, all_s[:, rows], all_I[:, rows], allowed, is_self, order)
 
@@ -224,30 +226,30 @@ def _certify(
 ) -> None:
     B, n, M = S.shape
     k = I.shape[-1]
-    place = torch.arange(k, device=I.device)
-    real = place < allowed.sum(dim=-1, keepdim=True)
-    fail("missing place with a similarity", ~real & (s != -math.inf), ("similarity", s))
-    fail("missing place with an index other than 0", ~real & (I != 0), ("index", I))
+    slot = torch.arange(k, device=I.device)
+    real = slot < allowed.sum(dim=-1, keepdim=True)
+    fail("missing neighbor with a similarity", ~real & (s != -math.inf), ("similarity", s))
+    fail("missing neighbor with an index other than 0", ~real & (I != 0), ("index", I))
     fail("neighbor that is not allowed", real & ~allowed.gather(-1, I), ("index", I))
 
-    # Missing places count in a column of their own.
+    # Missing neighbors are counted in an extra column.
     columns = I.masked_fill(~real, M)
     counts = torch.zeros(B, n, M + 1, dtype=torch.int64, device=I.device)
     counts = counts.scatter_add(-1, columns, torch.ones_like(columns))[..., :M]
     fail("neighbor that is returned more than once", counts > 1, ("times", counts))
     fail("self is not among the neighbors", is_self & (counts == 0), ("times", counts))
 
-    own = is_self.gather(-1, I) & real
+    at_self = is_self.gather(-1, I) & real
     if order == "index":
         disordered = real[..., 1:] & (I[..., :-1] > I[..., 1:])
         fail("indices do not ascend", disordered, ("index", I[..., :-1]), ("next", I[..., 1:]))
     else:
         has_self = is_self.any(dim=-1, keepdim=True)
-        fail("self is not first", has_self & (place == 0) & ~own, ("index", I))
+        fail("self is not first", has_self & (slot == 0) & ~at_self, ("index", I))
         a, b = s[..., :-1], s[..., 1:]
         tie = (a == b) | (a.isnan() & b.isnan())
         descending = _at_most(b, a) & ~tie
-        in_order = descending | (tie & (I[..., :-1] < I[..., 1:])) | own[..., :-1]
+        in_order = descending | (tie & (I[..., :-1] < I[..., 1:])) | at_self[..., :-1]
         details = (
             ("similarity", a),
             ("next", b),
@@ -262,8 +264,8 @@ def _certify(
     details = (("got", s), ("least", least_I), ("greatest", greatest_I), ("index", I))
     fail("similarity outside its error bound", real & ~within, *details)
 
-    # The worst returned neighbor by its greatest possible value; self is there in any case.
-    chosen = real & ~own
+    # The worst returned neighbor, by its greatest possible value. Self is returned regardless.
+    chosen = real & ~at_self
     neutral = torch.where(chosen, greatest_I, math.nan)
     order_value = torch.where(neutral.isnan(), math.inf, neutral)
     worst = order_value.amin(dim=-1, keepdim=True)
@@ -277,7 +279,7 @@ def _certify(
         ("the worst returned, with its bound", worst),
     )
 
-    # Certain non-finite values tie exactly, so the lowest indices are the neighbors.
+    # Values that are certain to be non-finite tie exactly, so the lowest indices are the neighbors.
     for name, of_kind in (
         ("NaN", torch.isnan),
         ("inf", torch.isposinf),

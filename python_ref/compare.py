@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Run an operator, forward and backward, and compare all it returns with the reference.
+"""Runs an operator, forward and backward, and compares everything it returns with the reference.
 
-A selection is certified or compared exactly (certificate.py). Every other tensor is compared by
-`assert_values` with the reference in float64 and with same-precision eager PyTorch, both at the
-neighbors that the operator returned: a flipped neighbor can neither hide nor excuse an error.
+A selection is certified or compared exactly (certificate.py). `assert_values` compares every other
+tensor with the float64 reference and with eager PyTorch in the same precision, both at the
+neighbors that the operator returned, so that a different neighbor can neither hide nor excuse an
+error.
 """
 
 import math
@@ -22,15 +23,15 @@ from .certificate import (
 )
 from .convnn import aggregate, compute_dtype, neighbor_rows, normalize, similarities_at, similarity
 
-# Evaluations of eager PyTorch that gauge its rounding errors, each with sums in another order.
+# Evaluations of eager PyTorch that estimate its rounding errors, each summing in another order.
 ORDERS = 8
 
-# Tensors by argument name, None where an optional one is not given.
+# Tensors by argument name; None for an optional argument that is not given.
 Tensors = dict[str, Any]
 
 
 def _ulp(magnitude: float, dtype: torch.dtype) -> float:
-    """The distance of neighboring numbers of `dtype` at `magnitude`."""
+    """The spacing of the numbers of `dtype` at `magnitude`."""
     finfo = torch.finfo(dtype)
     exponent = math.frexp(max(magnitude, finfo.tiny))[1] - 1
     return finfo.eps * 2.0**exponent
@@ -54,17 +55,18 @@ def assert_values(
     precision: torch.dtype | None = None,
     terms: Tensor | None = None,
 ) -> None:
-    """`result` is about as accurate as `eager`, the same computation in the same precision.
+    """Asserts that `result` is about as accurate as `eager`, the same computation in the same
+    precision.
 
-    Maximum and RMS error against `reference64` are at most twice those of `eager` plus 2 ulp of
-    the result's scale, which is the maximum and the RMS of the reference. An ulp is that of the
-    result's dtype, or of `precision` where the computation before it had less. Where the reference
-    is a difference that may cancel entirely, `terms` are what is subtracted, and the scale is at
-    least theirs. NaN and infinities are where the reference, in the result's dtype, or `eager` has
-    them.
+    Maximum and RMS error against `reference64` may be at most twice those of `eager` plus 2 ulp of
+    the result's scale, which is the maximum or the RMS of the reference. An ulp is that of the
+    result's dtype, or of `precision` where the computation was less precise. Where the reference is
+    a difference that may cancel entirely, `terms` are the terms subtracted, and the scale is at
+    least theirs. NaN and infinities must be where the reference, in the result's dtype, or `eager`
+    has them.
 
-    The error of one evaluation of a few elements is a matter of luck. `eager` may therefore be
-    several evaluations, drawn until the largest of their errors admits the result.
+    The error of a single evaluation of a few elements is a matter of luck. `eager` may therefore be
+    several evaluations, which are drawn until the largest of their errors admits the result.
     """
     if result.shape != reference64.shape:
         raise AssertionError(
@@ -111,9 +113,10 @@ def assert_values(
 
 @dataclass
 class _Problem:
-    """What an operator was given, and the neighbors it chose: enough to compute the rest again.
+    """An operator's inputs and the neighbors it chose, from which all results can be recomputed.
 
-    Query and key are there unless the similarities were given, value unless only `select` ran.
+    There is a query and a key unless the similarities were given, and a value unless only `select`
+    ran.
     """
 
     tensors: Tensors
@@ -127,16 +130,19 @@ class _Problem:
 
     def evaluate(
         self,
-        wide: Callable[[torch.dtype], torch.dtype],
+        to_dtype: Callable[[torch.dtype], torch.dtype],
         inputs: Tensors | None = None,
         shuffle: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Outputs and "gradient of ..." of each tensor, in the dtypes that `wide` gives.
+        """Outputs and "gradient of ..." each tensor, in the dtypes that `to_dtype` returns.
 
-        Chunks of queries bound the memory. With `shuffle`, every sum is taken in a random order.
+        Queries are processed in chunks to bound memory. With `shuffle`, every sum is taken in a
+        random order.
         """
         inputs = self.tensors if inputs is None else inputs
-        given = {name: X.detach().to(wide(X.dtype)) for name, X in inputs.items() if X is not None}
+        given = {
+            name: X.detach().to(to_dtype(X.dtype)) for name, X in inputs.items() if X is not None
+        }
         gradients = {f"gradient of {name}": torch.zeros_like(X) for name, X in given.items()}
         parts: dict[str, list[Tensor]] = {}
         N, k = self.indices.shape[-2:]
@@ -202,12 +208,12 @@ def _similarities(
     missing: Tensor,
     by_column: bool,
 ) -> Tensor:
-    """The similarities of given neighbors: exact pairs in float64, else as eager has them.
+    """The similarities of given neighbors: pair by pair in float64, otherwise as in eager PyTorch.
 
-    Eager PyTorch takes them from the matrix product Q K^T, which sums one column after another;
-    a separate sum for each pair is more accurate and would ask too much. Where inputs are not
-    finite, S would bring 0 * inf into the gradient. `by_column` spells the columns out, because
-    small products sum in some other way.
+    Eager PyTorch takes them from the matrix product Q K^T, which sums column after column. A
+    separate sum per pair is more accurate, and too strict a standard. With non-finite inputs, S
+    would put 0 * inf into the gradient. `by_column` loops over the columns, because small products
+    sum in a different order.
     """
     finite = bool(query.isfinite().all()) and bool(key.isfinite().all())
     if by_column:
@@ -225,15 +231,15 @@ def _similarities(
 def _shuffled(
     X: Tensors, I: Tensor, missing: Tensor, metric: str, generator: torch.Generator
 ) -> tuple[Tensors, Tensor, Tensor, dict[str, Callable[[Tensor], Tensor]]]:
-    """The same problem with queries, columns, neighbors, channels and outputs in random order,
-    and what puts its outputs back into theirs. Autograd does that for the gradients.
+    """The same problem with queries, columns, neighbors, channels and outputs in random order, and
+    functions that restore the order of its outputs. Autograd restores that of the gradients.
 
-    Rows of equal elements have one order only. For the cosine all rows are scaled by a random
-    factor, which changes nothing but the rounding of the unit rows.
+    A row of equal elements has only one order. For the cosine, all rows are therefore also scaled
+    by a random factor, which changes only the rounding of the unit rows.
     """
 
     def order(size: int) -> Tensor:
-        # Drawn on the CPU: the same orders on every device.
+        # Drawn on the CPU, for the same orders on every device.
         return torch.randperm(size, generator=generator).to(I.device)
 
     def permute(T: Tensor, *orders: Tensor | None) -> Tensor:
@@ -279,7 +285,7 @@ def _double(dtype: torch.dtype) -> torch.dtype:
 
 
 def _eager_evaluations(problem: _Problem) -> Iterator[dict[str, Tensor]]:
-    """The problem in the precision of its inputs, first as it is, then in other orders."""
+    """Evaluates the problem in the precision of its inputs, first as is, then in other orders."""
     tensors = problem.tensors
     generator = torch.Generator().manual_seed(0)
     orders = [None] + [generator] * (ORDERS - 1)
@@ -288,9 +294,9 @@ def _eager_evaluations(problem: _Problem) -> Iterator[dict[str, Tensor]]:
         for shuffle in orders:
             yield problem.evaluate(compute_dtype, shuffle=shuffle)
         return
-    # The float64 reference is its own eager computation and would show no error. Rounding errors
-    # of the right size come from float32, on inputs that float32 holds; twice, because the
-    # difference of two float64 computations has the errors of both.
+    # Eager float64 is the reference itself and would show no error. Rounding errors of the right
+    # size come from float32, with inputs rounded to float32, scaled to float64; doubled, because
+    # the difference of two float64 computations has the errors of both.
     single = {name: None if X is None else X.detach().float() for name, X in tensors.items()}
     exact = problem.evaluate(_double, single)
     ratio = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
@@ -304,9 +310,9 @@ def _eager_evaluations(problem: _Problem) -> Iterator[dict[str, Tensor]]:
 
 
 def _projected_terms(problem: _Problem) -> dict[str, Tensor]:
-    """The gradients of query and key before the cosine takes away their part along the row.
+    """The gradients of query and key before the cosine removes their component along the row.
 
-    For parallel rows nothing is left of them but rounding errors.
+    For parallel rows, only rounding errors remain after that.
     """
     if problem.metric != "cosine" or problem.tensors.get("query") is None:
         return {}
@@ -324,7 +330,7 @@ def _projected_terms(problem: _Problem) -> dict[str, Tensor]:
 
 
 def _precision(problem: _Problem, name: str) -> torch.dtype:
-    """The least precise dtype that a result is computed in."""
+    """The least precise dtype that takes part in the computation of a result."""
     tensors = problem.tensors
     names = ("query", "key") if name == "similarities" else tuple(tensors)
     dtypes = {compute_dtype(tensors[n].dtype) for n in names if tensors.get(n) is not None}
@@ -332,7 +338,7 @@ def _precision(problem: _Problem, name: str) -> torch.dtype:
 
 
 def _compare(problem: _Problem, results: dict[str, Tensor]) -> None:
-    """Each result, outputs and gradients by name, by `assert_values`."""
+    """Compares each result, an output or a gradient by name, with `assert_values`."""
     exact = problem.evaluate(_double)
     terms = _projected_terms(problem)
     evaluations = _eager_evaluations(problem)
@@ -362,7 +368,7 @@ def _run(
     grads: dict[str, Tensor | None],
     seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs of the operator, gradients of its inputs, and the output gradients they are for.
+    """The operator's outputs, the gradients of its inputs, and the output gradients used.
 
     Output gradients that are not given are random.
     """
@@ -389,7 +395,7 @@ def _run(
         allow_unused=True,
     )
     gradients = {
-        # No gradient stands for a gradient of zero, and only for that.
+        # A missing gradient means that it is zero, and nothing else.
         f"gradient of {name}": torch.zeros_like(leaf) if gradient is None else gradient
         for (name, leaf), gradient in zip(wanted.items(), found, strict=True)
     }
@@ -410,7 +416,7 @@ def assert_select(
     backward: bool = True,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run `operator` as `select`, forward and backward, and check all it returns.
+    """Runs `operator` as `select`, forward and backward, and checks everything it returns.
 
     `exact` adds the exact comparison. Returns similarities and indices.
     """
@@ -446,7 +452,7 @@ def assert_aggregate(
     grad_output: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Run `operator` as `aggregate`, forward and backward, and check all it returns.
+    """Runs `operator` as `aggregate`, forward and backward, and checks everything it returns.
 
     `grad_output` replaces the random gradient of the output. Returns the output.
     """
@@ -488,7 +494,7 @@ def assert_forward(
     grad_output: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `operator` as `forward`, forward and backward, and check all it returns.
+    """Runs `operator` as `forward`, forward and backward, and checks everything it returns.
 
     `exact` adds the exact comparison of the selection; `grad_output` replaces the random gradient
     of the output. Returns output, similarities and indices.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Convolutional nearest neighbors, section 4.1 of the paper, in its symbols.
+"""Convolutional nearest neighbors, in the symbols of section 4.1 of the paper.
 
     S = Q K^T                        Eq. 3    similarity   [..., N, M]
     s_i = k-max S[i, :]              Eq. 4    select       [..., N, k]
@@ -7,24 +7,24 @@
     X_nn,i = diag(rho(s_i)) V[I_i]   Eq. 6    modulate     [..., N, k, C]
     Y = Conv1d(X_nn), stride k       step 4   aggregate    [..., N, O or C]
 
-Everything is materialised, gradients are those of plain autograd, and arguments have the names
-and the order of the operators. float64 stays float64; all other dtypes compute in float32 and
-round once, at the end.
+Every intermediate tensor is materialized, gradients come from plain autograd, and arguments have
+the names and order of the operators'. float64 is computed in float64; all other dtypes are computed
+in float32 and rounded once, at the end.
 
-Where Algorithm 1 as printed departs from Eq. 3: with features stored as [c, n], its
-`k_norm.T @ q_norm` is the transpose of S. Its rows are keys, so `topk` over the last dimension
-would choose queries for every key. Eq. 3 is right, and this module follows it: rows are queries.
+Algorithm 1 as printed differs from Eq. 3: with features stored as [c, n], its `k_norm.T @ q_norm`
+is the transpose of S. The rows of that matrix are keys, so `topk` over the last dimension would
+choose queries for every key. Eq. 3 is right, and this module follows it: rows are queries.
 
-Where the contract departs from eager PyTorch, and this module with it:
+The operators, and this module with them, deliberately differ from eager PyTorch in four ways:
 
-- A row with norm <= 1e-12 has cosine 0 and a gradient of exactly 0. `F.normalize` divides the
-  gradient by 1e-12 there. The norm of a finite row does not overflow.
-- Neighbors come in a total order: similarity descending, then index ascending. NaN is above every
-  number, as in `torch.topk`, which leaves the order of ties open.
-- Masked keys are never neighbors. Where fewer than k remain, the missing places come last, with
+- A row with norm <= 1e-12 has cosine 0 and a gradient of exactly 0, where `F.normalize` divides the
+  gradient by 1e-12. The norm of a finite row does not overflow.
+- Neighbors are in a total order: similarity descending, then index ascending. NaN ranks above every
+  number, as in `torch.topk`, which leaves the order of ties unspecified.
+- Masked keys are never neighbors. Where fewer than k keys remain, missing neighbors come last, with
   similarity -inf and index 0.
-- A similarity of -inf marks a missing neighbor. It adds nothing to output or gradient, for any rho
-  and whatever V holds there; eager softmax over missing neighbors alone would give NaN.
+- A similarity of -inf marks a missing neighbor. It contributes nothing to output or gradient, for
+  any rho and any value in V; eager softmax over missing neighbors only would give NaN.
 """
 
 import math
@@ -36,7 +36,7 @@ EPSILON = 1e-12
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a tensor of `dtype` is computed with."""
+    """The dtype of computations with tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -44,7 +44,7 @@ def normalize(X: Tensor) -> Tensor:
     """The rows of X [..., D] divided by their norms. Rows with norm <= 1e-12 become 0."""
     if X.shape[-1] == 0:
         return X
-    # Squares of 1e20 overflow float32, so rows are brought near 1 first. The scale is a power of
+    # Squares of 1e20 overflow float32, so rows are scaled to about 1 first. The scale is a power of
     # two and therefore exact; the result does not depend on it, so it needs no gradient.
     with torch.no_grad():
         largest = X.abs().amax(dim=-1, keepdim=True)
@@ -52,7 +52,7 @@ def normalize(X: Tensor) -> Tensor:
         scale = torch.ldexp(torch.ones_like(largest), exponent)
         scale = torch.where(largest.isfinite() & (scale > 0), scale, 1.0)
         is_zero = torch.linalg.vector_norm(X / scale, dim=-1, keepdim=True) * scale <= EPSILON
-    # The inner replacement keeps 0/0 out of the gradient, the outer one sets value and gradient.
+    # The inner `where` keeps 0/0 out of the gradient, the outer one sets value and gradient to 0.
     scaled = torch.where(is_zero, 1.0, X / scale)
     unit = scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return torch.where(is_zero, 0.0, unit)
@@ -62,7 +62,7 @@ def similarity(query: Tensor, key: Tensor, metric: str = "cosine") -> Tensor:
     """S [..., N, M] of query [..., N, D] and key [..., M, D] (Eq. 3). Higher is nearer.
 
     `cosine` and `dot` are a matrix product, whose rounding may depend on the position of a row.
-    `euclidean` is -||q - k||^2 of direct differences and materialises [..., N, M, D].
+    `euclidean` is -||q - k||^2 from direct differences and materializes [..., N, M, D].
     """
     dtype = compute_dtype(query.dtype)
     Q, K = query.to(dtype), key.to(dtype)
@@ -84,8 +84,8 @@ def neighbor_rows(
 ) -> tuple[Tensor, Tensor]:
     """Q [..., N, 1, D] and K[I] [..., N, k, D], normalized for the cosine.
 
-    Key rows where `missing` [..., N, k] is True are 0, and no gradient comes from there: nothing
-    of them reaches a result, not even a NaN.
+    Key rows where `missing` [..., N, k] is True are 0 and get no gradient, so that nothing of them
+    reaches a result, not even a NaN.
     """
     dtype = compute_dtype(query.dtype)
     Q, K_nn = query.to(dtype), gather_rows(key.to(dtype), indices)
@@ -93,7 +93,7 @@ def neighbor_rows(
         K_nn = K_nn.masked_fill(missing.unsqueeze(-1), 0.0)
         Q = Q.masked_fill(missing.all(dim=-1, keepdim=True), 0.0)
     if metric == "cosine":
-        # After the gather: a NaN row of K that is nobody's neighbor must not reach its gradient.
+        # After the gather, so that a NaN row of K that is nobody's neighbor reaches no gradient.
         Q, K_nn = normalize(Q), normalize(K_nn)
     return Q.unsqueeze(-2), K_nn
 
@@ -107,7 +107,7 @@ def similarities_at(
 ) -> Tensor:
     """The similarities [..., N, k] of every query with the key rows `indices` [..., N, k].
 
-    Differentiable; S is not formed. Places where `missing` [..., N, k] is True get -inf.
+    Differentiable; S is not formed. Entries where `missing` [..., N, k] is True are -inf.
     """
     Q, K_nn = neighbor_rows(query, key, indices, metric, missing)
     s = -(Q - K_nn).square().sum(dim=-1) if metric == "euclidean" else (Q * K_nn).sum(dim=-1)
@@ -123,7 +123,7 @@ def allowed_keys(
 ) -> tuple[Tensor, Tensor]:
     """Which keys may be neighbors, and which key is the query itself: two bool [..., N, M].
 
-    The token itself need not be among the candidates, but a masked one is no neighbor.
+    The token itself need not be among the candidates, but if it is masked it is not a neighbor.
     """
     N, M = query.shape[-2], key.shape[-2]
     shape = (*query.shape[:-2], N, M)
@@ -152,14 +152,14 @@ def select(
     """s [..., N, k] and I [..., N, k]: the k nearest keys of every query (Eq. 4 and 5).
 
     query [..., N, D], key [..., M, D], candidates [R], self_indices [N], key_mask [..., M].
-    The gradient passes through the whole of S: with non-finite keys that are no neighbors it
-    holds 0 * inf. `similarities_at` with the returned indices is free of that.
+    The gradient goes through all of S, so non-finite keys put 0 * inf into it even if they are not
+    neighbors. `similarities_at` with the returned indices avoids that.
     """
     S = similarity(query, key, metric)
     allowed, is_self = allowed_keys(query, key, candidates, self_indices, key_mask)
     with torch.no_grad():
-        # Stable sorts, the last one deciding: by index, by similarity, then self before the
-        # allowed keys before all others.
+        # Stable sorts, the last one decisive: by index, by similarity, then self before allowed
+        # keys before all others.
         I = S.sort(dim=-1, descending=True, stable=True).indices
         group = torch.where(is_self, 0, torch.where(allowed, 1, 2))
         I = I.gather(-1, group.gather(-1, I).sort(dim=-1, stable=True).indices)[..., :k]
@@ -174,7 +174,7 @@ def select(
 
 
 def modulate(similarities: Tensor, rho: str = "softmax", scale: float = 1.0) -> Tensor:
-    """rho(s_i) [..., N, k], section 4.1. Missing neighbors, those of similarity -inf, get 0."""
+    """rho(s_i) [..., N, k], section 4.1. Missing neighbors (similarity -inf) get 0."""
     s = similarities
     missing = s == -math.inf
     if rho == "ones":
@@ -182,7 +182,7 @@ def modulate(similarities: Tensor, rho: str = "softmax", scale: float = 1.0) -> 
     elif rho == "similarity":
         weights = s
     elif rho == "softmax":
-        # Filled before the product: a negative scale must not turn -inf into +inf.
+        # Filled before the product, so that a negative scale does not turn -inf into +inf.
         logits = scale * s.masked_fill(missing, 0.0)
         none_left = missing.all(dim=-1, keepdim=True)
         logits = logits.masked_fill(missing & ~none_left, -math.inf)
@@ -193,7 +193,7 @@ def modulate(similarities: Tensor, rho: str = "softmax", scale: float = 1.0) -> 
 
 
 def gather_rows(X: Tensor, I: Tensor) -> Tensor:
-    """X[I] per batch element: X [..., M, C] and I [..., N, k] to [..., N, k, C]."""
+    """X[I] per batch element: X [..., M, C], I [..., N, k] -> [..., N, k, C]."""
     lead, (M, C) = X.shape[:-2], X.shape[-2:]
     first_row = M * torch.arange(lead.numel(), device=I.device).reshape(*lead, 1, 1)
     rows = (I + first_row).reshape(-1)
@@ -209,14 +209,14 @@ def aggregate(
     rho: str = "softmax",
     scale: float = 1.0,
 ) -> Tensor:
-    """Y [..., N, O or C]: the modulated neighbors (Eq. 6) under a Conv1d of kernel and stride k.
+    """Y [..., N, O or C]: a Conv1d with kernel and stride k over the modulated neighbors (Eq. 6).
 
     value [..., M, C], similarities and indices [..., N, k], weight [O, C, k] (dense), [C, 1, k]
     (depthwise) or None (a sum), bias [O] or [C]. The result has the dtype of value.
     """
     dtype = compute_dtype(value.dtype)
     C, k = value.shape[-1], indices.shape[-1]
-    # A missing neighbor is left out, not multiplied by zero: V may hold a NaN there.
+    # Missing neighbors are masked, not multiplied by zero, because V may contain NaN there.
     missing = (similarities == -math.inf).unsqueeze(-1)
     V_nn = gather_rows(value.to(dtype), indices).masked_fill(missing, 0.0)
     X_nn = modulate(similarities, rho, scale).to(dtype).unsqueeze(-1) * V_nn
@@ -247,6 +247,6 @@ def forward(
     scale: float = 1.0,
     order: str = "similarity",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Y, s and I: `select`, then `aggregate`. Shapes are theirs."""
+    """Y, s and I from `select`, then `aggregate`, with their shapes."""
     s, I = select(query, key, k, candidates, self_indices, key_mask, metric, order)
     return aggregate(value, s, I, weight, bias, rho, scale), s, I

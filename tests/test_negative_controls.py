@@ -178,7 +178,7 @@ def test_missing_places() -> None:
         wrong.certify()
     wrong = Selection("dot", key_mask=mask)
     wrong.s[1, 4] = 0.0
-    with pytest.raises(AssertionError, match="missing place with a similarity"):
+    with pytest.raises(AssertionError, match="missing neighbor with a similarity"):
         wrong.certify()
     wrong = Selection("dot", key_mask=mask)
     wrong.s[1, 2], wrong.I[1, 2] = -math.inf, 0

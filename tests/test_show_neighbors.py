@@ -28,11 +28,11 @@ def test_features_find_the_same_color(caption: str) -> None:
 
 def test_place_finds_the_window() -> None:
     window = [[i, j] for i in (1, 2, 3) for j in (3, 4, 5)]
-    assert sorted(find("place: convolution", (2, 4))) == window
+    assert sorted(find("position: convolution", (2, 4))) == window
 
 
 def test_features_and_place_find_the_same_color_nearby() -> None:
-    found = find("features and place", (4, 4))
+    found = find("features and position", (4, 4))
     assert all(column % 3 == 1 for _, column in found)
     assert max(abs(row - 4) + abs(column - 4) for row, column in found) < 7
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ConvNN layers: drop-in replacements for convolution and attention."""
+"""ConvNN layers, drop-in replacements for convolution and attention."""
 
 from convnn_kernels.nn.attention import ConvNNAttention
 from convnn_kernels.nn.candidates import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ConvNN in the place of attention: sections 5.2 and 6.2."""
+"""ConvNN as an attention layer: sections 5.2 and 6.2."""
 
 import math
 
@@ -18,39 +18,40 @@ class ConvNNAttention(nn.Module):
 
     query [B, N, E], optionally key and value [B, M, E] → [B, N, E].
 
-    The defaults are the paper's layer: cosine, softmax, four projections without bias, weights of
-    one. With metric="dot" and aggregation="sum" it is KVT attention, and for k = M
-    ``scaled_dot_product_attention``. Causal and N×M masks are not offered.
+    The defaults are the paper's layer: cosine similarity, softmax, four projections without bias,
+    weights initialized to one. With metric="dot" and aggregation="sum" it is KVT attention, which
+    for k = M equals ``scaled_dot_product_attention``. Causal and N×M masks are not supported.
 
     Args:
         embed_dim: E.
-        num_heads: heads, which divide the width of queries, keys and values. They share the
-            weights of the aggregation and the candidates.
-        k: the number of neighbors, at most M, or the number of candidates.
-        dropout: probability of dropout after the aggregation, before the output projection.
-        projections: "learned": query, key and value; "value": value alone; "identity": none. The
-            output projection is always there.
-        projection_bias: whether all projections, that of the output included, have a bias.
-        rho: "softmax", "ones" or "similarity". "ones" is refused with projections="learned".
+        num_heads: the number of heads; it must divide the width of queries, keys and values. All
+            heads share the weights of the aggregation and the candidates.
+        k: the number of neighbors, at most M or the number of candidates.
+        dropout: the dropout probability, applied after the aggregation and before the output
+            projection.
+        projections: which inputs have a learned projection: "learned": query, key and value;
+            "value": value alone; "identity": none. There is always an output projection.
+        projection_bias: whether the projections, including the output projection, have a bias.
+        rho: "softmax", "ones" or "similarity". "ones" is rejected with projections="learned".
         metric: "cosine", "dot" or "euclidean".
-        scale: what multiplies similarities in the softmax; if None, 1/√(width of a head) with
-            metric="dot", else 1.0.
-        order: "similarity" or "index": how neighbors meet the taps of the weight.
+        scale: factor of the similarities in the softmax. If None, 1/√(width of a head) with
+            metric="dot" and rho="softmax", otherwise 1.0.
+        order: "similarity" or "index": the order in which neighbors meet the taps of the weight.
         aggregation: "depthwise": weight [d, 1, k], initialized to one; "dense": weight [d, d, k],
-            initialized as nn.Conv1d; "sum": no weight. d is the width of a head's values.
+            initialized like nn.Conv1d; "sum": no weight. d is the width of one head's values.
         bias: whether the aggregation has a bias, [d], initialized to zero.
         positional_encoding: where a coordinate is concatenated before the projections (section
             4.2.1): None, "similarity", "aggregation" or "both".
         coordinates: "unit": from -1 to 1; "pixel": the position itself.
-        candidates: which tokens may be neighbors (section 4.2.2): AllCandidates() if None,
-            RandomCandidates or SpatialCandidates. Their include_self holds for self-attention; a
-            query has no self among the tokens of another sequence.
-        device: of the parameters.
-        dtype: of the parameters.
+        candidates: which tokens may be neighbors (section 4.2.2): AllCandidates (if None),
+            RandomCandidates or SpatialCandidates. include_self applies to self-attention only: in
+            cross-attention, the query token is not among the keys.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if an argument or a shape is wrong; the message names it, what was expected and
-            what came.
+            what was passed.
         RuntimeError: in forward, from the operator, such as for k above the number of candidates.
     """
 
@@ -151,7 +152,7 @@ class ConvNNAttention(nn.Module):
         self._reset_convolution()
 
     def reset_parameters(self) -> None:
-        """Draws new weights for the projections and sets those of the aggregation."""
+        """Reinitializes the projections and the weights of the aggregation."""
         for projection in (
             self.query_projection,
             self.key_projection,
@@ -178,14 +179,14 @@ class ConvNNAttention(nn.Module):
         value: Tensor | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attends from every query to its k nearest keys.
+        """Attends from each query to its k nearest keys.
 
         Args:
             query: [B, N, E].
-            key: [B, M, E]; the query itself if None.
-            value: [B, M, E]; the key if None.
-            key_mask: [B, M] bool, True where a key may be a neighbor. A query that has fewer than
-                k such keys attends to those.
+            key: [B, M, E]; same as query if None.
+            value: [B, M, E]; same as key if None.
+            key_mask: [B, M] bool, True where a key may be a neighbor. A query with fewer than k
+                such keys attends to those only.
 
         Returns:
             [B, N, E].
@@ -235,7 +236,7 @@ class ConvNNAttention(nn.Module):
         return self.positional_encoding in (role, "both")
 
     def _inputs(self, tokens: Tensor, role: str) -> Tensor:
-        """[B, L, E] → [B, L, E], or [B, L, E + 1] where a coordinate is concatenated."""
+        """[B, L, E] → [B, L, E], or [B, L, E + 1] with a coordinate concatenated."""
         if not self._encodes(role):
             return tokens
         batch, length, _ = tokens.shape

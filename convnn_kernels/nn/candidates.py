@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which tokens may be neighbors: all, a random draw or an even grid (section 4.2.2)."""
+"""Which tokens may be neighbors: all, a random sample or an even grid (section 4.2.2)."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from convnn_kernels.nn.settings import require, require_count
 
 
 class Candidates(nn.Module):
-    """The tokens among which a layer looks for neighbors; the base of the three below.
+    """The tokens among which a layer searches for neighbors; base class of the three below.
 
     Attributes:
-        include_self: whether the token itself is always a neighbor, even if it is no candidate.
+        include_self: whether the token itself is always a neighbor, even if it is not a candidate.
     """
 
     def __init__(self, include_self: bool) -> None:
@@ -24,15 +24,15 @@ class Candidates(nn.Module):
         self.include_self = include_self
 
     def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
-        """The candidates among the tokens of a map.
+        """Picks the candidates among the tokens of a map.
 
         Args:
             shape: the size of the unpadded map: (L,) or (H, W).
-            padding: how many zero tokens surround the map on every side.
-            device: where the result is to be.
+            padding: the number of zero tokens on every side of the map.
+            device: device of the result.
 
         Returns:
-            [R] int64, rows of the M key tokens of the padded map; None if all of them.
+            [R] int64, rows of the M key tokens of the padded map; None if all are candidates.
         """
         raise NotImplementedError
 
@@ -41,8 +41,8 @@ class AllCandidates(Candidates):
     """Every key token is a candidate.
 
     Args:
-        include_self: put the token itself first and count it among the k even where k other tokens
-            are nearer. With the cosine metric and no projections it is nearest anyway.
+        include_self: whether the token itself is always a neighbor, and the first one, even where k
+            other tokens are nearer. With the cosine metric and no projections it is nearest anyway.
     """
 
     def __init__(self, include_self: bool = False) -> None:
@@ -58,16 +58,15 @@ class AllCandidates(Candidates):
 class RandomCandidates(Candidates):
     """r tokens drawn uniformly without replacement, shared by the batch and by all heads.
 
-    The draw is a new one at every forward, from PyTorch's generator of the input's device, so
-    ``torch.manual_seed`` repeats it. It is made among the tokens of the unpadded map or, if that
-    has fewer than r, among those of the padded map. Where r is at least the number of key tokens,
-    all are candidates.
+    Every forward draws new ones from PyTorch's generator for the input's device, so
+    ``torch.manual_seed`` makes them repeatable. They are tokens of the unpadded map or, if that has
+    fewer than r, of the padded map. If r is at least the number of key tokens, all are candidates.
 
     Args:
         r: the number of candidates, at least 1.
         include_self: whether the token itself is always a neighbor.
-        fixed_in_eval: in eval mode, use one draw for each size of map. It is determined by the
-            buffer ``seed``, which is saved with the model.
+        fixed_in_eval: whether to use the same candidates for all maps of one size in eval mode.
+            They are determined by the buffer ``seed``, which is saved with the model.
     """
 
     seed: Tensor | None
@@ -81,7 +80,7 @@ class RandomCandidates(Candidates):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws another seed for the draw of eval mode."""
+        """Draws a new seed for the candidates of eval mode."""
         if self.seed is not None:
             self.seed.random_()
 
@@ -91,7 +90,7 @@ class RandomCandidates(Candidates):
         inner = math.prod(shape)
         rows = inner if self.r <= inner else positional.count(shape, padding)
         if self.seed is not None and not self.training:
-            # Ranking by a hash needs no generator, so it is the same on all devices and traceable.
+            # Ranking by a hash needs no generator: equal on all devices, and traceable.
             drawn = _hash(torch.arange(rows, device=device) + self.seed.to(device)).argsort()
         else:
             drawn = torch.randperm(rows, device=device)
@@ -105,18 +104,18 @@ class RandomCandidates(Candidates):
 class SpatialCandidates(Candidates):
     """Evenly spaced tokens: r of them, or every s-th.
 
-    With r in 1-D, tokens floor(i * L / r) for i < r; in 2-D, the same along both axes for the
-    square root of r, which is a whole number. The tokens are those of the unpadded map or, if that
-    is too small, of the padded one. Where r is at least the number of key tokens, all are
+    With r: in 1-D, the tokens floor(i * L / r) for i < r; in 2-D, a √r×√r grid spaced in the same
+    way along both axes, so r must be a square number. The tokens are those of the unpadded map or,
+    if that is too small, of the padded map. If r is at least the number of key tokens, all are
     candidates.
 
-    With a stride, as section 4.2.2 is written: every s-th token of the unpadded map along each
-    axis, from the first. The paper's r is then s in 1-D, and its r' is s in 2-D. In its
-    experiments r is a count.
+    With a stride s, as section 4.2.2 defines them: every s-th token of the unpadded map along each
+    axis, starting with the first. s is then the paper's r in 1-D and its r' in 2-D. In the paper's
+    experiments, r is a count.
 
     Args:
         r: the number of candidates, at least 1.
-        stride: the step along each axis, at least 1. Exactly one of r and stride is given.
+        stride: the step along each axis, at least 1. Exactly one of r and stride must be given.
         include_self: whether the token itself is always a neighbor.
     """
 
@@ -161,18 +160,18 @@ class SpatialCandidates(Candidates):
 
 
 def require_maker(owner: str, make: Any) -> None:
-    """Each layer has candidates of its own: what is wanted is what makes them, not one of them."""
+    """Checks that `make` is a function, since layers must not share one Candidates module."""
     require(
         make is None or (callable(make) and not isinstance(make, nn.Module)),
         owner,
         "candidates",
-        "a function that makes those of one layer, such as lambda: RandomCandidates(32)",
+        "a function that creates the candidates of one layer, such as lambda: RandomCandidates(32)",
         make,
     )
 
 
 def _rows(axes: list[Tensor], shape: Sequence[int], padding: int) -> Tensor:
-    """[R]: rows of the padded map at the crossings of the positions along its axes, [n] each."""
+    """[R]: rows of the padded map on the grid spanned by the positions along its axes, [n] each."""
     rows = axes[0]
     for axis, size in zip(axes[1:], shape[1:], strict=True):
         # [R so far, 1] + [n] → [R so far * n]
@@ -181,7 +180,7 @@ def _rows(axes: list[Tensor], shape: Sequence[int], padding: int) -> Tensor:
 
 
 def _hash(x: Tensor) -> Tensor:
-    """SplitMix64: a bijection of int64 whose values look random. Overflow wraps around."""
+    """SplitMix64, a bijection of int64 with random-looking values. Overflow wraps around."""
     x = x * -0x61C8864680B583EB
     x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
@@ -189,5 +188,5 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """A shift that fills with zeros, where `>>` of a negative number fills with ones."""
+    """Logical right shift; `>>` is arithmetic and fills with the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ConvNN as a layer for sequences and for maps: Algorithm 1, sections 4.1, 4.2.1 and 4.2.2."""
+"""ConvNN layers for sequences and maps: Algorithm 1, sections 4.1, 4.2.1 and 4.2.2."""
 
 import contextlib
 import math
@@ -30,10 +30,10 @@ def require_settings(
     candidates: Candidates,
     **common: Any,
 ) -> None:
-    """Checks what a layer over a sequence or a map has of settings, in the name of `owner`.
+    """Checks the settings of a layer over a sequence or a map; errors name `owner`.
 
     Args:
-        common: the rest of ``settings.require_common``.
+        common: the other arguments of ``settings.require_common``.
     """
     settings.require_count(owner, "in_channels", in_channels)
     settings.require_count(owner, "padding", padding, least=0)
@@ -63,14 +63,14 @@ def require_settings(
 def value_width(
     in_channels: int, dimensions: int, projections: str, positional_encoding: str | None
 ) -> int:
-    """The channels of the values, projected to as many as there are unless asked otherwise."""
+    """The number of value channels; a value projection has in_channels outputs by default."""
     is_projected = projections in ("learned", "value")
     is_placed = positional_encoding in ("aggregation", "both")
     return in_channels + dimensions * (is_placed and not is_projected)
 
 
 class _ConvNN(nn.Module):
-    """What ConvNN1d and ConvNN2d share; `_dimensions` is all in which they differ."""
+    """The layer behind ConvNN1d and ConvNN2d, which differ in `_dimensions` only."""
 
     _dimensions: int
     weight: nn.Parameter | None
@@ -183,7 +183,7 @@ class _ConvNN(nn.Module):
         self._reset_convolution()
 
     def reset_parameters(self) -> None:
-        """Draws new weights, as ``nn.Conv1d`` and ``nn.Linear`` do."""
+        """Reinitializes all weights, as ``nn.Conv1d`` and ``nn.Linear`` do."""
         for projection in (self.query_projection, self.key_projection, self.value_projection):
             if projection is not None:
                 projection.reset_parameters()
@@ -197,7 +197,7 @@ class _ConvNN(nn.Module):
             nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        # N tokens of the map, [B, C, *shape]; M tokens of the padded map, which are the keys.
+        # x [B, C, *shape] has N tokens, the queries; the padded map has M, the keys.
         shape = self._shape(x)
         padded = self._pad(x)
         value = self._value(padded, shape)  # [B, M, C]
@@ -221,21 +221,21 @@ class _ConvNN(nn.Module):
                 scale=self.scale,
                 order=self.order,
             )
-        # [B, N, C'] seen as [B, C', ...] is channels_last.
+        # [B, N, C'] viewed as [B, C', *shape] is channels_last.
         y = y.mT.unflatten(-1, shape)
         return y if _is_channels_last(x) else y.contiguous()
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The neighbors that the layer picks.
+        """Returns the neighbors that the layer picks.
 
-        With random candidates the draw is another one than that of a forward before or after.
+        Random candidates are drawn anew, so they differ from those of any forward.
 
         Args:
-            x: as the input of forward.
+            x: an input of forward.
 
         Returns:
             similarities, [B, N, k] float32 (float64 if the input is), and indices, [B, N, k]
-            int64: rows of the tokens of the padded map. Both as ``functional.select_neighbors``.
+            int64: rows of the padded map's tokens. See ``functional.select_neighbors``.
         """
         shape = self._shape(x)
         if self.projections == "coordinates":
@@ -265,7 +265,7 @@ class _ConvNN(nn.Module):
         """[B, N, D] and [B, M, D]."""
         key = query = padded.flatten(2).mT  # [B, M, C]
         if self._encodes("similarity"):
-            # Padding is zero in the features, but it has a place.
+            # Padding tokens have zero features, but they do have coordinates.
             key = query = self._with_coordinates(key, shape)  # [B, M, C + dimensions]
         if self.padding:
             if self._encodes("similarity"):
@@ -298,11 +298,11 @@ class _ConvNN(nn.Module):
         return candidates, positional.interior(shape, self.padding, device)
 
     def _neighbors_by_position(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """[B, N, k], twice. Positions are those of every map, so one search serves the batch."""
+        """Similarities and indices, [B, N, k] each, from one search that serves the whole batch."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = positional.grid(shape, self.padding, self.coordinates, dtype, x.device)  # [M, 1 or 2]
         query = key[positional.interior(shape, self.padding, x.device)]  # [N, 1 or 2]
-        # In 16 bits the coordinates of a large map would be rounded.
+        # 16-bit coordinates of a large map would be rounded.
         with _without_autocast(x.device.type):
             neighbors = functional.select_neighbors(
                 query,
@@ -342,35 +342,36 @@ _ARGUMENTS = """
     Args:
         in_channels: C.
         out_channels: C'.
-        k: the number of neighbors; at most the number of key tokens, or of candidates.
-        padding: zero tokens added on every side as keys and values. They are never queries.
+        k: the number of neighbors; at most the number of key tokens or candidates.
+        padding: number of zero tokens added on every side as keys and values. They are never
+            queries.
         projections: f_Q, f_K and f_V of section 4.1. "learned": linear layers; "identity": none;
-            "value": f_V alone is learned; "coordinates": query and key are the coordinates alone
+            "value": only f_V is learned; "coordinates": query and key are the coordinates alone
             and f_V is the identity (section 5.1).
         key_channels: h, the width of learned queries and keys; in_channels if None.
         value_channels: v, the width of learned values; in_channels if None.
         projection_bias: whether learned projections have a bias.
-        rho: "softmax", "ones" or "similarity": how neighbors are modulated. "ones" gives query and
-            key no gradient and is refused with learned ones.
+        rho: "softmax", "ones" or "similarity": how neighbors are weighted. "ones" gives query and
+            key no gradient and is rejected if their projections are learned.
         metric: "cosine", "dot" or "euclidean".
-        scale: what multiplies similarities in the softmax.
+        scale: factor of the similarities in the softmax.
         order: "similarity": the nearest neighbor meets the first tap of the weight; "index":
             neighbors meet the taps in the order of their position.
         aggregation: "dense": weight [C', C, k]; "depthwise": weight [C, 1, k], for C' = C; "sum":
-            no weight. C is the number of channels of the values.
+            no weight. Here C is the number of value channels.
         bias: whether the aggregation has a bias, [C'].
         positional_encoding: where coordinates are concatenated before the projections (section
             4.2.1): None, "similarity", "aggregation" or "both".
-        coordinates: "unit": each axis of the padded input from -1 to 1; "pixel": the positions
-            themselves, which 16-bit dtypes hold exactly up to 256 (bfloat16) or 2048 (float16).
-        candidates: which tokens may be neighbors (section 4.2.2): AllCandidates() if None,
+        coordinates: "unit": each axis of the padded input goes from -1 to 1; "pixel": the position
+            itself, exact in 16-bit dtypes up to 256 (bfloat16) or 2048 (float16).
+        candidates: which tokens may be neighbors (section 4.2.2): AllCandidates (if None),
             RandomCandidates or SpatialCandidates.
-        device: of the parameters.
-        dtype: of the parameters; the input has the same, unless autocast is on.
+        device: device of the parameters.
+        dtype: dtype of the parameters; the input must have the same, unless autocast is on.
 
     Raises:
         ValueError: if an argument or the input's shape is wrong; the message names it, what was
-            expected and what came.
+            expected and what was passed.
         RuntimeError: in forward, from the operator, such as for k above the number of candidates.
 """
 
@@ -378,23 +379,23 @@ _ARGUMENTS = """
 class ConvNN1d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a sequence: Algorithm 1, section 4.1.
 
-    [B, C, L] → [B, C', L], dtype of the input (under autocast, of autocast).
+    [B, C, L] → [B, C', L], same dtype as the input (under autocast, the autocast dtype).
     {_ARGUMENTS}"""
 
     _dimensions = 1
 
     @classmethod
     def from_conv1d(cls, conv: nn.Conv1d) -> "ConvNN1d":
-        """The setting that equals a convolution, with its weights (section 5.1).
+        """Creates a layer that equals a convolution, with its weights (section 5.1).
 
-        The k tokens nearest in position, taken in their order, are the taps of the kernel.
+        The k tokens nearest in position, in the order of their positions, are the kernel's taps.
 
         Args:
-            conv: of any odd kernel size, with stride 1, dilation 1, zero padding that keeps the
-                length, and groups 1 or a depthwise kernel.
+            conv: a convolution of any odd kernel size, with stride 1, dilation 1, zero padding that
+                keeps the length, and groups 1 or a depthwise kernel.
 
         Returns:
-            A layer that holds copies of weight and bias, with their device and dtype.
+            A layer with copies of weight and bias, on the same device and with the same dtype.
 
         Raises:
             ValueError: if conv cannot be expressed; the message names the setting.
@@ -405,27 +406,27 @@ class ConvNN1d(_ConvNN):
 class ConvNN2d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a map: sections 4.1 and 4.2.
 
-    [B, C, H, W] → [B, C', H, W], dtype of the input (under autocast, of autocast). A channels_last
-    input gives a channels_last output; any other, a contiguous one. The map is flattened row by
-    row, and the result unflattened.
+    [B, C, H, W] → [B, C', H, W], same dtype as the input (under autocast, the autocast dtype). A
+    channels_last input gives a channels_last output, any other a contiguous one. The map is
+    flattened row by row, and the result unflattened.
     {_ARGUMENTS}"""
 
     _dimensions = 2
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d) -> "ConvNN2d":
-        """The setting that equals a convolution, with its weights (section 5.1).
+        """Creates a layer that equals a convolution, with its weights (section 5.1).
 
-        The 9 or 25 tokens nearest in Euclidean distance on the pixel grid are the taps of a 3×3 or
-        5×5 kernel, and row by row they are in its order. Those of a 7×7 kernel are not the 49
-        nearest: its corners lie at distance √18, farther than the tokens at (4, 0).
+        The 9 or 25 tokens nearest in Euclidean distance on the pixel grid, row by row, are the taps
+        of a 3×3 or 5×5 kernel. The taps of a 7×7 kernel are not the 49 nearest tokens: its corners
+        are at distance √18, farther away than the tokens at (4, 0).
 
         Args:
-            conv: 1×1, 3×3 or 5×5, with stride 1, dilation 1, zero padding that keeps the size, and
-                groups 1 or a depthwise kernel.
+            conv: a 1×1, 3×3 or 5×5 convolution with stride 1, dilation 1, zero padding that keeps
+                the size, and groups 1 or a depthwise kernel.
 
         Returns:
-            A layer that holds copies of weight and bias, with their device and dtype.
+            A layer with copies of weight and bias, on the same device and with the same dtype.
 
         Raises:
             ValueError: if conv cannot be expressed; the message names the setting.
@@ -441,7 +442,7 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
             kernel in ((1, 1), (3, 3), (5, 5)),
             owner,
             "kernel_size",
-            "1x1, 3x3 or 5x5: of larger kernels the taps are not the nearest tokens",
+            "1x1, 3x3 or 5x5, because the taps of larger kernels are not the nearest tokens",
             kernel,
         )
     settings.require(size % 2 == 1, owner, "kernel_size", "odd", kernel)
@@ -453,7 +454,7 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
         conv.groups == 1 or depthwise,
         owner,
         "groups",
-        f"1, or {conv.in_channels} with as many output channels",
+        f"1, or {conv.in_channels} with the same number of output channels",
         conv.groups,
     )
     settings.require(
@@ -485,14 +486,14 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    # The meta device has no autocast.
+    # torch.autocast does not know the meta device.
     if device_type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    # Where sizes of 1 make a tensor both, as nn.Conv2d does: contiguous.
+    # With sizes of 1 a tensor may be both; nn.Conv2d then returns a contiguous one.
     return (
         x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)

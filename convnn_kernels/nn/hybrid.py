@@ -13,29 +13,31 @@ from convnn_kernels.nn.convnn import ConvNN2d, require_settings, value_width
 
 
 class HybridBranch2d(nn.Module):
-    """Conv2d beside ConvNN2d over the same input, fused by a 1×1 convolution (section 4.2.3).
+    """Conv2d and ConvNN2d over the same input, fused by a 1×1 convolution (section 4.2.3).
 
-    [B, C, H, W] → [B, C', H, W], dtype and memory format as those of Conv2d. The branches give
-    ⌊branch_ratio · C'⌋ channels from ConvNN and the rest from Conv2d. A branch without channels is
-    left out; the fusion stays, so the number of parameters does not depend on branch_ratio.
+    [B, C, H, W] → [B, C', H, W], with dtype and memory format as for Conv2d. ConvNN produces
+    ⌊branch_ratio · C'⌋ of the channels to be fused, Conv2d the rest. A branch without channels is
+    omitted. The fusion always remains, so the number of parameters does not depend on
+    branch_ratio (with the default settings).
 
     Args:
         in_channels: C.
         out_channels: C'.
-        kernel_size: of Conv2d, which pads so that the size is kept.
+        kernel_size: kernel size of Conv2d, which pads to keep the size of the map.
         branch_ratio: the paper's λ, from 0 (Conv2d alone) to 1 (ConvNN alone).
-        k: neighbors of the ConvNN branch; kernel_size² if None, as in the paper.
-        padding: zero tokens around the keys of the ConvNN branch; kernel_size // 2 if None.
+        k: number of neighbors of the ConvNN branch; kernel_size² if None, as in the paper.
+        padding: number of zero tokens on every side of the keys of the ConvNN branch;
+            kernel_size // 2 if None.
         bias: whether both branches and the fusion have a bias.
         projections, rho, metric, scale, order, aggregation, positional_encoding, coordinates,
-            candidates: of the ConvNN branch, as in :class:`ConvNN2d`. The defaults of the first
-            two are those of the paper's VGG: no projections and rho="ones".
-        device: of the parameters.
-        dtype: of the parameters.
+            candidates: settings of the ConvNN branch, as in :class:`ConvNN2d`. The defaults of
+            projections and rho are those of the paper's VGG: no projections and rho="ones".
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
         ValueError: if an argument or the input's shape is wrong; the message names it, what was
-            expected and what came.
+            expected and what was passed.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class HybridBranch2d(nn.Module):
         k = kernel_size**2 if k is None else k
         padding = kernel_size // 2 if padding is None else padding
         candidates = AllCandidates() if candidates is None else candidates
-        # Here, so that errors name this layer, and with a branch_ratio of 0 are errors too.
+        # Checked here, so that errors name this layer, also where branch_ratio=0 has no ConvNN.
         require_settings(
             owner,
             in_channels=in_channels,
@@ -87,7 +89,7 @@ class HybridBranch2d(nn.Module):
         )
         self.in_channels = in_channels
         self.branch_ratio = branch_ratio
-        # 0.29 * 100 is a little less than 29; it is meant to be 29.
+        # 0.29 * 100 is slightly below 29 in floating point, and 29 is meant.
         convnn_channels = math.floor(branch_ratio * out_channels + 1e-9)
         conv_channels = out_channels - convnn_channels
         channels = value_width(in_channels, 2, projections, positional_encoding)
@@ -136,7 +138,7 @@ class HybridBranch2d(nn.Module):
         self.fuse = nn.Conv2d(out_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """Draws new weights for both branches and the fusion."""
+        """Reinitializes both branches and the fusion."""
         for module in (self.conv, self.convnn, self.fuse):
             if module is not None:
                 module.reset_parameters()

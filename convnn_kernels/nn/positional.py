@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Coordinates of tokens, and which tokens of a padded map are not padding (section 4.2.1)."""
+"""Coordinates of tokens (section 4.2.1), and which tokens of a padded map are not padding."""
 
 import math
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 def count(shape: Sequence[int], padding: int) -> int:
-    """The number of tokens of a map of that shape with padding on every side."""
+    """The number of tokens of a map of this shape, with padding on every side."""
     return math.prod([size + 2 * padding for size in shape])
 
 
 def interior(shape: Sequence[int], padding: int, device: torch.device) -> Tensor:
-    """The rows, among the tokens of the padded map, of the tokens of the map itself.
+    """The rows of the padded map's tokens that are not padding.
 
     Args:
         shape: the size of the unpadded map: (L,) or (H, W).
-        padding: how many tokens are added on every side.
-        device: where the result is to be.
+        padding: the number of tokens added on every side.
+        device: device of the result.
 
     Returns:
         [N] int64, ascending.
@@ -42,14 +42,14 @@ def grid(
 
     Args:
         shape: the size of the unpadded map: (L,) or (H, W).
-        padding: how many tokens are added on every side.
-        coordinates: "unit": each axis of the padded map goes from -1 to 1 (an axis of one token is
-            at 0); "pixel": the position itself, from 0, the same step along all axes.
-        dtype: of the result; coordinates are computed in float32, or in float64 for float64.
-        device: where the result is to be.
+        padding: the number of tokens added on every side.
+        coordinates: "unit": each axis of the padded map goes from -1 to 1 (0 for a single token);
+            "pixel": the position itself, starting at 0, with the same step along all axes.
+        dtype: dtype of the result; coordinates are computed in float32, or in float64 for float64.
+        device: device of the result.
 
     Returns:
-        [M, 1] or [M, 2]: the tokens row by row, their coordinates in the order of shape.
+        [M, 1] or [M, 2]: the tokens row by row, with coordinates in the order of shape.
     """
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     axes = []
@@ -57,7 +57,7 @@ def grid(
         length = size + 2 * padding
         steps = torch.arange(length, dtype=precise, device=device)
         if coordinates == "unit":
-            # Of the form (2i - (n - 1)) / (n - 1): exactly symmetric, and 0 for one token.
+            # (2i - (n - 1)) / (n - 1) is exactly symmetric, and 0 for a single token.
             steps = (2.0 * steps - (length - 1)) / max(length - 1, 1)
         axes.append(steps)
     return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1).to(

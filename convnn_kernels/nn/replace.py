@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Swapping the layers of an existing model for those of ConvNN."""
+"""Replaces the layers of an existing model by ConvNN layers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ Builder = Callable[[nn.Module], nn.Module]
 
 @dataclass
 class Replaced:
-    """What :func:`replace` did, by the names of ``model.named_modules()``.
+    """The result of :func:`replace`; names are those of ``model.named_modules()``.
 
     Attributes:
-        swapped: name of each layer that was swapped, and the type that took its place.
-        left: name of each convolution or attention layer that was left, and the reason.
+        swapped: name of each layer that was swapped → type of the new layer.
+        left: name of each convolution or attention layer that was left → the reason.
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Replaced:
 
 
 class CannotReplaceError(ValueError):
-    """A layer does something that its replacement does not; the message is the reason."""
+    """A layer does something that its replacement cannot; the message is the reason."""
 
 
 def replace(
@@ -48,30 +48,32 @@ def replace(
     branch_ratio: float = 0.5,
     candidates: Callable[[], Candidates] | None = None,
 ) -> Replaced:
-    """Swaps the Conv2d layers, the attention layers, or both, of a model, in place.
+    """Swaps the Conv2d layers of a model, its attention layers, or both, in place.
 
     Convolutions are modules of type ``nn.Conv2d``. Attention layers are ``nn.MultiheadAttention``,
-    as torchvision has it, and modules that have ``qkv``, ``proj`` and ``num_heads``, as timm has
-    them. Other modules that are named attention are left, and the result says so.
+    as in torchvision, and modules with ``qkv``, ``proj`` and ``num_heads``, as in timm. Other
+    modules whose type is named attention are left, and the result says so.
 
-    The new layers have the device, dtype and mode of the old ones. Attention takes over the
-    projections; convolutions start anew, since a tap no longer means a place.
+    The new layers have the device, dtype and training mode of the old ones. Attention keeps its
+    projections; convolutions start from fresh weights, because a tap no longer corresponds to a
+    position.
 
     Args:
-        model: any module that contains such layers.
+        model: a module that contains such layers.
         conv2d: "convnn": ConvNN2d as in the paper's VGG (no projections, rho="ones"); "hybrid":
             HybridBranch2d; or a function from the old layer to the new one, such as
-            ``ConvNN2d.from_conv2d``, whose ValueError is the reason to leave a layer. None leaves
-            all.
+            ``ConvNN2d.from_conv2d``, whose ValueError is the reason to leave a layer. If None, all
+            convolutions are left.
         attention: "convnn": ConvNNAttention with its defaults (section 6.2); "kvt": with
-            metric="dot" and no weight, which for k = N changes nothing; or a function. None leaves
-            all.
-        k: the number of neighbors. If None, that of the kernel's taps, and 9 for attention.
-        branch_ratio: the paper's λ for conv2d="hybrid".
-        candidates: makes the candidates of one layer, as in ``lambda: RandomCandidates(32)``.
+            metric="dot" and no weight, which for k = N computes the same as before; or a function.
+            If None, all attention layers are left.
+        k: the number of neighbors. If None, the number of the kernel's taps, or 9 for attention.
+        branch_ratio: the paper's λ, for conv2d="hybrid".
+        candidates: a function that creates the candidates of one layer, such as
+            ``lambda: RandomCandidates(32)``.
 
     Returns:
-        Which layers were swapped, and which were left for what reason.
+        Which layers were swapped, and which were left and why.
 
     Raises:
         ValueError: if an argument is wrong, if neither conv2d nor attention is given, or if the
@@ -82,9 +84,9 @@ def replace(
         ("conv2d", conv2d, ("convnn", "hybrid")),
         ("attention", attention, ("convnn", "kvt")),
     ):
-        known = given is None or given in choices or (callable(given) and not _is_made(given))
+        is_valid = given is None or given in choices or _is_builder(given)
         expected = f"{choices[0]!r}, {choices[1]!r} or a function from the old layer to the new one"
-        settings.require(known, owner, name, expected, given)
+        settings.require(is_valid, owner, name, expected, given)
     if conv2d is None and attention is None:
         raise ValueError(
             "replace: conv2d or attention must say what to swap for, such as conv2d='hybrid' or "
@@ -151,9 +153,9 @@ def replace(
 
 
 def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """Every module with its parent; a module with several parents comes several times."""
+    """Every module with its parent; a module with several parents comes once for each."""
     for parent_name, parent in model.named_modules():
-        # An attention layer is one layer, whatever it is made of.
+        # An attention layer is swapped as a whole, so its parts are not visited.
         if parent is model or not _is_attention(parent):
             for child_name, child in parent._modules.items():
                 if child is not None:
@@ -173,7 +175,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _is_unknown_attention(module: nn.Module) -> bool:
-    """Named attention, not one of ours, and with nothing inside that is attention as well."""
+    """Named attention, not one of ours, and not merely a container of attention layers."""
     return (
         _is_named_attention(module)
         and not isinstance(module, ConvNNAttention)
@@ -189,9 +191,9 @@ def _is_named_attention(module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower()
 
 
-def _is_made(given: object) -> bool:
-    """A module is callable, too, but it is not what makes one."""
-    return isinstance(given, nn.Module)
+def _is_builder(given: object) -> bool:
+    """Whether `given` creates modules. A module is callable, too, but does not."""
+    return callable(given) and not isinstance(given, nn.Module)
 
 
 def _layer_of(module: nn.Module) -> nn.Module:
@@ -199,7 +201,7 @@ def _layer_of(module: nn.Module) -> nn.Module:
 
 
 def _avoid_fast_path(model: nn.Module) -> None:
-    """nn.TransformerEncoder hands the weights of its first attention layer to a fused kernel."""
+    """Keeps nn.TransformerEncoder from passing the first layer's weights to a fused kernel."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(each, _Multihead) for each in module.modules()
@@ -226,12 +228,12 @@ def _require_plain_convolution(conv: nn.Conv2d) -> None:
             raise CannotReplaceError(reason)
 
 
-def _require_no_extras(module: nn.Module, known: tuple[str, ...]) -> None:
-    """Refuses an attention layer with parts, such as a position bias, that would be lost."""
+def _require_no_extras(module: nn.Module, replaced: tuple[str, ...]) -> None:
+    """Raises if an attention layer has parts that would be lost, such as a position bias."""
     extras = [
         name
         for name, part in module.named_children()
-        if name not in known and not isinstance(part, nn.Identity)
+        if name not in replaced and not isinstance(part, nn.Identity)
     ]
     extras += [name for name, _ in module.named_parameters(recurse=False)]
     if extras:
@@ -254,7 +256,7 @@ def _attention_layer(
     qkv: tuple[Tensor, Tensor | None],
     out: nn.Linear,
 ) -> ConvNNAttention:
-    """A layer with the given projections; of metric "dot" and without weight if scale is given."""
+    """A layer with the given projections; with metric "dot" and no weight if scale is given."""
     layer = ConvNNAttention(
         width,
         num_heads,
@@ -277,9 +279,9 @@ def _attention_layer(
 
 
 class _Multihead(nn.Module):
-    """ConvNNAttention, called as nn.MultiheadAttention is."""
+    """ConvNNAttention with the interface of nn.MultiheadAttention."""
 
-    # What nn.TransformerEncoderLayer looks at before it calls the layer: no fused path.
+    # nn.TransformerEncoderLayer reads this attribute; None disables its fused path.
     in_proj_bias = None
 
     def __init__(self, old: nn.Module, k: int, plain: bool, candidates: Candidates | None) -> None:
@@ -315,9 +317,9 @@ class _Multihead(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """As nn.MultiheadAttention, without masks over pairs; the weights are None.
+        """Same as nn.MultiheadAttention, but without masks over pairs; the weights are None.
 
-        A float key_padding_mask masks where it is -inf and has no other effect.
+        A float key_padding_mask masks keys where it is -inf and has no other effect.
         """
         _refuse_masks(attn_mask, is_causal)
         key_mask = None
@@ -343,7 +345,7 @@ class _Multihead(nn.Module):
 
 
 class _FusedQkv(nn.Module):
-    """ConvNNAttention, called as a layer with one linear for query, key and value is."""
+    """ConvNNAttention with the interface of a layer with one linear for query, key and value."""
 
     def __init__(self, old: nn.Module, k: int, plain: bool, candidates: Candidates | None) -> None:
         super().__init__()
@@ -379,4 +381,4 @@ class _FusedQkv(nn.Module):
 def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         got = "is_causal=True" if attn_mask is None else f"shape {list(attn_mask.shape)}"
-        raise ValueError(f"attn_mask must be None: masks over pairs are not offered, got {got}")
+        raise ValueError(f"attn_mask must be None: masks over pairs are not supported, got {got}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The settings that the layers have in common, and how a wrong one is refused."""
+"""The settings that the layers share, and the checks that reject invalid ones."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ COORDINATES = ("unit", "pixel")
 
 
 def require(condition: bool, owner: str, name: str, expected: str, got: Any) -> None:
-    """Raises a ValueError that names the argument, what was expected and what came."""
+    """Raises a ValueError that names the argument, what was expected and what was passed."""
     if not condition:
         raise ValueError(f"{owner}: {name} must be {expected}, got {got!r}")
 
@@ -37,7 +37,7 @@ def require_between(owner: str, name: str, got: Any, least: float, most: float) 
 
 
 def require_shape(owner: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
-    """Checks dimensions and those of their sizes that are given as numbers."""
+    """Checks the number of dimensions, and the sizes that `expected` gives as numbers."""
     shape = tensor.shape
     fits = len(shape) == len(expected) and all(
         isinstance(wanted, str) or size == wanted
@@ -62,7 +62,7 @@ def require_common(
     positional_encoding: str | None,
     coordinates: str,
 ) -> None:
-    """Checks what ConvNN1d, ConvNN2d and ConvNNAttention have in common."""
+    """Checks the settings that ConvNN1d, ConvNN2d and ConvNNAttention share."""
     require_count(owner, "k", k)
     require_choice(owner, "projections", projections, allowed_projections)
     require_choice(owner, "rho", rho, RHOS)
@@ -78,7 +78,7 @@ def require_common(
         not (projections == "learned" and rho == "ones"),
         owner,
         "projections",
-        "other than learned with rho='ones', where query and key projections get no gradient "
-        "and could never learn ('value' learns the value projection alone)",
+        "other than learned with rho='ones', which gives query and key projections no gradient "
+        "('value' learns the value projection alone)",
         projections,
     )
