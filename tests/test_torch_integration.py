@@ -689,6 +689,12 @@ IN_CONTEXT: dict[str, Callable[..., Tensor]] = {
     "vmap": lambda call, first, rest: torch.vmap(lambda each: call(each, *rest))(
         torch.stack([first, -first])
     ),
+    "autograd-of-vmap": lambda call, first, rest: torch.autograd.grad(
+        torch.vmap(lambda each: call(each, *rest))(
+            torch.stack([first.requires_grad_(), -first])
+        ).sum(),
+        first,
+    )[0],
     "compile": lambda call, first, rest: torch.compile(
         call, fullgraph=True, dynamic=True, backend="aot_eager"
     )(first, *rest),
