@@ -9,10 +9,10 @@ from torch import Tensor
 
 from convnn_kernels import schemas
 
-# Similarities stay in float32, whatever the dtype of query and key.
+# Similarities are float32 or float64, whatever the dtype of query and key.
 _NEVER_CAST = {"similarities"}
 
-# The arguments that have the leading dimensions. The mapped dimension becomes the first of those.
+# The arguments that have the leading dimensions; vmap adds the mapped dimension in front.
 _BATCHED = {
     "convnn::forward": {"query", "key", "value", "key_mask"},
     "convnn::select": {"query", "key", "key_mask"},
