@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Convolutional Nearest Neighbors as PyTorch operators.
 
-``convnn_kernels.functional`` holds the functions, ``torch.ops.convnn`` the operators beneath them.
-``convnn_kernels.backend(name)`` forces one backend; ``convnn_kernels.warmup(...)`` compiles what a
-call needs before it is made.
+``convnn_kernels.nn`` has the layers, ``convnn_kernels.functional`` the functions, which call the
+operators ``torch.ops.convnn``. ``convnn_kernels.backend(name)`` forces a backend, and
+``convnn_kernels.warmup(...)`` compiles the kernels of a call in advance.
 """
 
 from convnn_kernels import functional, native, nn
@@ -11,7 +11,7 @@ from convnn_kernels.backends.selection import backend
 from convnn_kernels.functional import warmup
 from convnn_kernels.version import __version__
 
-# Importing `functional` defined the operators; their C++ implementations follow.
+# `functional` has defined the operators, so their C++ implementations can be registered.
 native.load()
 
 __all__ = ["__version__", "backend", "functional", "nn", "warmup"]

@@ -159,7 +159,7 @@ class _NoDerivative(_Node):
 
 def _keep_options(ctx: Any, op: torch._ops.OpOverload, args: tuple[Any, ...]) -> Any:
     """Keeps on ``ctx`` what backward needs besides tensors; returns the arguments by name."""
-    arguments = schemas.arguments(op)(*args)
+    arguments = schemas.arguments(op)._make(args)
     ctx.op = op.name()
     ctx.metric = getattr(arguments, "metric", None)
     ctx.rho = getattr(arguments, "rho", None)
@@ -173,7 +173,7 @@ def _keep_options(ctx: Any, op: torch._ops.OpOverload, args: tuple[Any, ...]) ->
 def _needs(ctx: Any) -> Any:
     """For each argument of the operator, by name, whether it needs a gradient."""
     # The first two inputs of a node are the operator and the dispatch keys.
-    return schemas.arguments(ctx.op)(*ctx.needs_input_grad[2:])
+    return schemas.arguments(ctx.op)._make(ctx.needs_input_grad[2:])
 
 
 def _gradients(

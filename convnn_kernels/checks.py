@@ -25,7 +25,7 @@ def check_forward(op: str, arguments: Any) -> None:
     """Check the arguments of ``forward``: those of ``select``, then value and the convolution.
 
     Raises:
-        RuntimeError: naming the operator, the argument, what was expected and what came.
+        RuntimeError: naming the operator, the argument, what was expected and what it got.
     """
     check_select(op, arguments)
     query, key, value = arguments.query, arguments.key, arguments.value
@@ -119,7 +119,7 @@ def _check_k(op: str, k: int, key: Tensor, candidates: Tensor | None) -> None:
         most, of_what = key.shape[-2], "the rows of key"
     else:
         most, of_what = candidates.shape[0], "the candidates"
-    # torch._check, because torch.compile may know either side at run time only.
+    # torch._check, because under torch.compile either side may be unknown until run time.
     for in_range in (k >= 1, k <= most):
         torch._check(in_range, lambda: f"{op}: k must be between 1 and {most} ({of_what}), got {k}")
 
@@ -192,7 +192,7 @@ def _check_convolution(op: str, arguments: Any, k: int) -> None:
 
 
 def check_candidates(op: str, candidates: Tensor | None, rows: int) -> None:
-    """Check the values of ``candidates``: rows of key, each once. Reads them."""
+    """Check, by reading them, that the values of ``candidates`` are distinct rows of key."""
     if candidates is None:
         return
     _check_range(op, "candidates", candidates, rows)
@@ -203,13 +203,13 @@ def check_candidates(op: str, candidates: Tensor | None, rows: int) -> None:
 
 
 def check_self_indices(op: str, self_indices: Tensor | None, rows: int) -> None:
-    """Check the values of ``self_indices``: rows of key. Reads them."""
+    """Check, by reading them, that the values of ``self_indices`` are rows of key."""
     if self_indices is not None:
         _check_range(op, "self_indices", self_indices, rows)
 
 
 def check_indices(op: str, indices: Tensor, rows: int) -> None:
-    """Check the values of the indices of ``aggregate``: rows of value. Reads them."""
+    """Check, by reading them, that the indices of ``aggregate`` are rows of value."""
     _check_range(op, "indices", indices, rows)
 
 

@@ -14,14 +14,14 @@ _HOW_TO_BUILD = "Build it from the checkout:  pip install -e . --no-build-isolat
 
 
 def library(name: str) -> Path:
-    """Where the library of backend ``name`` ("cpu" or "cuda") is, if it was built."""
+    """The path of the library of backend ``name`` ("cpu" or "cuda"), whether built or not."""
     return FOLDER / f"libconvnn_{name}.so"
 
 
 def build_report() -> dict[str, str | dict[str, str]]:
-    """What the build wrote down: for each part, ``{"built": detail}`` or ``{"skipped": reason}``.
+    """What was built: for each part, ``{"built": detail}`` or ``{"skipped": reason}``.
 
-    Empty if nothing was built.
+    Empty if there was no build.
     """
     try:
         return json.loads((FOLDER / "build.json").read_text())
@@ -31,11 +31,14 @@ def build_report() -> dict[str, str | dict[str, str]]:
 
 @functools.cache
 def load() -> dict[str, str]:
-    """Loads the libraries once.
+    """Loads the libraries, once per process.
 
-    Returns, for "cpu" and "cuda", an empty string if the library is loaded and the reason if it is
-    not. Raises ImportError if the CPU library is missing or cannot be loaded: without it the
-    package is of no use. The CUDA library is an alternative to Triton: its absence is reported.
+    Returns:
+        For "cpu" and "cuda", an empty string if the library was loaded, otherwise the reason why
+        not. The CUDA library is optional, because Triton can run CUDA tensors, too.
+
+    Raises:
+        ImportError: if the CPU library, which is required, is missing or cannot be loaded.
     """
     path = library("cpu")
     if not path.exists():
@@ -51,17 +54,18 @@ def load() -> dict[str, str]:
 
 
 def cpu_instruction_set() -> str:
-    """Which of the compiled instruction sets the CPU kernels use here; see ``CONVNN_CPU_ISA``.
+    """The instruction set of the CPU kernels that run on this machine.
 
-    Empty if that variable names one that cannot run here.
+    The best one by default; the environment variable ``CONVNN_CPU_ISA`` names another. Empty if the
+    one it names cannot run here.
     """
-    # The answer is not kept: it depends on the variable.
+    # Not cached, because the variable may change.
     return (_instruction_set_question()() or b"").decode()
 
 
 @functools.cache
 def _instruction_set_question() -> Callable[[], bytes | None]:
-    """The function of the CPU library. The library is opened once, not at every call."""
+    """The function of the CPU library that answers; cached, so that the library is opened once."""
     ask = ctypes.CDLL(str(library("cpu"))).convnn_cpu_instruction_set
     ask.restype = ctypes.c_char_p
     return ask
@@ -78,6 +82,6 @@ def _load_cuda() -> str:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        # PyTorch's own message names the file alone.
+        # PyTorch's own message names only the file; the cause says what is wrong.
         return f"PyTorch {torch.__version__} cannot load {path}: {error.__cause__ or error}"
     return ""

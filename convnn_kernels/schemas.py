@@ -52,7 +52,7 @@ for _schema in _SCHEMAS:
 
 
 def _arguments_class(op: torch._ops.OpOverload) -> Any:
-    arguments = op._schema.arguments
+    arguments = op._schema.arguments  # private; PyTorch has no public way to read a schema
     # Arguments without a default come first, as `define` requires.
     defaults = [each.default_value for each in arguments if each.has_default_value()]
     name = op._schema.name.removeprefix("convnn::").title().replace("_", "")

@@ -1,65 +1,64 @@
 # SPDX-License-Identifier: MIT
-"""The one module that uses PyTorch's unpublished dispatcher interface.
+"""The parts of PyTorch's private dispatcher interface that the operators need.
 
-``torch.library`` registers kernels for any dispatch key, but has no published way to go on with
-the next one. The names used here are those that PyTorch's own ``register_autograd`` and
-``register_autocast`` use.
+The public ``torch.library.register_autograd`` is not enough. What it registers fails under
+``torch.func`` (test_func_grad) and drops forward-mode tangents silently (test_forward_mode_raises),
+and no public function calls the next kernel from inside a kernel. Next to each private name is the
+test that fails without it; all of them are in tests/test_torch_integration.py unless another file
+is named.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function  # test_func_grad
 from torch.autograd import forward_ad
 
-# What ``torch.autograd.Function`` is made of. Under ``torch.func`` the dispatcher already calls an
-# Autograd kernel once for each level, as it does for PyTorch's own operators; ``Function.apply``
-# would start over from the outermost level, and fail, so the node is of one level.
-Node = torch.autograd.function._SingleLevelFunction
+# The base of ``torch.autograd.Function``. Under ``torch.func`` the dispatcher calls an Autograd
+# kernel once for each level, as it does for PyTorch's own operators. ``Function.apply`` would start
+# again at the outermost level.
+Node = torch.autograd.function._SingleLevelFunction  # test_func_grad
 
-BELOW_AUTOGRAD = torch._C._after_autograd_keyset
-BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Autocast for this device switched off, without the bookkeeping of ``torch.autocast``."""
-    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
-    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+BELOW_AUTOGRAD = torch._C._after_autograd_keyset  # every test that calls an operator
+BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(
+    torch._C.DispatchKey.BackendSelect  # test_errors.py::test_backend_from_the_environment
+)
 
 
 def needs_autograd(args: tuple[Any, ...]) -> bool:
     """Whether a call with ``args`` must be recorded, or may carry forward-mode tangents."""
-    # An open forward-mode level is the one sign of a tangent that costs nothing to read.
-    return forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    # There may be tangents wherever a forward-mode level is open. This is the cheapest test for it.
+    return forward_ad._current_level >= 0 or (  # test_forward_mode_raises
+        # Reading `requires_grad` would call the `__torch_function__` of modes and subclasses.
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*args)  # test_modes_see_calls_...
     )
 
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """``op(*args)``, past its Autograd kernel where that has nothing to do.
+    """``op(*args)``, without its Autograd kernel if that kernel has nothing to do.
 
-    That kernel is Python: without it, the dispatcher goes from here to C++ and back.
+    The kernel is written in Python: calling it from the dispatcher takes about 4 µs, a fifth of a
+    small call.
     """
     if (
         torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()  # the dispatcher leaves it out by itself
+        or torch.is_inference_mode_enabled()  # the dispatcher skips the Autograd kernel itself
         or needs_autograd(args)
-        or torch._C._are_functorch_transforms_active()
+        or torch._C._are_functorch_transforms_active()  # test_functions_agree_with_operators
     ):
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op._op(*args)  # what `op(*args)` calls
+    with torch._C._AutoDispatchBelowAutograd():  # no test: it is what saves the time
+        return op(*args)
 
 
 def redispatcher(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """``op.redispatch`` without the call of a Python method."""
+    """``op.redispatch`` without a Python method call, which takes 0.6 µs; no test needs it."""
     return op._handle.redispatch_boxed
 
 
 def apply(node: Any, *args: Any) -> Any:
-    """``node.apply``, of a subclass of ``Node``, for use inside a kernel of the Autograd key."""
+    """``node.apply`` of a subclass of ``Node``, for use inside an Autograd kernel."""
     if not torch._C._are_functorch_transforms_active():
         return node.apply(*args)
     with enable_single_level_autograd_function():
@@ -67,12 +66,13 @@ def apply(node: Any, *args: Any) -> Any:
 
 
 def redispatch(op: torch._ops.OpOverload, below: torch._C.DispatchKeySet, *args: Any) -> Any:
-    """Goes on with ``op`` from the forward of a function applied by ``apply``.
+    """Calls the next kernel of ``op`` from the forward of a node applied by ``apply``.
 
-    PyTorch runs that forward with gradients off, which outer levels of ``torch.func`` would take
-    for their own.
+    PyTorch disables gradients in that forward. Under ``torch.func`` they must be enabled again,
+    because the outer levels run inside it.
     """
     if not torch._C._are_functorch_transforms_active():
         return op.redispatch(below, *args)
+    # test_second_derivative_of_nested_func_grad_raises, test_forward_mode_of_torch_func_raises
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return op.redispatch(below, *args)

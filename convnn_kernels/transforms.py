@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_kernels import schemas, torch_internals
+from convnn_kernels import schemas
 
-# Similarities stay in float32, whatever the dtype of query and key.
+# Similarities are float32 or float64, whatever the dtype of query and key.
 _NEVER_CAST = {"similarities"}
 
-# The arguments that have the leading dimensions. The mapped dimension becomes the first of those.
+# The arguments that have the leading dimensions; vmap adds the mapped dimension in front.
 _BATCHED = {
     "convnn::forward": {"query", "key", "value", "key_mask"},
     "convnn::select": {"query", "key", "key_mask"},
@@ -55,7 +55,7 @@ def autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
 
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
-        with torch_internals.without_autocast(device_type):
+        with torch.autocast(device_type, enabled=False):
             return op(*[arg if i in kept else cast(arg, dtype) for i, arg in enumerate(args)])
 
     return kernel

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wrong calls raise an error that names the argument, what was expected and what came.
+"""Wrong calls raise an error that names the argument, what was expected and what it got.
 
 One table of calls with their complete messages. Each runs on CPU tensors, where C++ checks, also
 with gradients, and on meta and fake tensors, where Python checks: the texts are the same.
@@ -31,7 +31,7 @@ FUNCTIONS = {
 
 
 def base(op: str) -> dict[str, Any]:
-    """Arguments of a right call, all of them: batch 2, N = 6, M = 8, D = 4, C = 5, O = 7, R = 5."""
+    """All arguments of a valid call: batch 2, N = 6, M = 8, D = 4, C = 5, O = 7, R = 5."""
     select = {
         "query": torch.randn(2, 6, 4),
         "key": torch.randn(2, 8, 4),
@@ -69,7 +69,7 @@ class Case:
 
 
 def replace(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Changes arguments; a callable gets the argument as it was."""
+    """Replaces arguments; a callable is applied to the original argument."""
 
     def change(args: dict[str, Any]) -> dict[str, Any]:
         new = {name: to(args[name]) if callable(to) else to for name, to in changes.items()}
@@ -83,7 +83,7 @@ def to(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def elsewhere(tensor: Tensor) -> Tensor:
-    """The tensor on a device that the others are not on; see `place`."""
+    """The tensor on a different device than the others; see `place`."""
     return Elsewhere(tensor)  # type: ignore[return-value]
 
 
@@ -366,7 +366,7 @@ WAYS = [
 
 
 def place(arg: Any, way: Way) -> Any:
-    """The argument where `way` has its tensors."""
+    """The argument on the device of `way`."""
     if isinstance(arg, Elsewhere):
         tensor, device = arg.tensor, way.other
     elif isinstance(arg, Tensor):
@@ -392,7 +392,7 @@ def complete_message(case: Case, way: Way) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The message; PyTorch appends a C++ stack trace to some."""
+    """The message without the C++ stack trace that PyTorch appends to some."""
     return str(error).splitlines()[0]
 
 
@@ -417,7 +417,7 @@ def test_wrong_call_of_a_function(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.message}")
 def test_wrong_call_in_inference_mode(case: Case) -> None:
-    # Here the dispatcher goes to C++ with no Python in between.
+    # In inference mode the dispatcher calls the C++ kernels directly, without any Python.
     with torch.inference_mode(), pytest.raises(RuntimeError) as error:
         call(OPERATORS[case.op], case.change(base(case.op)), WAYS[0])
     assert first_line(error.value) == complete_message(case, WAYS[0])
@@ -426,7 +426,7 @@ def test_wrong_call_in_inference_mode(case: Case) -> None:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_right_call(op: str, way: Way) -> None:
-    """Without its mistake every call of the table runs."""
+    """The calls of the table run without their mistakes."""
     results = call(OPERATORS[op], base(op), way)
     output = results if op == "aggregate" else results[0]
     assert output.shape == ((2, 6, 3) if op == "select" else (2, 6, 7))
@@ -509,7 +509,7 @@ def test_backend_cpu_runs_and_ends() -> None:
 
 
 def test_cuda_tensors_have_no_backend() -> None:
-    """The owner of the CUDA key checks the arguments, then says why nothing can run them."""
+    """The CUDA kernel checks the arguments, then reports why no backend can run them."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key("convnn::forward", "CUDA")
     kernel = selection.cuda_kernel(torch.ops.convnn.select.default)
     x = torch.randn(4, 3)
@@ -559,7 +559,7 @@ def test_backend_from_the_environment(name: str, run_python: Callable[..., str])
     elif name == "gpu":
         expected = "CONVNN_BACKEND must be 'triton', 'cuda' or 'cpu', got 'gpu'"
     else:
-        # Asked in a process of its own: other tests here may have faked a device.
+        # Queried in a separate process, because other tests here may have faked a device.
         code = (
             f"from convnn_kernels.backends.selection import available\nprint(available()[{name!r}])"
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gradients against finite differences in float64, at inputs whose selection is stable."""
+"""Gradients against finite differences in float64, at inputs with a stable selection."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import convnn_kernels  # noqa: F401
 
 ops = torch.ops.convnn
 
-# A step of gradcheck moves a similarity by about 1e-6 of it. Neighbors must not change under it.
+# A step of gradcheck changes a similarity by about 1e-6, which must not change the neighbors.
 GAP = 1e-3
 N, M, D, C, K = 3, 7, 3, 2, 3
 
@@ -97,7 +97,7 @@ def test_select(metric: str) -> None:
 @pytest.mark.parametrize("rho", RHOS)
 @pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
 def test_aggregate(rho: str, kind: str) -> None:
-    """Indices that repeat, and every input that can have a gradient."""
+    """Repeated indices, and every differentiable input."""
     indices = torch.randint(M, (N, K))
     indices[0] = 4
 

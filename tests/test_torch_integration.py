@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operators among PyTorch's own machinery: called directly, they behave as built-in ones do."""
+"""The operators behave as built-in ones do under compile, export, autocast, vmap and autograd."""
 
 import contextlib
 import inspect
@@ -45,7 +45,7 @@ def example(
     dtype: torch.dtype = torch.float32,
     weight: str | None = "depthwise",
 ) -> list[Any]:
-    """Arguments of a call of `op`, as far as weight."""
+    """Arguments of a call of `op`, up to weight."""
     if op == "aggregate":
         similarity_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return [
@@ -66,7 +66,7 @@ def is_floating(arg: Any) -> bool:
 
 
 def with_grad(args: list[Any]) -> list[Any]:
-    """The same values as leaves that need gradients."""
+    """The same values as leaves that require gradients."""
     return [arg.detach().clone().requires_grad_() if is_floating(arg) else arg for arg in args]
 
 
@@ -82,7 +82,7 @@ def ramp_like(output: Tensor) -> Tensor:
 
 
 def loss_of(op: str, *args: Any) -> Tensor:
-    """A sum with unequal weights, so that every entry has a gradient of its own."""
+    """A sum with unequal weights, so that every entry has a different gradient."""
     return sum((output * ramp_like(output)).sum() for output in outputs_of(op, *args))
 
 
@@ -132,7 +132,7 @@ OPTIONS = {
 
 
 def call_with(op: str, options: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and named arguments of a call of `op` under the options that concern it."""
+    """Positional and named arguments of a call of `op` with those of the options that it has."""
     dtype = options.get("dtype", torch.float32)
     kind = options.get("weight")
     args = example(op, dtype=dtype, weight=kind)
@@ -181,7 +181,7 @@ def test_opcheck_aggregate_backward(kind: str | None, needs: tuple[bool, ...]) -
 def forward_backward_args(
     kind: str | None, rho: str, with_similarities: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, ...]:
-    """Arguments of forward_backward, as far as scale."""
+    """Arguments of forward_backward, up to scale."""
     query, key, value, k, weight = example("forward", dtype=dtype, weight=kind)
     output, similarities, indices = convnn.forward(query, key, value, k, weight, rho=rho)
     grad_similarities = ramp_like(similarities) if with_similarities else None
@@ -248,7 +248,7 @@ def test_meta_tensors(op: str) -> None:
 
 
 class CountingBackend:
-    """The compiler backend "aot_eager", counting how often it compiles."""
+    """The compiler backend "aot_eager", which counts its compilations."""
 
     def __init__(self) -> None:
         self.compilations = 0
@@ -291,7 +291,7 @@ def test_compile_once_for_all_sizes(op: str, weight: str | None) -> None:
 
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compile_with_sizes_known_only_at_run_time() -> None:
-    """The number of candidates may come out of the data."""
+    """The number of candidates may depend on the data."""
     query, key, value, k, weight = example("forward")
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
@@ -377,7 +377,7 @@ def test_autocast(op: str, half: torch.dtype) -> None:
         assert torch.equal(result, right)
     assert results[0].dtype == (torch.float32 if op == "select" else half)
 
-    # Gradients come in the dtypes of the arguments, whether backward is inside or outside.
+    # Gradients have the dtypes of the arguments, whether backward runs inside or outside.
     outside, inside = with_grad(args), with_grad(args)
     with torch.autocast("cpu", dtype=half):
         loss = loss_of(op, *outside)
@@ -405,7 +405,7 @@ def test_autocast_casts_each_argument_by_itself() -> None:
     query, key, value, k, weight = example("forward")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, similarities, _ = convnn.forward(query.double(), key.double(), value, k, weight)
-        # Half precision of the other kind is cast too, as PyTorch's operators do.
+        # As in PyTorch's operators, float16 is cast to bfloat16, too.
         other, _, _ = convnn.forward(query.half(), key.half(), value.half(), k, weight)
         with torch.autocast("cpu", enabled=False):
             plain = convnn.forward(query, key, value, k, weight)[0]
@@ -429,7 +429,7 @@ def test_autocast_under_compile(op: str) -> None:
 
 
 def mapped(args: list[Any], in_dims: tuple[int | None, ...], size: int = 3) -> list[Any]:
-    """The arguments with a dimension of `size` more where `in_dims` says so."""
+    """The arguments with an additional dimension of `size` at `in_dims`."""
     result = []
     for arg, dim in zip(args, in_dims, strict=True):
         if dim is None:
@@ -444,7 +444,7 @@ def mapped(args: list[Any], in_dims: tuple[int | None, ...], size: int = 3) -> l
 def one_by_one(
     call: Callable[..., Any], in_dims: tuple[int | None, ...], args: list[Any], size: int = 3
 ) -> tuple[Tensor, ...]:
-    """What vmap is to equal."""
+    """The results that vmap must equal: one call for each entry, stacked."""
     results = [
         call(*[a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)])
         for i in range(size)
@@ -488,7 +488,7 @@ def test_vmap(op: str, in_dims: tuple[int | None, ...]) -> None:
     for result, right in zip(results, one_by_one(call, in_dims, args), strict=True):
         assert torch.equal(result, right)
 
-    # Gradients, also of what is shared by all entries and so receives a sum.
+    # Gradients, including those of shared arguments, which are sums over the entries.
     of_vmap, of_loop = with_grad(args), with_grad(args)
     differentiable = 1 if op == "aggregate" else -1
     for results, leaves in (
@@ -577,7 +577,7 @@ def test_gradients_may_be_expanded_or_strided(op: str, weight: str | None) -> No
 
 
 def test_similarities_of_forward_are_an_output() -> None:
-    """Their gradient is that of `select`, and adds to that of the output."""
+    """Their gradient is that of `select`, and is added to that of the output."""
     args = example("forward", dtype=torch.float64)
     query, key, _, k, _ = args
     coefficients = torch.randn(B, N, K, dtype=torch.float64)
@@ -611,7 +611,7 @@ def test_ones_gives_no_gradient_to_query_and_key() -> None:
     assert weight.grad is not None
     assert not indices.requires_grad
 
-    # The similarities of the same call still have theirs.
+    # The gradient through the similarities remains.
     convnn.forward(query, key, value, k, weight, rho="ones")[1].sum().backward()
     assert query.grad is not None
 
@@ -621,7 +621,7 @@ def test_ones_gives_no_gradient_to_query_and_key() -> None:
 
 
 def test_only_gradients_asked_for(op: str) -> None:
-    """Each argument alone receives the gradient that it receives among all."""
+    """An argument gets the same gradient alone as together with all others."""
     args = example(op, dtype=torch.float64)
     expected = gradients(op, args)
     for position in [i for i, arg in enumerate(args) if is_floating(arg)]:
@@ -689,6 +689,12 @@ IN_CONTEXT: dict[str, Callable[..., Tensor]] = {
     "vmap": lambda call, first, rest: torch.vmap(lambda each: call(each, *rest))(
         torch.stack([first, -first])
     ),
+    "autograd-of-vmap": lambda call, first, rest: torch.autograd.grad(
+        torch.vmap(lambda each: call(each, *rest))(
+            torch.stack([first.requires_grad_(), -first])
+        ).sum(),
+        first,
+    )[0],
     "compile": lambda call, first, rest: torch.compile(
         call, fullgraph=True, dynamic=True, backend="aot_eager"
     )(first, *rest),
@@ -702,7 +708,7 @@ IN_CONTEXT: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("context", IN_CONTEXT)
 def test_functions_agree_with_operators(op: str, context: str) -> None:
-    """Functions go past the autograd kernel where nothing needs it; this is not to be seen."""
+    """Functions skip the autograd kernel if nothing needs it, without a visible difference."""
     first, *rest = example(op)
     results = [
         IN_CONTEXT[context](lambda *args: first_of(call(*args)), first.clone(), rest)  # noqa: B023
@@ -714,7 +720,7 @@ def test_functions_agree_with_operators(op: str, context: str) -> None:
 
 
 class Calls(TorchDispatchMode):
-    """Notes the operators that are called."""
+    """Records the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -726,7 +732,7 @@ class Calls(TorchDispatchMode):
 
 
 class FunctionCalls(TorchFunctionMode):
-    """Notes the functions of PyTorch that are called."""
+    """Records the functions of PyTorch that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -738,7 +744,7 @@ class FunctionCalls(TorchFunctionMode):
 
 
 class Wrapped(Tensor):
-    """A tensor in a wrapper, which notes the operators that are called with it."""
+    """A wrapper tensor that records the operators called with it."""
 
     ops: ClassVar[list[Any]] = []
     inner: Tensor
@@ -835,7 +841,7 @@ def test_forward_mode_raises(op: str, mode: Callable[[], Any]) -> None:
     first, *rest = example(op)
     message = f"^convnn::{op}: forward-mode automatic differentiation is not implemented$"
     with mode(), forward_ad.dual_level():
-        outputs_of(op, first, *rest)  # without a tangent there is nothing to refuse
+        outputs_of(op, first, *rest)  # no tangent, no error
         dual = forward_ad.make_dual(first, torch.ones_like(first))
         with pytest.raises(RuntimeError, match=message):
             outputs_of(op, dual, *rest)
@@ -882,7 +888,7 @@ def test_func_vjp_and_jacrev(op: str) -> None:
 
 
 def test_gradients_for_each_sample(op: str) -> None:
-    """vmap of grad: each entry has a gradient of its own, for shared arguments too."""
+    """vmap of grad gives a gradient for each entry, also for shared arguments."""
     args = example(op, dtype=torch.float64)
     positions = tuple(i for i, arg in enumerate(args) if is_floating(arg))
     in_dims = (0, *[None] * (len(args) - 1))
