@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Fixed seeds and thread counts, and a fixture that runs a process."""
+"""Fixed seeds and thread counts, new memory filled with NaN, and a fixture that runs a process."""
 
 import collections
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 import textwrap
@@ -18,6 +20,17 @@ ROOT = Path(__file__).parent.parent
 THREADS = 2
 
 _gpu_tests_not_run: collections.Counter[str] = collections.Counter()
+
+
+def pytest_configure() -> None:
+    """Have glibc fill new memory with bytes of 0xff, so that an element never written is NaN or -1.
+
+    This includes the outputs and workspaces of the C++ library, which PyTorch's
+    `fill_uninitialized_memory` does not.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        # M_PERTURB is -6; its lowest byte is inverted for new memory.
+        ctypes.CDLL(None).mallopt(-6, 0x100)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

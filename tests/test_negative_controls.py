@@ -2,10 +2,12 @@
 """Each comparison rejects a result with one error. One that accepts it would prove nothing."""
 
 import math
+import platform
 from collections.abc import Callable
 
 import pytest
 import torch
+from cases import DTYPES, SHORT
 from inputs import each_metric
 from torch import Tensor
 
@@ -387,3 +389,15 @@ def test_half_precision_sums() -> None:
     value, s, I = torch.randn(M, C).bfloat16(), torch.randn(N, 400), torch.randint(M, (N, 400))
     with pytest.raises(AssertionError, match="output"):
         assert_aggregate(aggregate, value, s, I, rho="ones", backward=False)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs mallopt of glibc")
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("size", [1, 300, 100_000])
+def test_new_memory_is_nan(size: int, dtype: torch.dtype) -> None:
+    """An element that an operator does not write is NaN, even where memory is reused."""
+    for _ in range(3):
+        X = torch.empty(size, dtype=dtype)
+        assert X.isnan().all()
+        X.fill_(1.0)
+        del X
