@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What tests that build something share."""
+"""Helpers of tests that build something."""
 
 import shutil
 import sys
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def tool(name: str) -> str:
-    """Path of a program that a Python package brings, or one on PATH."""
-    # Such packages put it beside the interpreter, which need not be on PATH.
+    """Path of a program that a Python package installs, or of one on PATH."""
+    # Packages install programs next to the interpreter, in a folder that may not be on PATH.
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name) or name

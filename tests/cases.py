@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Random cases: a seed is a case, and its id says what is in it."""
+"""Random cases: each is made from a seed, and its id describes it."""
 
 import random
 from collections.abc import Callable
@@ -12,14 +12,14 @@ METRICS = ("cosine", "dot", "euclidean")
 RHOS = ("softmax", "ones", "similarity")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# Sizes at which tiles and vectors end, with one more and one less, and the smallest.
+# The smallest sizes, multiples of tile and vector sizes, and one more and one less than those.
 TILE_EDGES = (8, 16, 32, 48, 64, 128, 256)
 SIZES = sorted({1, 2, 3, *(edge + step for edge in TILE_EDGES for step in (-1, 0, 1))})
 LEADS = ((), (1,), (2,), (3,), (2, 2), (1, 3), (2, 1, 2), (0,))
 LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded")
 CONTENTS = ("normal", "integers", "duplicates", "zero_rows", "constant", "near_ties", "scales")
 
-# Limits that keep a case at some milliseconds: pairs times D, and gathered elements.
+# Limits that keep a case at a few milliseconds: products of similarities, and gathered elements.
 MAX_PRODUCTS = 2**19
 MAX_GATHERED = 2**17
 
@@ -33,7 +33,7 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Case:
-    """What a seed stands for. `tensors` and `options` make the arguments of an operator."""
+    """A random call of `forward`, with `arguments` that depend on nothing but the seed."""
 
     seed: int
     lead: tuple[int, ...]
@@ -100,12 +100,12 @@ class Case:
         if self.bias:
             outputs = self.O if self.weight == "dense" else self.C
             bias = strided(randn(outputs), self.value_dtype)
-        candidates = own = None
+        candidates = self_indices = None
         if self.candidates is not None:
             candidates = torch.randperm(self.M, generator=generator)[: self.candidates]
             candidates = with_layout(candidates, self.layout)
         if self.has_self:
-            own = with_layout(randint(self.M, (self.N,)), self.layout)
+            self_indices = with_layout(randint(self.M, (self.N,)), self.layout)
         return {
             "query": strided(rows(*self.lead, self.N, self.D), self.query_dtype),
             "key": strided(rows(*self.lead, self.M, self.D), self.query_dtype),
@@ -113,7 +113,7 @@ class Case:
             "weight": weight,
             "bias": bias,
             "candidates": candidates,
-            "self_indices": own,
+            "self_indices": self_indices,
             "key_mask": self._mask(generator),
         }
 
@@ -148,30 +148,30 @@ def _rows(
     if content == "integers":
         return randint(7, shape).double() - 3
     if content == "duplicates":
-        # A few distinct rows, each in many places.
+        # At most five distinct rows, each repeated many times.
         return X[..., randint(min(n, 5), (n,)), :] if n else X
     if content == "zero_rows":
         return X * (randint(3, (*shape[:-1], 1)) > 0)
     if content == "constant":
         return torch.ones_like(X) * 0.3
     if content == "near_ties":
-        # All keys lie within a few float32 steps of each other.
+        # Elements differ by tens of float32 ulps.
         return 0.7 + 1e-6 * X
     if content == "scales":
-        # Norms from 1e-4 to 1e4, within float16.
+        # Norms from about 1e-3 to 1e3 times the usual one, in the range of float16.
         return X * 10.0 ** (randint(7, (*shape[:-1], 1)) - 3).double()
     return X
 
 
 def with_layout(X: Tensor, layout: str) -> Tensor:
-    """The same numbers with other strides. Elements between those of X are NaN, or True.
+    """The same elements with other strides. The memory between them is filled with NaN, or True.
 
     `expanded` repeats the first batch element, or the first row, with a stride of 0.
     """
     if layout == "transposed" and X.ndim >= 2:
         return X.mT.contiguous().mT
     if layout in ("sliced", "offset", "transposed"):
-        # One element too many on every side, and every other one used in the last dimension.
+        # One more element on every side; of the last dimension, only every other one is used.
         step = 1 if layout == "offset" else 2
         larger = [size + 2 for size in X.shape[:-1]] + [step * X.shape[-1] + 2]
         fill = X.new_full(larger, float("nan")) if X.is_floating_point() else X.new_ones(larger)
@@ -184,7 +184,7 @@ def with_layout(X: Tensor, layout: str) -> Tensor:
 
 
 def make_case(seed: int) -> Case:
-    """The case of a seed. Sizes are drawn anew until the case is small enough."""
+    """The case of a seed. Sizes are drawn again until the case is small enough."""
     draw = random.Random(seed)
     while True:
         lead = draw.choice(LEADS)
@@ -195,7 +195,7 @@ def make_case(seed: int) -> Case:
         N = 0 if draw.random() < 0.01 else N
         R = draw.randint(1, M) if draw.random() < 0.3 else None
         most = M if R is None else R
-        # Small k is common; all of the keys is a case of its own.
+        # Small k is common, and k equal to the number of keys is a special case.
         k = draw.choice((1, min(9, most), draw.randint(1, most), most))
         weight = draw.choice(("none", "depthwise", "dense"))
         outputs = draw.choice(SIZES[:12])
@@ -203,7 +203,7 @@ def make_case(seed: int) -> Case:
             weight = "depthwise"
         products = batch * N * M * D
         gathered = batch * N * k * max(C, D) * (outputs if weight == "dense" else 1)
-        # A dense product is cheaper for each element than a gather.
+        # A dense product costs less per element than a gather.
         most_gathered = MAX_GATHERED * (4 if weight == "dense" else 1)
         if products <= MAX_PRODUCTS and gathered <= most_gathered:
             break
@@ -237,8 +237,8 @@ def make_case(seed: int) -> Case:
 def whole_numbers(B: int, M: int, D: int, bits: int) -> tuple[Tensor, Tensor]:
     """Query [B, 1, D] and key [B, M, D], float32, whose dot products are 0 to M - 1 in some order.
 
-    Each is the difference of two numbers of some 22 bits: the product of one of `bits` bits and one
-    of the rest, and a single number. All sums are exact in float32; a bit that is lost is seen.
+    A dot product is q * K + r, with q of `bits` bits, K of the other 22 - `bits`, and r such that
+    the sum is small. All sums are exact in float32, and one lost bit changes the result.
     """
     generator = torch.Generator().manual_seed(bits)
     query, key = torch.zeros(B, 1, D), torch.zeros(B, M, D)

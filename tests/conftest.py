@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Seeds, thread count, and processes of their own for tests that need one."""
+"""Fixed seeds and thread counts, new memory filled with NaN, and a fixture that runs a process."""
 
 import collections
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +19,57 @@ from instruction_sets import INSTRUCTION_SETS, quick_last
 ROOT = Path(__file__).parent.parent
 THREADS = 2
 
+_gpu_tests_not_run: collections.Counter[str] = collections.Counter()
 
-_gpu_tests_left_out: collections.Counter[str] = collections.Counter()
 
+def pytest_configure() -> None:
+    """Have glibc fill new memory with bytes of 0xff, so that an element never written is NaN or -1.
 
-def _count_gpu_tests(items: Iterable[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            _gpu_tests_left_out[item.nodeid.partition("[")[0]] += 1
+    This includes the outputs and workspaces of the C++ library, which PyTorch's
+    `fill_uninitialized_memory` does not.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        # M_PERTURB is -6; its lowest byte is inverted for new memory.
+        ctypes.CDLL(None).mallopt(-6, 0x100)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    _count_gpu_tests(items)
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            _gpu_tests_not_run[item.nodeid.partition("[")[0]] += 1
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """GPU tests that did not run are counted and named, however they were left out."""
+    """List the GPU tests that did not run, whether they were deselected or skipped."""
     for report in terminalreporter.stats.get("skipped", []):
-        # A whole module left out has no keywords.
+        # The report of a skipped module has no keywords.
         if "gpu" in getattr(report, "keywords", ()) and "no NVIDIA GPU" in str(report.longrepr):
-            _gpu_tests_left_out[report.nodeid.partition("[")[0]] += 1
-    if _gpu_tests_left_out and not torch.cuda.is_available():
-        total = sum(_gpu_tests_left_out.values())
+            _gpu_tests_not_run[report.nodeid.partition("[")[0]] += 1
+    if _gpu_tests_not_run and not torch.cuda.is_available():
+        total = sum(_gpu_tests_not_run.values())
         terminalreporter.write_sep("=", f"{total} GPU tests not run: no NVIDIA GPU here")
-        for name, count in sorted(_gpu_tests_left_out.items()):
+        for name, count in sorted(_gpu_tests_not_run.items()):
             terminalreporter.write_line(f"{count:4} {name}")
 
 
 @pytest.fixture(autouse=True)
 def _fixed_state() -> Iterator[None]:
-    """Every test starts from one seed and two threads, and leaves the switches as they were."""
+    """Start each test with one seed and two threads, and restore global settings after it."""
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads(one_thread: None) -> None:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(params=quick_last(INSTRUCTION_SETS))
@@ -61,9 +79,9 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def run_python() -> Callable[..., str]:
-    """Run code in a process of its own and return what it prints; fail if it fails.
+    """Run code in a new process and return what it prints; fail the test if it fails.
 
-    The process imports what this one does: the tests' modules, python_ref and the package.
+    The process can import the package, python_ref and the modules of the tests.
     """
 
     def run(code: str, timeout: float = 300.0, **environment: str) -> str:

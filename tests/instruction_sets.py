@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which paths of the CPU library can run on this machine."""
+"""The instruction sets of the CPU library that this machine has."""
 
 import platform
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch
 
 
 def _instruction_sets() -> list[str]:
-    """The CPU paths that can run here. CONVNN_CPU_ISA chooses one when the library is loaded."""
+    """From narrow to wide. CONVNN_CPU_ISA chooses one when the library is loaded."""
     available = ["portable"]
     if platform.machine() == "x86_64":
         capability = torch.backends.cpu.get_cpu_capability()
@@ -29,5 +29,5 @@ INSTRUCTION_SETS = _instruction_sets()
 
 
 def quick_last(names: Sequence[str]) -> list[Any]:
-    """Parameters of a test: the quick tests see the widest only, which other tests use too."""
+    """Parameters of a test, of which only the last, the default, is among the quick tests."""
     return [*(pytest.param(name, marks=pytest.mark.slow) for name in names[:-1]), *names[-1:]]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The models of the paper: their sizes, their layers and the peers that are not ConvNN's."""
+"""The models of the paper: their sizes and layers, and other attention beside ConvNN."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,18 +22,23 @@ def parameters(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    ("layer", "ten", "hundred"),
+    ("make", "layer", "ten", "hundred"),
     [
-        ("hybrid", 130_015_690, 130_384_420),
-        # Not in the paper: without the fusion of section 4.2.3.
-        ("conv2d", 128_812_810, 129_181_540),
-        ("convnn", 128_812_810, 129_181_540),
+        (vgg11, "hybrid", 130_015_690, 130_384_420),
+        # Without the fusion of section 4.2.3; not in the paper.
+        (vgg11, "conv2d", 128_812_810, 129_181_540),
+        (vgg11, "convnn", 128_812_810, 129_181_540),
+        (vit_tiny, "attention", 5_479_306, 5_496_676),
+        (vit_tiny, "kvt", 5_479_306, 5_496_676),
+        (vit_tiny, "sparse", 5_479_306, 5_496_676),
+        (vit_tiny, "convnn", 5_500_042, 5_517_412),
+        (vit_tiny, "local", 4_299_658, 4_317_028),
     ],
 )
-def test_parameters_of_vgg(layer: str, ten: int, hundred: int) -> None:
+def test_parameters(make: Callable[..., nn.Module], layer: str, ten: int, hundred: int) -> None:
     with torch.device("meta"):
-        assert parameters(vgg11(10, layer)) == ten
-        assert parameters(vgg11(100, layer)) == hundred
+        assert parameters(make(10, layer)) == ten
+        assert parameters(make(100, layer)) == hundred
 
 
 def test_parameters_do_not_depend_on_the_branch_ratio() -> None:
@@ -40,28 +46,12 @@ def test_parameters_do_not_depend_on_the_branch_ratio() -> None:
         assert row.parameters(10, reduced=False) == 130_015_690, row.name
 
 
-@pytest.mark.parametrize(
-    ("layer", "ten", "hundred"),
-    [
-        ("attention", 5_479_306, 5_496_676),
-        ("kvt", 5_479_306, 5_496_676),
-        ("sparse", 5_479_306, 5_496_676),
-        ("convnn", 5_500_042, 5_517_412),
-        ("local", 4_299_658, 4_317_028),
-    ],
-)
-def test_parameters_of_vit(layer: str, ten: int, hundred: int) -> None:
-    with torch.device("meta"):
-        assert parameters(vit_tiny(10, layer)) == ten
-        assert parameters(vit_tiny(100, layer)) == hundred
-
-
 @pytest.mark.parametrize("row", [*TABLE_1, *TABLE_2], ids=lambda row: row.name)
 def test_parameters_are_those_of_the_paper(row) -> None:
-    """The paper cuts off after three places."""
+    """The paper truncates to three decimals."""
     for dataset, classes in (("cifar10", 10), ("cifar100", 100)):
         printed = row.paper.parameters[dataset]
-        # Its table has one number for all rows, which is not that of the plain convolutions.
+        # The table has one number for all rows, which is wrong for the plain convolutions.
         if row.name != "vgg11/conv2d":
             count = row.parameters(classes, reduced=False)
             assert f"{count // 1000 / 1000:.3f}M" == printed
@@ -73,11 +63,11 @@ def gflops_of(name: str) -> float:
 
 
 def test_gflops() -> None:
-    """As far as the paper's own counter goes: see the text on the tables."""
+    """Those of the paper, except for products that its FLOP counter counts otherwise."""
     gflops = {row.name: gflops_of(row.name) for row in TABLE_2}
     assert gflops["vit/attention"] == pytest.approx(2.507, abs=5e-4)
     assert gflops["vit/local"] == pytest.approx(1.991, abs=5e-3)
-    # Of ConvNN's own, the paper does not count the depthwise convolution but rho's product.
+    # Of ConvNN the paper counts the products with rho, but not the depthwise convolution.
     assert gflops["vit/convnn-all"] == pytest.approx(2.333, abs=4e-3)
     tokens, width, blocks, k, r = 197, 192, 12, 9, 32
     search, taps = 2 * tokens * tokens * width, 2 * tokens * k * width
@@ -89,11 +79,11 @@ def test_gflops() -> None:
     )
 
 
-def test_the_papers_gflops_are_what_its_profiler_sees() -> None:
-    """Its numbers follow from one rule, and ours from counting all products.
+def test_gflops_of_the_paper_follow_from_its_profiler() -> None:
+    """All figures of the paper follow from one rule; ours count all products.
 
-    Counted are linear layers, 1×1 convolutions, products of matrices and elementwise ones; not
-    convolutions with padding="same", nor Conv1d. Queries are all tokens of the padded map.
+    The profiler counts linear layers, 1×1 convolutions and matrix and elementwise products, but no
+    Conv1d and no convolution with padding="same". All tokens of the padded map are queries.
     """
 
     def printed(flops: float) -> str:
@@ -108,26 +98,26 @@ def test_the_papers_gflops_are_what_its_profiler_sees() -> None:
     assert printed(classifier + fusions) == "0.293"
     assert printed(classifier + fusions + search) == "0.325"
     assert printed(classifier + fusions + search + positions) == "0.331"
-    # Ours: all convolutions, the aggregation among them, and tokens of the map as queries.
+    # Ours count all convolutions, including the aggregation; only tokens of the map are queries.
     taps = sum(2 * n**2 * 9 * i * o for n, i, o in zip(maps, inputs, outputs, strict=True))
-    own = sum(2 * n**2 * (n + 2) ** 2 * c for n, c in zip(maps, inputs, strict=True))
-    own_positions = sum(2 * n**2 * (n + 2) ** 2 * 2 for n in maps)
+    our_search = sum(2 * n**2 * (n + 2) ** 2 * c for n, c in zip(maps, inputs, strict=True))
+    our_positions = sum(2 * n**2 * (n + 2) ** 2 * 2 for n in maps)
     for name, flops in {
         "vgg11/conv2d": classifier + taps,
-        "vgg11/hybrid-0.5": classifier + fusions + taps + own,
-        "vgg11/hybrid-1-positions": classifier + fusions + taps + own + own_positions,
+        "vgg11/hybrid-0.5": classifier + fusions + taps + our_search,
+        "vgg11/hybrid-1-positions": classifier + fusions + taps + our_search + our_positions,
     }.items():
         assert gflops_of(name) == pytest.approx(flops / 1e9), name
 
     N, E, blocks, k, r = 197, 192, 12, 9, 32
     rest = 2 * 196 * 768 * E + blocks * N * (2 * 12 * E * E + 2 * E) + 2 * E * 10
     assert printed(rest + blocks * 4 * N * N * E) == "2.507"
-    # One and three elementwise products of N×N, such as scaling and masking.
+    # With one and with three elementwise N×N products, such as scaling and masking.
     assert printed(rest + blocks * (4 * N * N * E + N * N)) == "2.508"
     assert printed(rest + blocks * (4 * N * N * E + 3 * N * N)) == "2.509"
     modulation = blocks * N * k * E
     assert printed(rest + blocks * 2 * N * N * E + modulation) == "2.333"
-    # Of the keys, only those of the candidates are projected.
+    # Only the keys of the candidates are projected.
     saved = blocks * 2 * (N - r) * E * E
     assert printed(rest - saved + blocks * 2 * N * r * E + modulation) == "2.037"
 
@@ -147,15 +137,15 @@ DOCUMENTED = {
 
 
 def test_gflops_of_the_documentation() -> None:
-    """The paper's and ours, as docs/layers.md prints them."""
+    """The table in docs/layers.md has the figures of the paper and ours."""
     text = (Path(__file__).parent.parent / "docs" / "layers.md").read_text()
     cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines()]
     table = {line[0]: line[1:] for line in cells if line and line[0] in DOCUMENTED}
     assert table.keys() == DOCUMENTED.keys()
-    for label, (papers, ours) in table.items():
+    for label, (printed, ours) in table.items():
         row = ROWS[DOCUMENTED[label]]
         assert row.paper is not None
-        assert papers == f"{row.paper.gflops:.3f}", label
+        assert printed == f"{row.paper.gflops:.3f}", label
         assert ours == f"{gflops_of(row.name):.3f}", label
     assert {row.paper.gflops for row in (*TABLE_1, *TABLE_2)} == {
         float(p) for p, _ in table.values()
@@ -181,7 +171,7 @@ def test_vgg_step(layer: str) -> None:
 
 
 def test_vgg_is_that_of_the_paper() -> None:
-    """Batch norm and ReLU after each layer, pooling between, three linear layers on 7×7."""
+    """Each layer has batch norm and ReLU; pooling between stages; three linear layers on 7×7."""
     with torch.device("meta"):
         model = vgg11(10)
     step = ["HybridBranch2d", "BatchNorm2d", "ReLU"]
@@ -207,7 +197,7 @@ def test_vgg_is_that_of_the_paper() -> None:
 
 
 def test_vit_is_that_of_the_paper() -> None:
-    """Written out with its weights: pre-norm, one class token at the front, no final norm."""
+    """Computed from the weights: pre-norm, a class token in front, no final norm."""
     model = reduced_vit(layer="attention").double().eval()
     w = model.state_dict()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -237,7 +227,7 @@ def test_vit_is_that_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("layer", ["attention", "convnn", "kvt", "local", "sparse"])
-def test_vit_drops_a_tenth(layer: str) -> None:
+def test_dropout_of_vit(layer: str) -> None:
     with torch.device("meta"):
         model = vit_tiny(10, layer)
     for block in model.blocks:
@@ -265,7 +255,7 @@ def test_vit_step(layer: str) -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_kvt_and_convnn_are_told_apart() -> None:
+def test_kvt_and_convnn_differ() -> None:
     kvt = reduced_vit(layer="kvt").blocks[0].attention
     convnn = reduced_vit(layer="convnn").blocks[0].attention
     assert isinstance(kvt, ConvNNAttention)
@@ -316,7 +306,7 @@ def test_positions() -> None:
     assert not any("positions" in name for name in reduced_vit().state_dict())
 
 
-def test_vit_sees_where_a_patch_is() -> None:
+def test_vit_depends_on_positions() -> None:
     model = reduced_vit(layer="attention").eval()
     x = torch.randn(2, 3, 32, 32)
     assert not torch.allclose(model(x), model(x.flip(-1).unflatten(-1, (8, 4)).flip(-1).flatten(3)))
@@ -329,7 +319,7 @@ def test_every_row_builds() -> None:
         for row in ROWS.values():
             size = row.image_size(reduced=True)
             model = row.build(10, reduced=True).eval()
-            # Fewer tokens than k = 100: the reduced model has 65.
+            # The reduced ViT has 65 tokens, fewer than k = 100.
             if row.options.get("k", 0) <= 65:
                 assert model(torch.empty(2, 3, size, size)).shape == (2, 10)
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Each gate refuses a result that is wrong in one place. A gate that admits it proves nothing."""
+"""Each comparison rejects a result with one error. One that accepts it would prove nothing."""
 
 import math
+import platform
 from collections.abc import Callable
 
 import pytest
 import torch
+from cases import DTYPES, SHORT
+from inputs import each_metric
 from torch import Tensor
 
 import python_ref
@@ -22,7 +25,7 @@ N, M, D, C, K = 11, 60, 64, 6, 5
 
 
 class Selection:
-    """A right selection, to be spoiled."""
+    """A correct selection, into which a test puts an error."""
 
     def __init__(self, metric: str, integers: bool = False, **options: object) -> None:
         if integers:
@@ -38,40 +41,28 @@ class Selection:
     def compare(self) -> None:
         assert_exact_selection(self.query, self.key, self.s, self.I, **self.options)
 
-    def replace(self, row: int, place: int, index: int) -> None:
-        """Another key at one place, with its own, right similarity."""
-        self.I[row, place] = index
-        at = self.I[row : row + 1, place : place + 1]
-        metric = self.options["metric"]
-        self.s[row, place] = python_ref.similarities_at(
-            self.query[row : row + 1], self.key, at, metric
-        )
-
-
-each_metric = pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
-
 
 @each_metric
-def test_the_right_selection_is_admitted(metric: str) -> None:
+def test_a_correct_selection_is_accepted(metric: str) -> None:
     Selection(metric).certify()
     if metric != "cosine":
-        right = Selection(metric, integers=True)
-        right.certify()
-        right.compare()
+        correct = Selection(metric, integers=True)
+        correct.certify()
+        correct.compare()
 
 
 @each_metric
 def test_a_farther_neighbor(metric: str) -> None:
-    """The sixth instead of the fifth, with its right similarity."""
+    """The sixth nearest key in place of the fifth, with its correct similarity."""
     wrong = Selection(metric)
-    _, I = python_ref.select(wrong.query, wrong.key, K + 1, metric=metric)
-    wrong.replace(3, K - 1, int(I[3, K]))
+    s, I = python_ref.select(wrong.query, wrong.key, K + 1, metric=metric)
+    wrong.s[3, K - 1], wrong.I[3, K - 1] = s[3, K], I[3, K]
     with pytest.raises(AssertionError, match="nearer than a returned neighbor"):
         wrong.certify()
 
 
 @each_metric
-def test_neighbors_exchanged(metric: str) -> None:
+def test_swapped_neighbors(metric: str) -> None:
     wrong = Selection(metric)
     wrong.I[2, :2], wrong.s[2, :2] = wrong.I[2, :2].flip(0), wrong.s[2, :2].flip(0)
     with pytest.raises(AssertionError, match="total order"):
@@ -79,7 +70,7 @@ def test_neighbors_exchanged(metric: str) -> None:
 
 
 @each_metric
-def test_indices_exchanged(metric: str) -> None:
+def test_swapped_indices(metric: str) -> None:
     wrong = Selection(metric)
     wrong.I[2, 1:3] = wrong.I[2, 1:3].flip(0)
     with pytest.raises(AssertionError, match="outside its error bound"):
@@ -95,7 +86,7 @@ def test_a_duplicate(metric: str) -> None:
 
 
 @each_metric
-def test_one_neighbor_in_every_place(metric: str) -> None:
+def test_one_neighbor_k_times(metric: str) -> None:
     wrong = Selection(metric)
     wrong.I[:], wrong.s[:] = wrong.I[:, :1].clone(), wrong.s[:, :1].clone()
     with pytest.raises(AssertionError, match="more than once"):
@@ -105,7 +96,7 @@ def test_one_neighbor_in_every_place(metric: str) -> None:
 @each_metric
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_similarities_of_rounded_inputs(metric: str, dtype: torch.dtype) -> None:
-    """A product in half precision, or in TF32, whose rounding is that of float16."""
+    """Similarities in half precision, or in TF32, which rounds as float16 does."""
     wrong = Selection(metric)
     query, key = wrong.query.to(dtype).float(), wrong.key.to(dtype).float()
     wrong.s, wrong.I = python_ref.select(query, key, K, metric=metric)
@@ -147,7 +138,7 @@ def test_a_masked_key(metric: str) -> None:
 
 
 @each_metric
-def test_a_key_that_is_no_candidate(metric: str) -> None:
+def test_a_key_that_is_not_a_candidate(metric: str) -> None:
     wrong = Selection(metric)
     others = torch.arange(M)
     wrong.options["candidates"] = others[others != wrong.I[5, 2]]
@@ -156,19 +147,19 @@ def test_a_key_that_is_no_candidate(metric: str) -> None:
 
 
 @each_metric
-def test_self_left_out_or_not_first(metric: str) -> None:
-    own = torch.arange(N)
+def test_self_missing_or_not_first(metric: str) -> None:
+    self_indices = torch.arange(N)
     wrong = Selection(metric)
-    wrong.options["self_indices"] = own
+    wrong.options["self_indices"] = self_indices
     with pytest.raises(AssertionError, match="self is not"):
         wrong.certify()
-    wrong = Selection(metric, self_indices=own)
+    wrong = Selection(metric, self_indices=self_indices)
     wrong.I, wrong.s = wrong.I.roll(1, dims=-1), wrong.s.roll(1, dims=-1)
     with pytest.raises(AssertionError, match="self is not first"):
         wrong.certify()
 
 
-def test_missing_places() -> None:
+def test_missing_neighbors() -> None:
     mask = torch.zeros(M, dtype=torch.bool)
     mask[:3] = True
     wrong = Selection("dot", key_mask=mask)
@@ -207,17 +198,17 @@ def test_an_index_out_of_range(index: int) -> None:
 
 
 def test_wrong_tie_order() -> None:
-    """All keys tie: the last ones instead of the first, then the first in the wrong order."""
+    """All keys tie: the last keys instead of the first, then the first ones in reverse."""
     for metric in ("dot", "euclidean"):
         wrong = Selection(metric, integers=True)
         wrong.key[:] = wrong.key[0].clone()
         wrong.s, wrong.I = python_ref.select(wrong.query, wrong.key, K, metric=metric)
         wrong.compare()
-        first = wrong.I.clone()
-        wrong.I = first + M - K
+        correct = wrong.I.clone()
+        wrong.I = correct + M - K
         with pytest.raises(AssertionError, match="indices"):
             wrong.compare()
-        wrong.I = first.flip(-1)
+        wrong.I = correct.flip(-1)
         with pytest.raises(AssertionError, match="indices"):
             wrong.compare()
         with pytest.raises(AssertionError, match="total order"):
@@ -230,14 +221,14 @@ def test_wrong_nan_order() -> None:
     wrong.s, wrong.I = python_ref.select(wrong.query, wrong.key, 2, metric="dot")
     wrong.options["k"] = 2
     wrong.certify()
-    right = wrong.I.clone()
-    wrong.I = right + 10
+    correct = wrong.I.clone()
+    wrong.I = correct + 10
     with pytest.raises(AssertionError, match="tie of NaN"):
         wrong.certify()
-    wrong.I = right.flip(-1)
+    wrong.I = correct.flip(-1)
     with pytest.raises(AssertionError, match="total order"):
         wrong.certify()
-    # NaN below the numbers.
+    # NaN ranks below the numbers.
     wrong = Selection("dot")
     wrong.key[20] = math.nan
     wrong.s, wrong.I = python_ref.select(
@@ -256,14 +247,11 @@ def test_a_number_for_nan() -> None:
         wrong.certify()
 
 
-# Values
-
-
 def test_values() -> None:
     exact = torch.randn(40, 30, dtype=torch.float64)
     eager = exact.float()
-    assert_values("right", exact.float(), exact, eager)
-    for spoil in (
+    assert_values("correct", exact.float(), exact, eager)
+    for corrupt in (
         lambda X: X.index_put_((torch.tensor(3), torch.tensor(4)), X.max() * 1e-6 + X[3, 4]),
         lambda X: X.copy_(X.bfloat16().float()),
         lambda X: X.mul_(1 + 5e-7),
@@ -272,7 +260,7 @@ def test_values() -> None:
         lambda X: X[3].copy_(X[4].clone()),
     ):
         wrong = exact.float()
-        spoil(wrong)
+        corrupt(wrong)
         with pytest.raises(AssertionError):
             assert_values("wrong", wrong, exact, eager)
     with pytest.raises(AssertionError, match="shape"):
@@ -285,8 +273,8 @@ def test_values() -> None:
         assert_values("wrong", exact.float(), missing, missing.float())
 
 
-class Spoiled(torch.autograd.Function):
-    """The identity, but for one element of the value or of the gradient."""
+class Corrupt(torch.autograd.Function):
+    """The identity with functions applied to its value and to its gradient."""
 
     @staticmethod
     def forward(ctx: object, X: Tensor, forward: Callable, backward: Callable) -> Tensor:
@@ -299,7 +287,7 @@ class Spoiled(torch.autograd.Function):
 
 
 def one_element(X: Tensor) -> Tensor:
-    """X with its largest element too large by a thousandth."""
+    """X with its largest element 0.1% too large."""
     X = X.contiguous()
     flat = X.view(-1)
     flat[flat.abs().argmax()] *= 1.001
@@ -310,18 +298,12 @@ def unchanged(X: Tensor) -> Tensor:
     return X
 
 
-def spoiled(X: Tensor, value: bool = False) -> Tensor:
-    if value:
-        return Spoiled.apply(X, one_element, unchanged)
-    return Spoiled.apply(X, unchanged, one_element)
-
-
 NAMES = ("query", "key", "value", "weight", "bias")
 
 
 @pytest.mark.parametrize("name", [None, *NAMES, "output", "similarities"])
 def test_one_wrong_element(name: str | None) -> None:
-    """In the output, the similarities or a gradient of `forward`; None spoils nothing."""
+    """In the output, the similarities or a gradient of `forward`; with None there is none."""
     inputs = {
         "query": torch.randn(N, D),
         "key": torch.randn(M, D),
@@ -334,13 +316,13 @@ def test_one_wrong_element(name: str | None) -> None:
         query, key, value, k, weight, bias, *rest = arguments
         leaves = dict(zip(NAMES, (query, key, value, weight, bias), strict=True))
         if name in NAMES:
-            leaves[name] = spoiled(leaves[name])
+            leaves[name] = Corrupt.apply(leaves[name], unchanged, one_element)
         query, key, value, weight, bias = leaves.values()
         Y, s, I = python_ref.forward(query, key, value, k, weight, bias, *rest)
         if name == "output":
-            Y = spoiled(Y, value=True)
+            Y = Corrupt.apply(Y, one_element, unchanged)
         if name == "similarities":
-            s = spoiled(s, value=True)
+            s = Corrupt.apply(s, one_element, unchanged)
         return Y, s, I
 
     for metric in ("cosine", "dot", "euclidean"):
@@ -351,8 +333,8 @@ def test_one_wrong_element(name: str | None) -> None:
             assert_forward(forward, **inputs, k=K, metric=metric)
 
 
-def test_a_flipped_neighbor_does_not_excuse_a_wrong_output() -> None:
-    """The output is compared at the neighbors that were returned, not at the right ones."""
+def test_a_different_neighbor_does_not_excuse_a_wrong_output() -> None:
+    """The output must be that of the returned neighbors, even if others are correct."""
 
     def forward(*arguments: object) -> tuple[Tensor, ...]:
         Y, s, I = python_ref.forward(*arguments)
@@ -365,14 +347,14 @@ def test_a_flipped_neighbor_does_not_excuse_a_wrong_output() -> None:
 
 
 def test_a_lost_gradient() -> None:
-    """One of the queries that chose a key is left out of its gradient; or there is none at all."""
+    """The gradient of one query is zero, or all of them are."""
 
     def lost(grad: Tensor) -> Tensor:
         grad[0] = 0
         return grad
 
     def select(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        return python_ref.select(Spoiled.apply(query, unchanged, lost), *rest)
+        return python_ref.select(Corrupt.apply(query, unchanged, lost), *rest)
 
     def detached(query: Tensor, key: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
         return python_ref.select(query.detach(), key, *rest)
@@ -382,8 +364,8 @@ def test_a_lost_gradient() -> None:
             assert_select(operator, torch.randn(N, D), torch.randn(M, D), K)
 
 
-def test_a_missing_neighbor_that_counts() -> None:
-    """-inf as an ordinary similarity under rho = ones."""
+def test_a_missing_neighbor_that_is_used() -> None:
+    """-inf is treated as any other similarity, with rho = ones."""
 
     def aggregate(value: Tensor, s: Tensor, *rest: object) -> Tensor:
         return python_ref.aggregate(value, s.nan_to_num(neginf=0.0), *rest)
@@ -396,7 +378,7 @@ def test_a_missing_neighbor_that_counts() -> None:
 
 
 def test_half_precision_sums() -> None:
-    """Sums in bfloat16 instead of float32 with one rounding at the end."""
+    """Sums in bfloat16 instead of float32 that is rounded once at the end."""
 
     def aggregate(value: Tensor, s: Tensor, indices: Tensor, *rest: object) -> Tensor:
         total = torch.zeros(N, C, dtype=torch.bfloat16)
@@ -407,3 +389,15 @@ def test_half_precision_sums() -> None:
     value, s, I = torch.randn(M, C).bfloat16(), torch.randn(N, 400), torch.randint(M, (N, 400))
     with pytest.raises(AssertionError, match="output"):
         assert_aggregate(aggregate, value, s, I, rho="ones", backward=False)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs mallopt of glibc")
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize("size", [1, 300, 100_000])
+def test_new_memory_is_nan(size: int, dtype: torch.dtype) -> None:
+    """An element that an operator does not write is NaN, even where memory is reused."""
+    for _ in range(3):
+        X = torch.empty(size, dtype=dtype)
+        assert X.isnan().all()
+        X.fill_(1.0)
+        del X

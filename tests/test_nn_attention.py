@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ConvNNAttention, and attention as the other end of ConvNN (section 5.2)."""
+"""ConvNNAttention, and attention as a special case of ConvNN (section 5.2)."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def heads(x: Tensor, projection: nn.Linear | None, count: int) -> Tensor:
 def scaled_dot_product_attention(
     layer: ConvNNAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """What the layer computes if it attends to all keys, or to those of the mask."""
+    """The output of the layer if it attends to all keys, or to all that the mask allows."""
     q = heads(query, layer.query_projection, layer.num_heads)
     k = heads(key, layer.key_projection, layer.num_heads)
     v = heads(value, layer.value_projection, layer.num_heads)
@@ -27,7 +27,7 @@ def scaled_dot_product_attention(
 
 
 def kvt(layer: ConvNNAttention, x: Tensor, k: int) -> Tensor:
-    """KVT as its paper has it: all but the k largest logits of a row are masked."""
+    """KVT as in its paper: all but the k largest logits of a row are masked."""
     q = heads(x, layer.query_projection, layer.num_heads)
     logits = q @ heads(x, layer.key_projection, layer.num_heads).mT
     mask = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(k).indices, True)
@@ -76,7 +76,7 @@ def test_key_mask() -> None:
     y = layer(x, key_mask=mask)
     expected = scaled_dot_product_attention(layer, x, x, x, mask[:, None, None])
     torch.testing.assert_close(y, expected)
-    # What a masked token holds changes no other token.
+    # A masked token has no effect on other tokens.
     (grad,) = torch.autograd.grad((y * mask.unsqueeze(-1)).sum(), x)
     assert not grad[~mask].any()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_key_mask() -> None:
         assert torch.equal(layer(changed, key_mask=mask)[mask], y[mask])
 
 
-def test_weights_are_ones_and_nothing_has_a_bias() -> None:
+def test_weights_are_ones_and_there_is_no_bias() -> None:
     layer = ConvNNAttention(8, 2, k=3)
     assert layer.weight is not None
     assert layer.weight.shape == (4, 1, 3)
@@ -93,7 +93,7 @@ def test_weights_are_ones_and_nothing_has_a_bias() -> None:
     assert sum(p.numel() for p in layer.parameters()) == 4 * 64 + 12
 
 
-def test_dropout_follows_the_aggregation() -> None:
+def test_dropout_is_applied_to_the_aggregation() -> None:
     layer = ConvNNAttention(8, k=3, dropout=0.5)
     x = torch.randn(2, 9, 8)
     seen: list[Tensor] = []
@@ -118,13 +118,13 @@ def test_dropout_follows_the_aggregation() -> None:
     ],
     ids=str,
 )
-def test_every_switch_is_the_reference(settings: dict) -> None:
+def test_every_option_against_the_reference(settings: dict) -> None:
     layer = ConvNNAttention(6, 2, k=4, **settings).double()
     x = torch.randn(2, 10, 6, dtype=torch.float64)
     tokens = x
     if "positional_encoding" in settings:
-        places = torch.arange(10.0, dtype=torch.float64).view(1, 10, 1).expand(2, -1, -1)
-        tokens = torch.cat([x, places], -1)
+        positions = torch.arange(10.0, dtype=torch.float64).view(1, 10, 1).expand(2, -1, -1)
+        tokens = torch.cat([x, positions], -1)
     value = heads(tokens, layer.value_projection, 2)
     query = key = x.unflatten(-1, (2, 3)).transpose(1, 2)
     if layer.query_projection is not None:
@@ -149,7 +149,7 @@ def test_every_switch_is_the_reference(settings: dict) -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_a_query_has_no_self_in_another_sequence() -> None:
+def test_cross_attention_has_no_self() -> None:
     layer = ConvNNAttention(8, k=3, candidates=RandomCandidates(5))
     query, key = torch.randn(2, 7, 8), torch.randn(2, 30, 8)
     assert layer(query, key).shape == (2, 7, 8)

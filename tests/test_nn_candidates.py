@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Random and spatial candidates (section 4.2.2), by themselves and in layers."""
+"""Random and spatial candidates (section 4.2.2), alone and in layers."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_spatial_count_in_1d() -> None:
     assert rows(SpatialCandidates(4), (16,)) == [0, 4, 8, 12]
     assert rows(SpatialCandidates(3), (10,)) == [0, 3, 6]
     assert rows(SpatialCandidates(3), (10,), padding=2) == [2, 5, 8]
-    # The map has fewer than 12 tokens, the padded map has 14.
+    # The map has 10 tokens, the padded map 14.
     assert len(set(rows(SpatialCandidates(12), (10,), padding=2))) == 12
 
 
@@ -43,7 +43,7 @@ def test_spatial_count_in_2d() -> None:
     assert len(rows(SpatialCandidates(16), (8, 8))) == 16
 
 
-def test_spatial_stride_is_the_paper_as_written() -> None:
+def test_spatial_stride_is_that_of_the_paper() -> None:
     assert rows(SpatialCandidates(stride=3), (10,)) == [0, 3, 6, 9]
     x = torch.arange(5 * 7).view(5, 7)
     assert rows(SpatialCandidates(stride=2), (5, 7)) == x[::2, ::2].flatten().tolist()
@@ -52,19 +52,19 @@ def test_spatial_stride_is_the_paper_as_written() -> None:
 
 
 @pytest.mark.parametrize("make", [RandomCandidates, SpatialCandidates])
-def test_r_from_the_number_of_keys_on_means_all(make: type) -> None:
+def test_r_of_at_least_the_number_of_keys_means_all(make: type) -> None:
     for r in (16, 25):
         assert draw(make(r), (2, 2), padding=1) is None
         assert draw(make(r), (4, 4)) is None
     assert draw(AllCandidates(), (4, 4)) is None
 
 
-def test_random_is_drawn_among_the_tokens() -> None:
+def test_random_draws_tokens_of_the_map_first() -> None:
     inside = set(torch.arange(36).view(6, 6)[1:-1, 1:-1].flatten().tolist())
     drawn = rows(RandomCandidates(9), (4, 4), padding=1)
     assert len(set(drawn)) == 9
     assert set(drawn) <= inside
-    # With more than the 16 tokens of the map asked for, padding is drawn too.
+    # The map has only 16 tokens; the others are padding.
     drawn = rows(RandomCandidates(30), (4, 4), padding=1)
     assert len(set(drawn)) == 30
 
@@ -75,7 +75,7 @@ def test_random_is_uniform(fixed: bool) -> None:
     for _ in range(2000):
         candidates = RandomCandidates(5, fixed_in_eval=fixed).eval()
         counts[rows(candidates, (20,))] += 1
-    # Binomial(2000, 1/4): mean 500, standard deviation 19.4.
+    # Binomial(2000, 1/4) has mean 500 and standard deviation 19.4.
     assert (counts - 500).abs().max() < 5 * 19.4
 
 
@@ -129,10 +129,10 @@ def test_include_self(include_self: bool) -> None:
         3, 3, k=4, padding=1, candidates=SpatialCandidates(4, include_self=include_self)
     )
     _, indices = layer.neighbors(torch.randn(1, 3, 6, 6))
-    own = torch.arange(64).view(8, 8)[1:-1, 1:-1].flatten()
-    assert torch.equal(indices[0, :, 0], own) == include_self
+    queries = torch.arange(64).view(8, 8)[1:-1, 1:-1].flatten()
+    assert torch.equal(indices[0, :, 0], queries) == include_self
     candidates = set(rows(layer.candidates, (6, 6), 1))
-    for query, found in zip(own.tolist(), indices[0].tolist(), strict=True):
+    for query, found in zip(queries.tolist(), indices[0].tolist(), strict=True):
         assert set(found) <= candidates | ({query} if include_self else set())
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""ConvNN1d, ConvNN2d and HybridBranch2d: their settings, and convolution as one end of them."""
+"""ConvNN1d, ConvNN2d and HybridBranch2d: options, and convolution as a special case."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_reference import algorithm_1
 from torch import nn
 
 import python_ref
@@ -126,41 +127,26 @@ def test_taps_are_exact_on_a_large_map_under_autocast() -> None:
         ({"padding": 1, "groups": 2}, "groups"),
     ],
 )
-def test_other_convolutions_are_refused(setting: dict, name: str) -> None:
+def test_other_convolutions_are_rejected(setting: dict, name: str) -> None:
     with pytest.raises(ValueError, match=f"from_conv2d: {name} must be"):
         ConvNN2d.from_conv2d(nn.Conv2d(4, 4, 3, **setting))
     with pytest.raises(ValueError, match=f"from_conv1d: {name} must be"):
         ConvNN1d.from_conv1d(nn.Conv1d(4, 4, 3, **setting))
 
 
-def test_an_even_kernel_is_refused() -> None:
+def test_an_even_kernel_is_rejected() -> None:
     with pytest.raises(ValueError, match="kernel_size must be odd"):
         ConvNN1d.from_conv1d(nn.Conv1d(1, 1, 4, padding="same"))
 
 
 @pytest.mark.parametrize("rho", ["softmax", "similarity"])
 def test_algorithm_1(rho: str) -> None:
-    """The layer beside the paper's listing, written with Eq. 3's S."""
     layer = ConvNN1d(5, 7, k=4, rho=rho).double()
     x = torch.randn(2, 5, 11, dtype=torch.float64)
 
-    def project(linear: nn.Linear) -> torch.Tensor:
-        return F.conv1d(x, linear.weight.unsqueeze(-1))
-
-    assert layer.query_projection is not None
-    assert layer.key_projection is not None
-    assert layer.value_projection is not None
-    q = F.normalize(project(layer.query_projection), dim=1)
-    k = F.normalize(project(layer.key_projection), dim=1)
-    v = project(layer.value_projection)
-    kmax, kargmax = torch.topk(q.mT @ k, k=4, dim=-1)
-    if rho == "softmax":
-        kmax = torch.softmax(kmax, dim=-1)
-    v = v.unsqueeze(-1).expand(2, 5, 11, 4)
-    index = kargmax.unsqueeze(1).expand(2, 5, 11, 4)
-    x_nn = kmax.unsqueeze(1) * torch.gather(v, dim=2, index=index)
-    expected = F.conv1d(x_nn.reshape(2, 5, -1), layer.weight, layer.bias, stride=4)
-    torch.testing.assert_close(layer(x), expected)
+    projections = (layer.query_projection, layer.key_projection, layer.value_projection)
+    q, k, v = (F.conv1d(x, linear.weight.unsqueeze(-1)) for linear in projections)
+    torch.testing.assert_close(layer(x), algorithm_1(q, k, v, layer.weight, layer.bias, rho))
 
 
 @pytest.mark.parametrize("positional_encoding", [None, "similarity", "aggregation", "both"])
@@ -170,7 +156,7 @@ def test_algorithm_1(rho: str) -> None:
 def test_tokens_of_a_map(
     positional_encoding: str | None, projections: str, padding: int, coordinates: str
 ) -> None:
-    """Flattening, padding, coordinates and projections, written out beside the layer."""
+    """Flattening, padding, coordinates and projections, computed token by token."""
     layer = ConvNN2d(
         2,
         3,
@@ -188,17 +174,17 @@ def test_tokens_of_a_map(
     inside = []
     for i in range(rows):
         for j in range(columns):
-            place = [i, j]
+            position = [i, j]
             if coordinates == "unit":
-                place = [2 * i / (rows - 1) - 1, 2 * j / (columns - 1) - 1]
-            grid[i, j] = torch.tensor(place, dtype=torch.float64)
+                position = [2 * i / (rows - 1) - 1, 2 * j / (columns - 1) - 1]
+            grid[i, j] = torch.tensor(position, dtype=torch.float64)
             if padding <= i < height + padding and padding <= j < width + padding:
                 tokens[:, i, j] = x[:, :, i - padding, j - padding]
                 inside.append(i * columns + j)
-    placed = torch.cat([tokens, grid.expand(2, -1, -1, -1)], -1).flatten(1, 2)
+    with_positions = torch.cat([tokens, grid.expand(2, -1, -1, -1)], -1).flatten(1, 2)
     plain = tokens.flatten(1, 2)
-    key = placed if positional_encoding in ("similarity", "both") else plain
-    value = placed if positional_encoding in ("aggregation", "both") else plain
+    key = with_positions if positional_encoding in ("similarity", "both") else plain
+    value = with_positions if positional_encoding in ("aggregation", "both") else plain
     query = key[:, inside]
     if layer.query_projection and layer.key_projection:
         query, key = layer.query_projection(query), layer.key_projection(key)
@@ -211,7 +197,7 @@ def test_tokens_of_a_map(
     assert torch.equal(indices, functional.select_neighbors(query, key, 4)[1])
 
 
-def test_a_layer_is_the_reference() -> None:
+def test_layer_against_the_reference() -> None:
     layer = ConvNN2d(3, 4, k=5, projections="identity", rho="ones", padding=1).double()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     key = F.pad(x, (1, 1, 1, 1)).flatten(2).mT
@@ -221,7 +207,7 @@ def test_a_layer_is_the_reference() -> None:
     torch.testing.assert_close(layer(x), expected.mT.unflatten(-1, (4, 4)))
 
 
-def test_padding_gives_small_maps_their_keys() -> None:
+def test_padding_adds_keys_to_small_maps() -> None:
     x = torch.randn(1, 3, 2, 2)
     assert ConvNN2d(3, 4, k=9, padding=1)(x).shape == (1, 4, 2, 2)
     with pytest.raises(RuntimeError, match="k must be between 1 and 4"):
@@ -300,7 +286,7 @@ def test_branches_share_the_channels(ratio: float, channels: int) -> None:
     layer = HybridBranch2d(3, 100, branch_ratio=ratio)
     assert (layer.convnn.out_channels if layer.convnn else 0) == channels
     assert (layer.conv.out_channels if layer.conv else 0) == 100 - channels
-    # Neither branch costs more than the other.
+    # A channel has as many parameters in one branch as in the other.
     assert sum(p.numel() for p in layer.parameters()) == 100 * (3 * 9 + 1) + 100 * 101
 
 
@@ -341,7 +327,7 @@ def test_hybrid_is_its_branches(kernel_size: int) -> None:
 )
 @pytest.mark.parametrize("branch_ratio", [0.0, 0.5])
 def test_wrong_hybrid_settings(settings: dict, message: str, branch_ratio: float) -> None:
-    """Errors name the layer that was asked for, not its branch, which may not even be there."""
+    """Errors name the layer, not its branch, which may not exist."""
 
     class Derived(HybridBranch2d):
         pass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every layer does as a PyTorch module: derivatives, compilation, autocast, copies, meta."""
+"""Every layer as a PyTorch module: gradients, compilation, autocast, copies, the meta device."""
 
 import copy
 import functools
@@ -61,7 +61,7 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
 
 
 class Convolution(nn.Module):
-    """ConvNN2d in the setting of a convolution."""
+    """A ConvNN2d that is equivalent to a convolution."""
 
     def __new__(cls, **options) -> ConvNN2d:  # type: ignore[misc]
         return ConvNN2d.from_conv2d(nn.Conv2d(3, 4, 3, padding=1, **options))
@@ -91,7 +91,7 @@ def test_gradients(name: str) -> None:
 
 @every_layer
 def test_every_parameter_gets_a_gradient(name: str) -> None:
-    """DistributedDataParallel waits for all gradients."""
+    """DistributedDataParallel waits for the gradients of all parameters."""
     layer, x = build(name)
     layer(x).square().sum().backward()
     for parameter_name, parameter in layer.named_parameters():
@@ -136,7 +136,7 @@ def test_construction_on_meta(name: str) -> None:
     shape = layer(x).shape
     expected, x = build(name)
     assert expected(x).shape == shape
-    # Filled in on a device as FSDP does it: memory first, then every module's own parameters.
+    # Initialized as FSDP does it: allocated first, then reset module by module.
     layer.to_empty(device="cpu")
     for module in layer.modules():
         if hasattr(module, "reset_parameters"):
@@ -169,7 +169,7 @@ def test_bfloat16(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, (_, shape) in LAYERS.items() if len(shape) == 4])
-def test_channels_last_is_kept(name: str) -> None:
+def test_channels_last_is_preserved(name: str) -> None:
     layer, x = build(name)
     expected = layer(x)
     assert expected.is_contiguous()
@@ -202,7 +202,7 @@ def test_empty_batch(name: str) -> None:
 def test_compile_with_dynamic_batch(name: str) -> None:
     torch.compiler.reset()
     layer, _ = build(name)
-    # Inductor's C++ is PyTorch's own affair; what is tested is that batches share the graphs.
+    # All batch sizes must share one graph, for which the code of Inductor does not matter.
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     _, shape = LAYERS[name]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Swapping layers of models written as torchvision's and timm's are."""
+"""Replacing layers of models in the style of torchvision and timm."""
 
 import doctest
 import re
@@ -136,7 +136,7 @@ def test_hybrid_branches() -> None:
     assert model(torch.randn(2, 3, 16, 16).double()).dtype == torch.float64
 
 
-def test_a_function_makes_the_layers() -> None:
+def test_layers_from_a_function() -> None:
     model = ResNet().double().eval()
     x = torch.randn(2, 3, 16, 16).double()
     expected = model(x)
@@ -181,7 +181,7 @@ def test_fused_qkv(qkv_bias: bool, scale: float) -> None:
     assert model.patch_embed.weight.requires_grad
 
 
-def test_convnn_attention_takes_over_the_projections() -> None:
+def test_convnn_attention_keeps_the_projections() -> None:
     model = Vit()
     old = model.blocks[0]["attn"]
     replace(model, attention="convnn", candidates=lambda: RandomCandidates(12))
@@ -225,7 +225,7 @@ def test_multihead_attention(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_multihead_attention_is_called_alike(batch_first: bool) -> None:
+def test_calls_of_multihead_attention(batch_first: bool) -> None:
     old = nn.MultiheadAttention(8, 2, batch_first=batch_first).double()
     holder = nn.ModuleDict({"attention": old})
     replace(holder, attention="kvt", k=7)
@@ -284,7 +284,7 @@ def test_masked_attention_of_a_decoder_is_left() -> None:
     assert model(torch.randn(2, 5, 8), torch.randn(2, 6, 8)).shape == (2, 5, 8)
 
 
-def test_a_shared_layer_stays_shared() -> None:
+def test_a_shared_layer_remains_shared() -> None:
     conv = nn.Conv2d(3, 3, 3, padding=1)
     model = nn.Sequential(conv, nn.ReLU(), nn.Sequential(conv))
     replace(model, conv2d="convnn")
@@ -293,7 +293,7 @@ def test_a_shared_layer_stays_shared() -> None:
 
 
 class SeparateAttention(nn.Module):
-    """Attention in the style of other libraries: three linear layers."""
+    """Attention with three linear layers, as in other libraries."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ def test_attention_that_is_not_recognized_is_named() -> None:
 
 
 def test_the_example_of_the_documentation() -> None:
-    """What docs/layers.md prints is what a reader gets."""
+    """The example in docs/layers.md prints what it says."""
     text = (Path(__file__).parent.parent / "docs" / "layers.md").read_text()
     examples = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if ">>>" in block]
     assert len(examples) == 1

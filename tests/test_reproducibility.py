@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The same bits: for any thread count, alone or in a batch, from run to run, on every path."""
+"""Bitwise equal results: for every thread count, alone or in a batch, in every process."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from cases import DTYPES, METRICS, SHORT
+from inputs import each_dtype, each_metric, each_weight, make_weight, randn
 from torch import Tensor
 
 import convnn_kernels  # noqa: F401
@@ -15,17 +15,12 @@ ops = torch.ops.convnn
 B, N, M, D, C, K = 3, 210, 305, 19, 21, 9
 THREADS = (1, 2, 4)
 
-each_metric = pytest.mark.parametrize("metric", METRICS)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-each_weight = pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
-
 
 def make_inputs(dtype: torch.dtype, kind: str) -> list[Tensor | None]:
-    """query, key, value and weight. Keys repeat, so that ties are there."""
-    query, key, value = torch.randn(B, N, D), torch.randn(B, M, D), torch.randn(B, M, C)
+    """query, key, value and weight. Some keys are repeated, which gives ties."""
+    query, key, value = (randn(B, *shape, dtype=dtype) for shape in ((N, D), (M, D), (M, C)))
     key[:, 200:250] = key[:, :50]
-    weight = {"none": None, "depthwise": torch.randn(C, 1, K), "dense": torch.randn(13, C, K)}[kind]
-    return [None if X is None else X.to(dtype) for X in (query, key, value, weight)]
+    return [query, key, value, make_weight(kind, C, K, dtype, outputs=13)]
 
 
 def forward(inputs: list[Tensor | None], metric: str) -> tuple[Tensor, ...]:
@@ -46,17 +41,21 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: o
         assert torch.equal(one, other), f"result {i} differs: {what}"
 
 
+def assert_same_for_every_thread_count(
+    run: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor | None], metric: str
+) -> None:
+    torch.set_num_threads(THREADS[0])
+    expected = run(inputs, metric)
+    for threads in (*THREADS, *THREADS):
+        torch.set_num_threads(threads)
+        assert_same(run(inputs, metric), expected, f"{threads} threads")
+
+
 @each_metric
 @each_dtype
 @each_weight
 def test_forward_for_every_thread_count(metric: str, dtype: torch.dtype, kind: str) -> None:
-    inputs = make_inputs(dtype, kind)
-    torch.set_num_threads(THREADS[0])
-    expected = forward(inputs, metric)
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        for _ in range(2):
-            assert_same(forward(inputs, metric), expected, f"{threads} threads")
+    assert_same_for_every_thread_count(forward, make_inputs(dtype, kind), metric)
 
 
 @each_metric
@@ -64,27 +63,17 @@ def test_forward_for_every_thread_count(metric: str, dtype: torch.dtype, kind: s
 @each_weight
 def test_backward_for_every_thread_count(metric: str, dtype: torch.dtype, kind: str) -> None:
     torch.use_deterministic_algorithms(True)
-    inputs = make_inputs(dtype, kind)
-    torch.set_num_threads(THREADS[0])
-    expected = backward(inputs, metric)
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        for _ in range(2):
-            assert_same(backward(inputs, metric), expected, f"{threads} threads")
+    assert_same_for_every_thread_count(backward, make_inputs(dtype, kind), metric)
 
 
 @each_metric
 @each_weight
-def test_many_queries_on_one_key_for_every_thread_count(metric: str, kind: str) -> None:
-    """Where threads would meet in one row of a gradient."""
+def test_many_queries_of_one_key_for_every_thread_count(metric: str, kind: str) -> None:
+    """All threads contribute to the same row of a gradient."""
     torch.use_deterministic_algorithms(True)
-    query, key, value, weight = make_inputs(torch.float32, kind)
-    key[:, 17] = query.mean(dim=1) * 1e3
-    torch.set_num_threads(THREADS[0])
-    expected = backward([query, key, value, weight], metric)
-    for threads in THREADS:
-        torch.set_num_threads(threads)
-        assert_same(backward([query, key, value, weight], metric), expected, threads)
+    inputs = make_inputs(torch.float32, kind)
+    inputs[1][:, 17] = inputs[0].mean(dim=1) * 1e3
+    assert_same_for_every_thread_count(backward, inputs, metric)
 
 
 @each_metric
@@ -108,62 +97,7 @@ def test_a_batch_element_alone(metric: str, dtype: torch.dtype, kind: str) -> No
         found = forward([query[b], key[b], value[b], weight], metric)
         assert_same(found, tuple(X[b] for X in expected), b)
     folded = forward([X.unsqueeze(1) for X in (query, key, value)] + [weight], metric)
-    assert_same(tuple(X.squeeze(1) for X in folded), expected, "another leading dimension")
-
-
-@each_metric
-def test_a_candidate_has_the_similarity_it_has_among_all_keys(metric: str) -> None:
-    query, key, _, _ = make_inputs(torch.float32, "none")
-    s, I = ops.select(query, key, M, metric=metric)
-    by_row = torch.empty_like(s).scatter(-1, I, s)
-    candidates = torch.randperm(M)[:101]
-    own = torch.randint(M, (N,))
-    mask = torch.rand(B, M) < 0.5
-    for options in (
-        {"candidates": candidates},
-        {"key_mask": mask},
-        {"candidates": candidates, "self_indices": own, "order": "index"},
-    ):
-        s, I = ops.select(query, key, K, metric=metric, **options)
-        assert torch.equal(s, by_row.gather(-1, I)), options.keys()
-
-
-@each_metric
-def test_select_and_aggregate_are_forward(metric: str) -> None:
-    query, key, value, weight = make_inputs(torch.float32, "depthwise")
-    s, I = ops.select(query, key, K, metric=metric)
-    Y = ops.aggregate(value, s, I, weight)
-    assert_same(forward([query, key, value, weight], metric), (Y, s, I), "forward")
-
-
-SOME_CASES = """
-    import torch, convnn_kernels
-    from cases import make_case
-    from python_ref import assert_forward
-    for seed in range({first}, {last}):
-        torch.set_num_threads(2 if seed % 10 == 0 else 1)
-        case = make_case(seed)
-        try:
-            assert_forward(torch.ops.convnn.forward, **case.arguments(), exact=case.exact)
-        except AssertionError as error:
-            raise SystemExit(f"{{case.id}}: {{error}}")
-    print("passed")
-"""
-
-
-def test_each_instruction_set_passes_random_cases(
-    instruction_set: str, run_python: Callable[..., str]
-) -> None:
-    code = SOME_CASES.format(first=3000, last=3060)
-    assert "passed" in run_python(code, CONVNN_CPU_ISA=instruction_set)
-
-
-@pytest.mark.slow
-def test_each_instruction_set_passes_many_random_cases(
-    instruction_set: str, run_python: Callable[..., str]
-) -> None:
-    code = SOME_CASES.format(first=4000, last=4500)
-    assert "passed" in run_python(code, timeout=900.0, CONVNN_CPU_ISA=instruction_set)
+    assert_same(tuple(X.squeeze(1) for X in folded), expected, "one more leading dimension")
 
 
 DIGEST = """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`python -m convnn_kernels.show_neighbors`: what is drawn, and that it is drawn."""
+"""`python -m convnn_kernels.show_neighbors`: the neighbors it finds and the image it writes."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_an_image_is_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1"])
-def test_every_kind_of_image_is_read(mode: str, tmp_path: Path) -> None:
+def test_every_image_mode_is_read(mode: str, tmp_path: Path) -> None:
     pixels = np.zeros((40, 60, 3), dtype=np.uint8)
     pixels[:, 30:] = 255
     Image.fromarray(pixels).convert(mode).save(tmp_path / "in.png")
@@ -81,7 +81,7 @@ def test_every_kind_of_image_is_read(mode: str, tmp_path: Path) -> None:
         (["in.png", "--out", "out"], "--out must end in one of"),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_error_messages(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)

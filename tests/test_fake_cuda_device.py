@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The comparisons and the benchmark's gate with tensors of another device than the CPU's."""
+"""Comparisons with the reference and the checks of the benchmark on another device than the CPU."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import make_case
-from other_device import DEVICE, OtherDevice
+from fake_cuda_device import DEVICE, FakeCudaDevice
 from torch import Tensor
 
 import convnn_kernels  # noqa: F401
@@ -15,22 +15,22 @@ from benchmarks.workloads import Workload
 from python_ref import assert_forward, assert_values
 
 
-def test_tensors_of_two_devices_do_not_meet() -> None:
-    """The control."""
-    with OtherDevice():
-        X, here = torch.zeros(2, device=DEVICE), torch.zeros(2)
-        assert X.device == (X + 1).device == here.to(DEVICE).device == DEVICE
-        assert here.device == X.cpu().device == torch.device("cpu")
+def test_mixed_devices_are_rejected() -> None:
+    """The negative control."""
+    with FakeCudaDevice():
+        X, on_cpu = torch.zeros(2, device=DEVICE), torch.zeros(2)
+        assert X.device == (X + 1).device == on_cpu.to(DEVICE).device == DEVICE
+        assert on_cpu.device == X.cpu().device == torch.device("cpu")
         with pytest.raises(RuntimeError, match="same device"):
-            X + here
+            X + on_cpu
         with pytest.raises(RuntimeError, match="same device"):
-            assert_values("X", X, here.double(), X)
+            assert_values("X", X, on_cpu.double(), X)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_comparison(seed: int) -> None:
     case = make_case(seed)
-    with OtherDevice():
+    with FakeCudaDevice():
         arguments = {
             name: X.to(DEVICE) if isinstance(X, Tensor) else X
             for name, X in case.arguments().items()
@@ -41,7 +41,7 @@ def test_comparison(seed: int) -> None:
         assert Y.device == DEVICE
 
 
-class There(devices.Cpu):
+class FakeCuda(devices.Cpu):
     where = "cuda"
 
 
@@ -52,23 +52,23 @@ def small(workload: Workload) -> Workload:
     return replace(workload, batch=2, tokens=tokens, channels=min(workload.channels, 16))
 
 
-# What needs code for a device, or a package.
-_NOT_HERE = ("mm", "copy", "sdpa-", "flashlib", "faiss", "cuvs", "keops", "host-", "graph-")
+# Peers that need a GPU or a package.
+NOT_HERE = ("mm", "copy", "sdpa-", "flashlib", "faiss", "cuvs", "keops", "host-", "graph-")
 
 
 @pytest.mark.slow
-def test_gate_of_the_gpu_suite() -> None:
-    """Inputs, peers, and what they are checked with."""
+def test_gpu_suite_passes_its_checks() -> None:
+    """Inputs, peers and expected results are all on the device."""
     cases = {
         (case.peer, case.passes, case.workload.keys is None): case
         for group in suites.SUITES["gpu"].groups("cuda")
         for case in group.cases
-        if not case.peer.startswith(_NOT_HERE) and not case.peer.endswith(("-triton", "-cuda"))
+        if not case.peer.startswith(NOT_HERE) and not case.peer.endswith(("-triton", "-cuda"))
     }
     assert len(cases) > 15
-    with OtherDevice():
+    with FakeCudaDevice():
         for case in cases.values():
             workload = replace(small(case.workload), dtype="float32")
-            ready = runner.prepare("", replace(case, workload=workload), There())
+            ready = runner.prepare("", replace(case, workload=workload), FakeCuda())
             assert isinstance(ready, runner.Ready), (case, ready)
             assert all(leaf.device == DEVICE for leaf in ready.call.leaves.values()), case

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""Aggregation at any indices: repeated, missing, out of range, past 2^31 elements."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, with_layout
+from inputs import OUT_OF_RANGE, each_rho, each_weight, make_weight, one_thread, randn
+
+import convnn_kernels  # noqa: F401
+from python_ref import assert_aggregate
+
+INF = float("inf")
+ops = torch.ops.convnn
+pytestmark = one_thread
+
+
+@each_weight
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_inputs(kind: str, layout: str) -> None:
+    value = with_layout(randn(2, 30, 6), layout)
+    s = with_layout(randn(2, 11, 5), layout)
+    I = with_layout(torch.randint(30, (2, 11, 5)), layout)
+    weight = make_weight(kind, 6, 5)
+    if weight is not None:
+        weight = with_layout(weight, layout)
+    assert_aggregate(ops.aggregate, value, s, I, weight)
+
+
+@each_rho
+@each_weight
+def test_repeated_indices_and_missing_neighbors(rho: str, kind: str) -> None:
+    """A row may be repeated, and neighbors may be missing (-inf) in any position."""
+    value = randn(2, 6, 4)
+    s, I = randn(2, 50, 5), torch.randint(3, (2, 50, 5))
+    s[torch.rand(2, 50, 5) < 0.3] = -INF
+    s[0, 0] = -INF
+    for similarities in (s, s.double()):
+        assert_aggregate(ops.aggregate, value, similarities, I, make_weight(kind, 4, 5), rho=rho)
+
+
+@each_rho
+@each_weight
+def test_no_channels(kind: str, rho: str) -> None:
+    """With C = 0 the output is the bias, and gradients of similarities are 0."""
+    I = torch.randint(20, (2, 30, 3))
+    for dtype in DTYPES:
+        value, weight = randn(2, 20, 0, dtype=dtype), make_weight(kind, 0, 3, dtype)
+        s = randn(2, 30, 3, dtype=torch.promote_types(dtype, torch.float32))
+        assert_aggregate(ops.aggregate, value, s, I, weight, rho=rho)
+
+
+@pytest.mark.parametrize("wrong", OUT_OF_RANGE)
+def test_indices_out_of_range_are_rejected(wrong: int) -> None:
+    I = torch.tensor([[0, 6], [wrong, 1]])
+    with pytest.raises(RuntimeError, match="aggregate: indices"):
+        ops.aggregate(randn(7, 3), torch.zeros(2, 2), I)
+
+
+def _available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@pytest.mark.slow
+def test_value_with_more_than_2_to_the_31_elements() -> None:
+    if _available_memory() < 14 * 2**30:
+        pytest.skip("needs 14 GiB of available memory")
+    M, C = 2**21 + 3, 1024
+    value = torch.zeros(M, C, dtype=torch.bfloat16)
+    value[-1], value[-2] = 3.0, 5.0
+    I = torch.tensor([[M - 1, M - 2], [0, M - 1]])
+    s = torch.zeros(2, 2)
+    Y = ops.aggregate(value, s, I, rho="ones")
+    assert torch.equal(Y.float(), torch.tensor([[8.0], [3.0]]).expand(2, C))

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""Gradients of aggregation: rows that many queries share, and neighbors that are missing."""
+
+import pytest
+import torch
+from inputs import each_weight, make_weight, one_thread, randn
+
+import convnn_kernels  # noqa: F401
+from python_ref import assert_aggregate
+
+INF = float("inf")
+ops = torch.ops.convnn
+pytestmark = one_thread
+
+
+@each_weight
+@pytest.mark.parametrize("chosen", [[7], [0, 1, 39], list(range(5, 20)), [38, 39]])
+def test_keys_that_many_queries_choose(kind: str, chosen: list[int]) -> None:
+    """Keys with thousands of queries beside keys with none, and missing neighbors among them."""
+    B, N, M, C, k = 2, 1100, 40, 33, 3
+    index = torch.tensor(chosen)
+    I = index[torch.randint(len(chosen), (B, N, k))]
+    s = randn(B, N, k)
+    s[torch.rand(B, N, k) < 0.2] = -INF
+    value, weight = randn(B, M, C), make_weight(kind, C, k)
+    assert_aggregate(ops.aggregate, value, s, I, weight, rho="softmax", scale=0.5)
+
+
+@pytest.mark.parametrize("count", [8191, 8192, 8193])
+def test_pairs_of_a_key_end_at_a_task_boundary(count: int) -> None:
+    """8192 is a multiple of the number of pairs in a task, for every instruction set."""
+    I = (torch.arange(9000) >= count).long().reshape(1, 9000, 1)
+    value, weight = randn(1, 3, 4), make_weight("dense", 4, 1)
+    assert_aggregate(ops.aggregate, value, randn(1, 9000, 1), I, weight, rho="similarity")
+
+
+def test_missing_neighbor_with_an_infinite_gradient() -> None:
+    """With a padding row or an overflow of the loss scale, the gradient of the
+    weight of a missing neighbor stays finite."""
+    s = torch.tensor([[1.0, -INF], [0.0, 0.0]])
+    I = torch.tensor([[0, 0], [1, 2]])
+    weight = torch.ones(2, 2, 2, requires_grad=True)
+    output = ops.aggregate(torch.ones(3, 2), s, I, weight)
+    grad_output = torch.tensor([[INF, 1.0], [1.0, 1.0]])
+    (grad,) = torch.autograd.grad(output, weight, grad_output)
+    assert grad[0, :, 0].isinf().all()
+    torch.testing.assert_close(grad[:, :, 1], torch.full((2, 2), 0.5))
