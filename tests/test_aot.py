@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import itertools
+import math
 import os
 import re
 import shutil
@@ -40,22 +41,39 @@ def test_no_kernel_has_changed_since_it_was_compiled(version: str) -> None:
     assert table(version)["sources"] == aot_table.source_hashes()
 
 
-@pytest.mark.parametrize("file", ["order.py", "configs.py", "select_backward.py"])
+CHANGES = {
+    "order.py": ("0x7FFFFFFE", "0x7FFFFFFD"),
+    "configs.py": ("maxnreg=128", "maxnreg=64"),
+    "select_backward.py": ("-2.0 * b_g", "-4.0 * b_g"),
+    # Host code, a docstring and a comment.
+    "select_small.py": ("Q = search.Q", "layout = search.Q"),
+    "norms.py": ("Norms of the rows", "All norms of the rows"),
+    "integers.py": ("", "# A comment.\n"),
+}
+
+
+@pytest.mark.parametrize("file", CHANGES)
 def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    change = CHANGES[file]
     before = aot_table.source_hashes()
     shutil.copytree(aot_table.KERNELS, tmp_path / "kernels")
     monkeypatch.setattr(aot_table, "KERNELS", tmp_path / "kernels")
     assert aot_table.source_hashes() == before
-    with (tmp_path / "kernels" / file).open("a") as source:
-        source.write("\n")
+    path = tmp_path / "kernels" / file
+    path.write_text(f"{path.read_text().replace(change[0], change[1], 1)}\n# a comment\n")
     changed = {name for name, digest in aot_table.source_hashes().items() if digest != before[name]}
     expected = {
-        "order.py": {"sweep_kernel", "refine_kernel", "select_small_kernel", "key_grad_kernel"},
+        "order.py": {
+            "group_flags_kernel",
+            "group_maxima_kernel",
+            "top_groups_kernel",
+            "exact_topk_kernel",
+            "select_small_kernel",
+        },
         "configs.py": {"configs"},
         "select_backward.py": {"query_grad_kernel", "key_grad_kernel"},
-    }[file]
-    assert expected <= changed
-    assert ("aggregate_dense_kernel" in changed) is False
+    }.get(file, set())
+    assert changed == expected
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -114,7 +132,7 @@ def settings(row: Row) -> dict[str, str]:
 def needs_wgmma(row: Row) -> bool:
     """Whether the main loop of a kernel on sm_90 multiplies matrices that are large enough."""
     values = settings(row)
-    if row["kernel"] == "sweep_kernel":
+    if row["kernel"] == "group_maxima_kernel":
         return values["METRIC"] != "2" and values["PRECISION"] != "ieee"
     if row["kernel"] == "select_small_kernel":
         return int(values["BLOCK_N"]) >= 64
@@ -134,7 +152,7 @@ def test_main_loops_use_wgmma(version: str) -> None:
     rows = [row for row in table(version)["rows"] if row["arch"] == 90 and needs_wgmma(row)]
     for dtype in DTYPES:
         assert {row["kernel"] for row in rows if row["dtype"] == dtype} >= {
-            "sweep_kernel",
+            "group_maxima_kernel",
             "aggregate_dense_kernel",
             "rho_grad_dense_kernel",
             "value_grad_dense_kernel",
@@ -217,7 +235,7 @@ def test_launches_are_those_of_the_tables() -> None:
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("refine", "maxnreg"), ("aggregate_depthwise", "BLOCK_N"), ("query_grad", "num_warps")],
+    [("exact_topk", "maxnreg"), ("aggregate_depthwise", "BLOCK_N"), ("query_grad", "num_warps")],
 )
 def test_another_tile_is_noticed(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from convnn_kernels.triton import configs
@@ -271,7 +289,7 @@ def test_other_sizes_compile_nothing_new(
 @needs_triton
 def test_an_alignment_depends_on_channels_only() -> None:
     """However rows are laid out: heads before rows or after, one of them or many."""
-    from convnn_kernels.triton import backend as host
+    from convnn_kernels.triton.tensors import alignment, rows_of
 
     for D in (1, 3, 8, 16, 40, 64):
         found = set()
@@ -285,23 +303,42 @@ def test_an_alignment_depends_on_channels_only() -> None:
             strides = [step if apart.shape[i] > 1 else 1 for i, step in enumerate(apart.stride())]
             odd = apart.as_strided(apart.shape, strides)
             for X in (apart, together, rows, fused, shared, odd):
-                found.add(host._alignment(host._fold(X)))
+                found.add(alignment(rows_of(X)[1]))
         assert found == {16 if D % 16 == 0 else 1}
 
 
 @needs_triton
-def test_rows_that_do_not_lie_in_one_piece_are_copied() -> None:
-    from convnn_kernels.triton import backend as host
+def test_rows_with_channels_apart_are_copied() -> None:
+    from convnn_kernels.triton.tensors import rows_of
 
     X = torch.randn(2, 3, 8, 5).mT
-    assert torch.equal(host._fold(X), X)
-    assert host._fold(X).stride(-1) == 1
+    copy, layout = rows_of(X)
+    assert torch.equal(copy, X)
+    assert copy.stride(-1) == 1
+    assert layout == (2, 3, 5, 8, *copy.stride()[:3])
     bank = torch.randn(8, 5).mT.expand(2, 3, 5, 8)
-    assert torch.equal(host._fold(bank), bank)
-    assert host._fold(bank).stride() == (0, 0, 8, 1)
-    assert host._fold(bank).untyped_storage().nbytes() == 4 * 5 * 8
+    copy, layout = rows_of(bank)
+    assert torch.equal(copy, bank)
+    assert layout == (2, 3, 5, 8, 0, 0, 8)
+    assert copy.untyped_storage().nbytes() == 4 * 5 * 8
     for same in (torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(8, 1).expand(2, 3, 8, 1)):
-        assert host._fold(same).data_ptr() == same.data_ptr()
+        assert rows_of(same)[0].data_ptr() == same.data_ptr()
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "shape", [(5, 8), (2, 5, 8), (2, 3, 5, 8), (2, 3, 4, 5, 8), (2, 1, 3, 1, 5, 8)]
+)
+def test_a_layout_reaches_every_row(shape: tuple[int, ...]) -> None:
+    """Also of a tensor whose rows come before its batch in memory, and of one that is expanded."""
+    from convnn_kernels.triton.tensors import rows_of
+
+    X = torch.arange(math.prod(shape)).view(shape)
+    apart = X.movedim(-2, 0).contiguous().movedim(0, -2)
+    for Y in (X, apart, X[:1].expand(shape)):
+        data, (B1, B2, N, D, b1, b2, n) = rows_of(Y)
+        found = data.as_strided((B1, B2, N, D), (b1, b2, n, 1), data.storage_offset())
+        assert torch.equal(found.reshape(shape), Y)
 
 
 @needs_triton
@@ -316,7 +353,7 @@ def test_which_sums_of_tensor_cores_are_returned(metric: str, D: int, small: boo
     options = {"N": 197, "D": D, "C": 8, "O": 8, "k": 9, "weight": "none", "metric": metric}
     launches = aot.record(90, torch.float16, [functools.partial(aot._both_ways, **options)])
     names = {launch["kernel"] for launch in launches}
-    assert ("select_small_kernel" in names, "refine_kernel" in names) == (small, not small)
+    assert ("select_small_kernel" in names, "exact_topk_kernel" in names) == (small, not small)
 
 
 class Live(TorchDispatchMode):
@@ -346,7 +383,6 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_memory_of_a_backward(shape: Shape) -> None:
     """No more than the contract allows, but for what is given and returned."""
-    from convnn_kernels.triton import backend as host
     from tools import aot
 
     B, N, M, C, k, dtype = shape.B, shape.N, shape.M, shape.C, shape.k, shape.dtype
@@ -361,14 +397,22 @@ def test_memory_of_a_backward(shape: Shape) -> None:
             results = run()
         return live.peak - sum(X.untyped_storage().nbytes() for X in results)
 
-    def both(_: torch.dtype) -> None:
-        options = (W, True, "softmax", 1.0, True, True, True, True)
-        taken = above(lambda: host._aggregate_backward(Y, value, s, I, *options))
-        assert taken <= bound, f"aggregate: {taken / (B * N * k):.1f} bytes a pair"
-        taken = above(lambda: host._select_backward(s, query, key, s, I, "cosine", True, True))
-        assert taken <= bound, f"select: {taken / (B * N * k):.1f} bytes a pair"
+    options = ("softmax", 1.0)
+    calls = {
+        "aggregate_backward": (Y, value, s, I, W, True, *options, *[True] * 4),
+        "select_backward": (s, query, key, s, I, "cosine", True, True),
+        "forward_backward": (
+            *(Y, s, query, key, value, W, s, I, True, "cosine", *options),
+            *[True] * 5,
+        ),
+    }
 
-    aot.record(90, dtype, [both])
+    def run(_: torch.dtype) -> None:
+        for name, arguments in calls.items():
+            taken = above(lambda name=name, args=arguments: aot.operator(name)(*args))
+            assert taken <= bound, f"{name}: {taken / (B * N * k):.1f} bytes a pair"
+
+    aot.record(90, dtype, [run])
 
 
 @needs_compiler
@@ -384,7 +428,7 @@ def test_offsets_have_64_bits() -> None:
 
 
 # Where 32 bits meet the length of a row of maxima, which is wide, before any product of theirs.
-WIDE_ANYWAY = {"sweep_kernel", "nominate_kernel"}
+WIDE_ANYWAY = {"group_maxima_kernel", "top_groups_kernel"}
 
 
 @needs_compiler

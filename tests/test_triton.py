@@ -7,7 +7,8 @@ They need a process of their own, started with ``TRITON_INTERPRET=1``: `make tes
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from itertools import islice, product
 from typing import Any
 
@@ -18,13 +19,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnn_kernels
-from convnn_kernels.triton import backend as host
+from convnn_kernels.backends import selection
+from convnn_kernels.triton import backend, configs, hardware
 from python_ref import assert_aggregate, assert_forward, assert_select, select
 
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or host.unavailable() is not None,
+        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
         reason="needs TRITON_INTERPRET=1 and Triton",
     ),
     # What NumPy says of NaN and infinity within the interpreter.
@@ -44,6 +46,22 @@ INSTEAD = {torch.float64: F32, torch.bfloat16: F16}
 def _backend() -> Iterator[None]:
     with convnn_kernels.backend("triton"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No plan that was made with configurations of another test."""
+    forget_plans()
+    yield
+    monkeypatch.undo()
+    forget_plans()
+
+
+def forget_plans() -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("convnn_kernels.triton."):
+            for function in vars(module).values():
+                getattr(function, "cache_clear", lambda: None)()
 
 
 def cases() -> Iterator[Case]:
@@ -83,7 +101,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
 
 def leave_out_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few columns and 16 bits then take the way of many columns."""
-    monkeypatch.setattr(host._kernels().configs, "has_small", lambda *_: False)
+    monkeypatch.setattr(configs, "allows_select_small", lambda *_: False)
 
 
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])
@@ -374,9 +392,9 @@ def test_several_launches_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace for one block of rows at a time, and one tile of columns in a program."""
     query, key = normal(2, 70, 8), normal(2, 300, 8, seed=1)
     whole = ops.select(query, key, 4)
-    configs = host._kernels().configs
     monkeypatch.setattr(configs, "WORKSPACE", 1)
     monkeypatch.setattr(configs, "tiles_each", lambda *_: 1)
+    forget_plans()
     parts = ops.select(query, key, 4)
     assert all(map(torch.equal, whole, parts))
 
@@ -405,19 +423,21 @@ def test_equal_rows_tie_wherever_they_lie() -> None:
 
 
 class _Allocations(TorchDispatchMode):
-    """The shapes of all tensors with memory of their own that operators return."""
+    """The sizes of all tensors with memory of their own that operators return."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
+        self.sizes: list[int] = []
         self.seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for X in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(X, Tensor) and X.untyped_storage().data_ptr() not in self.seen:
+            # Bytes are a workspace, whose buffers are counted one by one.
+            is_new = isinstance(X, Tensor) and X.untyped_storage().data_ptr() not in self.seen
+            if is_new and X.dtype != torch.uint8:
                 self.seen.add(X.untyped_storage().data_ptr())
-                self.shapes.append(tuple(X.shape))
+                self.sizes.append(X.numel())
         return result
 
 
@@ -442,43 +462,37 @@ def allocations(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> tuple[list[int
     Kernels do not run: what they read and write has been allocated before.
     """
 
-    class Nothing:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *args, **kwargs: None
+    from convnn_kernels.triton import launch
 
-    real = vars(host._kernels())
-    kernels = {name: Nothing() if name.endswith("_kernel") else X for name, X in real.items()}
-    monkeypatch.setattr(host, "_kernels", lambda: type("Kernels", (), kernels))
-    monkeypatch.setattr(host, "_arch", lambda tensor: 90)
+    made: list[int] = []
+    initialize = launch.Buffer.__init__
+
+    def count(buffer: Any, memory: Tensor, offset: int, size: int, dtype: torch.dtype) -> None:
+        made.append(size)
+        initialize(buffer, memory, offset, size, dtype)
+
+    monkeypatch.setattr(launch.Buffer, "__init__", count)
+    monkeypatch.setattr(launch.Launch, "__call__", lambda launch, **pointers: None)
+    monkeypatch.setattr(hardware, "architecture", lambda X: 90)
     B, N, M, C, O, k = shape.B, shape.N, shape.M or shape.N, shape.C, shape.O, shape.k
     query, key, value = (torch.zeros(B, n, C) for n in (N, M, M))
     weights = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[shape.weight]
     W = None if weights is None else torch.zeros(weights)
+    forward, backward = (
+        backend.operators()[f"convnn::{name}"] for name in ("forward", "forward_backward")
+    )
+    mask = torch.ones(B, M) > 0
+    options = ("cosine", "softmax", 1.0)
     with _Allocations() as mode:
-        Y, s, I = host._forward(
-            query,
-            key,
-            value,
-            k,
-            W,
-            None,
-            None,
-            None,
-            torch.ones(B, M) > 0,
-            "cosine",
-            "softmax",
-            1.0,
-            "similarity",
-        )
+        Y, s, I = forward(query, key, value, k, W, None, None, None, mask, *options, "similarity")
         s.zero_()
         I.zero_()
         # A gradient with strides of its own, which is copied.
         G = Y.mT.contiguous().mT
-        host._aggregate_backward(G, value, s, I, W, False, "softmax", 1.0, True, True, True, False)
-        host._select_backward(s, query, key, s, I, "cosine", True, True)
+        backward(G, None, query, key, value, W, s, I, False, *options, *[True] * 4, False)
     given = max(X.numel() for X in (query, key, value, Y, s) if X is not None)
     given = max(given, 0 if W is None else W.numel())
-    return [math.prod(shape) for shape in mode.shapes], given
+    return [*mode.sizes, *made], given
 
 
 MEMORY = [
@@ -499,17 +513,14 @@ MEMORY = [
 def test_memory(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> None:
     """No tensor is N x M or N x k x C, unless an input or output is as large."""
     sizes, given = allocations(monkeypatch, shape)
-    configs = host._kernels().configs
     assert len(sizes) > 10
     all_pairs = shape.B * shape.N * (shape.M or shape.N)
     all_neighbors = shape.B * shape.N * shape.k * shape.C
     assert max((size for size in sizes if size > given), default=0) < min(all_pairs, all_neighbors)
-    # Offsets have one element more than there are keys.
-    assert max(sizes) <= max(given + 1, configs.SMALL_WORKSPACE // 4, configs.WORKSPACE // 4)
+    assert max(sizes) <= max(given, configs.SMALL_WORKSPACE // 4, configs.WORKSPACE // 4)
 
 
 def test_parts_of_a_weight_gradient_are_bounded() -> None:
-    configs = host._kernels().configs
     for rows, size, bound in ((1024, 2**20, 2**20), (2**14, 2**16, 2**28), (10**6, 10**5, 10**6)):
         count, each = configs.parts(rows, size, bound)
         assert (count - 1) * each < rows <= count * each
@@ -519,7 +530,6 @@ def test_parts_of_a_weight_gradient_are_bounded() -> None:
 @pytest.mark.parametrize("parts", [1, 64])
 def test_a_buffer_of_all_pairs_is_seen(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
     """As many parts of a weight's gradient as there were once; and a buffer in any tensor made."""
-    configs = host._kernels().configs
     shape = Shape(1024, 256) if parts > 1 else Shape(1024, 9, C=16, weight="none")
     if parts > 1:
         monkeypatch.setattr(configs, "parts", lambda rows, *_: (parts, -(-rows // parts)))
@@ -537,34 +547,25 @@ def test_a_buffer_of_all_pairs_is_seen(monkeypatch: pytest.MonkeyPatch, parts: i
 class _Asked:
     """Notes for each launch what it would be compiled for, and runs it."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from convnn_kernels.triton.launch import Launch
+
         self.variants: set[Any] = set()
+        run = Launch.__call__
 
-    def kernel(self, name: str, kernel: Any) -> Any:
-        def kind(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.dtype, value.data_ptr() % 16 == 0
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value == 1, value % 16 == 0, abs(value) < 2**31
-            return type(value)
+        def note(launch: Launch, **pointers: Any) -> None:
+            found = [(X.dtype, X.data_ptr() % 16 == 0) for X in pointers.values() if X is not None]
+            kinds = map(self._kind, launch.values)
+            self.variants.add((launch.kernel.name, *found, *kinds, *launch.options.items()))
+            run(launch, **pointers)
 
-        def launch(grid: Any, *args: Any, **constants: Any) -> None:
-            self.variants.add((name, *map(kind, args), *sorted(constants.items())))
-            kernel[grid](*args, **constants)
+        monkeypatch.setattr(Launch, "__call__", note)
 
-        class Kernel:
-            def __getitem__(self, grid: Any) -> Callable[..., None]:
-                return lambda *args, **constants: launch(grid, *args, **constants)
-
-        return Kernel()
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = vars(host._kernels())
-        kernels = {
-            name: self.kernel(name, X) if name.endswith("_kernel") else X
-            for name, X in real.items()
-        }
-        monkeypatch.setattr(host, "_kernels", lambda: type("Kernels", (), kernels))
+    @staticmethod
+    def _kind(value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value == 1, value % 16 == 0, abs(value) < 2**31
+        return type(value)
 
 
 LOSSES = {
@@ -580,8 +581,7 @@ LOSSES = {
 def test_nothing_is_compiled_after_warmup(
     monkeypatch: pytest.MonkeyPatch, weight: str, loss: str
 ) -> None:
-    asked = _Asked()
-    asked.install(monkeypatch)
+    asked = _Asked(monkeypatch)
     N, C, k = 40, 16, 4
     X = [normal(2, N, C, seed=i).requires_grad_() for i in range(3)]
     W = normal(*((C, 1, k) if weight == "depthwise" else (24, C, k)), seed=3).requires_grad_()
@@ -599,8 +599,7 @@ def test_nothing_is_compiled_after_warmup(
 
 
 def test_without_gradients_warmup_compiles_forward_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _Asked()
-    asked.install(monkeypatch)
+    asked = _Asked(monkeypatch)
     X = [normal(2, 40, 16, seed=i) for i in range(3)]
     convnn_kernels.warmup(*X, 4)
     before = set(asked.variants)
@@ -645,7 +644,6 @@ def test_inverse_list(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stable sort: pairs of a key by (i, j) or (j, i), however many tiles, missing ones last."""
-    configs = host._kernels().configs
     monkeypatch.setattr(
         configs, "inverse_list_parts", lambda *_: (-(-N * k // pairs_each), pairs_each)
     )
@@ -660,8 +658,12 @@ def test_inverse_list(
     if by_slot:
         expected, bounds = expected * k + torch.arange(k), bounds * k
     in_order, places = expected.flatten().sort(stable=True)
-    pairs, keys, offsets = host._inverse_list(s, I, M, by_slot)
-    assert {X.dtype for X in (pairs, keys, offsets)} == {torch.int32}
+    from convnn_kernels.triton.inverse_list import invert
+
+    inverse = invert(s, I, M, by_slot)
+    pairs, keys = inverse.pairs.tensor(), inverse.keys.tensor()
+    offsets = inverse.offsets[:: -(-N * k // pairs_each)][: B * M + 1]
+    assert {X.dtype for X in inverse} == {torch.int32}
     found = int(present.sum())
     assert torch.equal(pairs[:found].long(), places[:found])
     assert torch.equal(keys[:found].long(), in_order[:found])
@@ -671,7 +673,6 @@ def test_inverse_list(
 
 
 def test_tiles_of_an_inverse_list_are_bounded() -> None:
-    configs = host._kernels().configs
     for batch, pairs, keys in (
         (1, 9 * 2**16, 2**16),
         (4, 300 * 4096, 4096),
@@ -720,7 +721,7 @@ def test_index_values_of_aggregate() -> None:
 
 def test_no_access_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where values are not checked, wrong ones are left out."""
-    monkeypatch.setattr(host, "_check_values", lambda: False)
+    monkeypatch.setattr(selection, "_check_values", lambda *_: None)
     query, key = integers(3, 4), integers(200, 4, seed=1)
     wrong = torch.tensor([-5, 10**9, 200])
     candidates = torch.cat([wrong, torch.arange(0, 200, 2)])
