@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The backward operators on an inverse neighbor list that the caller computed, so that
-// forward_backward can give one list to both. Without one where it is not needed.
+// The backward operators with an inverse neighbor list from the caller, so that forward_backward
+// computes one list for both. An operator that does not need the list does not read it.
 #pragma once
 
 #include "kernels.h"

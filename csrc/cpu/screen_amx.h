@@ -47,8 +47,8 @@ struct AmxScreen {
     return {{upper_bound(std::sqrt(dot(row, row, d))), upper_bound(rounding)}, scale};
   }
 
-  // Some compilers do not know which memory the intrinsics access. This makes them complete earlier
-  // stores, including those through this pointer, and repeat later loads.
+  // A compiler barrier, because some compilers do not know which memory the intrinsics access:
+  // earlier stores, including those through this pointer, come before it, and later loads after it.
   static void settle(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
   // Configures the tiles for rows of `words` words while it exists; does nothing for 0.

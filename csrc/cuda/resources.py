@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What each CUDA kernel of a built library takes: registers, stack, shared memory.
+"""The resources of each CUDA kernel of a built library: registers, stack, shared memory.
 
     python csrc/cuda/resources.py LIBRARY [--header FILE] [--most-stack BYTES]
 
-Prints a table, or writes the initializer that csrc/introspect.cpp includes. With ``--most-stack`` a
-kernel with a larger stack, where spilled registers lie, is an error, and so is one that uses its
-stack within a loop. The figures come from ``cuobjdump``, of the CUDA toolkit or of Triton; the
-environment variable CUOBJDUMP may name it.
+Prints a table, or writes the initializer that csrc/introspect.cpp includes. With ``--most-stack``,
+it is an error if a kernel uses more stack, which holds spilled registers, or any within a loop. The
+numbers come from ``cuobjdump`` of the CUDA toolkit or of Triton; the environment variable CUOBJDUMP
+may give its path.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Of a multiprocessor of sm_80, sm_90 and sm_100: registers, warps at most, the steps in which a
-# warp is given registers, shared memory (less on sm_80), and what each block takes of it besides.
+# A multiprocessor of sm_80, sm_90 and sm_100: registers, warps, allocation unit of registers for a
+# warp, shared memory (less on sm_80), and the shared memory reserved for each block.
 REGISTERS, WARPS, STEP = 65536, 64, 256
 SHARED, SHARED_SM_80, SHARED_OF_BLOCK = 228 << 10, 164 << 10, 1 << 10
 # Warps of every block: kWarps in device.cuh.
@@ -58,7 +58,7 @@ _ELEMENTS = {"<double>": (8, 8), "<float>": (4, 4)}
 
 
 def dynamic_shared(kernel: str) -> int:
-    """Bytes for "group_maxima_kernel<float>"."""
+    """Bytes for a kernel such as "group_maxima_kernel<float>"."""
     name, bracket, rest = kernel.partition("<")
     shared = DYNAMIC_SHARED.get(name)
     return 0 if shared is None else shared(*_ELEMENTS.get(bracket + rest, (2, 4)))
@@ -76,7 +76,7 @@ def find_cuobjdump() -> str | None:
 
 
 def readable(mangled: list[str]) -> list[str]:
-    """`group_maxima_kernel<float>` for each name."""
+    """Demangled names, such as "group_maxima_kernel<float>"."""
     tool = shutil.which("c++filt")
     if tool is None:
         return mangled
@@ -99,7 +99,7 @@ def occupancy(architecture: str, registers: int, shared: int) -> int:
 
 
 def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
-    """By architecture and kernel, such as "sm_90 group_maxima_kernel<float>"."""
+    """Resources by architecture and kernel, such as "sm_90 group_maxima_kernel<float>"."""
     dump = subprocess.run(
         [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
     ).stdout
@@ -115,7 +115,7 @@ def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
     result = {}
     names = readable([name for _, name, _ in found])
     for (architecture, _, numbers), name in zip(found, names, strict=True):
-        # None of it is static: what cuobjdump reports is reserved for the system.
+        # No kernel has static shared memory; what cuobjdump reports is reserved for the system.
         shared = dynamic_shared(name)
         result[f"{architecture} {name}"] = {
             "registers": numbers["REG"],
@@ -130,11 +130,11 @@ _UNCONDITIONAL = ("BRA", "JMP", "BRX", "BRXU", "JMX", "JMXU", "RET", "EXIT")
 
 
 def stack_in_loops(sass: str) -> dict[str, int]:
-    """For each function of disassembled code, the accesses to the stack that are within a loop.
+    """For each function of disassembled code, the number of stack accesses within loops.
 
-    A loop is what can come back to itself. An indirect jump, and the return from a subroutine, may
-    lead anywhere in the function, and to wherever a call goes on. Raises ValueError where a
-    function has no instruction that is understood.
+    An instruction is in a loop if it can be reached from itself. An indirect jump may lead anywhere
+    in the function, and the return from a subroutine to the instruction after any call. Raises
+    ValueError if no instruction of a function can be parsed.
     """
     found: dict[str, int] = {}
     for part in re.split(r"Function : ", sass)[1:]:
@@ -142,7 +142,7 @@ def stack_in_loops(sass: str) -> dict[str, int]:
         code = {int(address, 16): instruction for address, instruction in lines}
         order = sorted(code)
         if not order:
-            raise ValueError(f"no instruction of {part.split()[0]} was understood")
+            raise ValueError(f"cannot parse any instruction of {part.split()[0]}")
         after = dict(itertools.pairwise(order))
         returns = [after[at] for at in order if "CALL" in code[at] and at in after]
         following: dict[int, list[int]] = {}
@@ -161,7 +161,7 @@ def stack_in_loops(sass: str) -> dict[str, int]:
                 following[at] += order
             elif name == "RET":
                 following[at] += returns
-        # A function is there once for each architecture.
+        # A function occurs once for each architecture.
         found[part.split()[0]] = found.get(part.split()[0], 0) + sum(
             bool(re.search(r"\b(LDL|STL)\b", code[at])) and at in _reached(following, at)
             for at in order
@@ -184,11 +184,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", type=Path)
     parser.add_argument("--header", type=Path, help="write a C++ initializer instead of a table")
-    parser.add_argument("--most-stack", type=int, help="an error beyond as many bytes")
+    parser.add_argument("--most-stack", type=int, help="fail if a kernel uses more stack")
     arguments = parser.parse_args()
     tool = find_cuobjdump()
     if tool is None and arguments.header is None:
-        sys.exit("cuobjdump was not found: name it in CUOBJDUMP")
+        sys.exit("cuobjdump was not found; set CUOBJDUMP to its path")
     kernels = resources(arguments.library, tool) if tool else {}
     if arguments.header:
         lines = [
