@@ -5,8 +5,9 @@ CPU tensors go from the dispatcher straight to the C++ kernels. CUDA tensors com
 is the only owner of the CUDA dispatch key. Where ``TRITON_INTERPRET=1`` or ``CONVNN_BACKEND`` was
 set at import, CPU tensors come here first as well.
 
-A backend is chosen once for each operator, device, set of dtypes and forced backend. The reason is
-logged then, at level INFO of the logger ``convnn_kernels``.
+A backend is chosen once for each operator, device, list of dtypes and forced backend. The reason is
+logged then, at level INFO of the logger ``convnn_kernels``. Arguments are checked once for each
+list of shapes, dtypes and options.
 """
 
 import contextlib
@@ -53,6 +54,9 @@ class Call(NamedTuple):
 
 # The backends chosen so far.
 _chosen: dict[Call, str] = {}
+# Arguments that have been checked, by their kinds: the device and the backend of such a call.
+_checked: dict[Any, tuple[torch.device, str]] = {}
+_MOST_CHECKED = 4096
 
 
 def available() -> dict[str, str | None]:
@@ -124,20 +128,16 @@ def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 def _run(name: str, arguments: Any) -> Any:
     """The results of operator ``name`` for its arguments, a namedtuple of schemas.py."""
-    tensors = [each for each in arguments if isinstance(each, Tensor)]
-    device = tensors[0].device
-    dtypes = tuple([X.dtype for X in tensors])
-    call = Call(name, device, dtypes, triton.is_huge(tensors), _forced)
-    chosen = _chosen.get(call)
-    if chosen != "cuda" and name in _CHECKS:
-        # The C++ backend checks its arguments itself.
-        _CHECKS[name](name, arguments)
+    key = (name, _forced, *[_kind(each) for each in arguments])
+    device_and_backend = _checked.get(key)
+    if device_and_backend is None:
+        device_and_backend = _check(name, arguments)
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked[key] = device_and_backend
+    device, chosen = device_and_backend
     if device.type == "cpu" or os.environ.get("CONVNN_CHECK_INDICES", "0") == "1":
         _check_values(name, arguments)
-    if chosen is None:
-        chosen, why = choose(call)
-        _log.info(f"{name} runs on {chosen}: {why}")
-        _chosen[call] = chosen
     if chosen == "cuda":
         return cuda.run(name, arguments)
     try:
@@ -145,9 +145,31 @@ def _run(name: str, arguments: Any) -> Any:
     except triton.CannotCompile as error:
         _failures["triton"] = f"it cannot compile: {error}"
         _chosen.clear()
+        _checked.clear()
         warnings.warn(f"convnn_kernels: Triton cannot compile here: {error}", stacklevel=2)
         # The next backend, or why there is none.
         return _run(name, arguments)
+
+
+def _kind(argument: Any) -> Any:
+    """All that checks and the choice of a backend read of an argument."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device
+    return argument
+
+
+def _check(name: str, arguments: Any) -> tuple[torch.device, str]:
+    """Checks the arguments and returns their device and the backend that runs them."""
+    if name in _CHECKS:
+        _CHECKS[name](name, arguments)
+    tensors = [each for each in arguments if isinstance(each, Tensor)]
+    device = tensors[0].device
+    dtypes = tuple(X.dtype for X in tensors)
+    call = Call(name, device, dtypes, triton.is_huge(tensors), _forced)
+    if call not in _chosen:
+        _chosen[call], why = choose(call)
+        _log.info(f"{name} runs on {_chosen[call]}: {why}")
+    return device, _chosen[call]
 
 
 def _check_values(name: str, arguments: Any) -> None:
