@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Drives CMake; what is built, and from which sources, stands in CMakeLists.txt.
 
-The environment may set ``CONVNN_CUDA`` (1 requires the CUDA library, 0 leaves it out),
-``TORCH_CUDA_ARCH_LIST`` (as in PyTorch), ``CONVNN_WERROR`` (1 makes warnings errors), ``MAX_JOBS``
-(parallel compilers) and, as CMake reads them, ``CXX`` and ``CXXFLAGS``.
+The environment may set ``CONVNN_CUDA`` (1 requires the CUDA library, 0 leaves it out; by default it
+is built where PyTorch has CUDA and nvcc is found), ``TORCH_CUDA_ARCH_LIST`` (as in PyTorch),
+``CONVNN_WERROR`` (1 makes warnings errors), ``MAX_JOBS`` (parallel compilers) and, as CMake reads
+them, ``CXX`` and ``CXXFLAGS``.
 """
 
 import importlib
