@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import make_stamp
 from benchmarks.memory import MemoryNotMeasured
 from benchmarks.paper import data, memory, report
 from benchmarks.paper.rows import FIGURES, ROWS, TABLES, Figure, Row
@@ -33,7 +34,6 @@ from benchmarks.paper.train import (
     Recipe,
     train,
 )
-from benchmarks.stamp import make_stamp
 
 PROGRAM = "python -m benchmarks.paper"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import convnn_kernels
-from benchmarks.audit import Audit
+from benchmarks.call_checks import CallChecks
 from benchmarks.paper.rows import ROWS
 from convnn_kernels import functional
 from convnn_kernels.backends import selection
@@ -148,9 +148,9 @@ def test_operators_in_a_model(model: str, device: torch.device) -> None:
     size = row.image_size(reduced=True)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, size, size, generator=generator).to(device)
-    with Audit() as audit:
+    with CallChecks() as calls:
         network(images).square().sum().backward()
-    assert audit.check() >= 8
+    assert calls.check() >= 8
     assert all(P.grad is None or P.grad.isfinite().all() for P in network.parameters())
 
 
