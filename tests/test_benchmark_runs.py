@@ -296,7 +296,8 @@ def test_bound_is_the_slower_of_flops_and_bytes():
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    clock = SimpleNamespace(now=0.0, flushed=0, slept=0)
+    # now: milliseconds of the GPU; host: seconds of the host.
+    clock = SimpleNamespace(now=0.0, host=0.0, slept=0)
 
     class Event:
         def __init__(self, enable_timing):
@@ -350,13 +351,14 @@ def test_gpu_times_are_between_events(fake_cuda):
     assert fake_cuda.slept == 2
 
 
-def test_gpu_sleeps_until_the_host_has_launched(fake_cuda):
+def test_gpu_sleeps_until_the_host_has_launched(fake_cuda, monkeypatch):
     """A sample whose launches took too long is repeated behind a longer sleep."""
     faked, runs = devices.Cuda(where="cpu"), []
+    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: fake_cuda.host))
 
     def run():
         runs.append(0)
-        time.sleep(2e-3)
+        fake_cuda.host += 2e-3
         fake_cuda.now += 2.0
 
     assert faked.seconds(run, 1000) == pytest.approx(2e-3)
@@ -364,15 +366,16 @@ def test_gpu_sleeps_until_the_host_has_launched(fake_cuda):
     assert fake_cuda.slept == 2
 
 
-def test_gpu_sample_fits_the_launch_queue(fake_cuda):
+def test_gpu_sample_fits_the_launch_queue(fake_cuda, monkeypatch):
     """At about the thousandth launch the driver blocks the host until the GPU catches up."""
     faked, queued = devices.Cuda(where="cpu"), []
     faked._LONGEST_SLEEP = 0.02
+    monkeypatch.setattr(devices, "time", SimpleNamespace(perf_counter=lambda: fake_cuda.host))
 
     def run():
         queued.append(0)
         if len(queued) > 10:
-            time.sleep(0.03)
+            fake_cuda.host += 0.03
         fake_cuda.now += 2.0
 
     assert faked._between_events(run, 20, queued.clear) == pytest.approx(2e-3)
