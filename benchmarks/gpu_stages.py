@@ -110,14 +110,14 @@ def _seeds(device: str) -> list[str]:
 def _random(case: str, context: Context) -> Record:
     """The case of a seed and its variants."""
     sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "gpu")]
-    from relatives import wrong_ones  # type: ignore[import-not-found]
+    from variants import wrong_variants  # type: ignore[import-not-found]
 
     import convnn_kernels
 
     seed, backend = case.split()
     number = 1 if context.device == "cpu" else {"triton": 12, "cuda": 4}[backend]
     with convnn_kernels.backend(backend):
-        if wrong := wrong_ones(int(seed), number, backend):
+        if wrong := wrong_variants(int(seed), number, backend):
             raise AssertionError(f"{len(wrong)} of {number}: " + "\n".join(wrong))
     return {"cases": number}
 
