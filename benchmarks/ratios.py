@@ -133,8 +133,8 @@ def ours(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Ratio]]]:
 
 
 def sums_of_layers(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
-    """The layers of a model, measured in groups of their own: the sum of our median times divided
-    by the sum of Conv2d's, by peer, pass and source of the tokens.
+    """The layers of VGG-11, one group each: the sum of our median times divided by the sum of
+    Conv2d's, by peer, pass and source of the tokens.
     """
     sums: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     layers = {name: each for name, each in groups(rows).items() if "VGG-11 layer" in name}

@@ -69,10 +69,10 @@ class Workload:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if self.k > self.rows:
             raise ValueError(f"k must be at most the rows of key ({self.rows}), got {self.k}")
-        for name, known in (("source", SOURCES), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
+        for name, allowed in (("source", SOURCES), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
         if self.source == "photographs":
             for count in (self.tokens, self.rows):

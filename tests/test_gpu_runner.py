@@ -106,14 +106,14 @@ def faked(monkeypatch: pytest.MonkeyPatch, run: Any = fault) -> None:
 
 
 def test_limits() -> None:
-    own = {stage.name: stage.seconds for stage in STAGES}
+    seconds = {stage.name: stage.seconds for stage in STAGES}
     first, rest = ["load", "right", "time", "counters"], ["tests", "random", "sanitizer", "ratios"]
-    assert [*own] == first + rest
-    assert sum(own[name] for name in first) <= 200
-    assert sum(own.values()) + 20 <= 560
-    assert gpu.limit(STAGES[0], [*own], 560, 560) == 20
-    assert gpu.limit(STAGES[0], [*own], 54, 54) == 2
-    assert gpu.limit(STAGES[-1], [*own], 560, 123) == 123
+    assert [*seconds] == first + rest
+    assert sum(seconds[name] for name in first) <= 200
+    assert sum(seconds.values()) + 20 <= 560
+    assert gpu.limit(STAGES[0], [*seconds], 560, 560) == 20
+    assert gpu.limit(STAGES[0], [*seconds], 54, 54) == 2
+    assert gpu.limit(STAGES[-1], [*seconds], 560, 123) == 123
 
 
 @pytest.mark.slow
@@ -250,9 +250,9 @@ def test_each_test_is_a_result(tmp_path: Path) -> None:
     environment = {"CONVNN_OUTCOMES": str(outcomes), "CONVNN_DONE": str(done)}
     environment |= {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcomes", "test_some.py"]
-    for known, expected in (("", "passed failed skipped"), ("wrong", "passed skipped")):
+    for finished, expected in (("", "passed failed skipped"), ("wrong", "passed skipped")):
         outcomes.write_text("")
-        done.write_text(known and f"test_some.py::test_{known}")
+        done.write_text(finished and f"test_some.py::test_{finished}")
         subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True)
         found = [json.loads(line) for line in outcomes.read_text().splitlines()]
         assert " ".join(record["status"] for _, record in found) == expected

@@ -93,7 +93,7 @@ def _peer(
     matrices: tuple[int, int] = (0, 0),
     may_fail: bool = False,
 ) -> Peer:
-    """may_fail: the library compiles kernels of its own; where that fails, the peer is skipped."""
+    """may_fail: the library compiles its own kernels; if that fails, the peer is skipped."""
 
     def build(workload: Workload, inputs: Inputs) -> Call:
         query, key = (F.normalize(X.detach(), dim=-1) for X in (inputs.query, inputs.key))
