@@ -95,7 +95,7 @@ def summary(results: Results, ran: dict[str, Record]) -> str:
     lines += [results.unwritten] * bool(results.unwritten)
     above = timed + ratios
     while above and (len(above + lines) >= LINES or len("\n".join(above + lines)) > CHARACTERS):
-        above.pop(len(timed) - 1 if len(above) > len(ratios) else 0)
+        above.pop(len(timed) - 1)
         timed = timed[:-1]
     return "\n".join(above + lines)
 

@@ -80,6 +80,8 @@ def _others(row: Row, rows: Sequence[Row]) -> dict[str, Sequence[str]]:
         found = {"÷ FAISS": ["faiss"], "÷ flashlib": ["flashlib"], "÷ matmul": ["matmul"]}
     elif name.startswith(("host-", "graph-")):
         found = {"÷ SDPA": [f"{name.partition('-')[0]}-sdpa"]}
+    elif name.startswith("aggregate"):
+        found = {"÷ Conv2d": ["conv2d"]}
     else:
         sdpa = [each["peer"] for each in rows if each["peer"].partition("-")[0] == "sdpa"]
         found = {"÷ SDPA": sdpa, "÷ Conv2d": ["conv2d"]}

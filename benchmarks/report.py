@@ -171,18 +171,28 @@ def summary(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
-def ratio_lines(rows: Sequence[Row]) -> list[str]:
-    """For each of our rows its ratios with their 20th and 80th percentile."""
-    lines = []
+def ratio_lines(rows: Iterable[Row]) -> list[str]:
+    """The ratios of each of our peers and shapes in one line; +b marks passes with a backward. The
+    curves against N are left to the result file.
+    """
+    rows = [row for row in rows if "against N" not in row["group"]]
+    lines: dict[str, dict[str, list[str]]] = {}
     for row, values in ratios.ours(rows):
-        if values:
-            parts = (f"{t} {a:.2f} ({b:.2f}-{c:.2f})" for t, (a, b, c) in values.items())
-            w = Workload(**row["workload"])
-            what = f"{label(row, row)}, {row['pass']}, {w}"
-            lines.append(f"{what}: {', '.join(parts)}")
+        w = Workload(**row["workload"])
+        line = lines.setdefault(f"{row['peer']} {w.shape} {w.dtype}", {})
+        cells = line.setdefault(w.source, [])
+        backward = "+b " * ("backward" in row["pass"])
+        cells += [f"{backward}{title} {_number(value)}" for title, (value, _, _) in values.items()]
+    sums: dict[str, list[str]] = {}
     for (peer, passes, source), value in ratios.sums_of_layers(rows).items():
-        lines.append(f"all layers of VGG-11, {peer}, {passes}, {source}: ÷ Conv2d {value:.2f}")
-    return lines
+        backward = "+b " * ("backward" in passes)
+        cell = f"{backward}{source} {_number(value)}"
+        sums.setdefault(f"all layers of VGG-11 ÷ Conv2d, {peer}", []).append(cell)
+    return [f"{name}: {', '.join(cells)}" for name, cells in sums.items()] + [
+        f"{name}: {'; '.join(f'{source} ' + ', '.join(cells) for source, cells in parts)}"
+        for name, line in lines.items()
+        if (parts := [(source, cells) for source, cells in line.items() if cells])
+    ]
 
 
 def times_line(rows: Iterable[Row]) -> str:
