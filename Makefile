@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: MIT
-# Each command first sets up what it needs in .venv, so any of them may come first:
+# Each command first installs what it needs into .venv, so any of them may come first:
 #
-#   make test       the quick tests
-#   make test-all   the slow tests too
-#   make aot        the Triton kernels compiled for each architecture, without a GPU
-#   make gpu-kit    what a GPU machine without a network needs; PYTHON must be one like its own
-#   make gpu        the kernels on an NVIDIA GPU, with PYTHON as it is: no network
-#   make bench      the benchmark beside its goals: tables, a JSON file, a page and pictures
-#   make lint       formatting, lint and types
+#   make test       run the quick tests
+#   make test-all   run the slow tests too
+#   make bench      measure on this CPU: tables, a JSON file and plots
+#   make lint       check formatting, lint and types
+#   make aot        compile the Triton kernels for each architecture, without a GPU
+#   make gpu-kit    build what a GPU machine without a network needs, with its version of Python
+#   make gpu        check and time the kernels on an NVIDIA GPU; installs nothing into PYTHON
 #
-# PYTHON selects the interpreter, VENV the environment, MAX_JOBS the parallel compilers. pip reads
-# its own variables; they can point it to a CPU build of PyTorch.
+# PYTHON selects the interpreter, VENV the environment, MAX_JOBS the parallel compilers; with
+# CONVNN_CUDA=1 the CUDA library is built even if PyTorch has no CUDA. pip's own variables can point
+# it to a CPU build of PyTorch.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -34,8 +35,8 @@ test-all: $(VENV)/.test
 	$(python) -m pytest -m "not gpu and not triton"
 	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton.py tests/test_gpu_runner.py
 
-# Compiles the Triton kernels for each architecture with each version of Triton, without a GPU, and
-# writes down the outcome. What has not changed since the last time is not compiled again.
+# Compiles the Triton kernels for each architecture with each version of Triton and records the
+# outcome. Kernels that have not changed since are not compiled again.
 triton_versions := 3.6.0 3.7.1 3.8.0
 aot: $(VENV)/.test $(addprefix $(VENV)-triton-,$(addsuffix /.done,$(triton_versions)))
 	for version in $(triton_versions); do \
@@ -49,8 +50,8 @@ $(VENV)-triton-%/.done: constraints.txt
 	PIP_CONSTRAINT= $(@D)/bin/python -m pip install --no-deps triton==$*
 	touch $@
 
-# Libraries, compiled kernels and flashlib in gpu-kit: docs/gpu.md. The versions are those of the
-# GPU machine, and CUDA must be here.
+# Puts libraries, compiled kernels and flashlib into gpu-kit (docs/gpu.md). The versions are those of
+# the GPU machine; needs nvcc.
 gpu-kit: $(VENV)-gpu/.done
 	$(VENV)-gpu/bin/python -m tools.gpu_kit
 
@@ -62,12 +63,12 @@ $(VENV)-gpu/.done: constraints.txt
 	  'numpy<2.4' pillow psutil pytest pytest-timeout pytest-xdist scikit-image tqdm
 	touch $@
 
-# STAGES chooses some of them, OUTPUT the folder of results. Without a kit and a library of CUDA, it
-# is built for the GPU that is here.
+# STAGES selects some of the stages, OUTPUT the folder of results. If there is neither a kit nor a
+# CUDA library, the library is built for the GPU of this machine.
 capability = import torch; print("%d.%d" % torch.cuda.get_device_capability())
 gpu:
 	@$(PYTHON) -c 'import torch' 2>/dev/null || \
-	  { echo "make gpu: $(PYTHON) has no PyTorch: name one with PYTHON=..."; exit 2; }
+	  { echo "make gpu: $(PYTHON) has no PyTorch; choose another one with PYTHON=..."; exit 2; }
 	@test -e gpu-kit/manifest.json || test -e convnn_kernels/lib/libconvnn_cuda.so || \
 	  ! arch=$$($(PYTHON) -c '$(capability)' 2>/dev/null) || \
 	  TORCH_CUDA_ARCH_LIST=$$arch $(PYTHON) setup.py build_ext --inplace
@@ -88,7 +89,7 @@ $(VENV)/.base: constraints.txt pyproject.toml
 	$(python) -m pip install torch setuptools cmake ninja pybind11
 	touch $@
 
-# The package, editable, with one of its extras; built again only where a source has changed.
+# The package, editable, with one of its extras; rebuilt only if a source has changed.
 $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.base $(build_files)
 	$(python) -m pip install --no-build-isolation -e ".[$*]"
 	$(python) -m convnn_kernels.info

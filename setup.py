@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Runs CMake. CMakeLists.txt says what is built, and from which sources.
 
-Environment variables: ``CONVNN_CUDA`` (1 requires the CUDA library, 0 skips it),
-``TORCH_CUDA_ARCH_LIST`` (as in PyTorch), ``CONVNN_WERROR`` (1 turns warnings into errors),
-``MAX_JOBS`` (parallel compilers), and those that CMake reads, such as ``CXX`` and ``CXXFLAGS``.
+Environment variables: ``CONVNN_CUDA`` (1 requires the CUDA library, 0 skips it; by default it is
+built if PyTorch has CUDA and nvcc is found), ``TORCH_CUDA_ARCH_LIST`` (as in PyTorch),
+``CONVNN_WERROR`` (1 turns warnings into errors), ``MAX_JOBS`` (parallel compilers), and those that
+CMake reads, such as ``CXX`` and ``CXXFLAGS``.
 """
 
 import importlib

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Time and memory of ConvNN beside eager PyTorch, attention and convolution: `make bench`."""
+"""Time and memory of ConvNN beside eager PyTorch, attention and convolution (`make bench`)."""

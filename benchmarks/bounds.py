@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What a call has to do at least: flops, and bytes that must cross the memory bus once.
+"""The least work of a call: its flops, and the bytes that must cross the memory bus once.
 
-The flops of ConvNN are those of the similarity matrix, which an exact search computes, and of the
-aggregation; its backward passes gather k rows instead. Attention is counted as it is defined:
-2 products forward and 5 backward, of which one is computed again. Bytes are those of inputs,
-outputs and gradients.
+ConvNN is counted with the whole similarity matrix, which an exact search computes, and the
+aggregation; its backward pass gathers k rows instead. Attention is counted by its definition:
+2 products forward and 5 backward, one of which is recomputed. Bytes are those of inputs, outputs
+and gradients.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import functools
 import json
 from typing import Any
 
+from .environment import RESULTS
 from .peers import Peer
-from .peers.attention import NEIGHBORHOOD, WINDOW
 from .peers.rates import COPY_BYTES, SIDE
-from .stamp import RESULTS
 from .workloads import Workload
 
 
 def flops(name: str, peer: Peer, workload: Workload, passes: str) -> float | None:
-    """None where there is no such count."""
+    """None for a model."""
     w, backward = workload, passes == "forward+backward"
     pairs = w.batch * w.tokens * w.rows
     if peer.computes == "model":
@@ -34,18 +33,12 @@ def flops(name: str, peer: Peer, workload: Workload, passes: str) -> float | Non
         return 2.0 * pairs * w.channels
     if peer.computes == "attention":
         return 2.0 * pairs * w.channels * (7 if backward else 2)
-    if peer.computes in ("local attention", "neighborhood attention"):
-        width = 2 * WINDOW + 1 if peer.computes == "local attention" else NEIGHBORHOOD**2
-        near = w.batch * w.tokens * min(width, w.rows)
-        return 2.0 * near * w.channels * (7 if backward else 2)
     outputs = w.outputs or w.channels
     if peer.computes == "convolution":
         return 2.0 * w.batch * w.tokens * 9 * w.channels * outputs * (3 if backward else 1)
-    if peer.computes == "k-NN attention":
-        return 2.0 * pairs * w.channels * (4 if backward else 2)
     restricted = min(w.candidates, w.rows) if ("random" in name or "spatial" in name) else w.rows
     search = 2.0 * w.batch * w.tokens * restricted * w.channels
-    # Products with the k rows of key, for the gradients of query and of key.
+    # Products with the k rows of key, for the gradients of query and key.
     search_backward = 4.0 * w.batch * w.tokens * w.k * w.channels
     weights = outputs if "dense" in name else 2
     gather = 2.0 * w.batch * w.tokens * w.k * w.channels * weights
@@ -76,19 +69,19 @@ def moved_bytes(name: str, peer: Peer, workload: Workload, passes: str) -> float
         return float(element * (keys + outputs) * (2 if backward else 1))
     if peer.computes == "aggregate":
         return float((element * (keys + outputs) + neighbors) * (2 if backward else 1))
-    found = 0 if "attention" in peer.computes else neighbors
+    found = 0 if peer.computes == "attention" else neighbors
     return float((element * (queries + 2 * keys + outputs) + found) * (2 if backward else 1))
 
 
-# Of an H200, measured elsewhere: products of bfloat16 and bytes copied in a second.
+# bfloat16 flops and copied bytes per second that others measured on an H200.
 _H200_FLOPS, _H200_BYTES = 790e12, 4.3e12
 
 
 def kernel_microseconds(kernel: str, workload: Workload) -> float | None:
-    """What a kernel of ours takes on an H200 at least, by its products or by what it gathers."""
+    """The least time of one of our kernels on an H200, by its products or its gathered bytes."""
     w = workload
     gathered = w.batch * w.tokens * w.k * w.channels
-    if kernel == "sweep_kernel":
+    if kernel == "group_maxima_kernel":
         pairs = w.batch * w.tokens * w.rows
         return round(2e6 * pairs * w.channels / _H200_FLOPS, 2)
     if "dense" in kernel:
@@ -104,7 +97,9 @@ def _predictions() -> dict[str, Any]:
 
 
 def predicted_microseconds(kernel: str, workload: Workload, backend: str) -> float | None:
-    """As counted from machine code (docs/performance.md), for the shape it was counted for."""
-    w, known = workload, _predictions()
-    same = [w.batch, w.tokens, w.channels, w.k, w.dtype] == [*known["shape"], known["dtype"]]
-    return known["kernels"].get(kernel) if same and backend == "triton" else None
+    """The count from machine code in results/predicted.json, for the shape it was made for."""
+    w, predicted = workload, _predictions()
+    shape = [w.batch, w.tokens, w.channels, w.k, w.dtype]
+    if backend != "triton" or shape != [*predicted["shape"], predicted["dtype"]]:
+        return None
+    return predicted["kernels"].get(kernel)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What moved between two runs: python -m benchmarks compare BEFORE.json AFTER.json
+"""What changed between two runs: python -m benchmarks compare BEFORE.json AFTER.json
 
-A time is taken relative to the peers of its group that are not this project's (torch.mm, SDPA,
-Conv2d, FAISS, ...), which were timed in the same rounds: what the machine does to all of them
-cancels. A case has moved if both its medians and its 20th percentiles differ by more than 15%, and
+Times are taken relative to the peers of the group that are not this project's (torch.mm, SDPA,
+Conv2d, FAISS, ...). They were timed in the same rounds, so what slows down the whole machine
+cancels. A case has changed if its median and its 20th percentile both differ by more than 15% and
 by more than three times the scatter of the rounds. Only this project's cases are judged.
 """
 
@@ -15,33 +15,22 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from . import report
+from .ratios import Row, groups, is_ours
 from .workloads import Workload
 
-Row = dict[str, Any]
-
-# Smaller changes are not told from what two runs of the same commit differ by.
+# Two runs of the same commit differ by up to this factor.
 LEAST = 1.15
 _SCATTERS = 3.0
-
-_OURS = (
-    "convnn",
-    "select",
-    "aggregate",
-    "functional",
-    "vgg11-hybrid",
-    "vgg11-convnn",
-    "vit-convnn",
-)
 
 
 @dataclass(frozen=True)
 class Change:
-    """factor: time after ÷ time before, relative to the other peers. noise: what is no change."""
+    """factor: time after ÷ time before, relative to the other peers. Up to a factor of `noise` it
+    may be chance."""
 
     name: str
     factor: float
@@ -50,10 +39,6 @@ class Change:
     @property
     def moved(self) -> bool:
         return abs(math.log(self.factor)) > math.log(self.noise)
-
-
-def is_ours(row: Row) -> bool:
-    return row["peer"].startswith(_OURS)
 
 
 def _samples(row: Row) -> np.ndarray:
@@ -66,13 +51,13 @@ def _name(row: Row) -> str:
 
 
 def _relative(row: Row, references: Sequence[str], rows: Iterable[Row]) -> np.ndarray:
-    """Log of the time in each round, less the mean of that of the references."""
-    own = _samples(row)
+    """Log of the time in each round minus the mean log of the references' times."""
+    samples = _samples(row)
     others = [_samples(other) for other in rows if other["seconds"] and _name(other) in references]
     if not others:
-        return own
-    length = min(len(own), *(len(other) for other in others))
-    return own[:length] - np.mean([other[:length] for other in others], axis=0)
+        return samples
+    length = min(len(samples), *(len(other) for other in others))
+    return samples[:length] - np.mean([other[:length] for other in others], axis=0)
 
 
 def _scatter(samples: np.ndarray) -> float:
@@ -84,7 +69,7 @@ def _scatter(samples: np.ndarray) -> float:
 def compare(before: report.Result, after: report.Result) -> tuple[list[Change], list[str]]:
     """Changes of this project's cases in both results, and the names of those in one only."""
     changes, only = [], []
-    old_groups, new_groups = (report.groups(result["rows"]) for result in (before, after))
+    old_groups, new_groups = (groups(result["rows"]) for result in (before, after))
     for group in dict.fromkeys([*old_groups, *new_groups]):
         old = {_name(row): row for row in old_groups.get(group, []) if row["seconds"]}
         new = {_name(row): row for row in new_groups.get(group, []) if row["seconds"]}
@@ -98,7 +83,7 @@ def compare(before: report.Result, after: report.Result) -> tuple[list[Change], 
             b = _relative(new[name], references, new.values())
             by_median = float(np.median(b) - np.median(a))
             by_p20 = float(np.percentile(b, 20) - np.percentile(a, 20))
-            # The smaller of two that agree, none of two that do not.
+            # The smaller of the two, if they have the same direction.
             agree = by_median * by_p20 > 0
             factor = min(by_median, by_p20, key=abs) if agree else 0.0
             noise = max(math.log(LEAST), _SCATTERS * math.hypot(_scatter(a), _scatter(b)))
@@ -110,16 +95,16 @@ def describe(changes: Sequence[Change], only: Sequence[str]) -> str:
     lines = []
     for change in sorted(changes, key=lambda change: -change.factor):
         if change.moved:
-            verb = "slower" if change.factor > 1 else "quicker"
+            verb = "slower" if change.factor > 1 else "faster"
             lines.append(f"{change.factor:.2f}× the time, {verb}: {change.name}")
     if not lines:
-        lines.append("nothing moved beyond noise")
+        lines.append("nothing changed beyond noise")
     uncertain = [change for change in changes if change.noise > 1.3]
     lines.append(
-        f"{len(changes)} cases compared, {sum(change.moved for change in changes)} moved, "
-        f"{len(uncertain)} so noisy that 1.3× would not be seen"
+        f"{len(changes)} cases compared, {sum(change.moved for change in changes)} changed, "
+        f"{len(uncertain)} too noisy to detect a factor of 1.3"
     )
-    lines += [f"in one of the results only: {name}" for name in only]
+    lines += [f"only in one of the results: {name}" for name in only]
     return "\n".join(lines)
 
 
@@ -142,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {report.describe(result)}")
     changes, only = compare(before, after)
     if not changes:
-        print("python -m benchmarks compare: no case is in both results", file=sys.stderr)
+        print("python -m benchmarks compare: the results have no case in common", file=sys.stderr)
         return 2
     print(describe(changes, only))
     return int(any(change.moved and change.factor > 1 for change in changes))

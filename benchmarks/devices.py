@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What differs between devices: whether a run is possible, how to take time, peak memory."""
+"""What differs between devices: how to measure times and peak memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import psutil
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -19,49 +17,14 @@ from . import memory
 from .peers import PEERS, gradient_mode, run_pass
 from .workloads import Workload, make_inputs
 
-# Before a sample: see Cpu.seconds.
+Run = Callable[[], object]
+
+# Threads of the previous peer may still be spinning for work on all cores.
 _SETTLE_SECONDS = 0.005
 
 
-class Device(Protocol):
-    name: str
-
-    @property
-    def where(self) -> str:
-        """What PyTorch calls it."""
-
-    def why_not(self) -> str | None:
-        """The reason why nothing can be measured here, or None."""
-
-    def describe(self) -> dict[str, Any] | None:
-        """For the stamp: what is not the CPU's."""
-
-    def default_threads(self) -> int: ...
-
-    def prepare(self, threads: int) -> None:
-        """Settings that hold for all peers."""
-
-    def memory_bytes(self) -> float:
-        """How much of its memory a peer may take."""
-
-    def seconds(self, run: Callable[[], object], repeats: int) -> float:
-        """The time of one run, averaged over `repeats`, when all its work is done."""
-
-    def cold_seconds(self, run: Callable[[], object]) -> float | None:
-        """The same with nothing in the caches, where that is told apart."""
-
-    def kernels(self, run: Callable[[], object]) -> dict[str, dict[str, float]]:
-        """Of each kernel in one run, by its name: launches, and microseconds of all of them."""
-
-    def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
-        """Peak memory above the inputs, or memory.MemoryNotMeasured."""
-
-    def broken(self) -> str | None:
-        """After a failure: why this process cannot use the device any more, or None."""
-
-
-def _profiled(run: Callable[[], object], device: str) -> dict[str, dict[str, float]]:
-    """What PyTorch's profiler sees on the device in the second of two runs."""
+def _profiled(run: Run, device: str) -> dict[str, dict[str, float]]:
+    """Launches and total microseconds of each kernel, in the second of two runs."""
     run()
     with profile(activities=[getattr(ProfilerActivity, device)]) as measured:
         run()
@@ -84,64 +47,75 @@ def short_name(kernel: str) -> str:
 
 class Cpu:
     name = "cpu"
+    # PyTorch's name of the device.
     where = "cpu"
 
     def why_not(self) -> str | None:
+        """Why nothing can be measured here, or None."""
         return None
 
     def describe(self) -> dict[str, Any] | None:
+        """A description of the GPU, for the stamp."""
         return None
 
     def default_threads(self) -> int:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
     def prepare(self, threads: int) -> None:
+        """Applies the settings that all peers share."""
         torch.set_num_threads(threads)
 
     def memory_bytes(self) -> float:
-        # What is larger would be timed for minutes.
+        """How much memory a peer may take."""
+        import psutil
+
+        # Larger calls would take minutes.
         return min(10e9, 0.6 * psutil.virtual_memory().available)
 
-    def seconds(self, run: Callable[[], object], repeats: int) -> float:
-        # The threads of the peer before, of this process or of a library, may still be waiting for
-        # work on all cores.
+    def seconds(self, run: Run, repeats: int) -> float:
+        """The time until a run has finished, averaged over `repeats` of them."""
         time.sleep(_SETTLE_SECONDS)
         start = time.perf_counter()
         for _ in range(repeats):
             run()
         return (time.perf_counter() - start) / repeats
 
-    def cold_seconds(self, run: Callable[[], object]) -> float | None:
+    def cold_seconds(self, run: Run) -> float | None:
+        """The time of a run with a cold cache; None where that is not measured."""
         return None
 
-    def kernels(self, run: Callable[[], object]) -> dict[str, dict[str, float]]:
+    def kernels(self, run: Run) -> dict[str, dict[str, float]]:
+        """Launches and total microseconds of each kernel in one run."""
         return _profiled(run, "CPU")
 
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
+        """Peak memory above the inputs. Raises memory.MemoryNotMeasured."""
         return memory.peak_bytes(workload, peer, passes, threads)
 
     def broken(self) -> str | None:
+        """After a failure: why this process can no longer use the device, or None."""
         return None
 
 
-@dataclass
-class Cuda:
-    """Times are those of the GPU, between two events: the host runs ahead behind a wait of the GPU,
-    so that launches are not measured. The wait grows until the host has launched everything before
-    it ends. Where even the longest one is too short, or the driver, which queues about a thousand
-    launches, makes the host wait, a sample has fewer runs. Warm: the L2 cache holds what the run
-    before left there. Cold: a buffer larger than the cache was written before.
+class Cuda(Cpu):
+    """Measures GPU time between two events.
+
+    A sleep kernel keeps the GPU busy while the host launches the runs, so that the time of launches
+    is not included. Its length grows until the host finishes first. If even the longest one is too
+    short, or the driver blocks the host because its queue of about a thousand launches is full, a
+    sample has fewer runs. A warm run finds in the L2 cache what the previous one left there; before
+    a cold one, a buffer larger than the cache is written.
     """
 
-    name: str = "cuda"
-    where: str = "cuda"
-    _flushed: torch.Tensor | None = field(default=None, init=False)
-    # Of the wait, in seconds.
-    _ahead: float = field(default=1e-3, init=False)
-
+    name = "cuda"
     _CYCLES_PER_SECOND = 2e9
-    _LONGEST_WAIT = 0.05
+    _LONGEST_SLEEP = 0.05
     _MOST_REPEATS = 20
+
+    def __init__(self, where: str = "cuda") -> None:
+        self.where = where
+        self._flushed: torch.Tensor | None = None
+        self._sleep_seconds = 1e-3
 
     def why_not(self) -> str | None:
         if torch.version.cuda is None:
@@ -162,12 +136,9 @@ class Cuda:
             "times": "GPU time between events; the seconds are with a warm L2 cache",
         }
 
-    def default_threads(self) -> int:
-        return Cpu().default_threads()
-
     def prepare(self, threads: int) -> None:
         torch.set_num_threads(threads)
-        # float32 is float32 for everyone, and convolutions try all their algorithms.
+        # No peer uses TF32, and cuDNN tries all its algorithms.
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = True
@@ -175,43 +146,42 @@ class Cuda:
     def memory_bytes(self) -> float:
         return 0.7 * torch.cuda.mem_get_info(self.where)[0]
 
-    def _between_events(
-        self, run: Callable[[], object], repeats: int, before: Callable[[], object] = bool
-    ) -> float:
+    def _between_events(self, run: Run, repeats: int, before: Run = bool) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         while True:
             before()
-            torch.cuda._sleep(int(self._ahead * self._CYCLES_PER_SECOND))
+            torch.cuda._sleep(int(self._sleep_seconds * self._CYCLES_PER_SECOND))
             began = time.perf_counter()
             start.record()
             for _ in range(repeats):
                 run()
             end.record()
-            taken = time.perf_counter() - began
+            launching = time.perf_counter() - began
             torch.cuda.synchronize(self.where)
-            if taken < 0.9 * self._ahead:
+            if launching < 0.9 * self._sleep_seconds:
                 break
-            if self._ahead < self._LONGEST_WAIT:
-                self._ahead = min(max(2 * self._ahead, 1.5 * taken), self._LONGEST_WAIT)
+            if self._sleep_seconds < self._LONGEST_SLEEP:
+                longer = max(2 * self._sleep_seconds, 1.5 * launching)
+                self._sleep_seconds = min(longer, self._LONGEST_SLEEP)
             elif repeats > 1:
                 repeats //= 2
-            else:  # a run that waits for the GPU itself is never ahead of it
+            else:  # a run that itself waits for the GPU
                 break
         seconds = 1e-3 * start.elapsed_time(end) / repeats
-        if self._ahead >= self._LONGEST_WAIT:
-            self._ahead = 1e-3
+        if self._sleep_seconds >= self._LONGEST_SLEEP:
+            self._sleep_seconds = 1e-3
         return seconds
 
-    def seconds(self, run: Callable[[], object], repeats: int) -> float:
+    def seconds(self, run: Run, repeats: int) -> float:
         return self._between_events(run, min(repeats, self._MOST_REPEATS))
 
-    def cold_seconds(self, run: Callable[[], object]) -> float | None:
+    def cold_seconds(self, run: Run) -> float | None:
         if self._flushed is None:
             size = 4 * torch.cuda.get_device_properties(self.where).L2_cache_size
             self._flushed = torch.empty(size, dtype=torch.uint8, device=self.where)
         return self._between_events(run, 1, self._flushed.zero_)
 
-    def kernels(self, run: Callable[[], object]) -> dict[str, dict[str, float]]:
+    def kernels(self, run: Run) -> dict[str, dict[str, float]]:
         return _profiled(run, "CUDA")
 
     def peak_bytes(self, workload: Workload, peer: str, passes: str, threads: int) -> int:
@@ -219,7 +189,7 @@ class Cuda:
             inputs = make_inputs(workload, self.where, passes == "forward+backward")
             with gradient_mode(passes):
                 call = PEERS[peer].build(workload, inputs)
-                # Once before, so that what a library keeps for good is not counted.
+                # The first pass allocates what a library keeps for good.
                 run_pass(call, passes)
                 torch.cuda.synchronize(self.where)
                 torch.cuda.reset_peak_memory_stats(self.where)
@@ -236,9 +206,9 @@ class Cuda:
             torch.cuda.synchronize(self.where)
         except RuntimeError as error:
             return " ".join(str(error).split())[:300]
-        # What a failed call held is for the next one.
+        # The next case needs the memory of the failed one.
         torch.cuda.empty_cache()
         return None
 
 
-DEVICES: dict[str, Device] = {"cpu": Cpu(), "cuda": Cuda()}
+DEVICES: dict[str, Cpu] = {"cpu": Cpu(), "cuda": Cuda()}

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""``python -m benchmarks.gpu``, which is `make gpu`: what the kernels do on a GPU, in minutes and
-without a network. docs/gpu.md says in which calls.
+"""``python -m benchmarks.gpu``, which `make gpu` runs: checks and times the kernels on a GPU.
 
-Stages run one after the other, each within a time limit. A result is a line of results.jsonl in
-the folder as soon as it is known; a later run of the same commit leaves out what is there.
+It takes minutes and no network; docs/gpu.md describes the calls.
+
+Stages run one after the other, each with a time limit. Every result is written to results.jsonl as
+soon as there is one; a later run of the same commit skips what is already there.
 """
 
 from __future__ import annotations
@@ -22,52 +23,54 @@ import torch
 
 from tools import gpu_kit
 
-from . import goals, report
+from . import report
+from .environment import RESULTS, make_stamp
 from .gpu_runner import Context, Record, Stage, finds_a_gpu, run_stage
 from .gpu_stages import STAGES
-from .stamp import RESULTS, make_stamp
 
-# Of the summary, whose end is what a short log still has.
+# Limits of the summary: the log of a run may keep only its end.
 LINES, CHARACTERS = 150, 11_500
 
 
 class Results(list[Record]):
-    """All that is known, on disk as far as that can be written."""
+    """All results so far, also on disk if that can be written."""
 
     def __init__(self, folder: Path, stamp: Record) -> None:
         self.path, self.unwritten = folder / "results.jsonl", ""
         for line in self.path.read_text().splitlines() if self.path.is_file() else []:
-            with contextlib.suppress(ValueError):  # one that was cut off
+            with contextlib.suppress(ValueError):  # a truncated line
                 self.append(json.loads(line))
         commits = {each["stamp"]["commit"] for each in self if "stamp" in each}
         if commits - {stamp["commit"]}:
             old = self.path.with_name(f"results-{commits.pop()}.jsonl")
-            print(f"{self.path.name} is of another commit, and is now {old.name}", flush=True)
+            print(f"renamed {self.path.name} of another commit to {old.name}", flush=True)
             self.path.rename(old)
             self.clear()
         self.add({"stamp": stamp})
 
     def add(self, record: Record) -> None:
         self.append(record)
-        with self.noticed(), self.path.open("a") as file:
+        with self.noting_errors(), self.path.open("a") as file:
             file.write("\n" + json.dumps(record))
 
     @contextlib.contextmanager
-    def noticed(self) -> Iterator[None]:
+    def noting_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self.unwritten = f"{self.path.parent} could not be written to: {error.strerror}"
+            self.unwritten = f"cannot write to {self.path.parent}: {error.strerror}"
 
 
 def limit(stage: Stage, names: Sequence[str], seconds: float, left: float) -> float:
-    """Its own, or less where stages `names` together have fewer seconds; of the goals the rest."""
-    own = sum(each.seconds for each in STAGES if each.name in names)
-    return min(left, stage.seconds * min(1.0, seconds / own)) if stage.seconds else left
+    """The seconds of a stage: its limit, less if the stages `names` share less than their sum, or
+    what is left if it has no limit.
+    """
+    total = sum(each.seconds for each in STAGES if each.name in names)
+    return min(left, stage.seconds * min(1.0, seconds / total)) if stage.seconds else left
 
 
 def summary(results: Results, ran: dict[str, Record]) -> str:
-    """Times and goals, as far as there is room; then how each stage went and what failed in it."""
+    """Times and ratios, as many as fit, then the outcome of each stage and its failures."""
     timed = list[str]()
     for r in (r for r in results if r.get("stage") == "time" and "rows" in r):
         timed += [f"{r['case']}: {report.times_line(r['rows'])} ms"]
@@ -75,12 +78,12 @@ def summary(results: Results, ran: dict[str, Record]) -> str:
     stamp = next(r["stamp"] for r in results if "stamp" in r)
     cards = [r["gpu"] for r in results if "gpu" in r]
     stamp["gpu"] = cards[-1] if cards else None
-    rows = [row for r in results if r.get("stage") == "goals" for row in r.get("rows", ())]
-    suite = {"complete": False, "stamp": stamp, "left_out": [], "rows": rows}
-    with results.noticed():
+    rows = [row for r in results if r.get("stage") == "ratios" for row in r.get("rows", ())]
+    suite = {"complete": False, "stamp": stamp, "rows": rows}
+    with results.noting_errors():
         report.write(suite, results.path.with_name("benchmark.json"))
-    met = goals.table(goals.goals(suite)).splitlines() if rows else []
-    lines = ["stage, seconds it took, results"]
+    ratios = report.ratio_lines(rows)
+    lines = ["stage, seconds, results"]
     for name, record in ran.items():
         counts = ", ".join(f"{count} {status}" for status, count in record["counts"].items())
         lines.append(f"{name:<10}{record['seconds']:>6.0f} of {record['limit']:.0f} s: {counts}")
@@ -90,9 +93,9 @@ def summary(results: Results, ran: dict[str, Record]) -> str:
         for r in [*reversed(first.values())][:4]:
             lines.append(f"  {r['status']}: {r['case']}: {' '.join(r['why'].split())[:200]}")
     lines += [results.unwritten] * bool(results.unwritten)
-    above = timed + met
+    above = timed + ratios
     while above and (len(above + lines) >= LINES or len("\n".join(above + lines)) > CHARACTERS):
-        above.pop(len(timed) - 1 if len(above) > len(met) else 0)
+        above.pop(len(timed) - 1)
         timed = timed[:-1]
     return "\n".join(above + lines)
 
@@ -101,15 +104,15 @@ def main(arguments: list[str] | None = None) -> int:
     """0: all passed. 1: something did not. 2: nothing was run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     add, names = parser.add_argument, [stage.name for stage in STAGES]
-    add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal of everything")
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: rehearse all stages")
     add("--output", type=Path, default=RESULTS / "gpu", metavar="FOLDER")
-    add("--seconds", type=float, default=560, help="for all stages")
+    add("--seconds", type=float, default=560, help="limit of all stages together")
     add("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     add("--kit", type=Path, default=gpu_kit.FOLDER, help="made by make gpu-kit")
     options, began = parser.parse_args(arguments), time.monotonic()
     if options.device == "cpu":
         os.environ |= {"TRITON_INTERPRET": "1", "CONVNN_GPU_TESTS": "cpu"}
-    # Else deterministic algorithms refuse the matrix products of the reference.
+    # Without it, deterministic algorithms refuse the matrix products of the reference.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         if options.device == "cuda" and not finds_a_gpu():
@@ -119,8 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     except gpu_kit.Refused as error:
         print(f"make gpu: {error}", file=sys.stderr)
         return 2
-    with contextlib.suppress(ImportError):  # each case says so
-        import convnn_kernels  # noqa: F401  once, for all processes
+    with contextlib.suppress(ImportError):  # the cases report it
+        import convnn_kernels  # noqa: F401  once, before the processes are forked
 
     options.output.mkdir(parents=True, exist_ok=True)
     stamp = make_stamp(options.device, torch.get_num_threads()) | {"kit": kit}
@@ -132,18 +135,17 @@ def main(arguments: list[str] | None = None) -> int:
         for stage in (each for each in STAGES if each.name in options.only):
             left = options.seconds - (time.monotonic() - began)
             context.seconds = limit(stage, options.only, options.seconds, left)
-            print(f"{stage.name}, at most {context.seconds:.0f} s", flush=True)
+            print(f"{stage.name}: at most {context.seconds:.0f} s", flush=True)
             ran[stage.name] = run_stage(stage, context, results.add) | {"limit": context.seconds}
     text = summary(results, ran)
-    with results.noticed():
+    with results.noting_errors():
         (options.output / "report.txt").write_text(text + "\n")
     print(text, flush=True)
-    wanted = [(each, case) for each in STAGES for case in each.cases(options.device)]
-    known = {each.name: context.found(each.name) for each in STAGES if each.name in options.only}
     passed = all(
-        known[each.name].get(case, {}).get("status") == "passed"
-        for each, case in wanted
-        if each.name in known
+        context.found(each.name).get(case, {}).get("status") == "passed"
+        for each in STAGES
+        if each.name in options.only
+        for case in each.cases(options.device)
     )
     return 0 if passed and not results.unwritten else 1
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Runs the cases of a stage against time limits, so that one that crashes or hangs costs itself.
+"""Runs the cases of a stage within time limits, so that a crash or a hang costs only that case.
 
 Cases run in processes forked from this one, which has imported PyTorch but never uses a GPU. They
-send results through a pipe as soon as there are any. Where a process crashes, hangs or leaves its
-GPU context unusable, another takes over the remaining cases. None outlives this one.
+send each result through a pipe at once. If a process crashes, hangs or breaks its GPU context,
+another one takes over its remaining cases. None outlives this process.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ class Skipped(Exception):
 
 @dataclass
 class Context:
-    """What a case is given: the device, a folder for files, the seconds of its stage, all results
-    so far. emit: reports a part of the case as a result of its own. compiled: kernels so far."""
+    """The environment of a case.
+
+    folder: for files. seconds: limit of the stage. results: of all cases so far. emit: reports part
+    of the case as a separate result. compiled: names of the kernels that Triton has compiled.
+    """
 
     device: str
     folder: Path
@@ -52,10 +55,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Stage:
-    """cases: their names on a device. run: returns what a case found; an exception is a failure.
+    """cases: returns their names for a device. run: returns the results of a case, or raises.
 
-    seconds, case_seconds: limits of the stage and of a case. workers: processes that share the
-    cases, where nothing is timed.
+    seconds, case_seconds: limits of the stage and of each case. workers: processes that share the
+    cases; one if anything is timed.
     """
 
     name: str
@@ -67,7 +70,7 @@ class Stage:
 
 
 def finds_a_gpu() -> bool:
-    """Asked in another process: this one must not use a GPU."""
+    """Asks in another process, because this one must not use a GPU."""
     process = multiprocessing.get_context("fork").Process(
         target=lambda: os._exit(0 if torch.cuda.is_available() else 1)
     )
@@ -77,8 +80,8 @@ def finds_a_gpu() -> bool:
 
 
 def _work(stage: Stage, cases: Sequence[str], context: Context, pipe: Connection) -> None:
-    """A process: sends (case, {}) where a case begins, and its record where it ends."""
-    os.setpgid(0, 0)  # what a case starts is killed with it
+    """The body of a process. Sends (case, {}) when a case begins, and its record when it ends."""
+    os.setpgid(0, 0)  # so that a case is killed together with what it has started
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     faulthandler.register(signal.SIGUSR1, 2)  # standard error
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // stage.workers))
@@ -97,11 +100,11 @@ def _work(stage: Stage, cases: Sequence[str], context: Context, pipe: Connection
         record["compiled"] = len(context.compiled) - compiled
         pipe.send((case, record | {"seconds": round(time.monotonic() - began, 2)}))
         if context.device == "cuda" and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # an error ends this process: its context is of no use
+            torch.cuda.synchronize()  # raises, and ends this process, if its context is broken
 
 
 class _Worker:
-    """A process, the cases that it has not ended, and the one that it is at."""
+    """A process, its unfinished cases, and the one that is running."""
 
     def __init__(self, stage: Stage, cases: Sequence[str], context: Context) -> None:
         self.cases, self.case, self.began = list(cases), cases[0], time.monotonic()
@@ -110,12 +113,12 @@ class _Worker:
         self.process = fork.Process(target=_work, args=(stage, cases, context, theirs))
         self.process.start()
         self.pid = self.process.pid or os.getpid()
-        with contextlib.suppress(OSError):  # whoever of both comes first
+        with contextlib.suppress(OSError):  # the process may have done it already
             os.setpgid(self.pid, self.pid)
         theirs.close()
 
     def read(self, note: Note) -> bool:
-        """Passes on what has come; False where no more will come."""
+        """Passes on the results that have arrived. False if the process has ended."""
         try:
             while self.pipe.poll():
                 case, record = self.pipe.recv()
@@ -129,17 +132,20 @@ class _Worker:
             return False
         return True
 
-    def kill(self, say_where: bool = False) -> None:
-        for number in (signal.SIGUSR1, signal.SIGKILL) if say_where else (signal.SIGKILL,):
+    def kill(self, print_stack: bool = False) -> None:
+        for number in (signal.SIGUSR1, signal.SIGKILL) if print_stack else (signal.SIGKILL,):
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, number)
             self.process.join(0.3 if number == signal.SIGUSR1 else 3)
 
 
 def run_stage(stage: Stage, context: Context, add: Callable[[Record], None]) -> Record:
-    """Runs the cases that context.results lacks or has as stopped or skipped, for at most
-    context.seconds. Each result goes to `add`. Returns its seconds, and counts: of results by
-    status, of those known before, of kernels compiled."""
+    """Runs the cases that context.results lacks, or has as stopped or skipped, for at most
+    context.seconds, and passes each result to `add`.
+
+    Returns the seconds it took, and the counts of results by status, of earlier results, and of
+    compiled kernels.
+    """
     began, counts = time.monotonic(), Counter[str]()
     end = began + context.seconds
 
@@ -148,12 +154,12 @@ def run_stage(stage: Stage, context: Context, add: Callable[[Record], None]) -> 
         counts["kernels compiled"] += record.get("compiled", 0)
         add({"stage": stage.name, "case": case} | record)
 
-    known = context.found(stage.name).items()
-    done = {case for case, each in known if each["status"] not in ("stopped", "skipped")}
+    earlier = context.found(stage.name).items()
+    done = {case for case, each in earlier if each["status"] not in ("stopped", "skipped")}
     todo = [case for case in stage.cases(context.device) if case not in done]
-    counts["known before"] = len(done)
+    counts["done earlier"] = len(done)
     if context.seconds <= 0:
-        counts["not begun"], todo = len(todo), []
+        counts["not started"], todo = len(todo), []
     parts = (todo[i :: stage.workers] for i in range(stage.workers))
     workers = [_Worker(stage, part, context) for part in parts if part]
     try:
@@ -166,7 +172,7 @@ def run_stage(stage: Stage, context: Context, add: Callable[[Record], None]) -> 
                     continue
                 status = "crashed" if not alive else "stopped" if now >= end else "hung"
                 workers.remove(worker)
-                worker.kill(say_where=status == "hung")
+                worker.kill(print_stack=status == "hung")
                 if worker.case in worker.cases:
                     worker.cases.remove(worker.case)
                     why = f"after {now - worker.began:.1f} s, exit status {worker.process.exitcode}"
@@ -174,7 +180,7 @@ def run_stage(stage: Stage, context: Context, add: Callable[[Record], None]) -> 
                 if worker.cases and now < end:
                     workers.append(_Worker(stage, worker.cases, context))
                 else:
-                    counts["not begun"] += len(worker.cases)
+                    counts["not started"] += len(worker.cases)
     finally:
         for worker in workers:
             worker.kill()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Peak memory of one peer on one workload, in a process of its own.
+"""Peak memory of one peer on one workload, measured in a separate process.
 
-The figure is the highest resident set while the pass runs, minus the resident set once its inputs
-exist: outputs, gradients and everything in between, but not the inputs. The same peer runs once
-on a tiny workload before, so that libraries and thread stacks are not counted.
+The figure is the highest resident set during the pass minus the resident set before it: outputs,
+gradients and everything temporary, but not the inputs. The same peer first runs on a tiny workload,
+so that libraries and thread stacks are not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SECONDS_LIMIT = 600
 
 
 class MemoryNotMeasured(RuntimeError):
-    """The process ended before it could answer; the message says how."""
+    """The message says why, such as a process that was killed."""
 
 
 def _resident_bytes(field: str) -> int:
@@ -37,7 +37,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def _return_freed_memory() -> ctypes.CDLL | None:
-    """Let glibc give freed blocks back at once: kept ones would hide what the pass allocates."""
+    """Makes glibc return freed blocks at once: kept ones would hide what the pass allocates."""
     if not sys.platform.startswith("linux"):
         raise MemoryNotMeasured("the resident set is read from /proc, which only Linux has")
     libc = ctypes.CDLL(None)
@@ -50,11 +50,11 @@ def _return_freed_memory() -> ctypes.CDLL | None:
 
 
 def rise(run: Callable[[], object]) -> int:
-    """By how many bytes the peak of resident memory while `run` runs is above what there was."""
+    """How many bytes resident memory grows while `run` runs, at its peak."""
     libc = _return_freed_memory()
     if libc is not None:
         libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident_bytes("VmRSS")
     results = run()
     peak = _resident_bytes("VmHWM")
@@ -67,7 +67,7 @@ def _measure(workload: Workload, peer_name: str, passes: str, threads: int) -> i
     peer, needs_gradient = PEERS[peer_name], passes == "forward+backward"
     _return_freed_memory()
     tiny = replace(workload, batch=1)
-    # A model takes images of one size only.
+    # A model takes images of one size.
     if peer.computes != "model":
         tiny = replace(tiny, tokens=64, keys=None, k=min(workload.k, 64))
     with gradient_mode(passes):
@@ -84,22 +84,23 @@ def _child(connection: Connection, measure: Callable[..., int], *arguments: obje
 
 
 def peak_bytes(workload: Workload, peer_name: str, passes: str, threads: int) -> int:
-    """Bytes above the inputs. Raises MemoryNotMeasured with the reason."""
+    """Bytes above the inputs. Raises MemoryNotMeasured."""
     return in_own_process([__name__, "skimage.io"], _measure, workload, peer_name, passes, threads)
 
 
 def in_own_process(preload: Sequence[str], measure: Callable[..., int], *arguments: object) -> int:
-    """What `measure` returns in a process of its own.
+    """The return value of `measure(*arguments)` in a separate process.
 
     Args:
-        preload: modules that it needs, to import once for all processes.
-        measure: a function at the top of a module; `arguments` are its own.
+        preload: the modules that it needs, imported once for all processes.
+        measure: a function at the top level of a module.
+        arguments: those of `measure`.
 
     Raises:
-        MemoryNotMeasured: if it fails, is killed or takes too long; the message says which.
+        MemoryNotMeasured: if it fails, is killed or takes too long.
     """
-    # A fork of a server that has imported what is needed but run nothing: quick, and clean of what
-    # this process has allocated.
+    # A fork server that has imported the modules but run nothing: processes start quickly, without
+    # what this one has allocated.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["convnn_kernels", *preload])
     receiver, sender = context.Pipe(duplex=False)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A plugin of pytest that writes each outcome to the file CONVNN_OUTCOMES as soon as a test ends,
-and leaves out the tests that the file CONVNN_DONE names."""
+"""A pytest plugin that writes each outcome to the file CONVNN_OUTCOMES as soon as a test ends, and
+deselects the tests listed in the file CONVNN_DONE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    # A worker of pytest-xdist hands its reports to the process that has started it.
+    # A worker of pytest-xdist sends its reports to the main process, which writes them.
     if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
         return
     record = {"status": report.outcome, "seconds": round(report.duration, 2)}

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Measure the cases of a group: the gate, then the clock, then memory.
+"""Measures the cases of a group: checks the results, then takes times, then peak memory.
 
-All cases of a group are timed in turn, round after round, so that whatever else the machine does
-meets all of them alike; a ratio is the median over rounds of the ratio within a round.
+All cases of a group are timed round after round, one sample each per round, so that other load on
+the machine affects all of them alike. A ratio is the median of the ratios within each round.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from . import bounds, gate
-from .devices import Device
+from . import bounds, result_check
+from .devices import Cpu
 from .memory import MemoryNotMeasured
 from .peers import PEERS, Call, Peer, Unavailable, gradient_mode, run_pass
 from .workloads import Workload, make_inputs
@@ -28,18 +27,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to time a group: about `seconds`, within the bounds on rounds.
+    """How long to time a group: about `seconds`, within the limits on rounds.
 
-    sample_seconds: a pass that is quicker is repeated within one sample until it lasts this long.
+    sample_seconds: a shorter pass is repeated until the sample takes this long.
     """
 
     seconds: float = 10.0
     fewest_rounds: int = 3
     most_rounds: int = 40
     sample_seconds: float = 0.01
-
-
-QUICK = Effort(seconds=2.0, fewest_rounds=3, most_rounds=10)
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """What is timed in turn, and so may be divided by one another.
+    """Cases that are timed in the same rounds, and may therefore be divided by one another.
 
-    memory: the peers whose peak memory is measured too, on the first workload. backend: forces one
-    on our operators, and the time of each of their kernels is taken, too.
+    memory: the peers whose peak memory is measured, on the first workload. backend: if given, our
+    operators run on that backend, and the time of each of their kernels is measured as well.
     """
 
     name: str
@@ -67,12 +63,12 @@ class Group:
 
 
 class DeviceBroken(RuntimeError):
-    """Nothing can be measured in this process any more; the message says why."""
+    """Nothing more can be measured in this process; the message says why."""
 
 
 @dataclass
 class Ready:
-    """A case that was checked and can be timed."""
+    """A case whose result is correct, ready to be timed."""
 
     row: Row
     call: Call
@@ -80,14 +76,14 @@ class Ready:
     repeats: int = 1
     estimate: float = 0.0
 
-    def sample(self, device: Device) -> float:
+    def sample(self, device: Cpu) -> float:
         """Seconds of one pass, averaged over `repeats`."""
         if self.call.sample is not None:
-            return self.call.sample(self.repeats)
+            return self.call.sample()
         with gradient_mode(self.passes):
             return device.seconds(lambda: run_pass(self.call, self.passes), self.repeats)
 
-    def cold_sample(self, device: Device) -> float | None:
+    def cold_sample(self, device: Cpu) -> float | None:
         if self.call.sample is not None:
             return None
         with gradient_mode(self.passes):
@@ -114,42 +110,41 @@ def new_row(group: str, case: Case, peer: Peer) -> Row:
     }
 
 
+def _message(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def _skipped(row: Row, reason: str) -> Row:
     return row | {"status": "skipped", "reason": " ".join(reason.split())}
 
 
-def prepare(group: str, case: Case, device: Device) -> Ready | Row:
-    """A case that passed the gate, or a row that says why there is none."""
+def prepare(group: str, case: Case, device: Cpu) -> Ready | Row:
+    """The case ready to be timed, or a row that says why it is not timed."""
     peer, workload, passes = PEERS[case.peer], case.workload, case.passes
     row = new_row(group, case, peer)
     if passes not in peer.passes:
         return _skipped(row, f"has no {passes} pass")
     backward = passes == "forward+backward"
-    needed = peer.bytes_needed(workload, backward)
-    limit = device.memory_bytes()
+    needed, limit = peer.bytes_needed(workload, backward), device.memory_bytes()
     if needed > limit:
         return _skipped(
             row, f"needs about {needed / 1e9:.0f} GB, the limit is {limit / 1e9:.0f} GB"
         )
     try:
         call = peer.build(workload, make_inputs(workload, device.where, requires_grad=backward))
-        row["checked"] = gate.check(peer, workload, call, passes)
+        row["checked"] = result_check.check(peer, workload, call, passes)
     except Unavailable as error:
         return _skipped(row, str(error))
     except AssertionError as error:
         return row | {"status": "refused", "reason": " ".join(str(error).split())}
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return row | {"status": "failed", "reason": reason[:500]}
+        return row | {"status": "failed", "reason": _message(error)}
     return Ready(row, call, passes)
 
 
-def _prepare_all(
-    group: Group, device: Device, rows: list[Row], advance: Callable[[str], None]
-) -> list[Ready]:
+def _prepare_all(group: Group, device: Cpu, rows: list[Row]) -> list[Ready]:
     cases: list[Ready] = []
     for case in group.cases:
-        advance(f"checking {case.peer}")
         prepared = prepare(group.name, case, device)
         if isinstance(prepared, Ready):
             cases.append(prepared)
@@ -161,30 +156,30 @@ def _prepare_all(
     return cases
 
 
-def _fail(row: Row, error: Exception, device: Device) -> None:
-    """The case is left out from here on; DeviceBroken if no other one can be measured either."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    row.update(status="failed", reason=reason[:500])
+def _fail(row: Row, error: Exception, device: Cpu) -> None:
+    """Marks a case as failed. Raises DeviceBroken if no other one can be measured either."""
+    row.update(status="failed", reason=_message(error))
     if (broken := device.broken()) is not None:
         raise DeviceBroken(broken) from error
 
 
-def _warm_up(cases: Sequence[Ready], device: Device, effort: Effort) -> list[Ready]:
-    """Run each case until its caches are filled, and fix how often a sample repeats it. Returns
-    those that could be run."""
+def _warm_up(cases: Sequence[Ready], device: Cpu, effort: Effort) -> list[Ready]:
+    """Runs each case until its caches are warm, and sets the repeats of its samples. Returns those
+    that did not fail.
+    """
     warm = []
     for case in cases:
         try:
-            quickest = case.sample(device)
-            # A pass of seconds ran once already, in the gate.
-            if quickest < 1.0:
-                quickest = case.sample(device)
-            for _ in range(4 if quickest < 0.1 else 0):
-                quickest = min(quickest, case.sample(device))
+            fastest = case.sample(device)
+            # A pass that takes seconds has already run once, in the check.
+            if fastest < 1.0:
+                fastest = case.sample(device)
+            for _ in range(4 if fastest < 0.1 else 0):
+                fastest = min(fastest, case.sample(device))
         except Exception as error:
             _fail(case.row, error, device)
             continue
-        case.estimate = quickest
+        case.estimate = fastest
         case.repeats = max(1, round(effort.sample_seconds / case.estimate))
         warm.append(case)
     return warm
@@ -200,8 +195,11 @@ def _summary(samples: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _time(cases: Sequence[Ready], rounds: int, device: Device, advance: Callable[[], None]) -> None:
-    """Fill in the times of the rows."""
+def _time(cases: Sequence[Ready], effort: Effort, device: Cpu) -> None:
+    """Sets the times of the rows."""
+    one_round = sum(max(case.estimate, effort.sample_seconds) for case in cases)
+    rounds = int(effort.seconds / one_round) if cases else 0
+    rounds = min(max(rounds, effort.fewest_rounds), effort.most_rounds)
     samples: list[list[float]] = [[] for _ in cases]
     cold: list[list[float]] = [[] for _ in cases]
     order = list(range(len(cases)))
@@ -215,36 +213,20 @@ def _time(cases: Sequence[Ready], rounds: int, device: Device, advance: Callable
                 except Exception as error:
                     order.remove(i)
                     _fail(cases[i].row, error, device)
-            order.reverse()  # no case always runs after the same other one
-            advance()
+            order.reverse()  # no case always follows the same other one
     finally:
-        # An interruption keeps the rounds that are whole.
-        whole = min((len(samples[i]) for i in order), default=0)
+        # After an interruption only complete rounds count.
+        complete = min((len(samples[i]) for i in order), default=0)
         for i in order:
             row = cases[i].row
-            if whole:
-                row["seconds"] = _summary(samples[i][:whole]) | {"repeats": cases[i].repeats}
+            if complete:
+                row["seconds"] = _summary(samples[i][:complete]) | {"repeats": cases[i].repeats}
             if cold[i]:
                 row["cold_seconds"] = _summary(cold[i])
 
 
-@contextmanager
-def _progress(title: str | None) -> Iterator[tqdm]:
-    """A bar on a terminal; nothing in a log, or without a title."""
-    bar_format = "{desc:<72}{bar:20} {n_fmt}/{total_fmt} [{elapsed}]"
-    disable = True if title is None else None
-    with tqdm(total=0, bar_format=bar_format, disable=disable, leave=False) as bar:
-        yield bar
-
-
-def _forced(backend: str) -> AbstractContextManager[None]:
-    import convnn_kernels
-
-    return convnn_kernels.backend(backend) if backend else nullcontext()
-
-
-def _time_kernels(cases: Sequence[Ready], backend: str, device: Device) -> None:
-    """Fill in what each kernel takes in a pass of a peer of ours, the heaviest first."""
+def _time_kernels(cases: Sequence[Ready], backend: str, device: Cpu) -> None:
+    """Sets the times of the kernels of our peers, slowest first."""
     for case in cases:
         if not PEERS[case.row["peer"]].exacting or case.row["status"] != "measured":
             continue
@@ -267,58 +249,46 @@ def _time_kernels(cases: Sequence[Ready], backend: str, device: Device) -> None:
         case.row["kernels"] = sorted(rows, key=lambda row: -row["us"])
 
 
-def measure(
-    group: Group, device: Device, threads: int, rows: list[Row], title: str | None = None
-) -> None:
-    """Append one row for each case, also for those that were skipped, refused or failed.
+def _measure_memory(group: Group, cases: Sequence[Ready], device: Cpu, threads: int) -> None:
+    """Sets the peak memory of the rows that the group asks for."""
+    workload = group.cases[0].workload
+    for case in cases:
+        row = case.row
+        wanted = row["peer"] in group.memory and row["workload"] == asdict(workload)
+        if not wanted or row["status"] != "measured":
+            continue
+        try:
+            row["peak_bytes"] = device.peak_bytes(workload, row["peer"], case.passes, threads)
+        except (MemoryNotMeasured, OSError) as error:
+            row["peak_reason"] = str(error)
+        except RuntimeError as error:
+            row["peak_reason"] = _message(error)
+            if (broken := device.broken()) is not None:
+                raise DeviceBroken(broken) from error
 
-    A row is there as soon as its case is checked, so that an interruption keeps what is known.
+
+def _on_backend(backend: str) -> AbstractContextManager[None]:
+    import convnn_kernels
+
+    return convnn_kernels.backend(backend) if backend else nullcontext()
+
+
+def measure(group: Group, device: Cpu, threads: int, rows: list[Row]) -> None:
+    """Appends one row per case, including those that were skipped, refused or failed.
+
+    Each row is appended once its result is checked, so that an interruption loses nothing.
 
     Raises:
-        DeviceBroken: where a case has left the device so that no other one can be measured.
+        DeviceBroken: if a case left the device unusable.
     """
     device.prepare(threads)
-    with _progress(title) as bar, _forced(group.backend):
-        bar.total = len(group.cases)
-
-        def advance(what: str) -> None:
-            bar.set_description_str(f"{title}: {what}")
-            bar.update()
-
-        cases = _prepare_all(group, device, rows, advance)
+    with _on_backend(group.backend):
+        cases = _prepare_all(group, device, rows)
         if not group.effort.most_rounds:
             return
         gc.collect()
-        bar.set_description_str(f"{title}: warming up")
         cases = _warm_up(cases, device, group.effort)
-        one_round = sum(max(case.estimate, group.effort.sample_seconds) for case in cases)
-        rounds = int(group.effort.seconds / one_round) if cases else 0
-        rounds = min(max(rounds, group.effort.fewest_rounds), group.effort.most_rounds)
-        bar.reset(total=rounds)
-        bar.set_description_str(f"{title}: timing, rounds")
-        _time(cases, rounds, device, bar.update)
+        _time(cases, group.effort, device)
         if group.backend:
             _time_kernels(cases, group.backend, device)
-
-        first = asdict(group.cases[0].workload)
-        measured = [
-            ready
-            for ready in cases
-            if ready.row["peer"] in group.memory
-            and ready.row["workload"] == first
-            and ready.row["status"] == "measured"
-        ]
-        bar.reset(total=len(measured))
-        for ready in measured:
-            row = ready.row
-            bar.set_description_str(f"{title}: memory of {row['peer']}")
-            workload = Workload(**row["workload"])
-            try:
-                row["peak_bytes"] = device.peak_bytes(workload, row["peer"], ready.passes, threads)
-            except (MemoryNotMeasured, OSError) as error:
-                row["peak_reason"] = str(error)
-            except RuntimeError as error:
-                row["peak_reason"] = " ".join(str(error).split())[:500]
-                if (broken := device.broken()) is not None:
-                    raise DeviceBroken(broken) from error
-            bar.update()
+        _measure_memory(group, cases, device, threads)

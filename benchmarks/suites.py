@@ -1,41 +1,41 @@
 # SPDX-License-Identifier: MIT
-"""What is measured by name: groups of workloads and peers, the most telling first."""
+"""The suites: named lists of groups, the most informative first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from .peers import PEERS
+from .peers import PEERS, TRAINING
 from .runner import Case, Effort, Group
 from .workloads import (
+    CPU_LAYERS,
+    CPU_SEARCH,
     GPU_FLOAT32,
     GPU_LAYERS,
     GPU_SELECT,
     GPU_VGG11,
     GPU_VIT,
-    LONG,
-    REQUIRED,
     SEARCH,
     SEARCH_PHOTOGRAPHS,
     TINY,
     VGG11,
     VIT_TINY,
     Workload,
-    scaled,
 )
 
-_BOTH = ("forward", "forward+backward")
-_FORWARD = _BOTH[:1]
+_FORWARD = TRAINING[:1]
 
-# What one would put into a model in place of another.
-_MODELS = ("convnn-all", "convnn-random", "convnn-spatial", "eager", "sdpa", "conv2d")
+# Layers that can replace one another in a model.
+MODELS = ("convnn-all", "convnn-random", "convnn-spatial", "eager", "sdpa", "conv2d")
+_SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
+_SEARCH = ("matmul", "matmul-topk", "faiss", "flashlib", "keops")
 
 
 def _cases(
-    workload: Workload, peers: Iterable[str], passes: Sequence[str] = _BOTH
+    workload: Workload, peers: Iterable[str], passes: Sequence[str] = TRAINING
 ) -> tuple[Case, ...]:
-    """Each of these passes that a peer has."""
+    """Each peer with those of the passes that it supports."""
     return tuple(
         Case(workload, peer, each)
         for peer in peers
@@ -44,141 +44,70 @@ def _cases(
     )
 
 
-def _required() -> list[Group]:
-    """The shapes that the project is held to: beside attention, exact search, eager PyTorch."""
-    groups = []
-    for workload in REQUIRED:
-        small = workload.batch * workload.tokens**2 <= 2**24
-        peers = ["mm", "copy", "select", "faiss", "convnn-all", "sdpa"]
-        # The kernel that PyTorch does not choose is the faster one at a few sizes only.
-        peers += ["sdpa-math", "eager"] if small else []
-        avx2 = ["select-avx2", "convnn-avx2"] if small else ["select-avx2"]
-        random = replace(workload, source="random")
-        groups.append(
-            Group(
-                f"required {workload.shape}",
-                (
-                    *_cases(workload, peers),
-                    *_cases(random, ("select", "convnn-all"), _FORWARD),
-                    *_cases(workload, avx2, _FORWARD),
-                ),
-                Effort(8 if small else 15, fewest_rounds=5 if small else 3),
-                memory=_MODELS if workload == REQUIRED[1] else (),
-            )
-        )
-    return groups
+def _layer(workload: Workload) -> Group:
+    """Beside attention, exact search and eager PyTorch."""
+    small = workload.batch * workload.tokens**2 <= 2**24
+    peers = ["mm", "copy", "select", "faiss", "convnn-all", "sdpa"]
+    # PyTorch does not always choose its faster kernel.
+    peers += ["sdpa-math", "eager"] if small else []
+    cases = _cases(workload, peers)
+    cases += _cases(replace(workload, source="random"), ("select", "convnn-all"), _FORWARD)
+    effort = Effort(8 if small else 15, fewest_rounds=5 if small else 3)
+    memory = MODELS if workload == CPU_LAYERS[1] else ()
+    return Group(f"layer {workload.shape}", cases, effort, memory)
 
 
-def _beside_convolution() -> list[Group]:
-    groups = []
-    for workload in REQUIRED[1:3]:
-        cases = _cases(workload, ("conv2d", "aggregate-dense", "convnn-dense", "aggregate"))
-        for count in (32, 64):
-            restricted = replace(workload, candidates=count)
-            cases += _cases(restricted, ("convnn-random", "convnn-spatial"))
-        groups.append(Group(f"beside Conv2d {workload.shape}", cases, Effort(8)))
-    return groups
-
-
-def _growth() -> Group:
-    """Times of N = 1024 ... 32768 for a fit.
-
-    A sample has several passes at each size, so that all of them are measured warm: after a pass of
-    another size, the next one waits for memory.
-    """
-    sizes = [Workload(1, 2**e, 64, 9, "random") for e in range(10, 16)]
-    cases = [Case(workload, peer) for workload in sizes for peer in ("convnn-all", "convnn-random")]
-    effort = Effort(10, fewest_rounds=5, sample_seconds=0.06)
-    return Group("growth with N", tuple(cases), effort)
+def _beside_convolution(workload: Workload) -> Group:
+    cases = _cases(workload, ("conv2d", "aggregate-dense", "convnn-dense", "aggregate"))
+    for count in (32, 64):
+        restricted = replace(workload, candidates=count)
+        cases += _cases(restricted, ("convnn-random", "convnn-spatial"))
+    return Group(f"beside Conv2d {workload.shape}", cases, Effort(8))
 
 
 def _overhead() -> Group:
     """A call so small that its time is that of the host."""
-    cases = [
-        Case(TINY, peer, passes)
-        for peer in ("sdpa", "convnn-all", "functional")
-        for passes in ("forward", "inference")
-    ]
-    return Group("host overhead", tuple(cases), Effort(5, fewest_rounds=15, sample_seconds=0.02))
+    peers, passes = ("sdpa", "convnn-all", "functional"), ("forward", "inference")
+    effort = Effort(5, fewest_rounds=15, sample_seconds=0.02)
+    return Group("host overhead", _cases(TINY, peers, passes), effort)
 
 
-def _bfloat16() -> list[Group]:
-    return [
-        Group(
-            f"bfloat16 {workload.shape}",
-            _cases(replace(workload, dtype="bfloat16"), ("mm", "select", "convnn-all", "sdpa")),
-            Effort(8),
-        )
-        for workload in REQUIRED[2:4]
-    ]
+def _bfloat16(workload: Workload) -> Group:
+    peers = ("mm", "select", "convnn-all", "sdpa")
+    cases = _cases(replace(workload, dtype="bfloat16"), peers)
+    return Group(f"bfloat16 {workload.shape}", cases, Effort(8))
 
 
-def _curves() -> list[Group]:
-    """Time and memory against N, on a photograph."""
-    return [
-        Group(f"against N {w.shape}", _cases(w, _MODELS), Effort(seconds), memory=_MODELS)
-        for w, seconds in (
-            (Workload(1, 256, 64, 9), 3),
-            (Workload(1, 1024, 64, 9), 3),
-            (Workload(1, 4096, 64, 9), 5),
-            (Workload(1, 16384, 64, 9), 5),
-        )
-    ]
+def _against_n(tokens: int, effort: Effort) -> Group:
+    """Time and memory on a photograph."""
+    w = Workload(1, tokens, 64, 9)
+    return Group(f"against N {w.shape}", _cases(w, MODELS), effort, memory=MODELS)
 
 
 def cpu(device: str) -> list[Group]:
     return [
-        *_required(),
-        *_beside_convolution(),
+        *(_layer(w) for w in CPU_LAYERS),
+        *(_beside_convolution(w) for w in CPU_LAYERS[1:3]),
         _overhead(),
-        _growth(),
-        *_bfloat16(),
-        *_curves(),
+        *(_bfloat16(w) for w in CPU_LAYERS[2:4]),
+        *(_against_n(n, Effort(s)) for n, s in ((256, 3), (1024, 3), (4096, 5), (16384, 5))),
     ]
 
 
 def quick(device: str) -> list[Group]:
-    effort = Effort(2, most_rounds=10)
-    return [
-        Group(f"against N {w.shape}", _cases(w, _MODELS), effort, memory=_MODELS)
-        for w in (Workload(1, 256, 64, 9), Workload(1, 1024, 64, 9))
-    ]
-
-
-def _fit(workload: Workload, device: str) -> Workload:
-    """As it is on a GPU; on a CPU in float32 and with as many pairs as fit into a minute."""
-    if device == "cuda":
-        return workload
-    if workload.keys is not None:
-        # Half as many keys are no map.
-        return scaled(replace(workload, dtype="float32", source="random"), 2**27)
-    return scaled(replace(workload, dtype="float32"), 2**24)
-
-
-def _unique(workloads: Iterable[Workload]) -> list[Workload]:
-    return list(dict.fromkeys(workloads))
-
-
-_ATTENTION = ("sdpa", "sdpa-flash", "sdpa-math", "sdpa-efficient", "sdpa-cudnn")
-_SEARCH = ("matmul", "matmul-topk", "cdist-topk", "faiss", "faiss-gpu", "cuvs", "flashlib", "keops")
-_OPERATORS = ("select", "aggregate", "convnn-all", "convnn-random", "convnn-spatial")
-_EAGER = ("eager", "compiled", "eager-aggregate", "eager-random", "eager-spatial")
-_LOCAL = ("flex-local", "local", "natten", "kvt")
-
-
-def _operators_at(workload: Workload, peers: Iterable[str], seconds: float) -> Group:
-    return Group(f"operators {workload}", _cases(workload, ("mm", "copy", *peers)), Effort(seconds))
+    return [_against_n(tokens, Effort(2, most_rounds=10)) for tokens in (256, 1024)]
 
 
 def operators(device: str) -> list[Group]:
-    """Each operator beside every peer, on the paper's shapes, long sequences and searches."""
-    tokens = [_fit(w, device) for w in (VIT_TINY, *LONG)]
-    everyone = (*_OPERATORS, *_EAGER, *_ATTENTION, *_LOCAL, "conv2d", *_SEARCH)
-    groups = [_operators_at(w, everyone, 15) for w in _unique(tokens)]
-    random = [replace(w, source="random") for w in _unique(tokens)[:2]]
-    groups += [_operators_at(w, (*_OPERATORS, "sdpa"), 8) for w in random]
-    searches = _unique(_fit(w, device) for w in SEARCH)
-    return groups + [_operators_at(w, ("select", *_SEARCH), 8) for w in searches]
+    """Each operator beside every peer."""
+    peers = ["mm", "copy", "select", "aggregate", "convnn-all", "convnn-random", "convnn-spatial"]
+    peers += ["eager", "compiled", "eager-aggregate", "eager-random", "eager-spatial"]
+    peers += [*_SDPA, "sdpa-math", "conv2d", *_SEARCH]
+    layers = (GPU_VIT, *GPU_LAYERS) if device == "cuda" else CPU_LAYERS[:4]
+    groups = [Group(f"operators {w}", _cases(w, peers), Effort(15)) for w in layers]
+    searches = SEARCH if device == "cuda" else CPU_SEARCH
+    search = ("mm", "copy", "select", *_SEARCH)
+    return groups + [Group(f"search {w}", _cases(w, search), Effort(8)) for w in searches]
 
 
 def layers(device: str) -> list[Group]:
@@ -190,149 +119,100 @@ def layers(device: str) -> list[Group]:
         groups.append(Group(f"VGG-11 layer {i} {w.shape}", _cases(w, peers), Effort(4)))
     vgg = tuple(f"vgg11-{layer}" for layer in ("conv2d", "hybrid", "convnn"))
     vit = tuple(f"vit-{layer}" for layer in ("attention", "convnn", "local"))
-    images = (128, 64) if device == "cuda" else (8, 2)
-    for name, (tokens, channels), models, batch in zip(
-        ("VGG-11", "ViT-Tiny"), ((1024, 3), (197, 192)), (vgg, vit), images, strict=True
+    batches = (128, 64) if device == "cuda" else (8, 2)
+    for name, w, models in (
+        ("VGG-11", Workload(batches[0], 1024, 3, 9, "random"), vgg),
+        ("ViT-Tiny", replace(VIT_TINY, batch=batches[1], source="random"), vit),
     ):
-        w = Workload(batch, tokens, channels, 9, "random")
         groups.append(Group(f"model {name}", _cases(w, models), Effort(15), memory=models))
     return groups
 
 
-def memory(device: str) -> list[Group]:
-    """Peak memory against N; timed only as often as a median needs."""
-    peers = (*_MODELS, "compiled", "matmul-topk", "local", "kvt")
-    largest = 65536 if device == "cuda" else 16384
-    effort = Effort(0, fewest_rounds=3)
-    return [
-        Group(f"memory {w.shape}", _cases(w, peers), effort, memory=peers)
-        for w in (Workload(1, 4**e, 64, 9) for e in range(4, 9))
-        if w.tokens <= largest
-    ]
+# GPU
 
 
-def scaling(device: str) -> list[Group]:
-    """One of N, k, D and R at a time, on a photograph."""
-    base = Workload(1, 4096, 64, 9, dtype="bfloat16" if device == "cuda" else "float32")
-    peers = (*_MODELS, "flex-local", "local", "kvt", "faiss", "flashlib", "keops")
-    sizes = [4**e for e in range(4, 9) if device == "cuda" or e < 8]
-    groups = [
-        Group(f"against N {w.shape}", _cases(w, peers), Effort(6), memory=_MODELS)
-        for w in (replace(base, tokens=tokens) for tokens in sizes)
-    ]
-    few = ("convnn-all", "convnn-random", "eager", "sdpa")
-    groups += [
-        Group(f"against k {w.shape}", _cases(w, few), Effort(4))
-        for w in (replace(base, k=k) for k in (1, 4, 9, 16, 32, 64, 100))
-    ]
-    groups += [
-        Group(f"against D {w.shape}", _cases(w, few), Effort(4))
-        for w in (replace(base, channels=channels) for channels in (16, 32, 64, 128, 256))
-    ]
-    return groups + [
-        Group(
-            f"against R {w.candidates}",
-            _cases(w, ("convnn-all", "convnn-random", "convnn-spatial", "sdpa", "conv2d")),
-            Effort(4),
-        )
-        for w in (replace(base, candidates=count) for count in (16, 64, 256, 1024))
-    ]
-
-
-def backends(device: str) -> list[Group]:
-    """The implementations of the same operators against each other."""
-    if device == "cuda":
-        peers = [f"{op}-{name}" for op in ("select", "convnn") for name in ("triton", "cuda")]
-        shapes: Sequence[Workload] = (VIT_TINY, *LONG[:4])
-    else:
-        peers = [f"{op}-{isa}" for op in ("select", "convnn") for isa in ("avx2", "portable")]
-        peers = ["select", "convnn-all", *peers]
-        shapes = REQUIRED[:3]
-    return [Group(f"backends {w}", _cases(w, ("mm", *peers), _FORWARD), Effort(8)) for w in shapes]
-
-
-_SDPA = ("sdpa", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient")
 _SHORT = Effort(3, fewest_rounds=5, most_rounds=30)
 
 
+def _on_random_features(workload: Workload, *peers: str) -> tuple[Case, ...]:
+    return _cases(replace(workload, source="random"), peers)
+
+
 def _gpu_select(workload: Workload) -> Group:
-    """Beside the product that only writes S, and its topk."""
-    random = replace(workload, source="random")
-    cases = _cases(random, ("mm", "copy", "select", "matmul", "matmul-topk"))
-    cases += _cases(workload, ("select",))
+    """Beside the product that only writes the similarity matrix, and its topk."""
+    peers = ("mm", "copy", "select", "matmul", "matmul-topk")
+    cases = _on_random_features(workload, *peers) + _cases(workload, ("select",))
     return Group(f"gpu select {workload.shape}", cases, _SHORT)
 
 
 def _gpu_search(workload: Workload, photographs: Workload) -> Group:
-    cases = _cases(workload, ("mm", "copy", "select", *_SEARCH)) + _cases(photographs, ("select",))
+    cases = _cases(workload, ("mm", "copy", "select", *_SEARCH))
+    cases += _cases(photographs, ("select", "flashlib"))
     return Group(f"gpu search {workload.shape}", cases, _SHORT)
 
 
 def _gpu_layer(workload: Workload, *peers: str) -> Group:
-    """Both ways beside attention; photographs first, and ours on random features, too."""
     cases = _cases(workload, ("mm", "copy", "select", "aggregate", "convnn-all", *peers, *_SDPA))
-    cases += _cases(replace(workload, source="random"), ("select", "convnn-all"))
-    memory = ("convnn-all", "sdpa")
-    return Group(f"gpu layer {workload.shape}", cases, _SHORT, memory)
+    cases += _on_random_features(workload, "select", "convnn-all")
+    return Group(f"gpu layer {workload.shape}", cases, _SHORT, ("convnn-all", "sdpa"))
+
+
+def _gpu_vit() -> Group:
+    ours = ("convnn-all", "convnn-random", "select")
+    cases = _cases(GPU_VIT, ("mm", "copy", *ours, *_SDPA)) + _on_random_features(GPU_VIT, *ours)
+    return Group(f"gpu ViT-Tiny {GPU_VIT.shape}", cases, _SHORT, ("convnn-all", "sdpa"))
 
 
 def _gpu_vgg(layer: int, workload: Workload) -> Group:
-    peers = ("mm", "conv2d", "convnn-dense", "convnn-dense-random", "aggregate-dense")
-    cases = _cases(workload, peers)
-    cases += _cases(replace(workload, source="random"), ("convnn-dense", "convnn-dense-random"))
+    ours = ("convnn-dense", "convnn-dense-random")
+    cases = _cases(workload, ("mm", "conv2d", *ours, "aggregate-dense"))
+    cases += _on_random_features(workload, *ours)
     return Group(f"gpu VGG-11 layer {layer} {workload.shape}", cases, Effort(2, 5, 30))
 
 
 def _gpu_float32() -> Group:
-    peers = ("mm", "copy", "select", "convnn-all")
     cases: tuple[Case, ...] = ()
     for dtype in ("float32", "bfloat16"):
-        for source in ("photographs", "random"):
-            w = replace(GPU_FLOAT32, dtype=dtype, source=source)
-            cases += _cases(w, peers if source == "photographs" else peers[2:])
+        w = replace(GPU_FLOAT32, dtype=dtype)
+        cases += _cases(w, ("mm", "copy", "select", "convnn-all"))
+        cases += _on_random_features(w, "select", "convnn-all")
     return Group(f"gpu float32 {GPU_FLOAT32.shape}", cases, _SHORT)
 
 
 def _gpu_host() -> Group:
-    """What the host takes for a call of the smallest shape, and a replay of its graph."""
+    """Host time of a call of the smallest shape, and a replay of its graph."""
     peers = [f"{kind}-{name}" for kind in ("host", "graph") for name in ("sdpa", "cuda", "triton")]
-    return Group("gpu host", _cases(TINY, peers, _FORWARD), Effort(3, fewest_rounds=15))
+    return Group("gpu host", _cases(TINY, peers), Effort(3, fewest_rounds=15))
+
+
+def _gpu_backends(workload: Workload) -> Group:
+    """Both GPU backends in the same rounds."""
+    peers = [f"{each}-{name}" for each in ("select", "convnn") for name in ("triton", "cuda")]
+    return Group(f"gpu backends {workload}", _cases(workload, ("mm", *peers), _FORWARD), _SHORT)
 
 
 def gpu(device: str) -> list[Group]:
-    """What a GPU is held to, in about six minutes; the most telling first."""
-    random_vit = replace(GPU_VIT, source="random")
+    """About six minutes."""
+    if device != "cuda":
+        raise ValueError("the suite gpu needs --device cuda")
+    searches = [*zip(SEARCH, SEARCH_PHOTOGRAPHS, strict=True)]
     curves = [Workload(1, 4**e, 64, 9, dtype="bfloat16") for e in range(4, 9)]
-    groups = [
+    return [
         _gpu_layer(GPU_LAYERS[0]),
         _gpu_select(GPU_SELECT[0]),
-        _gpu_search(SEARCH[1], SEARCH_PHOTOGRAPHS[1]),
-        Group(
-            f"gpu ViT-Tiny {GPU_VIT.shape}",
-            _cases(GPU_VIT, ("mm", "copy", "convnn-all", "convnn-random", "select", *_SDPA))
-            + _cases(random_vit, ("convnn-all", "convnn-random", "select")),
-            _SHORT,
-            ("convnn-all", "sdpa"),
-        ),
+        _gpu_search(*searches[1]),
+        _gpu_vit(),
         *(_gpu_vgg(i, w) for i, w in enumerate(GPU_VGG11, 1)),
         _gpu_host(),
         _gpu_float32(),
         _gpu_layer(GPU_LAYERS[1]),
         _gpu_layer(GPU_LAYERS[4], "eager"),
         *(_gpu_select(w) for w in GPU_SELECT[1:]),
-        *(
-            _gpu_search(w, photographs)
-            for w, photographs in zip(SEARCH, SEARCH_PHOTOGRAPHS, strict=True)
-            if w.k != 16
-        ),
+        *(_gpu_search(*pair) for pair in (searches[0], *searches[2:])),
         *(_gpu_layer(w) for w in GPU_LAYERS[2:4]),
-        *(
-            Group(f"gpu against N {w.shape}", _cases(w, _MODELS), _SHORT, memory=_MODELS)
-            for w in curves
-        ),
-        *backends("cuda")[:2],
+        *(Group(f"gpu against N {w.shape}", _cases(w, MODELS), _SHORT, MODELS) for w in curves),
+        *(_gpu_backends(w) for w in (VIT_TINY, GPU_LAYERS[0])),
     ]
-    return groups if device == "cuda" else [_fitted(group) for group in groups]
 
 
 def _backends(device: str) -> tuple[str, ...]:
@@ -348,7 +228,7 @@ _RIGHT = {
 
 
 def right(device: str) -> list[Group]:
-    """Every operator, backend and dtype, checked and not timed; on a CPU a few small ones."""
+    """Every operator, backend and dtype, checked and not timed; on a CPU only a few small ones."""
     peers = ("select", "aggregate", "convnn-all", "convnn-random")
     rows = [(name, w, each) for name, w in _RIGHT.items() for each in peers if name != "dense"]
     rows += [("dense", _RIGHT["dense"], each) for each in ("convnn-dense", "aggregate-dense")]
@@ -370,7 +250,7 @@ def right(device: str) -> list[Group]:
 
 
 def time(device: str) -> list[Group]:
-    """The kernels of the goals, on random features, beside what they are held against."""
+    """The kernels of the suite gpu on random features, with what each is compared with."""
     half = replace(GPU_FLOAT32, dtype="bfloat16")
     rows: list[tuple[Workload, Sequence[str]]] = [
         (GPU_LAYERS[0], ("convnn-all", *_SDPA[1:])),
@@ -387,38 +267,30 @@ def time(device: str) -> list[Group]:
     for w, peers in rows:
         for backend in _backends(device):
             name = f"{(peers or ('host',))[0]} {w.shape} {w.dtype} {backend}"
-            # What is not ours is measured once.
+            # The other peers are measured only once.
             here = peers if backend == "triton" else peers[:1]
-            cases = _cases(replace(w, source="random"), here or ("host-sdpa", f"host-{backend}"))
+            cases = _on_random_features(w, *(here or ("host-sdpa", f"host-{backend}")))
             effort = Effort(0.4, 3, 8) if device == "cuda" else Effort(0, 1, 1)
             groups.append(Group(name, cases, effort, backend=backend))
     return groups
 
 
-def _fitted(group: Group) -> Group:
-    cases = (replace(case, workload=_fit(case.workload, "cpu")) for case in group.cases)
-    return replace(group, cases=tuple(dict.fromkeys(cases)))
-
-
 @dataclass(frozen=True)
 class Suite:
-    """groups: for a device, "cpu" or "cuda"; CPU variants are scaled to minutes."""
+    """groups: takes the device, "cpu" or "cuda"; shapes for a CPU take minutes at most."""
 
     purpose: str
     groups: Callable[[str], list[Group]]
 
 
 SUITES = {
-    "cpu": Suite("the CPU kernels against their goals, and what they replace", cpu),
-    "gpu": Suite("what a GPU is held to, in about six minutes", gpu),
+    "cpu": Suite("a layer beside what it replaces, on a CPU", cpu),
+    "gpu": Suite("a layer beside what it replaces, on a GPU", gpu),
     "right": Suite("every operator, backend and dtype of a GPU, checked and not timed", right),
-    "time": Suite("the kernels of a GPU one by one, in a minute and a half", time),
+    "time": Suite("the GPU kernels one by one", time),
     "quick": Suite("two small shapes, in seconds", quick),
     "operators": Suite("each operator beside every peer", operators),
-    "layers": Suite("layers of VGG-11, and whole models", layers),
-    "memory": Suite("peak memory against N", memory),
-    "scaling": Suite("time against N, k, D and R", scaling),
-    "backends": Suite("backend against backend, instruction set against instruction set", backends),
+    "layers": Suite("the layers of VGG-11, and whole models", layers),
 }
 
 DEFAULT = {"cpu": "cpu", "cuda": "gpu"}

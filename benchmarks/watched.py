@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What nvidia-smi, ncu and compute-sanitizer say of our calls on a GPU.
+"""Runs our calls under nvidia-smi, ncu and compute-sanitizer.
 
-``python -m benchmarks.watched SUITE BACKEND DEVICE [NAME]`` makes the calls that they watch: those
-of our peers in the groups whose name begins with NAME, or in the first group of the suite `time`.
-The backend `fault` writes behind the end of a tensor instead, which a sanitizer must find.
+``python -m benchmarks.watched SUITE BACKEND DEVICE [NAME]`` makes the calls that the tools watch:
+those of our peers in the groups whose name begins with NAME, or in the first group of the suite
+`time`. The backend `fault` instead writes past the end of a tensor, which a sanitizer must report.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from collections.abc import Sequence
 
 import torch
 
+from .environment import REPOSITORY
 from .gpu_runner import Context, Record, Skipped
 from .peers import PEERS, gradient_mode, run_pass
-from .stamp import REPOSITORY
 from .suites import SUITES
 from .workloads import make_inputs
 
 _WATCHED = (sys.executable, "-m", "benchmarks.watched")
-# For both tools: not the assembler that Triton starts.
+# For both tools: do not follow the assembler that Triton starts.
 _ALONE = ("--target-processes", "application-only")
 
 
 def tool(command: Sequence[str], seconds: float, **environment: str) -> str:
-    """All that a program printed within that time; Skipped where there is no such program."""
+    """The output of a program within that time. Raises Skipped if it is not installed."""
     if shutil.which(command[0]) is None:
         raise Skipped(f"{command[0]} is not installed")
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
@@ -46,7 +46,7 @@ def tool(command: Sequence[str], seconds: float, **environment: str) -> str:
 
 
 def count(backend: str, context: Context) -> Record:
-    """What ncu counts of the three heaviest kernels of the first group of `time`."""
+    """ncu's counters of the three slowest kernels in the first group of `time`."""
     timed = [r for r in context.found("time").values() if r["case"].endswith(backend)]
     rows = [row for record in timed[:1] for row in record.get("rows", ())]
     found = sorted((-each["us"], each["kernel"]) for row in rows for each in row["kernels"] or ())
@@ -57,7 +57,7 @@ def count(backend: str, context: Context) -> Record:
     for section in ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables"):
         command += ["--section", section]
     command += _ALONE
-    command += ["--kernel-name", f"regex:^({'|'.join(names or ['refine_kernel'])})"]
+    command += ["--kernel-name", f"regex:^({'|'.join(names or ['exact_topk_kernel'])})"]
     command += ["--launch-count", "40", *_WATCHED, "time", backend, context.device]
     said = tool(command, context.seconds / 2 - 1)
     counted = {row["Kernel Name"]: row for row in counters(log.read_text() if log.exists() else "")}
@@ -66,12 +66,12 @@ def count(backend: str, context: Context) -> Record:
     return {"kernels": [*counted.values()]}
 
 
-# Time, tensor pipe, issue, wavefronts of shared memory, L2.
+# Time, tensor pipe, instruction issue, shared-memory wavefronts, L2.
 _KEPT = r"Name|duration|pipe_tensor.*pct|issued.*pct|wavefronts_mem_shared|lts__throughput.*pct"
 
 
 def counters(text: str) -> list[dict[str, str]]:
-    """Rows of ncu's CSV: a line of names, one of units, one for each launch."""
+    """Rows of ncu's CSV, which has a line of names, a line of units and a line per launch."""
     _, found, rest = text.partition('"ID",')
     rows = [*csv.DictReader((found + rest).splitlines())][1:]
     return [{name: row[name] for name in row if re.search(_KEPT, name or "")} for row in rows]
@@ -85,15 +85,15 @@ def sanitize(case: str, context: Context) -> Record:
     if context.device == "cpu":
         said = tool(command, context.seconds) if case == "memcheck triton" else ""
         raise Skipped("there is no GPU" + ", but " * bool(said) + "".join(said.splitlines()[-1:]))
-    # Without PyTorch's cache each tensor is an allocation, of which the tool knows the end.
+    # Without PyTorch's caching allocator every tensor is an allocation whose end the tool knows.
     options = ["--tool", name, "--report-api-errors", "no", "--print-limit", "10", *_ALONE]
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     said = tool(["compute-sanitizer", *options, *command], context.seconds - 5, **alone)
     summary = re.findall(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)", said)
     if not summary:
-        raise AssertionError(f"it refused, or did not end: {said[-800:]}")
+        raise AssertionError(f"it refused, or did not finish: {said[-800:]}")
     errors = sum(int(a or b) for a, b in summary)
-    right = errors > 0 if backend == "fault" else not errors and "it ran to its end" in said
+    right = errors > 0 if backend == "fault" else not errors and "all calls ran" in said
     if not right:
         raise AssertionError(f"{errors} errors: {said[:1200]}")
     return {"errors": errors}
@@ -112,7 +112,7 @@ def run(suite: str, backend: str, device: str, name: str = "") -> None:
                     run_pass(PEERS[case.peer].build(case.workload, inputs), case.passes)
 
 
-def write_behind_the_end() -> None:
+def write_past_the_end() -> None:
     import triton
     import triton.language as tl
 
@@ -125,9 +125,9 @@ def write_behind_the_end() -> None:
 
 if __name__ == "__main__":
     if sys.argv[2] == "fault":
-        write_behind_the_end()
+        write_past_the_end()
     else:
         run(*sys.argv[1:])
     if sys.argv[3] == "cuda":
         torch.cuda.synchronize()
-    print("it ran to its end", flush=True)
+    print("all calls ran", flush=True)

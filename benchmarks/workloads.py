@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""What is measured: tokens of real photographs, and random features of the same shapes.
+"""The shapes that are measured, and their tokens: of photographs, or random features.
 
-**Embedding of a photograph.** The photograph is cropped to its central square, resized to H x W
-pixels (bilinear, anti-aliased), and each color channel is shifted and scaled to mean 0 and
-variance 1 over the pixels. The token of a pixel is its w x w RGB neighborhood (edge pixels repeated
-outwards), flattened to 3 w^2 numbers and projected to C channels by a random matrix with
-orthonormal columns (seed 0, the same for all photographs). w is the smallest odd number with
-3 w^2 >= C: 5 for C = 64, 7 for C = 128, 9 for C = 192. So N = H W, row-major.
+**Embedding of a photograph.** Its central square is resized to H x W pixels (bilinear,
+anti-aliased), and each color channel is shifted and scaled to mean 0 and variance 1. The token of a
+pixel is its w x w RGB neighborhood (edge pixels are repeated outwards), flattened to 3 w^2 numbers
+and projected to C channels by a random matrix with orthonormal columns (seed 0, the same for all
+photographs). w is the smallest odd number with 3 w^2 >= C: 5 for C = 64, 7 for C = 128, 9 for
+C = 192. So N = H W, in row-major order.
 
 Query, key and value hold the same tokens, as in the paper's convolutional setting, where the
-projections are the identity (in a search, key and value hold those of the next photograph). They
-are three tensors, so that a backward pass computes three gradients, as it would with learned
-projections. With one head, cosine similarity, softmax and a
-depthwise weight this is Algorithm 1.
+projections are the identity; in a search, key and value come from the next photograph. They are
+three tensors, so that a backward pass computes three gradients, as it would with learned
+projections. With one head, cosine similarity, softmax and a depthwise weight this is Algorithm 1.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# RGB pictures that are inside scikit-image's wheel: loading them needs no network.
-# A batch of B takes the first B of them, and starts again after the last.
+# RGB pictures inside scikit-image's wheel, which need no network. A batch of B takes the first B,
+# and starts over after the last.
 PHOTOGRAPHS = (
     "astronaut",
     "coffee",
@@ -45,13 +44,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, order=True)
 class Workload:
-    """One shape and where its tokens come from.
+    """One shape and the source of its tokens.
 
-    batch x tokens queries of `channels` numbers, k neighbors among `keys` rows (as many as tokens
-    if None, and then the tokens themselves); `candidates` of them where a peer restricts its
-    search; `outputs` channels of a dense weight (`channels` if None). Random features have any
-    number of tokens, photographs H^2, or H^2 + 1: the last is then a class token, the mean of the
-    others.
+    batch x tokens queries with `channels` numbers each search k neighbors among `keys` rows, or
+    among the tokens themselves if that is None. A peer that restricts its search has `candidates`
+    of them, a dense weight has `outputs` channels (`channels` if None). Random features have any
+    number of tokens, photographs H^2, or H^2 + 1 with a class token: the mean of the others.
     """
 
     batch: int
@@ -71,10 +69,10 @@ class Workload:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if self.k > self.rows:
             raise ValueError(f"k must be at most the rows of key ({self.rows}), got {self.k}")
-        for name, known in (("source", SOURCES), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
+        for name, allowed in (("source", SOURCES), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
         if self.source == "photographs":
             for count in (self.tokens, self.rows):
@@ -91,7 +89,7 @@ class Workload:
 
     @property
     def side(self) -> int | None:
-        """H = W of the map, None where the tokens are not one."""
+        """H = W of the map of tokens, or None if they are none."""
         side = math.isqrt(self.tokens)
         return side if side**2 == self.tokens else None
 
@@ -110,8 +108,8 @@ class Workload:
         return f"{self.shape} {self.source}{dtype}"
 
 
-# What the project is held to: (B, N, C, k).
-REQUIRED = (
+# (B, N, C, k)
+CPU_LAYERS = (
     Workload(8, 197, 192, 9),
     Workload(8, 1024, 64, 9),
     Workload(1, 4096, 64, 9),
@@ -135,14 +133,6 @@ VGG11 = tuple(
     )
 )
 
-# Long sequences: batch x heads that fill a GPU.
-LONG = tuple(
-    Workload(max(1, 2**18 // tokens), tokens, channels, 9, dtype="bfloat16")
-    for tokens in (4096, 16384, 65536)
-    for channels in (64, 128)
-)
-
-# What a GPU is held to, in bfloat16 (B, N, C, k).
 GPU_SELECT = tuple(
     Workload(batch, tokens, 64, 9, dtype="bfloat16")
     for batch, tokens in ((64, 4096), (8, 16384), (1, 65536))
@@ -163,33 +153,21 @@ GPU_FLOAT32 = Workload(1, 16384, 64, 9)
 # A call whose time is that of the host.
 TINY = Workload(1, 8, 8, 2, "random")
 
-# Search: few queries on many keys that are not the queries.
+# Search: the keys are not the queries.
 SEARCH = tuple(
     Workload(1, 16384, 128, k, "random", keys=100_000, dtype="bfloat16") for k in (8, 16, 32, 64)
 )
 # On a photograph: 316 x 316 keys.
 SEARCH_PHOTOGRAPHS = tuple(replace(w, source="photographs", keys=99_856) for w in SEARCH)
-
-
-def scaled(workload: Workload, largest: int) -> Workload:
-    """The workload with the batch, then queries and keys, cut until tokens x keys x batch fits."""
-    while workload.batch * workload.tokens * workload.rows > largest:
-        if workload.batch > 1:
-            workload = replace(workload, batch=workload.batch // 2)
-        elif workload.keys is not None:
-            workload = replace(workload, tokens=workload.tokens // 2, keys=workload.keys // 2)
-        else:
-            workload = replace(workload, tokens=workload.tokens // 4)
-    return workload
+CPU_SEARCH = tuple(replace(w, tokens=1024, dtype="float32") for w in (SEARCH[0], SEARCH[2]))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every peer computes from. Tensors require gradients where a backward pass needs them.
+    """The tensors that peers choose from, in the dtype of the workload.
 
     query: [B, N, C]; key, value: [B, M, C]; weight: [C, 1, k]; dense_weight: [O, C, k];
-    conv_weight: [O, C, 3, 3]; grad_output: [B, N, C]; grad_dense: [B, N, O]; all of the dtype of
-    the workload.
+    conv_weight: [O, C, 3, 3]; grad_output: [B, N, C]; grad_dense: [B, N, O].
     """
 
     query: Tensor
@@ -226,7 +204,7 @@ def _projection(rows: int, columns: int) -> Tensor:
 
 @functools.cache
 def photograph_tokens(name: str, side: int, channels: int) -> Tensor:
-    """Tokens [side * side, channels] float32 of one photograph; the embedding is stated above."""
+    """Tokens [side * side, channels] float32 of one photograph, embedded as described above."""
     pixels = torch.from_numpy(photograph(name) / 255.0).permute(2, 0, 1)
     size = (side, side)
     pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
@@ -254,7 +232,7 @@ def _features(workload: Workload, count: int, seed: int) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _numbers(workload: Workload) -> dict[str, Tensor]:
-    """By the names of Inputs, float32 on the CPU. The cases of a group share them."""
+    """The tensors of Inputs by name, float32 on the CPU; shared by the cases of a group."""
     query = _features(workload, workload.tokens, seed=1)
     rows = query if workload.keys is None else _features(workload, workload.keys, seed=2)
     channels, k = workload.channels, workload.k
@@ -277,18 +255,18 @@ def _numbers(workload: Workload) -> dict[str, Tensor]:
 
 
 def make_inputs(workload: Workload, device: str = "cpu", requires_grad: bool = False) -> Inputs:
-    """The same numbers for the same workload, whatever the device."""
+    """The numbers depend on the workload only, not on the device."""
 
-    def place(name: str, tensor: Tensor) -> Tensor:
-        # Always a copy: query, key and value must not share storage.
+    def moved(name: str, tensor: Tensor) -> Tensor:
+        # Always copied: query, key and value must not share storage.
         tensor = tensor.to(device, workload.torch_dtype, copy=True)
         return tensor.requires_grad_(requires_grad and not name.startswith("grad"))
 
-    return Inputs(**{name: place(name, each) for name, each in _numbers(workload).items()})
+    return Inputs(**{name: moved(name, each) for name, each in _numbers(workload).items()})
 
 
 def random_candidates(tokens: int, count: int) -> Tensor:
-    """`count` rows drawn without replacement with a fixed seed, or all of them if fewer exist."""
+    """`count` rows drawn without replacement with a fixed seed, or all rows if there are fewer."""
     generator = torch.Generator().manual_seed(3)
     return torch.randperm(tokens, generator=generator)[:count]
 
@@ -296,6 +274,6 @@ def random_candidates(tokens: int, count: int) -> Tensor:
 def spatial_candidates(side: int, count: int) -> Tensor:
     """The rows of an evenly spaced sqrt(count) x sqrt(count) grid of a side x side map."""
     per_axis = min(math.isqrt(count), side)
-    # The middle of each of per_axis equal parts, so that the grid lies centered on the map.
+    # The middle of each of per_axis equal parts, so that the grid is centered on the map.
     axis = ((torch.arange(per_axis, dtype=torch.float64) + 0.5) * side / per_axis).long()
     return (axis[:, None] * side + axis[None, :]).reshape(-1)

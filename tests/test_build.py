@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from building import tool
 
 import convnn_kernels
@@ -75,6 +76,17 @@ def test_cuda_can_be_left_out(configure: CMake) -> None:
     done = configure(CONVNN_CUDA="0")
     assert done.returncode == 0, done.stderr
     assert "skipping cuda: CONVNN_CUDA=0" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA PyTorch")
+def test_cuda_is_skipped_beside_a_cpu_pytorch(
+    configure: CMake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CONVNN_CUDA", raising=False)
+    done = configure()
+    assert done.returncode == 0, done.stderr
+    assert "skipping cuda: this PyTorch has no CUDA (CONVNN_CUDA=1 builds" in done.stdout
 
 
 def test_wrong_setting_is_refused(configure: CMake) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`make gpu` without a GPU: limits, cases that fail in every way, what is kept, and the kit."""
+"""`make gpu` without a GPU: time limits, cases that fail in every way, and what is kept."""
 
 import json
 import os
@@ -19,9 +19,9 @@ import torch
 pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip install .[bench]")
 
 from benchmarks import gpu
+from benchmarks.environment import REPOSITORY
 from benchmarks.gpu_runner import Context, Record, Skipped, Stage, run_stage
 from benchmarks.gpu_stages import STAGES
-from benchmarks.stamp import REPOSITORY
 
 
 def fault(case: str, context: Context) -> Record:
@@ -52,7 +52,7 @@ def ran(cases: list[str], folder: Path, **options: Any) -> tuple[dict[str, Recor
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_case_costs_itself(workers: int, tmp_path: Path) -> None:
+def test_a_failing_case_costs_only_itself(workers: int, tmp_path: Path) -> None:
     found, counts = ran(FAULTS, tmp_path, workers=workers, case_seconds=1.0)
     expected = dict.fromkeys(("a", "b", "c", "d", "e", "part", "parts"), "passed")
     expected |= {"fails": "failed", "hangs": "hung", "skips": "skipped"}
@@ -63,11 +63,11 @@ def test_a_case_costs_itself(workers: int, tmp_path: Path) -> None:
     assert "exit status 3" in found["exits"]["why"]
     assert f"exit status -{signal.SIGSEGV:d}" in found["segfaults"]["why"]
     assert found["skips"]["why"] == "there is no such tool"
-    if workers == 1:  # no process is begun anew for a mere failure
+    if workers == 1:  # a mere failure does not cost a process
         assert found["a"]["pid"] == found["b"]["pid"] != found["c"]["pid"]
 
 
-def test_a_broken_gpu_is_left_to_another_process(
+def test_a_broken_gpu_context_ends_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = mock.Mock(side_effect=RuntimeError("an illegal memory access was encountered"))
@@ -78,10 +78,10 @@ def test_a_broken_gpu_is_left_to_another_process(
     assert found["a"]["pid"] != found["b"]["pid"]
 
 
-def test_a_stage_ends_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_stage_ends_the_processes_of_its_cases(tmp_path: Path) -> None:
     found, counts = ran(["starts another", "b"], tmp_path, seconds=1.0)
     assert found["starts another"]["status"] == "stopped"
-    assert counts["counts"] == {"stopped": 1, "not begun": 1}
+    assert counts["counts"] == {"stopped": 1, "not started": 1}
     left = subprocess.run(["pgrep", "-f", "^sleep 60$"], capture_output=True, text=True).stdout
     assert not left
 
@@ -95,7 +95,7 @@ def main(folder: Path, *arguments: str) -> int:
 
 
 def records(folder: Path) -> list[Record]:
-    """Without stamps, and without a line that was cut off."""
+    """Without stamps and truncated lines."""
     lines = (folder / "results.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines if '"stage"' in line and line.endswith("}")]
 
@@ -106,21 +106,21 @@ def faked(monkeypatch: pytest.MonkeyPatch, run: Any = fault) -> None:
 
 
 def test_limits() -> None:
-    own = {stage.name: stage.seconds for stage in STAGES}
-    first, rest = ["load", "right", "time", "counters"], ["tests", "random", "sanitizer", "goals"]
-    assert [*own] == first + rest
-    assert sum(own[name] for name in first) <= 200
-    assert sum(own.values()) + 20 <= 560
-    assert gpu.limit(STAGES[0], [*own], 560, 560) == 20
-    assert gpu.limit(STAGES[0], [*own], 54, 54) == 2
-    assert gpu.limit(STAGES[-1], [*own], 560, 123) == 123
+    seconds = {stage.name: stage.seconds for stage in STAGES}
+    first, rest = ["load", "right", "time", "counters"], ["tests", "random", "sanitizer", "ratios"]
+    assert [*seconds] == first + rest
+    assert sum(seconds[name] for name in first) <= 200
+    assert sum(seconds.values()) + 20 <= 560
+    assert gpu.limit(STAGES[0], [*seconds], 560, 560) == 20
+    assert gpu.limit(STAGES[0], [*seconds], 54, 54) == 2
+    assert gpu.limit(STAGES[-1], [*seconds], 560, 123) == 123
 
 
 @pytest.mark.slow
 def test_every_stage_runs_into_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of 8 seconds, in which each has its share; the last ones pay for the processes."""
+    """The stages share 8 seconds; starting processes is at the expense of the last ones."""
     faked(monkeypatch, lambda case, context: time.sleep(60))
     began = time.monotonic()
     assert main(tmp_path, "--seconds", "8") == 1
@@ -131,9 +131,7 @@ def test_every_stage_runs_into_its_limit(
     assert len(said.splitlines()) < 150
 
 
-def test_what_a_limit_has_stopped_is_done_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_cases_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked(monkeypatch, lambda case, context: time.sleep(3))
     assert main(tmp_path, "--only", "load", "--seconds", "1") == 1
     faked(monkeypatch)
@@ -142,16 +140,16 @@ def test_what_a_limit_has_stopped_is_done_again(
     assert "stopped" not in (tmp_path / "report.txt").read_text()
 
 
-def test_nothing_begins_without_time(tmp_path: Path) -> None:
+def test_nothing_starts_without_time(tmp_path: Path) -> None:
     for seconds in (0.0, -3.0):
         found, counts = ran(["a", "b"], tmp_path, seconds=seconds)
         assert not found
-        assert counts["counts"] == {"not begun": 2}
+        assert counts["counts"] == {"not started": 2}
 
 
 @pytest.mark.slow
 def test_workers_end_with_the_program(tmp_path: Path) -> None:
-    """Even if it is killed: they would hold the GPU."""
+    """Even if it is killed: a worker that is left would hold the GPU."""
     code = "import sys; sys.path.insert(0, 'tests'); from test_gpu_runner import *\n"
     code += "faked_by_hand = replace(STAGES[0], run=fault, cases=lambda device: ['hangs'])\n"
     code += "run_stage(faked_by_hand, Context('cpu', Path(), 60.0), print)"
@@ -170,9 +168,9 @@ def test_workers_end_with_the_program(tmp_path: Path) -> None:
     pytest.fail("the worker is still there")
 
 
-def test_the_summary_fits_what_is_read_of_it(tmp_path: Path) -> None:
-    """With as many times, goals and failures as there may be; what failed is last."""
-    results = gpu.Results(tmp_path, {"commit": "c", "cpu": {"features": []}})
+def test_the_summary_fits_the_log(tmp_path: Path) -> None:
+    """With as many times, ratios and failures as possible; the failures come last."""
+    results = gpu.Results(tmp_path, {"commit": "c"})
     seconds = {"median": 1e-3, "samples": [1e-3] * 3}
     kernels = [{"kernel": "k" * 30, "us": 1.0, "predicted": 2.0, "bound": 1.0}] * 20
     for stage in STAGES:
@@ -186,18 +184,18 @@ def test_the_summary_fits_what_is_read_of_it(tmp_path: Path) -> None:
     text = gpu.summary(results, {stage.name: how for stage in STAGES})
     assert len(text.splitlines()) <= 150
     assert len(text) < 12_000
-    assert text.splitlines()[-5].startswith("goals ")
+    assert text.splitlines()[-5].startswith("ratios ")
 
 
-def test_what_is_there_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cases_do_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked(monkeypatch)
     assert main(tmp_path, "--only", "load", "time") == 0
     with (tmp_path / "results.jsonl").open("a") as file:
-        file.write('\n{"stage": "right", "case": "cut o')  # a call that was cut off
+        file.write('\n{"stage": "right", "case": "cut o')  # a truncated line
     assert main(tmp_path, "--only", "load", "time", "right") == 0
     assert [each["stage"][0] for each in records(tmp_path)] == [*"llttrr"]
     monkeypatch.setenv("CONVNN_COMMIT", "another")
-    monkeypatch.setattr("benchmarks.stamp._git", lambda *arguments: None)
+    monkeypatch.setattr("benchmarks.environment._git", lambda *arguments: None)
     assert main(tmp_path, "--only", "load") == 0
     assert len(records(tmp_path)) == 2
     assert len(list(tmp_path.glob("results-*.jsonl"))) == 1  # of the commit before
@@ -211,13 +209,13 @@ def test_a_full_disk(
     faked(monkeypatch)
     assert main(tmp_path) == 1
     said = capsys.readouterr().out
-    assert "could not be written to: No space left on device" in said
+    assert f"cannot write to {tmp_path}: No space left on device" in said
     assert said.count("2 passed") == len(STAGES)
 
 
 @pytest.mark.slow
 def test_without_the_package_or_its_tools(tmp_path: Path) -> None:
-    """Each case says what is missing, and the next one follows."""
+    """Each case reports what is missing, and the next one runs."""
     code = "import sys; sys.modules['convnn_kernels'] = None; from benchmarks import gpu; "
     code += "sys.exit(gpu.main(['--device', 'cpu', '--output', '.', '--only', 'load', 'counters']))"
     environment = os.environ | {"PATH": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
@@ -229,7 +227,7 @@ def test_without_the_package_or_its_tools(tmp_path: Path) -> None:
         assert said in done.stdout
 
 
-def test_without_a_gpu_it_says_so(
+def test_missing_gpu_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -246,15 +244,15 @@ def test_not_here(): pytest.skip("no")
 
 
 def test_each_test_is_a_result(tmp_path: Path) -> None:
-    """And those that were run are left out."""
+    """Tests that have a result are skipped."""
     (tmp_path / "test_some.py").write_text(TESTS)
     outcomes, done = tmp_path / "outcomes", tmp_path / "done"
     environment = {"CONVNN_OUTCOMES": str(outcomes), "CONVNN_DONE": str(done)}
     environment |= {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcomes", "test_some.py"]
-    for known, expected in (("", "passed failed skipped"), ("wrong", "passed skipped")):
+    for finished, expected in (("", "passed failed skipped"), ("wrong", "passed skipped")):
         outcomes.write_text("")
-        done.write_text(known and f"test_some.py::test_{known}")
+        done.write_text(finished and f"test_some.py::test_{finished}")
         subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True)
         found = [json.loads(line) for line in outcomes.read_text().splitlines()]
         assert " ".join(record["status"] for _, record in found) == expected
@@ -265,7 +263,7 @@ def test_each_test_is_a_result(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.triton
 def test_a_rehearsal_on_cpu_tensors(tmp_path: Path) -> None:
-    """Every stage, with the kernels in Triton's interpreter; what it lacks is named."""
+    """Every stage, with the kernels in Triton's interpreter; what is missing is skipped."""
     pytest.importorskip("triton")
     main(tmp_path)
     found: dict[str, list[str]] = {}
@@ -273,6 +271,6 @@ def test_a_rehearsal_on_cpu_tensors(tmp_path: Path) -> None:
         found.setdefault(record["stage"], []).append(record["status"])
     assert [*found] == [stage.name for stage in STAGES]
     assert {status for each in found.values() for status in each} == {"passed", "skipped"}
-    for stage in ("load", "right", "time", "tests", "random", "goals"):
+    for stage in ("load", "right", "time", "tests", "random", "ratios"):
         assert "passed" in found[stage], stage
     assert json.loads((tmp_path / "benchmark.json").read_text())["rows"]

@@ -111,7 +111,7 @@ def test_a_file_that_runs_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cifar-100-python").mkdir()
     for name in ("train", "test"):
         (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps({"data": Evil()}))
-    with pytest.raises(NoDataError, match="does not belong into a CIFAR file"):
+    with pytest.raises(NoDataError, match="does not belong in a CIFAR file"):
         data.load(tmp_path, "cifar100")
 
 
@@ -247,7 +247,7 @@ def test_interrupted_runs_go_on(folder: Path, tmp_path: Path, monkeypatch) -> No
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", break_off)
-        with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
+        with pytest.raises(SystemExit, match="interrupted; the same command resumes"):
             run_two_epochs("b")
     assert epochs("b") == expected[:1]
     assert run_two_epochs("b") == expected

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tools that watch calls on a GPU, faked."""
+"""Fakes of the tools that watch calls on a GPU."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ from benchmarks.gpu_stages import STAGES
 SANITIZER = """#!{python}
 import sys
 tool, planted = sys.argv[sys.argv.index("--tool") + 1], "fault" in sys.argv
-print("it ran to its end")
+print("all calls ran")
 errors = int(planted) if {finds} else 0
 what = "RACECHECK SUMMARY: %d hazards" if tool == "racecheck" else "ERROR SUMMARY: %d errors"
 print("=========", what % errors if {runs} else "Device not supported")
@@ -29,7 +29,7 @@ print("=========", what % errors if {runs} else "Device not supported")
 def test_sanitizer_with_a_faked_tool(
     runs: int, finds: int, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tool must find the fault that is planted."""
+    """The tool must find the planted fault."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(SANITIZER.format(python=sys.executable, runs=runs, finds=finds))
     tool.chmod(0o755)
@@ -41,11 +41,12 @@ def test_sanitizer_with_a_faked_tool(
 
 
 def test_counters_are_read() -> None:
-    names = '"ID","Process ID","Kernel Name","sm__inst_executed_pipe_tensor.avg.pct","Block Size"'
-    text = (
-        f'==PROF== Connected\n{names}\n"","","","%",""\n"0","7","sweep_kernel","61.5","(256, 1)"\n'
-    )
-    (row,) = watched.counters(text)
     name = "sm__inst_executed_pipe_tensor.avg.pct"
-    assert row == {"Kernel Name": "sweep_kernel", name: "61.5"}
+    text = f'''==PROF== Connected
+"ID","Process ID","Kernel Name","{name}","Block Size"
+"","","","%",""
+"0","7","group_maxima_kernel","61.5","(256, 1)"
+'''
+    (row,) = watched.counters(text)
+    assert row == {"Kernel Name": "group_maxima_kernel", name: "61.5"}
     assert watched.counters("==ERROR== LibraryNotLoaded") == []

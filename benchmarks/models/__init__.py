@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The two models of the paper's section 6, with the layer that they are made of to be chosen."""
+"""The two models of the paper's section 6, with a choice of layers."""
 
 from benchmarks.models.vgg import VGG, vgg11
 from benchmarks.models.vit import ViT, vit_tiny

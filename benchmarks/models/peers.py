@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The attention layers of the paper's Table 2 that are not ConvNN's."""
+"""The attention layers that the paper's Table 2 compares with ConvNN."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Attention(nn.Module):
 class LocalAttention(Attention):
     """Every token attends to those at most `window` away (Aguilera-Martos et al., 2024).
 
-    The sequence is cut into blocks of `window` tokens, each of which looks at itself and the
-    blocks beside it, so that time and memory are O(N · window).
+    The sequence is split into blocks of `window` tokens. Each attends to itself and to the adjacent
+    blocks, so that time and memory are O(N · window).
     """
 
     def __init__(
@@ -53,26 +53,26 @@ class LocalAttention(Attention):
         blocks = -(-length // w)
         spare = blocks * w - length
         q = F.pad(q, (0, 0, 0, spare)).unflatten(1, (blocks, w))  # [B, blocks, w, d]
-        # One block more on either side; [B, blocks, 3w, d] without a copy.
+        # With one more block on either side; [B, blocks, 3w, d] without a copy.
         k, v = (F.pad(each, (0, 0, w, w + spare)).unfold(1, 3 * w, w).mT for each in (k, v))
-        places = torch.arange(blocks * w, device=q.device).view(blocks, w, 1)
+        positions = torch.arange(blocks * w, device=q.device).view(blocks, w, 1)
         # [blocks, 1, 3w]
         others = torch.arange(-w, 2 * w, device=q.device) + w * torch.arange(
             blocks, device=q.device
         ).view(blocks, 1, 1)
-        mask = (places - others).abs() <= w  # [blocks, w, 3w]
+        mask = (positions - others).abs() <= w  # [blocks, w, 3w]
         mask &= (others >= 0) & (others < length)
-        # Tokens that fill up the last block are queries too; they are dropped below.
-        mask |= places >= length
+        # Padding tokens of the last block are queries, too, and are dropped below.
+        mask |= positions >= length
         return self._attend(q, k, v, mask).flatten(1, 2)[:, :length]
 
 
 class SparseAttention(Attention):
-    """Strided sparse attention (Child et al., 2019), without its causality.
+    """Strided sparse attention (Child et al., 2019), not causal.
 
-    Of the two patterns of its section 4.2, a token attends to those less than a stride away and to
-    those whose distance is a multiple of the stride. The pattern is a mask of [N, N]: it shows
-    what the layer learns, not how fast block-sparse kernels are.
+    As in section 4.2 of that paper, a token attends to those less than a stride away and to those
+    whose distance is a multiple of the stride. The pattern is an [N, N] mask: it shows what the
+    layer learns, not how fast block-sparse kernels are.
     """
 
     def __init__(self, embed_dim: int, stride: int, dropout: float = 0.0) -> None:
@@ -80,7 +80,7 @@ class SparseAttention(Attention):
         self.stride = stride
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        places = torch.arange(q.shape[1], device=q.device)
-        distance = (places.unsqueeze(1) - places).abs()  # [N, N]
+        positions = torch.arange(q.shape[1], device=q.device)
+        distance = (positions.unsqueeze(1) - positions).abs()  # [N, N]
         mask = (distance < self.stride) | (distance % self.stride == 0)
         return self._attend(q, k, v, mask)

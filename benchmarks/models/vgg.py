@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""VGG-11 (Simonyan and Zisserman, 2015; configuration A) of convolutions, ConvNN or both."""
+"""VGG-11 (Simonyan and Zisserman, 2015; configuration A) with convolutions, ConvNN or both."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from convnn_kernels.nn.candidates import require_maker
 
 LAYERS = ("conv2d", "convnn", "hybrid")
 
-# Output channels of the layers; "pool" halves the map.
+# Output channels of the layers; "pool" halves height and width.
 CHANNELS = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
 
 
 class VGG(nn.Module):
-    """[B, 3, H, W] → [B, num_classes]. From 32×32 the last layers see maps of 2×2."""
+    """[B, 3, H, W] → [B, num_classes]. For 32×32 images the last layers see 2×2 maps."""
 
     def __init__(
         self,
@@ -75,15 +75,16 @@ def vgg11(
         layer: "conv2d": convolutions; "convnn": ConvNN2d alone, without fusion; "hybrid":
             HybridBranch2d. The paper's ConvNN row is λ = 1 of the latter.
         branch_ratio: the paper's λ.
-        k: neighbors. Small maps have fewer tokens; padding of k's kernel, 1 for k = 9, gives keys.
+        k: neighbors. The smallest maps have fewer tokens than that; the padding of a √k kernel, 1
+            for k = 9, adds keys.
         kernel_size: of the convolutions; √k if None.
-        positional_encoding: None, or "similarity" for the paper's second half of Table 1: its
-            number of parameters leaves the aggregation without coordinates.
-        candidates: makes the candidates of one layer; all tokens if None.
+        positional_encoding: None, or "similarity" for the second half of the paper's Table 1, whose
+            parameter count implies that coordinates are not aggregated.
+        candidates: returns the candidates of one layer; all tokens if None.
         rho: how neighbors are modulated.
-        channels: output channels of the layers, and "pool" where the map is halved.
+        channels: output channels of the layers, and "pool" for a pooling layer.
         hidden: width of the classifier.
-        dropout: in the classifier.
+        dropout: of the classifier.
 
     Raises:
         ValueError: if layer is unknown, if k is no square and kernel_size is not given, or if
@@ -95,7 +96,7 @@ def vgg11(
     size = math.isqrt(k) if kernel_size is None else kernel_size
     if kernel_size is None and size**2 != k:
         raise ValueError(f"vgg11: k must be a square number unless kernel_size is given, got {k}")
-    # Even kernels leave no symmetric padding; the keys then need enough of it to be k.
+    # Even kernels have no symmetric padding. At least 1 is needed to have k keys on small maps.
     padding = max(size // 2, 1) if k > 1 else 0
 
     def make_layer(inputs: int, outputs: int) -> nn.Module:

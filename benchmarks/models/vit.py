@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ViT-Tiny (Dosovitskiy et al., 2021) of attention, its variants or ConvNN."""
+"""ViT-Tiny (Dosovitskiy et al., 2021) with attention, a variant of it, or ConvNN."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYERS = ("attention", "convnn", "kvt", "local", "sparse")
 
 
 class Block(nn.Module):
-    """[B, N, E] → [B, N, E]: attention, then an MLP, each after a norm and added."""
+    """[B, N, E] → [B, N, E]: attention and an MLP, each with a norm before it and a residual."""
 
     def __init__(self, embed_dim: int, mlp_dim: int, attention: nn.Module, dropout: float) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """[B, 3, image_size, image_size] → [B, num_classes], from the class token, without a norm."""
+    """[B, 3, image_size, image_size] → [B, num_classes]. No norm before the head."""
 
     positions: Tensor
 
@@ -73,11 +73,13 @@ class ViT(nn.Module):
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """The fixed positions of Vaswani et al. (2017), section 3.5: [length, width]."""
-    places = torch.arange(length, dtype=torch.float32).unsqueeze(1)  # [length, 1]
+    """The positional encoding of Vaswani et al. (2017), section 3.5: [length, width]."""
+    positions = torch.arange(length, dtype=torch.float32).unsqueeze(1)  # [length, 1]
     # [width / 2]
     frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-    return torch.stack([(places * frequencies).sin(), (places * frequencies).cos()], -1).flatten(1)
+    return torch.stack(
+        [(positions * frequencies).sin(), (positions * frequencies).cos()], -1
+    ).flatten(1)
 
 
 def vit_tiny(
@@ -101,17 +103,17 @@ def vit_tiny(
         num_classes: classes.
         layer: "attention", "convnn", "kvt" (k-NN attention), "local" or "sparse".
         k: neighbors, for "convnn" and "kvt".
-        candidates: makes the candidates of one layer of "convnn"; all tokens if None.
-        window: how far local attention reaches to either side. The paper does not say; its
-            GFLOPs are nearest to those of 128.
+        candidates: returns the candidates of one layer of "convnn"; all tokens if None.
+        window: how far local attention reaches to either side. The paper does not give it; its
+            GFLOPs are closest to those of 128.
         stride: of sparse attention: √196, one row of patches.
         image_size: height and width of the images.
         patch_size: height and width of a patch; it divides image_size.
-        embed_dim: width of the tokens. That of a local head is a third of it, 64, which the
-            paper's number of parameters implies.
+        embed_dim: width of the tokens. A head of local attention has a third of it, 64, which the
+            paper's parameter count implies.
         mlp_dim: hidden width of the MLPs.
         depth: blocks.
-        dropout: in attention and MLPs.
+        dropout: of attention and MLPs.
 
     Raises:
         ValueError: if layer is unknown, if patch_size does not divide image_size, or if candidates

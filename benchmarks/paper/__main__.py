@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """``python -m benchmarks.paper``: trains rows of the paper, prints its tables, draws its figures.
 
-A row that was trained is not trained again: runs go on where they ended, and a table or a figure
-that shares rows with another one finds them in the folder of runs. For a full row of Table 1 and of
-Table 2, on a GPU:
+Finished rows are not trained again and interrupted ones are resumed, so tables and figures that
+share rows train them only once. For a full row of Table 1 and of Table 2, on a GPU:
 
   python -m benchmarks.paper --data FOLDER --table 1 --rows vgg11/conv2d vgg11/hybrid-0.5
   python -m benchmarks.paper --data FOLDER --table 2 --rows vit/attention vit/convnn-random-32
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import make_stamp
 from benchmarks.memory import MemoryNotMeasured
 from benchmarks.paper import data, memory, report
 from benchmarks.paper.rows import FIGURES, ROWS, TABLES, Figure, Row
@@ -33,7 +33,6 @@ from benchmarks.paper.train import (
     Recipe,
     train,
 )
-from benchmarks.stamp import make_stamp
 
 PROGRAM = "python -m benchmarks.paper"
 
@@ -53,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     either.add_argument("--figure", type=int, choices=sorted(FIGURES), help="draw this figure")
     what.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, see --list")
     what.add_argument("--list", action="store_true", help="list all rows")
-    what.add_argument("--no-training", action="store_true", help="only print or draw what is there")
+    what.add_argument("--no-training", action="store_true", help="only print or draw finished rows")
     what.add_argument("--memory", action="store_true", help="print the peak memory of one step")
     where = parser.add_argument_group("where")
     where.add_argument(
@@ -74,7 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--lr", type=float, default=recipe.lr)
     how.add_argument("--weight-decay", type=float, default=recipe.weight_decay)
     how.add_argument("--schedule", choices=SCHEDULES, default=recipe.schedule)
-    how.add_argument("--clip", type=float, default=recipe.clip, help="largest norm of gradients")
+    how.add_argument(
+        "--clip", type=float, default=recipe.clip, help="maximum norm of the gradients"
+    )
     how.add_argument(
         "--label-smoothing", type=float, default=recipe.label_smoothing, help="of the cross-entropy"
     )
@@ -87,11 +88,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=recipe.save_every,
         metavar="EPOCHS",
-        help="between checkpoints, of which one of VGG-11 has 1.6 GB",
+        help="between checkpoints; one of VGG-11 has 1.6 GB",
     )
     how.add_argument("--reduced", action="store_true", help="small models, for a CPU")
-    how.add_argument("--train-limit", type=int, help="training images in all")
-    how.add_argument("--test-limit", type=int, help="test images in all")
+    how.add_argument("--train-limit", type=int, help="total number of training images")
+    how.add_argument("--test-limit", type=int, help="total number of test images")
     return parser
 
 
@@ -112,7 +113,7 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 def command_line(parser: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """The command for someone else: without the paths of this machine."""
+    """The command without the paths of this machine, to be published."""
     words = [PROGRAM]
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"{PROGRAM}: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit(
-            "interrupted; the same command goes on after the last full epoch"
+            "interrupted; the same command resumes after the last complete epoch"
         ) from None
 
     lines = [report.entry(row, logs[row.name], options.dataset, options.reduced) for row in rows]
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _trained(
     rows: Sequence[Row], options: argparse.Namespace, stamp: dict[str, Any]
 ) -> report.Logs:
-    """The log of each row: trained, or with --no-training as it is there."""
+    """The log of each row, trained now or, with --no-training, read from its folder."""
     recipe = Recipe(**{name: getattr(options, name) for name in Recipe.__dataclass_fields__})
     logs: report.Logs = {}
     dataset = None

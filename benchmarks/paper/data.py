@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class NoDataError(ValueError):
-    """What the folder holds is not the dataset; the message says why."""
+    """The folder does not hold the dataset; the message says why."""
 
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -43,7 +43,7 @@ class Split:
 
 @dataclass
 class Dataset:
-    """A dataset; `source` says in what form it was read, such as "class folders of .jpg images"."""
+    """source: the format that was read, such as "class folders of .jpg images"."""
 
     train: Split
     test: Split
@@ -51,7 +51,7 @@ class Dataset:
     source: str
 
     def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
-        """Of each channel of the training images in [0, 1]: [3, 1, 1] float32."""
+        """Per channel, of the training images scaled to [0, 1]: [3, 1, 1] float32."""
         pixels = self.train.images.transpose(0, 1).flatten(1)
         counts = torch.stack([torch.bincount(row, minlength=256) for row in pixels]).double()
         values = torch.arange(256, dtype=torch.float64) / 255
@@ -70,8 +70,8 @@ def load(folder: Path, dataset: str) -> Dataset:
         dataset: "cifar10" or "cifar100"; how many classes folders of images must have.
 
     Raises:
-        NoDataError: if the folder holds none of these, if an image or a file cannot be read, if
-            images differ in size, or if the number of classes is another one.
+        NoDataError: if the folder holds none of these, a file cannot be read, images differ in
+            size, or the number of classes is wrong.
     """
     num_classes = {"cifar10": 10, "cifar100": 100}[dataset]
     pickled = folder / {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}[dataset]
@@ -100,12 +100,12 @@ def load(folder: Path, dataset: str) -> Dataset:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Of what a pickle may call, only what the arrays of CIFAR need."""
+    """Unpickles only what the arrays of CIFAR consist of; a pickle could run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a CIFAR file")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a CIFAR file")
 
 
 def _batches(paths: list[Path]) -> Split:

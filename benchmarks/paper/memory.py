@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Peak memory of one training step, with our operators and with the eager reference.
 
-Each step runs in a process of its own. The figure is the highest memory in use during one forward
-and backward, above the model: activations, gradients and all that is temporary. The eager reference
-builds the N×M matrix of similarities of every layer, so it is also the control: memory for such a
-matrix is seen.
+Each step runs in a separate process. The figure is the peak memory of one forward and backward
+above the model: activations, gradients and everything temporary. The eager reference builds the N×M
+similarity matrix of every layer, so it also shows that the measurement detects such a matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from convnn_kernels.nn import ConvNN2d, ConvNNAttention
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a row; `image_size` is that of the paper, or larger: N grows with its square."""
+    """One step of a row. `image_size` is that of the paper or larger; N grows with its square."""
 
     row: str
     image_size: int
@@ -40,7 +39,7 @@ class Step:
 STEPS = (
     Step("vgg11/hybrid-0.5", 32, 32),
     Step("vit/convnn-all", 224, 32),
-    # Here one matrix is larger than all that our step needs.
+    # A single matrix exceeds everything our step allocates.
     Step("vgg11/hybrid-0.5", 64, 2, reduced=True),
     Step("vit/convnn-all", 384, 1, reduced=True),
 )
@@ -62,7 +61,7 @@ def _peak(step: Step, is_eager: bool, device: str, threads: int) -> int:
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         F.cross_entropy(model(images), labels).backward()
 
-    # One small step first, so that libraries and their workspaces are there.
+    # A small step first, so that libraries have allocated their workspaces.
     run(1)
     model.zero_grad(set_to_none=True)
     if device == "cpu":
@@ -103,7 +102,7 @@ def gradients(step: Step) -> int:
 
 
 def measure(device: str, steps: tuple[Step, ...] = STEPS) -> list[dict[str, Any]]:
-    """For each step its settings, and in bytes "ours", "eager", "gradients" and "matrix".
+    """The settings of each step, and "ours", "eager", "gradients" and "matrix" in bytes.
 
     Raises:
         MemoryNotMeasured: if a process failed, or memory cannot be read on this system.

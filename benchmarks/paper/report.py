@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables of what was trained beside what the paper prints, and its figures."""
+"""Tables of trained rows beside the numbers of the paper, and its figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WINDOW = 10
 
 
 def entry(row: Row, log: dict[str, Any] | None, dataset: str, reduced: bool) -> dict[str, Any]:
-    """One line of a table: the paper's numbers, and ours as far as there are some."""
+    """One line of a table: the paper's numbers, and ours if the row was trained."""
     num_classes = {"cifar10": 10, "cifar100": 100}[dataset]
     line: dict[str, Any] = {
         "row": row.name,
@@ -88,7 +88,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(lines: Sequence[dict[str, Any]], logs: Logs) -> str:
-    """A Markdown table of how far the rows came: first and last loss, accuracy after the last."""
+    """A Markdown table of the first and last losses, and the accuracy after the last epoch."""
     text = [
         "| layer | epochs | training loss, first → last | test loss, first → last "
         "| test accuracy, % |",
@@ -106,7 +106,7 @@ def summary(lines: Sequence[dict[str, Any]], logs: Logs) -> str:
 
 
 def what_was_run(logs: Logs) -> str:
-    """Data, scale, recipe, devices and commits of the runs: every value that occurs."""
+    """Data, scale, recipe, devices and commits of the runs, with every distinct value."""
     runs = [log for log in logs.values() if log["epochs"]]
 
     def recipe(name: str) -> str:
@@ -137,7 +137,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and those before it, `window` in all."""
+    """The moving average over the last `window` values."""
     return [
         sum(values[max(0, i + 1 - window) : i + 1]) / len(values[max(0, i + 1 - window) : i + 1])
         for i in range(len(values))
@@ -145,14 +145,14 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def draw(figure: Figure, logs: Logs, path: Path) -> None:
-    """Draws what the logs hold of a figure; rows without epochs are left out.
+    """Draws a figure from the logs; rows without epochs are left out.
 
     Args:
         figure: which rows and how they are grouped.
         logs: by name of row.
         path: of the PNG.
     """
-    # Only those who draw need it.
+    # Imported here, because only plotting needs it.
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,11 +181,11 @@ def _loss_curves(rows: Sequence[Row], logs: Logs, axes: Any) -> None:
         epochs = logs.get(row.name, {"epochs": []})["epochs"]
         if not epochs:
             continue
-        # The paper smooths over 10 epochs of 150; short runs would be all mean.
+        # The paper smooths over 10 of 150 epochs; short runs are not smoothed.
         window = _WINDOW if len(epochs) >= 5 * _WINDOW else 1
         for axis, key in zip(axes, ("train_loss", "test_loss"), strict=True):
             values = smoothed([each[key] for each in epochs], window)
-            # There are ten colors.
+            # After ten colors, dashed lines.
             style = {"color": f"C{i % 10}", "linestyle": "--" if i >= 10 else "-", "marker": "."}
             axis.plot([each["epoch"] for each in epochs], values, label=row.label, **style)
     model = MODELS[rows[0].family]
@@ -202,7 +202,7 @@ def _sweep(figure: Figure, logs: Logs, axis: Any, key: str, factor: float, name:
             epochs = logs.get(row.name, {"epochs": []})["epochs"]
             if epochs:
                 values = sorted(each[key] for each in epochs)
-                # Of times the median; of accuracies the last.
+                # The median time, but the last accuracy.
                 chosen = values[len(values) // 2] if key == "seconds" else epochs[-1][key]
                 points[value] = factor * chosen
         if set(points) == {0}:

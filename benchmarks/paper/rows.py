@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What can be trained: the rows of the paper's tables, and the sweeps of its figures."""
+"""The models that can be trained: the rows of the paper's tables and the sweeps of its figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from convnn_kernels.nn import RandomCandidates, SpatialCandidates
 
 MODELS = {"vgg11": "VGG-11", "vit": "ViT-Tiny"}
 
-# The models at a scale at which an epoch takes seconds on a CPU.
+# Small models, of which an epoch takes seconds on a CPU.
 REDUCED: dict[str, dict[str, Any]] = {
     "vgg11": {
         "channels": tuple(c if isinstance(c, str) else c // 8 for c in CHANNELS),
@@ -29,7 +29,7 @@ REDUCED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Paper:
-    """The numbers that the paper prints; loss and accuracy (in %) for each dataset."""
+    """The numbers in the paper; loss and accuracy (in %) by dataset."""
 
     loss: dict[str, float]
     accuracy: dict[str, float]
@@ -39,7 +39,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Row:
-    """One model: `name` is "vgg11/..." or "vit/...", and `options` are those of its factory."""
+    """One model. `name` is "vgg11/..." or "vit/..."; `options` are passed to its factory."""
 
     name: str
     label: str
@@ -51,7 +51,7 @@ class Row:
         return self.name.split("/")[0]
 
     def build(self, num_classes: int, reduced: bool, **options: Any) -> nn.Module:
-        """The model; `options` come before those of the row."""
+        """The model; `options` override those of the row."""
         options = {**(REDUCED[self.family] if reduced else {}), **self.options, **options}
         if self.family == "vgg11":
             return vgg11(num_classes, **options)
@@ -65,7 +65,7 @@ class Row:
             return sum(p.numel() for p in self.build(num_classes, reduced).parameters())
 
     def gflops(self, num_classes: int, reduced: bool) -> float:
-        """Of one image forward. A multiplication and its addition are two, as in the paper."""
+        """Of one forward pass on one image. A multiply-add counts as two, as in the paper."""
         size = self.image_size(reduced)
         with torch.device("meta"):
             model = self.build(num_classes, reduced).eval()
@@ -193,7 +193,7 @@ TABLE_2 = (
 
 @dataclass(frozen=True)
 class Sweep:
-    """A curve of a figure: rows by what is swept, with one entry for a horizontal line."""
+    """A curve of a figure: rows by the swept value; a single one at 0 is a horizontal line."""
 
     label: str
     rows: dict[int, Row]
@@ -201,7 +201,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Figure:
-    """Loss curves of `rows`, or sweeps over `variable` (with run time if `has_time`)."""
+    """Loss curves of `rows`, or sweeps over `variable`, with the run time if `has_time`."""
 
     title: str
     rows: tuple[Row, ...] = ()
@@ -218,7 +218,7 @@ _KINDS = {"random": RandomCandidates, "spatial": SpatialCandidates}
 
 
 def _sparse(family: str, kind: str, r: int, **options: Any) -> Row:
-    """ConvNN with r candidates of one kind; the hybrid layer in VGG-11."""
+    """ConvNN with r candidates of one kind; in VGG-11, the hybrid layer."""
     layer = {"vgg11": {"layer": "hybrid"}, "vit": {"layer": "convnn"}}[family]
     suffix = "".join(f"-{name}{value}" for name, value in options.items())
     name = {"vgg11": f"vgg11/hybrid-0.5-{kind}-{r}", "vit": f"vit/convnn-{kind}-{r}{suffix}"}
@@ -240,9 +240,9 @@ def _kernel(layer: str, size: int) -> Row:
 
 
 def _vit_k(layer: str, k: int) -> Row:
-    known = {("kvt", 9): "vit/kvt-9", ("kvt", 100): "vit/kvt-100", ("convnn", 9): "vit/convnn-all"}
-    if (layer, k) in known:
-        return _named(known[layer, k])
+    names = {("kvt", 9): "vit/kvt-9", ("kvt", 100): "vit/kvt-100", ("convnn", 9): "vit/convnn-all"}
+    if (layer, k) in names:
+        return _named(names[layer, k])
     return Row(f"vit/{layer}-k{k}", f"{layer}, k = {k}", {"layer": layer, "k": k})
 
 
@@ -256,8 +256,8 @@ def _vit_r(kind: str, r: int) -> Row:
     return _named(f"vit/convnn-{kind}-32") if r == 32 else _sparse("vit", kind, r)
 
 
-# The values that the figures sweep are not printed in the text, except k = 9, k = 100 and r = 16
-# and 32. Candidates of a map are a square number, at least k.
+# The paper's text does not list the swept values, except k = 9 and 100, and r = 16 and 32. Spatial
+# candidates of a map must be a square number, and at least k.
 _VGG_R = (16, 36, 64, 144, 256)
 _VIT_R = (16, 32, 64, 128)
 
@@ -312,7 +312,7 @@ FIGURES = {
 
 TABLES = {1: TABLE_1, 2: TABLE_2}
 
-# Of VGG-11 as the models offer it, but not of a table: ConvNN2d without the fusion.
+# A variant of VGG-11 that no table of the paper has: ConvNN2d without fusion.
 _CONVNN2D = Row("vgg11/convnn", "ConvNN2d alone", {"layer": "convnn"})
 
 ROWS = {

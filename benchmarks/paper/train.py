@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Training of one row with the paper's recipe, with a log and checkpoints to go on from."""
+"""Trains one row with the paper's recipe, with a log and with checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from benchmarks.paper.rows import Row
 
 @dataclass(frozen=True)
 class Recipe:
-    """The paper's section 6, and what a run on other devices or data may change."""
+    """The defaults are those of the paper's section 6."""
 
     epochs: int = 150
     batch_size: int = 256
@@ -47,18 +47,18 @@ class Recipe:
     train_limit: int | None = None
     test_limit: int | None = None
     dataset: str = "cifar10"
-    # Epochs between checkpoints; the log is written after each.
+    # Epochs between checkpoints; the log is written after every epoch.
     save_every: int = 1
 
     def fixed(self) -> dict[str, Any]:
-        """What must not change when a run goes on: all but its length and its place."""
+        """The settings that must not change when a run is resumed."""
         free = {"epochs", "device", "compile", "save_every"}
         if self.schedule != "none":
             free.remove("epochs")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
 
     def lr_of(self, epoch: int) -> float:
-        """The learning rate of an epoch, which are counted from 0."""
+        """The learning rate in an epoch, counted from 0."""
         if self.schedule == "cosine":
             return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         return self.lr
@@ -73,7 +73,7 @@ AUGMENTATIONS = ("none", "flip-shift")
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss became NaN or infinite."""
 
 
 class AnotherRunError(ValueError):
@@ -83,17 +83,17 @@ class AnotherRunError(ValueError):
 def train(
     row: Row, data: Dataset, recipe: Recipe, folder: Path, stamp: dict[str, Any]
 ) -> dict[str, Any]:
-    """Trains a row, or goes on with it, until it has had its epochs.
+    """Trains a row, or resumes its training, until it has had its epochs.
 
     Args:
         row: the model.
         data: images and labels.
         recipe: how to train.
-        folder: of this row; "log.json" and "checkpoint.safetensors" in it are continued.
+        folder: of this row; holds "log.json" and "checkpoint.safetensors".
         stamp: of the machine, the versions and the commit.
 
     Returns:
-        The log: "row"; "recipe"; "data", what was trained and tested on; "parts", the stamp and the
+        The log: "row"; "recipe"; "data", for training and tests; "parts", the stamp and the
         first epoch of each part of the run; and "epochs", a list with, for each, "epoch",
         "train_loss", "train_accuracy", "test_loss", "test_accuracy" (0 to 1) and "seconds" of
         training.
@@ -135,7 +135,7 @@ def train(
     run = torch.compile(model) if recipe.compile else model
 
     for epoch in range(len(log["epochs"]), recipe.epochs):
-        # One seed for each epoch makes a resumed run the same as one without a break.
+        # A seed per epoch makes a resumed run identical to an uninterrupted one.
         torch.manual_seed(recipe.seed * 1_000_003 + epoch)
         order = torch.randperm(len(train_split.labels)).to(device)
         for group in optimizer.param_groups:
@@ -159,7 +159,7 @@ def train(
             optimizer.step()
             total += loss.detach() * len(rows)
             correct += (logits.argmax(1) == labels).sum()
-        # Reading the sums waits for the device, so the time is that of the work.
+        # Reading the sums waits for the device, so the time includes all its work.
         train_loss, train_accuracy = (x.item() / len(order) for x in (total, correct))
         seconds = time.perf_counter() - start
         if not math.isfinite(train_loss):
@@ -220,7 +220,7 @@ def _inputs(
 
 
 def _flip_and_shift(images: Tensor) -> Tensor:
-    """Every image mirrored or not, and shifted by up to 4 pixels each way; zeros come in."""
+    """Mirrors each image or not, and shifts it by up to 4 pixels each way, padded with zeros."""
     count, _, height, width = images.shape
     mirrored = torch.rand(count, 1, 1, 1, device=images.device) < 0.5
     images = torch.where(mirrored, images.flip(-1), images)
@@ -238,7 +238,7 @@ def _autocast(recipe: Recipe) -> AbstractContextManager[object]:
     return torch.autocast(torch.device(recipe.device).type, dtype=getattr(torch, recipe.amp))
 
 
-# Checkpoints: one file with model and optimizer, replaced as a whole.
+# Checkpoints: one file with model and optimizer, replaced atomically.
 
 
 def _resume(
@@ -248,7 +248,7 @@ def _resume(
     recipe: Recipe,
     new_log: dict[str, Any],
 ) -> dict[str, Any]:
-    """Loads what the folder holds, and returns its log, or the new one if it holds nothing."""
+    """Loads the checkpoint in the folder and returns its log, or the new log if there is none."""
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return new_log
@@ -301,7 +301,7 @@ def _save_log(folder: Path, log: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there takes the place of `path` at once, or not at all."""
+    """Yields a path to write to; that file then replaces `path` atomically, or not at all."""
     temporary = path.with_name(path.name + ".new")
     yield temporary
     os.replace(temporary, path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a peer is: who is measured, on what, and how its call is run."""
+"""What a peer is, what it is called on, and how a pass of it is run."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ TRAINING = PASSES[:2]
 
 
 class Unavailable(RuntimeError):
-    """A peer cannot run here; the message says why. It is then left out by name."""
+    """A peer cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Call:
     """A peer made ready for one workload.
 
-    forward: no arguments; the tensors it returns begin with the output.
-    leaves: what a backward pass differentiates, by name; grad_output has the layout of the output.
-    candidates: the rows that may be neighbors, or None for all; the token itself is one then too.
-    indices: the neighbors [B, N, k] that are given, where they are not searched for.
-    sample: the seconds of one pass, averaged over so many, where they run in another process.
-    exact: the output in float64, where nothing else defines it.
+    forward: takes no arguments; the tensors it returns start with the output.
+    leaves: the tensors that a backward pass differentiates, by name.
+    grad_output: has the layout of the output.
+    candidates: the rows of key that may be neighbors besides the token itself; None for all.
+    indices: the neighbors [B, N, k], where they are an input.
+    sample: returns the seconds of one pass; only for calls that are timed in a special way.
+    exact: returns the output in float64, where there is no reference for it.
     """
 
     forward: Callable[[], tuple[Tensor, ...]]
@@ -38,46 +39,37 @@ class Call:
     grad_output: Tensor | None = None
     candidates: Tensor | None = None
     indices: Tensor | None = None
-    sample: Callable[[int], float] | None = None
+    sample: Callable[[], float] | None = None
     exact: Callable[[], Tensor] | None = None
 
 
-def nothing(workload: Workload, backward: bool) -> float:
-    return 0.0
+Build = Callable[[Workload, Inputs], Call]
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`computes` names what the result is checked against; gate.py and bounds.py know the names.
+    """An implementation that is measured.
 
-    passes: those that it can run.
-    baseline: the eager peer that computes the same, or, where none does, what it would replace.
-    family: peers of a family do the same in different ways; the fastest of them is quoted.
-    exacting: held to the operator's contract, ties by index and errors like those of eager PyTorch;
-    the others only have to compute what their name says.
-    bytes_needed: an estimate of the peak from the workload and whether gradients are needed, by
-    which peers that would exhaust the machine are left out.
+    computes: what its result is checked against; result_check.py and bounds.py list the names.
+    passes: the passes that it supports.
+    baseline: the peer that computes the same in plain PyTorch; for a model, the original one.
+    exacting: it must keep the operator's contract: ties in index order, errors no larger than twice
+        those of eager PyTorch. The others only have to compute what their name says.
+    matrices: how many N x M matrices it holds at once in a forward and in a backward pass. Those
+        that would exhaust the memory of the machine are left out.
     """
 
     label: str
     computes: str
-    build: Callable[[Workload, Inputs], Call]
+    build: Build
     passes: tuple[str, ...] = PASSES
     baseline: str | None = None
-    family: str | None = None
     exacting: bool = False
-    bytes_needed: Callable[[Workload, bool], float] = nothing
+    matrices: tuple[int, int] = (0, 0)
 
-
-def whole_matrices(in_forward: int, in_backward: int) -> Callable[[Workload, bool], float]:
-    """The estimate for peers that hold so many N x M matrices at a time."""
-
-    def bytes_needed(workload: Workload, backward: bool) -> float:
-        matrices = in_backward if backward else in_forward
-        element = workload.torch_dtype.itemsize
-        return element * matrices * workload.batch * workload.tokens * workload.rows
-
-    return bytes_needed
+    def bytes_needed(self, workload: Workload, backward: bool) -> float:
+        pairs = workload.batch * workload.tokens * workload.rows
+        return workload.torch_dtype.itemsize * self.matrices[backward] * pairs
 
 
 def gradient_mode(passes: str) -> AbstractContextManager[object]:
@@ -87,7 +79,7 @@ def gradient_mode(passes: str) -> AbstractContextManager[object]:
 
 
 def run_pass(call: Call, passes: str) -> tuple[Tensor, ...]:
-    """One pass, within its `gradient_mode`; a backward pass has its gradients after the output."""
+    """Runs one pass, within its `gradient_mode`; gradients follow the output in a backward pass."""
     if passes != "forward+backward":
         return call.forward()
     output = call.forward()[0]

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""ConvNN and its parts: this project's operators, and eager PyTorch that computes the same.
+"""This project's operators, and eager PyTorch that computes the same.
 
 One head, cosine similarity, softmax; the weight is depthwise unless a label says dense.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,18 +13,70 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..workloads import Inputs, Workload, random_candidates, spatial_candidates
-from .base import TRAINING, Call, Peer, Unavailable, whole_matrices
+from .base import TRAINING, Build, Call, Peer, Unavailable
 
-Operation = Callable[..., Any]
+
+def operators() -> Any:
+    """torch.ops.convnn, on the backend that is selected by default."""
+    import convnn_kernels  # noqa: F401  registers them
+
+    return torch.ops.convnn
+
+
+class Eager:
+    """The operators as one would write them in eager PyTorch for speed."""
+
+    @staticmethod
+    def select(
+        query: Tensor, key: Tensor, k: int, candidates: Tensor | None, self_indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`torch.topk` instead of the full sorts of `python_ref`, which fix the order of ties."""
+        q, keys = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        if candidates is None:
+            return torch.topk(q @ keys.mT, k, dim=-1)
+        S = q @ keys[:, candidates].mT
+        if self_indices is None:
+            s, columns = torch.topk(S, k, dim=-1)
+            return s, candidates[columns]
+        S = S.masked_fill(candidates == self_indices[:, None], float("-inf"))
+        s, columns = torch.topk(S, k - 1, dim=-1)
+        s = torch.cat([(q * keys[:, self_indices]).sum(-1, keepdim=True), s], dim=-1)
+        itself = self_indices[:, None].expand(*s.shape[:-1], 1)
+        return s, torch.cat([itself, candidates[columns]], dim=-1)
+
+    @staticmethod
+    def aggregate(value: Tensor, s: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+        """Gathers whole rows, where Algorithm 1 uses `torch.gather` on an expanded value."""
+        batch, rows, channels = value.shape
+        first_row = torch.arange(batch, device=value.device)[:, None, None] * rows
+        neighbors = F.embedding(indices + first_row, value.reshape(batch * rows, channels))
+        modulated = torch.softmax(s, dim=-1).unsqueeze(-1).to(value.dtype) * neighbors
+        if weight.shape[1] == 1 and channels > 1:
+            return (modulated * weight.squeeze(1).T).sum(dim=-2)
+        return modulated.mT.flatten(2) @ weight.flatten(1).T
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k: int,
+        weight: Tensor,
+        bias: None,
+        candidates: Tensor | None,
+        self_indices: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        s, indices = Eager.select(query, key, k, candidates, self_indices)
+        return Eager.aggregate(value, s, indices, weight), s, indices
 
 
 def _restriction(
     kind: str, workload: Workload, inputs: Inputs
 ) -> tuple[Tensor | None, Tensor | None]:
-    """candidates and self_indices: a token is a neighbor of itself where it is one of the keys."""
+    """candidates and self_indices. Tokens are their own neighbors unless there are other keys."""
     if kind == "all":
         return None, None
-    # A neighborhood of k needs k - 1 candidates beside the token itself, which may be one of them.
+    # k neighbors are the token itself and k - 1 candidates, one of which may be that token again.
     count = min(max(workload.candidates, workload.k), workload.rows)
     if kind == "random":
         candidates = random_candidates(workload.rows, count)
@@ -34,49 +85,35 @@ def _restriction(
     else:
         candidates = spatial_candidates(workload.side, count)
     device = inputs.query.device
-    own = None if workload.keys else torch.arange(workload.tokens, device=device)
-    return candidates.to(device), own
+    itself = None if workload.keys else torch.arange(workload.tokens, device=device)
+    return candidates.to(device), itself
 
 
-def operators() -> Any:
-    """torch.ops.convnn, on the backend that this machine would choose."""
-    import convnn_kernels  # noqa: F401  registers them
-
-    return torch.ops.convnn
-
-
-def forward_call(
-    operation: Operation, workload: Workload, inputs: Inputs, kind: str = "all", dense: bool = False
-) -> Call:
-    candidates, own = _restriction(kind, workload, inputs)
-    query, key, value, k = inputs.query, inputs.key, inputs.value, workload.k
+def _forward(operation: Any, w: Workload, inputs: Inputs, kind: str, dense: bool) -> Call:
+    candidates, itself = _restriction(kind, w, inputs)
+    query, key, value = inputs.query, inputs.key, inputs.value
     weight = inputs.dense_weight if dense else inputs.weight
 
     def forward() -> Any:
-        return operation(query, key, value, k, weight, None, candidates, own)
+        return operation(query, key, value, w.k, weight, None, candidates, itself)
 
     leaves = {"query": query, "key": key, "value": value, "weight": weight}
     return Call(forward, leaves, inputs.grad_dense if dense else inputs.grad_output, candidates)
 
 
-def select_call(
-    operation: Operation, workload: Workload, inputs: Inputs, kind: str = "all"
-) -> Call:
-    candidates, own = _restriction(kind, workload, inputs)
-    query, key, k = inputs.query, inputs.key, workload.k
+def _select(operation: Any, w: Workload, inputs: Inputs, kind: str, dense: bool) -> Call:
+    candidates, itself = _restriction(kind, w, inputs)
 
     def forward() -> Any:
-        return operation(query, key, k, candidates, own)
+        return operation(inputs.query, inputs.key, w.k, candidates, itself)
 
-    return Call(forward, {"query": query, "key": key}, candidates=candidates)
+    return Call(forward, {"query": inputs.query, "key": inputs.key}, candidates=candidates)
 
 
-def aggregate_call(
-    operation: Operation, workload: Workload, inputs: Inputs, dense: bool = False
-) -> Call:
-    """The neighbors are the selection's, found beforehand."""
+def _aggregate(operation: Any, w: Workload, inputs: Inputs, kind: str, dense: bool) -> Call:
+    """Of the neighbors that `select` finds beforehand."""
     with torch.no_grad():
-        similarities, indices = operators().select(inputs.query, inputs.key, workload.k)
+        similarities, indices = operators().select(inputs.query, inputs.key, w.k)
     similarities.requires_grad_(inputs.value.requires_grad)
     value, weight = inputs.value, inputs.dense_weight if dense else inputs.weight
 
@@ -88,83 +125,20 @@ def aggregate_call(
     return Call(forward, leaves, grad_output, indices=indices)
 
 
-def _rows_at(X: Tensor, I: Tensor) -> Tensor:
-    """X [B, M, C] at I [B, N, k]: [B, N, k, C], by gathering whole rows."""
-    batch, rows, channels = X.shape
-    first_row = torch.arange(batch, device=X.device)[:, None, None] * rows
-    return F.embedding(I + first_row, X.reshape(batch * rows, channels))
+_CALLS = {"forward": _forward, "select": _select, "aggregate": _aggregate}
 
 
-def eager_select(
-    query: Tensor, key: Tensor, k: int, candidates: Tensor | None, self_indices: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`torch.topk` instead of the full sorts of `python_ref`, which pin down the order of ties."""
-    q, keys = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-    if candidates is None:
-        return torch.topk(q @ keys.mT, k, dim=-1)
-    S = q @ keys[:, candidates].mT
-    if self_indices is None:
-        s, places = torch.topk(S, k, dim=-1)
-        return s, candidates[places]
-    S = S.masked_fill(candidates == self_indices[:, None], float("-inf"))
-    s, places = torch.topk(S, k - 1, dim=-1)
-    s = torch.cat([(q * keys[:, self_indices]).sum(-1, keepdim=True), s], dim=-1)
-    itself = self_indices[:, None].expand(*s.shape[:-1], 1)
-    return s, torch.cat([itself, candidates[places]], dim=-1)
+def _ours(operator: str, kind: str = "all", dense: bool = False) -> Build:
+    return lambda w, inputs: _CALLS[operator](
+        getattr(operators(), operator), w, inputs, kind, dense
+    )
 
 
-def eager_aggregate(value: Tensor, s: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """A gather of whole rows instead of Algorithm 1's `torch.gather` on an expanded value."""
-    modulated = torch.softmax(s, dim=-1).unsqueeze(-1).to(value.dtype) * _rows_at(value, indices)
-    if weight.shape[1] == 1 and value.shape[-1] > 1:
-        return (modulated * weight.squeeze(1).T).sum(dim=-2)
-    return modulated.mT.flatten(2) @ weight.flatten(1).T
+def _eager(operator: str, kind: str = "all", dense: bool = False) -> Build:
+    return lambda w, inputs: _CALLS[operator](getattr(Eager, operator), w, inputs, kind, dense)
 
 
-def eager_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    k: int,
-    weight: Tensor,
-    bias: None,
-    candidates: Tensor | None,
-    self_indices: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ConvNN as one would write it in eager PyTorch for speed: output, similarities, indices."""
-    s, indices = eager_select(query, key, k, candidates, self_indices)
-    return eager_aggregate(value, s, indices, weight), s, indices
-
-
-def _compiled(workload: Workload, inputs: Inputs) -> Call:
-    if workload.torch_dtype != torch.float32 and inputs.query.device.type == "cpu":
-        raise Unavailable("compiled for the CPU in float32 only")
-    return forward_call(torch.compile(eager_forward, fullgraph=True), workload, inputs)
-
-
-def _python_ref(workload: Workload, inputs: Inputs) -> Call:
-    import python_ref
-
-    return forward_call(python_ref.forward, workload, inputs)
-
-
-def _functional(workload: Workload, inputs: Inputs) -> Call:
-    from convnn_kernels import functional
-
-    query, key, value, k, weight = *_tokens(inputs), workload.k, inputs.weight
-
-    def forward() -> tuple[Tensor, ...]:
-        return (functional.convnn(query, key, value, k, weight),)
-
-    leaves = {"query": query, "key": key, "value": value, "weight": weight}
-    return Call(forward, leaves, inputs.grad_output)
-
-
-def _tokens(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    return inputs.query, inputs.key, inputs.value
-
-
-def _forced(backend: str, operator: str) -> Peer:
+def _on_backend(backend: str, operator: str) -> Build:
     def build(workload: Workload, inputs: Inputs) -> Call:
         import convnn_kernels
 
@@ -172,148 +146,106 @@ def _forced(backend: str, operator: str) -> Peer:
             with convnn_kernels.backend(backend):
                 return getattr(operators(), operator)(*args)
 
-        make = select_call if operator == "select" else forward_call
-        call = make(operation, workload, inputs)
+        call = _CALLS[operator](operation, workload, inputs, "all", False)
         try:
             call.forward()
         except RuntimeError as error:
             raise Unavailable(str(error)) from error
         return call
 
-    select = operator == "select"
-    return Peer(
-        f"{'select' if select else 'ConvNN'}, all candidates, backend {backend}",
-        "select" if select else "convnn",
-        build,
-        ("forward",),
-        exacting=True,
-    )
+    return build
 
 
-def _restricted(kind: str) -> dict[str, Peer]:
-    return {
-        f"convnn-{kind}": Peer(
-            f"ConvNN, {kind} candidates",
-            "convnn",
-            lambda w, i: forward_call(operators().forward, w, i, kind),
-            baseline=f"eager-{kind}",
-            exacting=True,
-        ),
-        f"eager-{kind}": Peer(
-            f"eager ConvNN, {kind} candidates",
-            "convnn",
-            lambda w, i: forward_call(eager_forward, w, i, kind),
-            TRAINING,
-        ),
-        f"select-{kind}": Peer(
-            f"select, {kind} candidates",
-            "select",
-            lambda w, i: select_call(operators().select, w, i, kind),
-            ("forward",),
-            exacting=True,
-        ),
-    }
+def _compiled(workload: Workload, inputs: Inputs) -> Call:
+    if workload.torch_dtype != torch.float32 and inputs.query.device.type == "cpu":
+        raise Unavailable("compiled for the CPU in float32 only")
+    return _forward(torch.compile(Eager.forward, fullgraph=True), workload, inputs, "all", False)
+
+
+def _functional(workload: Workload, inputs: Inputs) -> Call:
+    from convnn_kernels import functional
+
+    query, key, value, weight = inputs.query, inputs.key, inputs.value, inputs.weight
+
+    def forward() -> tuple[Tensor, ...]:
+        return (functional.convnn(query, key, value, workload.k, weight),)
+
+    leaves = {"query": query, "key": key, "value": value, "weight": weight}
+    return Call(forward, leaves, inputs.grad_output)
+
+
+def _convnn(label: str, build: Build, baseline: str | None = None) -> Peer:
+    return Peer(f"ConvNN, {label}", "convnn", build, baseline=baseline, exacting=True)
+
+
+def _eager_convnn(label: str, build: Build, matrices: tuple[int, int] = (0, 0)) -> Peer:
+    return Peer(f"eager ConvNN, {label}", "convnn", build, TRAINING, matrices=matrices)
 
 
 PEERS = {
-    "convnn-all": Peer(
-        "ConvNN, all candidates",
-        "convnn",
-        lambda w, i: forward_call(operators().forward, w, i),
-        baseline="eager",
-        exacting=True,
+    "convnn-all": _convnn("all candidates", _ours("forward"), "eager"),
+    "convnn-random": _convnn("random candidates", _ours("forward", "random"), "eager-random"),
+    "convnn-spatial": _convnn("spatial candidates", _ours("forward", "spatial"), "eager-spatial"),
+    "convnn-dense": _convnn("all candidates, dense", _ours("forward", dense=True), "eager-dense"),
+    "convnn-dense-random": _convnn(
+        "random candidates, dense", _ours("forward", "random", dense=True)
     ),
-    "convnn-dense": Peer(
-        "ConvNN, all candidates, dense",
-        "convnn",
-        lambda w, i: forward_call(operators().forward, w, i, dense=True),
-        baseline="eager-dense",
-        exacting=True,
-    ),
-    "convnn-dense-random": Peer(
-        "ConvNN, random candidates, dense",
-        "convnn",
-        lambda w, i: forward_call(operators().forward, w, i, "random", dense=True),
-        exacting=True,
-    ),
-    "functional": Peer(
-        "ConvNN, all candidates, by functional.convnn",
-        "convnn output",
-        _functional,
-        baseline="eager",
-        exacting=True,
-    ),
-    **_restricted("random"),
-    **_restricted("spatial"),
-    "eager": Peer(
-        "eager ConvNN, all candidates",
-        "convnn",
-        lambda w, i: forward_call(eager_forward, w, i),
-        TRAINING,
-        bytes_needed=whole_matrices(2, 3),
-    ),
-    "eager-dense": Peer(
-        "eager ConvNN, all candidates, dense",
-        "convnn",
-        lambda w, i: forward_call(eager_forward, w, i, dense=True),
-        TRAINING,
-        bytes_needed=whole_matrices(2, 3),
-    ),
+    "eager": _eager_convnn("all candidates", _eager("forward"), (2, 3)),
+    "eager-random": _eager_convnn("random candidates", _eager("forward", "random")),
+    "eager-spatial": _eager_convnn("spatial candidates", _eager("forward", "spatial")),
+    "eager-dense": _eager_convnn("all candidates, dense", _eager("forward", dense=True), (2, 3)),
     "compiled": Peer(
         "torch.compile of eager ConvNN",
         "convnn",
         _compiled,
         TRAINING,
         baseline="eager",
-        bytes_needed=whole_matrices(2, 3),
+        matrices=(2, 3),
     ),
-    "python-ref": Peer(
-        "python_ref (sorts every row)",
+    "functional": Peer(
+        "ConvNN, all candidates, by functional.convnn",
         "convnn",
-        _python_ref,
-        TRAINING,
+        _functional,
         baseline="eager",
-        bytes_needed=whole_matrices(12, 12),
+        exacting=True,
     ),
     "select": Peer(
         "select, all candidates",
         "select",
-        lambda w, i: select_call(operators().select, w, i),
+        _ours("select"),
         ("forward",),
         baseline="matmul-topk",
         exacting=True,
     ),
     **{
-        f"{'select' if operator == 'select' else 'convnn'}-{backend}": _forced(backend, operator)
-        for operator in ("select", "forward")
+        f"{name}-{backend}": Peer(
+            f"{'select' if operator == 'select' else 'ConvNN'}, all candidates, backend {backend}",
+            name,
+            _on_backend(backend, operator),
+            ("forward",),
+            exacting=True,
+        )
+        for name, operator in (("select", "select"), ("convnn", "forward"))
         for backend in ("triton", "cuda")
     },
-    "aggregate": Peer(
-        "aggregate, depthwise",
-        "aggregate",
-        lambda w, i: aggregate_call(operators().aggregate, w, i),
-        TRAINING,
-        baseline="eager-aggregate",
-        exacting=True,
-    ),
-    "aggregate-dense": Peer(
-        "aggregate, dense",
-        "aggregate",
-        lambda w, i: aggregate_call(operators().aggregate, w, i, dense=True),
-        TRAINING,
-        baseline="eager-aggregate-dense",
-        exacting=True,
-    ),
-    "eager-aggregate": Peer(
-        "eager aggregate, depthwise",
-        "aggregate",
-        lambda w, i: aggregate_call(eager_aggregate, w, i),
-        TRAINING,
-    ),
-    "eager-aggregate-dense": Peer(
-        "eager aggregate, dense",
-        "aggregate",
-        lambda w, i: aggregate_call(eager_aggregate, w, i, dense=True),
-        TRAINING,
-    ),
+    **{
+        f"aggregate{suffix}": Peer(
+            f"aggregate, {label}",
+            "aggregate",
+            _ours("aggregate", dense=bool(suffix)),
+            TRAINING,
+            baseline=f"eager-aggregate{suffix}",
+            exacting=True,
+        )
+        for suffix, label in (("", "depthwise"), ("-dense", "dense"))
+    },
+    **{
+        f"eager-aggregate{suffix}": Peer(
+            f"eager aggregate, {label}",
+            "aggregate",
+            _eager("aggregate", dense=bool(suffix)),
+            TRAINING,
+        )
+        for suffix, label in (("", "depthwise"), ("-dense", "dense"))
+    },
 }

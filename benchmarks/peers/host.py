@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the host takes for a call on a GPU, and what is left of it in the replay of a CUDA graph.
+"""Host time of a call on a GPU, and the time of the same call as a replay of a CUDA graph.
 
-The others are timed by the GPU. Here the call is so small that the GPU waits for the host.
+The other peers are timed by the GPU. Here the call is so small that the GPU waits for the host.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..workloads import Inputs, Workload
 from . import attention, convnn
 from .base import TRAINING, Call, Peer, Unavailable, gradient_mode, run_pass
 
-# Calls in a sample: with backward passes too, fewer launches than a driver queues before it makes
-# the host wait.
+# Calls in a sample. Even with backward passes these are fewer launches than the driver queues
+# before it blocks the host.
 _CALLS = 20
 
 
 def _forced(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` with a backend forced, of which the block itself is not part of the time of a call."""
+    """`run` with that backend forced. Entering the block is not part of the measured time."""
     import convnn_kernels
 
     def in_block() -> Any:
@@ -34,7 +34,7 @@ def _forced(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return run if name == "sdpa" else in_block
 
 
-# Makes ready: the seconds of an operation, averaged over several calls.
+# Prepares an operation; the result returns its seconds, averaged over several calls.
 _Make = Callable[[Callable[[], Any]], Callable[[], float]]
 
 
@@ -52,7 +52,7 @@ def _build(name: str, make: _Make) -> Callable[[Workload, Inputs], Call]:
         except RuntimeError as error:
             raise Unavailable(str(error)) from error
 
-        def sample(repeats: int) -> float:
+        def sample() -> float:
             with gradient_mode(passes):
                 return _forced(name, seconds)()
 
@@ -108,8 +108,8 @@ PEERS = {
         exacting=name != "sdpa",
     )
     for kind, label, make in (
-        ("host", "time of the host for a call", _host),
-        ("graph", "replay of a graph", _graph),
+        ("host", "host time of a call", _host),
+        ("graph", "graph replay", _graph),
     )
     for name in ("sdpa", "cuda", "triton")
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Layers in a model: VGG-11 and ViT-Tiny of the paper, each with the layers that it compares.
+"""The paper's VGG-11 and ViT-Tiny as a whole, with each of the layers that it compares.
 
-Images are random: what a model costs does not depend on them. Dropout is off, so that a pass gives
-the same numbers each time; batch normalization uses the batch in a training pass.
+Images are random because the cost of a model does not depend on them. Dropout is off, so that every
+pass computes the same; batch normalization uses the statistics of the batch in a training pass.
 """
 
 from __future__ import annotations
@@ -15,21 +15,18 @@ import torch
 from torch import nn
 
 from ..workloads import Inputs, Workload
-from .base import TRAINING, Call, Peer
+from .base import TRAINING, Build, Call, Peer
 
 _CLASSES = 10
-
-
-# Height and width of ViT-Tiny's patches, in pixels.
+# Pixels per token of ViT-Tiny, vertically and horizontally.
 _PATCH = 16
 
 
-def model_call(
-    make: Callable[[int], nn.Module], workload: Workload, inputs: Inputs, pixels: int = 1
+def _model_call(
+    make: Callable[[int], nn.Module], size: int, workload: Workload, inputs: Inputs
 ) -> Call:
-    """`make` takes the side of the images: a square of tokens, each of so many pixels a side."""
+    """`make` takes the height and width of the images."""
     training, device = inputs.query.requires_grad, inputs.query.device
-    size = pixels * math.isqrt(workload.tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make(size).to(device, workload.torch_dtype).train(training)
@@ -46,48 +43,37 @@ def model_call(
     return Call(forward, dict(model.named_parameters()), grad_output, exact=exact)
 
 
-def _vgg(layer: str) -> Callable[[Workload, Inputs], Call]:
+def _vgg(layer: str) -> Build:
     def build(workload: Workload, inputs: Inputs) -> Call:
         from ..models import vgg11
 
-        return model_call(lambda size: vgg11(_CLASSES, layer, dropout=0.0), workload, inputs)
+        size = math.isqrt(workload.tokens)
+        return _model_call(lambda _: vgg11(_CLASSES, layer, dropout=0.0), size, workload, inputs)
 
     return build
 
 
-def _vit(layer: str) -> Callable[[Workload, Inputs], Call]:
+def _vit(layer: str) -> Build:
     def build(workload: Workload, inputs: Inputs) -> Call:
         from ..models import vit_tiny
 
-        return model_call(
-            lambda size: vit_tiny(_CLASSES, layer, workload.k, image_size=size, dropout=0.0),
-            workload,
-            inputs,
-            _PATCH,
-        )
+        def make(size: int) -> nn.Module:
+            return vit_tiny(_CLASSES, layer, workload.k, image_size=size, dropout=0.0)
+
+        return _model_call(make, _PATCH * math.isqrt(workload.tokens), workload, inputs)
 
     return build
 
 
+def _peer(label: str, build: Build, baseline: str) -> Peer:
+    return Peer(label, "model", build, TRAINING, baseline=baseline)
+
+
 PEERS = {
-    **{
-        f"vgg11-{layer}": Peer(
-            f"VGG-11 of {name}", "model", _vgg(layer), TRAINING, baseline="vgg11-conv2d"
-        )
-        for layer, name in (
-            ("conv2d", "Conv2d 3×3"),
-            ("hybrid", "Conv2d ∥ ConvNN"),
-            ("convnn", "ConvNN"),
-        )
-    },
-    **{
-        f"vit-{layer}": Peer(
-            f"ViT-Tiny of {name}", "model", _vit(layer), TRAINING, baseline="vit-attention"
-        )
-        for layer, name in (
-            ("attention", "attention (SDPA)"),
-            ("convnn", "ConvNN"),
-            ("local", "local attention"),
-        )
-    },
+    "vgg11-conv2d": _peer("VGG-11 of Conv2d 3×3", _vgg("conv2d"), "vgg11-conv2d"),
+    "vgg11-hybrid": _peer("VGG-11 of Conv2d ∥ ConvNN", _vgg("hybrid"), "vgg11-conv2d"),
+    "vgg11-convnn": _peer("VGG-11 of ConvNN", _vgg("convnn"), "vgg11-conv2d"),
+    "vit-attention": _peer("ViT-Tiny of attention (SDPA)", _vit("attention"), "vit-attention"),
+    "vit-convnn": _peer("ViT-Tiny of ConvNN", _vit("convnn"), "vit-attention"),
+    "vit-local": _peer("ViT-Tiny of local attention", _vit("local"), "vit-attention"),
 }

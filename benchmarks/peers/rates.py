@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the machine can do: the rates that bounds are computed from, measured in the same run."""
+"""The machine's rates of multiplying and copying, from which bounds are computed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from ..workloads import Inputs, Workload
 from .base import Call, Peer
 
-# Of torch.mm: rows and columns. Large enough for its full rate.
+# Rows and columns of the matrices: large enough for the full rate of torch.mm.
 SIDE = 2048
-# Of the copy: larger than caches are.
+# Larger than caches.
 COPY_BYTES = 2**28
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tests that need an NVIDIA GPU: `make gpu` runs them.
 
-``CONVNN_GPU_TESTS=cpu`` runs those that can on CPU tensors instead, with ``TRITON_INTERPRET=1``: to
-see that they do run.
+``CONVNN_GPU_TESTS=cpu`` with ``TRITON_INTERPRET=1`` rehearses most of them on CPU tensors.
 """
 
 import os
@@ -27,13 +26,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not ON_CPU and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
         elif ON_CPU and item.get_closest_marker("cuda_only"):
-            item.add_marker(pytest.mark.skip(reason="means nothing on CPU tensors"))
+            item.add_marker(pytest.mark.skip(reason="meaningless on CPU tensors"))
 
 
 @pytest.fixture(autouse=True)
-def _a_process_whose_gpu_is_broken_ends() -> Iterator[None]:
-    """After an access out of bounds every later call fails, too: pytest-xdist begins a new process,
-    and only the test at fault is counted."""
+def _end_with_a_broken_gpu_context() -> Iterator[None]:
+    """After an illegal access every later call fails, too. So the process ends; pytest-xdist starts
+    another one, and only the test at fault fails.
+    """
     yield
     if ON_CPU or not torch.cuda.is_initialized():
         return
@@ -47,7 +47,7 @@ def _a_process_whose_gpu_is_broken_ends() -> Iterator[None]:
 
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both backends of CUDA tensors, each forced."""
+    """Forces each of the two backends for CUDA tensors."""
     reason = selection.available()[request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")

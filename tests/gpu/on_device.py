@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The device of these tests, and how tensors come there and back."""
+"""The device of these tests, and copies of tensors to it and back."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 
 
 def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator for CPU tensors, computed on the device: what the reference compares."""
+    """The operator for CPU tensors, computed on the device."""
 
     def run(*args: Any) -> Any:
         results = operator(*(_moved(X) if isinstance(X, Tensor) else X for X in args))
@@ -23,7 +23,7 @@ def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _moved(X: Tensor) -> Tensor:
-    """X on the device. A copy is contiguous; where X is not, neither is the result."""
+    """X on the device; like X, it may not be contiguous."""
     Y = X.to(DEVICE)
     if X.is_contiguous() or X.ndim < 2:
         return Y
@@ -31,7 +31,7 @@ def _moved(X: Tensor) -> Tensor:
 
 
 def there(X: Any) -> Any:
-    """A tensor on the device with its strides, its offset, and what lies between its elements."""
+    """A tensor on the device with the same strides, offset and memory between its elements."""
     if not isinstance(X, Tensor):
         return X
     memory = torch.empty(0, dtype=X.dtype).set_(X.untyped_storage())

@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.cuda_only]
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_more_than_2_31_elements(layout: str, device: torch.device) -> None:
-    """Each query has one key that is far nearer than all others, among the last ones."""
+    """For each query one of the last keys is far nearer than all others."""
     N, M, D, k = 64, 2**22 + 5, 520, 3
     generator = torch.Generator(device).manual_seed(0)
     options = {"generator": generator, "device": device, "dtype": torch.float16}

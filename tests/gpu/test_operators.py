@@ -36,7 +36,7 @@ def weights(weight: str, O: int, C: int, k: int, dtype: torch.dtype) -> Tensor |
     return None if shape is None else normal(*shape, seed=3, dtype=dtype) / math.sqrt(C * k)
 
 
-# Few columns, groups of columns, every way of a list, and several passes.
+# Few columns, groups of columns, every kind of list, and several passes.
 SIZES = {
     "few": (2, 197, 197, 64, 64, 9),
     "groups": (1, 200, 3000, 64, 48, 16),
@@ -72,7 +72,7 @@ def test_forward(metric: str, size: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("weight", ["none", "depthwise", "dense"])
 @pytest.mark.usefixtures("backend")
 def test_aggregate(weight: str, dtype: torch.dtype) -> None:
-    """Missing neighbors, a key that half of the queries chose, channels beyond a block."""
+    """Missing neighbors, a key that half of the queries selected, channels beyond one block."""
     N, M, C, O, k = (300, 90, 72, 130, 9) if not ON_CPU else (30, 9, 20, 8, 3)
     generator = torch.Generator().manual_seed(0)
     I = torch.randint(M, (2, N, k), generator=generator)
@@ -94,7 +94,7 @@ def test_aggregate(weight: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])
 @pytest.mark.usefixtures("backend")
 def test_exact(metric: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Many ties: indices equal those of the CPU kernels, and of the reference."""
+    """With many ties, indices equal those of the CPU kernels and of the reference."""
     B, N, M, D, k = shape
     query, key = integers(B, N, D, dtype=dtype), integers(B, M, D, seed=1, dtype=dtype)
     run = on_device(ops.select)
@@ -108,7 +108,7 @@ def test_exact(metric: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", [9, 17] if ON_CPU else [2, 6, 9, 11, 12, 14, 17, 20])
 @pytest.mark.usefixtures("backend")
 def test_whole_numbers_of_many_bits(bits: int) -> None:
-    """Products of pieces of numbers, and their sums in tensor cores, are exact."""
+    """Products of split numbers, and their sums in tensor cores, are exact."""
     B, M = (2, 200) if ON_CPU else (3, 3000)
     query, key = whole_numbers(B, M, 70, bits)
     s, I = on_device(ops.select)(query, key, 4, None, None, None, "dot")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Peak memory on the GPU: what a forward takes, by a formula, and what a backward may take."""
+"""Peak memory on the GPU: of a forward by a formula, of a backward by an upper bound."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,8 +48,9 @@ SHAPES = [
 
 
 def forward_bytes(shape: Shape, backend: str) -> int:
-    """Of one forward above its inputs: s and I, and then either the output, or what the selection
-    works with: norms, the scaled rows of query and key, and its workspace."""
+    """One forward above its inputs: similarities and indices, and then either the output or the
+    memory of the selection: norms, scaled rows of query and key, and its workspace.
+    """
     B, N, M, C, k = shape.B, shape.N, shape.M, shape.C, shape.k
     size = shape.dtype.itemsize
     scaled = 0 if shape.dtype == F16 else size * C
@@ -78,8 +79,8 @@ def forward_bytes(shape: Shape, backend: str) -> int:
 
 
 def rise(run: Callable[[], object]) -> int:
-    """By how many bytes the peak of allocated memory is above what there was."""
-    run()  # libraries take what they keep
+    """The peak of allocated memory above what was allocated before."""
+    run()  # libraries allocate their workspaces
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -123,7 +124,7 @@ def test_backward(
     B, N, M, C, k = shape.B, shape.N, shape.M, shape.C, shape.k
     results = B * N * (12 * k + C * shape.dtype.itemsize)
     given = sum(X.numel() * X.element_size() for X in tensors)
-    # Gradients are as large as inputs; those of the outputs as they are.
+    # Gradients are as large as the inputs; grad_output is as large as the output.
     bound = 2 * results + given + 8 * B * (N * k + N * C + M * 2 * C) + 2 * WORKSPACE
     record_property("backward bytes", measured)
     assert measured <= bound, f"{measured / bound:.3f} of the bound"

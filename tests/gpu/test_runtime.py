@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What only a device can get wrong: order of work, memory, streams, graphs, compilation."""
+"""What can only go wrong on a device: order of work, memory, streams, graphs, compilation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import convnn_kernels
-from benchmarks.audit import Audit
+from benchmarks.call_checks import CallChecks
 from benchmarks.paper.rows import ROWS
 from convnn_kernels import functional
 from convnn_kernels.backends import selection
@@ -40,11 +40,11 @@ def both_ways(query: Tensor, key: Tensor, value: Tensor, W: Tensor, k: int = 9) 
 
 
 def small(device: torch.device) -> list[Tensor]:
-    """Sizes that the interpreter can do, too."""
+    """Sizes that are not too large for the interpreter."""
     return inputs(device, 300, 1500) if device.type == "cuda" else inputs(device, 9, 40, 16)
 
 
-# Selection by groups and in one launch, convolutions of each kind.
+# Selection by groups and in one launch, and each kind of convolution.
 RERUN = {
     "groups-dense": ((2, 300, 1500, 64, 9), "dense"),
     "groups-depthwise": ((3, 1100, 1100, 40, 17), "depthwise"),
@@ -78,7 +78,7 @@ def test_the_same_from_run_to_run(
     run = both_ways if deterministic else forward
     first = run(*tensors, k)
     assert not any(X.isnan().any() for X in first)
-    # Compared on the device: a test of each run would leave it idle in between.
+    # Compared on the device, which would be idle between runs otherwise.
     same = torch.ones((), dtype=torch.bool, device=device)
     for _ in range(runs):
         for X, Y in zip(first, run(*tensors, k), strict=True):
@@ -88,7 +88,7 @@ def test_the_same_from_run_to_run(
 
 
 def test_memory_that_was_used_before(device: torch.device) -> None:
-    """Whatever is allocated is full of NaN and of large integers."""
+    """Fills all allocated memory with NaN and large integers."""
     tensors = small(device)
     expected = both_ways(*tensors)
     torch.use_deterministic_algorithms(True)
@@ -99,7 +99,7 @@ def test_memory_that_was_used_before(device: torch.device) -> None:
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast(half: torch.dtype, device: torch.device) -> None:
-    """The call of tensors that were cast by hand, gradients in the dtypes of the arguments."""
+    """Equals a call with tensors cast by hand; gradients have the dtypes of the arguments."""
     if ON_CPU and half == torch.bfloat16:
         pytest.skip("the interpreter computes bfloat16 wrongly")
     tensors = small(device)
@@ -115,7 +115,7 @@ def test_autocast(half: torch.dtype, device: torch.device) -> None:
 
 @pytest.mark.cuda_only
 def test_compile_with_inductor(device: torch.device) -> None:
-    """One compilation for all sizes; the operators within it compute what they do outside."""
+    """One compilation serves all sizes; results equal those without compilation."""
     counter = CompileCounterWithBackend("inductor")
     torch.compiler.reset()
 
@@ -142,21 +142,21 @@ def test_compile_with_inductor(device: torch.device) -> None:
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("model", ["vgg11/hybrid-0.5", "vit/convnn-all", "vit/convnn-random-32"])
 def test_operators_in_a_model(model: str, device: torch.device) -> None:
-    """Every call of the operators in a training step, against the reference at its inputs."""
+    """Compares every operator call in a training step with the reference at its inputs."""
     row = ROWS[model]
     network = row.build(10, reduced=True).to(device)
     size = row.image_size(reduced=True)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, size, size, generator=generator).to(device)
-    with Audit() as audit:
+    with CallChecks() as calls:
         network(images).square().sum().backward()
-    assert audit.check() >= 8
+    assert calls.check() >= 8
     assert all(P.grad is None or P.grad.isfinite().all() for P in network.parameters())
 
 
 @pytest.mark.cuda_only
 def test_a_side_stream(device: torch.device) -> None:
-    """Inputs are ready, and results are read, on a stream that is not the default one."""
+    """Inputs are written, and results read, on a stream other than the default one."""
     tensors = inputs(device)
     expected = both_ways(*tensors)
     stream = torch.cuda.Stream()
@@ -177,7 +177,7 @@ def test_a_side_stream(device: torch.device) -> None:
 def test_a_graph_after_warmup(
     device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is compiled while a graph is captured, and it computes what it should."""
+    """Nothing is compiled while a graph is captured, and its results are correct."""
     tensors = [X.detach().to(dtype).requires_grad_() for X in inputs(device, 210, 1300)]
     query, key, value, W = tensors
     stream = torch.cuda.Stream()
@@ -204,7 +204,7 @@ def test_a_graph_after_warmup(
 
 
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A list that grows with every compilation of Triton from now on."""
+    """Collects the names of all kernels that Triton compiles from now on."""
     try:
         from triton import knobs
     except ImportError:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The gate before the clock: a result that was not just checked on a workload is not timed on it.
+"""Checks a result before it is timed: whatever is not correct is not measured.
 
-Neighbors of this project pass the certificate of `python_ref` on a sample of query rows; those of
-other libraries only have to be the nearest up to rounding. Values are compared in float64: ConvNN
-and its parts at the neighbors that were returned, attention against the definition, convolution as
-a whole. Where all rows would take too much memory, a sample of them is compared, and gradients are
-those of a grad_output that is zero elsewhere.
+Neighbors found by this project must pass the certificate of `python_ref` on a sample of query rows;
+those of other libraries only have to be the nearest up to rounding. Values are compared in float64:
+ConvNN and its parts at the returned neighbors, attention with its definition, convolution as a
+whole. Where all rows would take too much memory, a sample of them is compared, and gradients come
+from a grad_output that is zero elsewhere.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from torch.nn import functional as F
 
 import python_ref
 
-from .audit import Audit
+from .call_checks import CallChecks
 from .peers import Call, Peer, gradient_mode
-from .peers.attention import WINDOW, neighborhood
 from .peers.convnn import operators
 from .workloads import Workload
 
-# Elements of the part of the similarity matrix that is computed in float64 for a check, and of the
-# gathered neighbors.
+# The most elements of the similarity matrix, and of gathered neighbors, that a check computes in
+# float64.
 _SAMPLED_PAIRS = 2**22
 _SAMPLED_ELEMENTS = 2**22
 
-# Relative to the largest value: for peers that are not ours. They add up in an order of their own
-# and may round worse than the eager reference: the gate only has to see that what is timed is what
-# its name says.
+# Tolerance for other peers, relative to the largest value. They may sum in another order and round
+# worse than the eager reference; the check only has to confirm that they compute what their name
+# says.
 _CLOSE = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
@@ -41,7 +40,7 @@ _CLOSE = {
     torch.bfloat16: 4e-2,
 }
 
-# From the leaves, in some dtype, to the result.
+# Computes the output from the leaves, in their dtype.
 _Reference = Callable[[Sequence[Tensor]], Tensor]
 
 _Compare = Callable[[str, Tensor, Tensor, Tensor], None]
@@ -59,7 +58,7 @@ def _run(call: Call, passes: str, grad_output: Tensor | None) -> tuple[list[Tens
     with gradient_mode(passes):
         results = call.forward()
     if passes != "forward+backward":
-        # A tensor that was made in inference mode could not take part in a reference.
+        # Autograd refuses tensors made in inference mode, so the reference gets copies.
         return [each.clone() for each in results], []
     gradients = torch.autograd.grad(results[0], tuple(call.leaves.values()), grad_output)
     return list(results), list(gradients)
@@ -72,7 +71,7 @@ def _close(
     eager: Tensor,
     precision: torch.dtype = torch.float64,
 ) -> None:
-    """precision: the least of what it was computed in."""
+    """precision: the lowest one in the computation."""
     if result.shape != exact.shape:
         raise AssertionError(f"{name}: shape {list(result.shape)}, expected {list(exact.shape)}")
     error = float((result.double() - exact).abs().max())
@@ -112,7 +111,7 @@ def _compare(
 
 
 def _zero_elsewhere(grad_output: Tensor | None, rows: Tensor) -> Tensor | None:
-    """grad_output [..., N, O], kept in those rows."""
+    """grad_output [..., N, O] with all other rows set to zero."""
     if grad_output is None or len(rows) == grad_output.shape[-2]:
         return grad_output
     kept = torch.zeros_like(grad_output)
@@ -124,50 +123,35 @@ def _at(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if tensor is None else tensor[..., rows, :]
 
 
-def _in_total_order(similarities: Tensor, indices: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Equal similarities from place `first` on sorted by index, which `torch.topk` leaves open."""
-    by_index = indices[..., first:].argsort(dim=-1)
-    by_similarity = (
-        similarities[..., first:]
-        .gather(-1, by_index)
-        .sort(dim=-1, descending=True, stable=True)
-        .indices
-    )
-    places = by_index.gather(-1, by_similarity)
-    head = torch.arange(first, device=indices.device).expand(*indices.shape[:-1], first)
-    places = torch.cat([head, places + first], dim=-1)
-    return similarities.gather(-1, places), indices.gather(-1, places)
+def _self_indices(workload: Workload, call: Call, rows: Tensor) -> Tensor | None:
+    return None if call.candidates is None or workload.keys is not None else rows
 
 
 def _check_neighbors(
     peer: Peer, workload: Workload, call: Call, similarities: Tensor, indices: Tensor
 ) -> str:
+    if not peer.exacting:
+        return _check_nearest(workload, call, similarities, indices)
     query, key = call.leaves["query"].detach(), call.leaves["key"].detach()
     similarities = similarities.detach()
-    if not peer.exacting and similarities.dtype not in (torch.float32, torch.float64):
-        return _check_nearest(workload, call, similarities, indices)
     rows = _sampled_rows(workload, workload.rows, _SAMPLED_PAIRS, query.device)
-    own = None if call.candidates is None or workload.keys is not None else rows
-    sample = similarities[:, rows], indices[:, rows]
-    if not peer.exacting:
-        sample = _in_total_order(*sample, first=0 if own is None else 1)
+    itself, sample = _self_indices(workload, call, rows), (similarities[:, rows], indices[:, rows])
     python_ref.assert_certified_selection(
-        query[:, rows], key, *sample, workload.k, call.candidates, own
+        query[:, rows], key, *sample, workload.k, call.candidates, itself
     )
     rows = _sampled_rows(workload, workload.k * workload.channels, _SAMPLED_ELEMENTS, query.device)
     q, at = query[:, rows], indices[:, rows]
     exact = python_ref.similarities_at(q.double(), key.double(), at)
     eager = python_ref.similarities_at(q, key, at)
-    compare = python_ref.assert_values if peer.exacting else _close
-    compare("similarities", similarities[:, rows], exact, eager)
+    python_ref.assert_values("similarities", similarities[:, rows], exact, eager)
     return f"neighbors of {len(rows)} of {workload.tokens} queries"
 
 
 def _check_nearest(workload: Workload, call: Call, similarities: Tensor, indices: Tensor) -> str:
-    """The k nearest of those that are allowed, up to the rounding of the peer's dtype."""
+    """They are the k nearest candidates up to the rounding of the peer's dtype."""
     query, key = call.leaves["query"].detach(), call.leaves["key"].detach()
     rows = _sampled_rows(workload, workload.rows, _SAMPLED_PAIRS, query.device)
-    own = None if call.candidates is None or workload.keys is not None else rows
+    itself = _self_indices(workload, call, rows)
     q = query[:, rows].double()
     S = python_ref.normalize(q) @ python_ref.normalize(key.double()).mT
     s, I = similarities.detach()[:, rows], indices[:, rows]
@@ -176,8 +160,8 @@ def _check_nearest(workload: Workload, call: Call, similarities: Tensor, indices
         raise AssertionError("indices: a neighbor is returned more than once")
     tolerance = 10 * _CLOSE[query.dtype]
     exact = S.gather(-1, I)
-    # The token itself is a neighbor before all others.
-    allowed, is_self = python_ref.allowed_keys(q, key, call.candidates, own)
+    # The token itself always comes first.
+    allowed, is_self = python_ref.allowed_keys(q, key, call.candidates, itself)
     S = S.masked_fill(~allowed, -math.inf).masked_fill(is_self, math.inf)
     worst, bound = S.gather(-1, I).amin(-1), torch.topk(S, workload.k, dim=-1).values[..., -1]
     if not bool((worst >= bound - tolerance).all()):
@@ -195,16 +179,13 @@ def _check_convnn(peer: Peer, workload: Workload, call: Call, passes: str) -> st
     rows = _sampled_rows(workload, workload.k * workload.channels, _SAMPLED_ELEMENTS, device)
     grad_output = _zero_elsewhere(call.grad_output, rows)
     results, gradients = _run(call, passes, grad_output)
-    if peer.computes == "convnn":
-        output, similarities, indices = results
-        _check_neighbors(peer, workload, call, similarities, indices)
-    else:
-        # Only the output is there: its neighbors are those of the selection.
-        (output,) = results
+    output, *found = results
+    if not found:
+        # This peer returns only the output; its neighbors are those that `select` finds.
         with torch.no_grad():
-            query, key = call.leaves["query"], call.leaves["key"]
-            similarities, indices = operators().select(query, key, workload.k)
-        _check_neighbors(peer, workload, call, similarities, indices)
+            found = operators().select(call.leaves["query"], call.leaves["key"], workload.k)
+    similarities, indices = found
+    _check_neighbors(peer, workload, call, similarities, indices)
     at = indices[:, rows]
 
     def reference(leaves: Sequence[Tensor]) -> Tensor:
@@ -220,9 +201,7 @@ def _check_convnn(peer: Peer, workload: Workload, call: Call, passes: str) -> st
 
 def _check_select(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
     (similarities, indices), _ = _run(call, passes, None)
-    if peer.exacting:
-        return _check_neighbors(peer, workload, call, similarities, indices)
-    return _check_nearest(workload, call, similarities, indices)
+    return _check_neighbors(peer, workload, call, similarities, indices)
 
 
 def _check_product(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
@@ -253,39 +232,15 @@ def _check_aggregate(peer: Peer, workload: Workload, call: Call, passes: str) ->
     return f"values of {len(rows)} of {workload.tokens} queries"
 
 
-def _mask(
-    computes: str, workload: Workload, rows: Tensor, chosen: Tensor | None, leaves: Sequence[Tensor]
-) -> Tensor:
-    """Which of the pairs [..., n, M] attend to each other."""
-    keys = torch.arange(workload.rows, device=rows.device)
-    if computes == "local attention":
-        return (rows[:, None] - keys).abs() <= WINDOW
-    if computes == "neighborhood attention":
-        return neighborhood(math.isqrt(workload.tokens), rows.device)[rows]
-    if chosen is None:
-        return torch.ones_like(rows[:, None] - keys, dtype=torch.bool)
-    # The k nearest, up to rounding: which of nearly equal ones they are is the peer's choice.
-    query, key = (leaf.detach() for leaf in leaves[:2])
-    exact = query[..., rows, :].double() @ key.double().mT
-    bound = torch.topk(exact, workload.k, dim=-1).values[..., -1]
-    worst = exact.gather(-1, chosen).amin(dim=-1)
-    allowed = _CLOSE[query.dtype] * float(exact.abs().max())
-    if not bool((worst >= bound - allowed).all()):
-        raise AssertionError("a key is nearer than one that was chosen")
-    return torch.zeros_like(exact, dtype=torch.bool).scatter(-1, chosen, True)
-
-
 def _check_attention(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
     device = call.leaves["query"].device
     rows = _sampled_rows(workload, workload.rows, _SAMPLED_PAIRS, device)
-    (output, *others), gradients = _run(call, passes, _zero_elsewhere(call.grad_output, rows))
-    chosen = others[0][..., rows, :] if others else None
-    allowed = _mask(peer.computes, workload, rows, chosen, list(call.leaves.values()))
+    (output,), gradients = _run(call, passes, _zero_elsewhere(call.grad_output, rows))
 
     def reference(leaves: Sequence[Tensor]) -> Tensor:
         query, key, value = leaves
         logits = query[..., rows, :] @ key.mT / math.sqrt(query.shape[-1])
-        return torch.softmax(logits.masked_fill(~allowed, -math.inf), dim=-1) @ value
+        return torch.softmax(logits, dim=-1) @ value
 
     grad_at = _at(call.grad_output, rows)
     _compare(reference, call.leaves, output[..., rows, :], gradients, grad_at, _close)
@@ -305,14 +260,13 @@ def _check_convolution(peer: Peer, workload: Workload, call: Call, passes: str) 
 
 
 def _check_model(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
-    """Every call of this project's operators, or the whole model if it has none."""
-    audit = Audit()
-    with audit:
+    """Checks every call of this project's operators, or the whole model if there are none."""
+    with CallChecks() as calls:
         (output,), gradients = _run(call, passes, call.grad_output)
     if not all(bool(each.isfinite().all()) for each in (output, *gradients)):
         raise AssertionError("output or gradients are not finite")
-    if calls := audit.check():
-        return f"{calls} calls of the operators"
+    if count := calls.check():
+        return f"{count} calls of the operators"
     assert call.exact is not None
     with torch.no_grad():
         _close("output", output.detach(), call.exact(), output)
@@ -335,14 +289,10 @@ def _check_copy(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
 
 _CHECKS = {
     "convnn": _check_convnn,
-    "convnn output": _check_convnn,
     "select": _check_select,
     "product": _check_product,
     "aggregate": _check_aggregate,
     "attention": _check_attention,
-    "local attention": _check_attention,
-    "neighborhood attention": _check_attention,
-    "k-NN attention": _check_attention,
     "convolution": _check_convolution,
     "model": _check_model,
     "rate": _check_rate,
@@ -351,5 +301,5 @@ _CHECKS = {
 
 
 def check(peer: Peer, workload: Workload, call: Call, passes: str) -> str:
-    """Run the pass and check it. Returns what was checked; AssertionError says what is wrong."""
+    """Runs the pass and returns what was checked. Raises AssertionError if a result is wrong."""
     return _CHECKS[peer.computes](peer, workload, call, passes)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Random cases of a seed for results on the GPU, against `python_ref` on that GPU.
+"""Random cases by seed, computed on the GPU and compared with `python_ref` on that GPU.
 
-The CUDA kernels are there for every case. Triton compiles some six kernels for a case of another
-kind, half a second each: relatives of a case are drawn so that they need no other kernels.
+Triton compiles about six kernels for a new kind of case, half a second each, so each seed has
+several variants that need the same kernels. The CUDA C++ kernels are compiled in advance.
 """
 
 import random
@@ -17,10 +17,10 @@ from python_ref import assert_forward
 
 
 def kind(seed: int, backend: str) -> Case:
-    """The case that `make_case` draws, in a dtype that the backend takes."""
+    """The case that `make_case` draws, in a dtype that the backend supports."""
     case = make_case(seed)
     if backend == "triton":
-        # Not for this backend; and the interpreter computes bfloat16 wrongly.
+        # Triton has no float64, and its interpreter computes bfloat16 wrongly.
         instead = {torch.float64: torch.float32}
         instead |= {torch.bfloat16: torch.float16} if ON_CPU else {}
         dtypes = (instead.get(X, X) for X in (case.query_dtype, case.value_dtype))
@@ -28,8 +28,8 @@ def kind(seed: int, backend: str) -> Case:
     return replace(case, lead=case.lead[:1], N=min(case.N, 20)) if ON_CPU else case
 
 
-def relatives(case: Case, number: int) -> Iterator[Case]:
-    """The case, and others with other values, masks, candidates, scales and numbers of queries."""
+def variants(case: Case, number: int) -> Iterator[Case]:
+    """The case, and some with other values, masks, candidates, scales and numbers of queries."""
     draw = random.Random(case.seed)
     yield case
     for i in range(1, number):
@@ -43,19 +43,19 @@ def relatives(case: Case, number: int) -> Iterator[Case]:
         )
 
 
-def wrong_ones(seed: int, number: int, backend: str) -> list[str]:
-    """What is wrong with a case and its relatives, `number` in all, on the backend that runs."""
+def wrong_variants(seed: int, number: int, backend: str) -> list[str]:
+    """Errors in the case of a seed and its variants, `number` in total, on the current backend."""
     found = []
-    for i, case in enumerate(relatives(kind(seed, backend), number)):
+    for i, case in enumerate(variants(kind(seed, backend), number)):
         given = {name: there(X) for name, X in case.arguments().items()}
-        # New tensors are full of NaN, so that an element nobody wrote is seen.
+        # Fills new tensors with NaN, to detect elements that are never written.
         torch.use_deterministic_algorithms(case.seed % 2 == 1, warn_only=True)
         options = {"exact": case.exact, "seed": case.seed}
         try:
             Y, _, _ = assert_forward(torch.ops.convnn.forward, **given, **options)
             assert Y.device.type == DEVICE.type
         except AssertionError as error:
-            found.append(f"relative {i}, {case.id}: {error}"[:400])
+            found.append(f"variant {i}, {case.id}: {error}"[:400])
         except Exception as error:
-            raise RuntimeError(f"relative {i}, {case.id}: {error}") from error
+            raise RuntimeError(f"variant {i}, {case.id}: {error}") from error
     return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where and from what a result came: machine, versions, commit."""
+"""The machine, versions and commit that a result was measured with."""
 
 from __future__ import annotations
 
@@ -17,24 +17,13 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-_VERSION = REPOSITORY / "convnn_kernels" / "version.py"
 
-# Of all the flags a CPU reports, those that decide which kernels can run.
+# The CPU flags that decide which kernels can run.
 _CPU_FEATURES = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_vnni",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "sve",
-    "sve2",
-    "bf16",
+    *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16"),
+    *("amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "sve2", "bf16"),
 )
+_PACKAGES = ("torch", "triton", "numpy", "scikit-image", "faiss-cpu", "pykeops", "flashlib")
 
 
 def _cpu() -> dict[str, Any]:
@@ -50,7 +39,7 @@ def _cpu() -> dict[str, Any]:
         elif name in ("flags", "Features"):
             flags.update(value.split())
     cores, memory = None, None
-    with contextlib.suppress(ImportError):  # as on a machine that has a GPU and little else
+    with contextlib.suppress(ImportError):  # a GPU machine may lack it
         import psutil
 
         cores, memory = psutil.cpu_count(logical=False), psutil.virtual_memory().total
@@ -74,12 +63,13 @@ def _git(*arguments: str) -> str | None:
 
 
 def _commit() -> dict[str, Any]:
-    """CONVNN_COMMIT says it where the checkout was copied without its history: a hash, with
-    "-dirty" behind it if anything had changed, as `git describe --always --dirty --abbrev=40`."""
+    """Where the checkout has no git history, CONVNN_COMMIT supplies the hash, with a trailing
+    "-dirty" if there were changes, as in `git describe --always --dirty --abbrev=40`.
+    """
     head = _git("rev-parse", "--verify", "HEAD")
-    if head is None and (said := os.environ.get("CONVNN_COMMIT")):
-        return {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
-    # Results are left out: a run must not make the next one look as if the sources had changed.
+    if head is None and (given := os.environ.get("CONVNN_COMMIT")):
+        return {"commit": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty")}
+    # New result files do not change what the next run measures.
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return {
         "commit": head.strip() if head else None,
@@ -88,9 +78,6 @@ def _commit() -> dict[str, Any]:
 
 
 def _version(distribution: str) -> str | None:
-    if distribution == "convnn_kernels":
-        # Which need not be installed.
-        return re.findall(r'__version__ = "(.*)"', _VERSION.read_text())[0]
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -98,7 +85,12 @@ def _version(distribution: str) -> str | None:
 
 
 def make_stamp(device: str, threads: int, gpu: dict[str, Any] | None = None) -> dict[str, Any]:
-    """commit and dirty are None outside a git checkout; a version is None if not installed."""
+    """The "stamp" of a result file.
+
+    commit and dirty are None outside a git checkout, the version of a missing package is None.
+    """
+    # convnn_kernels need not be installed.
+    source = (REPOSITORY / "convnn_kernels" / "version.py").read_text()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": device,
@@ -109,20 +101,8 @@ def make_stamp(device: str, threads: int, gpu: dict[str, Any] | None = None) -> 
         "system": f"{platform.system()} {platform.release()}",
         "versions": {
             "python": platform.python_version(),
-            **{
-                name: _version(name)
-                for name in (
-                    "torch",
-                    "triton",
-                    "convnn_kernels",
-                    "numpy",
-                    "scikit-image",
-                    "faiss-cpu",
-                    "pykeops",
-                    "natten",
-                    "flashlib",
-                )
-            },
+            "convnn_kernels": re.findall(r'__version__ = "(.*)"', source)[0],
+            **{name: _version(name) for name in _PACKAGES},
         },
         **_commit(),
     }
