@@ -169,6 +169,6 @@ def aggregate(
     call, pointers = prepare(value, similarities, indices, weight, rho, scale)
     output = value.new_empty((*indices.shape[:-1], call.O))
     if output.numel():
-        bias = None if bias is None else bias.contiguous()
-        plan_aggregate(call)(**pointers, p_bias=bias, p_output=output)
+        pointers.add(p_bias=None if bias is None else bias.contiguous(), p_output=output)
+        plan_aggregate(call)(pointers)
     return output

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .aggregation import Aggregation, Pointers, prepare
-from .inverse_list import InverseList, invert
+from .aggregation import Aggregation, prepare
+from .inverse_list import invert
+from .launch import Pointers
 from .modulate import plan_modulate, plan_softmax_backward
 from .rho_grad import plan_rho_grad
 from .tensors import empty_gradient
@@ -39,7 +40,7 @@ def aggregate_backward(
     need_similarities: bool,
     need_weight: bool,
     need_bias: bool,
-    inverse: Callable[[], InverseList] | None = None,
+    inverse: Callable[[], Pointers] | None = None,
 ) -> Gradients:
     """Gradients of value, similarities, weight and bias; see schemas.py.
 
@@ -57,18 +58,17 @@ def aggregate_backward(
     if not (need_value or need_similarities or need_weight):
         return grad_value, grad_s, grad_weight, grad_bias
 
-    call, pointers = prepare(value, similarities, indices, weight, rho, scale)
+    s, I = similarities.contiguous(), indices.contiguous()
+    call, pointers = prepare(value, s, I, weight, rho, scale)
     # Rows of G are gathered; and what is compiled does not depend on how a caller's loss made it.
-    pointers["p_grad"] = grad_output.contiguous()
-    pointers["p_rho"] = torch.empty_like(pointers["p_similarities"])
-    plan_modulate(call)(**pointers)
+    pointers.add(p_grad=grad_output.contiguous(), p_rho=torch.empty_like(s))
+    plan_modulate(call)(pointers)
     if need_similarities:
         _similarities_grad(call, pointers, grad_s)
     if need_weight:
-        grad_weight = compute_weight_grad(call, pointers, value.dtype)
+        grad_weight = compute_weight_grad(call, pointers, value)
     # Last, because the inverse list takes most memory.
     if need_value:
-        s, I = pointers["p_similarities"], pointers["p_indices"]
         pairs = inverse() if inverse else invert(s, I, value.shape[-2], call.is_dense)
         compute_value_grad(call, pointers, pairs, grad_value)
     return grad_value, grad_s, grad_weight, grad_bias
@@ -83,6 +83,7 @@ def _similarities_grad(call: Aggregation, pointers: Pointers, grad: Tensor) -> N
     if call.rho == "ones":
         grad.zero_()
         return
-    plan_rho_grad(call)(**pointers, p_rho_grad=grad)
+    pointers.add(p_rho_grad=grad)
+    plan_rho_grad(call)(pointers)
     if call.rho == "softmax":
-        plan_softmax_backward(call)(p_rho=pointers["p_rho"], p_grad=grad)
+        plan_softmax_backward(call)(pointers)

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import hardware
+from .launch import Pointers
 from .tensors import Layout, alignment, rows_of
 
 RHOS = {"softmax": 0, "ones": 1, "similarity": 2}
-
-Pointers = dict[str, Any]
 
 
 class Aggregation(NamedTuple):
@@ -81,10 +80,11 @@ def prepare(
     )
     if weight is not None:
         weight = (weight.permute(2, 1, 0) if is_dense else weight).contiguous()
-    pointers = {
-        "p_value": V,
-        "p_similarities": similarities.contiguous(),
-        "p_indices": indices.contiguous(),
-        "p_weight": weight,
-    }
+    pointers = Pointers(
+        value.device,
+        p_value=V,
+        p_similarities=similarities.contiguous(),
+        p_indices=indices.contiguous(),
+        p_weight=weight,
+    )
     return aggregation, pointers

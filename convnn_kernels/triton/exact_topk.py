@@ -8,13 +8,14 @@ kernel runs again for the next neighbors, with the last key that it returned as 
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from . import configs
 from .integers import aligned
-from .launch import Kernel, Launch, cache_plans, workspace
+from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
 from .metrics import COSINE, EUCLIDEAN
 from .order import NOTHING, ORDER_OF_SELF, merge, orderable, pack, store_list
-from .search import Pointers, Search
+from .search import Search
 from .tensors import cdiv
 
 
@@ -188,21 +189,28 @@ def plan_exact_topk(
     )
 
 
+@cache_plans
+def plan_all_columns(search: Search) -> list[Launch]:
+    """A launch for each LONGEST_LIST neighbors."""
+    rows = configs.exact_topk(search.arch, search.Q.D, search.k)["ROWS"]
+    blocks = search.Q.B * cdiv(search.Q.N, rows)
+    ranks = range(0, search.k, configs.LONGEST_LIST)
+    return [plan_exact_topk(search, blocks, rows, first_rank=rank) for rank in ranks]
+
+
 def select_all_columns(search: Search, pointers: Pointers) -> None:
     """Select where there are few columns: every similarity is computed by `exact_topk_kernel`."""
-    rows = configs.exact_topk(search.arch, search.Q.D, search.k)["ROWS"]
-    launch = plan_exact_topk(search, search.Q.B * cdiv(search.Q.N, rows), rows)
-    launch(**pointers, p_groups=None, p_bound=None)
+    pointers.add(p_groups=None, p_bound=None)
+    (launch,) = plan_all_columns(search)
+    launch(pointers)
 
 
-def select_in_passes(search: Search, pointers: Pointers) -> None:
+def select_in_passes(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -> None:
     """Select where k exceeds the longest list: LONGEST_LIST neighbors in each pass."""
-    Q, s, I = search.Q, pointers["p_similarities"], pointers["p_indices"]
-    rows = configs.exact_topk(search.arch, Q.D, search.k)["ROWS"]
-    (bound,) = workspace(I.device, (Q.B * Q.N, torch.int64))
-    for first_rank in range(0, search.k, configs.LONGEST_LIST):
-        launch = plan_exact_topk(search, Q.B * cdiv(Q.N, rows), rows, first_rank=first_rank)
-        launch(**pointers, p_groups=None, p_bound=bound)
+    pointers.add(p_groups=None)
+    pointers.allocate(Workspace(p_bound=(search.Q.B * search.Q.N, torch.int64)))
+    for launch in plan_all_columns(search):
+        launch(pointers)
     # Until here, missing neighbors have index -1.
     if search.by_index:
         M = search.K.N

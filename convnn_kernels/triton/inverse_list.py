@@ -18,7 +18,7 @@ program of a key then sums the pairs before its first chunk and after its last, 
 chunks: always the same terms in the same order.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import configs
 from .integers import as_int64
-from .launch import Buffer, Kernel, Launch, cache_plans, workspace
+from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
 from .modulate import load_neighbors
 
 
@@ -155,22 +155,12 @@ def run_of_key(
     return first, last, tl.where(begin < end, begin, last), tl.where(begin < end, end, last)
 
 
-class InverseList(NamedTuple):
-    """The inverse neighbor list of indices [..., N, k]."""
-
-    pairs: Buffer  # [B * N * k], sorted by key
-    keys: Buffer  # [B * N * k]: the key of each pair
-    offsets: Tensor  # where the pairs of each row of key begin: every stride_o-th element
-
-    def pointers(self) -> dict[str, Any]:
-        return {"p_pairs": self.pairs, "p_keys": self.keys, "p_offsets": self.offsets}
-
-
 class Plan(NamedTuple):
     count_pairs: Launch
     store_pairs: Launch
     sums: int  # elements of p_sums
     dtype: torch.dtype
+    workspace: Workspace
 
 
 def layout(B: int, N: int, M: int, k: int) -> dict[str, int]:
@@ -186,24 +176,31 @@ def plan_invert(B: int, N: int, M: int, k: int, by_slot: bool) -> Plan:
     numbers["BY_SLOT"] = by_slot
     config = configs.sort()
     largest = max(B * N * k, (B * M + 1) * (k if by_slot else 1))
+    dtype = torch.int32 if largest < 2**31 else torch.int64
+    pairs = (B * N * k, dtype)
     return Plan(
         count_pairs=count_pairs_kernel.prepare(B * tiles, config, **numbers),
         store_pairs=store_pairs_kernel.prepare(B * tiles, config, **numbers),
         sums=B * (M + 1) * tiles + 2,
-        dtype=torch.int32 if largest < 2**31 else torch.int64,
+        dtype=dtype,
+        workspace=Workspace(p_pairs=pairs, p_keys=pairs),
     )
 
 
-def invert(similarities: Tensor, indices: Tensor, M: int, by_slot: bool) -> InverseList:
-    """Inverts similarities and indices [..., N, k], contiguous. Nothing is read by the host."""
+def invert(similarities: Tensor, indices: Tensor, M: int, by_slot: bool) -> Pointers:
+    """The inverse list of similarities and indices [..., N, k], contiguous, as p_pairs [B * N * k],
+    p_keys [B * N * k] and p_offsets [B * M + 1] of stride `layout(...)["stride_o"]`.
+
+    Nothing is read by the host.
+    """
     N, k = indices.shape[-2:]
-    total = indices.numel()
-    plan = plan_invert(total // (N * k), N, M, k, by_slot)
+    plan = plan_invert(indices.numel() // (N * k), N, M, k, by_slot)
     sums = torch.zeros(plan.sums, dtype=plan.dtype, device=indices.device)
-    pairs, keys = workspace(indices.device, (total, plan.dtype), (total, plan.dtype))
-    pointers = {"p_similarities": similarities, "p_indices": indices, "p_sums": sums}
-    plan.count_pairs(**pointers)
+    pointers = Pointers(indices.device, p_similarities=similarities, p_indices=indices, p_sums=sums)
+    pointers.allocate(plan.workspace)
+    plan.count_pairs(pointers)
     sums.cumsum_(0)
-    plan.store_pairs(**pointers, p_pairs=pairs, p_keys=keys)
-    # Each element is where the next bin and tile begin.
-    return InverseList(pairs, keys, sums)
+    plan.store_pairs(pointers)
+    # Each sum is now where the next bin and tile begin.
+    pointers.replace(p_offsets="p_sums")
+    return pointers

@@ -4,14 +4,15 @@
 Triton's own launch, ``kernel[grid](...)``, examines every argument at every call, which takes four
 times as long as the launch itself. Here a launch is prepared from sizes and options alone, by the
 functions ``plan_...`` of the other files, which are cached. What remains at a call are the
-pointers: their addresses, dtypes and alignment. With them the compiled variant is looked up and
-handed to Triton's launcher.
+pointers: their addresses, dtypes and alignment, which `Pointers` collects. By them the compiled
+variant is looked up and handed to Triton's launcher.
 
 The launch is left to Triton when a variant is used for the first time, when a profiler has
 installed launch hooks, and in Triton's debug mode and interpreter.
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from operator import itemgetter
@@ -89,22 +90,15 @@ class Launch:
         constants = self.values[len(kernel.numbers) :]
         facts = (*specialized, *in_64_bits, *constants, *self.options.items())
         self._variants = kernel.variants.setdefault(facts, {})
-        self._pointers = itemgetter(*kernel.pointers)
+        self._addresses = itemgetter(*kernel.pointers)
 
-    def __call__(self, **pointers: Any) -> None:
-        """Launches on the current device, in its current stream.
-
-        Args:
-            **pointers: tensors and buffers, None where one is absent. Those that the kernel does
-                not have are ignored.
-        """
-        found = self._pointers(pointers)
+    def __call__(self, pointers: "Pointers") -> None:
+        """Launches on the current device, in its current stream."""
         if _INTERPRETED:
-            self._launch_by_triton(found)
+            self._launch_by_triton(pointers)
             return
-        addresses = [None if X is None else X.data_ptr() for X in found]
         device = driver.active.get_current_device()
-        key = (device, _misaligned(addresses), *[None if X is None else X.dtype for X in found])
+        key = (device, pointers.kind)
         variant = self._variants.get(key)
         runtime = knobs.runtime
         if (
@@ -114,22 +108,113 @@ class Launch:
             or runtime.add_stages_inspection_hook is not None
             or runtime.debug
         ):
-            self._variants[key] = self._launch_by_triton(found)
+            self._variants[key] = self._launch_by_triton(pointers)
             return
         stream = driver.active.get_current_stream(device)
         run, function, metadata = variant
-        arguments = (*addresses, *self.values)
+        arguments = (*self._addresses(pointers.addresses), *self.values)
         run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
-    def _launch_by_triton(self, pointers: tuple[Any, ...]) -> Any:
+    def _launch_by_triton(self, pointers: "Pointers") -> Any:
         """Returns how to launch the same variant again."""
-        grid = (self.programs,)
-        if _INTERPRETED:
-            pointers = tuple(X.tensor() if isinstance(X, Buffer) else X for X in pointers)
-        compiled = self.kernel.jit[grid](*pointers, *self.values, **self.options)
+        tensors = [pointers.tensor(name) for name in self.kernel.pointers]
+        compiled = self.kernel.jit[(self.programs,)](*tensors, *self.values, **self.options)
         if _INTERPRETED:
             return None
         return compiled.run, compiled.function, compiled.packed_metadata
+
+
+class Workspace:
+    """The temporary memory of some kernels, by parameter: contiguous buffers in one allocation."""
+
+    def __init__(self, **sizes: tuple[int, torch.dtype]) -> None:
+        """The elements and dtype of each buffer."""
+        self.sizes = sizes
+        self.offsets, self.bytes = {}, 0
+        for name, (count, dtype) in sizes.items():
+            self.offsets[name] = self.bytes
+            self.bytes += -(-count * dtype.itemsize // _GRANULE) * _GRANULE
+        self.kind = tuple((name, dtype) for name, (_, dtype) in sizes.items())
+
+
+class Pointers:
+    """The tensors and the temporary memory of a call, by the parameters of its kernels.
+
+    `kind` is a number for all that a compiled variant depends on: which pointers there are, their
+    dtypes, and which are not aligned.
+    """
+
+    __slots__ = ("_device", "_owners", "addresses", "kind")
+
+    def __init__(self, device: torch.device, **tensors: Tensor | None) -> None:
+        self._device = device
+        self._owners: dict[str, Any] = {}
+        self.addresses: dict[str, int | None] = {}
+        self.kind = 0
+        self.add(**tensors)
+
+    def add(self, **tensors: Tensor | None) -> None:
+        """Adds tensors; None for one that is absent."""
+        addresses, kind = self.addresses, [self.kind, *tensors]
+        for name, X in tensors.items():
+            if X is None:
+                addresses[name] = None
+                kind.append(None)
+            else:
+                address = addresses[name] = X.data_ptr()
+                kind.append(X.dtype if address % _ALIGNMENT == 0 else (X.dtype, "not aligned"))
+        self._owners.update(tensors)
+        self.kind = _number_of(tuple(kind))
+
+    def allocate(self, workspace: Workspace) -> None:
+        """Adds temporary memory, which is free again when this object is gone.
+
+        It belongs to the stream that is current: PyTorch gives it to others only behind the work
+        that has been launched there.
+        """
+        memory = torch.empty(workspace.bytes, dtype=torch.uint8, device=self._device)
+        begin, addresses, owner = memory.data_ptr(), self.addresses, (memory, workspace)
+        for name, offset in workspace.offsets.items():
+            addresses[name] = begin + offset
+            self._owners[name] = owner
+        self.kind = _number_of((self.kind, workspace.kind))
+
+    def replace(self, **names: str) -> None:
+        """Gives parameters the pointers of others: replace(p_query="p_query_scaled")."""
+        for name, other in names.items():
+            self.addresses[name] = self.addresses[other]
+            self._owners[name] = self._owners[other]
+        self.kind = _number_of((self.kind, *names.items()))
+
+    def take(self, other: "Pointers", *names: str) -> None:
+        """Adds pointers of another call, and keeps what they point to."""
+        for name in names:
+            self.addresses[name] = other.addresses[name]
+            self._owners[name] = other._owners[name]
+        self.kind = _number_of((self.kind, other.kind, *names))
+
+    def tensor(self, name: str) -> Tensor | None:
+        """A pointer as a tensor. That of temporary memory takes longer to make than to pass on."""
+        owner, address = self._owners[name], self.addresses[name]
+        if not isinstance(owner, tuple):
+            return owner
+        memory, workspace = owner
+        offset = address - memory.data_ptr()
+        count, dtype = next(
+            size for part, size in workspace.sizes.items() if workspace.offsets[part] == offset
+        )
+        return memory[offset : offset + count * dtype.itemsize].view(dtype)
+
+
+# Kinds of pointers, as Pointers has them.
+_numbers: dict[Any, int] = {}
+_next_number = itertools.count(1)
+
+
+def _number_of(kind: Any) -> int:
+    """The same number for the same kind, in any thread."""
+    number = _numbers.get(kind)
+    return _numbers.setdefault(kind, next(_next_number)) if number is None else number
 
 
 def settle_cache_keys() -> None:
@@ -142,46 +227,3 @@ def settle_cache_keys() -> None:
     for name in (*names, *(kernel.module for kernel in KERNELS.values())):
         for function in vars(sys.modules[name]).values():
             getattr(getattr(function, "jit", function), "cache_key", None)
-
-
-def _misaligned(addresses: list[int | None]) -> Any:
-    """0 if all addresses are multiples of 16, else which are not."""
-    bits = 0
-    for address in addresses:
-        if address is not None:
-            bits |= address
-    if bits % _ALIGNMENT == 0:
-        return 0
-    return tuple(address is not None and address % _ALIGNMENT != 0 for address in addresses)
-
-
-class Buffer:
-    """Temporary memory for kernels, contiguous and aligned for any load: a part of an allocation.
-
-    It belongs to the stream that is current when it is made: PyTorch gives it to others only behind
-    the work that has been launched there.
-    """
-
-    __slots__ = ("_address", "_count", "_memory", "_offset", "dtype")
-
-    def __init__(self, memory: Tensor, offset: int, count: int, dtype: torch.dtype) -> None:
-        self._memory, self._offset, self._count = memory, offset, count
-        self._address = memory.data_ptr() + offset
-        self.dtype = dtype
-
-    def data_ptr(self) -> int:
-        return self._address
-
-    def tensor(self) -> Tensor:
-        """The same memory as a tensor, which takes longer to make than to pass the buffer."""
-        end = self._offset + self._count * self.dtype.itemsize
-        return self._memory[self._offset : end].view(self.dtype)
-
-
-def workspace(device: torch.device, *parts: tuple[int, torch.dtype]) -> list[Buffer]:
-    """A buffer for each number of elements and dtype, all in one allocation."""
-    offsets = [0]
-    for count, dtype in parts:
-        offsets.append(offsets[-1] + -(-count * dtype.itemsize // _GRANULE) * _GRANULE)
-    memory = torch.empty(offsets[-1], dtype=torch.uint8, device=device)
-    return [Buffer(memory, at, *part) for at, part in zip(offsets, parts, strict=False)]

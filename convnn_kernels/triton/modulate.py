@@ -98,7 +98,7 @@ def modulate_kernel(
 @Kernel
 def softmax_backward_kernel(
     p_rho,  # [B, N, k] float32
-    p_grad,  # [B, N, k] float32: the gradient of rho, replaced by that of the similarities
+    p_rho_grad,  # [B, N, k] float32: the gradient of rho, replaced by that of the similarities
     rows,
     k,
     scale,
@@ -113,13 +113,13 @@ def softmax_backward_kernel(
     for j in range(0, k, BLOCK_K):
         m = m_r[:, None] & (j + o_k < k)[None, :]
         o = o_r[:, None] * k + (j + o_k)[None, :]
-        b_sum += tl.sum(tl.load(p_rho + o, m, 0.0) * tl.load(p_grad + o, m, 0.0), 1)
+        b_sum += tl.sum(tl.load(p_rho + o, m, 0.0) * tl.load(p_rho_grad + o, m, 0.0), 1)
     for j in range(0, k, BLOCK_K):
         m = m_r[:, None] & (j + o_k < k)[None, :]
         o = o_r[:, None] * k + (j + o_k)[None, :]
         b_rho = tl.load(p_rho + o, m, 0.0)
-        b_grad = tl.load(p_grad + o, m, 0.0)
-        tl.store(p_grad + o, scale * b_rho * (b_grad - b_sum[:, None]), m)
+        b_grad = tl.load(p_rho_grad + o, m, 0.0)
+        tl.store(p_rho_grad + o, scale * b_rho * (b_grad - b_sum[:, None]), m)
 
 
 @cache_plans

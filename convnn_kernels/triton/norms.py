@@ -1,52 +1,56 @@
 # SPDX-License-Identifier: MIT
-"""Norms of rows, for the cosine (Eq. 3).
+"""Norms of the rows of query and key, for the cosine (Eq. 3).
 
 A row is first scaled by the power of two that brings its largest element near 1, which is exact and
-keeps squares finite. A row whose norm is at most 1e-12 counts as zero. One program has ROWS rows.
+keeps squares finite. A row whose norm is at most 1e-12 counts as zero. One program has ROWS rows,
+of key or of query.
 """
 
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import configs
 from .integers import aligned
-from .launch import Buffer, Kernel, Launch, cache_plans, workspace
+from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
 from .tensors import Layout, alignment, cdiv
 
+_NORMS = ("norm", "scale", "inverse")
 
-@Kernel
-def norms_kernel(
+
+@triton.jit
+def _row_norms(
+    program,
     p_x,  # [B, N, D]
     p_norm,  # [B, N] float32: the norm of the scaled row, 0 where it counts as zero, or NaN
     p_scale,  # [B, N] float32: the power of two that brings the row near 1
     p_inverse,  # [B, N] float32: 1 / norm, or 0
-    p_scaled,  # [B, N, D] contiguous: the scaled row, of the dtype of x; or None: do not scale
+    p_scaled,  # [B, N, D] contiguous: the scaled row, of the dtype of x; or None
     rows,
     N,
     D,
     B2,
-    stride_xb1,
-    stride_xb2,
-    stride_xn,
+    stride_b1,
+    stride_b2,
+    stride_n,
     ALIGN: tl.constexpr,
+    RESCALE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Norms of the rows of x."""
-    stride_xb1 = aligned(stride_xb1, ALIGN)
-    stride_xb2 = aligned(stride_xb2, ALIGN)
-    stride_xn = aligned(stride_xn, ALIGN)
-    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    stride_b1 = aligned(stride_b1, ALIGN)
+    stride_b2 = aligned(stride_b2, ALIGN)
+    stride_n = aligned(stride_n, ALIGN)
+    o_r = program * ROWS + tl.arange(0, ROWS)
     m_r = o_r < rows
     b = o_r // N
-    p_row = p_x + (b // B2) * stride_xb1 + (b % B2) * stride_xb2 + (o_r % N) * stride_xn
+    p_row = p_x + (b // B2) * stride_b1 + (b % B2) * stride_b2 + (o_r % N) * stride_n
     o_d = tl.arange(0, BLOCK_D)
 
     scale = tl.full([ROWS], 1.0, tl.float32)
-    if p_scaled is not None:
+    if RESCALE:
         b_largest = tl.zeros([ROWS], tl.float32)
         for d in range(0, D, BLOCK_D):
             m_x = m_r[:, None] & (d + o_d < D)[None, :]
@@ -77,45 +81,126 @@ def norms_kernel(
     tl.store(p_inverse + o_r, inverse, m_r)
 
 
-class Norms(NamedTuple):
-    """What `norms_kernel` computes of rows [B, N, D], and the rows to multiply."""
+@Kernel
+def norms_kernel(
+    p_query,  # [B, N, D]
+    p_key,  # [B, M, D]
+    p_query_norm,  # [B, N] float32, as p_norm above; those of query are None where it is key
+    p_key_norm,  # [B, M] float32
+    p_query_scale,
+    p_key_scale,
+    p_query_inverse,
+    p_key_inverse,
+    p_query_scaled,  # [B, N, D] contiguous, or None
+    p_key_scaled,  # [B, M, D] contiguous, or None
+    query_rows,  # B * N
+    key_rows,  # B * M
+    N,
+    M,
+    D,
+    B2,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_kb1,
+    stride_kb2,
+    stride_km,
+    ALIGN: tl.constexpr,
+    RESCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Norms of ROWS rows of key; from the program behind the last of those on, of query."""
+    pid = tl.program_id(0).to(tl.int64)
+    key_programs = tl.cdiv(key_rows, ROWS)
+    if pid < key_programs:
+        _row_norms(
+            pid,
+            p_key,
+            p_key_norm,
+            p_key_scale,
+            p_key_inverse,
+            p_key_scaled,
+            key_rows,
+            M,
+            D,
+            B2,
+            stride_kb1,
+            stride_kb2,
+            stride_km,
+            ALIGN,
+            RESCALE,
+            ROWS,
+            BLOCK_D,
+        )
+    elif p_query_norm is not None:
+        _row_norms(
+            pid - key_programs,
+            p_query,
+            p_query_norm,
+            p_query_scale,
+            p_query_inverse,
+            p_query_scaled,
+            query_rows,
+            N,
+            D,
+            B2,
+            stride_qb1,
+            stride_qb2,
+            stride_qn,
+            ALIGN,
+            RESCALE,
+            ROWS,
+            BLOCK_D,
+        )
 
-    norm: Buffer
-    scale: Buffer
-    inverse: Buffer
-    rows: Tensor | Buffer
-    layout: Layout
+
+class Plan(NamedTuple):
+    launch: Launch
+    workspace: Workspace
+    absent: dict[str, None]
 
 
 @cache_plans
-def plan_norms(X: Layout, arch: int) -> Launch:
-    config = configs.norms(arch, X.D)
-    rows = X.B * X.N
-    return norms_kernel.prepare(
-        cdiv(rows, config["ROWS"]),
+def plan_norms(
+    Q: Layout, K: Layout, dtype: torch.dtype, one_tensor: bool, scale_rows: bool, arch: int
+) -> Plan:
+    """For the norms of query and key, once if they are one tensor, and scaled rows if wanted."""
+    config = configs.norms(arch, K.D)
+    keys, queries = K.B * K.N, 0 if one_tensor else Q.B * Q.N
+    launch = norms_kernel.prepare(
+        cdiv(keys, config["ROWS"]) + cdiv(queries, config["ROWS"]),
         config,
-        rows=rows,
-        N=X.N,
-        D=X.D,
-        B2=X.B2,
-        **X.strides("x"),
-        ALIGN=alignment(X),
+        query_rows=queries,
+        key_rows=keys,
+        N=Q.N,
+        M=K.N,
+        D=K.D,
+        B2=K.B2,
+        **Q.strides("q"),
+        **K.strides("k"),
+        ALIGN=alignment(Q, K),
+        RESCALE=rescales(dtype),
     )
+    sizes, absent = {}, {}
+    for name, rows in (("key", keys), ("query", queries)):
+        for what in _NORMS:
+            sizes[f"p_{name}_{what}"] = (rows, torch.float32)
+        sizes[f"p_{name}_scaled"] = (rows * K.D if scale_rows else 0, dtype)
+    absent = {part: None for part, (count, _) in sizes.items() if count == 0}
+    return Plan(launch, Workspace(**{k: v for k, v in sizes.items() if k not in absent}), absent)
 
 
-def compute_norms(X: Tensor, layout: Layout, arch: int) -> Norms:
-    """The norms of X. The range of float16 is too small for one to overflow: it is not scaled."""
-    rows, is_scaled = layout.B * layout.N, X.dtype != torch.float16
-    scaled_size = rows * layout.D if is_scaled else 0
-    sizes = [(rows, torch.float32)] * 3
-    norm, scale, inverse, scaled = workspace(X.device, *sizes, (scaled_size, X.dtype))
-    plan_norms(layout, arch)(
-        p_x=X,
-        p_norm=norm,
-        p_scale=scale,
-        p_inverse=inverse,
-        p_scaled=scaled if is_scaled else None,
-    )
-    if not is_scaled:
-        return Norms(norm, scale, inverse, X, layout)
-    return Norms(norm, scale, inverse, scaled, layout.contiguous())
+def rescales(dtype: torch.dtype) -> bool:
+    """Whether rows are scaled. The range of float16 is too small for a norm to overflow."""
+    return dtype != torch.float16
+
+
+def compute_norms(pointers: Pointers, plan: Plan, one_tensor: bool) -> None:
+    """Adds norms, scales, inverse norms and scaled rows of p_query and p_key to the pointers."""
+    if plan.absent:
+        pointers.add(**plan.absent)
+    pointers.allocate(plan.workspace)
+    plan.launch(pointers)
+    if one_tensor:
+        pointers.replace(**{f"p_query_{what}": f"p_key_{what}" for what in _NORMS})

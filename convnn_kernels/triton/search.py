@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from . import hardware
+from .launch import Pointers
 from .metrics import METRICS
-from .norms import compute_norms
+from .norms import compute_norms, plan_norms, rescales
 from .tensors import Layout, alignment, is_same, rows_of
 
-Pointers = dict[str, Any]
+_NO_NORMS = dict.fromkeys(("p_query_norm", "p_key_norm", "p_query_inverse", "p_key_inverse"))
 
 
 class Search(NamedTuple):
@@ -66,36 +67,29 @@ def prepare(
 
     Norms are computed if the metric is the cosine; query and key are scaled rows from then on.
     """
-    arch = hardware.architecture(query)
+    arch, dtype = hardware.architecture(query), query.dtype
     K, K_layout = rows_of(key)
-    Q, Q_layout = (K, K_layout) if is_same(query, key) else rows_of(query)
-    pointers: Pointers = {
-        "p_query": Q,
-        "p_key": K,
-        "p_query_norm": None,
-        "p_key_norm": None,
-        "p_query_inverse": None,
-        "p_key_inverse": None,
-        "p_columns": None if candidates is None else candidates.contiguous(),
-        "p_mask": None,
-        "p_self": None if self_indices is None else self_indices.contiguous(),
-    }
-    mask_strides = (0, 0)
-    if key_mask is not None:
-        pointers["p_mask"], mask_layout = rows_of(key_mask.unsqueeze(-2))
-        mask_strides = mask_layout.stride_b1, mask_layout.stride_b2
+    one_tensor = is_same(query, key)
+    Q, Q_layout = (K, K_layout) if one_tensor else rows_of(query)
+    mask, mask_layout = (None, None) if key_mask is None else rows_of(key_mask.unsqueeze(-2))
+    pointers = Pointers(
+        query.device,
+        p_query=Q,
+        p_key=K,
+        p_columns=None if candidates is None else candidates.contiguous(),
+        p_mask=mask,
+        p_self=None if self_indices is None else self_indices.contiguous(),
+    )
     if metric == "cosine":
-        of_keys = compute_norms(K, K_layout, arch)
-        of_queries = of_keys if Q is K else compute_norms(Q, Q_layout, arch)
-        Q_layout, K_layout = of_queries.layout, of_keys.layout
-        pointers |= {
-            "p_query": of_queries.rows,
-            "p_key": of_keys.rows,
-            "p_query_norm": of_queries.norm,
-            "p_key_norm": of_keys.norm,
-            "p_query_inverse": of_queries.inverse,
-            "p_key_inverse": of_keys.inverse,
-        }
+        scaled = rescales(dtype)
+        plan = plan_norms(Q_layout, K_layout, dtype, one_tensor, scaled, arch)
+        compute_norms(pointers, plan, one_tensor)
+        if scaled:
+            query_rows = "p_key_scaled" if one_tensor else "p_query_scaled"
+            pointers.replace(p_query=query_rows, p_key="p_key_scaled")
+            Q_layout, K_layout = Q_layout.contiguous(), K_layout.contiguous()
+    else:
+        pointers.add(**_NO_NORMS)
     search = Search(
         Q=Q_layout,
         K=K_layout,
@@ -106,9 +100,9 @@ def prepare(
         has_candidates=candidates is not None,
         has_self=self_indices is not None,
         has_mask=key_mask is not None,
-        mask_strides=mask_strides,
-        bits=8 * query.dtype.itemsize,
-        tf32=query.dtype == torch.float32 and hardware.allows_tf32(),
+        mask_strides=(0, 0) if mask_layout is None else mask_layout[4:6],
+        bits=8 * dtype.itemsize,
+        tf32=dtype == torch.float32 and hardware.allows_tf32(),
         arch=arch,
     )
     return search, pointers

@@ -40,7 +40,7 @@ def select(
     if I.numel() == 0:
         return s, I
     search, pointers = prepare(query, key, k, candidates, self_indices, key_mask, metric, order)
-    pointers |= {"p_similarities": s, "p_indices": I}
+    pointers.add(p_similarities=s, p_indices=I)
     # `select_small` expects the token itself among the columns.
     self_is_column = not (search.has_candidates and search.has_self)
     if self_is_column and configs.allows_select_small(
@@ -48,7 +48,7 @@ def select(
     ):
         select_small(search, pointers)
     elif k > configs.LONGEST_LIST:
-        select_in_passes(search, pointers)
+        select_in_passes(search, pointers, s, I)
     elif configs.group_size(search.arch, search.columns, k):
         select_groups(search, pointers)
     else:

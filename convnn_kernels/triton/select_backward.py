@@ -19,11 +19,11 @@ from torch import Tensor
 
 from . import configs, hardware
 from .integers import aligned
-from .inverse_list import InverseList, invert, layout, run_of_chunk, run_of_key
-from .launch import Kernel, Launch, cache_plans, workspace
+from .inverse_list import invert, layout, run_of_chunk, run_of_key
+from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
 from .metrics import COSINE, EUCLIDEAN, METRICS
 from .modulate import load_neighbors
-from .norms import compute_norms
+from .norms import compute_norms, plan_norms
 from .tensors import Layout, alignment, cdiv, empty_gradient, is_same, rows_of
 
 
@@ -227,10 +227,13 @@ def key_grad_kernel(
         tl.store(p_key_grad + p_out, b_dk.to(p_key_grad.dtype.element_ty), m_out)
 
 
+_NO_NORMS = dict.fromkeys(("p_query_norm", "p_query_scale", "p_key_norm", "p_key_scale"))
+
+
 class Plan(NamedTuple):
     query: Launch
     key: list[Launch]
-    chunks: int
+    workspace: Workspace
 
 
 @cache_plans
@@ -267,7 +270,8 @@ def plan_select_backward(
         for of_chunks, count in ((True, chunks), (False, keys))
         if count
     ]
-    return Plan(query, launches, chunks)
+    workspace = Workspace(p_part=(chunks * D, torch.float32), p_along=(chunks, torch.float32))
+    return Plan(query, launches, workspace)
 
 
 def select_backward(
@@ -279,7 +283,7 @@ def select_backward(
     metric: str,
     need_query: bool,
     need_key: bool,
-    inverse: Callable[[], InverseList] | None = None,
+    inverse: Callable[[], Pointers] | None = None,
     by_slot: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and key; see schemas.py.
@@ -295,28 +299,30 @@ def select_backward(
     arch, k = hardware.architecture(query), indices.shape[-1]
     s, I = similarities.contiguous(), indices.contiguous()
     K, K_layout = rows_of(key)
-    Q, Q_layout = (K, K_layout) if is_same(query, key) else rows_of(query)
-    plan = plan_select_backward(Q_layout, K_layout, k, metric, by_slot, arch)
-    pointers = {
-        "p_grad": grad_similarities.contiguous(),
-        "p_similarities": s,
-        "p_indices": I,
-        "p_query": Q,
-        "p_key": K,
-        **dict.fromkeys(("p_query_norm", "p_query_scale", "p_key_norm", "p_key_scale")),
-    }
+    one_tensor = is_same(query, key)
+    Q, Q_layout = (K, K_layout) if one_tensor else rows_of(query)
+    pointers = Pointers(
+        query.device,
+        p_grad=grad_similarities.contiguous(),
+        p_similarities=s,
+        p_indices=I,
+        p_query=Q,
+        p_key=K,
+    )
     if metric == "cosine":
-        of_keys = compute_norms(K, K_layout, arch)
-        of_queries = of_keys if Q is K else compute_norms(Q, Q_layout, arch)
-        pointers |= {"p_query_norm": of_queries.norm, "p_query_scale": of_queries.scale}
-        pointers |= {"p_key_norm": of_keys.norm, "p_key_scale": of_keys.scale}
+        norms = plan_norms(Q_layout, K_layout, query.dtype, one_tensor, False, arch)
+        compute_norms(pointers, norms, one_tensor)
+    else:
+        pointers.add(**_NO_NORMS)
+    plan = plan_select_backward(Q_layout, K_layout, k, metric, by_slot, arch)
     if need_query:
-        plan.query(**pointers, p_query_grad=grad_query)
+        pointers.add(p_query_grad=grad_query)
+        plan.query(pointers)
     if need_key:
         pairs = inverse() if inverse else invert(s, I, key.shape[-2], by_slot)
-        sums = ((plan.chunks * query.shape[-1], torch.float32), (plan.chunks, torch.float32))
-        part, along = workspace(query.device, *sums)
-        pointers |= pairs.pointers()
+        pointers.take(pairs, "p_pairs", "p_keys", "p_offsets")
+        pointers.allocate(plan.workspace)
+        pointers.add(p_key_grad=grad_key)
         for launch in plan.key:
-            launch(**pointers, p_part=part, p_along=along, p_key_grad=grad_key)
+            launch(pointers)
     return grad_query, grad_key

@@ -30,10 +30,10 @@ import triton.language as tl
 from . import configs, hardware
 from .exact_topk import plan_exact_topk
 from .integers import aligned
-from .launch import Kernel, Launch, cache_plans, workspace
+from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
 from .metrics import COSINE, EUCLIDEAN
 from .order import NOTHING, index_of, merge, orderable, pack
-from .search import Pointers, Search
+from .search import Search
 from .tensors import cdiv
 
 
@@ -305,7 +305,7 @@ class Step(NamedTuple):
 
 
 class Plan(NamedTuple):
-    sizes: tuple[tuple[int, torch.dtype], ...]  # of the workspace: maxima, groups, flags
+    workspace: Workspace
     flags: Launch | None
     steps: list[Step]
 
@@ -347,29 +347,30 @@ def plan_select_groups(search: Search) -> Plan:
         )
 
     flags = None
+    sizes = {
+        "p_maxima": (at_once * block_n * stride_g, torch.float32),
+        "p_groups": (at_once * block_n * list_length, torch.int32),
+    }
     if search.has_candidates or search.has_mask:
         flag_config = configs.group_flags(group)
         programs = Q.B * cdiv(stride_g, flag_config["GROUPS"])
         flags = group_flags_kernel.prepare(programs, flag_config, **numbers)
-    sizes = (
-        (at_once * block_n * stride_g, torch.float32),
-        (at_once * block_n * list_length, torch.int32),
-        (Q.B * stride_g if flags else 0, torch.int8),
-    )
-    return Plan(sizes, flags, [step(first_block) for first_block in range(0, blocks, at_once)])
+        sizes["p_flags"] = (Q.B * stride_g, torch.int8)
+    steps = [step(first_block) for first_block in range(0, blocks, at_once)]
+    return Plan(Workspace(**sizes), flags, steps)
 
 
 def select_groups(search: Search, pointers: Pointers) -> None:
     """Select by the maxima of groups of columns."""
     plan = plan_select_groups(search)
-    maxima, groups, flags = workspace(pointers["p_indices"].device, *plan.sizes)
-    if search.has_candidates:
+    candidates = pointers.tensor("p_columns")
+    if candidates is not None:
         # Groups of ascending columns: at a tie, the lower group then has the lower rows of key.
-        pointers["p_columns"] = pointers["p_columns"].sort().values
-    pointers |= {"p_maxima": maxima, "p_groups": groups, "p_flags": None, "p_bound": None}
+        pointers.add(p_columns=candidates.sort().values)
+    pointers.add(p_bound=None, p_flags=None)
+    pointers.allocate(plan.workspace)
     if plan.flags:
-        pointers["p_flags"] = flags
-        plan.flags(**pointers)
+        plan.flags(pointers)
     for step in plan.steps:
         for launch in step:
-            launch(**pointers)
+            launch(pointers)

@@ -18,10 +18,10 @@ import triton.language as tl
 
 from . import configs
 from .integers import aligned
-from .launch import Kernel, Launch, cache_plans
+from .launch import Kernel, Launch, Pointers, cache_plans
 from .metrics import COSINE
 from .order import NOTHING, ORDER_OF_SELF, largest, orderable, pack, store_list
-from .search import Pointers, Search
+from .search import Search
 from .tensors import cdiv
 
 # Below the orderable of every number.
@@ -161,4 +161,4 @@ def plan_select_small(search: Search) -> Launch:
 
 
 def select_small(search: Search, pointers: Pointers) -> None:
-    plan_select_small(search)(**pointers)
+    plan_select_small(search)(pointers)

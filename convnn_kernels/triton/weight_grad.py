@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .aggregation import Aggregation, Pointers
+from .aggregation import Aggregation
 from .dot_of_float import dot_of_float
 from .integers import aligned
-from .launch import Kernel, Launch, cache_plans
+from .launch import Kernel, Launch, Pointers, cache_plans
 from .modulate import load_neighbors
 from .tensors import cdiv
 
@@ -151,12 +151,14 @@ def plan_weight_grad(call: Aggregation) -> tuple[Launch, tuple[int, ...]]:
     return launch, (parts, C, 1, k)
 
 
-def compute_weight_grad(call: Aggregation, pointers: Pointers, dtype: torch.dtype) -> Tensor:
+def compute_weight_grad(call: Aggregation, pointers: Pointers, value: Tensor) -> Tensor:
     """dW, of the shape of the weight."""
     launch, shape = plan_weight_grad(call)
-    part = torch.empty(shape, dtype=torch.float32, device=pointers["p_grad"].device)
-    launch(**pointers, p_part=part)
+    part = value.new_empty(shape, dtype=torch.float32)
+    pointers.add(p_part=part)
+    launch(pointers)
+    pointers.add(p_part=None)  # the memory is free when the parts have been summed
     if not call.is_dense:
-        return part.sum(dim=0).to(dtype)
+        return part.sum(dim=0).to(value.dtype)
     grad = part.sum(dim=0).permute(2, 1, 0)
-    return grad.to(dtype, memory_format=torch.contiguous_format)
+    return grad.to(value.dtype, memory_format=torch.contiguous_format)
