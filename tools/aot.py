@@ -34,7 +34,7 @@ from triton.compiler.compiler import make_backend
 
 from convnn_kernels.triton import backend as triton_backend
 from convnn_kernels.triton import hardware
-from convnn_kernels.triton.launch import KERNELS, Launch
+from convnn_kernels.triton.launch import KERNELS, Launch, Pointers
 from tools import aot_table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -55,23 +55,22 @@ _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 Variant = dict[str, Any]
 
 
-def _variant(launch: Launch, pointers: dict[str, Any]) -> Variant:
+def _variant(launch: Launch, pointers: Pointers) -> Variant:
     """What Triton would compile for a launch."""
     kernel = launch.kernel
     numbers = dict(zip(kernel.names[len(kernel.pointers) :], launch.values, strict=True))
     signature, constants, divisible = {}, {}, []
     for i, parameter in enumerate(kernel.jit.params):
         name, general = parameter.name, parameter.do_not_specialize
-        value = pointers[name] if name in kernel.pointers else numbers[name]
+        value = pointers.tensor(name) if name in kernel.pointers else numbers[name]
         is_one = type(value) is int and value == 1 and not general
         if parameter.is_constexpr or value is None or is_one:
             # Triton, too, compiles an argument of None or 1 as a constant.
             signature[name], constants[name] = "constexpr", value
-        elif hasattr(value, "data_ptr"):
+        elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
             # Memory that is new or a user's begins at a multiple of 16 bytes.
-            is_tensor = isinstance(value, Tensor)
-            if not is_tensor or value.storage_offset() * value.element_size() % 16 == 0:
+            if value.storage_offset() * value.element_size() % 16 == 0:
                 divisible.append(i)
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -103,7 +102,7 @@ def record(arch: int, dtype: torch.dtype, calls: list[Any]) -> list[Variant]:
     """What Triton compiles for `calls` on an architecture, each variant once."""
     found: list[Variant] = []
 
-    def take(launch: Launch, **pointers: Any) -> None:
+    def take(launch: Launch, pointers: Pointers) -> None:
         found.append(_variant(launch, pointers))
 
     kernels()

@@ -173,10 +173,10 @@ class Pointers:
         that has been launched there.
         """
         memory = torch.empty(workspace.bytes, dtype=torch.uint8, device=self._device)
-        begin, addresses, owner = memory.data_ptr(), self.addresses, (memory, workspace)
+        begin = memory.data_ptr()
         for name, offset in workspace.offsets.items():
-            addresses[name] = begin + offset
-            self._owners[name] = owner
+            self.addresses[name] = begin + offset
+            self._owners[name] = (memory, offset, workspace.sizes[name])
         self.kind = _number_of((self.kind, workspace.kind))
 
     def replace(self, **names: str) -> None:
@@ -195,14 +195,10 @@ class Pointers:
 
     def tensor(self, name: str) -> Tensor | None:
         """A pointer as a tensor. That of temporary memory takes longer to make than to pass on."""
-        owner, address = self._owners[name], self.addresses[name]
+        owner = self._owners[name]
         if not isinstance(owner, tuple):
             return owner
-        memory, workspace = owner
-        offset = address - memory.data_ptr()
-        count, dtype = next(
-            size for part, size in workspace.sizes.items() if workspace.offsets[part] == offset
-        )
+        memory, offset, (count, dtype) = owner
         return memory[offset : offset + count * dtype.itemsize].view(dtype)
 
 
