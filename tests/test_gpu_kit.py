@@ -115,6 +115,7 @@ print(json.dumps([sorted(KERNELS), launched]))
 """
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_every_kernel_is_compiled(run_python: Callable[..., str]) -> None:
     """And both ways of sorting the inverse neighbor list."""

@@ -274,11 +274,11 @@ def _run_operators(case: Any, computes: str, X: Any) -> None:
         options = ("cosine", "softmax", 1.0)
         tensors = (X.query, X.key, X.value)
         Y, s, I = run("forward", *tensors, w.k, weight, None, *restrictions, *options, "similarity")
-        needed = (True, True, True, True, False)
-        run("forward_backward", Y, None, *tensors, weight, s, I, False, *options, *needed)
+        needed = [True] * 4
+        run("forward_backward", Y, None, *tensors, weight, s, I, False, *options, *needed, False)
         run("select_backward", s, X.query, X.key, s, I, "cosine", True, True)
-    needed = (True, True, True, False)
-    run("aggregate_backward", Y, X.value, s, I, weight, False, "softmax", 1.0, *needed)
+    needed = [True] * 3
+    run("aggregate_backward", Y, X.value, s, I, weight, False, "softmax", 1.0, *needed, False)
 
 
 def _run(*command: str, **environment: str) -> None:
