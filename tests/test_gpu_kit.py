@@ -68,22 +68,60 @@ def test_a_kit_of_other_sources_is_refused(kit: Path, capsys: pytest.CaptureFixt
     assert "there is no kit" in capsys.readouterr().out
 
 
+needs_compiler = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler"
+)
+
 KEYS = """
-from convnn_kernels.triton import {first}
+import convnn_kernels.triton.{module}
 from convnn_kernels.triton import backend
-found = vars(backend._kernels()).items()
-print(sorted((name, f.cache_key) for name, f in found if name != "configs"))
+from convnn_kernels.triton.launch import KERNELS
+backend.operators()
+KERNELS["{kernel}"].jit.cache_key
+print(sorted((name, kernel.jit.cache_key) for name, kernel in KERNELS.items()))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
+@needs_compiler
 def test_keys_do_not_depend_on_what_runs_first(run_python: Callable[..., str]) -> None:
-    """Else a cache that one process has filled is of no use to the next."""
+    """Otherwise a cache that one process has filled is of no use to the next."""
     pytest.importorskip("triton")
-    keys = set()
-    for first in ("nominate_kernel", "refine_kernel", "select_small_kernel"):
-        module = "select_small" if first == "select_small_kernel" else "select"
-        code = f"from convnn_kernels.triton import backend; backend._kernels().{first}.cache_key"
-        keys.add(run_python(code + KEYS.format(first=module)))
+    first = [
+        ("select_groups", "top_groups_kernel"),
+        ("exact_topk", "exact_topk_kernel"),
+        ("select_small", "select_small_kernel"),
+        ("select_backward", "key_grad_kernel"),
+    ]
+    keys = {run_python(KEYS.format(module=module, kernel=kernel)) for module, kernel in first}
     assert len(keys) == 1
+
+
+LAUNCHES = """
+import json
+from convnn_kernels.triton.launch import KERNELS
+from tools import gpu_kit
+
+launched = []
+
+def note(launch, pointers):
+    constants = dict(zip(launch.kernel.names[len(pointers):], launch.values))
+    launched.append((launch.kernel.name, constants.get("BY_SLOT")))
+    return lambda *arguments: None, None, None
+
+gpu_kit._compile = note
+gpu_kit.run_groups(0, 1)
+print(json.dumps([sorted(KERNELS), launched]))
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_every_kernel_is_compiled(run_python: Callable[..., str]) -> None:
+    """And both ways of sorting the inverse neighbor list."""
+    pytest.importorskip("triton")
+    kernels, launched = json.loads(run_python(LAUNCHES))
+    # The suites have neither masks nor enough candidates for groups of columns.
+    assert {name for name, _ in launched} == {*kernels} - {"group_flags_kernel"}
+    sorts = [by_slot for name, by_slot in launched if name == "store_pairs_kernel"]
+    assert {*sorts} == {True, False}

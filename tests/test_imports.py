@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Imports run one way: nn -> functional -> ops -> backends -> (triton | native)."""
+"""Imports run one way: nn -> functional -> ops -> backends -> (triton | native).
+
+And the arguments of `forward` are listed in few files.
+"""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from convnn_kernels import schemas
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = "convnn_kernels"
 
-# What each part of the package may import of the others, itself apart. A new part is to be added
-# here, with its place in the order.
+# The other parts that each part of the package imports; "" is its __init__.py. A new part and a new
+# import are added here, and what is no longer imported is removed.
 ALLOWED = {
     "": {"functional", "native", "nn", "backends", "version"},
     "nn": {"functional"},
@@ -24,12 +30,12 @@ ALLOWED = {
     "schemas": set(),
     "torch_internals": set(),
     "backends": {"checks", "schemas", "torch_internals", "native", "triton"},
-    "triton": {"checks"},
+    "triton": set(),
     "checks": set(),
     "native": set(),
     "introspect": set(),
     "version": set(),
-    "show_neighbors": {"functional", "nn"},
+    "show_neighbors": {"nn"},
     "info": {"backends", "introspect", "native", "version"},
 }
 
@@ -88,12 +94,14 @@ def test_imports(module: str, path: Path) -> None:
     assert not faults(path.read_text(), module, path.name == "__init__.py")
 
 
-def test_which_parts_import_checks() -> None:
-    assert {part for part, allowed in ALLOWED.items() if "checks" in allowed} == {
-        "ops",
-        "backends",
-        "triton",
-    }
+def test_every_allowed_import_is_made() -> None:
+    used: dict[str, set[str]] = {part: set() for part in ALLOWED}
+    for module, path in modules(PACKAGE):
+        part = part_of(module)
+        for name in imports(path.read_text(), module, path.name == "__init__.py"):
+            if name.split(".")[0] == PACKAGE:
+                used[part].add(part_of(name))
+    assert {part: of & (ALLOWED.keys() - {part}) for part, of in used.items()} == ALLOWED
 
 
 def test_order_has_no_cycle() -> None:
@@ -140,3 +148,81 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
 )
 def test_a_right_import_is_not(module: str, source: str) -> None:
     assert not faults(source, module)
+
+
+FORWARD = [*schemas.arguments("convnn::forward")._fields]
+
+
+def lists_of_forward(source: str) -> Iterator[str]:
+    """Where `source` has the arguments of `forward` one after the other.
+
+    That is in a signature, a call, a sequence or the keys of a dictionary, the fields of a class,
+    or a text such as a schema.
+    """
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        label = type(node).__name__
+        match node:
+            case ast.FunctionDef(name=name, args=args):
+                names, label = [arg.arg for arg in args.args + args.kwonlyargs], f"def {name}"
+            case ast.Call(func=func, args=positional, keywords=keywords):
+                names = [*map(_word, positional), *(str(each.arg) for each in keywords)]
+                label = f"{ast.unparse(func)}(...)"
+            case ast.Tuple(elts=elements) | ast.List(elts=elements) | ast.Dict(keys=elements):
+                names = [*map(_word, elements)]
+            case ast.ClassDef(name=name, body=body):
+                fields = [each.target for each in body if isinstance(each, ast.AnnAssign)]
+                names, label = [*map(_word, fields)], f"class {name}"
+            case ast.Constant(value=str(text)):
+                names, label = re.findall(r"\w+", text), "text"
+        if [name for name in names if name in FORWARD] == FORWARD:
+            yield label
+
+
+def _word(node: ast.expr | None) -> str:
+    match node:
+        case ast.Name(id=word) | ast.Attribute(attr=word) | ast.Constant(value=str(word)):
+            return word
+    return ""
+
+
+def test_arguments_of_forward_are_listed_once() -> None:
+    """All other code passes them on as they are, or by name: a new argument is added to these.
+
+    The schema is the definition. functional.py has the signature that users see, and its call of
+    the operator; triton/forward.py the signature of the implementation, which a type checker reads.
+    python_ref imports nothing of the package, so its function and the comparison with it have
+    signatures of their own.
+    """
+    found = {
+        (str(path.relative_to(ROOT)), label)
+        for folder in (PACKAGE, "python_ref", "benchmarks", "tools")
+        for _, path in modules(folder)
+        for label in lists_of_forward(path.read_text())
+    }
+    assert found == {
+        (f"{PACKAGE}/schemas.py", "text"),
+        (f"{PACKAGE}/functional.py", "def convnn"),
+        (f"{PACKAGE}/functional.py", "torch_internals.call(...)"),
+        (f"{PACKAGE}/triton/forward.py", "def forward"),
+        ("python_ref/convnn.py", "def forward"),
+        ("python_ref/compare.py", "def assert_forward"),
+    }
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(op, {}): pass",
+        "f(0, {})",
+        "x = [{}]",
+        "x = a, {}",
+        "def f({}, key_range=None): pass",
+        "class C:\n    " + "\n    ".join(f"{name}: int" for name in FORWARD),
+        "x = {{" + ", ".join(f"'{name}': 1" for name in FORWARD) + "}}",
+        "f(" + ", ".join(f"{name}=a.{name}" for name in FORWARD) + ")",
+        "'f({})'",
+    ],
+)
+def test_a_list_of_the_arguments_is_found(source: str) -> None:
+    assert [*lists_of_forward(source.format(", ".join(FORWARD)))]

@@ -21,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = REPOSITORY / "gpu-kit"
@@ -170,20 +171,30 @@ class _StandIn:
         return torch.device("cuda", 0)
 
 
-class _Compiled:
-    """In the place of a kernel: a launch compiles it and its launcher, and runs nothing."""
+def _compile(launch: Any, pointers: tuple[Any, ...]) -> Any:
+    """Compiles a launch and what calls it; runs nothing, now or at the next launch of the variant.
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+    It stands in for `Launch._launch_by_triton`, which is called for each new variant.
+    """
+    from triton.backends.nvidia.driver import CudaLauncher
 
-    def __getitem__(self, grid: Any) -> Any:
-        from triton.backends.nvidia.driver import CudaLauncher
+    kernel, grid = launch.kernel.jit, (launch.programs,)
+    compiled = kernel.run(*pointers, *launch.values, grid=grid, warmup=True, **launch.options)
+    _for_each_linkage(lambda: CudaLauncher(compiled.src, compiled.metadata))
+    return lambda *arguments: None, None, None
 
-        def launch(*args: Any, **named: Any) -> None:
-            compiled = self.kernel.run(*args, grid=grid, warmup=True, **named)
-            CudaLauncher(compiled.src, compiled.metadata)
 
-        return launch
+def _for_each_linkage(build_library: Callable[[], Any]) -> None:
+    """Builds a C library of Triton under both keys that it may have on the GPU machine.
+
+    The key depends on whether the program `file` is installed there.
+    """
+    from triton.runtime import build
+
+    for linkage in ("ELF", ""):
+        key = f"x86_64,Linux,64bit,{linkage}"
+        with mock.patch.object(build, "platform_key", return_value=key):
+            build_library()
 
 
 def trace(part: int, parts: int) -> dict[str, list[str]]:
@@ -193,13 +204,7 @@ def trace(part: int, parts: int) -> dict[str, list[str]]:
     """
     from triton import knobs
     from triton.backends.nvidia.driver import CudaUtils
-    from triton.runtime import build, cache
-    from triton.runtime.driver import driver
-
-    from benchmarks.peers import PEERS
-    from benchmarks.suites import SUITES
-    from benchmarks.workloads import make_inputs
-    from convnn_kernels.triton import backend as host
+    from triton.runtime import cache
 
     used: set[str] = set()
 
@@ -211,40 +216,69 @@ def trace(part: int, parts: int) -> dict[str, list[str]]:
     # Launchers call the driver's library, which is not here: its functions are bound when called.
     sys.setdlopenflags(os.RTLD_LAZY)
     knobs.cache.manager_class, missed = Recorded, compilations()
-    driver.set_active(_StandIn())
-    real = vars(host._kernels())
-    kernels = {n: _Compiled(k) if n.endswith("_kernel") else k for n, k in real.items()}
-    vars(host).update(_kernels=lambda: SimpleNamespace(**kernels), _arch=lambda tensor: _ARCH)
-    groups = [g for s in ("right", "time") for g in SUITES[s].groups("cuda")]
-    groups = [g for g in groups if g.backend == "triton"]
-    # The key of a launcher depends on whether `file` is installed there: both are filled.
-    for linkage in ("ELF", ""):
-        build.platform_key = lambda linkage=linkage: f"x86_64,Linux,64bit,{linkage}"
-        CudaUtils().__init__()
-        for group in groups[part::parts]:
-            for case in group.cases:
-                if PEERS[case.peer].exacting:
-                    _operators(host, case, make_inputs(case.workload, "meta"))
+    _for_each_linkage(lambda: CudaUtils().__init__())
+    run_groups(part, parts)
     return {"used": sorted(used), "missed": missed}
 
 
-def _operators(host: Any, case: Any, X: Any) -> None:
-    """What the peer of a case runs: operators and their backward, on tensors without data."""
+def run_groups(part: int, parts: int) -> None:
+    """Runs the operators of every `parts`-th group; each new variant goes to `_compile`."""
+    import torch
+    from triton.runtime.driver import driver
+
+    from benchmarks.peers import PEERS
+    from benchmarks.suites import SUITES
+    from benchmarks.workloads import make_inputs
+    from convnn_kernels.triton import hardware
+    from convnn_kernels.triton.launch import Launch
+
+    driver.set_active(_StandIn())
+    groups = [g for s in ("right", "time") for g in SUITES[s].groups("cuda")]
+    groups = [g for g in groups if g.backend == "triton"]
+    with (
+        mock.patch.object(Launch, "_launch_by_triton", _compile),
+        mock.patch.object(hardware, "architecture", return_value=_ARCH),
+        torch.device("meta"),
+    ):
+        for case in (case for group in groups[part::parts] for case in group.cases):
+            if PEERS[case.peer].exacting:
+                _run_operators(case, PEERS[case.peer].computes, make_inputs(case.workload, "meta"))
+
+
+def _run_operators(case: Any, computes: str, X: Any) -> None:
+    """What the peer of a case runs, and its backward, on tensors without data.
+
+    The backward operators of `select` and `aggregate` sort pairs differently from that of
+    `forward`; they run as well, for the tests.
+    """
     import torch
 
-    name, w = case.peer, case.workload
-    weight = X.dense_weight if "dense" in name else X.weight
-    rows = own = None
-    if "random" in name:
-        rows = torch.empty(min(w.candidates, w.rows), dtype=torch.int64, device="meta")
-        own = torch.empty(w.tokens, dtype=torch.int64, device="meta")
-    s, I = host._select(X.query, X.key, w.k, rows, own, None, "cosine", "similarity")
-    if name.startswith("select"):
-        return
-    Y = host._aggregate(X.value, s, I, weight, None, "softmax", 1.0, True)
-    needed = (True, True, True, True)
-    host._aggregate_backward(Y, X.value, s, I, weight, False, "softmax", 1.0, *needed)
-    host._select_backward(s, X.query, X.key, s, I, "cosine", True, True)
+    from convnn_kernels.triton import backend
+
+    def run(name: str, *args: Any) -> Any:
+        return backend.operators()[f"convnn::{name}"](*args)
+
+    w = case.workload
+    weight = X.dense_weight if "dense" in case.peer else X.weight
+    candidates = self_indices = None
+    if "random" in case.peer:
+        candidates = torch.empty(min(w.candidates, w.rows), dtype=torch.int64)
+        self_indices = torch.empty(w.tokens, dtype=torch.int64)
+    restrictions = (candidates, self_indices, None)
+    if computes in ("select", "aggregate"):
+        s, I = run("select", X.query, X.key, w.k, *restrictions, "cosine", "similarity")
+        if computes == "select":
+            return
+        Y = run("aggregate", X.value, s, I, weight, None, "softmax", 1.0)
+    else:
+        options = ("cosine", "softmax", 1.0)
+        tensors = (X.query, X.key, X.value)
+        Y, s, I = run("forward", *tensors, w.k, weight, None, *restrictions, *options, "similarity")
+        needed = [True] * 4
+        run("forward_backward", Y, None, *tensors, weight, s, I, False, *options, *needed, False)
+        run("select_backward", s, X.query, X.key, s, I, "cosine", True, True)
+    needed = [True] * 3
+    run("aggregate_backward", Y, X.value, s, I, weight, False, "softmax", 1.0, *needed, False)
 
 
 def _run(*command: str, **environment: str) -> None:
