@@ -465,14 +465,14 @@ def allocations(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> tuple[list[int
     from convnn_kernels.triton import launch
 
     made: list[int] = []
-    initialize = launch.Buffer.__init__
+    allocate = launch.Pointers.allocate
 
-    def count(buffer: Any, memory: Tensor, offset: int, size: int, dtype: torch.dtype) -> None:
-        made.append(size)
-        initialize(buffer, memory, offset, size, dtype)
+    def count(pointers: launch.Pointers, workspace: launch.Workspace) -> None:
+        made.extend(count for count, _ in workspace.sizes.values())
+        allocate(pointers, workspace)
 
-    monkeypatch.setattr(launch.Buffer, "__init__", count)
-    monkeypatch.setattr(launch.Launch, "__call__", lambda launch, **pointers: None)
+    monkeypatch.setattr(launch.Pointers, "allocate", count)
+    monkeypatch.setattr(launch.Launch, "__call__", lambda launch, pointers: None)
     monkeypatch.setattr(hardware, "architecture", lambda X: 90)
     B, N, M, C, O, k = shape.B, shape.N, shape.M or shape.N, shape.C, shape.O, shape.k
     query, key, value = (torch.zeros(B, n, C) for n in (N, M, M))
@@ -553,11 +553,12 @@ class _Asked:
         self.variants: set[Any] = set()
         run = Launch.__call__
 
-        def note(launch: Launch, **pointers: Any) -> None:
-            found = [(X.dtype, X.data_ptr() % 16 == 0) for X in pointers.values() if X is not None]
+        def note(launch: Launch, pointers: Any) -> None:
+            tensors = map(pointers.tensor, launch.kernel.pointers)
+            found = [X is not None and (X.dtype, X.data_ptr() % 16 == 0) for X in tensors]
             kinds = map(self._kind, launch.values)
             self.variants.add((launch.kernel.name, *found, *kinds, *launch.options.items()))
-            run(launch, **pointers)
+            run(launch, pointers)
 
         monkeypatch.setattr(Launch, "__call__", note)
 
@@ -661,9 +662,9 @@ def test_inverse_list(
     from convnn_kernels.triton.inverse_list import invert
 
     inverse = invert(s, I, M, by_slot)
-    pairs, keys = inverse.pairs.tensor(), inverse.keys.tensor()
-    offsets = inverse.offsets[:: -(-N * k // pairs_each)][: B * M + 1]
-    assert {X.dtype for X in inverse} == {torch.int32}
+    pairs, keys, offsets = (inverse.tensor(f"p_{name}") for name in ("pairs", "keys", "offsets"))
+    offsets = offsets[:: -(-N * k // pairs_each)][: B * M + 1]
+    assert {X.dtype for X in (pairs, keys, offsets)} == {torch.int32}
     found = int(present.sum())
     assert torch.equal(pairs[:found].long(), places[:found])
     assert torch.equal(keys[:found].long(), in_order[:found])

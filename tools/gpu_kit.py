@@ -171,15 +171,16 @@ class _StandIn:
         return torch.device("cuda", 0)
 
 
-def _compile(launch: Any, pointers: tuple[Any, ...]) -> Any:
+def _compile(launch: Any, pointers: Any) -> Any:
     """Compiles a launch and what calls it; runs nothing, now or at the next launch of the variant.
 
     It stands in for `Launch._launch_by_triton`, which is called for each new variant.
     """
     from triton.backends.nvidia.driver import CudaLauncher
 
-    kernel, grid = launch.kernel.jit, (launch.programs,)
-    compiled = kernel.run(*pointers, *launch.values, grid=grid, warmup=True, **launch.options)
+    kernel, grid = launch.kernel, (launch.programs,)
+    arguments = (*map(pointers.tensor, kernel.pointers), *launch.values)
+    compiled = kernel.jit.run(*arguments, grid=grid, warmup=True, **launch.options)
     _for_each_linkage(lambda: CudaLauncher(compiled.src, compiled.metadata))
     return lambda *arguments: None, None, None
 
