@@ -53,35 +53,46 @@ COLUMNS = (
 
 
 def source_hashes() -> dict[str, str]:
-    """For each kernel a hash of the device code of its module and of those that it imports; and one
-    of configs.py. Comments, docstrings and host code do not matter."""
+    """For each kernel a hash of its code and of all device code that it uses; and one of
+    configs.py. Comments, docstrings and host code do not matter."""
     hashes = {"configs": _hash(_tokens((KERNELS / "configs.py").read_text()))}
-    for path in sorted(KERNELS.glob("*.py")):
-        seen: dict[str, str] = {}
-        todo = [path.stem]
-        while todo:
-            name = todo.pop()
-            if name not in seen:
-                source = (KERNELS / f"{name}.py").read_text()
-                seen[name] = device_code(source)
-                todo += re.findall(r"^from \.(\w+) import", source, re.MULTILINE)
-        text = "".join(seen[name] for name in sorted(seen))
-        for kernel in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE):
-            hashes[kernel] = _hash(text)
+    modules = {path.stem: _Module(path.read_text()) for path in sorted(KERNELS.glob("*.py"))}
+    for module, content in modules.items():
+        for kernel in content.device_code:
+            if kernel.endswith("_kernel"):
+                seen: set[tuple[str, str]] = set()
+                todo = [(module, kernel)]
+                while todo:
+                    part = todo.pop()
+                    if part not in seen and part[1] in modules[part[0]].device_code:
+                        seen.add(part)
+                        todo += modules[part[0]].uses(*part)
+                code = (modules[name].device_code[each] for name, each in sorted(seen))
+                hashes[kernel] = _hash("\n".join(code))
     return hashes
 
 
-def device_code(source: str) -> str:
-    """The tokens of the functions and constants that Triton compiles."""
-    found = ""
-    for node in ast.parse(source).body:
-        is_device_code = isinstance(node, ast.FunctionDef) and any(
-            ast.unparse(each) in ("triton.jit", "Kernel") for each in node.decorator_list
-        )
-        is_constant = isinstance(node, ast.Assign) and ast.unparse(node).count("tl.constexpr(")
-        if is_device_code or is_constant:
-            found += _tokens(ast.get_source_segment(source, node) or "")
-    return found
+class _Module:
+    """The functions and constants of a module that Triton compiles, and the names it imports."""
+
+    def __init__(self, source: str) -> None:
+        self.device_code: dict[str, str] = {}
+        self._imports: dict[str, str] = {}
+        for node in ast.parse(source).body:
+            text = ast.get_source_segment(source, node) or ""
+            if isinstance(node, ast.FunctionDef):
+                if {ast.unparse(each) for each in node.decorator_list} & {"triton.jit", "Kernel"}:
+                    self.device_code[node.name] = _tokens(text)
+            elif isinstance(node, ast.Assign) and "tl.constexpr(" in text:
+                self.device_code[ast.unparse(node.targets[0])] = _tokens(text)
+            elif isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                self._imports |= dict.fromkeys((name.name for name in node.names), node.module)
+
+    def uses(self, module: str, name: str) -> list[tuple[str, str]]:
+        """Modules and names of what the device code `name`, of this module, refers to."""
+        words = set(self.device_code[name].split())
+        here = [(module, word) for word in words if word in self.device_code]
+        return here + [(self._imports[word], word) for word in words if word in self._imports]
 
 
 def _tokens(source: str) -> str:
