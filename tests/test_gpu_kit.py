@@ -105,7 +105,7 @@ from tools import gpu_kit
 launched = []
 
 def note(launch, pointers):
-    constants = dict(zip(launch.kernel.names[len(pointers):], launch.values))
+    constants = dict(zip(launch.kernel.names[len(launch.kernel.pointers):], launch.values))
     launched.append((launch.kernel.name, constants.get("BY_SLOT")))
     return lambda *arguments: None, None, None
 
