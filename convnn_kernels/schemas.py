@@ -72,8 +72,3 @@ def arguments(op: torch._ops.OpOverload | str) -> Any:
     they have their default value.
     """
     return _ARGUMENTS[op if isinstance(op, str) else op.name()]
-
-
-def index(op: torch._ops.OpOverload | str, name: str) -> int:
-    """The position of argument ``name`` of ``op``."""
-    return arguments(op)._fields.index(name)

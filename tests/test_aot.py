@@ -201,11 +201,12 @@ def launches() -> dict[str, Any]:
     from tools import aot
 
     plain = {"N": 4096, "D": 48, "C": 48, "O": 40, "k": 9, "masked": True}
-    calls = [
-        lambda dtype: aot._both_ways(dtype, **plain, weight="dense", candidates=True, own=True),
-        lambda dtype: aot._both_ways(dtype, **plain, weight="depthwise", metric="euclidean"),
-        lambda dtype: aot._both_ways(dtype, **{**plain, "N": 200}, weight="none", candidates=True),
+    options = [
+        {**plain, "weight": "dense", "candidates": True, "with_self": True},
+        {**plain, "weight": "depthwise", "metric": "euclidean"},
+        {**plain, "N": 200, "weight": "none", "candidates": True},
     ]
+    calls = [functools.partial(aot.run_both_ways, **each) for each in options]
     found: dict[str, Any] = {}
     # The 16 bits of which `norms_kernel` stores scaled rows.
     for launch in aot.record(90, torch.bfloat16, calls):
@@ -257,13 +258,13 @@ CLASSES = {
     "passes": {"M": (400, 576, 701), "k": (257, 300, 304), "order": "index"},
 }
 BATCHES: list[tuple[int, ...]] = [(), (1,), (2,), (5,), (1, 1), (2, 3), (16, 1), (3, 16)]
-EXTRAS = [{}, {"masked": True}, {"candidates": True, "masked": True}, {"own": True}]
+EXTRAS = [{}, {"masked": True}, {"candidates": True, "masked": True}, {"with_self": True}]
 
 
 def compiled(dtype: Any, **options: Any) -> set[str]:
     from tools import aot
 
-    call = functools.partial(aot._both_ways, **options)
+    call = functools.partial(aot.run_both_ways, **options)
     return {aot._fingerprint(launch) for launch in aot.record(90, dtype, [call])}
 
 
@@ -351,7 +352,7 @@ def test_which_sums_of_tensor_cores_are_returned(metric: str, D: int, small: boo
     from tools import aot
 
     options = {"N": 197, "D": D, "C": 8, "O": 8, "k": 9, "weight": "none", "metric": metric}
-    launches = aot.record(90, torch.float16, [functools.partial(aot._both_ways, **options)])
+    launches = aot.record(90, torch.float16, [functools.partial(aot.run_both_ways, **options)])
     names = {launch["kernel"] for launch in launches}
     assert ("select_small_kernel" in names, "exact_topk_kernel" in names) == (small, not small)
 

@@ -225,6 +225,23 @@ def test_equal_shapes_dtypes_and_options_are_checked_once(
     assert len(checked) == len(calls)
 
 
+def test_a_backend_forced_by_another_thread_meanwhile_is_not_remembered(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = dict(selection._CHECKS)
+
+    def check(*arguments: Any) -> None:
+        checks["convnn::select"](*arguments)
+        monkeypatch.setattr(selection, "_forced", "cuda")
+
+    monkeypatch.setitem(selection._CHECKS, "convnn::select", check)
+    x = torch.randn(4, 3)
+    assert run(x, x, 2) == "convnn::select on triton"
+    monkeypatch.setattr(selection, "_forced", None)
+    assert run(x, x, 2) == "convnn::select on triton"
+    assert set(selection._chosen.values()) == {"triton"}
+
+
 def test_few_checked_arguments_are_remembered(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program whose shapes never repeat would otherwise fill the memory."""
     monkeypatch.setattr(selection, "_MOST_CHECKED", 2)

@@ -223,7 +223,7 @@ def test_calls_over_a_driver_that_does_nothing(run_python: Callable[..., str]) -
         CudaLauncher.__call__ = note
         found = []
         from convnn_kernels.triton.launch import KERNELS
-        for call in host_time._calls(32, 1100, "dense").values():
+        for call in host_time.calls(32, 1100, "dense").values():
             for kernel in KERNELS.values():
                 for variants in kernel.variants.values():
                     variants.clear()

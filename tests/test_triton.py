@@ -378,6 +378,14 @@ def test_empty(lead: tuple[int, ...], N: int, weight: tuple[int, ...] | None) ->
     assert all(not X.grad.any() for X in (*tensors, W) if X is not None)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_no_channels(metric: str, dtype: torch.dtype) -> None:
+    query, key = torch.zeros(2, 3, 0, dtype=dtype), torch.zeros(2, 4, 0, dtype=dtype)
+    assert_forward(ops.forward, query, key, normal(2, 4, 5), 2, metric=metric)
+    assert_forward(ops.forward, query, query, normal(2, 3, 5), 2, metric=metric)
+
+
 @pytest.mark.parametrize("layout", ["heads", "transposed", "four_leading"])
 def test_strides(layout: str) -> None:
     make = {

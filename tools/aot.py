@@ -34,7 +34,7 @@ from triton.compiler.compiler import make_backend
 
 from convnn_kernels.triton import backend as triton_backend
 from convnn_kernels.triton import hardware
-from convnn_kernels.triton.launch import KERNELS, Launch, Pointers
+from convnn_kernels.triton.launch import KERNELS, OPTIONS, Launch, Pointers
 from tools import aot_table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,9 +48,6 @@ _POINTERS = {
     torch.int8: "*i8",
     torch.bool: "*i1",
 }
-
-# What a launch has besides the arguments of its kernel.
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 Variant = dict[str, Any]
 
@@ -116,7 +113,7 @@ def record(arch: int, dtype: torch.dtype, calls: list[Any]) -> list[Variant]:
     return list(distinct.values())
 
 
-def _both_ways(
+def run_both_ways(
     dtype: torch.dtype,
     N: int,
     D: int,
@@ -128,16 +125,17 @@ def _both_ways(
     rho: str = "softmax",
     masked: bool = False,
     candidates: bool = False,
-    own: bool = False,
+    with_self: bool = False,
     order: str = "similarity",
     lead: tuple[int, ...] = (2,),
     M: int = 0,
+    itself: bool = False,
     backward: bool = True,
     only: torch.dtype | None = None,
 ) -> None:
     """`forward` and its backward, or else `select`, of which only the launches matter.
 
-    M is N if it is 0.
+    M is N if it is 0. `itself`: key is query.
     """
     if only not in (None, dtype):
         return
@@ -146,12 +144,13 @@ def _both_ways(
         query, key, value = (
             torch.empty(*lead, *shape, dtype=dtype) for shape in ((N, D), (M, D), (M, C))
         )
+        key = query if itself else key
         shapes = {"dense": (O, C, k), "depthwise": (C, 1, k)}
         W = None if weight == "none" else torch.empty(shapes[weight], dtype=dtype)
         bias = torch.empty(O if weight == "dense" else C, dtype=dtype)
         mask = torch.empty(*lead, M, dtype=torch.bool) if masked else None
         rows, keys = (torch.empty(n, dtype=torch.int64) for n in (N, M))
-    rows_or_none = keys if candidates else None, rows if own else None
+    rows_or_none = keys if candidates else None, rows if with_self else None
     if not backward:
         operator("select")(query, key, k, *rows_or_none, mask, metric, order)
         return
@@ -167,17 +166,18 @@ def configurations(quick: bool) -> list[Any]:
     """Calls that together reach every kernel and, unless `quick`, every configuration."""
 
     def call(**options: Any) -> Any:
-        return lambda dtype: _both_ways(dtype, **options)
+        return lambda dtype: run_both_ways(dtype, **options)
 
     plain = {"N": 3000, "D": 64, "C": 64, "O": 64, "k": 9}
     calls = [call(**plain, weight="dense", masked=True)]
-    calls += [call(**plain | {"N": 1024}, weight="depthwise", own=True)]
+    calls += [call(**plain | {"N": 1024}, weight="depthwise", with_self=True)]
     if quick:
         return calls
     select = {**plain, "weight": "none", "backward": False}
     calls += [call(**plain | {"D": 256}, weight="none", metric="dot")]
     calls += [call(**select | {"D": 3}, only=torch.float32)]
-    options = {"candidates": True, "own": True, "masked": True, "order": "index"}
+    calls += [call(**plain, weight="none", itself=True)]
+    options = {"candidates": True, "with_self": True, "masked": True, "order": "index"}
     euclidean = {"weight": "none", "metric": "euclidean", "rho": "similarity"}
     calls += [call(**plain | {"N": 4096}, **euclidean, **options)]
     # Sizes of a group, long loops, lists of many lengths.
@@ -188,7 +188,7 @@ def configurations(quick: bool) -> list[Any]:
         calls += [call(**select | {"N": N, "k": k}, lead=lead)]
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
     calls += [call(**select | {"N": 197, "k": 64}, only=torch.float16)]
-    calls += [call(**select | {"N": 512, "k": 300}, own=True)]
+    calls += [call(**select | {"N": 512, "k": 300}, with_self=True)]
     for C, O in ((3, 16), (128, 256)):
         calls += [call(**plain | {"C": C, "O": O}, weight="dense", rho="similarity")]
     # Triton makes a constant of a number of channels that is 1.
@@ -270,7 +270,7 @@ def compile_launch(variant: Variant, arch: int) -> dict[str, Any]:
     compiled = triton.compile(
         _compiler_input(variant),
         target=GPUTarget("cuda", arch, 32),
-        options={name: variant[name] for name in _OPTIONS if name in variant},
+        options={name: variant[name] for name in OPTIONS if name in variant},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -306,9 +306,9 @@ def _row(job: tuple[Variant, int, str]) -> aot_table.Row:
             f"{name}={value}"
             for name, value in [
                 *variant["constants"].items(),
-                *((name, variant[name]) for name in _OPTIONS if name in variant),
+                *((name, variant[name]) for name in OPTIONS if name in variant),
             ]
-            if name.isupper() or name in _OPTIONS
+            if name.isupper() or name in OPTIONS
         ),
         **outcome,
     }
@@ -347,19 +347,19 @@ def main() -> int:
     todo = jobs(architectures, dtypes, options.quick, options.only)
     sources = aot_table.source_hashes()
     path = aot_table.RESULTS / f"triton-{triton.__version__}.json"
-    known = aot_table.up_to_date(aot_table.read(path)) if options.write else []
+    kept = aot_table.up_to_date(aot_table.read(path)) if options.write else []
     if options.write and not options.only and not options.arch and not options.dtype:
         wanted = {(arch, _fingerprint(variant), dtype) for variant, arch, dtype in todo}
-        known = [row for row in known if (row["arch"], row["launch"], row["dtype"]) in wanted]
-    have = {(row["arch"], row["launch"], row["dtype"]) for row in known}
+        kept = [row for row in kept if (row["arch"], row["launch"], row["dtype"]) in wanted]
+    have = {(row["arch"], row["launch"], row["dtype"]) for row in kept}
     todo = [job for job in todo if (job[1], _fingerprint(job[0]), job[2]) not in have]
-    launches = len(known) + len(todo)
+    launches = len(kept) + len(todo)
     # A run that is stopped early has seen every kernel once, for each architecture and dtype.
-    turns = collections.Counter((row["kernel"], row["arch"], row["dtype"]) for row in known)
+    count = collections.Counter((row["kernel"], row["arch"], row["dtype"]) for row in kept)
     order = {}
     for variant, arch, dtype in todo:
-        turns[variant["kernel"], arch, dtype] += 1
-        order[arch, _fingerprint(variant), dtype] = turns[variant["kernel"], arch, dtype]
+        count[variant["kernel"], arch, dtype] += 1
+        order[arch, _fingerprint(variant), dtype] = count[variant["kernel"], arch, dtype]
     todo.sort(key=lambda job: order[job[1], _fingerprint(job[0]), job[2]])
 
     rows, wrong, began = [], 0, time.monotonic()
@@ -378,7 +378,7 @@ def main() -> int:
                     flush=True,
                 )
             if options.write:
-                aot_table.write(path, triton.__version__, [*known, *rows], sources, launches)
+                aot_table.write(path, triton.__version__, [*kept, *rows], sources, launches)
     left = len(todo) - len(rows)
     print(
         f"{len(rows)} compiled with Triton {triton.__version__}, {wrong} with faults, {left} left"

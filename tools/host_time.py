@@ -62,8 +62,8 @@ def take_cpu_tensors() -> None:
     from convnn_kernels.backends import selection
     from convnn_kernels.triton import hardware
 
-    vars(hardware).update(architecture=lambda X: _ARCH)
-    vars(selection).update(choose=lambda call: ("triton", "this program says so"))
+    hardware.architecture = lambda X: _ARCH
+    selection.choose = lambda call: ("triton", "this program says so")
     warnings.filterwarnings("ignore", "Warning only once for all operators")
     for op in schemas.OPERATORS.values():
         schemas.LIBRARY.impl(op, selection.cuda_kernel(op), "CPU", allow_override=True)
@@ -85,7 +85,7 @@ def measure(call: Callable[[], Any], rounds: int = 50, calls: int = 20) -> float
 _SHAPES = {"select_small": (32, 32), "select_groups": (32, 1100)}
 
 
-def _calls(N: int, M: int, weight: str) -> dict[str, Callable[[], Any]]:
+def calls(N: int, M: int, weight: str) -> dict[str, Callable[[], Any]]:
     """Forward without and with gradients, and backward."""
     D, k, dtype = 32, 9, torch.bfloat16
     inputs = [torch.randn(1, n, D, dtype=dtype, requires_grad=True) for n in (N, M, M)]
@@ -122,7 +122,7 @@ def main() -> int:
     torch.set_num_threads(1)
     for strategy, (N, M) in _SHAPES.items():
         for weight in ("depthwise", "dense"):
-            for name, call in _calls(N, M, weight).items():
+            for name, call in calls(N, M, weight).items():
                 print(f"{strategy:<14} {weight:<10} {name:<17} {measure(call):6.0f} us", flush=True)
                 if name == options.profile:
                     _profile(call)

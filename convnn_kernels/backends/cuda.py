@@ -45,9 +45,9 @@ def runs_on(capability: tuple[int, int], built: tuple[str, ...]) -> bool:
         parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
         if parts is None:
             continue
-        own = int(parts[2]), int(parts[3])
-        same_major = own[0] == capability[0] or parts[1] == "compute"
-        if own == capability or (same_major and own < capability and not parts[4]):
+        target = int(parts[2]), int(parts[3])
+        same_major = target[0] == capability[0] or parts[1] == "compute"
+        if target == capability or (same_major and target < capability and not parts[4]):
             return True
     return False
 

@@ -128,10 +128,12 @@ def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
 def _run(name: str, arguments: Any) -> Any:
     """The results of operator ``name`` for its arguments, a namedtuple of schemas.py."""
-    key = (name, _forced, *[_kind(each) for each in arguments])
+    # Read once: another thread may enter or leave a block that forces a backend.
+    forced = _forced
+    key = (name, forced, *[_kind(each) for each in arguments])
     device_and_backend = _checked.get(key)
     if device_and_backend is None:
-        device_and_backend = _check(name, arguments)
+        device_and_backend = _check(name, arguments, forced)
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
         _checked[key] = device_and_backend
@@ -158,14 +160,14 @@ def _kind(argument: Any) -> Any:
     return argument
 
 
-def _check(name: str, arguments: Any) -> tuple[torch.device, str]:
+def _check(name: str, arguments: Any, forced: str | None) -> tuple[torch.device, str]:
     """Checks the arguments and returns their device and the backend that runs them."""
     if name in _CHECKS:
         _CHECKS[name](name, arguments)
     tensors = [each for each in arguments if isinstance(each, Tensor)]
     device = tensors[0].device
     dtypes = tuple(X.dtype for X in tensors)
-    call = Call(name, device, dtypes, triton.is_huge(tensors), _forced)
+    call = Call(name, device, dtypes, triton.is_huge(tensors), forced)
     if call not in _chosen:
         _chosen[call], why = choose(call)
         _log.info(f"{name} runs on {_chosen[call]}: {why}")

@@ -49,6 +49,11 @@ class Aggregation(NamedTuple):
         }
 
 
+def is_dense(weight: Tensor | None, channels: int) -> bool:
+    """Whether a weight is [O, C, k] rather than [C, 1, k]; [1, 1, k] is both, and dense."""
+    return weight is not None and weight.shape[1] == channels
+
+
 def prepare(
     value: Tensor,
     similarities: Tensor,
@@ -64,14 +69,13 @@ def prepare(
     """
     V, layout = rows_of(value)
     N, k = indices.shape[-2:]
-    # A weight [1, 1, k] is both, and dense.
-    is_dense = weight is not None and weight.shape[1] == layout.D
+    dense = is_dense(weight, layout.D)
     aggregation = Aggregation(
         V=layout,
         N=N,
         k=k,
         O=layout.D if weight is None else weight.shape[0],
-        is_dense=is_dense,
+        is_dense=dense,
         rho=rho,
         scale=scale,
         bits=8 * value.dtype.itemsize,
@@ -79,7 +83,7 @@ def prepare(
         arch=hardware.architecture(value),
     )
     if weight is not None:
-        weight = (weight.permute(2, 1, 0) if is_dense else weight).contiguous()
+        weight = (weight.permute(2, 1, 0) if dense else weight).contiguous()
     pointers = Pointers(
         value.device,
         p_value=V,

@@ -18,8 +18,7 @@ LONGEST_LIST = 256
 WORKSPACE = 2**26
 # Bytes that the partial sums of a weight's gradient may take in any case.
 SMALL_WORKSPACE = 2**21
-# Of a thread. Without a bound the assembler aims at more programs at a time, and may then spill a
-# few bytes in a loop although registers are left.
+# Per-thread register cap. Without it ptxas targets higher occupancy and may spill inside loops.
 MOST_REGISTERS = 255
 
 Config = dict[str, Any]
@@ -154,7 +153,7 @@ def exact_topk(arch: int, D: int, k: int) -> Config:
 
 
 def allows_select_small(bits: int, D: int, columns: int, k: int, metric: str) -> bool:
-    """Whether `select_small_kernel` is there for it, as far as sizes decide.
+    """Whether the sizes allow `select_small_kernel`.
 
     It returns sums of tensor cores, in which each term but the largest may lose a unit of 2^-24 of
     that one, and the whole two more when it is cut off: D + 1 in all where one step has all terms.
@@ -289,7 +288,7 @@ def inverse_list_parts(batch: int, pairs: int, keys: int) -> tuple[int, int]:
 
 
 def sort() -> Config:
-    """Blocks of `count_pairs_kernel` and `place_pairs_kernel`."""
+    """Blocks of `count_pairs_kernel` and `store_pairs_kernel`."""
     return _config(PAIRS=64, num_warps=2)
 
 

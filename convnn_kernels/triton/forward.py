@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .aggregate import aggregate
 from .aggregate_backward import aggregate_backward
+from .aggregation import is_dense
 from .inverse_list import invert
 from .select import select
 from .select_backward import select_backward
@@ -57,7 +58,7 @@ def forward_backward(
     The gradients of value and key share one inverse neighbor list.
     """
     similarities, indices = similarities.contiguous(), indices.contiguous()
-    dense = weight is not None and weight.shape[1] == value.shape[-1]
+    dense = is_dense(weight, value.shape[-1])
     inverse = functools.cache(lambda: invert(similarities, indices, key.shape[-2], by_slot=dense))
     need_search = need_query or need_key
     grad_value, grad_s, grad_weight, grad_bias = aggregate_backward(
@@ -75,9 +76,11 @@ def forward_backward(
         need_bias,
         inverse,
     )
+    if not need_search:
+        return query.new_empty(0), key.new_empty(0), grad_value, grad_weight, grad_bias
     if rho == "ones":
         grad_s = torch.zeros_like(similarities) if grad_similarities is None else grad_similarities
-    elif grad_similarities is not None and need_search:
+    elif grad_similarities is not None:
         grad_s = grad_s + grad_similarities
     grad_query, grad_key = select_backward(
         grad_s, query, key, similarities, indices, metric, need_query, need_key, inverse, dense

@@ -109,7 +109,7 @@ def store_pairs_kernel(
         pair, b_row, b_bin, b_key = _load_bins(
             p_similarities, p_indices, order, m, N, M, k, B, b, BY_SLOT
         )
-        # The first of a bin takes places for all of the bin; the others come after it in order.
+        # The first pair of a bin reserves room for all of them; the others follow it in order.
         # Sums over the first axis, in which threads have many elements, are the cheaper ones.
         m_same = (b_row[:, None] == b_row[None, :]) & m[:, None]
         rank = tl.sum((m_same & (o_p[:, None] < o_p[None, :])).to(tl.int32), 0)
@@ -163,7 +163,7 @@ class Plan(NamedTuple):
     workspace: Workspace
 
 
-def layout(B: int, N: int, M: int, k: int) -> dict[str, int]:
+def list_numbers(B: int, N: int, M: int, k: int) -> dict[str, int]:
     """The numbers by which kernels read the list, by parameter."""
     tiles, _ = configs.inverse_list_parts(B, N * k, M)
     return {"pairs": B * N * k, "stride_o": tiles}
@@ -189,7 +189,7 @@ def plan_invert(B: int, N: int, M: int, k: int, by_slot: bool) -> Plan:
 
 def invert(similarities: Tensor, indices: Tensor, M: int, by_slot: bool) -> Pointers:
     """The inverse list of similarities and indices [..., N, k], contiguous, as p_pairs [B * N * k],
-    p_keys [B * N * k] and p_offsets [B * M + 1] of stride `layout(...)["stride_o"]`.
+    p_keys [B * N * k] and p_offsets [B * M + 1] of stride `list_numbers(...)["stride_o"]`.
 
     Nothing is read by the host.
     """

@@ -31,8 +31,8 @@ from .hardware import interpreted
 # strides, and one variant serves them all.
 _SPECIALIZED = ("C", "D", "O")
 
-# What a configuration has for the compiler.
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+# Compiler options in a configuration.
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # As Triton sees it: its decorators read the variable too, when kernels are defined.
 _INTERPRETED = interpreted()
 _ALIGNMENT = 16
@@ -41,8 +41,8 @@ _GRANULE = 256
 
 KERNELS: dict[str, "Kernel"] = {}
 
-# A cache for functions that prepare launches. A plan takes some kilobytes, of which calls with
-# sizes of many kinds would make many.
+# A cache for functions that prepare launches. It is bounded: a plan takes some kilobytes, and calls
+# with many different sizes would otherwise pile up.
 cache_plans = functools.lru_cache(maxsize=1024)
 
 
@@ -59,7 +59,7 @@ class Kernel:
         assert names == (*self.pointers, *self.numbers, *constants), function
         sizes = [name for name in self.numbers if name not in _SPECIALIZED]
         self.jit = triton.jit(do_not_specialize=sizes)(function)
-        # What Launch needs of compiled variants, by what is known before the pointers are.
+        # What Launch needs of compiled variants, keyed by everything but the pointers.
         self.variants: dict[Any, dict[Any, Any]] = {}
         KERNELS[self.name] = self
 
@@ -82,7 +82,7 @@ class Launch:
         self, kernel: Kernel, programs: int, config: dict[str, int], arguments: dict[str, Any]
     ) -> None:
         self.kernel, self.programs = kernel, programs
-        self.options = {name: config[name] for name in _OPTIONS if name in config}
+        self.options = {name: config[name] for name in OPTIONS if name in config}
         self.values = tuple(arguments[name] for name in kernel.names[len(kernel.pointers) :])
         numbers = self.values[: len(kernel.numbers)]
         specialized = [arguments[name] for name in kernel.numbers if name in _SPECIALIZED]

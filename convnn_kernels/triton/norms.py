@@ -19,6 +19,9 @@ from .tensors import Layout, alignment, cdiv
 
 _NORMS = ("norm", "scale", "inverse")
 
+# The pointers of a metric that has no norms.
+NO_NORMS = {f"p_{name}_{what}": None for name in ("query", "key") for what in _NORMS}
+
 
 @triton.jit
 def _row_norms(
@@ -110,7 +113,7 @@ def norms_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Norms of ROWS rows of key; from the program behind the last of those on, of query."""
+    """Norms of ROWS rows of key; the remaining programs compute those of query."""
     pid = tl.program_id(0).to(tl.int64)
     key_programs = tl.cdiv(key_rows, ROWS)
     if pid < key_programs:
@@ -182,12 +185,16 @@ def plan_norms(
         ALIGN=alignment(Q, K),
         RESCALE=rescales(dtype),
     )
-    sizes, absent = {}, {}
+    sizes = {}
     for name, rows in (("key", keys), ("query", queries)):
         for what in _NORMS:
             sizes[f"p_{name}_{what}"] = (rows, torch.float32)
         sizes[f"p_{name}_scaled"] = (rows * K.D if scale_rows else 0, dtype)
-    absent = {part: None for part, (count, _) in sizes.items() if count == 0}
+    absent = {
+        part: None
+        for part in sizes
+        if (one_tensor and "query" in part) or (not scale_rows and "scaled" in part)
+    }
     return Plan(launch, Workspace(**{k: v for k, v in sizes.items() if k not in absent}), absent)
 
 

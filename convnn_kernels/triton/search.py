@@ -9,10 +9,8 @@ from torch import Tensor
 from . import hardware
 from .launch import Pointers
 from .metrics import METRICS
-from .norms import compute_norms, plan_norms, rescales
+from .norms import NO_NORMS, compute_norms, plan_norms, rescales
 from .tensors import Layout, alignment, is_same, rows_of
-
-_NO_NORMS = dict.fromkeys(("p_query_norm", "p_key_norm", "p_query_inverse", "p_key_inverse"))
 
 
 class Search(NamedTuple):
@@ -65,7 +63,8 @@ def prepare(
 ) -> tuple[Search, Pointers]:
     """The search that the arguments of `select` ask for, and its tensors by parameter.
 
-    Norms are computed if the metric is the cosine; query and key are scaled rows from then on.
+    For the cosine, norms are computed and, except in float16, query and key are replaced by scaled
+    rows.
     """
     arch, dtype = hardware.architecture(query), query.dtype
     K, K_layout = rows_of(key)
@@ -89,7 +88,7 @@ def prepare(
             pointers.replace(p_query=query_rows, p_key="p_key_scaled")
             Q_layout, K_layout = Q_layout.contiguous(), K_layout.contiguous()
     else:
-        pointers.add(**_NO_NORMS)
+        pointers.add(**NO_NORMS)
     search = Search(
         Q=Q_layout,
         K=K_layout,

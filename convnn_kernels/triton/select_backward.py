@@ -19,11 +19,11 @@ from torch import Tensor
 
 from . import configs, hardware
 from .integers import aligned
-from .inverse_list import invert, layout, run_of_chunk, run_of_key
+from .inverse_list import invert, list_numbers, run_of_chunk, run_of_key
 from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
 from .metrics import COSINE, EUCLIDEAN, METRICS
 from .modulate import load_neighbors
-from .norms import compute_norms, plan_norms
+from .norms import NO_NORMS, compute_norms, plan_norms
 from .tensors import Layout, alignment, cdiv, empty_gradient, is_same, rows_of
 
 
@@ -227,9 +227,6 @@ def key_grad_kernel(
         tl.store(p_key_grad + p_out, b_dk.to(p_key_grad.dtype.element_ty), m_out)
 
 
-_NO_NORMS = dict.fromkeys(("p_query_norm", "p_query_scale", "p_key_norm", "p_key_scale"))
-
-
 class Plan(NamedTuple):
     query: Launch
     key: list[Launch]
@@ -251,7 +248,7 @@ def plan_select_backward(
         **K.strides("k"),
         "ALIGN": alignment(Q, K),
         "METRIC": METRICS[metric],
-        **layout(Q.B, Q.N, K.N, k),
+        **list_numbers(Q.B, Q.N, K.N, k),
         "keys": keys,
         "slots": k if by_slot else 1,
     }
@@ -313,7 +310,7 @@ def select_backward(
         norms = plan_norms(Q_layout, K_layout, query.dtype, one_tensor, False, arch)
         compute_norms(pointers, norms, one_tensor)
     else:
-        pointers.add(**_NO_NORMS)
+        pointers.add(**NO_NORMS)
     plan = plan_select_backward(Q_layout, K_layout, k, metric, by_slot, arch)
     if need_query:
         pointers.add(p_query_grad=grad_query)

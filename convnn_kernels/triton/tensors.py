@@ -58,8 +58,8 @@ def rows_of(X: Tensor) -> tuple[Tensor, Layout]:
 
 
 def _layout(B1: int, B2: int, N: int, D: int, b1: int, b2: int, n: int) -> Layout:
-    """A layout in which the stride of a dimension of one, which has no effect, suits any alignment
-    of the channels."""
+    """A layout in which a dimension of one has the stride that it would have in contiguous memory,
+    or 0: strides without effect do not make another variant."""
     return Layout(B1, B2, N, D, b1 if B1 > 1 else 0, b2 if B2 > 1 else 0, n if N > 1 else D)
 
 
@@ -77,7 +77,7 @@ def alignment(*layouts: Layout) -> int:
 def is_same(X: Tensor, Y: Tensor) -> bool:
     """Whether two tensors of one dtype are the same elements in memory."""
     return X is Y or (
-        X.data_ptr() == Y.data_ptr() and X.shape == Y.shape and X.stride() == Y.stride()
+        X.data_ptr() == Y.data_ptr() != 0 and X.shape == Y.shape and X.stride() == Y.stride()
     )
 
 

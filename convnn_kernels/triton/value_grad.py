@@ -22,7 +22,7 @@ from . import configs
 from .aggregation import Aggregation
 from .dot_of_float import dot_of_float
 from .integers import as_int64
-from .inverse_list import layout, run_of_chunk, run_of_key
+from .inverse_list import list_numbers, run_of_chunk, run_of_key
 from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
 from .tensors import cdiv
 
@@ -173,7 +173,7 @@ def plan_value_grad(call: Aggregation) -> Plan:
     B, M, C, O, k = call.V.B, call.V.N, call.V.D, call.O, call.k
     config = configs.value_grad_depthwise(call.arch, O)
     chunks = call.rows * k // config["CHUNK"]
-    numbers = call.numbers() | layout(B, call.N, M, k) | {"C": O, "OF_CHUNKS": True}
+    numbers = call.numbers() | list_numbers(B, call.N, M, k) | {"C": O, "OF_CHUNKS": True}
     numbers["keys"] = B * M * k if call.is_dense else B * M
     of_chunks = None
     if chunks:
