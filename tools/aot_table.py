@@ -7,6 +7,7 @@ GPU; `tools.aot` fills the table.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import collections
 import hashlib
@@ -227,6 +228,7 @@ def summary(tables: Iterable[Table]) -> str:
 
 
 def main() -> int:
+    argparse.ArgumentParser(prog="python -m tools.aot_table", description=__doc__).parse_args()
     tables = [read(RESULTS / f"triton-{version}.json") for version in VERSIONS]
     text = DOCUMENT.read_text()
     begin, end = "<!-- aot -->\n", "<!-- end of aot -->"
