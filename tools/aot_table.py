@@ -154,7 +154,8 @@ def machine_code(sass: str) -> Row:
     """Matrix instructions of a disassembled kernel, and what its loops consist of.
 
     A loop is what lies between a branch and an earlier position that it goes to. The main loop
-    is the smallest with a matrix instruction, or, without any, the largest that has no other inside.
+    is the smallest with a matrix instruction, or, without any, the largest that has no other
+    inside.
     """
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
     positions = {int(address, 16): i for i, (address, _, _) in enumerate(code)}
