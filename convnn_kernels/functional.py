@@ -66,6 +66,8 @@ def convnn(
         [..., N, O], or [..., N, C] with a depthwise weight or none; same dtype as value. Where
         fewer than k keys are allowed, the missing neighbors contribute nothing; a query without
         neighbors gives the bias, or zero. A similarity that overflows to -inf counts as missing.
+        Exception: with a dense weight that contains inf or NaN, a missing neighbor gives NaN,
+        except with the backend "cuda".
 
     Raises:
         RuntimeError: if an argument does not have the shape, dtype, device or values above; the
@@ -153,7 +155,8 @@ def aggregate_neighbors(
     Args:
         value: [..., M, C]; float64, float32, float16 or bfloat16; any strides.
         similarities: [..., N, k], float32 or float64, same leading dimensions as value. -inf marks
-            a missing neighbor, which contributes nothing.
+            a missing neighbor, which contributes nothing, with the exception that :func:`convnn`
+            names.
         indices: [..., N, k] int64, rows of value.
         weight: [O, C, k] dense or [C, 1, k] depthwise, same dtype as value.
         bias: [O] ([C] with a depthwise weight or none), same dtype as value.

@@ -11,6 +11,11 @@ import torch
 
 FOLDER = Path(__file__).parent / "lib"
 _HOW_TO_BUILD = "Build it from the checkout:  pip install -e . --no-build-isolation"
+_CHECKOUT = FOLDER.parent.parent
+if (_CHECKOUT / "csrc").is_dir():
+    _HOW_TO_BUILD = (
+        f"What was imported is the checkout {_CHECKOUT}, not an installed package. {_HOW_TO_BUILD}"
+    )
 
 
 def library(name: str) -> Path:

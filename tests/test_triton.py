@@ -100,7 +100,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
 
 
 def leave_out_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few columns and 16 bits then take the way of many columns."""
+    """Few columns of 16 bits are then selected as many columns are."""
     monkeypatch.setattr(configs, "allows_select_small", lambda *_: False)
 
 
@@ -159,8 +159,8 @@ OPTIONS = {
     ("k", "dtype"), [(4, F32), (4, F16), pytest.param(70, F32, marks=pytest.mark.slow)], ids=str
 )
 def test_options(option: str, order: str, k: int, dtype: torch.dtype) -> None:
-    """By nominated groups, in one launch, and with k = 70 by all columns."""
-    # From 16 columns of D on, the one launch is there for `dot`.
+    """Through groups, in one launch, and, with k = 70, over all columns."""
+    # `select_small_kernel` runs `dot` only from D = 16 on.
     query, key = integers(5, 18, dtype=dtype), integers(300, 18, seed=1, dtype=dtype)
     options = OPTIONS[option]
     options = {**options, "metric": "dot", "order": order}

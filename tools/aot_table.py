@@ -154,16 +154,17 @@ def write(
 def machine_code(sass: str) -> Row:
     """Matrix instructions of a disassembled kernel, and what its loops consist of.
 
-    A loop is what lies between a branch and an earlier place it goes to. The main loop is the
-    smallest with a matrix instruction, or, without any, the largest that has no other inside.
+    A loop is what lies between a branch and an earlier position that it goes to. The main loop
+    is the smallest with a matrix instruction, or, without any, the largest that has no other
+    inside.
     """
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", sass)
-    places = {int(address, 16): i for i, (address, _, _) in enumerate(code)}
+    positions = {int(address, 16): i for i, (address, _, _) in enumerate(code)}
     loops = []
     for i, (_, name, operands) in enumerate(code):
         target = re.search(r"\b0x([0-9a-f]+)", operands)
         if name.startswith("BRA") and target:
-            begin = places.get(int(target[1], 16), i)
+            begin = positions.get(int(target[1], 16), i)
             if begin < i - 1:
                 loops.append(range(begin, i + 1))
     names = [name for _, name, _ in code]

@@ -78,7 +78,8 @@ def _why_not_cpu() -> str | None:
 def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Forces one backend for all calls of the process, within a ``with`` block.
 
-    It takes precedence over the environment variable ``CONVNN_BACKEND``, which forces one from the
+    Called without ``with``, it only checks that the backend can run here, and forces nothing. It
+    takes precedence over the environment variable ``CONVNN_BACKEND``, which forces one from the
     start.
 
     Args:

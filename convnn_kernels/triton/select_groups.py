@@ -167,7 +167,7 @@ def group_maxima_kernel(
 ):
     """Maxima of the groups of S, for BLOCK_N rows and `tiles_each` tiles of BLOCK_M columns.
 
-    A maximum decides only which groups are looked at. ||q|| is applied to it rather than to S.
+    A maximum decides only which groups are scored. ||q|| is applied to it rather than to S.
     """
     stride_qb1 = aligned(stride_qb1, ALIGN)
     stride_qb2 = aligned(stride_qb2, ALIGN)
