@@ -7,7 +7,6 @@ They need a process of their own, started with ``TRITON_INTERPRET=1``: `make tes
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Iterator
 from itertools import islice, product
 from typing import Any
@@ -58,10 +57,9 @@ def _fresh_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def forget_plans() -> None:
-    for name, module in list(sys.modules.items()):
-        if name.startswith("convnn_kernels.triton."):
-            for function in vars(module).values():
-                getattr(function, "cache_clear", lambda: None)()
+    from convnn_kernels.triton.launch import forget_plans
+
+    forget_plans()
 
 
 def cases() -> Iterator[Case]:

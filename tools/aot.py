@@ -34,7 +34,7 @@ from triton.compiler.compiler import make_backend
 
 from convnn_kernels.triton import backend as triton_backend
 from convnn_kernels.triton import hardware
-from convnn_kernels.triton.launch import KERNELS, OPTIONS, Launch, Pointers
+from convnn_kernels.triton.launch import KERNELS, OPTIONS, Launch, Pointers, forget_plans
 from tools import aot_table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -103,6 +103,7 @@ def record(arch: int, dtype: torch.dtype, calls: list[Any]) -> list[Variant]:
         found.append(_variant(launch, pointers))
 
     kernels()
+    forget_plans()
     with (
         mock.patch.object(Launch, "__call__", take),
         mock.patch.object(hardware, "architecture", return_value=arch),

@@ -16,7 +16,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -41,9 +41,22 @@ _GRANULE = 256
 
 KERNELS: dict[str, "Kernel"] = {}
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+_plans: list[Any] = []
+
+
 # A cache for functions that prepare launches. It is bounded: a plan takes some kilobytes, and calls
 # with many different sizes would otherwise pile up.
-cache_plans = functools.lru_cache(maxsize=1024)
+def cache_plans(function: Function) -> Function:
+    cached: Any = functools.lru_cache(maxsize=1024)(function)
+    _plans.append(cached)
+    return cached
+
+
+def forget_plans() -> None:
+    """Has everything be planned anew, with configurations as they are now."""
+    for cached in _plans:
+        cached.cache_clear()
 
 
 class Kernel:
