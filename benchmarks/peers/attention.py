@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..workloads import Inputs, Workload
-from .base import TRAINING, Build, Call, Peer, Unavailable
+from .base import TRAINING, Build, Call, Peer, Unavailable, require_fast_product
 
 
 def _call(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Call:
@@ -29,6 +29,8 @@ def _call(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) ->
 
 
 def _sdpa(workload: Workload, inputs: Inputs) -> Call:
+    if inputs.query.requires_grad:  # its forward pass is fast all the same
+        require_fast_product(inputs.query)
     return _call(F.scaled_dot_product_attention, inputs)
 
 

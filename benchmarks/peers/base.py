@@ -21,6 +21,20 @@ class Unavailable(RuntimeError):
     """A peer cannot run here; the message says why."""
 
 
+def require_fast_product(tensor: Tensor) -> None:
+    """Raises Unavailable where PyTorch would multiply one number after the other.
+
+    On a processor without instructions for the dtype that takes a minute for matrices of 2048 rows.
+    """
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if tensor.device.type == "cpu" and tensor.dtype in supported and not supported[tensor.dtype]():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise Unavailable(f"PyTorch has no fast matrix product in {dtype} on this processor")
+
+
 @dataclass(frozen=True)
 class Call:
     """A peer made ready for one workload.

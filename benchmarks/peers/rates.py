@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ..workloads import Inputs, Workload
-from .base import Call, Peer
+from .base import Call, Peer, require_fast_product
 
 # Rows and columns of the matrices: large enough for the full rate of torch.mm.
 SIDE = 2048
@@ -15,6 +15,7 @@ COPY_BYTES = 2**28
 
 
 def _matmul(workload: Workload, inputs: Inputs) -> Call:
+    require_fast_product(inputs.query)
     generator = torch.Generator().manual_seed(0)
     shape, device = (SIDE, SIDE), inputs.query.device
     a, b = (torch.randn(shape, generator=generator).to(device, inputs.query.dtype) for _ in "ab")
