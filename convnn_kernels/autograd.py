@@ -185,7 +185,7 @@ def _gradients(
     """
     if not any(needed.values()):
         return {}
-    grads = op(*args, *needed.values())
+    grads = torch_internals.call(op, *args, *needed.values())
     return {name: grad for name, grad in zip(needed, grads, strict=True) if needed[name]}
 
 

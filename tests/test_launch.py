@@ -4,6 +4,7 @@ the launch is left to Triton."""
 
 import importlib.util
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -49,18 +50,26 @@ class Recorder:
         self.kernel = aggregate_depthwise_kernel
         monkeypatch.setattr(type(driver), "active", self.device)
         monkeypatch.setattr(self.kernel, "variants", {})
-        monkeypatch.setattr(Launch, "_launch_by_triton", self._launch_by_triton)
+        monkeypatch.setattr(
+            Launch, "by_triton", lambda launch, pointers: self._by_triton(launch, pointers)
+        )
 
-    def _launch_by_triton(self, pointers: Any) -> Any:
-        self.by_triton.append([pointers.tensor(name) for name in self.kernel.pointers])
+    def _by_triton(self, launch: Any, pointers: Any) -> Any:
+        self.by_triton.append([pointers.tensor(name) for name in launch.pointers])
         return (lambda *arguments: self.direct.append(arguments)), "function", "metadata"
 
-    def launch(self, tensors: dict[str, Any], config: dict[str, int] | None = None, **numbers: Any):
-        from convnn_kernels.triton.launch import Pointers
+    def launch(
+        self,
+        tensors: dict[str, Any],
+        config: dict[str, int] | None = None,
+        names: dict[str, str | None] | None = None,
+        **numbers: Any,
+    ) -> None:
+        from convnn_kernels.triton.launch import Plan, Pointers
 
         arguments = NUMBERS | STRIDES | CONSTANTS | numbers
-        launch = self.kernel.prepare(7, config or CONFIG, **arguments)
-        launch(Pointers(torch.device("cpu"), **tensors))
+        plan = Plan([self.kernel.prepare(7, config or CONFIG, names, **arguments)])
+        plan(Pointers(torch.device("cpu"), **tensors))
 
 
 @pytest.fixture
@@ -146,15 +155,18 @@ def test_each_device_has_its_own_variant(recorder: Recorder) -> None:
     assert recorder.direct[0][3] == 101
 
 
-@pytest.mark.parametrize("setting", ["launch_enter_hook", "launch_exit_hook", "debug"])
+@pytest.mark.parametrize(
+    "setting",
+    ["launch_enter_hook", "launch_exit_hook", "debug", "add_stages_inspection_hook"],
+)
 def test_triton_launches_while_it_is_watched(
     recorder: Recorder, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton import knobs
 
     recorder.launch(tensors())
-    if setting == "debug":
-        monkeypatch.setattr(knobs.runtime, "debug", True)
+    if setting in ("debug", "add_stages_inspection_hook"):
+        monkeypatch.setattr(knobs.runtime, setting, True)
     else:
         monkeypatch.setattr(getattr(knobs.runtime, setting), "calls", [print])
     recorder.launch(tensors())
@@ -167,6 +179,54 @@ def test_a_missing_pointer_is_an_error(recorder: Recorder) -> None:
     del incomplete["p_bias"]
     with pytest.raises(KeyError, match="p_bias"):
         recorder.launch(incomplete)
+
+
+def test_a_kernel_may_find_a_pointer_under_another_name(recorder: Recorder) -> None:
+    given = tensors() | {"p_other": torch.zeros(32)}
+    for _ in range(2):
+        recorder.launch(given, names={"p_bias": "p_other", "p_weight": None})
+    assert recorder.by_triton[0][3:5] == [None, given["p_other"]]
+    assert recorder.direct[0][9:][3:5] == (None, given["p_other"].data_ptr())
+    # An absent pointer is another variant.
+    recorder.launch(given, names={"p_bias": None})
+    assert recorder.by_triton[1][4] is None
+
+
+def test_pointers_of_another_call() -> None:
+    from convnn_kernels.triton.launch import Pointers, Workspace
+
+    def taken(dtype: torch.dtype) -> Pointers:
+        other = Pointers(torch.device("cpu"), p_y=torch.ones(3))
+        other.allocate(Workspace(p_z=(3, dtype)))
+        view = other.tensor("p_z")
+        assert view is not None
+        view.fill_(7)
+        pointers = Pointers(torch.device("cpu"), p_x=None)
+        pointers.take(other, "p_y", "p_z")
+        return pointers
+
+    pointers = taken(torch.float32)
+    # The memory of the other call lives as long as these pointers.
+    assert [pointers.tensor(name).tolist() for name in ("p_y", "p_z")] == [[1.0] * 3, [7.0] * 3]
+    assert pointers.kind == taken(torch.float32).kind != taken(torch.int32).kind
+
+
+def test_memory_that_is_replaced_is_freed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from convnn_kernels.triton.launch import Pointers, Workspace
+
+    part = torch.zeros(8)
+    pointers, gone = Pointers(torch.device("cpu"), p_part=part), weakref.ref(part)
+    del part
+    assert gone() is not None
+    empty, alive = torch.empty, []
+
+    def allocate(*args: Any, **named: Any) -> torch.Tensor:
+        alive.append(gone())
+        return empty(*args, **named)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    pointers.allocate(Workspace(p_part=(8, torch.float32)))
+    assert alive == [None]
 
 
 def test_temporary_memory() -> None:
@@ -193,9 +253,8 @@ def test_a_kind_is_what_the_pointers_are() -> None:
     from convnn_kernels.triton.launch import Pointers, Workspace
 
     def kind(dtype: torch.dtype = torch.float32, other: str = "p_x") -> int:
-        pointers = Pointers(torch.device("cpu"), p_x=torch.zeros(4), p_y=None)
+        pointers = Pointers(torch.device("cpu"), **{other: torch.zeros(4), "p_y": None})
         pointers.allocate(Workspace(p_z=(4, dtype)))
-        pointers.replace(p_y=other)
         return pointers.kind
 
     assert kind() == kind()

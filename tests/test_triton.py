@@ -478,7 +478,7 @@ def allocations(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> tuple[list[int
         allocate(pointers, workspace)
 
     monkeypatch.setattr(launch.Pointers, "allocate", count)
-    monkeypatch.setattr(launch.Launch, "__call__", lambda launch, pointers: None)
+    monkeypatch.setattr(launch.Plan, "launch", lambda plan, pointers: None)
     monkeypatch.setattr(hardware, "architecture", lambda X: 90)
     B, N, M, C, O, k = shape.B, shape.N, shape.M or shape.N, shape.C, shape.O, shape.k
     query, key, value = (torch.zeros(B, n, C) for n in (N, M, M))
@@ -557,16 +557,16 @@ class _Asked:
         from convnn_kernels.triton.launch import Launch
 
         self.variants: set[Any] = set()
-        run = Launch.__call__
+        run = Launch.by_triton
 
         def note(launch: Launch, pointers: Any) -> None:
-            tensors = map(pointers.tensor, launch.kernel.pointers)
+            tensors = map(pointers.tensor, launch.pointers)
             found = [X is not None and (X.dtype, X.data_ptr() % 16 == 0) for X in tensors]
             kinds = map(self._kind, launch.values)
             self.variants.add((launch.kernel.name, *found, *kinds, *launch.options.items()))
             run(launch, pointers)
 
-        monkeypatch.setattr(Launch, "__call__", note)
+        monkeypatch.setattr(Launch, "by_triton", note)
 
     @staticmethod
     def _kind(value: Any) -> Any:

@@ -34,7 +34,7 @@ from triton.compiler.compiler import make_backend
 
 from convnn_kernels.triton import backend as triton_backend
 from convnn_kernels.triton import hardware
-from convnn_kernels.triton.launch import KERNELS, OPTIONS, Launch, Pointers, forget_plans
+from convnn_kernels.triton.launch import KERNELS, OPTIONS, Launch, Plan, Pointers, forget_plans
 from tools import aot_table
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -59,7 +59,7 @@ def _variant(launch: Launch, pointers: Pointers) -> Variant:
     signature, constants, divisible = {}, {}, []
     for i, parameter in enumerate(kernel.jit.params):
         name, general = parameter.name, parameter.do_not_specialize
-        value = pointers.tensor(name) if name in kernel.pointers else numbers[name]
+        value = numbers[name] if name in numbers else pointers.tensor(launch.pointers[i])
         is_one = type(value) is int and value == 1 and not general
         if parameter.is_constexpr or value is None or is_one:
             # Triton, too, compiles an argument of None or 1 as a constant.
@@ -99,13 +99,13 @@ def record(arch: int, dtype: torch.dtype, calls: list[Any]) -> list[Variant]:
     """What Triton compiles for `calls` on an architecture, each variant once."""
     found: list[Variant] = []
 
-    def take(launch: Launch, pointers: Pointers) -> None:
-        found.append(_variant(launch, pointers))
+    def take(plan: Plan, pointers: Pointers) -> None:
+        found.extend(_variant(launch, pointers) for launch in plan.launches)
 
     kernels()
     forget_plans()
     with (
-        mock.patch.object(Launch, "__call__", take),
+        mock.patch.object(Plan, "launch", take),
         mock.patch.object(hardware, "architecture", return_value=arch),
     ):
         for call in calls:

@@ -174,13 +174,13 @@ class _StandIn:
 def _compile(launch: Any, pointers: Any) -> Any:
     """Compiles a launch and what calls it; runs nothing, now or at the next launch of the variant.
 
-    It stands in for `Launch._launch_by_triton`, which is called for each new variant.
+    It stands in for `Launch.by_triton`, which is called for each new variant.
     """
     from triton.backends.nvidia.driver import CudaLauncher
 
-    kernel, grid = launch.kernel, (launch.programs,)
-    arguments = (*map(pointers.tensor, kernel.pointers), *launch.values)
-    compiled = kernel.jit.run(*arguments, grid=grid, warmup=True, **launch.options)
+    grid = (launch.programs,)
+    arguments = (*map(pointers.tensor, launch.pointers), *launch.values)
+    compiled = launch.kernel.jit.run(*arguments, grid=grid, warmup=True, **launch.options)
     _for_each_linkage(lambda: CudaLauncher(compiled.src, compiled.metadata))
     return lambda *arguments: None, None, None
 
@@ -237,7 +237,7 @@ def run_groups(part: int, parts: int) -> None:
     groups = [g for s in ("right", "time") for g in SUITES[s].groups("cuda")]
     groups = [g for g in groups if g.backend == "triton"]
     with (
-        mock.patch.object(Launch, "_launch_by_triton", _compile),
+        mock.patch.object(Launch, "by_triton", _compile),
         mock.patch.object(hardware, "architecture", return_value=_ARCH),
         torch.device("meta"),
     ):

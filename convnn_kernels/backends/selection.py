@@ -131,7 +131,12 @@ def _run(name: str, arguments: Any) -> Any:
     """The results of operator ``name`` for its arguments, a namedtuple of schemas.py."""
     # Read once: another thread may enter or leave a block that forces a backend.
     forced = _forced
-    key = (name, forced, *[_kind(each) for each in arguments])
+    # All that checks and the choice of a backend read.
+    key = (
+        name,
+        forced,
+        *[(X.shape, X.dtype, X.device) if isinstance(X, Tensor) else X for X in arguments],
+    )
     device_and_backend = _checked.get(key)
     if device_and_backend is None:
         device_and_backend = _check(name, arguments, forced)
@@ -152,13 +157,6 @@ def _run(name: str, arguments: Any) -> Any:
         warnings.warn(f"convnn_kernels: Triton cannot compile here: {error}", stacklevel=2)
         # The next backend, or why there is none.
         return _run(name, arguments)
-
-
-def _kind(argument: Any) -> Any:
-    """All that checks and the choice of a backend read of an argument."""
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.device
-    return argument
 
 
 def _check(name: str, arguments: Any, forced: str | None) -> tuple[torch.device, str]:

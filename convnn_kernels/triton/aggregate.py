@@ -17,7 +17,7 @@ from torch import Tensor
 from . import configs
 from .aggregation import Aggregation, prepare
 from .integers import aligned, as_int64
-from .launch import Kernel, Launch, cache_plans
+from .launch import Kernel, Plan, Pointers, cache_plans
 from .modulate import load_neighbors, modulate, softmax_terms
 from .tensors import cdiv
 
@@ -145,15 +145,15 @@ def aggregate_depthwise_kernel(
 
 
 @cache_plans
-def plan_aggregate(call: Aggregation) -> Launch:
+def plan_aggregate(call: Aggregation) -> Plan:
     V, N, O = call.V, call.N, call.O
     if call.is_dense:
         config = configs.aggregate_dense(call.arch, call.bits, V.D, O, call.k)
         programs = V.B * cdiv(N, config["BLOCK_N"]) * cdiv(O, config["BLOCK_O"])
-        return aggregate_dense_kernel.prepare(programs, config, **call.numbers())
+        return Plan([aggregate_dense_kernel.prepare(programs, config, **call.numbers())])
     config = configs.aggregate_depthwise(call.arch, V.D, call.k)
     programs = V.B * cdiv(N, config["BLOCK_N"]) * cdiv(V.D, config["BLOCK_C"])
-    return aggregate_depthwise_kernel.prepare(programs, config, **call.numbers())
+    return Plan([aggregate_depthwise_kernel.prepare(programs, config, **call.numbers())])
 
 
 def aggregate(
@@ -166,9 +166,9 @@ def aggregate(
     scale: float,
 ) -> Tensor:
     """The output [..., N, O]; see schemas.py."""
-    call, pointers = prepare(value, similarities, indices, weight, rho, scale)
+    call, tensors = prepare(value, similarities, indices, weight, rho, scale)
     output = value.new_empty((*indices.shape[:-1], call.O))
     if output.numel():
-        pointers.add(p_bias=None if bias is None else bias.contiguous(), p_output=output)
-        plan_aggregate(call)(pointers)
+        bias = None if bias is None else bias.contiguous()
+        plan_aggregate(call)(Pointers(value.device, **tensors, p_bias=bias, p_output=output))
     return output

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from .aggregation import Aggregation, prepare
 from .inverse_list import invert
-from .launch import Pointers
-from .modulate import plan_modulate, plan_softmax_backward
-from .rho_grad import plan_rho_grad
+from .launch import Plan, Pointers, cache_plans
+from .modulate import prepare_modulate, prepare_softmax_backward
+from .rho_grad import prepare_rho_grad
 from .tensors import empty_gradient
-from .value_grad import compute_value_grad
-from .weight_grad import compute_weight_grad
+from .value_grad import plan_value_grad
+from .weight_grad import add_parts, prepare_weight_grad
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -49,41 +49,56 @@ def aggregate_backward(
     need_weight = need_weight and weight is not None
     grad_value = empty_gradient(value, need_value)
     grad_s = empty_gradient(similarities, need_similarities)
-    grad_weight = value.new_empty(0)
     grad_bias = _bias_grad(grad_output, value) if need_bias and has_bias else value.new_empty(0)
-    if grad_output.numel() == 0 or value.shape[-1] == 0:
-        if need_weight and weight is not None:
-            grad_weight = torch.zeros_like(weight)
+    is_empty = grad_output.numel() == 0 or value.shape[-1] == 0
+    if is_empty or not (need_value or need_similarities or need_weight):
+        grad_weight = value.new_zeros(weight.shape if need_weight and weight is not None else 0)
         return grad_value.zero_(), grad_s.zero_(), grad_weight, grad_bias
-    if not (need_value or need_similarities or need_weight):
-        return grad_value, grad_s, grad_weight, grad_bias
 
     s, I = similarities.contiguous(), indices.contiguous()
-    call, pointers = prepare(value, s, I, weight, rho, scale)
-    # Rows of G are gathered; and what is compiled does not depend on how a caller's loss made it.
-    pointers.add(p_grad=grad_output.contiguous(), p_rho=torch.empty_like(s))
-    plan_modulate(call)(pointers)
-    if need_similarities:
-        _similarities_grad(call, pointers, grad_s)
-    if need_weight:
-        grad_weight = compute_weight_grad(call, pointers, value)
+    call, tensors = prepare(value, s, I, weight, rho, scale)
+    through_rho = need_similarities and rho != "ones"
+    plan, shape = plan_queries(call, through_rho, need_weight)
+    part = value.new_empty(shape, dtype=torch.float32) if need_weight else None
+    pointers = Pointers(
+        value.device,
+        **tensors,
+        # Rows of G are gathered; and what is compiled does not depend on how a loss made it.
+        p_grad=grad_output.contiguous(),
+        p_rho_grad=grad_s,
+        p_part=part,
+        p_value_grad=grad_value,
+    )
+    plan(pointers)
+    grad_weight = value.new_empty(0) if part is None else add_parts(call, part, value.dtype)
+    del part
+    if not through_rho:
+        grad_s.zero_()
     # Last, because the inverse list takes most memory.
     if need_value:
         pairs = inverse() if inverse else invert(s, I, value.shape[-2], call.is_dense)
-        compute_value_grad(call, pointers, pairs, grad_value)
+        pointers.take(pairs, "p_pairs", "p_keys", "p_offsets")
+        plan_value_grad(call)(pointers)
     return grad_value, grad_s, grad_weight, grad_bias
+
+
+@cache_plans
+def plan_queries(
+    call: Aggregation, need_similarities: bool, need_weight: bool
+) -> tuple[Plan, tuple[int, ...]]:
+    """rho, and the gradients that are computed query by query; the shape of p_part."""
+    launches = [prepare_modulate(call)]
+    shape: tuple[int, ...] = ()
+    if need_similarities:
+        launches.append(prepare_rho_grad(call))
+        if call.rho == "softmax":
+            launches.append(prepare_softmax_backward(call))
+    if need_weight:
+        launch, shape = prepare_weight_grad(call)
+        launches.append(launch)
+    return Plan(launches, p_rho=(call.rows * call.k, torch.float32)), shape
 
 
 def _bias_grad(grad_output: Tensor, value: Tensor) -> Tensor:
     batch = tuple(range(grad_output.dim() - 1))
     return grad_output.sum(dim=batch, dtype=torch.float32).to(value.dtype)
-
-
-def _similarities_grad(call: Aggregation, pointers: Pointers, grad: Tensor) -> None:
-    if call.rho == "ones":
-        grad.zero_()
-        return
-    pointers.add(p_rho_grad=grad)
-    plan_rho_grad(call)(pointers)
-    if call.rho == "softmax":
-        plan_softmax_backward(call)(pointers)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from . import hardware
-from .launch import Pointers
 from .tensors import Layout, alignment, rows_of
 
 RHOS = {"softmax": 0, "ones": 1, "similarity": 2}
@@ -61,7 +60,7 @@ def prepare(
     weight: Tensor | None,
     rho: str,
     scale: float,
-) -> tuple[Aggregation, Pointers]:
+) -> tuple[Aggregation, dict[str, Tensor | None]]:
     """The aggregation that the arguments of `aggregate` ask for, and its tensors by parameter.
 
     The weight is [k, C, O] if it is dense, else [C, 1, k]; like similarities and indices,
@@ -84,11 +83,10 @@ def prepare(
     )
     if weight is not None:
         weight = (weight.permute(2, 1, 0) if dense else weight).contiguous()
-    pointers = Pointers(
-        value.device,
-        p_value=V,
-        p_similarities=similarities.contiguous(),
-        p_indices=indices.contiguous(),
-        p_weight=weight,
-    )
-    return aggregation, pointers
+    tensors = {
+        "p_value": V,
+        "p_similarities": similarities.contiguous(),
+        "p_indices": indices.contiguous(),
+        "p_weight": weight,
+    }
+    return aggregation, tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import configs
 from .integers import aligned
-from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
+from .launch import Kernel, Launch, Plan, Pointers, cache_plans
 from .metrics import COSINE, EUCLIDEAN
 from .order import NOTHING, ORDER_OF_SELF, merge, orderable, pack, store_list
 from .search import Search
@@ -162,8 +162,7 @@ def exact_topk_kernel(
     )
 
 
-@cache_plans
-def plan_exact_topk(
+def prepare_exact_topk(
     search: Search,
     blocks: int,
     block_n: int,
@@ -171,7 +170,15 @@ def plan_exact_topk(
     first_block: int = 0,
     first_rank: int = 0,
 ) -> Launch:
-    """For blocks of `block_n` rows, from `first_block` on, and neighbors from `first_rank` on."""
+    """For blocks of `block_n` rows, from `first_block` on, and neighbors from `first_rank` on.
+
+    There are groups of `group` columns, or it is 1 and every column is a member.
+    """
+    names = search.norms().names
+    if group == 1:
+        names = names | {"p_groups": None}
+    if search.k <= configs.LONGEST_LIST:
+        names = names | {"p_bound": None}
     config = configs.exact_topk(search.arch, search.Q.D, search.k)
     numbers = search.numbers()
     if search.k > configs.LONGEST_LIST:
@@ -180,6 +187,7 @@ def plan_exact_topk(
     return exact_topk_kernel.prepare(
         blocks * block_n // config["ROWS"],
         config,
+        names,
         **numbers,
         first_block=first_block,
         first_rank=first_rank,
@@ -190,27 +198,27 @@ def plan_exact_topk(
 
 
 @cache_plans
-def plan_all_columns(search: Search) -> list[Launch]:
+def plan_all_columns(search: Search) -> Plan:
     """A launch for each LONGEST_LIST neighbors."""
+    norms = search.norms()
     rows = configs.exact_topk(search.arch, search.Q.D, search.k)["ROWS"]
     blocks = search.Q.B * cdiv(search.Q.N, rows)
     ranks = range(0, search.k, configs.LONGEST_LIST)
-    return [plan_exact_topk(search, blocks, rows, first_rank=rank) for rank in ranks]
+    launches = [prepare_exact_topk(search, blocks, rows, first_rank=rank) for rank in ranks]
+    buffers = norms.buffers
+    if len(launches) > 1:
+        buffers = buffers | {"p_bound": (search.Q.B * search.Q.N, torch.int64)}
+    return Plan((*norms.launches, *launches), **buffers)
 
 
 def select_all_columns(search: Search, pointers: Pointers) -> None:
     """Select where there are few columns: every similarity is computed by `exact_topk_kernel`."""
-    pointers.add(p_groups=None, p_bound=None)
-    (launch,) = plan_all_columns(search)
-    launch(pointers)
+    plan_all_columns(search)(pointers)
 
 
 def select_in_passes(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -> None:
     """Select where k exceeds the longest list: LONGEST_LIST neighbors in each pass."""
-    pointers.add(p_groups=None)
-    pointers.allocate(Workspace(p_bound=(search.Q.B * search.Q.N, torch.int64)))
-    for launch in plan_all_columns(search):
-        launch(pointers)
+    plan_all_columns(search)(pointers)
     # Until here, missing neighbors have index -1.
     if search.by_index:
         M = search.K.N

@@ -18,7 +18,7 @@ program of a key then sums the pairs before its first chunk and after its last, 
 chunks: always the same terms in the same order.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import configs
 from .integers import as_int64
-from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
+from .launch import Buffer, Kernel, Plan, Pointers, cache_plans
 from .modulate import load_neighbors
 
 
@@ -155,12 +155,10 @@ def run_of_key(
     return first, last, tl.where(begin < end, begin, last), tl.where(begin < end, end, last)
 
 
-class Plan(NamedTuple):
-    count_pairs: Launch
-    store_pairs: Launch
-    sums: int  # elements of p_sums
-    dtype: torch.dtype
-    workspace: Workspace
+class Inversion(NamedTuple):
+    sums: Buffer
+    count_pairs: Plan
+    store_pairs: Plan
 
 
 def list_numbers(B: int, N: int, M: int, k: int) -> dict[str, int]:
@@ -170,20 +168,22 @@ def list_numbers(B: int, N: int, M: int, k: int) -> dict[str, int]:
 
 
 @cache_plans
-def plan_invert(B: int, N: int, M: int, k: int, by_slot: bool) -> Plan:
+def plan_invert(B: int, N: int, M: int, k: int, by_slot: bool) -> Inversion:
     tiles, pairs_each = configs.inverse_list_parts(B, N * k, M)
-    numbers = {"N": N, "M": M, "k": k, "B": B, "tiles": tiles, "pairs_each": pairs_each}
-    numbers["BY_SLOT"] = by_slot
+    numbers: dict[str, Any] = {"N": N, "M": M, "k": k, "B": B, "BY_SLOT": by_slot}
+    numbers |= {"tiles": tiles, "pairs_each": pairs_each}
     config = configs.sort()
     largest = max(B * N * k, (B * M + 1) * (k if by_slot else 1))
     dtype = torch.int32 if largest < 2**31 else torch.int64
     pairs = (B * N * k, dtype)
-    return Plan(
-        count_pairs=count_pairs_kernel.prepare(B * tiles, config, **numbers),
-        store_pairs=store_pairs_kernel.prepare(B * tiles, config, **numbers),
-        sums=B * (M + 1) * tiles + 2,
-        dtype=dtype,
-        workspace=Workspace(p_pairs=pairs, p_keys=pairs),
+    count, store = (
+        kernel.prepare(B * tiles, config, **numbers)
+        for kernel in (count_pairs_kernel, store_pairs_kernel)
+    )
+    return Inversion(
+        sums=(B * (M + 1) * tiles + 2, dtype),
+        count_pairs=Plan([count], p_pairs=pairs, p_keys=pairs),
+        store_pairs=Plan([store]),
     )
 
 
@@ -195,12 +195,16 @@ def invert(similarities: Tensor, indices: Tensor, M: int, by_slot: bool) -> Poin
     """
     N, k = indices.shape[-2:]
     plan = plan_invert(indices.numel() // (N * k), N, M, k, by_slot)
-    sums = torch.zeros(plan.sums, dtype=plan.dtype, device=indices.device)
-    pointers = Pointers(indices.device, p_similarities=similarities, p_indices=indices, p_sums=sums)
-    pointers.allocate(plan.workspace)
+    size, dtype = plan.sums
+    sums = torch.zeros(size, dtype=dtype, device=indices.device)
+    pointers = Pointers(
+        indices.device,
+        p_similarities=similarities,
+        p_indices=indices,
+        p_sums=sums,
+        p_offsets=sums,  # each sum is at last where the next bin and tile begin
+    )
     plan.count_pairs(pointers)
     sums.cumsum_(0)
     plan.store_pairs(pointers)
-    # Each sum is now where the next bin and tile begin.
-    pointers.replace(p_offsets="p_sums")
     return pointers

@@ -5,7 +5,7 @@ Triton's own launch, ``kernel[grid](...)``, examines every argument at every cal
 times as long as the launch itself. Here a launch is prepared from sizes and options alone, by the
 functions ``plan_...`` of the other files, which are cached. What remains at a call are the
 pointers: their addresses, dtypes and alignment, which `Pointers` collects. By them the compiled
-variant is looked up and handed to Triton's launcher.
+variants of a `Plan` are looked up and handed to Triton's launcher.
 
 The launch is left to Triton when a variant is used for the first time, when a profiler has
 installed launch hooks, and in Triton's debug mode and interpreter.
@@ -14,7 +14,7 @@ installed launch hooks, and in Triton's debug mode and interpreter.
 import functools
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -41,6 +41,8 @@ _GRANULE = 256
 
 KERNELS: dict[str, "Kernel"] = {}
 
+# The elements and dtype of temporary memory.
+Buffer = tuple[int, torch.dtype]
 Function = TypeVar("Function", bound=Callable[..., Any])
 _plans: list[Any] = []
 
@@ -76,61 +78,53 @@ class Kernel:
         self.variants: dict[Any, dict[Any, Any]] = {}
         KERNELS[self.name] = self
 
-    def prepare(self, programs: int, config: dict[str, int], **arguments: Any) -> "Launch":
+    def prepare(
+        self,
+        programs: int,
+        config: dict[str, int],
+        names: Mapping[str, str | None] | None = None,
+        **arguments: Any,
+    ) -> "Launch":
         """A launch that needs nothing but pointers.
 
         Args:
             programs: how many.
             config: the kernel's blocks, and num_warps, num_stages, maxnreg for the compiler.
-            **arguments: numbers and constants. Those that the kernel does not have are ignored, so
-                that kernels may share a set.
+            names: by parameter, the name of a pointer in `Pointers` where it is another one; None
+                if there is no such pointer.
+            **arguments: numbers and constants. Those that the kernel does not have are ignored, as
+                are such names, so that kernels may share a set.
         """
-        return Launch(self, programs, config, arguments | config)
+        return Launch(self, programs, config, names or {}, arguments | config)
 
 
 class Launch:
     """A launch of a kernel with all of its arguments but the pointers."""
 
     def __init__(
-        self, kernel: Kernel, programs: int, config: dict[str, int], arguments: dict[str, Any]
+        self,
+        kernel: Kernel,
+        programs: int,
+        config: dict[str, int],
+        names: Mapping[str, str | None],
+        arguments: dict[str, Any],
     ) -> None:
         self.kernel, self.programs = kernel, programs
         self.options = {name: config[name] for name in OPTIONS if name in config}
+        self.pointers = tuple(names.get(name, name) for name in kernel.pointers)
         self.values = tuple(arguments[name] for name in kernel.names[len(kernel.pointers) :])
         numbers = self.values[: len(kernel.numbers)]
         specialized = [arguments[name] for name in kernel.numbers if name in _SPECIALIZED]
         in_64_bits = [not -_INT32 <= number < _INT32 for number in numbers]
         constants = self.values[len(kernel.numbers) :]
-        facts = (*specialized, *in_64_bits, *constants, *self.options.items())
-        self._variants = kernel.variants.setdefault(facts, {})
-        self._addresses = itemgetter(*kernel.pointers)
+        facts = (self.pointers, *specialized, *in_64_bits, *constants, *self.options.items())
+        # By device and kind of pointers: how to launch a compiled variant.
+        self.variants = kernel.variants.setdefault(facts, {})
+        self.addresses = itemgetter(*self.pointers)
 
-    def __call__(self, pointers: "Pointers") -> None:
-        """Launches on the current device, in its current stream."""
-        if _INTERPRETED:
-            self._launch_by_triton(pointers)
-            return
-        device = driver.active.get_current_device()
-        key = (device, pointers.kind)
-        variant = self._variants.get(key)
-        runtime = knobs.runtime
-        if (
-            variant is None
-            or runtime.launch_enter_hook.calls
-            or runtime.launch_exit_hook.calls
-            or runtime.add_stages_inspection_hook is not None
-            or runtime.debug
-        ):
-            self._variants[key] = self._launch_by_triton(pointers)
-            return
-        stream = driver.active.get_current_stream(device)
-        run, function, metadata = variant
-        arguments = (*self._addresses(pointers.addresses), *self.values)
-        run(self.programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
-
-    def _launch_by_triton(self, pointers: "Pointers") -> Any:
-        """Returns how to launch the same variant again."""
-        tensors = [pointers.tensor(name) for name in self.kernel.pointers]
+    def by_triton(self, pointers: "Pointers") -> Any:
+        """Has Triton launch it, and returns how to launch the same variant again."""
+        tensors = [pointers.tensor(name) for name in self.pointers]
         compiled = self.kernel.jit[(self.programs,)](*tensors, *self.values, **self.options)
         if _INTERPRETED:
             return None
@@ -140,14 +134,51 @@ class Launch:
 class Workspace:
     """The temporary memory of some kernels, by parameter: contiguous buffers in one allocation."""
 
-    def __init__(self, **sizes: tuple[int, torch.dtype]) -> None:
-        """The elements and dtype of each buffer."""
+    def __init__(self, **sizes: Buffer) -> None:
         self.sizes = sizes
         self.offsets, self.bytes = {}, 0
         for name, (count, dtype) in sizes.items():
             self.offsets[name] = self.bytes
             self.bytes += -(-count * dtype.itemsize // _GRANULE) * _GRANULE
         self.kind = tuple((name, dtype) for name, (_, dtype) in sizes.items())
+
+
+class Plan:
+    """Launches that follow one another, and their temporary memory."""
+
+    def __init__(self, launches: Iterable[Launch], **workspace: Buffer) -> None:
+        self.launches, self.workspace = tuple(launches), Workspace(**workspace)
+
+    def __call__(self, pointers: "Pointers") -> None:
+        """Launches on the current device, in its current stream."""
+        if self.workspace.sizes:
+            pointers.allocate(self.workspace)
+        self.launch(pointers)
+
+    def launch(self, pointers: "Pointers") -> None:
+        """Launches with temporary memory that the pointers already have."""
+        if _INTERPRETED:
+            for launch in self.launches:
+                launch.by_triton(pointers)
+            return
+        active, runtime = driver.active, knobs.runtime
+        device = active.get_current_device()
+        stream = active.get_current_stream(device)
+        key, addresses = (device, pointers.kind), pointers.addresses
+        watched = (
+            runtime.launch_enter_hook.calls
+            or runtime.launch_exit_hook.calls
+            or runtime.add_stages_inspection_hook is not None
+            or runtime.debug
+        )
+        for launch in self.launches:
+            variant = launch.variants.get(key)
+            if variant is None or watched:
+                launch.variants[key] = launch.by_triton(pointers)
+                continue
+            run, function, metadata = variant
+            arguments = (*launch.addresses(addresses), *launch.values)
+            run(launch.programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
 
 class Pointers:
@@ -161,8 +192,9 @@ class Pointers:
 
     def __init__(self, device: torch.device, **tensors: Tensor | None) -> None:
         self._device = device
-        self._owners: dict[str, Any] = {}
-        self.addresses: dict[str, int | None] = {}
+        # None is the name of what is absent.
+        self._owners: dict[str | None, Any] = {None: None}
+        self.addresses: dict[str | None, int | None] = {None: None}
         self.kind = 0
         self.add(**tensors)
 
@@ -185,19 +217,14 @@ class Pointers:
         It belongs to the stream that is current: PyTorch gives it to others only behind the work
         that has been launched there.
         """
+        for name in workspace.offsets:  # what they own may be freed before
+            self._owners.pop(name, None)
         memory = torch.empty(workspace.bytes, dtype=torch.uint8, device=self._device)
         begin = memory.data_ptr()
         for name, offset in workspace.offsets.items():
             self.addresses[name] = begin + offset
             self._owners[name] = (memory, offset, workspace.sizes[name])
         self.kind = _number_of((self.kind, workspace.kind))
-
-    def replace(self, **names: str) -> None:
-        """Gives parameters the pointers of others: replace(p_query="p_query_scaled")."""
-        for name, other in names.items():
-            self.addresses[name] = self.addresses[other]
-            self._owners[name] = self._owners[other]
-        self.kind = _number_of((self.kind, *names.items()))
 
     def take(self, other: "Pointers", *names: str) -> None:
         """Adds pointers of another call, and keeps what they point to."""
@@ -206,7 +233,7 @@ class Pointers:
             self._owners[name] = other._owners[name]
         self.kind = _number_of((self.kind, other.kind, *names))
 
-    def tensor(self, name: str) -> Tensor | None:
+    def tensor(self, name: str | None) -> Tensor | None:
         """A pointer as a tensor. That of temporary memory takes longer to make than to pass on."""
         owner = self._owners[name]
         if not isinstance(owner, tuple):

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import configs
 from .aggregation import Aggregation
-from .launch import Kernel, Launch, cache_plans
+from .launch import Kernel, Launch
 from .tensors import cdiv
 
 SOFTMAX = tl.constexpr(0)
@@ -122,14 +122,12 @@ def softmax_backward_kernel(
         tl.store(p_rho_grad + o, scale * b_rho * (b_grad - b_sum[:, None]), m)
 
 
-@cache_plans
-def plan_modulate(call: Aggregation) -> Launch:
+def prepare_modulate(call: Aggregation) -> Launch:
     config = configs.modulate(call.arch, call.k)
     return modulate_kernel.prepare(cdiv(call.rows, config["ROWS"]), config, **call.numbers())
 
 
-@cache_plans
-def plan_softmax_backward(call: Aggregation) -> Launch:
+def prepare_softmax_backward(call: Aggregation) -> Launch:
     config = configs.modulate(call.arch, call.k)
     programs = cdiv(call.rows, config["ROWS"])
     return softmax_backward_kernel.prepare(programs, config, **call.numbers())

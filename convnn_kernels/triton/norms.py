@@ -14,13 +14,10 @@ import triton.language as tl
 
 from . import configs
 from .integers import aligned
-from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
+from .launch import Buffer, Kernel, Launch
 from .tensors import Layout, alignment, cdiv
 
 _NORMS = ("norm", "scale", "inverse")
-
-# The pointers of a metric that has no norms.
-NO_NORMS = {f"p_{name}_{what}": None for name in ("query", "key") for what in _NORMS}
 
 
 @triton.jit
@@ -158,24 +155,57 @@ def norms_kernel(
         )
 
 
-class Plan(NamedTuple):
-    launch: Launch
-    workspace: Workspace
-    absent: dict[str, None]
+class Norms(NamedTuple):
+    """The norms of query and key: how to compute them, and where other kernels find them."""
+
+    launches: tuple[Launch, ...]
+    buffers: dict[str, Buffer]
+    # The pointers of other kernels, by parameter.
+    names: dict[str, str | None]
 
 
-@cache_plans
-def plan_norms(
-    Q: Layout, K: Layout, dtype: torch.dtype, one_tensor: bool, scale_rows: bool, arch: int
-) -> Plan:
-    """For the norms of query and key, once if they are one tensor, and scaled rows if wanted."""
+# Of a metric that has no norms.
+_NONE = Norms((), {}, {f"p_{name}_{what}": None for name in ("query", "key") for what in _NORMS})
+
+
+def prepare_norms(
+    Q: Layout,
+    K: Layout,
+    dtype: torch.dtype,
+    metric: str,
+    one_tensor: bool,
+    scale_rows: bool,
+    arch: int,
+) -> Norms:
+    """Norms for the cosine, once if query and key are one tensor.
+
+    scale_rows: other kernels read scaled rows, contiguous, in the place of query and key.
+    """
+    if metric != "cosine":
+        return _NONE
     config = configs.norms(arch, K.D)
-    keys, queries = K.B * K.N, 0 if one_tensor else Q.B * Q.N
+    rows = {"key": K.B * K.N} if one_tensor else {"key": K.B * K.N, "query": Q.B * Q.N}
+    wanted = (*_NORMS, "scaled") if scale_rows else _NORMS
+    buffers: dict[str, Buffer] = {}
+    names: dict[str, str | None] = {}
+    own_names: dict[str, str | None] = {}
+    for name in ("key", "query"):
+        source = name if name in rows else "key"
+        for what in (*_NORMS, "scaled"):
+            if name in rows and what in wanted:
+                dtype_of, width = (dtype, K.D) if what == "scaled" else (torch.float32, 1)
+                buffers[f"p_{name}_{what}"] = (rows[name] * width, dtype_of)
+            else:
+                own_names[f"p_{name}_{what}"] = None
+        names |= {f"p_{name}_{what}": f"p_{source}_{what}" for what in _NORMS}
+        if scale_rows:
+            names[f"p_{name}"] = f"p_{source}_scaled"
     launch = norms_kernel.prepare(
-        cdiv(keys, config["ROWS"]) + cdiv(queries, config["ROWS"]),
+        sum(cdiv(count, config["ROWS"]) for count in rows.values()),
         config,
-        query_rows=queries,
-        key_rows=keys,
+        own_names,
+        query_rows=rows.get("query", 0),
+        key_rows=rows["key"],
         N=Q.N,
         M=K.N,
         D=K.D,
@@ -185,29 +215,9 @@ def plan_norms(
         ALIGN=alignment(Q, K),
         RESCALE=rescales(dtype),
     )
-    sizes = {}
-    for name, rows in (("key", keys), ("query", queries)):
-        for what in _NORMS:
-            sizes[f"p_{name}_{what}"] = (rows, torch.float32)
-        sizes[f"p_{name}_scaled"] = (rows * K.D if scale_rows else 0, dtype)
-    absent = {
-        part: None
-        for part in sizes
-        if (one_tensor and "query" in part) or (not scale_rows and "scaled" in part)
-    }
-    return Plan(launch, Workspace(**{k: v for k, v in sizes.items() if k not in absent}), absent)
+    return Norms((launch,), buffers, names)
 
 
 def rescales(dtype: torch.dtype) -> bool:
     """Whether rows are scaled. The range of float16 is too small for a norm to overflow."""
     return dtype != torch.float16
-
-
-def compute_norms(pointers: Pointers, plan: Plan, one_tensor: bool) -> None:
-    """Adds norms, scales, inverse norms and scaled rows of p_query and p_key to the pointers."""
-    if plan.absent:
-        pointers.add(**plan.absent)
-    pointers.allocate(plan.workspace)
-    plan.launch(pointers)
-    if one_tensor:
-        pointers.replace(**{f"p_query_{what}": f"p_key_{what}" for what in _NORMS})

@@ -12,7 +12,7 @@ import triton.language as tl
 from . import configs
 from .aggregation import Aggregation
 from .integers import aligned
-from .launch import Kernel, Launch, cache_plans
+from .launch import Kernel, Launch
 from .modulate import load_neighbors
 from .tensors import cdiv
 
@@ -124,8 +124,7 @@ def rho_grad_depthwise_kernel(
     tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
 
 
-@cache_plans
-def plan_rho_grad(call: Aggregation) -> Launch:
+def prepare_rho_grad(call: Aggregation) -> Launch:
     V = call.V
     if call.is_dense:
         config = configs.rho_grad_dense(call.arch, call.bits, V.D, call.O)

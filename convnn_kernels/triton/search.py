@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from . import hardware
-from .launch import Pointers
 from .metrics import METRICS
-from .norms import NO_NORMS, compute_norms, plan_norms, rescales
+from .norms import Norms, prepare_norms, rescales
 from .tensors import Layout, alignment, is_same, rows_of
 
 
@@ -20,6 +19,7 @@ class Search(NamedTuple):
 
     Q: Layout  # [B, N, D]
     K: Layout  # [B, M, D]
+    one_tensor: bool  # whether query is key
     columns: int
     k: int
     metric: str
@@ -28,24 +28,41 @@ class Search(NamedTuple):
     has_self: bool
     has_mask: bool
     mask_strides: tuple[int, int]
-    bits: int
+    dtype: torch.dtype
     tf32: bool
     arch: int
 
+    @property
+    def bits(self) -> int:
+        return 8 * self.dtype.itemsize
+
+    @property
+    def scales_rows(self) -> bool:
+        """Whether kernels read scaled rows, contiguous, in the place of query and key."""
+        return self.metric == "cosine" and rescales(self.dtype)
+
+    def norms(self) -> Norms:
+        return prepare_norms(
+            self.Q, self.K, self.dtype, self.metric, self.one_tensor, self.scales_rows, self.arch
+        )
+
     def numbers(self) -> dict[str, Any]:
         """Numbers and constants that the kernels share, by parameter."""
+        Q, K = self.Q, self.K
+        if self.scales_rows:
+            Q, K = Q.contiguous(), K.contiguous()
         return {
-            "N": self.Q.N,
-            "M": self.K.N,
-            "D": self.Q.D,
+            "N": Q.N,
+            "M": K.N,
+            "D": Q.D,
             "columns": self.columns,
             "k": self.k,
-            "B2": self.Q.B2,
-            **self.Q.strides("q"),
-            **self.K.strides("k"),
+            "B2": Q.B2,
+            **Q.strides("q"),
+            **K.strides("k"),
             "stride_mb1": self.mask_strides[0],
             "stride_mb2": self.mask_strides[1],
-            "ALIGN": alignment(self.Q, self.K),
+            "ALIGN": alignment(Q, K),
             "METRIC": METRICS[self.metric],
             "BY_INDEX": self.by_index,
         }
@@ -60,38 +77,16 @@ def prepare(
     key_mask: Tensor | None,
     metric: str,
     order: str,
-) -> tuple[Search, Pointers]:
-    """The search that the arguments of `select` ask for, and its tensors by parameter.
-
-    For the cosine, norms are computed and, except in float16, query and key are replaced by scaled
-    rows.
-    """
-    arch, dtype = hardware.architecture(query), query.dtype
+) -> tuple[Search, dict[str, Tensor | None]]:
+    """The search that the arguments of `select` ask for, and its tensors by parameter."""
     K, K_layout = rows_of(key)
     one_tensor = is_same(query, key)
     Q, Q_layout = (K, K_layout) if one_tensor else rows_of(query)
     mask, mask_layout = (None, None) if key_mask is None else rows_of(key_mask.unsqueeze(-2))
-    pointers = Pointers(
-        query.device,
-        p_query=Q,
-        p_key=K,
-        p_columns=None if candidates is None else candidates.contiguous(),
-        p_mask=mask,
-        p_self=None if self_indices is None else self_indices.contiguous(),
-    )
-    if metric == "cosine":
-        scaled = rescales(dtype)
-        plan = plan_norms(Q_layout, K_layout, dtype, one_tensor, scaled, arch)
-        compute_norms(pointers, plan, one_tensor)
-        if scaled:
-            query_rows = "p_key_scaled" if one_tensor else "p_query_scaled"
-            pointers.replace(p_query=query_rows, p_key="p_key_scaled")
-            Q_layout, K_layout = Q_layout.contiguous(), K_layout.contiguous()
-    else:
-        pointers.add(**NO_NORMS)
     search = Search(
         Q=Q_layout,
         K=K_layout,
+        one_tensor=one_tensor,
         columns=K_layout.N if candidates is None else candidates.shape[0],
         k=k,
         metric=metric,
@@ -100,8 +95,15 @@ def prepare(
         has_self=self_indices is not None,
         has_mask=key_mask is not None,
         mask_strides=(0, 0) if mask_layout is None else mask_layout[4:6],
-        bits=8 * dtype.itemsize,
-        tf32=dtype == torch.float32 and hardware.allows_tf32(),
-        arch=arch,
+        dtype=query.dtype,
+        tf32=query.dtype == torch.float32 and hardware.allows_tf32(),
+        arch=hardware.architecture(query),
     )
-    return search, pointers
+    tensors = {
+        "p_query": Q,
+        "p_key": K,
+        "p_columns": None if candidates is None else candidates.contiguous(),
+        "p_mask": mask,
+        "p_self": None if self_indices is None else self_indices.contiguous(),
+    }
+    return search, tensors

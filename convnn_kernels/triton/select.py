@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import configs
 from .exact_topk import select_all_columns, select_in_passes
+from .launch import Pointers
 from .search import prepare
 from .select_groups import select_groups
 from .select_small import select_small
@@ -39,8 +40,8 @@ def select(
     s, I = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
     if I.numel() == 0:
         return s, I
-    search, pointers = prepare(query, key, k, candidates, self_indices, key_mask, metric, order)
-    pointers.add(p_similarities=s, p_indices=I)
+    search, tensors = prepare(query, key, k, candidates, self_indices, key_mask, metric, order)
+    pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
     # `select_small` expects the token itself among the columns.
     self_is_column = not (search.has_candidates and search.has_self)
     if self_is_column and configs.allows_select_small(

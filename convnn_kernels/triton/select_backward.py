@@ -20,10 +20,10 @@ from torch import Tensor
 from . import configs, hardware
 from .integers import aligned
 from .inverse_list import invert, list_numbers, run_of_chunk, run_of_key
-from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
+from .launch import Kernel, Plan, Pointers, cache_plans
 from .metrics import COSINE, EUCLIDEAN, METRICS
 from .modulate import load_neighbors
-from .norms import NO_NORMS, compute_norms, plan_norms
+from .norms import prepare_norms
 from .tensors import Layout, alignment, cdiv, empty_gradient, is_same, rows_of
 
 
@@ -227,17 +227,26 @@ def key_grad_kernel(
         tl.store(p_key_grad + p_out, b_dk.to(p_key_grad.dtype.element_ty), m_out)
 
 
-class Plan(NamedTuple):
-    query: Launch
-    key: list[Launch]
-    workspace: Workspace
+class Gradient(NamedTuple):
+    """What a launch of the kernels depends on."""
+
+    Q: Layout  # [B, N, D]
+    K: Layout  # [B, M, D]
+    one_tensor: bool  # whether query is key
+    k: int
+    metric: str
+    dtype: torch.dtype
+    by_slot: bool
+    need_query: bool
+    need_key: bool
+    arch: int
 
 
 @cache_plans
-def plan_select_backward(
-    Q: Layout, K: Layout, k: int, metric: str, by_slot: bool, arch: int
-) -> Plan:
-    D, keys = Q.D, K.B * K.N
+def plan_select_backward(call: Gradient) -> Plan:
+    """dq and dk, from pointers that have the inverse neighbor list if there is dk."""
+    Q, K, D, k = call.Q, call.K, call.Q.D, call.k
+    norms = prepare_norms(Q, K, call.dtype, call.metric, call.one_tensor, False, call.arch)
     numbers = {
         "N": Q.N,
         "M": K.N,
@@ -247,28 +256,33 @@ def plan_select_backward(
         **Q.strides("q"),
         **K.strides("k"),
         "ALIGN": alignment(Q, K),
-        "METRIC": METRICS[metric],
+        "METRIC": METRICS[call.metric],
         **list_numbers(Q.B, Q.N, K.N, k),
-        "keys": keys,
-        "slots": k if by_slot else 1,
+        "keys": K.B * K.N,
+        "slots": k if call.by_slot else 1,
     }
-    config = configs.query_grad(arch, D, k)
-    programs = Q.B * cdiv(Q.N, config["BLOCK_N"]) * cdiv(D, config["BLOCK_D"])
-    query = query_grad_kernel.prepare(programs, config, **numbers)
-    config = configs.key_grad(arch, D)
-    chunks = Q.B * Q.N * k // config["CHUNK"]
-    launches = [
-        key_grad_kernel.prepare(
-            cdiv(count, config["ROWS"]) * cdiv(D, config["BLOCK_D"]),
-            config,
-            **numbers,
-            OF_CHUNKS=of_chunks,
-        )
-        for of_chunks, count in ((True, chunks), (False, keys))
-        if count
-    ]
-    workspace = Workspace(p_part=(chunks * D, torch.float32), p_along=(chunks, torch.float32))
-    return Plan(query, launches, workspace)
+    launches, buffers = [*norms.launches], norms.buffers
+    if call.need_query:
+        config = configs.query_grad(call.arch, D, k)
+        programs = Q.B * cdiv(Q.N, config["BLOCK_N"]) * cdiv(D, config["BLOCK_D"])
+        launches.append(query_grad_kernel.prepare(programs, config, norms.names, **numbers))
+    if call.need_key:
+        config = configs.key_grad(call.arch, D)
+        chunks = Q.B * Q.N * k // config["CHUNK"]
+        launches += [
+            key_grad_kernel.prepare(
+                cdiv(count, config["ROWS"]) * cdiv(D, config["BLOCK_D"]),
+                config,
+                norms.names,
+                **numbers,
+                OF_CHUNKS=of_chunks,
+            )
+            for of_chunks, count in ((True, chunks), (False, K.B * K.N))
+            if count
+        ]
+        parts = {"p_part": (chunks * D, torch.float32), "p_along": (chunks, torch.float32)}
+        buffers = buffers | parts
+    return Plan(launches, **buffers)
 
 
 def select_backward(
@@ -293,7 +307,6 @@ def select_backward(
         return grad_query, grad_key
     if indices.numel() == 0:
         return grad_query, grad_key.zero_()
-    arch, k = hardware.architecture(query), indices.shape[-1]
     s, I = similarities.contiguous(), indices.contiguous()
     K, K_layout = rows_of(key)
     one_tensor = is_same(query, key)
@@ -305,21 +318,23 @@ def select_backward(
         p_indices=I,
         p_query=Q,
         p_key=K,
+        p_query_grad=grad_query,
+        p_key_grad=grad_key,
     )
-    if metric == "cosine":
-        norms = plan_norms(Q_layout, K_layout, query.dtype, one_tensor, False, arch)
-        compute_norms(pointers, norms, one_tensor)
-    else:
-        pointers.add(**NO_NORMS)
-    plan = plan_select_backward(Q_layout, K_layout, k, metric, by_slot, arch)
-    if need_query:
-        pointers.add(p_query_grad=grad_query)
-        plan.query(pointers)
     if need_key:
         pairs = inverse() if inverse else invert(s, I, key.shape[-2], by_slot)
         pointers.take(pairs, "p_pairs", "p_keys", "p_offsets")
-        pointers.allocate(plan.workspace)
-        pointers.add(p_key_grad=grad_key)
-        for launch in plan.key:
-            launch(pointers)
+    call = Gradient(
+        Q_layout,
+        K_layout,
+        one_tensor,
+        indices.shape[-1],
+        metric,
+        query.dtype,
+        by_slot,
+        need_query,
+        need_key,
+        hardware.architecture(query),
+    )
+    plan_select_backward(call)(pointers)
     return grad_query, grad_key

@@ -21,16 +21,14 @@ Rows are processed in blocks of BLOCK_N, which do not cross batch elements. The 
 may exceed the workspace; then there are several launches, each from `first_block` on.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from . import configs, hardware
-from .exact_topk import plan_exact_topk
+from .exact_topk import prepare_exact_topk
 from .integers import aligned
-from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
+from .launch import Kernel, Launch, Plan, Pointers, cache_plans
 from .metrics import COSINE, EUCLIDEAN
 from .order import NOTHING, index_of, merge, orderable, pack
 from .search import Search
@@ -296,23 +294,9 @@ def top_groups_kernel(
     tl.store(p_groups + (o_r[:, None] << LOG_LIST) + o_l[None, :], b_group, m_n[:, None])
 
 
-class Step(NamedTuple):
-    """Launches for some of the rows."""
-
-    maxima: Launch
-    top_groups: Launch
-    exact_topk: Launch
-
-
-class Plan(NamedTuple):
-    workspace: Workspace
-    flags: Launch | None
-    steps: list[Step]
-
-
 @cache_plans
 def plan_select_groups(search: Search) -> Plan:
-    Q, arch, k = search.Q, search.arch, search.k
+    Q, arch, k, norms = search.Q, search.arch, search.k, search.norms()
     group = configs.group_size(arch, search.columns, k)
     config = configs.group_maxima(arch, search.bits, Q.D, search.metric == "euclidean")
     top_config = configs.top_groups(arch, k)
@@ -335,42 +319,40 @@ def plan_select_groups(search: Search) -> Plan:
     at_once = max(1, min(blocks, configs.WORKSPACE // (block_n * row_bytes)))
     tiles = stride_g * group // config["BLOCK_M"]
 
-    def step(first_block: int) -> Step:
+    names = norms.names
+    buffers = norms.buffers | {
+        "p_maxima": (at_once * block_n * stride_g, torch.float32),
+        "p_groups": (at_once * block_n * list_length, torch.int32),
+    }
+    launches = [*norms.launches]
+    if search.has_candidates or search.has_mask:
+        flag_config = configs.group_flags(group)
+        programs = Q.B * cdiv(stride_g, flag_config["GROUPS"])
+        launches.append(group_flags_kernel.prepare(programs, flag_config, **numbers))
+        buffers["p_flags"] = (Q.B * stride_g, torch.int8)
+    else:
+        names = names | {"p_flags": None}
+
+    def some_rows(first_block: int) -> tuple[Launch, ...]:
         count = min(at_once, blocks - first_block)
         each = configs.tiles_each(arch, count, tiles)
         of_step = numbers | {"first_block": first_block, "tiles_each": each}
         programs, rows = count * cdiv(tiles, each), count * block_n
-        return Step(
-            group_maxima_kernel.prepare(programs, config, **of_step),
-            top_groups_kernel.prepare(rows // top_config["ROWS"], top_config, **of_step),
-            plan_exact_topk(search, count, block_n, group, first_block),
+        return (
+            group_maxima_kernel.prepare(programs, config, names, **of_step),
+            top_groups_kernel.prepare(rows // top_config["ROWS"], top_config, names, **of_step),
+            prepare_exact_topk(search, count, block_n, group, first_block),
         )
 
-    flags = None
-    sizes = {
-        "p_maxima": (at_once * block_n * stride_g, torch.float32),
-        "p_groups": (at_once * block_n * list_length, torch.int32),
-    }
-    if search.has_candidates or search.has_mask:
-        flag_config = configs.group_flags(group)
-        programs = Q.B * cdiv(stride_g, flag_config["GROUPS"])
-        flags = group_flags_kernel.prepare(programs, flag_config, **numbers)
-        sizes["p_flags"] = (Q.B * stride_g, torch.int8)
-    steps = [step(first_block) for first_block in range(0, blocks, at_once)]
-    return Plan(Workspace(**sizes), flags, steps)
+    for first_block in range(0, blocks, at_once):
+        launches += some_rows(first_block)
+    return Plan(launches, **buffers)
 
 
 def select_groups(search: Search, pointers: Pointers) -> None:
     """Select by the maxima of groups of columns."""
-    plan = plan_select_groups(search)
     candidates = pointers.tensor("p_columns")
     if candidates is not None:
         # Groups of ascending columns: at a tie, the lower group then has the lower rows of key.
         pointers.add(p_columns=candidates.sort().values)
-    pointers.add(p_bound=None, p_flags=None)
-    pointers.allocate(plan.workspace)
-    if plan.flags:
-        plan.flags(pointers)
-    for step in plan.steps:
-        for launch in step:
-            launch(pointers)
+    plan_select_groups(search)(pointers)

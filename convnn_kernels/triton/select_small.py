@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import configs
 from .integers import aligned
-from .launch import Kernel, Launch, Pointers, cache_plans
+from .launch import Kernel, Plan, Pointers, cache_plans
 from .metrics import COSINE
 from .order import NOTHING, ORDER_OF_SELF, largest, orderable, pack, store_list
 from .search import Search
@@ -153,11 +153,12 @@ def select_small_kernel(
 
 
 @cache_plans
-def plan_select_small(search: Search) -> Launch:
-    Q = search.Q
+def plan_select_small(search: Search) -> Plan:
+    Q, norms = search.Q, search.norms()
     config = configs.select_small(search.arch, Q.D, search.k, Q.B * Q.N)
     programs = Q.B * cdiv(Q.N, config["BLOCK_N"])
-    return select_small_kernel.prepare(programs, config, **search.numbers())
+    launch = select_small_kernel.prepare(programs, config, norms.names, **search.numbers())
+    return Plan((*norms.launches, launch), **norms.buffers)
 
 
 def select_small(search: Search, pointers: Pointers) -> None:

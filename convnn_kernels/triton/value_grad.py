@@ -12,18 +12,15 @@ then the product of H_j with W_j on tensor cores. H_j is not rounded to 16 bits:
 product as the sum of two tf32 numbers.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton.language as tl
-from torch import Tensor
 
 from . import configs
 from .aggregation import Aggregation
 from .dot_of_float import dot_of_float
 from .integers import as_int64
 from .inverse_list import list_numbers, run_of_chunk, run_of_key
-from .launch import Kernel, Launch, Pointers, Workspace, cache_plans
+from .launch import Kernel, Plan, cache_plans
 from .tensors import cdiv
 
 
@@ -162,50 +159,30 @@ def value_grad_depthwise_kernel(
         tl.store(p_value_grad + p_out, b_dv.to(p_value_grad.dtype.element_ty), m_out)
 
 
-class Plan(NamedTuple):
-    of_chunks: Launch | None
-    of_keys: Launch
-    workspace: Workspace
-
-
 @cache_plans
 def plan_value_grad(call: Aggregation) -> Plan:
+    """dV, from pointers that have the inverse neighbor list.
+
+    The list, of inverse_list.py, must be sorted by slot if the weight is dense. Dense weights do
+    not enter the sums of chunks.
+    """
     B, M, C, O, k = call.V.B, call.V.N, call.V.D, call.O, call.k
     config = configs.value_grad_depthwise(call.arch, O)
     chunks = call.rows * k // config["CHUNK"]
     numbers = call.numbers() | list_numbers(B, call.N, M, k) | {"C": O, "OF_CHUNKS": True}
     numbers["keys"] = B * M * k if call.is_dense else B * M
-    of_chunks = None
+    launches = []
     if chunks:
         programs = cdiv(chunks, config["ROWS"]) * cdiv(O, config["BLOCK_C"])
-        of_chunks = value_grad_depthwise_kernel.prepare(programs, config, **numbers)
-    workspace = Workspace(p_part=(chunks * O, torch.float32))
-    if not call.is_dense:
+        names = {"p_weight": None} if call.is_dense else {}
+        launches.append(value_grad_depthwise_kernel.prepare(programs, config, names, **numbers))
+    if call.is_dense:
+        dense = configs.value_grad_dense(call.arch, call.bits, C, O)
+        programs = B * cdiv(M, dense["BLOCK_M"]) * cdiv(C, dense["BLOCK_C"])
+        numbers |= {"C": C, "CHUNK": config["CHUNK"]}
+        launches.append(value_grad_dense_kernel.prepare(programs, dense, **numbers))
+    else:
         numbers["OF_CHUNKS"] = False
         programs = cdiv(B * M, config["ROWS"]) * cdiv(O, config["BLOCK_C"])
-        of_keys = value_grad_depthwise_kernel.prepare(programs, config, **numbers)
-        return Plan(of_chunks, of_keys, workspace)
-    dense = configs.value_grad_dense(call.arch, call.bits, C, O)
-    programs = B * cdiv(M, dense["BLOCK_M"]) * cdiv(C, dense["BLOCK_C"])
-    numbers |= {"C": C, "CHUNK": config["CHUNK"]}
-    of_keys = value_grad_dense_kernel.prepare(programs, dense, **numbers)
-    return Plan(of_chunks, of_keys, workspace)
-
-
-def compute_value_grad(
-    call: Aggregation, pointers: Pointers, inverse: Pointers, grad: Tensor
-) -> None:
-    """Writes dV to `grad` [..., M, C].
-
-    The list, of inverse_list.py, must be sorted by slot if the weight is dense. Dense weights do
-    not enter the sums of chunks.
-    """
-    plan, W = plan_value_grad(call), pointers.tensor("p_weight")
-    pointers.take(inverse, "p_pairs", "p_keys", "p_offsets")
-    pointers.allocate(plan.workspace)
-    pointers.add(p_value_grad=grad, p_weight=None if call.is_dense else W)
-    if plan.of_chunks:
-        plan.of_chunks(pointers)
-    if call.is_dense:
-        pointers.add(p_weight=W)
-    plan.of_keys(pointers)
+        launches.append(value_grad_depthwise_kernel.prepare(programs, config, **numbers))
+    return Plan(launches, p_part=(chunks * O, torch.float32))

@@ -16,7 +16,7 @@ from . import configs
 from .aggregation import Aggregation
 from .dot_of_float import dot_of_float
 from .integers import aligned
-from .launch import Kernel, Launch, Pointers, cache_plans
+from .launch import Kernel, Launch
 from .modulate import load_neighbors
 from .tensors import cdiv
 
@@ -132,9 +132,8 @@ def weight_grad_depthwise_kernel(
     tl.store(p_part + (part * C + o_c) * k + j, b_dw, m_c)
 
 
-@cache_plans
-def plan_weight_grad(call: Aggregation) -> tuple[Launch, tuple[int, ...]]:
-    """The launch, and the shape of all parts."""
+def prepare_weight_grad(call: Aggregation) -> tuple[Launch, tuple[int, ...]]:
+    """The launch, and the shape of all parts, which it writes to p_part."""
     C, O, k = call.V.D, call.O, call.k
     size = k * C * O if call.is_dense else k * C
     bound = call.rows * min(call.V.N, k * C)
@@ -151,14 +150,9 @@ def plan_weight_grad(call: Aggregation) -> tuple[Launch, tuple[int, ...]]:
     return launch, (parts, C, 1, k)
 
 
-def compute_weight_grad(call: Aggregation, pointers: Pointers, value: Tensor) -> Tensor:
+def add_parts(call: Aggregation, part: Tensor, dtype: torch.dtype) -> Tensor:
     """dW, of the shape of the weight."""
-    launch, shape = plan_weight_grad(call)
-    part = value.new_empty(shape, dtype=torch.float32)
-    pointers.add(p_part=part)
-    launch(pointers)
-    pointers.add(p_part=None)  # the memory is free when the parts have been summed
-    if not call.is_dense:
-        return part.sum(dim=0).to(value.dtype)
-    grad = part.sum(dim=0).permute(2, 1, 0)
-    return grad.to(value.dtype, memory_format=torch.contiguous_format)
+    grad = part.sum(dim=0)
+    if call.is_dense:
+        return grad.permute(2, 1, 0).to(dtype, memory_format=torch.contiguous_format)
+    return grad.to(dtype)
