@@ -178,6 +178,17 @@ def test_a_failed_compiler_ends_all_choices(fake: Fake) -> None:
     assert fake.calls == ["triton", "triton", "cuda", "cuda"]
 
 
+def test_a_forced_backend_that_fails_is_named_as_it_was_forced(fake: Fake) -> None:
+    fake.fails["triton"] = triton.CannotCompile("no C compiler")
+    expected = "^backend: name must be a backend that can run here .* got 'triton'.*no C compiler"
+    with (
+        convnn_kernels.backend("triton"),
+        pytest.warns(UserWarning, match="Triton cannot compile here"),
+        pytest.raises(RuntimeError, match=expected),
+    ):
+        run(x, x, 2)
+
+
 def test_cuda_takes_more_rows_than_triton(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

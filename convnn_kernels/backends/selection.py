@@ -38,7 +38,8 @@ _log = logging.getLogger("convnn_kernels")
 _failures: dict[str, str] = {}
 
 # One choice for the whole process: backward runs in threads of the autograd engine.
-_forced: str | None = os.environ.get("CONVNN_BACKEND") or None
+_FROM_ENVIRONMENT = os.environ.get("CONVNN_BACKEND") or None
+_forced: str | None = _FROM_ENVIRONMENT
 
 
 class Call(NamedTuple):
@@ -193,7 +194,11 @@ def choose(call: Call) -> tuple[str, str]:
     reasons["triton"] = reasons["triton"] or triton.refuses(call.device, call.dtypes, call.is_huge)
     reasons["cuda"] = reasons["cuda"] or cuda.refuses(call.device)
     if call.forced is not None:
-        _require(call.forced, "CONVNN_BACKEND")
+        # One that could run when it was forced may have failed since.
+        _require(
+            call.forced,
+            "CONVNN_BACKEND" if call.forced == _FROM_ENVIRONMENT else "backend: name",
+        )
         if reasons[call.forced]:
             raise RuntimeError(
                 f"{call.operator}: the forced backend '{call.forced}' cannot run tensors on "
