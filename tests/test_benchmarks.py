@@ -186,14 +186,15 @@ def test_peer_that_needs_too_much_memory_is_skipped():
     assert "the limit is" in row["reason"]
 
 
-def test_products_that_pytorch_emulates_are_skipped(monkeypatch):
-    """Matrices of 2048 rows in bfloat16 take it a minute without instructions for them."""
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    rows = measure(["mm", "sdpa", "convnn-all"], replace(TINY, dtype="bfloat16"))
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "bf16"), ("float16", "fp16")])
+def test_products_that_pytorch_emulates_are_skipped(dtype, name, monkeypatch):
+    """Matrices of 2048 rows take it a minute without instructions for the dtype."""
+    monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+    rows = measure(["mm", "sdpa", "convnn-all"], replace(TINY, dtype=dtype))
     emulated = {("mm", "forward"), ("sdpa", "forward+backward")}
     skipped = {(row["peer"], row["pass"]) for row in rows if row["status"] == "skipped"}
     assert skipped - {("mm", "forward+backward")} == emulated
-    assert all("bfloat16" in r["reason"] for r in rows if (r["peer"], r["pass"]) in emulated)
+    assert all(dtype in r["reason"] for r in rows if (r["peer"], r["pass"]) in emulated)
 
 
 # These compute more than a tiny call and have their own tests.

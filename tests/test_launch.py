@@ -192,6 +192,37 @@ def test_a_kernel_may_find_a_pointer_under_another_name(recorder: Recorder) -> N
     assert recorder.by_triton[1][4] is None
 
 
+def test_launches_of_a_plan_follow_one_another(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one allocation; each may have been compiled or not."""
+    from convnn_kernels.triton.launch import Plan, Pointers
+
+    def launch(programs: int, **numbers: int) -> Any:
+        arguments = NUMBERS | STRIDES | CONSTANTS | numbers
+        return recorder.kernel.prepare(programs, CONFIG, **arguments)
+
+    allocated, allocate = [], Pointers.allocate
+
+    def note(pointers: Any, workspace: Any) -> None:
+        allocated.append(workspace.bytes)
+        allocate(pointers, workspace)
+
+    monkeypatch.setattr(Pointers, "allocate", note)
+    buffers = {"p_output": (320, torch.float32), "p_bias": (32, torch.float32)}
+    given = {name: X for name, X in tensors().items() if name not in buffers}
+    Plan([launch(3)], **buffers)(Pointers(torch.device("cpu"), **given))
+    # The second is of the variant that is compiled, the first of another one.
+    Plan([launch(4, C=33), launch(5), launch(6, N=11)], **buffers)(
+        Pointers(torch.device("cpu"), **given)
+    )
+    assert allocated == [1280 + 256] * 2
+    assert len(recorder.by_triton) == 2
+    assert [arguments[0] for arguments in recorder.direct] == [5, 6]
+    bias, output = (recorder.direct[0][9:][i] for i in (4, 5))
+    assert bias == output + 1280
+
+
 def test_pointers_of_another_call() -> None:
     from convnn_kernels.triton.launch import Pointers, Workspace
 

@@ -7,6 +7,7 @@ They need a process of their own, started with ``TRITON_INTERPRET=1``: `make tes
 import dataclasses
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from itertools import islice, product
 from typing import Any
@@ -524,6 +525,39 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> None:
     all_neighbors = shape.B * shape.N * shape.k * shape.C
     assert max((size for size in sizes if size > given), default=0) < min(all_pairs, all_neighbors)
     assert max(sizes) <= max(given, configs.SMALL_WORKSPACE // 4, configs.WORKSPACE // 4)
+
+
+def test_parts_of_a_weight_gradient_are_freed_before_the_inverse_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both may be large."""
+    from convnn_kernels.triton import aggregate_backward, inverse_list, launch
+
+    monkeypatch.setattr(launch.Plan, "launch", lambda plan, pointers: None)
+    N, C, O, k = 2048, 16, 24, 3
+    new_empty, made = Tensor.new_empty, []
+
+    def note(X: Tensor, *args: Any, **named: Any) -> Tensor:
+        Y = new_empty(X, *args, **named)
+        made.append((tuple(Y.shape), weakref.ref(Y)))
+        return Y
+
+    monkeypatch.setattr(Tensor, "new_empty", note)
+    value, grad, W = (torch.zeros(shape) for shape in ((1, N, C), (1, N, O), (O, C, k)))
+    s, I = torch.zeros(1, N, k), torch.zeros(1, N, k, dtype=torch.int64)
+    alive = []
+
+    def inverse() -> launch.Pointers:
+        alive.extend(shape for shape, Y in made if Y() is not None)
+        return inverse_list.invert(s, I, N, by_slot=True)
+
+    options = (False, "softmax", 1.0, True, True, True, False)
+    aggregate_backward.aggregate_backward(grad, value, s, I, W, *options, inverse)
+    parts = [shape for shape, _ in made if shape[1:] == (k, C, O)]
+    assert len(parts) == 1
+    assert parts[0][0] > 1
+    assert (1, N, C) in alive
+    assert parts[0] not in alive
 
 
 def test_parts_of_a_weight_gradient_are_bounded() -> None:

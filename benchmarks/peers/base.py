@@ -26,11 +26,10 @@ def require_fast_product(tensor: Tensor) -> None:
 
     On a processor without instructions for the dtype that takes a minute for matrices of 2048 rows.
     """
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if tensor.device.type == "cpu" and tensor.dtype in supported and not supported[tensor.dtype]():
+    if tensor.device.type != "cpu" or tensor.dtype.itemsize != 2:
+        return
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[tensor.dtype]
+    if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")():
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise Unavailable(f"PyTorch has no fast matrix product in {dtype} on this processor")
 

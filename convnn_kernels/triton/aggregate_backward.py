@@ -58,7 +58,7 @@ def aggregate_backward(
     s, I = similarities.contiguous(), indices.contiguous()
     call, tensors = prepare(value, s, I, weight, rho, scale)
     through_rho = need_similarities and rho != "ones"
-    plan, shape = plan_queries(call, through_rho, need_weight)
+    plan, shape = plan_by_query(call, through_rho, need_weight)
     part = value.new_empty(shape, dtype=torch.float32) if need_weight else None
     pointers = Pointers(
         value.device,
@@ -70,8 +70,11 @@ def aggregate_backward(
         p_value_grad=grad_value,
     )
     plan(pointers)
-    grad_weight = value.new_empty(0) if part is None else add_parts(call, part, value.dtype)
-    del part
+    grad_weight = value.new_empty(0)
+    if part is not None:
+        grad_weight = add_parts(call, part, value.dtype)
+        del part
+        pointers.add(p_part=None)
     if not through_rho:
         grad_s.zero_()
     # Last, because the inverse list takes most memory.
@@ -83,13 +86,13 @@ def aggregate_backward(
 
 
 @cache_plans
-def plan_queries(
-    call: Aggregation, need_similarities: bool, need_weight: bool
+def plan_by_query(
+    call: Aggregation, through_rho: bool, need_weight: bool
 ) -> tuple[Plan, tuple[int, ...]]:
     """rho, and the gradients that are computed query by query; the shape of p_part."""
     launches = [prepare_modulate(call)]
     shape: tuple[int, ...] = ()
-    if need_similarities:
+    if through_rho:
         launches.append(prepare_rho_grad(call))
         if call.rho == "softmax":
             launches.append(prepare_softmax_backward(call))

@@ -202,7 +202,7 @@ def invert(similarities: Tensor, indices: Tensor, M: int, by_slot: bool) -> Poin
         p_similarities=similarities,
         p_indices=indices,
         p_sums=sums,
-        p_offsets=sums,  # each sum is at last where the next bin and tile begin
+        p_offsets=sums,  # after both launches a sum is where the next bin and tile begin
     )
     plan.count_pairs(pointers)
     sums.cumsum_(0)

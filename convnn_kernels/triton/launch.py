@@ -2,10 +2,11 @@
 """Launching kernels and their temporary memory, at little cost on the host.
 
 Triton's own launch, ``kernel[grid](...)``, examines every argument at every call, which takes four
-times as long as the launch itself. Here a launch is prepared from sizes and options alone, by the
-functions ``plan_...`` of the other files, which are cached. What remains at a call are the
-pointers: their addresses, dtypes and alignment, which `Pointers` collects. By them the compiled
-variants of a `Plan` are looked up and handed to Triton's launcher.
+times as long as the launch itself. Here launches are prepared from sizes and options alone: in the
+other files ``prepare_...`` makes one launch, and ``plan_...``, which is cached, the `Plan` of all
+that follow one another. What remains at a call are the pointers: their addresses, dtypes and
+alignment, which `Pointers` collects. By them the compiled variants are looked up and handed to
+Triton's launcher.
 
 The launch is left to Triton when a variant is used for the first time, when a profiler has
 installed launch hooks, and in Triton's debug mode and interpreter.
@@ -217,7 +218,7 @@ class Pointers:
         It belongs to the stream that is current: PyTorch gives it to others only behind the work
         that has been launched there.
         """
-        for name in workspace.offsets:  # what they own may be freed before
+        for name in workspace.offsets:  # so that what they point to may be reused at once
             self._owners.pop(name, None)
         memory = torch.empty(workspace.bytes, dtype=torch.uint8, device=self._device)
         begin = memory.data_ptr()

@@ -193,8 +193,8 @@ def prepare_norms(
         source = name if name in rows else "key"
         for what in (*_NORMS, "scaled"):
             if name in rows and what in wanted:
-                dtype_of, width = (dtype, K.D) if what == "scaled" else (torch.float32, 1)
-                buffers[f"p_{name}_{what}"] = (rows[name] * width, dtype_of)
+                width, element = (K.D, dtype) if what == "scaled" else (1, torch.float32)
+                buffers[f"p_{name}_{what}"] = (rows[name] * width, element)
             else:
                 own_names[f"p_{name}_{what}"] = None
         names |= {f"p_{name}_{what}": f"p_{source}_{what}" for what in _NORMS}
