@@ -86,7 +86,8 @@ class CMakeBuild(build_ext):
         target = source if self.inplace else Path(self.build_lib).resolve()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         configured_for = json.dumps(
-            [str(folder), sys.executable]
+            # Not sys.executable: an environment has its Python under several names.
+            [str(folder), sys.prefix]
             + [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX")]
         )
         stamp = folder / "configured-for.json"
@@ -103,6 +104,8 @@ class CMakeBuild(build_ext):
         report = json.loads((folder / "build.json").read_text())
         jobs = parallel_jobs(NVCC_JOB if "built" in report["cuda"] else CXX_JOB)
         run_tool(cmake, "--build", str(folder), "--parallel", str(jobs))
+        # One that an earlier build put there would not fit this one.
+        (target / "convnn_kernels" / "lib" / "libconvnn_cuda.so").unlink(missing_ok=True)
         run_tool(cmake, "--install", str(folder), "--prefix", str(target))
         for part in ("cpu", "cuda", "introspect"):
             for outcome, detail in report[part].items():

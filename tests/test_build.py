@@ -2,10 +2,12 @@
 """The build: its results, its messages, and its errors if something is missing."""
 
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +93,60 @@ def test_cuda_is_skipped_beside_a_cpu_pytorch(
 
 def test_wrong_setting_is_refused(configure: CMake) -> None:
     assert "CONVNN_CUDA must be 0, 1 or empty, got 'yes'" in _message(configure(CONVNN_CUDA="yes"))
+
+
+# In the place of cmake: notes how it is called, and reports that CUDA was skipped.
+FAKE_CMAKE = """#!/bin/sh
+echo "$@" >> "$LOG"
+[ "$1" = -S ] && echo '{"cpu": {}, "cuda": {"skipped": ""}, "introspect": {}}' > "$4/build.json"
+exit 0
+"""
+
+
+@pytest.fixture
+def build_in_place(tmp_path: Path) -> Callable[[str], list[str]]:
+    """Runs setup.py in a copy with a Python, and returns how it called cmake."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "cmake.py").write_text(f"BIN_DIR = {str(tmp_path)!r}")
+    (tmp_path / "ninja.py").write_text(f"BIN_DIR = {str(tmp_path)!r}")
+    (tmp_path / "cmake").write_text(FAKE_CMAKE)
+    (tmp_path / "cmake").chmod(0o755)
+    (tmp_path / "convnn_kernels" / "lib").mkdir(parents=True)
+    log = tmp_path / "log"
+
+    def build(python: str) -> list[str]:
+        log.write_text("")
+        environment = {**os.environ, "LOG": str(log), "PYTHONPATH": str(tmp_path)}
+        command = [python, "setup.py", "build_ext", "--inplace"]
+        folder = tmp_path / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        folder.mkdir(parents=True, exist_ok=True)  # as cmake does
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        return log.read_text().splitlines()
+
+    return build
+
+
+def test_another_name_of_the_same_python_compiles_nothing_again(
+    build_in_place: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    """`python -m pip` runs `python`, and the script `pip` of the same environment `python3`."""
+    other = Path(sys.executable).with_name("python3")
+    if not other.exists() or str(other) == sys.executable:
+        pytest.skip("needs a Python of two names")
+    assert not any("--fresh" in line for line in build_in_place(sys.executable))
+    assert not any("--fresh" in line for line in build_in_place(str(other)))
+    stamp = next((tmp_path / "build").glob("*/configured-for.json"))
+    stamp.write_text("another environment")
+    assert "--fresh" in build_in_place(sys.executable)[0]
+
+
+def test_a_build_without_cuda_leaves_no_cuda_library(
+    build_in_place: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    library = tmp_path / "convnn_kernels" / "lib" / "libconvnn_cuda.so"
+    library.touch()
+    build_in_place(sys.executable)
+    assert not library.exists()
 
 
 def test_report_agrees_with_introspect() -> None:

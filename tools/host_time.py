@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``python -m tools.host_time``: what a call costs on the host on its way to the Triton kernels.
+"""``python -m tools.host_time``: what a call in bfloat16 costs on the host, up to its kernels.
 
 On a machine without a GPU, over a CUDA driver that does nothing (null_driver/libcuda.c): everything
 runs as for CUDA tensors, from the dispatcher to Triton's own launcher, but tensors are in the
@@ -8,10 +8,12 @@ GPU are the driver's launches and PyTorch's CUDA allocator.
 """
 
 import argparse
+import atexit
 import cProfile
 import ctypes
 import os
 import pstats
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,7 @@ _ARCH = 90
 def install_null_driver() -> None:
     """Has Triton launch through the driver that does nothing. To be called before any launch."""
     folder = Path(tempfile.mkdtemp(prefix="convnn-null-driver-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = folder / "libcuda.so.1"
     options = ("-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
     subprocess.run(["cc", *options, str(_SOURCE), "-o", str(library)], check=True)
@@ -114,7 +117,8 @@ def _profile(call: Callable[[], Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.host_time", description=__doc__)
-    parser.add_argument("--profile", metavar="CALL", help="profile a call, such as backward")
+    profiled = ("forward, no_grad", "forward", "backward")
+    parser.add_argument("--profile", choices=profiled, help="a call of which to show the parts")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "convnn-host-time"))
     install_null_driver()

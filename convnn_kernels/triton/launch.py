@@ -9,7 +9,8 @@ alignment, which `Pointers` collects. By them the compiled variants are looked u
 Triton's launcher.
 
 The launch is left to Triton when a variant is used for the first time, when a profiler has
-installed launch hooks, and in Triton's debug mode and interpreter.
+installed launch hooks or a hook inspects the stages of compilation, and in Triton's debug mode and
+interpreter.
 """
 
 import functools
