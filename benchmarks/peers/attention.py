@@ -29,7 +29,7 @@ def _call(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) ->
 
 
 def _sdpa(workload: Workload, inputs: Inputs) -> Call:
-    # Its forward pass is fast in every dtype.
+    # Only its backward pass is slow then.
     if inputs.query.requires_grad:
         require_fast_product(inputs.query)
     return _call(F.scaled_dot_product_attention, inputs)

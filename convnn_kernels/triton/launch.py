@@ -3,7 +3,7 @@
 
 Triton's own launch, ``kernel[grid](...)``, examines every argument at every call, which takes four
 times as long as the launch itself. Here launches are prepared from sizes and options alone: in the
-other files ``prepare_...`` makes one launch, and ``plan_...``, which is cached, the `Plan` of all
+other files ``prepare_...`` makes one launch, and ``plan_...``, which is cached, a `Plan` of those
 that follow one another. What remains at a call are the pointers: their addresses, dtypes and
 alignment, which `Pointers` collects. By them the compiled variants are looked up and handed to
 Triton's launcher.

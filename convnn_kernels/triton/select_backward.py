@@ -228,7 +228,7 @@ def key_grad_kernel(
 
 
 class Gradient(NamedTuple):
-    """What a launch of the kernels depends on."""
+    """The gradients of a `select`, but for the tensors."""
 
     Q: Layout  # [B, N, D]
     K: Layout  # [B, M, D]
