@@ -6,12 +6,9 @@ operators ``torch.ops.convnn``. ``convnn_kernels.backend(name)`` forces a backen
 ``convnn_kernels.warmup(...)`` compiles the kernels of a call in advance.
 """
 
-from convnn_kernels import functional, native, nn
+from convnn_kernels import functional, nn
 from convnn_kernels.backends.selection import backend
 from convnn_kernels.functional import warmup
 from convnn_kernels.version import __version__
-
-# `functional` has defined the operators, so their C++ implementations can be registered.
-native.load()
 
 __all__ = ["__version__", "backend", "functional", "nn", "warmup"]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from convnn_kernels import schemas
 
@@ -27,7 +27,9 @@ def _register(name: str, formula: Callable[[Any], int]) -> None:
     def flops(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return formula(schemas.arguments(name)(*args, **kwargs))
 
-    register_flop_formula(schemas.OPERATORS[name].overloadpacket)(flops)
+    operator = schemas.OPERATORS[name].overloadpacket
+    flop_registry.pop(operator, None)  # of an earlier import: a second formula is refused
+    register_flop_formula(operator)(flops)
 
 
 def _forward(arguments: Any) -> int:

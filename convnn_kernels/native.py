@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Loads the C++ libraries, which register their implementations of the ``convnn`` operators."""
+"""Loads the C++ libraries, which define the ``convnn`` operators and implement them."""
 
 import ctypes
 import functools

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The operators ``torch.ops.convnn.*``: fake kernels, and what is registered for each of them.
 
-Importing this module registers everything but the C++ implementations, which
-``convnn_kernels.native`` loads.
+Importing this module registers everything but the schemas and the C++ implementations, which
+``convnn_kernels.schemas`` has loaded.
 """
 
 import functools

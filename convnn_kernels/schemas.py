@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The schemas of the operators ``torch.ops.convnn.*``, and their arguments by name.
+"""The operators ``torch.ops.convnn.*``, and their arguments by name.
 
-This is the one list of names, types, order and defaults on the Python side. Importing the module
-defines the operators, without an implementation, in the library ``convnn`` and once more in
-``convnn_cuda``, where the CUDA C++ kernels register: the CUDA dispatch key of ``convnn`` itself
-belongs to ``convnn_kernels.backends.selection``.
+Importing the module loads the C++ libraries, which define the operators: their schemas are in
+csrc/schemas.h. Names, order and defaults of the arguments are read from there.
 """
 
 import collections
@@ -12,43 +10,25 @@ from typing import Any
 
 import torch
 
-# In the backward operators, which are internal, a gradient that is not needed is an empty tensor.
-_SCHEMAS = (
-    "forward(Tensor query, Tensor key, Tensor value, SymInt k, Tensor? weight=None, "
-    "Tensor? bias=None, Tensor? candidates=None, Tensor? self_indices=None, "
-    'Tensor? key_mask=None, str metric="cosine", str rho="softmax", float scale=1.0, '
-    'str order="similarity") -> (Tensor output, Tensor similarities, Tensor indices)',
-    "select(Tensor query, Tensor key, SymInt k, Tensor? candidates=None, "
-    'Tensor? self_indices=None, Tensor? key_mask=None, str metric="cosine", '
-    'str order="similarity") -> (Tensor similarities, Tensor indices)',
-    "aggregate(Tensor value, Tensor similarities, Tensor indices, Tensor? weight=None, "
-    'Tensor? bias=None, str rho="softmax", float scale=1.0) -> Tensor',
-    # The gradient of the similarities that forward returns is added to what comes from the output;
-    # None stands for zero.
-    "forward_backward(Tensor grad_output, Tensor? grad_similarities, Tensor query, Tensor key, "
-    "Tensor value, Tensor? weight, Tensor similarities, Tensor indices, bool has_bias, "
-    "str metric, str rho, float scale, bool need_query, bool need_key, bool need_value, "
-    "bool need_weight, bool need_bias) -> (Tensor grad_query, Tensor grad_key, "
-    "Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
-    "select_backward(Tensor grad_similarities, Tensor query, Tensor key, Tensor similarities, "
-    "Tensor indices, str metric, bool need_query, bool need_key) "
-    "-> (Tensor grad_query, Tensor grad_key)",
-    "aggregate_backward(Tensor grad_output, Tensor value, Tensor similarities, Tensor indices, "
-    "Tensor? weight, bool has_bias, str rho, float scale, bool need_value, "
-    "bool need_similarities, bool need_weight, bool need_bias) "
-    "-> (Tensor grad_value, Tensor grad_similarities, Tensor grad_weight, Tensor grad_bias)",
-)
+from convnn_kernels import native, torch_internals
 
-LIBRARY = torch.library.Library("convnn", "DEF")
-CUDA_LIBRARY = torch.library.Library("convnn_cuda", "DEF")
+native.load()
 
-# The operators by name, "convnn::forward" and so on, in the order of their definition.
-OPERATORS: dict[str, torch._ops.OpOverload] = {}
-for _schema in _SCHEMAS:
-    LIBRARY.define(_schema)
-    CUDA_LIBRARY.define(_schema)
-    _op = getattr(torch.ops.convnn, _schema.partition("(")[0]).default
-    OPERATORS[_op.name()] = _op
+# What Python adds to the operators: fake kernels, derivatives, transforms, the CUDA key.
+LIBRARY = torch_internals.only_library("convnn")
+
+# The operators by name, "convnn::forward" and so on.
+OPERATORS: dict[str, torch._ops.OpOverload] = {
+    op.name(): op
+    for op in (
+        torch.ops.convnn.forward.default,
+        torch.ops.convnn.select.default,
+        torch.ops.convnn.aggregate.default,
+        torch.ops.convnn.forward_backward.default,
+        torch.ops.convnn.select_backward.default,
+        torch.ops.convnn.aggregate_backward.default,
+    )
+}
 
 
 def _arguments_class(op: torch._ops.OpOverload) -> Any:

@@ -26,6 +26,20 @@ BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(
 )
 
 
+def only_library(name: str) -> torch.library.Library:
+    """A library that adds kernels to the operators ``torch.ops.<name>``, the only one of its kind.
+
+    If the package is imported once more in a process, what the earlier import registered goes:
+    PyTorch takes one kernel for each key.
+    """
+    namespace = getattr(torch.ops, name)
+    earlier = getattr(namespace, "python_library", None)
+    if earlier is not None:
+        earlier._destroy()  # test_imported_twice
+    namespace.python_library = torch.library.Library(name, "FRAGMENT")
+    return namespace.python_library
+
+
 def needs_autograd(args: tuple[Any, ...]) -> bool:
     """Whether a call with ``args`` must be recorded, or may carry forward-mode tangents."""
     # There may be tangents wherever a forward-mode level is open. This is the cheapest test for it.

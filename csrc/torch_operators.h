@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The operators as PyTorch calls them, on LibTorch's stable ABI, for the backends written in C++:
-// they check arguments, allocate results and turn tensors into the parameters of params.h. Fake
-// kernels are in convnn_kernels/ops.py, derivatives in convnn_kernels/autograd.py.
+// they check arguments, allocate results and turn tensors into the parameters of params.h. Schemas
+// are in schemas.h, fake kernels in convnn_kernels/ops.py, derivatives in
+// convnn_kernels/autograd.py.
 //
 // A Backend is constructed for each call from a tensor on its device. It has a function for each
 // operator but forward, which is select() and aggregate(). kReadsIndices says whether index values
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "schemas.h"
 
 namespace convnn::torch_operators {
 namespace {
@@ -445,6 +447,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
   Backend(query).forward_backward(params);
   return {std::move(grad_query), std::move(grad_key), std::move(grad_value), std::move(grad_weight),
           std::move(grad_bias)};
+}
+
+// Defines the operators of one library.
+template <class Library>
+void define(Library& library) {
+  for (const char* schema : kSchemas) library.def(schema);
 }
 
 // Registers all operators of one library and dispatch key.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Registers the operators for the CPU dispatch key.
+// Defines the operators of the library convnn and registers them for the CPU dispatch key.
 #include "../torch_operators.h"
 
 #include "operators.h"
@@ -30,6 +30,8 @@ struct Cpu {
 
 }  // namespace
 }  // namespace convnn::torch_operators
+
+STABLE_TORCH_LIBRARY(convnn, library) { convnn::torch_operators::define(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(convnn, CPU, library) {
   convnn::torch_operators::implement<convnn::torch_operators::Cpu>(library);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Registers the operators of the library convnn_cuda, which convnn_kernels/backends/cuda.py calls.
-// The CUDA key of the library convnn belongs to convnn_kernels/backends/selection.py.
+// Defines the operators of the library convnn_cuda, which convnn_kernels/backends/cuda.py calls,
+// and registers them for the CUDA dispatch key. The CUDA key of the library convnn belongs to
+// convnn_kernels/backends/selection.py.
 #include "../torch_operators.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -49,6 +50,8 @@ class Cuda : private cuda::Context {
 
 }  // namespace
 }  // namespace convnn::torch_operators
+
+STABLE_TORCH_LIBRARY(convnn_cuda, library) { convnn::torch_operators::define(library); }
 
 STABLE_TORCH_LIBRARY_IMPL(convnn_cuda, CUDA, library) {
   convnn::torch_operators::implement<convnn::torch_operators::Cuda>(library);

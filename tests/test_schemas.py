@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: MIT
+"""The operators as the C++ library defines them, and what an import adds to them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from convnn_kernels import native, schemas
+
+
+def run(code: str) -> str:
+    """What a new Python process prints; it imports nothing of ours by itself."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_operators_run_without_the_package() -> None:
+    printed = run(f"""
+import sys, torch
+torch.ops.load_library({str(native.library("cpu"))!r})
+x = torch.arange(12.0).reshape(6, 2)
+y, similarities, indices = torch.ops.convnn.forward(x, x, x, 2, metric="dot", rho="ones")
+assert indices.tolist() == [[5, 4]] * 6 and y.tolist() == [[18.0, 20.0]] * 6
+similarities, indices = torch.ops.convnn.select(x, x, 3)
+assert torch.ops.convnn.aggregate(x, similarities, indices).shape == (6, 2)
+print("convnn_kernels" in sys.modules)
+""")
+    assert printed == "False\n"
+
+
+def test_every_operator_of_the_library_has_its_arguments_by_name() -> None:
+    defined = {
+        name.partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("convnn::")
+    }
+    assert defined == set(schemas.OPERATORS)
+    forward = schemas.arguments("convnn::forward")
+    assert forward._fields[:4] == ("query", "key", "value", "k")
+    assert forward._field_defaults["metric"] == "cosine"
+
+
+@pytest.mark.parametrize("how", ["purge", "reload"])
+def test_imported_twice(how: str) -> None:
+    again = {
+        "purge": """
+for name in [*sys.modules]:
+    if name.partition(".")[0] == "convnn_kernels":
+        del sys.modules[name]
+import convnn_kernels
+""",
+        "reload": "importlib.reload(convnn_kernels.schemas); importlib.reload(convnn_kernels.ops)",
+    }[how]
+    run(f"""
+import importlib, sys, torch
+import convnn_kernels, convnn_kernels.schemas, convnn_kernels.ops
+
+def check(functional):
+    x = torch.randn(5, 3, requires_grad=True)
+    y = functional.convnn(x, x, x, 2)
+    y.sum().backward()
+    assert x.grad is not None
+    mapped = torch.vmap(lambda each: functional.convnn(each, each, each, 2))
+    assert torch.equal(mapped(x.detach()[None])[0], y)
+    torch.library.opcheck(torch.ops.convnn.select.default, (x, x, 2))
+
+first = convnn_kernels.functional
+check(first)
+{again}
+check(convnn_kernels.functional)
+check(first)  # objects of the first import still work
+""")
