@@ -191,8 +191,8 @@ def test_arguments_of_forward_are_listed_once() -> None:
 
     The schema, csrc/schemas.h, is the definition. functional.py has the signature that users see,
     and its call of the operator; triton/forward.py the signature of the implementation, which a
-    type checker reads. python_ref imports nothing of the package, so its function and the comparison with it have
-    signatures of their own.
+    type checker reads. python_ref imports nothing of the package, so its function and the
+    comparison with it have signatures of their own.
     """
     found = {
         (str(path.relative_to(ROOT)), label)
