@@ -9,8 +9,9 @@ from torch import Tensor
 
 from convnn_kernels import schemas
 
-# Similarities are float32 or float64, whatever the dtype of query and key.
-_NEVER_CAST = {"similarities"}
+# The arguments that autocast casts. The others decide which tokens are neighbors: rounded, they
+# would give other neighbors.
+_CAST = {"value", "weight", "bias"}
 
 # The arguments that have the leading dimensions; vmap adds the mapped dimension in front.
 _BATCHED = {
@@ -39,14 +40,16 @@ def autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
         device_type: "cpu" or "cuda".
 
     Returns:
-        A kernel that casts the floating-point tensors to the active autocast dtype and calls the
-        operator again without autocast. As in PyTorch's own operators, float64 is left alone.
+        A kernel that casts value, weight and bias to the active autocast dtype and calls the
+        operator again without autocast. As in PyTorch's own operators, float64 is left alone. Of
+        query and key, the narrower is cast to the dtype of the other.
     """
-    kept = {i for i, name in enumerate(schemas.arguments(op)._fields) if name in _NEVER_CAST}
+    arguments_of = schemas.arguments(op)
 
-    def cast(arg: Any, dtype: torch.dtype) -> Any:
+    def cast(name: str, arg: Any, dtype: torch.dtype) -> Any:
         eligible = (
-            isinstance(arg, Tensor)
+            name in _CAST
+            and isinstance(arg, Tensor)
             and arg.is_floating_point()
             and arg.dtype is not torch.float64
             and arg.device.type == device_type
@@ -55,10 +58,24 @@ def autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
 
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
+        arguments = arguments_of(*args)
         with torch.autocast(device_type, enabled=False):
-            return op(*[arg if i in kept else cast(arg, dtype) for i, arg in enumerate(args)])
+            pairs = zip(arguments._fields, arguments, strict=True)
+            arguments = arguments_of(*[cast(name, arg, dtype) for name, arg in pairs])
+            return op(*_widen(arguments))
 
     return kernel
+
+
+def _widen(arguments: Any) -> Any:
+    """The arguments, query and key with one dtype: the wider of the two."""
+    query, key = getattr(arguments, "query", None), getattr(arguments, "key", None)
+    if query is None or key is None or query.dtype is key.dtype:
+        return arguments
+    if not (query.is_floating_point() and key.is_floating_point()):
+        return arguments  # the operator's own check refuses them
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    return arguments._replace(query=query.to(dtype), key=key.to(dtype))
 
 
 def vmap(op: torch._ops.OpOverload) -> Callable[..., Any]:

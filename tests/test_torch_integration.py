@@ -368,8 +368,12 @@ HALVES = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_autocast(op: str, half: torch.dtype) -> None:
     args = example(op)
-    similarities = args[1] if op == "aggregate" else None
-    cast = [arg.to(half) if is_floating(arg) and arg is not similarities else arg for arg in args]
+    # query, key and similarities decide which tokens are neighbors, and are not rounded.
+    kept = {"forward": args[:2], "select": args[:2], "aggregate": args[1:2]}[op]
+    cast = [
+        arg.to(half) if is_floating(arg) and all(arg is not each for each in kept) else arg
+        for arg in args
+    ]
     with torch.autocast("cpu", dtype=half):
         results = outputs_of(op, *args)
     for result, right in zip(results, outputs_of(op, *cast), strict=True):
@@ -412,6 +416,36 @@ def test_autocast_casts_each_argument_by_itself() -> None:
     assert output.dtype == other.dtype == torch.bfloat16
     assert similarities.dtype == torch.float64
     assert torch.equal(plain, convnn.forward(query, key, value, k, weight)[0])
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_autocast_keeps_neighbors(metric: str, half: torch.dtype) -> None:
+    points = torch.rand(1, 500, 3) * torch.tensor([5, 5, 0.5]) + torch.tensor([60.0, 20, 0])
+    expected = functional.select_neighbors(points, points, 16, metric=metric)
+    output, *_ = convnn.forward(points, points, points, 16, metric=metric)
+    with torch.autocast("cpu", half):
+        neighbors = functional.select_neighbors(points, points, 16, metric=metric)
+        rounded, *all_neighbors = convnn.forward(points, points, points, 16, metric=metric)
+    for similarities, indices in (neighbors, all_neighbors):
+        assert torch.equal(indices, expected[1])
+        assert torch.equal(similarities, expected[0])
+    assert rounded.dtype == half
+    torch.testing.assert_close(rounded.float(), output, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("half", HALVES, ids=str)
+def test_autocast_widens_the_narrower_of_query_and_key(half: torch.dtype) -> None:
+    query, key, value, k, weight = example("forward")
+    for narrow, wide in ((half, torch.float32), (half, torch.float64)):
+        with torch.autocast("cpu", half):
+            similarities, indices = convnn.select(query.to(narrow), key.to(wide), k)
+            _, *others = convnn.forward(query.to(wide), key.to(narrow), value, k, weight)
+        expected = convnn.select(query.to(narrow).to(wide), key.to(wide), k)
+        assert torch.equal(similarities, expected[0])
+        assert torch.equal(indices, expected[1])
+        expected = convnn.select(query.to(wide), key.to(narrow).to(wide), k)
+        assert torch.equal(others[0], expected[0])
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
