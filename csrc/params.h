@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The arguments of the operators as plain data, without PyTorch or CUDA, for every backend written
-// in C++. Tensors are dense and row-major, with their leading dimensions flattened into `batch`;
-// the comment after each pointer gives its shape. A pointer is null if the argument is absent or
-// the result is not needed.
+// in C++. Leading dimensions are flattened into `batch`; the comment after each pointer gives its
+// shape. Tensors are dense and row-major but for query, key and value. A pointer is null if the
+// argument is absent or the result is not needed.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,39 @@ enum class Convolution : int { none, depthwise, dense };
 // A row whose norm is at most this has cosine 0 with every row, and gradient 0.
 constexpr double kCosineEpsilon = 1e-12;
 
+// A tensor [batch, rows, columns] of which only the elements of a row are adjacent. A batch element
+// may lie where another does: a bank of keys that is shared by the batch, or by groups of heads.
+struct StridedRows {
+  const void* data = nullptr;
+  int64_t row_stride = 0;    // elements from a row to the next
+  int64_t batch_stride = 0;  // elements from a batch element to the next, unless there are offsets
+  const int64_t* offsets = nullptr;  // [batch] elements from `data` to a batch element; host memory
+
+  // Elements from `data` to a batch element, on the host.
+  int64_t offset(int64_t b) const { return offsets ? offsets[b] : b * batch_stride; }
+  // A row of a batch element, on the host.
+  template <class T>
+  const T* at(int64_t b, int64_t row = 0) const {
+    return static_cast<const T*>(data) + offset(b) + row * row_stride;
+  }
+
+  bool operator==(const StridedRows& other) const {
+    return data == other.data && row_stride == other.row_stride &&
+           batch_stride == other.batch_stride && offsets == other.offsets;
+  }
+};
+
+inline StridedRows dense_rows(const void* data, int64_t rows, int64_t columns) {
+  return {data, columns, rows * columns, nullptr};
+}
+
 struct SelectParams {
   int64_t batch, n, m, d, k;
   DType dtype;
   Metric metric;
   Order order;
-  const void* query;            // [batch, n, d] dtype
-  const void* key;              // [batch, m, d] dtype
+  StridedRows query;            // [batch, n, d] dtype
+  StridedRows key;              // [batch, m, d] dtype
   const int64_t* candidates;    // [r] or null: every row of key
   int64_t r;                    // number of candidates
   const int64_t* self_indices;  // [n] or null
@@ -38,8 +64,8 @@ struct SelectBackwardParams {
   DType dtype;
   Metric metric;
   const void* grad_similarities;  // [batch, n, k] float32, float64 for float64
-  const void* query;              // [batch, n, d] dtype
-  const void* key;                // [batch, m, d] dtype
+  StridedRows query;              // [batch, n, d] dtype
+  StridedRows key;                // [batch, m, d] dtype
   const void* similarities;       // [batch, n, k] float32, float64 for float64
   const int64_t* indices;         // [batch, n, k]
   void* grad_query;               // [batch, n, d] dtype, or null: not needed
@@ -53,7 +79,7 @@ struct AggregateParams {
   Convolution convolution;
   Rho rho;
   double scale;
-  const void* value;         // [batch, m, c] dtype
+  StridedRows value;         // [batch, m, c] dtype
   const void* similarities;  // [batch, n, k] similarity_dtype; -inf marks a missing neighbor
   const int64_t* indices;    // [batch, n, k]
   const void* weight;        // dense [o, c, k], depthwise [c, 1, k], or null

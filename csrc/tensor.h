@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
 namespace convnn {
 
@@ -22,15 +23,17 @@ class Tensor {
   explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_is_defined(handle, &defined_));
     if (!defined_) return;
-    int64_t* sizes = nullptr;
+    int64_t *sizes = nullptr, *strides = nullptr;
     int64_t dims = 0;
     int32_t dtype = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dims));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type_));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device_index_));
     sizes_ = Shape(sizes, size_t(dims));
+    strides_ = Shape(strides, size_t(dims));
     try {
       dtype_ = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
     } catch (const std::exception&) {
@@ -48,6 +51,8 @@ class Tensor {
   int64_t dim() const { return int64_t(sizes_.size()); }
   int64_t size(int64_t i) const { return sizes_[size_t(i)]; }
   const Shape& sizes() const { return sizes_; }
+  int64_t stride(int64_t i) const { return strides_[size_t(i)]; }
+  const Shape& strides() const { return strides_; }
   ScalarType scalar_type() const { return dtype_; }
   int32_t device_type() const { return device_type_; }
   int32_t device_index() const { return device_index_; }
@@ -72,6 +77,19 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
     return Tensor(handle);
   }
+  // Without the repetitions of expanded dimensions, whose size becomes 1, except the last: a view.
+  Tensor distinct() const {
+    std::vector<int64_t> sizes(sizes_.begin(), sizes_.end());
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) {
+      if (strides_[i] == 0 && sizes[i] > 1) sizes[i] = 1;
+    }
+    int64_t offset = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle_.get(), &offset));
+    AtenTensorHandle view = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(handle_.get(), dim(), sizes.data(),
+                                                          strides_.data(), offset, &view));
+    return Tensor(view);
+  }
   void fill_with_zeros() const { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(handle_.get())); }
 
   const void* const_data_ptr() const {
@@ -91,7 +109,7 @@ class Tensor {
   };
   std::unique_ptr<AtenTensorOpaque, Delete> handle_;
   bool defined_ = false;
-  Shape sizes_;  // points into the tensor
+  Shape sizes_, strides_;  // point into the tensor
   ScalarType dtype_ = ScalarType::Undefined;
   int32_t device_type_ = 0, device_index_ = 0;
 };

@@ -6,12 +6,14 @@
 //
 // A Backend is constructed for each call from a tensor on its device. It has a function for each
 // operator but forward, which is select() and aggregate(). kReadsIndices says whether index values
-// are in host memory and can be checked.
+// are in host memory and can be checked, kReadsStrides whether query, key and value need not be
+// dense.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <limits>
 #include <optional>
@@ -80,12 +82,14 @@ struct Boxed<function> {
   }
 };
 
-// The elements of a tensor in row-major order, copied if necessary; null for no tensor.
+// The elements of a tensor in row-major order, copied if necessary; null only for no tensor.
 class Contiguous {
  public:
   explicit Contiguous(const Tensor& tensor) {
     if (!tensor.is_contiguous()) copy_ = tensor.contiguous();
     data_ = (copy_ ? *copy_ : tensor).const_data_ptr();
+    static constexpr char kNoElements = 0;
+    if (!data_) data_ = &kNoElements;  // an empty tensor has no memory
   }
   explicit Contiguous(const OptionalTensor& tensor) {
     if (tensor) *this = Contiguous(*tensor);
@@ -99,6 +103,64 @@ class Contiguous {
  private:
   OptionalTensor copy_;
   const void* data_ = nullptr;
+};
+
+// The rows of a tensor [..., rows, columns]. A backend that reads strides gets them where they lie
+// if the elements of a row are adjacent. All else is copied, but expanded dimensions are not
+// repeated.
+class Readable {
+ public:
+  Readable(const Tensor& tensor, bool reads_strides) {
+    if (tensor.is_contiguous()) {
+      rows_ = dense_rows(tensor.const_data_ptr(), rows_of(tensor), columns_of(tensor));
+    } else if (!reads_strides) {
+      copy_ = tensor.contiguous();
+      rows_ = dense_rows(copy_->const_data_ptr(), rows_of(tensor), columns_of(tensor));
+    } else if (tensor.stride(tensor.dim() - 1) == 1 || columns_of(tensor) <= 1) {
+      read_strides(tensor, tensor.sizes());
+    } else {
+      copy_ = tensor.distinct().contiguous();
+      read_strides(*copy_, tensor.sizes());
+    }
+  }
+  const StridedRows& rows() const { return rows_; }
+
+ private:
+  // Reads `tensor`, whose dimensions of size 1 are repeated where `sizes` has more.
+  void read_strides(const Tensor& tensor, const Shape& sizes) {
+    const auto stride = [&](int64_t i) {
+      return tensor.size(i) == 1 && sizes[size_t(i)] > 1 ? 0 : tensor.stride(i);
+    };
+    rows_ = {tensor.const_data_ptr(), stride(tensor.dim() - 2), 0, nullptr};
+    // The leading dimensions as one, if it has a stride.
+    bool single = true, first = true;
+    int64_t batch = 1, next = 0;
+    for (int64_t i = tensor.dim() - 2; i-- > 0;) {
+      const int64_t size = sizes[size_t(i)];
+      batch *= size;
+      if (size == 1) continue;
+      if (first) {
+        rows_.batch_stride = stride(i);
+      } else if (stride(i) != next) {
+        single = false;
+      }
+      next = stride(i) * size;
+      first = false;
+    }
+    if (single) return;
+    offsets_.resize(size_t(batch));
+    for (int64_t b = 0; b < batch; ++b) {
+      int64_t rest = b;
+      for (int64_t i = tensor.dim() - 2; i-- > 0; rest /= sizes[size_t(i)]) {
+        offsets_[size_t(b)] += rest % sizes[size_t(i)] * stride(i);
+      }
+    }
+    rows_.offsets = offsets_.data();
+  }
+
+  OptionalTensor copy_;
+  std::vector<int64_t> offsets_;
+  StridedRows rows_;
 };
 
 // A contiguous tensor on the device of `like`. torch::stable::new_empty looks the operator up by
@@ -140,6 +202,21 @@ void check_distinct(const char* op, const int64_t* candidates, int64_t count) {
   }
 }
 
+// Index values in host memory are rows. If there is none, all neighbors must be missing.
+void check_indices(const char* op, const Contiguous& indices, const Contiguous& similarities,
+                   const Tensor& shaped, int64_t rows) {
+  const int64_t count = shaped.numel();
+  if (rows > 0) return check_range(op, "indices", indices.data_as<int64_t>(), count, rows);
+  const bool is_float64 = shaped.scalar_type() == ScalarType::Double;
+  for (int64_t i = 0; i < count; ++i) {
+    const double s =
+        is_float64 ? similarities.data_as<double>()[i] : similarities.data_as<float>()[i];
+    if (!(std::isinf(s) && s < 0)) {
+      fail(op, "similarities must be -inf without rows of value, got ", s, " at position ", i);
+    }
+  }
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, const Tensor& key,
                                           int64_t k, const OptionalTensor& candidates,
@@ -161,7 +238,7 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
   if (Backend::kReadsIndices && self_indices)
     check_range(op, "self_indices", self.data_as<int64_t>(), n, m);
 
-  const Contiguous queries(query), keys(key);
+  const Readable queries(query, Backend::kReadsStrides), keys(key, Backend::kReadsStrides);
   const std::vector<int64_t> shape = shape_with(query, n, k);
   Tensor similarities = empty_as(query, shape, is_float64 ? ScalarType::Double : ScalarType::Float);
   Tensor indices = empty_as(query, shape, ScalarType::Long);
@@ -174,8 +251,8 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
       *dtype_of(query),
       *metric_of(metric),
       *order_of(order),
-      queries.data(),
-      keys.data(),
+      queries.rows(),
+      keys.rows(),
       all_candidates.data_as<int64_t>(),
       candidates ? candidates->size(0) : 0,
       self.data_as<int64_t>(),
@@ -207,15 +284,17 @@ AggregateParams aggregate_params(const Tensor& value, const Tensor& similarities
 }
 
 template <class Backend>
-Tensor checked_aggregate(const Tensor& value, const Tensor& similarities, const Contiguous& indices,
+Tensor checked_aggregate(const Tensor& value, const Tensor& similarities,
+                         const Contiguous& all_similarities, const Contiguous& indices,
                          const OptionalTensor& weight, const OptionalTensor& bias,
                          Convolution convolution, int64_t outputs, const std::string& rho,
                          double scale) {
-  const Contiguous values(value), all_similarities(similarities), weights(weight), biases(bias);
+  const Readable values(value, Backend::kReadsStrides);
+  const Contiguous weights(weight), biases(bias);
   Tensor output =
       empty_as(value, shape_with(value, rows_of(similarities), outputs), value.scalar_type());
   AggregateParams params = aggregate_params(value, similarities, convolution, outputs, rho, scale);
-  params.value = values.data();
+  params.value = values.rows();
   params.similarities = all_similarities.data();
   params.indices = indices.data_as<int64_t>();
   params.weight = weights.data();
@@ -244,12 +323,12 @@ std::tuple<Tensor> aggregate(const Tensor& value, const Tensor& similarities, co
   int64_t outputs = 0;
   const Convolution convolution = check_convolution("aggregate", value, columns_of(similarities),
                                                     weight, bias, rho, scale, outputs);
-  const Contiguous rows(indices);
+  const Contiguous all_similarities(similarities), all_indices(indices);
   if (Backend::kReadsIndices) {
-    check_range("aggregate", "indices", rows.data_as<int64_t>(), indices.numel(), rows_of(value));
+    check_indices("aggregate", all_indices, all_similarities, similarities, rows_of(value));
   }
-  return checked_aggregate<Backend>(value, similarities, rows, weight, bias, convolution, outputs,
-                                    rho, scale);
+  return checked_aggregate<Backend>(value, similarities, all_similarities, all_indices, weight,
+                                    bias, convolution, outputs, rho, scale);
 }
 
 template <class Backend>
@@ -265,8 +344,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(
       check_convolution("forward", value, k, weight, bias, rho, scale, outputs);
   auto [similarities, indices] = checked_select<Backend>("forward", query, key, k, candidates,
                                                          self_indices, key_mask, metric, order);
-  Tensor output = checked_aggregate<Backend>(value, similarities, Contiguous(indices), weight, bias,
-                                             convolution, outputs, rho, scale);
+  Tensor output =
+      checked_aggregate<Backend>(value, similarities, Contiguous(similarities), Contiguous(indices),
+                                 weight, bias, convolution, outputs, rho, scale);
   return {std::move(output), std::move(similarities), std::move(indices)};
 }
 
@@ -312,17 +392,20 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
   check_same(op, "similarities", similarities, shape, dtype);
   check_same(op, "grad_similarities", grad_similarities, shape, dtype);
   check_same(op, "indices", indices, shape, ScalarType::Long);
-  const Contiguous grads(grad_similarities), queries(query), keys(key);
+  const Readable queries(query, Backend::kReadsStrides), keys(key, Backend::kReadsStrides);
+  const Contiguous grads(grad_similarities);
   const Contiguous all_similarities(similarities), all_indices(indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
-  if (Backend::kReadsIndices) check_range(op, "indices", rows, indices.numel(), rows_of(key));
+  if (Backend::kReadsIndices) {
+    check_indices(op, all_indices, all_similarities, similarities, rows_of(key));
+  }
 
   Tensor grad_query = empty_like_if(need_query, query);
   Tensor grad_key = empty_like_if(need_key, key);
   SelectBackwardParams params = select_backward_params(query, key, k, metric);
   params.grad_similarities = grads.data();
-  params.query = queries.data();
-  params.key = keys.data();
+  params.query = queries.rows();
+  params.key = keys.rows();
   params.similarities = all_similarities.data();
   params.indices = rows;
   params.grad_query = need_query ? grad_query.mutable_data_ptr() : nullptr;
@@ -343,10 +426,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
                                                     std::nullopt, rho, scale, outputs);
   check_same(op, "grad_output", grad_output, shape_with(value, rows_of(similarities), outputs),
              value.scalar_type());
-  const Contiguous grads(grad_output), values(value), weights(weight);
+  const Readable values(value, Backend::kReadsStrides);
+  const Contiguous grads(grad_output), weights(weight);
   const Contiguous all_similarities(similarities), all_indices(indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
-  if (Backend::kReadsIndices) check_range(op, "indices", rows, indices.numel(), rows_of(value));
+  if (Backend::kReadsIndices) {
+    check_indices(op, all_indices, all_similarities, similarities, rows_of(value));
+  }
 
   need_weight = need_weight && weight;
   need_bias = need_bias && has_bias;
@@ -356,7 +442,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
   Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type());
   AggregateBackwardParams params = {};
   params.forward = aggregate_params(value, similarities, convolution, outputs, rho, scale);
-  params.forward.value = values.data();
+  params.forward.value = values.rows();
   params.forward.similarities = all_similarities.data();
   params.forward.indices = rows;
   params.forward.weight = weights.data();
@@ -407,10 +493,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
       check_forward_backward(op, grad_output, grad_similarities, query, key, value, weight,
                              similarities, indices, metric, rho, scale, outputs);
   const Contiguous output_grads(grad_output), similarity_grads(grad_similarities);
-  const Contiguous queries(query), keys(key), values(value), weights(weight);
+  const Readable queries(query, Backend::kReadsStrides), keys(key, Backend::kReadsStrides);
+  const Readable values(value, Backend::kReadsStrides);
+  const Contiguous weights(weight);
   const Contiguous all_similarities(similarities), all_indices(indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
-  if (Backend::kReadsIndices) check_range(op, "indices", rows, indices.numel(), rows_of(key));
+  if (Backend::kReadsIndices) {
+    check_indices(op, all_indices, all_similarities, similarities, rows_of(key));
+  }
 
   need_weight = need_weight && weight;
   need_bias = need_bias && has_bias;
@@ -427,7 +517,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
   ForwardBackwardParams params = {};
   AggregateBackwardParams& aggregate = params.aggregate;
   aggregate.forward = aggregate_params(value, similarities, convolution, outputs, rho, scale);
-  aggregate.forward.value = values.data();
+  aggregate.forward.value = values.rows();
   aggregate.forward.similarities = all_similarities.data();
   aggregate.forward.indices = rows;
   aggregate.forward.weight = weights.data();
@@ -438,8 +528,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
   SelectBackwardParams& select = params.select;
   select = select_backward_params(query, key, columns_of(similarities), metric);
   select.grad_similarities = similarity_grads.data();
-  select.query = queries.data();
-  select.key = keys.data();
+  select.query = queries.rows();
+  select.key = keys.rows();
   select.similarities = all_similarities.data();
   select.indices = rows;
   select.grad_query = need_query ? grad_query.mutable_data_ptr() : nullptr;

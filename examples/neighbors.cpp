@@ -46,7 +46,8 @@ SelectParams select_params(const float* query, const float* key, float* similari
   SelectParams p = {};
   p.batch = 1, p.n = kQueries, p.m = kKeys, p.d = kColumns, p.k = kNeighbors;
   p.dtype = DType::float32, p.metric = Metric::dot, p.order = Order::similarity;
-  p.query = query, p.key = key, p.similarities = similarities, p.indices = indices;
+  p.query = dense_rows(query, kQueries, kColumns), p.key = dense_rows(key, kKeys, kColumns);
+  p.similarities = similarities, p.indices = indices;
   return p;
 }
 
@@ -56,7 +57,8 @@ AggregateParams aggregate_params(const float* value, const float* similarities,
   p.batch = 1, p.n = kQueries, p.m = kKeys, p.c = p.o = kChannels, p.k = kNeighbors;
   p.dtype = p.similarity_dtype = DType::float32;
   p.convolution = Convolution::none, p.rho = Rho::softmax, p.scale = 1;
-  p.value = value, p.similarities = similarities, p.indices = indices, p.output = output;
+  p.value = dense_rows(value, kKeys, kChannels);
+  p.similarities = similarities, p.indices = indices, p.output = output;
   return p;
 }
 

@@ -76,6 +76,33 @@ def test_many_queries_of_one_key_for_every_thread_count(metric: str, kind: str) 
     assert_same_for_every_thread_count(backward, inputs, metric)
 
 
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormals_for_every_thread_count(flush: bool, run_python: Callable[..., str]) -> None:
+    """set_flush_denormal is of one thread; the others do as it does."""
+    run_python(f"""
+        import torch, convnn_kernels
+        torch.manual_seed(0)
+        X = torch.randn(4000, 8) * 1e-20  # products are denormal, or zero
+        tensors = [X, X.flip(0).contiguous(), X]
+
+        def call(threads):
+            torch.set_num_threads(threads)
+            leaves = [each.detach().requires_grad_() for each in tensors]
+            output, s, indices = torch.ops.convnn.forward(*leaves, 5, metric="dot")
+            loss = output.sum() + (s * 1e-10).sum()
+            return output, s, indices, *torch.autograd.grad(loss, leaves)
+
+        call(4)  # a thread that starts later has the mode of the one that starts it
+        torch.set_flush_denormal({flush})
+        expected = call(1)
+        assert (expected[1] == 0).all() == {flush}
+        for found in (call(2), call(4), call(1)):
+            assert all(map(torch.equal, found, expected))
+        small = torch.tensor([1e-30]) * 1e-10
+        assert (small == 0) == {flush}  # the calling thread keeps its mode
+    """)
+
+
 @each_metric
 @each_dtype
 @each_weight

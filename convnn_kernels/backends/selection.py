@@ -181,7 +181,9 @@ def _check_values(name: str, arguments: Any) -> None:
         checks.check_candidates(name, arguments.candidates, rows)
         checks.check_self_indices(name, arguments.self_indices, rows)
     elif name == "convnn::aggregate":
-        checks.check_indices(name, arguments.indices, arguments.value.shape[-2])
+        checks.check_indices(
+            name, arguments.indices, arguments.similarities, arguments.value.shape[-2]
+        )
 
 
 def choose(call: Call) -> tuple[str, str]:

@@ -97,7 +97,7 @@ class Aggregate {
       const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
       const int64_t rows = min_of(kBlockRows, p.n - first_row);
       const int64_t first = b * p.n + first_row;  // row of the flattened batch
-      const T* value = static_cast<const T*>(p.value) + b * p.m * p.c;
+      const T* value = p.value.at<T>(b);
       for (int64_t r = 0; r < rows; ++r) modulate(p, (first + r) * p.k, scratch.rho + r * p.k);
       const A* weight = static_cast<const A*>(packed_weight);
       if (p.convolution == Convolution::dense) {
@@ -121,7 +121,7 @@ class Aggregate {
       double sum[kChannels] = {};
       for (int64_t j = 0; j < p.k; ++j) {
         if (is_missing(similarity_at(p, row * p.k + j))) continue;
-        const T* v = value + indices[j] * p.c + first;
+        const T* v = value + indices[j] * p.value.row_stride + first;
         const double scale = rho[j];
         if (weight) {
           const A* w = weight + j * p.c + first;
@@ -154,7 +154,7 @@ class Aggregate {
           if (r >= rows || is_missing(similarity_at(p, entry))) {
             for (int64_t c = 0; c < p.c; ++c) to[c] = 0;
           } else {
-            const T* v = value + p.indices[entry] * p.c;
+            const T* v = value + p.indices[entry] * p.value.row_stride;
             const double scale = scratch.rho[r * p.k + slot + j];
             for (int64_t c = 0; c < p.c; ++c) to[c] = A(scale * double(widen(v[c])));
           }

@@ -131,7 +131,7 @@ class AggregateBackward {
       for (int64_t r = 0; r < rows; ++r) modulate(f, (first + r) * f.k, rho + r * f.k);
       const bool ones = f.rho == Rho::ones;
       if (!p.grad_similarities || (f.convolution == Convolution::dense && !ones)) continue;
-      const T* value = static_cast<const T*>(f.value) + b * f.m * f.c;
+      const T* value = f.value.at<T>(b);
       for (int64_t r = 0; r < rows; ++r) {
         if (!ones) grad_rho(p, value, weight, first + r, scratch.grad_rho + r * f.k);
         modulate_backward(p, (first + r) * f.k, rho + r * f.k, scratch.grad_rho + r * f.k);
@@ -300,7 +300,7 @@ class AggregateBackward {
     for (int64_t j = 0; j < f.k; ++j) {
       grad_rho[j] = 0;
       if (is_missing(similarity_at(f, row * f.k + j))) continue;
-      const T* v = value + f.indices[row * f.k + j] * f.c;
+      const T* v = value + f.indices[row * f.k + j] * f.value.row_stride;
       const A* w = weight + j * f.c;
       const auto product = [&](int64_t c) {
         return double(widen(grad_output[c])) * double(widen(v[c]));
@@ -423,7 +423,7 @@ class AggregateBackward {
     const AggregateParams& f = p.forward;
     const int64_t first = max_of(pairs.offsets[key], pairs.first);
     const int64_t last = min_of(pairs.offsets[key + 1], pairs.last);
-    const T* v = static_cast<const T*>(f.value) + (b * f.m + key) * f.c;
+    const T* v = f.value.at<T>(b, key);
     T* to = static_cast<T*>(p.grad_value) + (b * f.m + key) * f.c;
     const bool from_before = pairs.offsets[key] < pairs.first;
     const bool whole = !from_before && pairs.offsets[key + 1] <= pairs.last;
@@ -491,7 +491,7 @@ class AggregateBackward {
 
   // The row of value at `entry` of the neighbor list, for row `row` of the flattened batch.
   static const T* value_row(const AggregateParams& f, int64_t row, int64_t entry) {
-    return static_cast<const T*>(f.value) + (row / f.n * f.m + f.indices[entry]) * f.c;
+    return f.value.at<T>(row / f.n, f.indices[entry]);
   }
 
   // Sums grad_weight over some rows at one slot, for kWeightChannels channels from `first` on, to

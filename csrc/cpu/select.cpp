@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "instruction_sets.h"
@@ -41,10 +42,68 @@ void select_batches(const SelectParams& p, const SelectKernel& kernel, const Sel
       });
 }
 
-}  // namespace
+// How many consecutive batch elements have the same keys, if all groups of as many have.
+int64_t batches_per_keys(const SelectParams& p) {
+  if (p.batch == 1 || p.key_mask) return 1;
+  if (!p.key.offsets) return p.key.batch_stride == 0 ? p.batch : 1;
+  const int64_t* offsets = p.key.offsets;
+  int64_t shared = 1;
+  while (shared < p.batch && offsets[shared] == offsets[0]) ++shared;
+  if (p.batch % shared) return 1;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (offsets[b] != offsets[b / shared * shared]) return 1;
+  }
+  return shared;
+}
 
-void select(const SelectParams& p, ParallelFor parallel_for) {
-  if (p.batch == 0 || p.n == 0) return;
+size_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// A selection whose batch elements with the same keys are one with more queries, so that the keys
+// are packed once.
+class Folded {
+ public:
+  Folded(const SelectParams& p, int64_t shared) : params_(p) {
+    params_.batch = p.batch / shared, params_.n = p.n * shared;
+    fold_queries(p, shared);
+    if (p.key.offsets) {
+      for (int64_t b = 0; b < p.batch; b += shared) key_offsets_.push_back(p.key.offsets[b]);
+      params_.key.offsets = key_offsets_.data();
+    }
+    if (p.self_indices) {
+      for (int64_t i = 0; i < shared; ++i) {
+        self_indices_.insert(self_indices_.end(), p.self_indices, p.self_indices + p.n);
+      }
+      params_.self_indices = self_indices_.data();
+    }
+  }
+  const SelectParams& params() const { return params_; }
+
+ private:
+  void fold_queries(const SelectParams& p, int64_t shared) {
+    if (!p.query.offsets && p.query.batch_stride == p.n * p.query.row_stride) {
+      params_.query.batch_stride = shared * p.query.batch_stride;
+      return;
+    }
+    const size_t size = element_size(p.dtype), bytes = size_t(p.d) * size;
+    queries_ = Workspace(size_t(p.batch * p.n) * bytes);
+    char* to = queries_.as<char>();
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (int64_t row = 0; row < p.n; ++row, to += bytes) {
+        const int64_t first = p.query.offset(b) + row * p.query.row_stride;
+        std::memcpy(to, static_cast<const char*>(p.query.data) + first * int64_t(size), bytes);
+      }
+    }
+    params_.query = dense_rows(queries_.get(), params_.n, p.d);
+  }
+
+  SelectParams params_;
+  Workspace queries_;
+  std::vector<int64_t> key_offsets_, self_indices_;
+};
+
+void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
   const SelectKernel& kernel = kernels().select[int(p.dtype)];
   std::vector<int64_t> candidates(p.candidates, p.candidates + (p.candidates ? p.r : 0));
   std::sort(candidates.begin(), candidates.end());
@@ -70,6 +129,18 @@ void select(const SelectParams& p, ParallelFor parallel_for) {
     const SelectWork work = {first, columns, listed ? rows.data() : nullptr,
                              listed ? counts.data() : nullptr, packed.get()};
     select_batches(p, kernel, work, count, parallel_for);
+  }
+}
+
+}  // namespace
+
+void select(const SelectParams& p, ParallelFor parallel_for) {
+  if (p.batch == 0 || p.n == 0) return;
+  const int64_t shared = batches_per_keys(p);
+  if (shared == 1) {
+    select_unfolded(p, parallel_for);
+  } else {
+    select_unfolded(Folded(p, shared).params(), parallel_for);
   }
 }
 

@@ -118,7 +118,8 @@ class Select {
       panel = arena.take<A>(p.d * kPanel);
       tile = arena.take<A>(kTileRows * kPanel);
       self_similarities = arena.take<A>(kBlockRows);
-      ranks = arena.take<Rank<A>>(min_of(kBlockRows, p.n) * BestColumns<A>::capacity(p.k));
+      ranks =
+          arena.take<Rank<A>>(min_of(kBlockRows, p.n) * BestColumns<A>::capacity(most_found(p)));
       bytes = arena.used();
     }
   };
@@ -130,6 +131,11 @@ class Select {
     return kScreens && p.metric != Metric::euclidean && p.n >= kScreenedRows && columns >= 512 &&
            p.d >= 16 && p.k <= min_of(kMostScreened, columns / 4) &&
            padded_stride<A>(p.d) + words_of(p) + 1 <= 2 * p.d;
+  }
+
+  // The most neighbors that a query can have: k may exceed the number of keys.
+  static int64_t most_found(const SelectParams& p) {
+    return min_of(p.k, (p.candidates ? p.r : p.m) + (p.self_indices ? 1 : 0));
   }
 
   static int64_t words_of(const SelectParams& p) { return Screen::words(p.d); }
@@ -150,8 +156,7 @@ class Select {
   // The key row [d] of a column of batch element b of the work; null after the last one.
   static const T* key_at(const SelectParams& p, const SelectWork& work, int64_t b, int64_t column) {
     if (column >= columns_of(work, b)) return nullptr;
-    const int64_t row = (work.first_batch + b) * p.m + key_row(work, b, column);
-    return static_cast<const T*>(p.key) + row * p.d;
+    return p.key.at<T>(work.first_batch + b, key_row(work, b, column));
   }
 
   // Copies x [d] to row, normalized for the cosine and padded with zeros to whole vectors.
@@ -250,20 +255,20 @@ class Select {
     const int64_t rows = min_of(kBlockRows, p.n - first_row);
     const int64_t columns = columns_of(work, b);
     const int64_t stride = padded_stride<A>(p.d);
-    const T* query = static_cast<const T*>(p.query) + (batch * p.n + first_row) * p.d;
     const Keys keys = keys_of(p, work, b);
 
     Extent extents[kBlockRows];
     for (int64_t r = 0; r < kBlockRows; ++r) {
       A* row = scratch.queries + r * stride;
-      if (r < rows) {
-        read_row(p, query + r * p.d, row);
+      const T* x = r < rows ? p.query.at<T>(batch, first_row + r) : nullptr;
+      if (x) {
+        read_row(p, x, row);
       } else {
         pad_row(p, row, 0);
       }
       if constexpr (kScreens) {
         if (keys.screened) {
-          const Rounded rounded = round(p, r < rows ? query + r * p.d : nullptr, row, r, scratch);
+          const Rounded rounded = round(p, x, row, r, scratch);
           extents[r] = rounded.extent;
           scratch.scales[r] = rounded.scale;
         }
@@ -273,11 +278,11 @@ class Select {
 
     int64_t self_columns[kBlockRows];
     BestColumns<A> best[kBlockRows];
-    const int64_t capacity = BestColumns<A>::capacity(p.k);
+    const int64_t capacity = BestColumns<A>::capacity(most_found(p));
     for (int64_t r = 0; r < rows; ++r) {
       const bool self = has_self(p, batch, first_row + r);
       self_columns[r] = self ? column_of(work, b, p.self_indices[first_row + r]) : -1;
-      best[r].start(scratch.ranks + r * capacity, p.k - self, self_columns[r]);
+      best[r].start(scratch.ranks + r * capacity, most_found(p) - self, self_columns[r]);
     }
 
     const typename Screen::Session session(keys.screened ? words_of(p) : 0);
@@ -397,7 +402,6 @@ class Select {
   // The similarity of each query to the token itself, through the same tile as every other pair.
   static void multiply_self(const SelectParams& p, int64_t batch, int64_t first_row, int64_t rows,
                             const Scratch& scratch) {
-    const T* key = static_cast<const T*>(p.key) + batch * p.m * p.d;
     const int64_t stride = padded_stride<A>(p.d);
     for (int64_t first = 0; first < rows; first += kTileRows) {
       const int64_t stop = min_of(first + kTileRows, rows);
@@ -405,7 +409,7 @@ class Select {
         const int64_t count = min_of(kLanes<A>, stop - step);
         for (int64_t i = 0; i < kLanes<A>; ++i) {
           if (i < count) {
-            read_row(p, key + p.self_indices[first_row + step + i] * p.d,
+            read_row(p, p.key.at<T>(batch, p.self_indices[first_row + step + i]),
                      scratch.rows + i * stride);
           } else {
             pad_row(p, scratch.rows + i * stride, 0);

@@ -29,11 +29,11 @@ class SelectBackward {
 
   static void query_norms(const SelectBackwardParams& p, double* inverse_norms, int64_t begin,
                           int64_t end) {
-    norms(static_cast<const T*>(p.query), p.d, inverse_norms, begin, end);
+    norms(p.query, p.n, p.d, inverse_norms, begin, end);
   }
   static void key_norms(const SelectBackwardParams& p, double* inverse_norms, int64_t begin,
                         int64_t end) {
-    norms(static_cast<const T*>(p.key), p.d, inverse_norms, begin, end);
+    norms(p.key, p.m, p.d, inverse_norms, begin, end);
   }
 
   static void query_rows(const SelectBackwardParams& p, const double* query_norms,
@@ -41,16 +41,16 @@ class SelectBackward {
     const A* grads = static_cast<const A*>(p.grad_similarities);
     double* sum = static_cast<double*>(scratch);
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t first_key = row / p.n * p.m;
-      const T* q = static_cast<const T*>(p.query) + row * p.d;
+      const int64_t b = row / p.n;
+      const T* q = p.query.at<T>(b, row % p.n);
       bool in_pairs = false;
       clear(sum, p.d);
       for (int64_t entry = row * p.k; entry < (row + 1) * p.k; ++entry) {
         if (missing(p, entry)) continue;
         in_pairs = true;
-        const int64_t key_row = first_key + p.indices[entry];
-        const T* k = static_cast<const T*>(p.key) + key_row * p.d;
-        add(p.metric, sum, grads[entry], k, q, key_norms, key_row, p.d);
+        const int64_t key_row = p.indices[entry];
+        add(p.metric, sum, grads[entry], p.key.at<T>(b, key_row), q, key_norms, b * p.m + key_row,
+            p.d);
       }
       finish(p.metric, in_pairs, sum, q, query_norms, row, p.d,
              static_cast<T*>(p.grad_query) + row * p.d);
@@ -66,13 +66,12 @@ class SelectBackward {
       const int64_t* offsets = inverse.offsets + b * (p.m + 1) + row % p.m;
       const int64_t* pairs = inverse.pairs + b * p.n * p.k;
       const A* grads = static_cast<const A*>(p.grad_similarities) + b * p.n * p.k;
-      const T* k = static_cast<const T*>(p.key) + row * p.d;
+      const T* k = p.key.at<T>(b, row % p.m);
       clear(sum, p.d);
       for (int64_t at = offsets[0]; at < offsets[1]; ++at) {
         const int64_t slot = pairs[at] / p.n, i = pairs[at] % p.n;
-        const int64_t query_row = b * p.n + i;
-        const T* q = static_cast<const T*>(p.query) + query_row * p.d;
-        add(p.metric, sum, grads[i * p.k + slot], q, k, query_norms, query_row, p.d);
+        add(p.metric, sum, grads[i * p.k + slot], p.query.at<T>(b, i), k, query_norms, b * p.n + i,
+            p.d);
       }
       finish(p.metric, offsets[0] < offsets[1], sum, k, key_norms, row, p.d,
              static_cast<T*>(p.grad_key) + row * p.d);
@@ -80,9 +79,11 @@ class SelectBackward {
   }
 
  private:
-  static void norms(const T* rows, int64_t d, double* inverse_norms, int64_t begin, int64_t end) {
+  // The inverse norms of rows of x [batch, rows, d].
+  static void norms(const StridedRows& x, int64_t rows, int64_t d, double* inverse_norms,
+                    int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      inverse_norms[row] = normalizer(rows + row * d, d).inverse_norm();
+      inverse_norms[row] = normalizer(x.at<T>(row / rows, row % rows), d).inverse_norm();
     }
   }
 

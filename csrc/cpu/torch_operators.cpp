@@ -2,17 +2,23 @@
 // Defines the operators of the library convnn and registers them for the CPU dispatch key.
 #include "../torch_operators.h"
 
+#include "floating_point_mode.h"
 #include "operators.h"
 
 namespace convnn::torch_operators {
 namespace {
 
 void parallel_for(int64_t tasks, int64_t grain, const cpu::Body& body) {
-  torch::stable::parallel_for(0, tasks, grain, body);
+  const auto mode = cpu::floating_point_mode();
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const cpu::FloatingPointModeGuard guard(mode);
+    body(begin, end);
+  });
 }
 
 struct Cpu {
   static constexpr bool kReadsIndices = true;
+  static constexpr bool kReadsStrides = true;
 
   explicit Cpu(const Tensor&) {}
   void select(const SelectParams& params) { cpu::select(params, parallel_for); }

@@ -25,7 +25,7 @@ struct AggregateWork {
   const A* rho;     // [batch, n, k]
   const T* weight;  // dense: [k, o, c] in forward, [k, c, o] in backward; depthwise [c, 1, k]
 
-  __device__ const T* value() const { return static_cast<const T*>(p.value); }
+  __device__ const T* value() const { return static_cast<const T*>(p.value.data); }
   // The row of V, among those of all batch elements, of neighbor j of `row`; -1 if missing.
   __device__ int64_t value_row(int64_t row, int64_t j) const {
     const int64_t entry = row * p.k + j;

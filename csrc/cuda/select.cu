@@ -37,9 +37,9 @@ void select_as(const SelectParams& p, Context& context) {
   using A = Accumulate<T>;
   SelectWork<T> w = {};
   w.p = p;
-  const Rows<T> query = prepare<T>(p, p.query, p.batch * p.n, context);
+  const Rows<T> query = prepare<T>(p, p.query.data, p.batch * p.n, context);
   const bool same = p.query == p.key && p.n == p.m;
-  const Rows<T> key = same ? query : prepare<T>(p, p.key, p.batch * p.m, context);
+  const Rows<T> key = same ? query : prepare<T>(p, p.key.data, p.batch * p.m, context);
   w.query = query.rows;
   w.inverse_query = query.inverse;
   w.key = key.rows;

@@ -18,11 +18,12 @@ void select_backward_as(const SelectBackwardParams& p, const InverseList& invers
   w.p = p;
   if (p.metric == Metric::cosine) {
     T* const unscaled = nullptr;
-    w.query_norms = norms_of(static_cast<const T*>(p.query), unscaled, p.batch * p.n, p.d, context);
+    w.query_norms =
+        norms_of(static_cast<const T*>(p.query.data), unscaled, p.batch * p.n, p.d, context);
     const bool same = p.query == p.key && p.n == p.m;
     w.key_norms =
         same ? w.query_norms
-             : norms_of(static_cast<const T*>(p.key), unscaled, p.batch * p.m, p.d, context);
+             : norms_of(static_cast<const T*>(p.key.data), unscaled, p.batch * p.m, p.d, context);
   }
   if (p.grad_query) {
     launch("query_grad_kernel", query_grad_kernel<T>, ceil_div(p.batch * p.n, kWarps), 0, context,

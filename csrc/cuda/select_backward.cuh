@@ -47,14 +47,14 @@ __global__ __launch_bounds__(kThreads) void query_grad_kernel(const SelectBackwa
   const A* grads = static_cast<const A*>(p.grad_similarities) + row * p.k;
   const A* similarities = static_cast<const A*>(p.similarities) + row * p.k;
   for (int64_t d = lane(); d < p.d; d += kWarp) {
-    const A q = widen(static_cast<const T*>(p.query)[row * p.d + d]);
+    const A q = widen(static_cast<const T*>(p.query.data)[row * p.d + d]);
     RunningSum<A> sum, along;
     bool in_pairs = false;
     for (int64_t j = 0; j < p.k; ++j) {
       if (is_missing(p.similarities, kSimilarities, p.indices, row * p.k + j, p.m)) continue;
       in_pairs = true;
       const int64_t key_row = first_key + p.indices[row * p.k + j];
-      const A k = widen(static_cast<const T*>(p.key)[key_row * p.d + d]);
+      const A k = widen(static_cast<const T*>(p.key.data)[key_row * p.d + d]);
       sum.add(w.term(q, k, grads[j], w.key_norms, key_row));
       if (p.metric == Metric::cosine) along.add(grads[j] * similarities[j]);
     }
@@ -93,7 +93,7 @@ __device__ inline KeySums<Accumulate<T>> sums_of_run(const SelectBackwardWork<T>
           along.add(g * static_cast<const A*>(p.similarities)[entry]);
         }
         if (d >= p.d) return;
-        const A q = widen(static_cast<const T*>(p.query)[query_row * p.d + d]);
+        const A q = widen(static_cast<const T*>(p.query.data)[query_row * p.d + d]);
         grad.add(w.term(k, q, g, w.query_norms, query_row));
       },
       [&](int64_t chunk) {
@@ -124,7 +124,7 @@ __global__ __launch_bounds__(kThreads, 4) void key_chunks_kernel(const SelectBac
     A* result = w.chunk_sums + chunk * (p.d + 1);
     for (int64_t first = 0; first < p.d; first += kWarp) {
       const int64_t d = first + lane();
-      const A k = d < p.d ? A(widen(static_cast<const T*>(p.key)[row * p.d + d])) : A(0);
+      const A k = d < p.d ? A(widen(static_cast<const T*>(p.key.data)[row * p.d + d])) : A(0);
       const KeySums<A> sums = sums_of_run(w, row, run_of_chunk(w.inverse, chunk), d, k);
       if (warp() == 0 && d < p.d) result[d] = sums.grad;
       if (threadIdx.x == 0) result[p.d] = sums.along;
@@ -141,7 +141,7 @@ __global__ __launch_bounds__(kThreads, 4) void key_grad_kernel(const SelectBackw
     const Run run = run_between(w.inverse, offsets[row], offsets[row + 1]);
     for (int64_t first = 0; first < p.d; first += kWarp) {
       const int64_t d = first + lane();
-      const A k = d < p.d ? A(widen(static_cast<const T*>(p.key)[row * p.d + d])) : A(0);
+      const A k = d < p.d ? A(widen(static_cast<const T*>(p.key.data)[row * p.d + d])) : A(0);
       const KeySums<A> sums = sums_of_run(w, row, run, d, k);
       if (warp() != 0 || d >= p.d) continue;
       A grad = sums.grad;

@@ -90,7 +90,8 @@ void select(Call& call) {
   SelectParams p = {};
   p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4], p.r = n[5];
   p.dtype = DType(n[6]), p.metric = Metric(n[7]), p.order = Order(n[8]);
-  p.query = call.inputs[0].data, p.key = call.key(1);
+  p.query = dense_rows(call.inputs[0].data, p.n, p.d);
+  p.key = dense_rows(call.key(1), p.m, p.d);
   p.candidates = call.inputs[2].as<int64_t>();
   p.self_indices = call.inputs[3].as<int64_t>();
   p.key_mask = call.inputs[4].as<bool>();
@@ -105,7 +106,8 @@ void select_backward(Call& call) {
   p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4];
   p.dtype = DType(n[5]), p.metric = Metric(n[6]);
   p.grad_similarities = call.inputs[0].data;
-  p.query = call.inputs[1].data, p.key = call.key(2);
+  p.query = dense_rows(call.inputs[1].data, p.n, p.d);
+  p.key = dense_rows(call.key(2), p.m, p.d);
   p.similarities = call.inputs[3].data, p.indices = call.inputs[4].as<int64_t>();
   p.grad_query = call.outputs[0].data, p.grad_key = call.outputs[1].data;
   cuda::select_backward(p, call.memory);
@@ -118,7 +120,8 @@ AggregateParams aggregate_params(const Call& call, size_t first) {
   p.batch = n[0], p.n = n[1], p.m = n[2], p.c = n[3], p.o = n[4], p.k = n[5];
   p.dtype = DType(n[6]), p.similarity_dtype = DType(n[7]);
   p.convolution = Convolution(n[8]), p.rho = Rho(n[9]), p.scale = call.scale;
-  p.value = call.inputs[first].data, p.similarities = call.inputs[first + 1].data;
+  p.value = dense_rows(call.inputs[first].data, p.m, p.c);
+  p.similarities = call.inputs[first + 1].data;
   p.indices = call.inputs[first + 2].as<int64_t>(), p.weight = call.inputs[first + 3].data;
   return p;
 }
@@ -149,8 +152,9 @@ void forward_backward(Call& call) {
   f.convolution = Convolution(n[10]), f.rho = Rho(n[11]), f.scale = call.scale;
   s.metric = Metric(n[12]);
   p.aggregate.grad_output = call.inputs[0].data, s.grad_similarities = call.inputs[1].data;
-  s.query = call.inputs[2].data, s.key = call.key(3);
-  f.value = call.inputs[4].data, f.weight = call.inputs[5].data;
+  s.query = dense_rows(call.inputs[2].data, s.n, s.d);
+  s.key = dense_rows(call.key(3), s.m, s.d);
+  f.value = dense_rows(call.inputs[4].data, f.m, f.c), f.weight = call.inputs[5].data;
   f.similarities = s.similarities = call.inputs[6].data;
   f.indices = s.indices = call.inputs[7].as<int64_t>();
   s.grad_query = call.outputs[0].data, s.grad_key = call.outputs[1].data;

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""query, key and value are read where they lie on the CPU: expanded, sliced or transposed."""
+
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import convnn_kernels  # noqa: F401, defines the operators
+
+convnn = torch.ops.convnn
+
+B, H, N, M, D = 2, 3, 5, 40, 8
+
+# [B, H, M, D] each. The elements of a row are adjacent.
+IN_PLACE: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "bank-over-the-batch": lambda dtype: torch.randn(M, D).to(dtype).expand(B, H, M, D),
+    "grouped-heads": lambda dtype: torch.randn(B, 1, M, D).to(dtype).expand(B, H, M, D),
+    "bank-for-each-head": lambda dtype: torch.randn(1, H, M, D).to(dtype).expand(B, H, M, D),
+    "sliced-cache": lambda dtype: torch.randn(B, H, 2 * M, D).to(dtype)[:, :, :M],
+    "every-other-row": lambda dtype: torch.randn(B, H, 2 * M, D).to(dtype)[:, :, ::2],
+    "sliced-columns": lambda dtype: torch.randn(B, H, M, 3 * D).to(dtype)[..., D : 2 * D],
+    "heads-behind-tokens": lambda dtype: torch.randn(B, M, H, D).to(dtype).transpose(1, 2),
+    "heads-first": lambda dtype: torch.randn(H, B, M, D).to(dtype).transpose(0, 1),
+    "one-row-repeated": lambda dtype: torch.randn(B, H, 1, D).to(dtype).expand(B, H, M, D),
+    "offset": lambda dtype: torch.randn(1 + B * H * M * D).to(dtype)[1:].view(B, H, M, D),
+}
+COPIED: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "channels-first": lambda dtype: torch.randn(B, H, D, M).to(dtype).mT,
+    "channels-first-bank": lambda dtype: torch.randn(D, M).to(dtype).mT.expand(B, H, M, D),
+    "one-column-repeated": lambda dtype: torch.randn(B, H, M, 1).to(dtype).expand(B, H, M, D),
+}
+LAYOUTS = IN_PLACE | COPIED
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def results(query: Tensor, key: Tensor, value: Tensor, metric: str) -> list[Tensor]:
+    """Outputs and gradients of forward, and of select and aggregate by themselves."""
+    leaves = [X.detach().requires_grad_() for X in (query, key, value)]
+    torch.manual_seed(0)
+    weight = torch.randn(D, 1, 4).to(value.dtype)
+    output, similarities, indices = convnn.forward(*leaves, 4, weight, metric=metric)
+    found = [output, similarities, indices]
+    loss = (output.float() * torch.linspace(-1, 2, D)).sum() + similarities.sum()
+    found += torch.autograd.grad(loss, leaves)
+    similarities, indices = convnn.select(*leaves[:2], 3, metric=metric)
+    y = convnn.aggregate(leaves[2], similarities, indices)
+    return [*found, similarities, indices, y, *torch.autograd.grad(y.float().sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_contiguous(layout: str, metric: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    query = LAYOUTS[layout](dtype)[:, :, :N]
+    key, value = LAYOUTS[layout](dtype), LAYOUTS[layout](dtype)
+    got = results(query, key, value, metric)
+    expected = results(query.contiguous(), key.contiguous(), value.contiguous(), metric)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["bank-over-the-batch", "grouped-heads", "bank-for-each-head"])
+@pytest.mark.parametrize("query_layout", ["contiguous", "heads-behind-tokens"])
+@pytest.mark.parametrize("restriction", ["none", "candidates", "self", "self-by-index", "mask"])
+def test_shared_keys_with_many_queries(layout: str, query_layout: str, restriction: str) -> None:
+    """More queries than a block, and enough keys for the screen."""
+    torch.manual_seed(2)
+    n, m, d = 300, 600, 32
+    bank = {"bank-over-the-batch": (m, d), "grouped-heads": (B, 1, m, d)}
+    key = torch.randn(bank.get(layout, (1, H, m, d))).expand(B, H, m, d)
+    query = torch.randn(B, n, H, d).transpose(1, 2)
+    if query_layout == "contiguous":
+        query = query.contiguous()
+    options = {
+        "none": {},
+        "candidates": {"candidates": torch.randperm(m)[:100]},
+        "self": {"self_indices": torch.randint(m, (n,))},
+        "self-by-index": {"self_indices": torch.randint(m, (n,)), "order": "index"},
+        "mask": {"key_mask": torch.rand(B, H, m) > 0.5},
+    }[restriction]
+    got = convnn.select(query, key, 9, **options)
+    expected = convnn.select(query.contiguous(), key.contiguous(), 9, **options)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+COPIES = {"aten::copy_", "aten::clone", "aten::contiguous"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_copies(layout: str) -> None:
+    """Nothing is copied in place; of an expanded tensor, at most its distinct elements."""
+    tensors = [LAYOUTS[layout](torch.float32) for _ in range(3)]
+    tensors[0] = tensors[0][:, :, :N]
+    leaves = [X.detach() for X in tensors]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        output, similarities, indices = convnn.forward(*leaves, 4)
+        convnn.forward_backward(
+            *(output, None, *leaves, None, similarities, indices, False),
+            *("cosine", "softmax", 1.0, True, True, True, False, False),
+        )
+    copies = [event for event in recorded.events() if event.name in COPIES]
+    assert bool(copies) == (layout in COPIED)
+    if layout == "channels-first-bank":
+        allocated = sum(e.self_cpu_memory_usage for e in copies if e.self_cpu_memory_usage > 0)
+        assert allocated <= 6 * M * D * 4  # query, key and value, forward and backward
+
+
+MEASURE = """
+    import json, pathlib, torch, convnn_kernels
+
+    def resident(field):
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+
+    torch.set_num_threads(2)
+    {make}
+    torch.ops.convnn.forward(query[..., :2, :], key[..., :64, :], key[..., :64, :], 4)
+    before = resident("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    torch.ops.convnn.forward(query, key, key, 4)
+    print(json.dumps(resident("VmHWM") - before))
+"""
+LARGE = {
+    # 16 MiB of keys, packed with their screen; copied for each batch element, they would take 1 GiB.
+    "bank": (
+        "query = torch.randn(64, 16, 64); key = torch.randn(65536, 64).expand(64, -1, -1)",
+        32,
+    ),
+    # 128 MiB are used; 16 MiB of them are packed at a time.
+    "cache": (
+        "query = torch.randn(1, 8, 1, 64); key = torch.randn(1, 8, 131072, 64)[:, :, :65536]",
+        24,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("case", LARGE)
+def test_peak_memory(case: str, run_python: Callable[..., str]) -> None:
+    make, most = LARGE[case]
+    rise = json.loads(run_python(MEASURE.format(make=make), timeout=300.0).splitlines()[-1])
+    print(f"{rise / 2**20:.0f} MiB")
+    assert rise <= most * 2**20
