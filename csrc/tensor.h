@@ -83,11 +83,9 @@ class Tensor {
     for (size_t i = 0; i + 1 < sizes.size(); ++i) {
       if (strides_[i] == 0 && sizes[i] > 1) sizes[i] = 1;
     }
-    int64_t offset = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle_.get(), &offset));
     AtenTensorHandle view = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(handle_.get(), dim(), sizes.data(),
-                                                          strides_.data(), offset, &view));
+                                                          strides_.data(), 0, &view));
     return Tensor(view);
   }
   void fill_with_zeros() const { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(handle_.get())); }

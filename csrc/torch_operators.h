@@ -6,8 +6,8 @@
 //
 // A Backend is constructed for each call from a tensor on its device. It has a function for each
 // operator but forward, which is select() and aggregate(). kReadsIndices says whether index values
-// are in host memory and can be checked, kReadsStrides whether query, key and value need not be
-// dense.
+// are in host memory and can be checked; reads(rows) is the number of rows for Readable, below, or
+// 0.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -105,18 +105,21 @@ class Contiguous {
   const void* data_ = nullptr;
 };
 
-// The rows of a tensor [..., rows, columns]. A backend that reads strides gets them where they lie
-// if the elements of a row are adjacent. All else is copied, but expanded dimensions are not
-// repeated.
+// The rows of a tensor [..., rows, columns] for a backend that reads `reads` rows of each batch
+// element, or, if that is none, only dense tensors. They are read where they lie if the elements of
+// a row are adjacent and so are the rows, or if few are read: reading rows that are far apart
+// takes longer. All else is copied, but expanded dimensions are not repeated.
 class Readable {
  public:
-  Readable(const Tensor& tensor, bool reads_strides) {
+  Readable(const Tensor& tensor, int64_t reads) {
+    const int64_t rows = rows_of(tensor), columns = columns_of(tensor);
     if (tensor.is_contiguous()) {
-      rows_ = dense_rows(tensor.const_data_ptr(), rows_of(tensor), columns_of(tensor));
-    } else if (!reads_strides) {
+      rows_ = dense_rows(tensor.const_data_ptr(), rows, columns);
+    } else if (reads == 0) {
       copy_ = tensor.contiguous();
-      rows_ = dense_rows(copy_->const_data_ptr(), rows_of(tensor), columns_of(tensor));
-    } else if (tensor.stride(tensor.dim() - 1) == 1 || columns_of(tensor) <= 1) {
+      rows_ = dense_rows(copy_->const_data_ptr(), rows, columns);
+    } else if ((tensor.stride(tensor.dim() - 1) == 1 || columns <= 1) &&
+               (tensor.stride(tensor.dim() - 2) <= columns || reads <= rows)) {
       read_strides(tensor, tensor.sizes());
     } else {
       copy_ = tensor.distinct().contiguous();
@@ -187,6 +190,11 @@ std::vector<int64_t> shape_with(const Tensor& tensor, int64_t rows, int64_t colu
   return shape;
 }
 
+// Pairs of a query and a neighbor in each batch element.
+int64_t pairs_of(const Tensor& similarities) {
+  return rows_of(similarities) * columns_of(similarities);
+}
+
 Tensor empty_like_if(bool needed, const Tensor& tensor) {
   if (!needed) return empty_as(tensor, {0}, tensor.scalar_type());
   const Shape sizes = tensor.sizes();
@@ -238,7 +246,7 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
   if (Backend::kReadsIndices && self_indices)
     check_range(op, "self_indices", self.data_as<int64_t>(), n, m);
 
-  const Readable queries(query, Backend::kReadsStrides), keys(key, Backend::kReadsStrides);
+  const Readable queries(query, Backend::reads(n)), keys(key, Backend::reads(m));
   const std::vector<int64_t> shape = shape_with(query, n, k);
   Tensor similarities = empty_as(query, shape, is_float64 ? ScalarType::Double : ScalarType::Float);
   Tensor indices = empty_as(query, shape, ScalarType::Long);
@@ -289,7 +297,7 @@ Tensor checked_aggregate(const Tensor& value, const Tensor& similarities,
                          const OptionalTensor& weight, const OptionalTensor& bias,
                          Convolution convolution, int64_t outputs, const std::string& rho,
                          double scale) {
-  const Readable values(value, Backend::kReadsStrides);
+  const Readable values(value, Backend::reads(pairs_of(similarities)));
   const Contiguous weights(weight), biases(bias);
   Tensor output =
       empty_as(value, shape_with(value, rows_of(similarities), outputs), value.scalar_type());
@@ -392,7 +400,8 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
   check_same(op, "similarities", similarities, shape, dtype);
   check_same(op, "grad_similarities", grad_similarities, shape, dtype);
   check_same(op, "indices", indices, shape, ScalarType::Long);
-  const Readable queries(query, Backend::kReadsStrides), keys(key, Backend::kReadsStrides);
+  const int64_t reads = Backend::reads(pairs_of(similarities));
+  const Readable queries(query, reads), keys(key, reads);
   const Contiguous grads(grad_similarities);
   const Contiguous all_similarities(similarities), all_indices(indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
@@ -426,7 +435,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
                                                     std::nullopt, rho, scale, outputs);
   check_same(op, "grad_output", grad_output, shape_with(value, rows_of(similarities), outputs),
              value.scalar_type());
-  const Readable values(value, Backend::kReadsStrides);
+  const Readable values(value, Backend::reads(pairs_of(similarities)));
   const Contiguous grads(grad_output), weights(weight);
   const Contiguous all_similarities(similarities), all_indices(indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
@@ -493,8 +502,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
       check_forward_backward(op, grad_output, grad_similarities, query, key, value, weight,
                              similarities, indices, metric, rho, scale, outputs);
   const Contiguous output_grads(grad_output), similarity_grads(grad_similarities);
-  const Readable queries(query, Backend::kReadsStrides), keys(key, Backend::kReadsStrides);
-  const Readable values(value, Backend::kReadsStrides);
+  const int64_t reads = Backend::reads(pairs_of(similarities));
+  const Readable queries(query, reads), keys(key, reads), values(value, reads);
   const Contiguous weights(weight);
   const Contiguous all_similarities(similarities), all_indices(indices);
   const int64_t* rows = all_indices.data_as<int64_t>();

@@ -16,25 +16,29 @@ convnn = torch.ops.convnn
 
 B, H, N, M, D = 2, 3, 5, 40, 8
 
-# [B, H, M, D] each. The elements of a row are adjacent.
-IN_PLACE: dict[str, Callable[[torch.dtype], Tensor]] = {
+# [B, H, M, D] each. The elements of a row are adjacent, and so are the rows.
+ADJACENT: dict[str, Callable[[torch.dtype], Tensor]] = {
     "bank-over-the-batch": lambda dtype: torch.randn(M, D).to(dtype).expand(B, H, M, D),
     "grouped-heads": lambda dtype: torch.randn(B, 1, M, D).to(dtype).expand(B, H, M, D),
     "bank-for-each-head": lambda dtype: torch.randn(1, H, M, D).to(dtype).expand(B, H, M, D),
     "sliced-cache": lambda dtype: torch.randn(B, H, 2 * M, D).to(dtype)[:, :, :M],
-    "every-other-row": lambda dtype: torch.randn(B, H, 2 * M, D).to(dtype)[:, :, ::2],
-    "sliced-columns": lambda dtype: torch.randn(B, H, M, 3 * D).to(dtype)[..., D : 2 * D],
-    "heads-behind-tokens": lambda dtype: torch.randn(B, M, H, D).to(dtype).transpose(1, 2),
     "heads-first": lambda dtype: torch.randn(H, B, M, D).to(dtype).transpose(0, 1),
     "one-row-repeated": lambda dtype: torch.randn(B, H, 1, D).to(dtype).expand(B, H, M, D),
     "offset": lambda dtype: torch.randn(1 + B * H * M * D).to(dtype)[1:].view(B, H, M, D),
+}
+# Rows that are far apart: in place only for a few queries.
+APART: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "every-other-row": lambda dtype: torch.randn(B, H, 2 * M, D).to(dtype)[:, :, ::2],
+    "sliced-columns": lambda dtype: torch.randn(B, H, M, 3 * D).to(dtype)[..., D : 2 * D],
+    "heads-behind-tokens": lambda dtype: torch.randn(B, M, H, D).to(dtype).transpose(1, 2),
+    "bank-of-columns": lambda dtype: torch.randn(M, 3 * D).to(dtype)[:, :D].expand(B, H, M, D),
 }
 COPIED: dict[str, Callable[[torch.dtype], Tensor]] = {
     "channels-first": lambda dtype: torch.randn(B, H, D, M).to(dtype).mT,
     "channels-first-bank": lambda dtype: torch.randn(D, M).to(dtype).mT.expand(B, H, M, D),
     "one-column-repeated": lambda dtype: torch.randn(B, H, M, 1).to(dtype).expand(B, H, M, D),
 }
-LAYOUTS = IN_PLACE | COPIED
+LAYOUTS = ADJACENT | APART | COPIED
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -90,26 +94,41 @@ def test_shared_keys_with_many_queries(layout: str, query_layout: str, restricti
     assert torch.equal(got[1], expected[1])
 
 
-COPIES = {"aten::copy_", "aten::clone", "aten::contiguous"}
+def copied(call: Callable[[], object]) -> tuple[int, int]:
+    """How many tensors a call copies, and their bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    copies = [event for event in recorded.events() if event.name == "aten::clone"]
+    assert bool(copies) == any(event.name == "aten::copy_" for event in recorded.events())
+    return len(copies), sum(event.cpu_memory_usage for event in copies)
+
+
+def backward(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], object]:
+    output, similarities, indices = convnn.forward(query, key, value, 4)
+    return lambda: convnn.forward_backward(
+        *(output, None, query, key, value, None, similarities, indices, False),
+        *("cosine", "softmax", 1.0, True, True, True, False, False),
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_copies(layout: str) -> None:
-    """Nothing is copied in place; of an expanded tensor, at most its distinct elements."""
-    tensors = [LAYOUTS[layout](torch.float32) for _ in range(3)]
-    tensors[0] = tensors[0][:, :, :N]
-    leaves = [X.detach() for X in tensors]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        output, similarities, indices = convnn.forward(*leaves, 4)
-        convnn.forward_backward(
-            *(output, None, *leaves, None, similarities, indices, False),
-            *("cosine", "softmax", 1.0, True, True, True, False, False),
-        )
-    copies = [event for event in recorded.events() if event.name in COPIES]
-    assert bool(copies) == (layout in COPIED)
-    if layout == "channels-first-bank":
-        allocated = sum(e.self_cpu_memory_usage for e in copies if e.self_cpu_memory_usage > 0)
-        assert allocated <= 6 * M * D * 4  # query, key and value, forward and backward
+    query, key, value = (LAYOUTS[layout](torch.float32) for _ in range(3))
+    query = query[:, :, :N]
+    few = copied(lambda: convnn.forward(query, key, value, 4))
+    many = copied(lambda: convnn.forward(key, key, value, 4))
+    gradients = copied(backward(query, key, value))
+    assert (few[0] > 0) == (layout in COPIED)
+    assert (many[0] > 0) == (layout in APART | COPIED)
+    assert (gradients[0] > 0) == (layout in APART | COPIED)
+
+
+@pytest.mark.parametrize("layout", ["channels-first-bank", "bank-of-columns"])
+def test_only_distinct_elements_are_copied(layout: str) -> None:
+    query, key, value = (LAYOUTS[layout](torch.float32) for _ in range(3))
+    bank = M * D * 4
+    assert bank <= copied(lambda: convnn.forward(query, key, value, 4))[1] <= 3 * bank
+    assert bank <= copied(backward(query, key, value))[1] <= 3 * bank
 
 
 MEASURE = """
@@ -129,7 +148,7 @@ MEASURE = """
     print(json.dumps(resident("VmHWM") - before))
 """
 LARGE = {
-    # 16 MiB of keys, packed with their screen; copied for each batch element, they would take 1 GiB.
+    # 16 MiB of keys, packed with their screen; copied for each batch element, that is 1 GiB.
     "bank": (
         "query = torch.randn(64, 16, 64); key = torch.randn(65536, 64).expand(64, -1, -1)",
         32,
