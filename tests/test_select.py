@@ -211,9 +211,9 @@ def test_indices_out_of_range_are_rejected(wrong: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("M", [0, 3])
-def test_too_few_keys_are_rejected(M: int) -> None:
-    for k in (0, -1, M + 1):
-        with pytest.raises(RuntimeError, match="k must be"):
+def test_no_neighbors_are_rejected(M: int) -> None:
+    for k in (0, -1):
+        with pytest.raises(RuntimeError, match="k must be at least 1"):
             ops.select(randn(2, 3), randn(M, 3), k)
 
 
