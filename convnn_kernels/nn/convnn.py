@@ -200,8 +200,7 @@ class _ConvNN(nn.Module):
             nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The queries are N tokens of x [B, C, *shape], all unless strided; the keys are the M of the
-        # padded map.
+        # The queries are N tokens of x [B, C, *shape]; the keys are the M of the padded map.
         shape = self._shape(x)
         padded = self._pad(x)
         value = self._value(padded, shape)  # [B, M, C]

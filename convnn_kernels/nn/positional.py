@@ -33,8 +33,10 @@ def interior(shape: Sequence[int], padding: int, device: torch.device, stride: i
 
 
 def strided(maps: Tensor, dimensions: int, stride: int) -> Tensor:
-    """[..., *shape]: every stride-th position along the last `dimensions` axes, starting with the first."""
-    return maps if stride == 1 else maps[(..., *[slice(None, None, stride)] * dimensions)]
+    """[..., L] or [..., H, W]: every stride-th position along these axes, from the first on."""
+    if stride == 1:
+        return maps
+    return maps[..., ::stride] if dimensions == 1 else maps[..., ::stride, ::stride]
 
 
 def grid(
