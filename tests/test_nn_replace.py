@@ -479,7 +479,7 @@ def test_masks_of_separate_projections() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             new(x, mask)
-    with pytest.raises(ValueError, match="is_causal must be None or False .*, got True"):
+    with pytest.raises(ValueError, match=r"is_causal must be None or False .*, got True"):
         new(x, is_causal=True)
 
 

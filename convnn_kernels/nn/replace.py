@@ -24,7 +24,7 @@ from convnn_kernels.nn.replaceable import (
 ADAPTERS = (MultiheadAdapter, SelfAttentionAdapter)
 OURS = (ConvNN1d, ConvNN2d, ConvNNAttention, HybridBranch2d, *ADAPTERS)
 
-Builder = Callable[[nn.Module], nn.Module]
+Builder = Callable[[Any], nn.Module]  # of a Conv2d or an attention layer
 
 
 @dataclass
