@@ -493,6 +493,10 @@ class Lora(nn.Linear):
     pass
 
 
+class Sharded(nn.Parameter):
+    pass
+
+
 class Rope(FusedAttention):
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         return super().forward(x)
@@ -551,6 +555,10 @@ class Maps(FusedAttention):
             changed(lambda layer: setattr(layer, "attn_drop", nn.AlphaDropout())),
             "its attn_drop is a AlphaDropout, not a Dropout",
         ),
+        (
+            changed(lambda layer: setattr(layer.qkv, "weight", Sharded(torch.zeros(24, 8)))),
+            "its qkv.weight is a Sharded",
+        ),
         (Rope(), "its forward takes rope"),
         (
             Maps(),
@@ -591,6 +599,21 @@ def test_additions_to_a_convolution_are_a_reason(conv2d: object) -> None:
         "3": "its weight is shared with another layer",
         "4": "its weight is shared with another layer",
     }
+
+
+def test_a_function_that_returns_no_module() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    done = replace(model, conv2d=lambda conv: None if conv is model[0] else nn.Sequential())
+    assert done.left == {"0": "its function returned a NoneType, not a module"}
+    assert done.swapped == {"1": "Sequential"}
+
+
+def test_separate_projections_learn_as_convnn() -> None:
+    model = nn.Sequential(SeparateAttention(8, "query key value"))
+    replace(model, attention="convnn", k=3)
+    model(torch.randn(2, 7, 8))[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert (model[0].layer.metric, model[0].layer.output_projection) == ("cosine", None)
 
 
 def test_a_compiled_layer_is_left() -> None:

@@ -57,13 +57,22 @@ def replace(
 ) -> Replaced:
     """Swaps the Conv2d layers of a model, its attention layers, or both, in place.
 
-    Convolutions are modules of type ``nn.Conv2d``. Attention layers are ``nn.MultiheadAttention``,
-    as in torchvision, and modules with ``qkv``, ``proj`` and ``num_heads``, as in timm. Other
-    modules whose type is named attention are left, and the result says so.
+    Convolutions are modules of type ``nn.Conv2d``, strided ones, too. Attention layers are
+    ``nn.MultiheadAttention``, and self-attention with one or three linear projections, as in timm
+    and transformers. They are recognized by the names of their parts, and by what they compute: a
+    copy of the layer, with random weights, must give what ConvNNAttention gives for k = N,
+    metric="dot" and no weight. Other modules whose type is named attention are left, and the result
+    says so.
+
+    Layers are left, with the reason, where something would be lost: hooks, parametrizations,
+    subclasses, a forward of the instance, parameters shared with other layers, further parameters,
+    buffers and children. Functions given as conv2d or attention are called only for layers without
+    hooks, parametrizations, shared parameters and an own forward; the rest is up to them.
 
     The new layers have the device, dtype and training mode of the old ones. Attention keeps its
-    projections; convolutions start from fresh weights, because a tap no longer corresponds to a
-    position.
+    projections, frozen ones frozen. Convolutions start from fresh weights, because a tap no longer
+    corresponds to a position; frozen ones are left. Create the optimizer afterwards: parameters of
+    a fused projection and of convolutions are new, and names have changed.
 
     Args:
         model: a module that contains such layers.
@@ -153,7 +162,8 @@ class _Replacement:
                 continue
             name = prefix + child_name
             try:
-                new = self.new.get(child) or self._swapped(parent, child_name, child)
+                known = child in self.new
+                new = self.new[child] if known else self._swapped(parent, child_name, child)
             except ValueError as reason:
                 self.done.left[name] = str(reason)
                 new = None
@@ -180,7 +190,10 @@ class _Replacement:
             raise CannotReplaceError("it is compiled: swap first, then compile")
         require_untouched(child, self.shared)
         modes = [(part, part.training) for part in child.modules()]
-        new = build(child).train(child.training)
+        new = build(child)
+        if not isinstance(new, nn.Module):
+            raise CannotReplaceError(f"its function returned a {type(new).__name__}, not a module")
+        new.train(child.training)
         for part, training in modes:  # some are parts of the new layer, too
             part.training = training
         return new
