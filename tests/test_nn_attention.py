@@ -51,6 +51,36 @@ def test_attention_is_recovered(num_heads: int, aggregation: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_norms_of_queries_and_keys() -> None:
+    query_norm, key_norm = nn.RMSNorm(4), nn.LayerNorm(4)
+    layer = ConvNNAttention(
+        16, 4, k=13, metric="dot", aggregation="sum", query_norm=query_norm, key_norm=key_norm
+    ).double()
+    x = torch.randn(2, 13, 16, dtype=torch.float64)
+    nn.init.uniform_(key_norm.weight)
+    q = query_norm(heads(x, layer.query_projection, 4))
+    k = key_norm(heads(x, layer.key_projection, 4))
+    y = F.scaled_dot_product_attention(q, k, heads(x, layer.value_projection, 4))
+    torch.testing.assert_close(layer(x), layer.output_projection(y.transpose(1, 2).flatten(2)))
+    layer.reset_parameters()
+    assert torch.equal(key_norm.weight, torch.ones_like(key_norm.weight))
+    with pytest.raises(ValueError, match="ConvNNAttention: key_norm must be a module or None"):
+        ConvNNAttention(16, key_norm=nn.LayerNorm)
+
+
+def test_without_an_output_projection() -> None:
+    layer = ConvNNAttention(16, 2, k=4, output_projection=False)
+    x = torch.randn(2, 5, 16)
+    y = layer(x)
+    layer.output_projection = nn.Identity()
+    assert torch.equal(y, layer(x))
+    message = "output_projection must be True where values are 17 wide and not 16, got False"
+    with pytest.raises(ValueError, match=message):
+        ConvNNAttention(
+            16, projections="identity", positional_encoding="both", output_projection=False
+        )
+
+
 def test_cross_attention_is_recovered() -> None:
     layer = ConvNNAttention(16, 2, k=11, metric="dot", aggregation="sum").double()
     query, key, value = (torch.randn(2, n, 16, dtype=torch.float64) for n in (5, 11, 11))

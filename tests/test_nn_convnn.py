@@ -120,7 +120,6 @@ def test_taps_are_exact_on_a_large_map_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("setting", "name"),
     [
-        ({"stride": 2, "padding": 1}, "stride"),
         ({"dilation": 2, "padding": 2}, "dilation"),
         ({"padding": 0}, "padding"),
         ({"padding": 1, "padding_mode": "reflect"}, "padding_mode"),
@@ -132,6 +131,86 @@ def test_other_convolutions_are_rejected(setting: dict, name: str) -> None:
         ConvNN2d.from_conv2d(nn.Conv2d(4, 4, 3, **setting))
     with pytest.raises(ValueError, match=f"from_conv1d: {name} must be"):
         ConvNN1d.from_conv1d(nn.Conv1d(4, 4, 3, **setting))
+
+
+def test_unequal_strides_are_rejected() -> None:
+    message = r"from_conv2d: stride must be the same along both axes, got \(2, 1\)"
+    with pytest.raises(ValueError, match=message):
+        ConvNN2d.from_conv2d(nn.Conv2d(4, 4, 3, (2, 1), 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (6, 6), (7, 5), (8, 9)])
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("stride", [2, 3])
+def test_strided_conv2d_is_recovered(size: int, shape: tuple[int, int], stride: int) -> None:
+    conv = nn.Conv2d(3, 4, size, stride, size // 2).double()
+    set_integers(conv)
+    x = integers(2, 3, *shape)
+    assert torch.equal(ConvNN2d.from_conv2d(conv)(x), conv(x))
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 10])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_strided_conv1d_is_recovered(size: int, length: int) -> None:
+    conv = nn.Conv1d(3, 4, size, 2, size // 2).double()
+    set_integers(conv)
+    x = integers(2, 3, length)
+    assert torch.equal(ConvNN1d.from_conv1d(conv)(x), conv(x))
+
+
+@pytest.mark.parametrize("candidates", [AllCandidates(True), SpatialCandidates(9)])
+@pytest.mark.parametrize("positional_encoding", [None, "both"])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("projections", ["learned", "identity"])
+def test_a_stride_computes_every_second_token(
+    projections: str, padding: int, positional_encoding: str | None, candidates: nn.Module
+) -> None:
+    """A strided layer gives what it gives without the stride, on its grid."""
+    layer = ConvNN2d(
+        2,
+        3,
+        k=4,
+        padding=padding,
+        projections=projections,
+        positional_encoding=positional_encoding,
+        candidates=candidates,
+    ).double()
+    x = torch.randn(2, 2, 5, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    every, (_, indices) = layer(x), layer.neighbors(x)
+    layer.stride = 2
+    y = layer(x)
+    torch.testing.assert_close(y, every[..., ::2, ::2], check_stride=False)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    rows = torch.arange(30).view(5, 6)[::2, ::2].flatten()
+    assert torch.equal(layer.neighbors(x)[1], indices[:, rows])
+
+
+def test_a_stride_compiles_for_any_size() -> None:
+    layer = ConvNN2d(2, 3, k=4, stride=2, projections="identity")
+    assert "stride=2" in repr(layer)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((5, 6), (8, 7)):
+        x = torch.randn(2, 2, *shape)
+        torch.testing.assert_close(compiled(x), layer(x))
+    with pytest.raises(ValueError, match="ConvNN1d: stride must be a whole number of at least 1"):
+        ConvNN1d(2, 3, stride=0)
+
+
+def test_strided_hybrid_branches() -> None:
+    x = torch.randn(2, 4, 7, 6)
+    for size in (3, 5):
+        expected = nn.Conv2d(4, 6, size, 2, size // 2)(x).shape
+        for ratio in (0.0, 0.5, 1.0):
+            assert HybridBranch2d(4, 6, size, ratio, stride=2)(x).shape == expected
+    with pytest.raises(ValueError, match="HybridBranch2d: kernel_size must be odd with a stride"):
+        HybridBranch2d(4, 6, 2, stride=2)
+
+
+def test_frozen_weights_remain_frozen() -> None:
+    conv = nn.Conv2d(2, 3, 3, padding=1)
+    conv.weight.requires_grad_(False)
+    layer = ConvNN2d.from_conv2d(conv)
+    assert (layer.weight.requires_grad, layer.bias.requires_grad) == (False, True)
 
 
 def test_an_even_kernel_is_rejected() -> None:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Replacing layers of models in the style of torchvision and timm."""
 
+import copy
 import doctest
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from convnn_kernels.nn import (
     ConvNN2d,
@@ -70,8 +73,9 @@ class FusedAttention(nn.Module):
         self.num_heads = num_heads
         self.scale = options.get("scale", (dim // num_heads) ** -0.5)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(dim) if options.get("qk_norm") else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim) if options.get("qk_norm") else nn.Identity()
+        norm = options.get("norm", lambda width: nn.Identity())
+        self.q_norm = norm(dim // num_heads)
+        self.k_norm = norm(dim // num_heads)
         self.attn_drop = nn.Dropout(0.1)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(0.2)
@@ -80,6 +84,7 @@ class FusedAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.attn_drop.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, scale=self.scale)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
@@ -102,17 +107,16 @@ class Vit(nn.Module):
 
 def test_convolutions_of_a_residual_network() -> None:
     model = ResNet()
-    done = replace(model, conv2d="convnn", candidates=lambda: RandomCandidates(16))
+    done = replace(model, conv2d="convnn", candidates=lambda: RandomCandidates(49))
     assert done.swapped == {
+        "conv1": "ConvNN2d",
         "layer1.0.conv1": "ConvNN2d",
         "layer1.0.conv2": "ConvNN2d",
+        "layer1.1.conv1": "ConvNN2d",
         "layer1.1.conv2": "ConvNN2d",
     }
-    assert done.left == {
-        "conv1": "stride (2, 2)",
-        "layer1.1.conv1": "stride (2, 2)",
-        "layer1.1.downsample.0": "stride (2, 2)",
-    }
+    assert done.left == {"layer1.1.downsample.0": "a 1x1 kernel has no neighbors"}
+    assert (model.conv1.k, model.conv1.stride, model.conv1.padding) == (49, 2, 3)
     layer = model.layer1[0].conv1
     assert isinstance(layer, ConvNN2d)
     assert (layer.k, layer.padding, layer.bias) == (9, 1, None)
@@ -120,14 +124,14 @@ def test_convolutions_of_a_residual_network() -> None:
     assert layer.candidates is not model.layer1[0].conv2.candidates
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     text = str(done)
-    assert "3 layers swapped, 3 left" in text
-    assert "left conv1: stride (2, 2)" in text
+    assert "5 layers swapped, 1 left" in text
+    assert "left layer1.1.downsample.0: a 1x1 kernel has no neighbors" in text
 
 
 def test_hybrid_branches() -> None:
     model = ResNet().double().eval()
     done = replace(model, conv2d="hybrid", branch_ratio=0.25, k=4)
-    assert len(done.swapped) == 3
+    assert len(done.swapped) == 5
     layer = model.layer1[0].conv1
     assert isinstance(layer, HybridBranch2d)
     assert layer.convnn is not None
@@ -141,7 +145,7 @@ def test_layers_from_a_function() -> None:
     x = torch.randn(2, 3, 16, 16).double()
     expected = model(x)
     done = replace(model, conv2d=ConvNN2d.from_conv2d)
-    assert len(done.swapped) == 3
+    assert len(done.swapped) == 5
     assert done.left["conv1"].startswith("from_conv2d: kernel_size must be 1x1, 3x3 or 5x5")
     torch.testing.assert_close(model(x), expected)
 
@@ -151,11 +155,16 @@ def test_layers_from_a_function() -> None:
     [
         (nn.Conv2d(4, 4, 3, dilation=2, padding=2), "dilation (2, 2)"),
         (nn.Conv2d(4, 4, 3, groups=2, padding=1), "groups 2"),
+        (nn.Conv2d(4, 4, 3, (2, 1), padding=1), "stride (2, 1)"),
+        (
+            nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False),
+            "its weights are frozen, and new ones would be random",
+        ),
         (nn.Conv2d(4, 4, 1), "a 1x1 kernel has no neighbors"),
         (nn.Conv2d(4, 4, (3, 1), padding="same"), "kernel 3x1 is not square and odd"),
         (nn.Conv2d(4, 4, 2, padding="same"), "kernel 2x2 is not square and odd"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "padding mode 'reflect'"),
-        (nn.Conv2d(4, 4, 3), "padding (0, 0) changes the size of the map"),
+        (nn.Conv2d(4, 4, 3), "padding (0, 0) is not half the kernel"),
         (type("StdConv2d", (nn.Conv2d,), {})(4, 4, 3, padding=1), "StdConv2d is more than a"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -195,20 +204,26 @@ def test_convnn_attention_keeps_the_projections() -> None:
     assert model.blocks[0]["attn"].proj_drop.p == 0.2
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    with pytest.raises(ValueError, match="attn_mask must be None"):
-        model.blocks[0]["attn"](torch.randn(2, 16, 8), torch.zeros(16, 16))
+    with pytest.raises(ValueError, match="attn_mask must mask the same keys for every query"):
+        model.blocks[0]["attn"](torch.randn(2, 16, 8), torch.ones(16, 16).tril() == 1)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"qk_norm": True}, "its q_norm, k_norm would be lost"),
-        ({"position_bias": True}, "its relative_position_bias_table would be lost"),
-    ],
-)
-def test_reasons_to_leave_fused_attention(options: dict, reason: str) -> None:
-    done = replace(Vit(**options), attention="convnn")
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_of_queries_and_keys(norm: type[nn.Module]) -> None:
+    model = Vit(norm=norm).double().eval()
+    for block in model.blocks:
+        nn.init.uniform_(block["attn"].k_norm.weight)
+    x = torch.randn(2, 3, 16, 16).double()
+    expected = model(x)
+    done = replace(model, attention="kvt", k=16)
+    assert len(done.swapped) == 2
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_extra_parts_are_a_reason_to_leave_attention() -> None:
+    done = replace(Vit(position_bias=True), attention="convnn")
     assert not done.swapped
+    reason = "its relative_position_bias_table would be lost"
     assert done.left == {"blocks.0.attn": reason, "blocks.1.attn": reason}
 
 
@@ -292,24 +307,19 @@ def test_a_shared_layer_remains_shared() -> None:
     assert model[0] is model[2][0]
 
 
-class SeparateAttention(nn.Module):
-    """Attention with three linear layers, as in other libraries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
-
-
 def test_attention_that_is_not_recognized_is_named() -> None:
+    class InnerAttention(nn.Module):
+        pass
+
     class OuterAttention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = SeparateAttention()
+            self.inner = InnerAttention()
 
     model = nn.Sequential(OuterAttention(), EncoderBlock(), ConvNNAttention(8))
     done = replace(model, attention="convnn", k=3)
     assert done.swapped == {"1.self_attention": "ConvNNAttention"}
-    assert done.left == {"0.inner": "not nn.MultiheadAttention, nor of qkv, proj and num_heads"}
+    assert done.left == {"0.inner": "not an attention layer of a known form"}
 
 
 def test_the_example_of_the_documentation() -> None:
@@ -346,3 +356,326 @@ def test_wrong_settings(settings: dict, message: str) -> None:
 def test_a_model_that_is_a_layer() -> None:
     with pytest.raises(ValueError, match="model must contain the layers to swap, got Conv2d"):
         replace(nn.Conv2d(3, 3, 3), conv2d="convnn")
+
+
+class ChannelAttention(FusedAttention):
+    """Attention between channels, with the parts of attention between tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (self.scale * q.mT @ k).softmax(-1)  # [B, heads, d, d]
+        return self.proj((v @ weights.mT).transpose(1, 2).flatten(2))
+
+
+class PairAttention(FusedAttention):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x.new_ones(len(x), self.num_heads, x.shape[1], x.shape[1])
+
+
+def test_frozen_remains_frozen_and_a_hook_is_a_reason() -> None:
+    """Row 5."""
+    hooked = nn.TransformerEncoderLayer(16, 2, batch_first=True).requires_grad_(False)
+    hooked.self_attn.register_forward_hook(lambda *_: None)
+    frozen = nn.TransformerEncoderLayer(16, 2, batch_first=True).requires_grad_(False)
+    model = nn.ModuleDict({"hooked": hooked, "frozen": frozen})
+    done = replace(model, attention="kvt", k=5)
+    assert list(done.swapped) == ["frozen.self_attn"]
+    assert done.left == {"hooked.self_attn": "its forward hooks would be lost"}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_subclass_of_linear_is_a_reason() -> None:
+    """Row 6."""
+
+    class Lora(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 9.0
+
+    model = Vit()
+    model.blocks[0]["attn"].qkv = Lora(8, 24)
+    model.blocks[1]["attn"].proj = Lora(8, 8)
+    done = replace(model, attention="kvt", k=5)
+    assert done.left == {
+        "blocks.0.attn": "its qkv is a Lora, not a Linear",
+        "blocks.1.attn": "its proj is a Lora, not a Linear",
+    }
+
+
+def test_what_only_looks_like_attention_is_left() -> None:
+    """Row 7."""
+    model = nn.Sequential(ChannelAttention(), PairAttention())
+    done = replace(model, attention="kvt", k=5)
+    assert not done.swapped
+    assert re.fullmatch(r"its result .* is not that of attention: off by \d+.\d%", done.left["0"])
+    assert done.left["1"] == "it also returns attention weights"
+
+
+class SeparateAttention(nn.Module):
+    """Attention in the style of transformers: ViT, or BERT where the output is elsewhere."""
+
+    def __init__(self, width: int = 8, names: str = "q_proj k_proj v_proj", out: str = "") -> None:
+        super().__init__()
+        self.num_attention_heads = 2
+        self.scaling = (width // 2) ** -0.5
+        self.attention_dropout = 0.1
+        self.names = names.split()
+        self.out = out
+        for name in filter(None, [*self.names, out]):
+            self.add_module(name, nn.Linear(width, width))
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object
+    ) -> tuple[Tensor, None]:
+        q, k, v = (
+            self.get_submodule(name)(hidden_states).unflatten(-1, (2, -1)).transpose(1, 2)
+            for name in self.names
+        )
+        y = F.scaled_dot_product_attention(q, k, v, attention_mask, scale=self.scaling)
+        y = y.transpose(1, 2).flatten(2)
+        return self.get_submodule(self.out)(y) if self.out else y, None
+
+
+@pytest.mark.parametrize(
+    ("names", "out"),
+    [
+        ("q_proj k_proj v_proj", "o_proj"),
+        ("query key value", ""),
+        ("q_lin k_lin v_lin", "out_lin"),
+    ],
+)
+def test_separate_projections(names: str, out: str) -> None:
+    old = SeparateAttention(8, names, out).double().eval()
+    old.get_submodule(names.split()[0]).requires_grad_(False)
+    model = nn.ModuleDict({"attention": old})
+    parameters = {id(p): p.requires_grad for p in model.parameters()}
+    done = replace(model, attention="kvt", k=7)
+    assert done.swapped == {"attention": "ConvNNAttention"}
+    new = model["attention"]
+    x = torch.randn(2, 7, 8).double()
+    y, weights = new(x)
+    assert weights is None
+    torch.testing.assert_close(y, old(x)[0])
+    assert {id(p): p.requires_grad for p in model.parameters()} == parameters
+    assert new.layer.dropout.p == 0.1
+
+
+def test_masks_of_separate_projections() -> None:
+    old = SeparateAttention().double().eval()
+    model = nn.ModuleDict({"attention": old})
+    replace(model, attention="kvt", k=7)
+    new, x = model["attention"], torch.randn(2, 7, 8).double()
+    allowed = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    allowed[1, ..., 4:] = False
+    added = torch.zeros(2, 1, 1, 7).double().masked_fill(~allowed, -torch.inf)
+    for mask in (allowed, allowed.expand(2, 1, 7, 7), added, allowed[1].expand(1, 1, 7, 7)):
+        expected, _ = old(hidden_states=x, attention_mask=mask)
+        torch.testing.assert_close(new(hidden_states=x, attention_mask=mask)[0], expected)
+        torch.testing.assert_close(new(x, mask, is_causal=False, cache=None)[0], expected)
+    for mask, message in (
+        (torch.ones(7, 7, dtype=torch.bool).tril(), "attention_mask must mask the same keys for"),
+        (torch.rand(2, 1, 1, 7), "attention_mask must mask the same keys for every query"),
+        (allowed.expand(2, 2, 7, 7), r"attention_mask must be None or have shape .*, got \[2, 2"),
+        (allowed[:, 0], r"attention_mask must be None or have shape .*, got \[2, 1, 7\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            new(x, mask)
+    with pytest.raises(ValueError, match=r"is_causal must be None or False .*, got True"):
+        new(x, is_causal=True)
+
+
+def changed(change: Callable[[nn.Module], object], layer: nn.Module | None = None) -> nn.Module:
+    layer = FusedAttention() if layer is None else layer
+    change(layer)
+    return layer
+
+
+class Lora(nn.Linear):
+    pass
+
+
+class Sharded(nn.Parameter):
+    pass
+
+
+class Rope(FusedAttention):
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class Maps(FusedAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(2).mT).mT.unflatten(-1, x.shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (
+            changed(lambda layer: layer.register_forward_pre_hook(lambda *_: None)),
+            "its forward pre-hooks would be lost",
+        ),
+        (
+            changed(lambda layer: layer.qkv.register_full_backward_hook(lambda *_: None)),
+            "the backward hooks of its qkv would be lost",
+        ),
+        (
+            changed(lambda layer: layer.register_state_dict_post_hook(lambda *_: None)),
+            "its state_dict hooks would be lost",
+        ),
+        (
+            changed(lambda layer: layer.proj.weight.register_hook(lambda grad: grad)),
+            "the hooks of its proj.weight would be lost",
+        ),
+        (
+            changed(lambda layer: parametrizations.weight_norm(layer.qkv)),
+            "its qkv is parametrized",
+        ),
+        (
+            changed(lambda layer: setattr(layer, "forward", lambda x: x)),
+            "it has a forward of its own instance",
+        ),
+        (changed(lambda layer: layer.compile()), "it is compiled: swap first, then compile"),
+        (
+            changed(lambda layer: setattr(layer, "q_proj", Lora(8, 8)), SeparateAttention()),
+            "its q_proj is a Lora, not a Linear",
+        ),
+        (
+            changed(lambda layer: setattr(layer, "v_proj", nn.Linear(8, 4)), SeparateAttention()),
+            "heads whose widths do not add up to that of the tokens",
+        ),
+        (
+            changed(lambda layer: setattr(layer, "is_causal", True), SeparateAttention()),
+            "it is causal, or part of a decoder",
+        ),
+        (
+            changed(lambda layer: layer.register_buffer("index", torch.zeros(3))),
+            "its index would be lost",
+        ),
+        (
+            changed(lambda layer: setattr(layer, "attn_drop", nn.AlphaDropout())),
+            "its attn_drop is a AlphaDropout, not a Dropout",
+        ),
+        (
+            changed(lambda layer: setattr(layer.qkv, "weight", Sharded(torch.zeros(24, 8)))),
+            "its qkv.weight is a Sharded",
+        ),
+        (Rope(), "its forward takes rope"),
+        (
+            Maps(),
+            "it cannot be called with tokens alone: mat1 and mat2 shapes cannot be multiplied "
+            "(16x5 and 8x24)",
+        ),
+        (
+            changed(lambda layer: layer.register_forward_hook(print), nn.MultiheadAttention(8, 2)),
+            "its forward hooks would be lost",
+        ),
+        (
+            changed(
+                lambda layer: setattr(layer, "out_proj", Lora(8, 8)), nn.MultiheadAttention(8, 2)
+            ),
+            "its out_proj is a Lora, not a Linear",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_reasons_to_leave_attention(layer: nn.Module, reason: str) -> None:
+    model = nn.Sequential(layer)
+    assert replace(model, attention="kvt", k=5).left == {"0": reason}
+    assert model[0] is layer
+
+
+@pytest.mark.parametrize("conv2d", ["convnn", "hybrid", ConvNN2d.from_conv2d])
+def test_additions_to_a_convolution_are_a_reason(conv2d: object) -> None:
+    layers = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=1) for _ in range(5)))
+    layers[0].register_forward_hook(lambda *_: None)
+    parametrizations.weight_norm(layers[1])
+    layers[2].forward = layers[2].forward
+    layers[4].weight = layers[3].weight
+    done = replace(layers, conv2d=conv2d)
+    assert done.left == {
+        "0": "its forward hooks would be lost",
+        "1": "it is parametrized",
+        "2": "it has a forward of its own instance",
+        "3": "its weight is shared with another layer",
+        "4": "its weight is shared with another layer",
+    }
+
+
+def test_a_function_that_returns_no_module() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    done = replace(model, conv2d=lambda conv: None if conv is model[0] else nn.Sequential())
+    assert done.left == {"0": "its function returned a NoneType, not a module"}
+    assert done.swapped == {"1": "Sequential"}
+
+
+def test_separate_projections_learn_as_convnn() -> None:
+    model = nn.Sequential(SeparateAttention(8, "query key value"))
+    replace(model, attention="convnn", k=3)
+    model(torch.randn(2, 7, 8))[0].sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert (model[0].layer.metric, model[0].layer.output_projection) == ("cosine", None)
+
+
+def test_a_compiled_layer_is_left() -> None:
+    model = nn.Sequential(torch.compile(FusedAttention(), backend="eager"))
+    done = replace(model, attention="kvt")
+    assert done.left == {"0._orig_mod": "it is compiled: swap first, then compile"}
+
+
+def test_a_frozen_fused_projection_remains_frozen() -> None:
+    for attention in ("kvt", "convnn"):
+        model = Vit()
+        model.blocks[0]["attn"].requires_grad_(False)
+        model.blocks[1]["attn"].qkv.bias.requires_grad_(False)
+        replace(model, attention=attention)
+        assert not any(p.requires_grad for p in model.blocks[0].parameters())
+        frozen = [n for n, p in model.blocks[1].named_parameters() if not p.requires_grad]
+        assert frozen == [
+            f"attn.layer.{name}_projection.bias" for name in ("query", "key", "value")
+        ]
+
+
+def test_modes_of_parts_remain() -> None:
+    model = nn.Sequential(FusedAttention().train())
+    model[0].proj_drop.eval()
+    replace(model, attention="kvt")
+    assert (model[0].training, model[0].layer.dropout.training) == (True, True)
+    assert not model[0].proj_drop.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_probe_leaves_no_trace(dtype: torch.dtype) -> None:
+    class Noisy(FusedAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.rand(len(x), 1, 1)
+
+    layer = Noisy(norm=lambda _: nn.BatchNorm2d(2)).to(dtype).train()
+    state, random = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        done = replace(nn.Sequential(layer), attention="kvt")
+    assert done.left["0"].startswith("its result for a random input is not that of attention")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(part.training for part in layer.modules())
+    assert all(p.grad is None for p in layer.parameters())
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+@pytest.mark.parametrize("attention", ["kvt", "convnn"])
+def test_a_layer_of_zeros_and_a_layer_on_the_meta_device(attention: str) -> None:
+    """What is compared does not depend on the values of the weights."""
+    zeros = nn.Sequential(ChannelAttention(), FusedAttention())
+    for parameter in zeros.parameters():
+        nn.init.zeros_(parameter)
+    assert list(replace(zeros, attention=attention).swapped) == ["1"]
+    with torch.device("meta"):
+        model = nn.Sequential(ChannelAttention(), FusedAttention())
+        assert list(replace(model, attention=attention).swapped) == ["1"]
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_swapped_layers_are_not_swapped_again() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), FusedAttention(), SeparateAttention())
+    assert len(replace(model, conv2d="hybrid", attention="kvt").swapped) == 3
+    again = replace(model, conv2d="hybrid", attention="kvt")
+    assert (again.swapped, again.left) == ({}, {})

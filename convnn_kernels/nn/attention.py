@@ -30,8 +30,12 @@ class ConvNNAttention(nn.Module):
         dropout: the dropout probability, applied after the aggregation and before the output
             projection.
         projections: which inputs have a learned projection: "learned": query, key and value;
-            "value": value alone; "identity": none. There is always an output projection.
+            "value": value alone; "identity": none.
         projection_bias: whether the projections, including the output projection, have a bias.
+        output_projection: whether the joined heads are projected. Without, values must be E wide.
+        query_norm: a module that normalizes the projected queries of each head, [B, heads, N, width
+            of a head], such as ``nn.RMSNorm(width)``. If None, they remain as they are.
+        key_norm: the same for keys.
         rho: "softmax", "ones" or "similarity". "ones" is rejected with projections="learned".
         metric: "cosine", "dot" or "euclidean".
         scale: factor of the similarities in the softmax. If None, 1/√(width of a head) with
@@ -67,6 +71,9 @@ class ConvNNAttention(nn.Module):
         *,
         projections: str = "learned",
         projection_bias: bool = False,
+        output_projection: bool = True,
+        query_norm: nn.Module | None = None,
+        key_norm: nn.Module | None = None,
         rho: str = "softmax",
         metric: str = "cosine",
         scale: float | None = None,
@@ -140,7 +147,19 @@ class ConvNNAttention(nn.Module):
         self.query_projection = projection(key_inputs, key_width) if learns_key else None
         self.key_projection = projection(key_inputs, key_width) if learns_key else None
         self.value_projection = projection(value_inputs, value_width) if learns_value else None
-        self.output_projection = projection(value_width, embed_dim)
+        settings.require(
+            output_projection or value_width == embed_dim,
+            owner,
+            "output_projection",
+            f"True where values are {value_width} wide and not {embed_dim}",
+            output_projection,
+        )
+        self.output_projection = projection(value_width, embed_dim) if output_projection else None
+        for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
+            is_module = norm is None or isinstance(norm, nn.Module)
+            settings.require(is_module, owner, name, "a module or None", norm)
+        self.query_norm = query_norm
+        self.key_norm = key_norm
         self.dropout = nn.Dropout(dropout)
 
         d = value_width // num_heads
@@ -152,15 +171,18 @@ class ConvNNAttention(nn.Module):
         self._reset_convolution()
 
     def reset_parameters(self) -> None:
-        """Reinitializes the projections and the weights of the aggregation."""
-        for projection in (
+        """Reinitializes the projections, the norms and the weights of the aggregation."""
+        for part in (
             self.query_projection,
             self.key_projection,
             self.value_projection,
             self.output_projection,
+            self.query_norm,
+            self.key_norm,
         ):
-            if projection is not None:
-                projection.reset_parameters()
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
+                reset()
         self._reset_convolution()
 
     def _reset_convolution(self) -> None:
@@ -210,6 +232,8 @@ class ConvNNAttention(nn.Module):
         q = self._heads(self._inputs(query, "similarity"), self.query_projection)
         k = self._heads(self._inputs(key, "similarity"), self.key_projection)
         v = self._heads(self._inputs(value, "aggregation"), self.value_projection)
+        q = q if self.query_norm is None else self.query_norm(q)
+        k = k if self.key_norm is None else self.key_norm(k)
         self_indices = None
         if is_self and self.candidates.include_self:
             self_indices = torch.arange(M, device=query.device)
@@ -229,8 +253,8 @@ class ConvNNAttention(nn.Module):
             self.scale,
             self.order,
         )
-        joined = y.transpose(1, 2).flatten(2)  # [B, N, width]
-        return self.output_projection(self.dropout(joined))
+        joined = self.dropout(y.transpose(1, 2).flatten(2))  # [B, N, width]
+        return joined if self.output_projection is None else self.output_projection(joined)
 
     def _encodes(self, role: str) -> bool:
         return self.positional_encoding in (role, "both")

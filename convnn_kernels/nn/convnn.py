@@ -83,6 +83,7 @@ class _ConvNN(nn.Module):
         k: int = 9,
         *,
         padding: int = 0,
+        stride: int = 1,
         projections: str = "learned",
         key_channels: int | None = None,
         value_channels: int | None = None,
@@ -102,6 +103,7 @@ class _ConvNN(nn.Module):
         super().__init__()
         owner = type(self).__name__
         settings.require_count(owner, "out_channels", out_channels)
+        settings.require_count(owner, "stride", stride)
         candidates = AllCandidates() if candidates is None else candidates
         require_settings(
             owner,
@@ -122,6 +124,7 @@ class _ConvNN(nn.Module):
         self.out_channels = out_channels
         self.k = k
         self.padding = padding
+        self.stride = stride
         self.projections = projections
         self.rho = rho
         self.metric = metric
@@ -197,7 +200,7 @@ class _ConvNN(nn.Module):
             nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        # x [B, C, *shape] has N tokens, the queries; the padded map has M, the keys.
+        # The queries are N tokens of x [B, C, *shape]; the keys are the M of the padded map.
         shape = self._shape(x)
         padded = self._pad(x)
         value = self._value(padded, shape)  # [B, M, C]
@@ -222,7 +225,7 @@ class _ConvNN(nn.Module):
                 order=self.order,
             )
         # [B, N, C'] viewed as [B, C', *shape] is channels_last.
-        y = y.mT.unflatten(-1, shape)
+        y = y.mT.unflatten(-1, self._output_shape(shape))
         return y if _is_channels_last(x) else y.contiguous()
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,6 +256,13 @@ class _ConvNN(nn.Module):
         settings.require_shape(type(self).__name__, "input", x, ("B", self.in_channels, *sizes))
         return x.shape[2:]
 
+    def _output_shape(self, shape: Sequence[int]) -> Sequence[int]:
+        return shape if self.stride == 1 else [-(-size // self.stride) for size in shape]
+
+    def _queries(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """[N]: the rows of the queries among the padded map's tokens."""
+        return positional.interior(shape, self.padding, device, self.stride)
+
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, (self.padding,) * (2 * self._dimensions)) if self.padding else x
 
@@ -267,11 +277,11 @@ class _ConvNN(nn.Module):
         if self._encodes("similarity"):
             # Padding tokens have zero features, but they do have coordinates.
             key = query = self._with_coordinates(key, shape)  # [B, M, C + dimensions]
-        if self.padding:
+        if self.padding or self.stride > 1:
             if self._encodes("similarity"):
-                query = key[:, positional.interior(shape, self.padding, x.device)]
+                query = key[:, self._queries(shape, x.device)]
             else:
-                query = x.flatten(2).mT
+                query = positional.strided(x, self._dimensions, self.stride).flatten(2).mT
         if self.query_projection is not None and self.key_projection is not None:
             query, key = self.query_projection(query), self.key_projection(key)
         return query, key
@@ -295,13 +305,13 @@ class _ConvNN(nn.Module):
         candidates = self.candidates(shape, self.padding, device)
         if not self.candidates.include_self:
             return candidates, None
-        return candidates, positional.interior(shape, self.padding, device)
+        return candidates, self._queries(shape, device)
 
     def _neighbors_by_position(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Similarities and indices, [B, N, k] each, from one search that serves the whole batch."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = positional.grid(shape, self.padding, self.coordinates, dtype, x.device)  # [M, 1 or 2]
-        query = key[positional.interior(shape, self.padding, x.device)]  # [N, 1 or 2]
+        query = key[self._queries(shape, x.device)]  # [N, 1 or 2]
         # 16-bit coordinates of a large map would be rounded.
         with _without_autocast(x.device.type):
             neighbors = functional.select_neighbors(
@@ -322,11 +332,14 @@ class _ConvNN(nn.Module):
             self.weight.copy_(conv.weight.flatten(2))  # [C', C, 3, 3] → [C', C, 9]
             if self.bias is not None and conv.bias is not None:
                 self.bias.copy_(conv.bias)
+                self.bias.requires_grad_(conv.bias.requires_grad)
+        self.weight.requires_grad_(conv.weight.requires_grad)
         return self.train(conv.training)
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, k={self.k}"]
         parts += [f"padding={self.padding}"] if self.padding else []
+        parts += [f"stride={self.stride}"] if self.stride > 1 else []
         parts += [f"projections={self.projections!r}, rho={self.rho!r}, metric={self.metric!r}"]
         parts += [f"scale={self.scale}"] if self.scale != 1.0 else []
         parts += [f"order={self.order!r}"] if self.order != "similarity" else []
@@ -345,6 +358,9 @@ _ARGUMENTS = """
         k: the number of neighbors; at most the number of key tokens or candidates.
         padding: number of zero tokens added on every side as keys and values. They are never
             queries.
+        stride: the step between queries along each axis, starting with the first token: the output
+            has ⌈L / stride⌉ tokens along an axis of L, as that of a strided convolution. All tokens
+            are keys and values.
         projections: f_Q, f_K and f_V of section 4.1. "learned": linear layers; "identity": none;
             "value": only f_V is learned; "coordinates": query and key are the coordinates alone
             and f_V is the identity (section 5.1).
@@ -379,7 +395,7 @@ _ARGUMENTS = """
 class ConvNN1d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a sequence: Algorithm 1, section 4.1.
 
-    [B, C, L] → [B, C', L], same dtype as the input (under autocast, the autocast dtype).
+    [B, C, L] → [B, C', ⌈L / stride⌉], same dtype as the input (under autocast, the autocast dtype).
     {_ARGUMENTS}"""
 
     _dimensions = 1
@@ -391,11 +407,12 @@ class ConvNN1d(_ConvNN):
         The k tokens nearest in position, in the order of their positions, are the kernel's taps.
 
         Args:
-            conv: a convolution of any odd kernel size, with stride 1, dilation 1, zero padding that
-                keeps the length, and groups 1 or a depthwise kernel.
+            conv: a convolution of any odd kernel size and any stride, with dilation 1, zero padding
+                of half the kernel, and groups 1 or a depthwise kernel.
 
         Returns:
             A layer with copies of weight and bias, on the same device and with the same dtype.
+            Frozen parameters remain frozen.
 
         Raises:
             ValueError: if conv cannot be expressed; the message names the setting.
@@ -406,9 +423,9 @@ class ConvNN1d(_ConvNN):
 class ConvNN2d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a map: sections 4.1 and 4.2.
 
-    [B, C, H, W] → [B, C', H, W], same dtype as the input (under autocast, the autocast dtype). A
-    channels_last input gives a channels_last output, any other a contiguous one. The map is
-    flattened row by row, and the result unflattened.
+    [B, C, H, W] → [B, C', H, W], or with a stride [B, C', ⌈H / stride⌉, ⌈W / stride⌉], same dtype
+    as the input (under autocast, the autocast dtype). A channels_last input gives a channels_last
+    output, any other a contiguous one. The map is flattened row by row, and the result unflattened.
     {_ARGUMENTS}"""
 
     _dimensions = 2
@@ -422,11 +439,12 @@ class ConvNN2d(_ConvNN):
         are at distance √18, farther away than the tokens at (4, 0).
 
         Args:
-            conv: a 1×1, 3×3 or 5×5 convolution with stride 1, dilation 1, zero padding that keeps
-                the size, and groups 1 or a depthwise kernel.
+            conv: a 1×1, 3×3 or 5×5 convolution with one stride for both axes, dilation 1, zero
+                padding of half the kernel, and groups 1 or a depthwise kernel.
 
         Returns:
             A layer with copies of weight and bias, on the same device and with the same dtype.
+            Frozen parameters remain frozen.
 
         Raises:
             ValueError: if conv cannot be expressed; the message names the setting.
@@ -446,9 +464,17 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
             kernel,
         )
     settings.require(size % 2 == 1, owner, "kernel_size", "odd", kernel)
-    for name in ("stride", "dilation"):
-        got = getattr(conv, name)
-        settings.require(all(each == 1 for each in got), owner, name, "1", got)
+    stride = conv.stride[0]
+    settings.require(
+        all(each == stride for each in conv.stride),
+        owner,
+        "stride",
+        "the same along both axes",
+        conv.stride,
+    )
+    settings.require(
+        all(each == 1 for each in conv.dilation), owner, "dilation", "1", conv.dilation
+    )
     depthwise = conv.groups == conv.in_channels == conv.out_channels
     settings.require(
         conv.groups == 1 or depthwise,
@@ -464,7 +490,7 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
         conv.padding in ("same", (size // 2,) * dimensions),
         owner,
         "padding",
-        f"{size // 2}, which keeps the size",
+        f"{size // 2}, half the kernel",
         conv.padding,
     )
     return {
@@ -472,6 +498,7 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
         "out_channels": conv.out_channels,
         "k": math.prod(kernel),
         "padding": size // 2,
+        "stride": stride,
         "projections": "coordinates",
         "rho": "ones",
         "metric": "euclidean",

@@ -15,7 +15,8 @@ from convnn_kernels.nn.convnn import ConvNN2d, require_settings, value_width
 class HybridBranch2d(nn.Module):
     """Conv2d and ConvNN2d over the same input, fused by a 1×1 convolution (section 4.2.3).
 
-    [B, C, H, W] → [B, C', H, W], with dtype and memory format as for Conv2d. ConvNN produces
+    [B, C, H, W] → [B, C', H, W], or with a stride [B, C', ⌈H / stride⌉, ⌈W / stride⌉], with dtype
+    and memory format as for Conv2d. ConvNN produces
     ⌊branch_ratio · C'⌋ of the channels to be fused, Conv2d the rest. A branch without channels is
     omitted. The fusion always remains, so the number of parameters does not depend on
     branch_ratio (with the default settings).
@@ -23,11 +24,13 @@ class HybridBranch2d(nn.Module):
     Args:
         in_channels: C.
         out_channels: C'.
-        kernel_size: kernel size of Conv2d, which pads to keep the size of the map.
+        kernel_size: kernel size of Conv2d, which pads to keep the size of the map; odd with a
+            stride.
         branch_ratio: the paper's λ, from 0 (Conv2d alone) to 1 (ConvNN alone).
         k: number of neighbors of the ConvNN branch; kernel_size² if None, as in the paper.
         padding: number of zero tokens on every side of the keys of the ConvNN branch;
             kernel_size // 2 if None.
+        stride: stride of both branches.
         bias: whether both branches and the fusion have a bias.
         projections, rho, metric, scale, order, aggregation, positional_encoding, coordinates,
             candidates: settings of the ConvNN branch, as in :class:`ConvNN2d`. The defaults of
@@ -49,6 +52,7 @@ class HybridBranch2d(nn.Module):
         *,
         k: int | None = None,
         padding: int | None = None,
+        stride: int = 1,
         bias: bool = True,
         projections: str = "identity",
         rho: str = "ones",
@@ -68,6 +72,14 @@ class HybridBranch2d(nn.Module):
         settings.require_count(owner, "out_channels", out_channels)
         settings.require_count(owner, "kernel_size", kernel_size)
         settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
+        settings.require_count(owner, "stride", stride)
+        settings.require(
+            stride == 1 or kernel_size % 2 == 1,
+            owner,
+            "kernel_size",
+            "odd with a stride",
+            kernel_size,
+        )
         k = kernel_size**2 if k is None else k
         padding = kernel_size // 2 if padding is None else padding
         candidates = AllCandidates() if candidates is None else candidates
@@ -105,7 +117,9 @@ class HybridBranch2d(nn.Module):
                 in_channels,
                 conv_channels,
                 kernel_size,
-                padding="same",
+                stride,
+                # Conv2d does not take "same" with a stride.
+                padding="same" if stride == 1 else kernel_size // 2,
                 bias=bias,
                 device=device,
                 dtype=dtype,
@@ -119,6 +133,7 @@ class HybridBranch2d(nn.Module):
                 convnn_channels,
                 k,
                 padding=padding,
+                stride=stride,
                 bias=bias,
                 projections=projections,
                 rho=rho,

@@ -13,13 +13,14 @@ def count(shape: Sequence[int], padding: int) -> int:
     return math.prod([size + 2 * padding for size in shape])
 
 
-def interior(shape: Sequence[int], padding: int, device: torch.device) -> Tensor:
+def interior(shape: Sequence[int], padding: int, device: torch.device, stride: int = 1) -> Tensor:
     """The rows of the padded map's tokens that are not padding.
 
     Args:
         shape: the size of the unpadded map: (L,) or (H, W).
         padding: the number of tokens added on every side.
         device: device of the result.
+        stride: takes every stride-th token along each axis, starting with the first.
 
     Returns:
         [N] int64, ascending.
@@ -28,7 +29,14 @@ def interior(shape: Sequence[int], padding: int, device: torch.device) -> Tensor
     rows = rows.view([size + 2 * padding for size in shape])
     for axis, size in enumerate(shape):
         rows = rows.narrow(axis, padding, size)
-    return rows.flatten()
+    return strided(rows, len(shape), stride).flatten()
+
+
+def strided(maps: Tensor, dimensions: int, stride: int) -> Tensor:
+    """[..., L] or [..., H, W]: every stride-th position along these axes, from the first on."""
+    if stride == 1:
+        return maps
+    return maps[..., ::stride] if dimensions == 1 else maps[..., ::stride, ::stride]
 
 
 def grid(

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: MIT
+"""ConvNNAttention with the interface of other attention layers."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from convnn_kernels.nn.attention import ConvNNAttention
+from convnn_kernels.nn.candidates import Candidates
+from convnn_kernels.nn.replaceable import CannotReplaceError, require_linear, require_no_extras
+
+# What attributes are called in timm and transformers.
+PROJECTIONS = (
+    ("qkv",),
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+)
+OUTPUTS = ("proj", "o_proj", "out_proj", "out_lin")
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
+SCALES = ("scale", "scaling")
+DROPOUTS = ("attn_drop", "attention_dropout", "dropout", "dropout_prob")
+CAUSAL = ("is_causal", "is_decoder")
+MASKS = ("attn_mask", "attention_mask")
+# Arguments of forward, beside tokens and mask, that leave the result as it is while they are None
+# or False.
+UNUSED = (
+    "is_causal",
+    "cache",
+    "cache_position",
+    "causal_attention_mask",
+    "encoder_attention_mask",
+    "encoder_hidden_states",
+    "head_mask",
+    "key_value_states",
+    "layer_head_mask",
+    "output_attentions",
+    "past_key_value",
+    "past_key_values",
+)
+
+Draw = Callable[..., Tensor]
+
+
+class Target(NamedTuple):
+    """What attention is swapped for.
+
+    Attributes:
+        k: the number of neighbors.
+        is_plain: whether the layer has metric="dot" and no weight, as attention, in place of the
+            defaults of ConvNNAttention.
+        candidates: the candidates of the layer; all tokens if None.
+    """
+
+    k: int
+    is_plain: bool
+    candidates: Candidates | None = None
+
+
+class Probe(NamedTuple):
+    """A call on which an adapter is compared with the old layer; `keys` is the number of keys."""
+
+    keys: int
+    args: tuple[Tensor, ...]
+    options: dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """The names of the parts of a self-attention layer: its one or three input projections, ..."""
+
+    projections: tuple[str, ...]
+    output: str | None
+    heads: str
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """The layout of a self-attention layer; None if the module is none that we know."""
+    heads = _first(HEADS, lambda name: isinstance(getattr(module, name, None), int))
+    output = _first(OUTPUTS, lambda name: _has_part(module, name))
+    for projections in PROJECTIONS:
+        if heads is not None and all(_has_part(module, name) for name in projections):
+            return Layout(projections, output, heads)
+    return None
+
+
+def _first(names: tuple[str, ...], fits: Callable[[str], bool]) -> str | None:
+    return next(filter(fits, names), None)
+
+
+def _has_part(module: nn.Module, name: str) -> bool:
+    return module._modules.get(name) is not None
+
+
+class MultiheadAdapter(nn.Module):
+    """ConvNNAttention with the interface of nn.MultiheadAttention."""
+
+    # nn.TransformerEncoderLayer reads this attribute; None disables its fused path.
+    in_proj_bias = None
+    outputs = 2
+
+    def __init__(self, old: nn.Module, target: Target) -> None:
+        super().__init__()
+        assert isinstance(old, nn.MultiheadAttention)
+        if type(old) is not nn.MultiheadAttention:
+            raise CannotReplaceError(f"{type(old).__name__} is more than a MultiheadAttention")
+        if old.in_proj_weight is None:
+            raise CannotReplaceError("keys or values of another width")
+        if old.bias_k is not None or old.add_zero_attn:
+            raise CannotReplaceError("tokens added to keys and values")
+        self.batch_first = old.batch_first
+        self.num_heads = old.num_heads
+        self.layer = _attention_layer(
+            old.num_heads,
+            target,
+            old.dropout,
+            old.head_dim**-0.5,
+            _split(old.in_proj_weight, old.in_proj_bias),
+            require_linear(old, "out_proj"),
+        )
+
+    @staticmethod
+    def probes(old: nn.Module, draw: Draw) -> list[Probe]:
+        assert isinstance(old, nn.MultiheadAttention)
+        query, keys = draw(2, 5, old.embed_dim), draw(2, 7, old.embed_dim)
+        if not old.batch_first:
+            query, keys = query.transpose(0, 1), keys.transpose(0, 1)
+        return [Probe(7, (query, keys, keys), {"need_weights": False})]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Same as nn.MultiheadAttention, but without masks over pairs; the weights are None.
+
+        A float key_padding_mask masks keys where it is -inf and has no other effect.
+        """
+        if attn_mask is not None or is_causal:
+            got = "is_causal=True" if attn_mask is None else f"shape {list(attn_mask.shape)}"
+            raise ValueError(
+                f"attn_mask must be None: masks over pairs are not supported, got {got}"
+            )
+        key_mask = None
+        if key_padding_mask is not None:
+            masked = (
+                key_padding_mask.isneginf()
+                if key_padding_mask.is_floating_point()
+                else key_padding_mask
+            )
+            key_mask = ~masked  # [B, M], or [M] without a batch
+        is_batched = query.dim() == 3
+        is_self = key is query and value is query
+        if not is_batched:
+            query, key, value = (each.unsqueeze(0) for each in (query, key, value))
+            key_mask = None if key_mask is None else key_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+        # query [B, N, E], key and value [B, M, E]
+        y = self.layer(query, *((None, None) if is_self else (key, value)), key_mask)
+        if not is_batched:
+            return y.squeeze(0), None
+        return y if self.batch_first else y.transpose(0, 1), None
+
+
+class SelfAttentionAdapter(nn.Module):
+    """ConvNNAttention with the interface of a self-attention layer of timm or transformers.
+
+    Args:
+        old: the layer; see :func:`layout_of`.
+        target: what it is swapped for.
+
+    Attributes:
+        outputs: the length of the tuple that forward returns; 0 if it returns a tensor.
+    """
+
+    def __init__(self, old: nn.Module, target: Target) -> None:
+        super().__init__()
+        layout = layout_of(old)
+        assert layout is not None
+        linears = [require_linear(old, name) for name in layout.projections]
+        out = None if layout.output is None else require_linear(old, layout.output)
+        num_heads = getattr(old, layout.heads)
+        width = linears[0].in_features
+        parts = {"q_norm", "k_norm", "attn_drop", "dropout", "proj_drop", layout.output}
+        require_no_extras(old, {*layout.projections, *filter(None, parts)})
+        widths = {linear.out_features * len(linears) for linear in linears}
+        if out is not None:
+            widths |= {3 * out.in_features, 3 * out.out_features}
+        if widths != {3 * width} or width % num_heads:
+            raise CannotReplaceError("heads whose widths do not add up to that of the tokens")
+        if any(getattr(old, name, False) for name in CAUSAL):
+            raise CannotReplaceError("it is causal, or part of a decoder")
+        self.arguments = _arguments(old)
+        self.outputs = 0
+        self.layer = _attention_layer(
+            num_heads,
+            target,
+            _dropout(old),
+            _scale(old, width // num_heads),
+            linears if len(linears) == 3 else _split(linears[0].weight, linears[0].bias),
+            out,
+            (_norm(old, "q_norm"), _norm(old, "k_norm")),
+        )
+        self.proj_drop = getattr(old, "proj_drop", nn.Identity())
+
+    @staticmethod
+    def probes(old: nn.Module, draw: Draw) -> list[Probe]:
+        layout = layout_of(old)
+        assert layout is not None
+        width = require_linear(old, layout.projections[0]).in_features
+        few, many = draw(2, 5, width), draw(1, 50, width)
+        probes = [Probe(5, (few,), {}), Probe(50, (many,), {})]
+        mask = torch.zeros(2, 1, 1, 5, device=few.device)
+        mask[1, ..., 3:] = torch.finfo(mask.dtype).min
+        return probes + [
+            Probe(5, (few,), {name: mask}) for name in _arguments(old) if name in MASKS
+        ]
+
+    def forward(self, *args: Any, **options: Any) -> Tensor | tuple[Tensor | None, ...]:
+        """[B, N, E] → [B, N, E], in a tuple if the old layer returned one.
+
+        Takes the arguments of the old layer. A mask (attn_mask or attention_mask) must be the same
+        for all queries and heads; see :func:`key_mask`.
+
+        Raises:
+            ValueError: for a mask over pairs, and for any other argument that is not None or False.
+        """
+        given = dict(zip(self.arguments, args, strict=False)) | options
+        x = given.pop(self.arguments[0])
+        masks = [(name, given.pop(name)) for name in MASKS if given.get(name) is not None]
+        for name, value in given.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name} must be None or False in swapped attention, got {value}")
+        allowed = key_mask(*masks[0], x.shape[0], x.shape[1]) if masks else None
+        y = self.proj_drop(self.layer(x, key_mask=allowed))
+        return (y, *[None] * (self.outputs - 1)) if self.outputs else y
+
+
+def key_mask(name: str, mask: Tensor, batch: int, keys: int) -> Tensor:
+    """A mask of scaled_dot_product_attention as one of keys.
+
+    Args:
+        name: the argument's name, for errors.
+        mask: [N or 1, M] or [B or 1, 1, N or 1, M], the same for every query: bool, True where a
+            key may be attended to; or float, 0 there, and -10000 or less elsewhere.
+        batch: B.
+        keys: M.
+
+    Returns:
+        [B, M] bool.
+
+    Raises:
+        ValueError: for any other mask. Reading its values waits for the GPU, and needs a graph
+            break in ``torch.compile``.
+    """
+    shape = list(mask.shape)
+    if mask.dim() == 2:
+        mask = mask[None, None]
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != keys:
+        expected = f"[N or 1, {keys}] or [{batch} or 1, 1, N or 1, {keys}]"
+        raise ValueError(f"{name} must be None or have shape {expected}, got {shape}")
+    first = mask[:, 0, :1]  # [B, 1, M]
+    allowed = first if mask.dtype == torch.bool else first == 0
+    is_valid = (mask[:, 0] == first).all()
+    if mask.dtype != torch.bool:
+        is_valid &= (allowed | (first <= -1e4)).all()
+    if not is_valid:
+        raise ValueError(
+            f"{name} must mask the same keys for every query: masks over pairs (causal ones, too) "
+            f"and biases are not supported, got one of shape {shape}"
+        )
+    return allowed[:, 0].expand(batch, -1)
+
+
+def _arguments(old: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a layer's forward: the tokens first."""
+    parameters = inspect.signature(old.forward).parameters.values()
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    names = [each.name for each in parameters if each.kind not in variable]
+    unknown = [name for name in names[1:] if name not in (*MASKS, *UNUSED)]
+    if unknown or not names:
+        raise CannotReplaceError(f"its forward takes {', '.join(unknown) or 'no tokens'}")
+    return tuple(names)
+
+
+def _dropout(old: nn.Module) -> float:
+    for name in DROPOUTS:
+        value = getattr(old, name, 0.0)
+        if isinstance(value, nn.Dropout):
+            return value.p
+        if isinstance(value, nn.Module) and not isinstance(value, nn.Identity):
+            raise CannotReplaceError(f"its {name} is a {type(value).__name__}, not a Dropout")
+        if isinstance(value, float) and value > 0:
+            return value
+    return 0.0
+
+
+def _scale(old: nn.Module, width: int) -> float:
+    for value in (getattr(old, name, None) for name in SCALES):
+        if isinstance(value, int | float):
+            return float(value)
+    return float(width**-0.5)
+
+
+def _norm(old: nn.Module, name: str) -> nn.Module | None:
+    norm = old._modules.get(name)
+    return None if isinstance(norm, nn.Identity) else norm
+
+
+def _split(weight: Tensor, bias: Tensor | None) -> list[nn.Linear]:
+    """Three linear layers of [E, E] from one of [3E, E]; frozen where it is."""
+
+    def part(fused: Tensor, i: int) -> nn.Parameter:
+        chunk = fused.detach().chunk(3)[i].clone()
+        return nn.Parameter(chunk, requires_grad=fused.requires_grad)
+
+    linears = []
+    for i in range(3):
+        linear = nn.Linear(weight.shape[1], weight.shape[0] // 3, bias is not None, device="meta")
+        linear.weight = part(weight, i)
+        if bias is not None:
+            linear.bias = part(bias, i)
+        linears.append(linear)
+    return linears
+
+
+def _attention_layer(
+    num_heads: int,
+    target: Target,
+    dropout: float,
+    scale: float,
+    projections: list[nn.Linear],
+    out: nn.Linear | None,
+    norms: tuple[nn.Module | None, nn.Module | None] = (None, None),
+) -> ConvNNAttention:
+    """A layer with the given projections: the modules themselves, so that they remain frozen."""
+    query, key, value = projections
+    layer = ConvNNAttention(
+        query.in_features,
+        num_heads,
+        target.k,
+        dropout,
+        metric="dot" if target.is_plain else "cosine",
+        scale=scale if target.is_plain else None,
+        aggregation="sum" if target.is_plain else "depthwise",
+        output_projection=out is not None,
+        candidates=target.candidates,
+        device=query.weight.device,
+        dtype=query.weight.dtype,
+        query_norm=norms[0],
+        key_norm=norms[1],
+    )
+    layer.query_projection, layer.key_projection, layer.value_projection = query, key, value
+    layer.output_projection = out
+    if layer.weight is not None:
+        # The weight is new, but a layer that is frozen as a whole remains so.
+        layer.weight.requires_grad_(any(linear.weight.requires_grad for linear in projections))
+    return layer

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""Whether anything of a layer would be lost if another took its place."""
+
+from collections.abc import Collection
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+HOOKS = {
+    "_forward_pre_hooks": "forward pre-hooks",
+    "_forward_hooks": "forward hooks",
+    "_backward_pre_hooks": "backward pre-hooks",
+    "_backward_hooks": "backward hooks",
+    "_state_dict_pre_hooks": "state_dict pre-hooks",
+    "_state_dict_hooks": "state_dict hooks",
+    "_load_state_dict_pre_hooks": "load_state_dict pre-hooks",
+    "_load_state_dict_post_hooks": "load_state_dict hooks",
+}
+PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+class CannotReplaceError(ValueError):
+    """A layer does something that its replacement cannot; the message is the reason."""
+
+
+def require_untouched(layer: nn.Module, shared: Collection[int]) -> None:
+    """Raises if something was added to a layer, or to its parts, that a new layer would not have.
+
+    Args:
+        layer: the layer to be swapped.
+        shared: the ``id`` of each parameter that several modules of the model share.
+    """
+    for path, module in layer.named_modules():
+        its = f"its {path}" if path else "it"
+        if parametrize.is_parametrized(module):
+            raise CannotReplaceError(f"{its} is parametrized")
+        if "forward" in vars(module):
+            raise CannotReplaceError(f"{its} has a forward of its own instance")
+        if module._compiled_call_impl is not None:
+            raise CannotReplaceError(f"{its} is compiled: swap first, then compile")
+        for attribute, hooks in HOOKS.items():
+            if getattr(module, attribute, None):
+                whose = f"the {hooks} of its {path}" if path else f"its {hooks}"
+                raise CannotReplaceError(f"{whose} would be lost")
+    for path, parameter in layer.named_parameters():
+        if type(parameter) is not nn.Parameter:
+            raise CannotReplaceError(f"its {path} is a {type(parameter).__name__}")
+        if any(getattr(parameter, attribute, None) for attribute in PARAMETER_HOOKS):
+            raise CannotReplaceError(f"the hooks of its {path} would be lost")
+        if id(parameter) in shared:
+            raise CannotReplaceError(f"its {path} is shared with another layer")
+
+
+def require_plain_convolution(conv: nn.Conv2d) -> None:
+    """Raises unless conv, dense and padded by half its odd kernel, could be a ConvNN2d."""
+    height, width = conv.kernel_size
+    for problem, reason in (
+        (type(conv) is not nn.Conv2d, f"{type(conv).__name__} is more than a Conv2d"),
+        (conv.stride[0] != conv.stride[1], f"stride {tuple(conv.stride)}"),
+        (any(step != 1 for step in conv.dilation), f"dilation {tuple(conv.dilation)}"),
+        (conv.groups != 1, f"groups {conv.groups}"),
+        (conv.kernel_size == (1, 1), "a 1x1 kernel has no neighbors"),
+        (height != width or height % 2 == 0, f"kernel {height}x{width} is not square and odd"),
+        (conv.padding_mode != "zeros", f"padding mode {conv.padding_mode!r}"),
+        (
+            conv.padding not in ("same", (height // 2, width // 2)),
+            f"padding {conv.padding} is not half the kernel",
+        ),
+        (
+            not all(parameter.requires_grad for parameter in conv.parameters()),
+            "its weights are frozen, and new ones would be random",
+        ),
+    ):
+        if problem:
+            raise CannotReplaceError(reason)
+
+
+def require_linear(layer: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name, which may not be of a subclass, such as one with LoRA."""
+    linear = layer.get_submodule(name)
+    # nn.MultiheadAttention has a subclass of its own, to keep its projection from quantization.
+    plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if type(linear) not in plain:
+        raise CannotReplaceError(f"its {name} is a {type(linear).__name__}, not a Linear")
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def require_no_extras(layer: nn.Module, kept: Collection[str]) -> None:
+    """Raises if a layer has parts other than `kept`, such as a position bias."""
+    # The probe shows where a softmax is not the one of attention.
+    extras = [
+        name
+        for name, part in layer.named_children()
+        if name not in kept and not isinstance(part, nn.Identity | nn.Softmax)
+    ]
+    tensors: list[tuple[str, Tensor]] = [*layer.named_parameters(recurse=False)]
+    tensors += layer.named_buffers(recurse=False)
+    extras += [name for name, _ in tensors]
+    if extras:
+        raise CannotReplaceError(f"its {', '.join(extras)} would be lost")
