@@ -5,10 +5,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from convnn_kernels import functional
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
+from convnn_kernels.nn.symbolic import symbolic_call
 
 PROJECTIONS = ("identity", "learned", "value")
 
@@ -81,9 +83,9 @@ class ConvNNAttention(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        settings.require_count(owner, "embed_dim", embed_dim)
-        settings.require_count(owner, "num_heads", num_heads)
-        settings.require_between(owner, "dropout", dropout, 0, 1)
+        embed_dim = settings.require_count(owner, "embed_dim", embed_dim)
+        num_heads = settings.require_count(owner, "num_heads", num_heads)
+        dropout = settings.require_between(owner, "dropout", dropout, 0, 1)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -116,11 +118,11 @@ class ConvNNAttention(nn.Module):
             positional_encoding=positional_encoding,
             coordinates=coordinates,
         )
-        self.k = k
+        self.k = k = int(k)  # it may be a number of NumPy
         self.projections = projections
         self.rho = rho
         self.metric = metric
-        self.scale = scale
+        self.scale = float(scale)
         self.order = order
         self.aggregation = aggregation
         self.coordinates = coordinates
@@ -191,6 +193,8 @@ class ConvNNAttention(nn.Module):
         Returns:
             [B, N, E].
         """
+        if any(isinstance(each, Proxy) for each in (query, key, value, key_mask)):
+            return symbolic_call(self, query, key, value, key_mask)
         owner = type(self).__name__
         settings.require_shape(owner, "query", query, ("B", "N", self.embed_dim))
         if key is None and value is not None:

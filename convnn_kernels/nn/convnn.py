@@ -2,22 +2,29 @@
 """ConvNN layers for sequences and maps: Algorithm 1, sections 4.1, 4.2.1 and 4.2.2."""
 
 import contextlib
+import functools
 import math
+import types
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from typing_extensions import Self
 
 from convnn_kernels import functional
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
+from convnn_kernels.nn.symbolic import symbolic_call
 
 # "coordinates": query and key are the coordinates alone, value is the input (section 5.1).
 PROJECTIONS = ("identity", "learned", "value", "coordinates")
+
+
+_Layer = TypeVar("_Layer", bound="_ConvNN")
 
 
 def require_settings(
@@ -118,14 +125,15 @@ class _ConvNN(nn.Module):
             coordinates=coordinates,
             candidates=candidates,
         )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.k = k
-        self.padding = padding
+        # They may be numbers of NumPy.
+        self.in_channels = in_channels = int(in_channels)
+        self.out_channels = out_channels = int(out_channels)
+        self.k = k = int(k)
+        self.padding = int(padding)
         self.projections = projections
         self.rho = rho
         self.metric = metric
-        self.scale = scale
+        self.scale = float(scale)
         self.order = order
         self.aggregation = aggregation
         self.positional_encoding = positional_encoding
@@ -151,9 +159,8 @@ class _ConvNN(nn.Module):
 
         def projection(role: str, out: int | None) -> nn.Linear:
             width = in_channels + self._dimensions * self._encodes(role)
-            return nn.Linear(
-                width, out or in_channels, bias=projection_bias, device=device, dtype=dtype
-            )
+            outputs = in_channels if out is None else int(out)
+            return nn.Linear(width, outputs, bias=projection_bias, device=device, dtype=dtype)
 
         self.query_projection = projection("similarity", key_channels) if learns_key else None
         self.key_projection = projection("similarity", key_channels) if learns_key else None
@@ -197,6 +204,8 @@ class _ConvNN(nn.Module):
             nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return symbolic_call(self, x)
         # x [B, C, *shape] has N tokens, the queries; the padded map has M, the keys.
         shape = self._shape(x)
         padded = self._pad(x)
@@ -376,6 +385,25 @@ _ARGUMENTS = """
 """
 
 
+def _with_own_functions(cls: type[_Layer]) -> type[_Layer]:
+    """The class with copies of the functions of `_ConvNN`, so that Python's errors name the class.
+
+    Those for an unknown or a missing argument would begin with "_ConvNN.__init__()".
+    """
+    for name in ("__init__", "forward", "neighbors", "reset_parameters"):
+        base = vars(_ConvNN)[name]
+        own = types.FunctionType(
+            base.__code__, base.__globals__, name, base.__defaults__, base.__closure__
+        )
+        own.__kwdefaults__ = base.__kwdefaults__
+        functools.update_wrapper(own, base)
+        del own.__wrapped__
+        own.__qualname__ = f"{cls.__qualname__}.{name}"
+        setattr(cls, name, own)
+    return cls
+
+
+@_with_own_functions
 class ConvNN1d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a sequence: Algorithm 1, section 4.1.
 
@@ -403,6 +431,7 @@ class ConvNN1d(_ConvNN):
         return cls(**_as_convolution("from_conv1d", conv))._take_over(conv)
 
 
+@_with_own_functions
 class ConvNN2d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a map: sections 4.1 and 4.2.
 
@@ -436,6 +465,9 @@ class ConvNN2d(_ConvNN):
 
 def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
     """The arguments of the layer that equals `conv`."""
+    kind = nn.Conv1d if owner == "from_conv1d" else nn.Conv2d
+    # Transposed convolutions have the same attributes.
+    settings.require(isinstance(conv, kind), owner, "conv", f"an nn.{kind.__name__}", conv)
     dimensions, kernel, size = len(conv.kernel_size), conv.kernel_size, conv.kernel_size[0]
     if dimensions == 2:
         settings.require(
@@ -494,8 +526,12 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 def _is_channels_last(x: Tensor) -> bool:
     # With sizes of 1 a tensor may be both; nn.Conv2d then returns a contiguous one.
-    return (
-        x.dim() == 4
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not x.is_contiguous()
+    if x.dim() != 4 or x.is_contiguous():
+        return False
+    # vmap answers is_contiguous for the default memory format only.
+    _, C, H, W = x.shape
+    strides = (H * W * C, 1, W * C, C)
+    return all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(x.shape, x.stride(), strides, strict=True)
     )

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from convnn_kernels.nn import settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
 from convnn_kernels.nn.convnn import ConvNN2d, require_settings, value_width
+from convnn_kernels.nn.symbolic import symbolic_call
 
 
 class HybridBranch2d(nn.Module):
@@ -64,10 +66,10 @@ class HybridBranch2d(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        settings.require_count(owner, "in_channels", in_channels)
-        settings.require_count(owner, "out_channels", out_channels)
-        settings.require_count(owner, "kernel_size", kernel_size)
-        settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
+        in_channels = settings.require_count(owner, "in_channels", in_channels)
+        out_channels = settings.require_count(owner, "out_channels", out_channels)
+        kernel_size = settings.require_count(owner, "kernel_size", kernel_size)
+        branch_ratio = settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
         k = kernel_size**2 if k is None else k
         padding = kernel_size // 2 if padding is None else padding
         candidates = AllCandidates() if candidates is None else candidates
@@ -89,8 +91,8 @@ class HybridBranch2d(nn.Module):
         )
         self.in_channels = in_channels
         self.branch_ratio = branch_ratio
-        # 0.29 * 100 is slightly below 29 in floating point, and 29 is meant.
-        convnn_channels = math.floor(branch_ratio * out_channels + 1e-9)
+        # 0.29 * 100 is slightly below 29 in floating point, also in float32, and 29 is meant.
+        convnn_channels = math.floor(branch_ratio * out_channels + 1e-5)
         conv_channels = out_channels - convnn_channels
         channels = value_width(in_channels, 2, projections, positional_encoding)
         settings.require(
@@ -144,6 +146,8 @@ class HybridBranch2d(nn.Module):
                 module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return symbolic_call(self, x)
         shape: Sequence[int | str] = ("B", self.in_channels, "H", "W")
         settings.require_shape(type(self).__name__, "input", x, shape)
         # [B, C' - ⌊λC'⌋, H, W] and [B, ⌊λC'⌋, H, W]
