@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +191,35 @@ def test_a_seed_saved_as_one_number_can_be_loaded() -> None:
     first, same, other = (rows(layer.candidates, (100,)) for layer in layers)
     assert first == same
     assert first != other
+
+
+@pytest.mark.slow
+def test_ranks_have_the_same_draw(run_python: Callable[..., str], tmp_path: Path) -> None:
+    printed = run_python(
+        f"""
+        import os, torch, torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+        import convnn_kernels.nn as cnn
+
+        child = os.fork()
+        rank = 1 if child == 0 else 0
+        torch.manual_seed(rank)
+        store = dist.FileStore({str(tmp_path / "store")!r}, 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        layer = cnn.ConvNNAttention(16, candidates=cnn.RandomCandidates(8, fixed_in_eval=True))
+        DistributedDataParallel(layer)
+        drawn = layer.eval().candidates((50,), 0, torch.device("cpu"))
+        both = [torch.empty_like(drawn) for _ in range(2)]
+        dist.all_gather(both, drawn)
+        equal = torch.equal(*both)
+        dist.destroy_process_group()
+        if rank == 1:
+            os._exit(0)
+        os.waitpid(child, 0)
+        print(equal)
+        """
+    )
+    assert printed == "True\n"
 
 
 def test_the_buffers_of_layers_may_be_averaged() -> None:

@@ -2,17 +2,18 @@
 """ConvNN as an attention layer: sections 5.2 and 6.2."""
 
 import math
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from convnn_kernels import functional
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
-from convnn_kernels.nn.symbolic import symbolic_call
+from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
-PROJECTIONS = ("identity", "learned", "value")
+Projections: TypeAlias = Literal["identity", "learned", "value"]
+PROJECTIONS = get_args(Projections)
 
 
 class ConvNNAttention(nn.Module):
@@ -55,6 +56,16 @@ class ConvNNAttention(nn.Module):
         ValueError: if an argument or a shape is wrong; the message names it, what was expected and
             what was passed.
         RuntimeError: in forward, from the operator, such as for k above the number of candidates.
+
+    Examples:
+        >>> import convnn_kernels.nn as cnn
+        >>> layer = cnn.ConvNNAttention(192, num_heads=3, k=9, candidates=cnn.RandomCandidates(32))
+        >>> tokens = torch.randn(2, 100, 192)
+        >>> layer(tokens).shape
+        torch.Size([2, 100, 192])
+        >>> memory = torch.randn(2, 70, 192)
+        >>> layer(tokens, memory, key_mask=torch.rand(2, 70) < 0.9).shape
+        torch.Size([2, 100, 192])
     """
 
     weight: nn.Parameter | None
@@ -67,16 +78,16 @@ class ConvNNAttention(nn.Module):
         k: int = 9,
         dropout: float = 0.0,
         *,
-        projections: str = "learned",
+        projections: Projections = "learned",
         projection_bias: bool = False,
         rho: str = "softmax",
         metric: str = "cosine",
         scale: float | None = None,
         order: str = "similarity",
-        aggregation: str = "depthwise",
+        aggregation: settings.Aggregation = "depthwise",
         bias: bool = False,
-        positional_encoding: str | None = None,
-        coordinates: str = "unit",
+        positional_encoding: settings.PositionalEncoding = None,
+        coordinates: settings.Coordinates = "unit",
         candidates: Candidates | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -193,7 +204,7 @@ class ConvNNAttention(nn.Module):
         Returns:
             [B, N, E].
         """
-        if any(isinstance(each, Proxy) for each in (query, key, value, key_mask)):
+        if is_symbolic(query, key, value, key_mask):
             return symbolic_call(self, query, key, value, key_mask)
         owner = type(self).__name__
         settings.require_shape(owner, "query", query, ("B", "N", self.embed_dim))

@@ -17,6 +17,13 @@ class Candidates(nn.Module):
 
     Attributes:
         include_self: whether the token itself is always a neighbor, even if it is not a candidate.
+
+    Examples:
+        >>> class FirstCandidates(Candidates):
+        ...     def forward(self, shape, padding, device):
+        ...         return torch.arange(16, device=device)
+        >>> FirstCandidates(include_self=True)((100,), 0, torch.device("cpu")).shape
+        torch.Size([16])
     """
 
     def __init__(self, include_self: bool) -> None:
@@ -43,6 +50,10 @@ class AllCandidates(Candidates):
     Args:
         include_self: whether the token itself is always a neighbor, and the first one, even where k
             other tokens are nearer. With the cosine metric and no projections it is nearest anyway.
+
+    Examples:
+        >>> AllCandidates(include_self=True)
+        AllCandidates(include_self=True)
     """
 
     def __init__(self, include_self: bool = False) -> None:
@@ -66,7 +77,14 @@ class RandomCandidates(Candidates):
         r: the number of candidates, at least 1.
         include_self: whether the token itself is always a neighbor.
         fixed_in_eval: whether to use the same candidates for all maps of one size in eval mode.
-            They are determined by the buffer ``seed``, which is saved with the model.
+            They are determined by the buffer ``seed``, which is saved with the model, survives
+            averages and casts, and is the first rank's under DistributedDataParallel.
+
+    Examples:
+        >>> candidates = RandomCandidates(32, fixed_in_eval=True).eval()
+        >>> shape, device = (14, 14), torch.device("cpu")
+        >>> torch.equal(candidates(shape, 0, device), candidates(shape, 0, device))
+        True
     """
 
     seed: Tensor | None
@@ -128,6 +146,12 @@ class SpatialCandidates(Candidates):
         r: the number of candidates, at least 1.
         stride: the step along each axis, at least 1. Exactly one of r and stride must be given.
         include_self: whether the token itself is always a neighbor.
+
+    Examples:
+        >>> SpatialCandidates(4)((8, 8), 0, torch.device("cpu"))
+        tensor([ 0,  4, 32, 36])
+        >>> SpatialCandidates(stride=4)((8, 8), 0, torch.device("cpu"))
+        tensor([ 0,  4, 32, 36])
     """
 
     def __init__(

@@ -7,21 +7,21 @@ import math
 import types
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Proxy
 from typing_extensions import Self
 
 from convnn_kernels import functional
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
-from convnn_kernels.nn.symbolic import symbolic_call
+from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 # "coordinates": query and key are the coordinates alone, value is the input (section 5.1).
-PROJECTIONS = ("identity", "learned", "value", "coordinates")
+Projections: TypeAlias = Literal["identity", "learned", "value", "coordinates"]
+PROJECTIONS = get_args(Projections)
 
 
 _Layer = TypeVar("_Layer", bound="_ConvNN")
@@ -32,8 +32,8 @@ def require_settings(
     *,
     in_channels: int,
     padding: int,
-    projections: str,
-    positional_encoding: str | None,
+    projections: Projections,
+    positional_encoding: settings.PositionalEncoding,
     candidates: Candidates,
     **common: Any,
 ) -> None:
@@ -68,7 +68,10 @@ def require_settings(
 
 
 def value_width(
-    in_channels: int, dimensions: int, projections: str, positional_encoding: str | None
+    in_channels: int,
+    dimensions: int,
+    projections: Projections,
+    positional_encoding: settings.PositionalEncoding,
 ) -> int:
     """The number of value channels; a value projection has in_channels outputs by default."""
     is_projected = projections in ("learned", "value")
@@ -90,7 +93,7 @@ class _ConvNN(nn.Module):
         k: int = 9,
         *,
         padding: int = 0,
-        projections: str = "learned",
+        projections: Projections = "learned",
         key_channels: int | None = None,
         value_channels: int | None = None,
         projection_bias: bool = False,
@@ -98,10 +101,10 @@ class _ConvNN(nn.Module):
         metric: str = "cosine",
         scale: float = 1.0,
         order: str = "similarity",
-        aggregation: str = "dense",
+        aggregation: settings.Aggregation = "dense",
         bias: bool = True,
-        positional_encoding: str | None = None,
-        coordinates: str = "unit",
+        positional_encoding: settings.PositionalEncoding = None,
+        coordinates: settings.Coordinates = "unit",
         candidates: Candidates | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -204,7 +207,7 @@ class _ConvNN(nn.Module):
             nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
+        if is_symbolic(x):
             return symbolic_call(self, x)
         # x [B, C, *shape] has N tokens, the queries; the padded map has M, the keys.
         shape = self._shape(x)
@@ -397,7 +400,7 @@ def _with_own_functions(cls: type[_Layer]) -> type[_Layer]:
         )
         own.__kwdefaults__ = base.__kwdefaults__
         functools.update_wrapper(own, base)
-        del own.__wrapped__
+        vars(own).pop("__wrapped__")
         own.__qualname__ = f"{cls.__qualname__}.{name}"
         setattr(cls, name, own)
     return cls
@@ -408,7 +411,12 @@ class ConvNN1d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a sequence: Algorithm 1, section 4.1.
 
     [B, C, L] → [B, C', L], same dtype as the input (under autocast, the autocast dtype).
-    {_ARGUMENTS}"""
+    {_ARGUMENTS}
+    Examples:
+        >>> layer = ConvNN1d(16, 32, k=9)
+        >>> layer(torch.randn(2, 16, 100)).shape
+        torch.Size([2, 32, 100])
+    """
 
     _dimensions = 1
 
@@ -427,6 +435,12 @@ class ConvNN1d(_ConvNN):
 
         Raises:
             ValueError: if conv cannot be expressed; the message names the setting.
+
+        Examples:
+            >>> conv = nn.Conv1d(16, 32, 3, padding=1)
+            >>> x = torch.randn(2, 16, 50)
+            >>> torch.allclose(ConvNN1d.from_conv1d(conv)(x), conv(x), atol=1e-5)
+            True
         """
         return cls(**_as_convolution("from_conv1d", conv))._take_over(conv)
 
@@ -438,7 +452,16 @@ class ConvNN2d(_ConvNN):
     [B, C, H, W] → [B, C', H, W], same dtype as the input (under autocast, the autocast dtype). A
     channels_last input gives a channels_last output, any other a contiguous one. The map is
     flattened row by row, and the result unflattened.
-    {_ARGUMENTS}"""
+    {_ARGUMENTS}
+    Examples:
+        >>> layer = ConvNN2d(16, 32, k=9, padding=1)
+        >>> x = torch.randn(2, 16, 8, 8)
+        >>> layer(x).shape
+        torch.Size([2, 32, 8, 8])
+        >>> similarities, indices = layer.neighbors(x)
+        >>> indices.shape
+        torch.Size([2, 64, 9])
+    """
 
     _dimensions = 2
 
@@ -459,6 +482,12 @@ class ConvNN2d(_ConvNN):
 
         Raises:
             ValueError: if conv cannot be expressed; the message names the setting.
+
+        Examples:
+            >>> conv = nn.Conv2d(16, 32, 3, padding=1)
+            >>> x = torch.randn(2, 16, 8, 8)
+            >>> torch.allclose(ConvNN2d.from_conv2d(conv)(x), conv(x), atol=1e-5)
+            True
         """
         return cls(**_as_convolution("from_conv2d", conv))._take_over(conv)
 

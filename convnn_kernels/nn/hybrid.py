@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from convnn_kernels.nn import settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
-from convnn_kernels.nn.convnn import ConvNN2d, require_settings, value_width
-from convnn_kernels.nn.symbolic import symbolic_call
+from convnn_kernels.nn.convnn import ConvNN2d, Projections, require_settings, value_width
+from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 
 class HybridBranch2d(nn.Module):
@@ -40,6 +39,13 @@ class HybridBranch2d(nn.Module):
     Raises:
         ValueError: if an argument or the input's shape is wrong; the message names it, what was
             expected and what was passed.
+
+    Examples:
+        >>> layer = HybridBranch2d(16, 32, branch_ratio=0.25)
+        >>> layer.conv.out_channels, layer.convnn.out_channels
+        (24, 8)
+        >>> layer(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
     """
 
     def __init__(
@@ -52,14 +58,14 @@ class HybridBranch2d(nn.Module):
         k: int | None = None,
         padding: int | None = None,
         bias: bool = True,
-        projections: str = "identity",
+        projections: Projections = "identity",
         rho: str = "ones",
         metric: str = "cosine",
         scale: float = 1.0,
         order: str = "similarity",
-        aggregation: str = "dense",
-        positional_encoding: str | None = None,
-        coordinates: str = "unit",
+        aggregation: settings.Aggregation = "dense",
+        positional_encoding: settings.PositionalEncoding = None,
+        coordinates: settings.Coordinates = "unit",
         candidates: Candidates | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -146,7 +152,7 @@ class HybridBranch2d(nn.Module):
                 module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
+        if is_symbolic(x):
             return symbolic_call(self, x)
         shape: Sequence[int | str] = ("B", self.in_channels, "H", "W")
         settings.require_shape(type(self).__name__, "input", x, shape)

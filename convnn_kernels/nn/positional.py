@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from convnn_kernels.nn.settings import Coordinates
+
 
 def count(shape: Sequence[int], padding: int) -> int:
     """The number of tokens of a map of this shape, with padding on every side."""
@@ -34,7 +36,7 @@ def interior(shape: Sequence[int], padding: int, device: torch.device) -> Tensor
 def grid(
     shape: Sequence[int],
     padding: int,
-    coordinates: str,
+    coordinates: Coordinates,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:

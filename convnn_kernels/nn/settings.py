@@ -4,16 +4,20 @@
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
+
+Aggregation: TypeAlias = Literal["dense", "depthwise", "sum"]
+Coordinates: TypeAlias = Literal["unit", "pixel"]
+PositionalEncoding: TypeAlias = Literal["similarity", "aggregation", "both"] | None
 
 METRICS = ("cosine", "dot", "euclidean")
 RHOS = ("softmax", "ones", "similarity")
 ORDERS = ("similarity", "index")
-AGGREGATIONS = ("dense", "depthwise", "sum")
+AGGREGATIONS = get_args(Aggregation)
 POSITIONAL_ENCODINGS = (None, "similarity", "aggregation", "both")
-COORDINATES = ("unit", "pixel")
+COORDINATES = get_args(Coordinates)
 
 
 def require(condition: bool, owner: str, name: str, expected: str, got: Any) -> None:
@@ -57,8 +61,8 @@ def _is_number(got: Any) -> bool:
 def _require_scale(owner: str, got: Any, rho: str) -> None:
     expected = "finite"
     if isinstance(got, Tensor):
-        expected += (
-            " number, because it gets no gradient (for a temperature that learns, multiply the "
+        expected = (
+            "a number, which gets no gradient (for a temperature that learns, multiply the "
             "similarities of functional.select_neighbors by it and call "
             "functional.aggregate_neighbors)"
         )
@@ -90,9 +94,9 @@ def require_common(
     metric: str,
     scale: Any,
     order: str,
-    aggregation: str,
-    positional_encoding: str | None,
-    coordinates: str,
+    aggregation: Aggregation,
+    positional_encoding: PositionalEncoding,
+    coordinates: Coordinates,
 ) -> None:
     """Checks the settings that ConvNN1d, ConvNN2d and ConvNNAttention share."""
     require_count(owner, "k", k)

@@ -7,6 +7,11 @@ from torch import nn
 from torch.fx import Proxy, Tracer
 
 
+def is_symbolic(*args: Any) -> bool:
+    """Whether one of the arguments of a forward stands in for a tensor."""
+    return any(isinstance(arg, Proxy) for arg in args)
+
+
 def symbolic_call(layer: nn.Module, *args: Any) -> Any:
     """Records a call of `layer` as one node, like a layer of PyTorch.
 
