@@ -210,9 +210,9 @@ def test_layer_against_the_reference() -> None:
 
 def test_padding_adds_keys_to_small_maps() -> None:
     x = torch.randn(1, 3, 2, 2)
-    assert ConvNN2d(3, 4, k=9, padding=1)(x).shape == (1, 4, 2, 2)
-    with pytest.raises(RuntimeError, match="k must be between 1 and 4"):
-        ConvNN2d(3, 4, k=9)(x)
+    for padding, count in ((1, 9), (0, 4)):
+        similarities, _ = ConvNN2d(3, 4, k=9, padding=padding).neighbors(x)
+        assert torch.equal(similarities.isfinite().sum(-1), torch.full((1, 4), count))
 
 
 @pytest.mark.parametrize("aggregation", ["depthwise", "sum"])

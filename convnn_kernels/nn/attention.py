@@ -29,7 +29,9 @@ class ConvNNAttention(nn.Module):
         embed_dim: E.
         num_heads: the number of heads; it must divide the width of queries, keys and values. All
             heads share the weights of the aggregation and the candidates.
-        k: the number of neighbors, at most M or the number of candidates.
+        k: the number of neighbors. Where M or the number of candidates is smaller, places are
+            missing, as with key_mask: they add nothing, and the last taps of the weight are not
+            used.
         dropout: the dropout probability, applied after the aggregation and before the output
             projection.
         projections: which inputs have a learned projection: "learned": query, key and value;
@@ -55,7 +57,7 @@ class ConvNNAttention(nn.Module):
     Raises:
         ValueError: if an argument or a shape is wrong; the message names it, what was expected and
             what was passed.
-        RuntimeError: in forward, from the operator, such as for k above the number of candidates.
+        RuntimeError: in forward, from the operator, such as for an input of another dtype.
 
     Examples:
         >>> import convnn_kernels.nn as cnn

@@ -354,7 +354,8 @@ _ARGUMENTS = """
     Args:
         in_channels: C.
         out_channels: C'.
-        k: the number of neighbors; at most the number of key tokens or candidates.
+        k: the number of neighbors. Where there are fewer key tokens or candidates, places are
+            missing: they add nothing, and the last taps of the weight are not used.
         padding: number of zero tokens added on every side as keys and values. They are never
             queries.
         projections: f_Q, f_K and f_V of section 4.1. "learned": linear layers; "identity": none;
@@ -384,7 +385,7 @@ _ARGUMENTS = """
     Raises:
         ValueError: if an argument or the input's shape is wrong; the message names it, what was
             expected and what was passed.
-        RuntimeError: in forward, from the operator, such as for k above the number of candidates.
+        RuntimeError: in forward, from the operator, such as for an input of another dtype.
 """
 
 
