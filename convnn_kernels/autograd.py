@@ -41,12 +41,17 @@ def kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
 class _Node(torch_internals.Node):
     """A call of an operator in the autograd graph; no forward-mode."""
 
+    # The arguments among the saved tensors, "" for others.
+    saved: tuple[str, ...] = ()
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(f"{ctx.op}: forward-mode automatic differentiation is not implemented")
 
 
 class _Forward(_Node):
+    saved = ("query", "key", "value", "weight")
+
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
         output, similarities, indices = torch_internals.redispatch(op, below, *args)
@@ -96,6 +101,8 @@ class _Forward(_Node):
 
 
 class _Select(_Node):
+    saved = ("query", "key")
+
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
         similarities, indices = torch_internals.redispatch(op, below, *args)
@@ -118,6 +125,8 @@ class _Select(_Node):
 
 
 class _Aggregate(_Node):
+    saved = ("value", "similarities", "", "weight")
+
     @staticmethod
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
         output = torch_internals.redispatch(op, below, *args)
@@ -191,4 +200,18 @@ def _gradients(
 
 def _input_grads(ctx: Any, grads: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
     """What the backward of a node returns: a gradient, or None, for each of its inputs."""
+    if torch_internals.adds_without_none(ctx):
+        grads = _zeros(ctx) | grads
     return (None, None, *map(grads.get, schemas.arguments(ctx.op)._fields))
+
+
+def _zeros(ctx: Any) -> dict[str, Tensor]:
+    """Zeros for each argument of the operator that needs a gradient, by name."""
+    needs = _needs(ctx)._asdict()
+    inputs = dict(zip(ctx._forward_cls.saved, ctx.saved_tensors, strict=False))
+    grads = {name: torch.zeros_like(X) for name, X in inputs.items() if needs.get(name, False)}
+    if needs.get("bias", False):
+        value, weight = inputs["value"], inputs["weight"]
+        channels = value.shape[-1] if weight is None else weight.shape[0]
+        grads["bias"] = value.new_zeros(channels)
+    return grads

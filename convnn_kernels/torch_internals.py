@@ -15,10 +15,16 @@ import torch
 from torch._functorch.utils import enable_single_level_autograd_function  # test_func_grad
 from torch.autograd import forward_ad
 
+
 # The base of ``torch.autograd.Function``. Under ``torch.func`` the dispatcher calls an Autograd
 # kernel once for each level, as it does for PyTorch's own operators. ``Function.apply`` would start
 # again at the outermost level.
-Node = torch.autograd.function._SingleLevelFunction  # test_func_grad
+class Node(torch.autograd.function._SingleLevelFunction):  # test_func_grad
+    # Compiled autograd asks for it. Its graph reads the options from the node, and guards on them.
+    _compiled_autograd_key = (
+        torch.autograd.Function._compiled_autograd_key
+    )  # test_compiled_autograd
+
 
 BELOW_AUTOGRAD = torch._C._after_autograd_keyset  # every test that calls an operator
 BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(
@@ -77,6 +83,15 @@ def apply(node: Any, *args: Any) -> Any:
         return node.apply(*args)
     with enable_single_level_autograd_function():
         return node.apply(*args)
+
+
+def adds_without_none(ctx: Any) -> bool:
+    """Whether a backward is part of a graph of compiled autograd, which ``ctx`` is then made for.
+
+    Such a graph adds up gradients without asking whether one of them is None.
+    """
+    # tests/test_nn_transforms.py::test_compiled_autograd
+    return not isinstance(ctx, torch.autograd.function.BackwardCFunction)
 
 
 def redispatch(op: torch._ops.OpOverload, below: torch._C.DispatchKeySet, *args: Any) -> Any:

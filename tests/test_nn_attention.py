@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """ConvNNAttention, and attention as a special case of ConvNN (section 5.2)."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import python_ref
+from convnn_kernels import functional
 from convnn_kernels.nn import ConvNNAttention, RandomCandidates, SpatialCandidates
 
 
@@ -189,6 +191,27 @@ def test_cross_attention_has_no_self() -> None:
     assert torch.equal(layer(query), same)
 
 
+def test_a_temperature_that_learns() -> None:
+    """What the error for a tensor as scale says."""
+    query = torch.randn(2, 6, 4, requires_grad=True)
+    temperature = torch.nn.Parameter(torch.tensor(2.0))
+    similarities, indices = functional.select_neighbors(query, query, 3)
+    y = functional.aggregate_neighbors(query, similarities * temperature, indices)
+    torch.testing.assert_close(y, functional.convnn(query, query, query, 3, scale=2.0))
+    y.square().sum().backward()
+    assert temperature.grad is not None
+    assert temperature.grad != 0
+
+
+def test_settings_may_be_numbers_of_numpy() -> None:
+    layer = ConvNNAttention(np.int64(8), np.int64(2), np.int32(3), np.float32(0.5))
+    assert repr(layer) == repr(ConvNNAttention(8, 2, 3, 0.5))
+    counts = (layer.embed_dim, layer.num_heads, layer.k)
+    assert [type(count) for count in counts] == [int] * 3
+    assert type(ConvNNAttention(8, scale=np.float64(2)).scale) is float
+    assert type(layer.dropout.p) is float
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -202,6 +225,14 @@ def test_cross_attention_has_no_self() -> None:
         ({"rho": "ones"}, "projections must be other than learned with rho='ones'"),
         ({"metric": "l1"}, "metric must be"),
         ({"scale": float("nan")}, "scale must be finite, got nan"),
+        (
+            {"scale": torch.nn.Parameter(torch.tensor(2.0))},
+            r"scale must be a number, which gets no gradient \(for a temperature that learns, "
+            r"multiply the similarities of functional.select_neighbors by it and call "
+            r"functional.aggregate_neighbors\), got Parameter of shape \[\]",
+        ),
+        ({"dropout": True}, "dropout must be between 0 and 1, got True"),
+        ({"num_heads": torch.tensor(2)}, "num_heads must be a whole number of at least 1, got Ten"),
         (
             {"projections": "identity", "positional_encoding": "both", "num_heads": 2},
             "num_heads must be a divisor of the width 9",

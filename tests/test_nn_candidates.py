@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Random and spatial candidates (section 4.2.2), alone and in layers."""
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import swa_utils
 
 from convnn_kernels.nn import (
     AllCandidates,
@@ -103,6 +109,133 @@ def test_fixed_in_eval() -> None:
     assert rows(plain, (100,)) != rows(plain, (100,))
 
 
+def test_random_pairs_are_uniform() -> None:
+    """Nor does whether one token is drawn say whether another is."""
+    T, N, R = 4000, 40, 8
+    candidates = RandomCandidates(R, fixed_in_eval=True).eval()
+    drawn = torch.zeros(T, N)
+    for i in range(T):
+        candidates.reset_parameters()
+        drawn[i, rows(candidates, (N,))] = 1
+    pairs = (drawn.T @ drawn)[tuple(torch.triu_indices(N, N, 1))]
+    p = R * (R - 1) / (N * (N - 1))
+    deviations = (pairs - T * p) / (T * p * (1 - p)) ** 0.5
+    assert deviations.abs().max() < 5
+    assert 0.8 < deviations.std() < 1.2
+
+
+def attention_with_a_fixed_draw() -> ConvNNAttention:
+    return ConvNNAttention(16, k=4, candidates=RandomCandidates(8, fixed_in_eval=True)).eval()
+
+
+def lerp_everything(average: Tensor, current: Tensor) -> Tensor:
+    """As averages of timm and of trainers do with every entry of a state dict."""
+    return 0.9999 * average + (1 - 0.9999) * current
+
+
+AVERAGES: dict[str, dict] = {
+    "default": {},
+    "ema": {"avg_fn": swa_utils.get_ema_avg_fn(0.999)},
+    "multi-ema": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9)},
+    "multi-swa": {"multi_avg_fn": swa_utils.get_swa_multi_avg_fn()},
+}
+
+
+@pytest.mark.parametrize("options", AVERAGES.values(), ids=AVERAGES.keys())
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_averaged_model_has_the_same_draw(options: dict, use_buffers: bool) -> None:
+    layer = attention_with_a_fixed_draw()
+    average = swa_utils.AveragedModel(layer, use_buffers=use_buffers, **options)
+    for _ in range(100):
+        average.update_parameters(layer)
+    x = torch.randn(2, 50, 16)
+    expected = rows(layer.candidates, (50,))
+    assert rows(average.module.candidates, (50,)) == expected
+    torch.testing.assert_close(average(x), layer(x))
+
+
+def test_an_average_of_the_state_dict_has_the_same_draw() -> None:
+    layer = attention_with_a_fixed_draw()
+    average = copy.deepcopy(layer)
+    for _ in range(100):
+        state = layer.state_dict()
+        for name, value in average.state_dict().items():
+            value.copy_(lerp_everything(value, state[name]))
+    assert rows(average.candidates, (50,)) == rows(layer.candidates, (50,))
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        nn.Module.half,
+        nn.Module.bfloat16,
+        nn.Module.double,
+        lambda module: module.half().float(),
+        lambda module: module.to(torch.float8_e4m3fn).to(torch.float32),
+        lambda module: module.type(torch.int64),
+        copy.deepcopy,
+    ],
+    ids=["half", "bfloat16", "double", "half-float", "float8-float", "int64", "deepcopy"],
+)
+def test_a_cast_keeps_the_draw(cast: Callable[[nn.Module], nn.Module]) -> None:
+    candidates = RandomCandidates(8, fixed_in_eval=True).eval()
+    expected = rows(candidates, (100,))
+    assert rows(cast(candidates), (100,)) == expected  # type: ignore[arg-type]
+
+
+def test_a_seed_saved_as_one_number_can_be_loaded() -> None:
+    layers = [attention_with_a_fixed_draw() for _ in range(3)]
+    state = layers[0].state_dict()
+    for layer, seed in zip(layers, (2**62 + 5, 2**62 + 5, 2**62 + 4), strict=True):
+        layer.load_state_dict({**state, "candidates.seed": torch.tensor(seed)})
+    first, same, other = (rows(layer.candidates, (100,)) for layer in layers)
+    assert first == same
+    assert first != other
+
+
+@pytest.mark.slow
+def test_ranks_have_the_same_draw(run_python: Callable[..., str], tmp_path: Path) -> None:
+    printed = run_python(
+        f"""
+        import os, torch, torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+        import convnn_kernels.nn as cnn
+
+        child = os.fork()
+        rank = 1 if child == 0 else 0
+        torch.manual_seed(rank)
+        store = dist.FileStore({str(tmp_path / "store")!r}, 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        layer = cnn.ConvNNAttention(16, candidates=cnn.RandomCandidates(8, fixed_in_eval=True))
+        DistributedDataParallel(layer)
+        drawn = layer.eval().candidates((50,), 0, torch.device("cpu"))
+        both = [torch.empty_like(drawn) for _ in range(2)]
+        dist.all_gather(both, drawn)
+        equal = torch.equal(*both)
+        dist.destroy_process_group()
+        if rank == 1:
+            os._exit(0)
+        os.waitpid(child, 0)
+        print(equal)
+        """
+    )
+    assert printed == "True\n"
+
+
+def test_the_buffers_of_layers_may_be_averaged() -> None:
+    """What a layer keeps besides parameters is a floating-point tensor or nothing."""
+    for layer in (ConvNN1d(4, 4), ConvNN2d(4, 4), attention_with_a_fixed_draw()):
+        assert all(buffer.is_floating_point() for buffer in layer.buffers())
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_counts_may_be_numbers_of_numpy(integer: type) -> None:
+    spatial = SpatialCandidates(stride=integer(4))
+    for value in (RandomCandidates(integer(4)).r, SpatialCandidates(integer(4)).r, spatial.stride):
+        assert type(value) is int
+        assert value == 4
+
+
 @pytest.mark.parametrize(
     "layer",
     [
@@ -142,6 +275,9 @@ def test_include_self(include_self: bool) -> None:
         (lambda: RandomCandidates(0), "RandomCandidates: r must be a whole number of at least 1"),
         (lambda: SpatialCandidates(0), "SpatialCandidates: r must be a whole number of at least 1"),
         (lambda: SpatialCandidates(stride=0), "SpatialCandidates: stride must be a whole number"),
+        (lambda: RandomCandidates(True), "RandomCandidates: r must be a whole number"),
+        (lambda: RandomCandidates(np.bool_(True)), "RandomCandidates: r must be a whole number"),
+        (lambda: RandomCandidates(torch.tensor(4)), "got Tensor of shape"),
         (lambda: SpatialCandidates(), "SpatialCandidates: r must be given if stride is not"),
         (lambda: SpatialCandidates(4, stride=2), "r must be given if stride is not, got 4"),
         (lambda: draw(SpatialCandidates(5), (8, 8)), "r must be a square number in 2-D, got 5"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """ConvNN1d, ConvNN2d and HybridBranch2d: options, and convolution as a special case."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -288,8 +289,9 @@ def test_layer_against_the_reference() -> None:
 
 def test_padding_adds_keys_to_small_maps() -> None:
     x = torch.randn(1, 3, 2, 2)
-    assert ConvNN2d(3, 4, k=9, padding=1)(x).shape == (1, 4, 2, 2)
-    assert ConvNN2d(3, 4, k=9)(x).shape == (1, 4, 2, 2)
+    for padding, count in ((1, 9), (0, 4)):
+        similarities, _ = ConvNN2d(3, 4, k=9, padding=padding).neighbors(x)
+        assert torch.equal(similarities.isfinite().sum(-1), torch.full((1, 4), count))
 
 
 @pytest.mark.parametrize("aggregation", ["depthwise", "sum"])
@@ -332,6 +334,15 @@ def test_self_is_first_with_include_self() -> None:
         ({"rho": "ones"}, "projections must be other than learned with rho='ones'"),
         ({"scale": float("inf")}, "scale must be finite, got inf"),
         ({"scale": "big"}, "scale must be finite, got 'big'"),
+        ({"scale": True}, "scale must be finite, got True"),
+        ({"scale": torch.tensor(2.0)}, "scale must be a number, which gets no gradient .*select_n"),
+        (
+            {"k": torch.tensor(4)},
+            r"k must be a whole number .*, got Tensor of shape \[\]",
+        ),
+        ({"k": np.ones(3)}, r"k must be a whole number of at least 1, got ndarray of shape \[3\]"),
+        ({"metric": np.ones(3)}, r"metric must be .*, got ndarray of shape \[3\]"),
+        ({"key_channels": True}, "key_channels must be a whole number of at least 1, got True"),
         ({"scale": 2.0, "rho": "similarity"}, "scale must be 1.0 unless rho is 'softmax', got 2.0"),
         ({"positional_encoding": "add"}, "positional_encoding must be None, 'similarity', "),
         ({"coordinates": "polar"}, "coordinates must be 'unit' or 'pixel', got 'polar'"),
@@ -348,6 +359,49 @@ def test_wrong_settings(settings: dict, message: str) -> None:
             layer(**{"in_channels": 3, "out_channels": 6, **settings})
 
 
+def test_settings_may_be_numbers_of_numpy() -> None:
+    layer = ConvNN2d(
+        np.int64(3),
+        np.int32(6),
+        np.int64(4),
+        padding=np.uint8(1),
+        key_channels=np.int64(5),
+        value_channels=np.int64(7),
+        scale=np.float32(2.0),
+    )
+    plain = ConvNN2d(3, 6, 4, padding=1, key_channels=5, value_channels=7, scale=2.0)
+    assert repr(layer) == repr(plain)
+    for name in ("in_channels", "out_channels", "k", "padding", "scale"):
+        assert type(getattr(layer, name)) is type(getattr(plain, name))
+    assert layer(torch.randn(1, 3, 4, 4)).shape == (1, 6, 4, 4)
+
+    hybrid = HybridBranch2d(np.int64(3), np.int64(100), np.int64(3), np.float32(0.29))
+    assert type(hybrid.branch_ratio) is float
+    assert repr(hybrid.convnn) == repr(HybridBranch2d(3, 100, 3, 0.29).convnn)
+
+
+@pytest.mark.parametrize("make", [ConvNN1d, ConvNN2d])
+def test_errors_of_python_name_the_class(make: type) -> None:
+    for call in (
+        lambda: make(3, 8, dilation=2),
+        lambda: make(3),
+        lambda: make(3, 8)(),
+        lambda: make(3, 8).neighbors(),
+        lambda: make(3, 8).reset_parameters(1),
+    ):
+        with pytest.raises(TypeError, match=rf"^{make.__name__}\.\w+\(\) "):
+            call()
+
+
+def test_only_a_convolution_is_taken_over() -> None:
+    for conv in (nn.ConvTranspose2d(3, 3, 3, padding=1), nn.Conv1d(3, 3, 3), nn.Linear(3, 3)):
+        name = type(conv).__name__
+        with pytest.raises(ValueError, match=f"from_conv2d: conv must be an nn.Conv2d, got {name}"):
+            ConvNN2d.from_conv2d(conv)
+    with pytest.raises(ValueError, match=r"from_conv1d: conv must be an nn.Conv1d, got Conv2d"):
+        ConvNN1d.from_conv1d(nn.Conv2d(3, 3, 1))
+
+
 def test_wrong_inputs() -> None:
     with pytest.raises(ValueError, match=r"ConvNN1d: input must have shape \[B, 3, L\], got \[1"):
         ConvNN1d(3, 4)(torch.zeros(1, 4, 20))
@@ -355,6 +409,10 @@ def test_wrong_inputs() -> None:
         ConvNN2d(3, 4)(torch.zeros(3, 20, 20))
     with pytest.raises(ValueError, match=r"HybridBranch2d: input must have shape \[B, 3, H, W\]"):
         HybridBranch2d(3, 4)(torch.zeros(1, 2, 20, 20))
+    with pytest.raises(ValueError, match="ConvNN2d: input must be a tensor, got None"):
+        ConvNN2d(3, 4)(None)
+    with pytest.raises(ValueError, match=r"ConvNN2d: input must be a tensor, got ndarray of shape"):
+        ConvNN2d(3, 4)(np.zeros((1, 3, 20, 20)))
 
 
 @pytest.mark.parametrize(
@@ -385,6 +443,8 @@ def test_hybrid_is_its_branches(kernel_size: int) -> None:
     ("settings", "message"),
     [
         ({"branch_ratio": 1.1}, "branch_ratio must be between 0 and 1, got 1.1"),
+        ({"branch_ratio": True}, "branch_ratio must be between 0 and 1, got True"),
+        ({"branch_ratio": torch.tensor(0.5)}, "branch_ratio must be between 0 and 1, got Tensor"),
         ({"branch_ratio": float("nan")}, "branch_ratio must be between 0 and 1, got nan"),
         ({"kernel_size": 0}, "kernel_size must be a whole number of at least 1"),
         ({"branch_ratio": None}, "branch_ratio must be between 0 and 1, got None"),

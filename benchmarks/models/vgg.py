@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from convnn_kernels.nn import Candidates, ConvNN2d, HybridBranch2d
 from convnn_kernels.nn.candidates import require_maker
+from convnn_kernels.nn.settings import PositionalEncoding
 
 LAYERS = ("conv2d", "convnn", "hybrid")
 
@@ -61,7 +62,7 @@ def vgg11(
     k: int = 9,
     *,
     kernel_size: int | None = None,
-    positional_encoding: str | None = None,
+    positional_encoding: PositionalEncoding = None,
     candidates: Callable[[], Candidates] | None = None,
     rho: str = "ones",
     channels: Sequence[int | str] = CHANNELS,

@@ -2,6 +2,7 @@
 """ConvNN as an attention layer: sections 5.2 and 6.2."""
 
 import math
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from convnn_kernels import functional
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
+from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
-PROJECTIONS = ("identity", "learned", "value")
+Projections: TypeAlias = Literal["identity", "learned", "value"]
+PROJECTIONS = get_args(Projections)
 
 
 class ConvNNAttention(nn.Module):
@@ -26,7 +29,9 @@ class ConvNNAttention(nn.Module):
         embed_dim: E.
         num_heads: the number of heads; it must divide the width of queries, keys and values. All
             heads share the weights of the aggregation and the candidates.
-        k: the number of neighbors, at most M or the number of candidates.
+        k: the number of neighbors. Where M or the number of candidates is smaller, places are
+            missing, as with key_mask: they add nothing, and the last taps of the weight are not
+            used.
         dropout: the dropout probability, applied after the aggregation and before the output
             projection.
         projections: which inputs have a learned projection: "learned": query, key and value;
@@ -56,7 +61,17 @@ class ConvNNAttention(nn.Module):
     Raises:
         ValueError: if an argument or a shape is wrong; the message names it, what was expected and
             what was passed.
-        RuntimeError: in forward, from the operator, such as for k above the number of candidates.
+        RuntimeError: in forward, from the operator, such as for an input of another dtype.
+
+    Examples:
+        >>> import convnn_kernels.nn as cnn
+        >>> layer = cnn.ConvNNAttention(192, num_heads=3, k=9, candidates=cnn.RandomCandidates(32))
+        >>> tokens = torch.randn(2, 100, 192)
+        >>> layer(tokens).shape
+        torch.Size([2, 100, 192])
+        >>> memory = torch.randn(2, 70, 192)
+        >>> layer(tokens, memory, key_mask=torch.rand(2, 70) < 0.9).shape
+        torch.Size([2, 100, 192])
     """
 
     weight: nn.Parameter | None
@@ -69,7 +84,7 @@ class ConvNNAttention(nn.Module):
         k: int = 9,
         dropout: float = 0.0,
         *,
-        projections: str = "learned",
+        projections: Projections = "learned",
         projection_bias: bool = False,
         output_projection: bool = True,
         query_norm: nn.Module | None = None,
@@ -78,19 +93,19 @@ class ConvNNAttention(nn.Module):
         metric: str = "cosine",
         scale: float | None = None,
         order: str = "similarity",
-        aggregation: str = "depthwise",
+        aggregation: settings.Aggregation = "depthwise",
         bias: bool = False,
-        positional_encoding: str | None = None,
-        coordinates: str = "unit",
+        positional_encoding: settings.PositionalEncoding = None,
+        coordinates: settings.Coordinates = "unit",
         candidates: Candidates | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        settings.require_count(owner, "embed_dim", embed_dim)
-        settings.require_count(owner, "num_heads", num_heads)
-        settings.require_between(owner, "dropout", dropout, 0, 1)
+        embed_dim = settings.require_count(owner, "embed_dim", embed_dim)
+        num_heads = settings.require_count(owner, "num_heads", num_heads)
+        dropout = settings.require_between(owner, "dropout", dropout, 0, 1)
 
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -123,11 +138,11 @@ class ConvNNAttention(nn.Module):
             positional_encoding=positional_encoding,
             coordinates=coordinates,
         )
-        self.k = k
+        self.k = k = int(k)  # it may be a number of NumPy
         self.projections = projections
         self.rho = rho
         self.metric = metric
-        self.scale = scale
+        self.scale = float(scale)
         self.order = order
         self.aggregation = aggregation
         self.coordinates = coordinates
@@ -213,6 +228,8 @@ class ConvNNAttention(nn.Module):
         Returns:
             [B, N, E].
         """
+        if is_symbolic(query, key, value, key_mask):
+            return symbolic_call(self, query, key, value, key_mask)
         owner = type(self).__name__
         settings.require_shape(owner, "query", query, ("B", "N", self.embed_dim))
         if key is None and value is not None:

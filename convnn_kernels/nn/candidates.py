@@ -17,6 +17,13 @@ class Candidates(nn.Module):
 
     Attributes:
         include_self: whether the token itself is always a neighbor, even if it is not a candidate.
+
+    Examples:
+        >>> class FirstCandidates(Candidates):
+        ...     def forward(self, shape, padding, device):
+        ...         return torch.arange(16, device=device)
+        >>> FirstCandidates(include_self=True)((100,), 0, torch.device("cpu")).shape
+        torch.Size([16])
     """
 
     def __init__(self, include_self: bool) -> None:
@@ -43,6 +50,10 @@ class AllCandidates(Candidates):
     Args:
         include_self: whether the token itself is always a neighbor, and the first one, even where k
             other tokens are nearer. With the cosine metric and no projections it is nearest anyway.
+
+    Examples:
+        >>> AllCandidates(include_self=True)
+        AllCandidates(include_self=True)
     """
 
     def __init__(self, include_self: bool = False) -> None:
@@ -66,23 +77,41 @@ class RandomCandidates(Candidates):
         r: the number of candidates, at least 1.
         include_self: whether the token itself is always a neighbor.
         fixed_in_eval: whether to use the same candidates for all maps of one size in eval mode.
-            They are determined by the buffer ``seed``, which is saved with the model.
+            They are determined by the buffer ``seed``, which is saved with the model, survives
+            averages and casts, and is the first rank's under DistributedDataParallel.
+
+    Examples:
+        >>> candidates = RandomCandidates(32, fixed_in_eval=True).eval()
+        >>> shape, device = (14, 14), torch.device("cpu")
+        >>> torch.equal(candidates(shape, 0, device), candidates(shape, 0, device))
+        True
     """
 
     seed: Tensor | None
 
     def __init__(self, r: int, include_self: bool = True, fixed_in_eval: bool = False) -> None:
         super().__init__(include_self)
-        require_count("RandomCandidates", "r", r)
-        self.r = r
+        self.r = require_count("RandomCandidates", "r", r)
         self.fixed_in_eval = fixed_in_eval
-        self.register_buffer("seed", torch.zeros((), dtype=torch.int64) if fixed_in_eval else None)
+        # The bits of two words as signs, which survive what is done to buffers: averages of equal
+        # buffers, which may be rounded, and casts to any floating-point dtype.
+        self.register_buffer("seed", torch.ones(2, 32) if fixed_in_eval else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws a new seed for the candidates of eval mode."""
         if self.seed is not None:
-            self.seed.random_()
+            self.seed.random_(0, 2).mul_(2).sub_(1)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        saved = state_dict.get(prefix + "seed")
+        if isinstance(saved, Tensor) and saved.dtype == torch.int64 and saved.dim() == 0:
+            # Version 0.1 saved the seed as one number.
+            bits = saved >> torch.arange(64, device=saved.device) & 1  # [64]
+            state_dict[prefix + "seed"] = (2.0 * bits - 1).view(2, 32)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
         if self.r >= positional.count(shape, padding):
@@ -91,7 +120,7 @@ class RandomCandidates(Candidates):
         rows = inner if self.r <= inner else positional.count(shape, padding)
         if self.seed is not None and not self.training:
             # Ranking by a hash needs no generator: equal on all devices, and traceable.
-            drawn = _hash(torch.arange(rows, device=device) + self.seed.to(device)).argsort()
+            drawn = _hash(torch.arange(rows, device=device), self.seed.to(device)).argsort()
         else:
             drawn = torch.randperm(rows, device=device)
         drawn = drawn[: self.r]  # [R]
@@ -117,6 +146,12 @@ class SpatialCandidates(Candidates):
         r: the number of candidates, at least 1.
         stride: the step along each axis, at least 1. Exactly one of r and stride must be given.
         include_self: whether the token itself is always a neighbor.
+
+    Examples:
+        >>> SpatialCandidates(4)((8, 8), 0, torch.device("cpu"))
+        tensor([ 0,  4, 32, 36])
+        >>> SpatialCandidates(stride=4)((8, 8), 0, torch.device("cpu"))
+        tensor([ 0,  4, 32, 36])
     """
 
     def __init__(
@@ -125,9 +160,8 @@ class SpatialCandidates(Candidates):
         super().__init__(include_self)
         owner = "SpatialCandidates"
         require((r is None) != (stride is None), owner, "r", "given if stride is not", r)
-        require_count(owner, *(("stride", stride) if r is None else ("r", r)))
-        self.r = r
-        self.stride = stride
+        self.r = None if r is None else require_count(owner, "r", r)
+        self.stride = None if stride is None else require_count(owner, "stride", stride)
 
     def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
         if self.stride is not None:
@@ -179,14 +213,19 @@ def _rows(axes: list[Tensor], shape: Sequence[int], padding: int) -> Tensor:
     return rows
 
 
-def _hash(x: Tensor) -> Tensor:
-    """SplitMix64, a bijection of int64 with random-looking values. Overflow wraps around."""
-    x = x * -0x61C8864680B583EB
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift_right(x, 31)
+def _hash(x: Tensor, seed: Tensor) -> Tensor:
+    """A bijection of the numbers below 2³² with random-looking values.
 
+    No product reaches 2⁶³ and no constant 2³¹, as compilers may keep either in fewer bits.
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift; `>>` is arithmetic and fills with the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    Args:
+        x: [N] int64.
+        seed: [2, 32], the signs of the bits of two words.
+    """
+    words = ((seed > 0).long() << torch.arange(32, device=seed.device)).sum(1)  # [2]
+    for word in words.unbind():
+        x = x ^ word
+        x = ((x ^ (x >> 16)) * 0x61C88647) & 0xFFFFFFFF
+        x = ((x ^ (x >> 15)) * 0x46A5B2C7) & 0xFFFFFFFF
+        x = x ^ (x >> 16)
+    return x

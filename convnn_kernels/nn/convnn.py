@@ -2,10 +2,12 @@
 """ConvNN layers for sequences and maps: Algorithm 1, sections 4.1, 4.2.1 and 4.2.2."""
 
 import contextlib
+import functools
 import math
+import types
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,14 @@ from typing_extensions import Self
 from convnn_kernels import functional
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
+from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 # "coordinates": query and key are the coordinates alone, value is the input (section 5.1).
-PROJECTIONS = ("identity", "learned", "value", "coordinates")
+Projections: TypeAlias = Literal["identity", "learned", "value", "coordinates"]
+PROJECTIONS = get_args(Projections)
+
+
+_Layer = TypeVar("_Layer", bound="_ConvNN")
 
 
 def require_settings(
@@ -25,8 +32,8 @@ def require_settings(
     *,
     in_channels: int,
     padding: int,
-    projections: str,
-    positional_encoding: str | None,
+    projections: Projections,
+    positional_encoding: settings.PositionalEncoding,
     candidates: Candidates,
     **common: Any,
 ) -> None:
@@ -61,7 +68,10 @@ def require_settings(
 
 
 def value_width(
-    in_channels: int, dimensions: int, projections: str, positional_encoding: str | None
+    in_channels: int,
+    dimensions: int,
+    projections: Projections,
+    positional_encoding: settings.PositionalEncoding,
 ) -> int:
     """The number of value channels; a value projection has in_channels outputs by default."""
     is_projected = projections in ("learned", "value")
@@ -84,7 +94,7 @@ class _ConvNN(nn.Module):
         *,
         padding: int = 0,
         stride: int = 1,
-        projections: str = "learned",
+        projections: Projections = "learned",
         key_channels: int | None = None,
         value_channels: int | None = None,
         projection_bias: bool = False,
@@ -92,10 +102,10 @@ class _ConvNN(nn.Module):
         metric: str = "cosine",
         scale: float = 1.0,
         order: str = "similarity",
-        aggregation: str = "dense",
+        aggregation: settings.Aggregation = "dense",
         bias: bool = True,
-        positional_encoding: str | None = None,
-        coordinates: str = "unit",
+        positional_encoding: settings.PositionalEncoding = None,
+        coordinates: settings.Coordinates = "unit",
         candidates: Candidates | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -120,15 +130,16 @@ class _ConvNN(nn.Module):
             coordinates=coordinates,
             candidates=candidates,
         )
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.k = k
-        self.padding = padding
-        self.stride = stride
+        # They may be numbers of NumPy.
+        self.in_channels = in_channels = int(in_channels)
+        self.out_channels = out_channels = int(out_channels)
+        self.k = k = int(k)
+        self.padding = int(padding)
+        self.stride = int(stride)
         self.projections = projections
         self.rho = rho
         self.metric = metric
-        self.scale = scale
+        self.scale = float(scale)
         self.order = order
         self.aggregation = aggregation
         self.positional_encoding = positional_encoding
@@ -154,9 +165,8 @@ class _ConvNN(nn.Module):
 
         def projection(role: str, out: int | None) -> nn.Linear:
             width = in_channels + self._dimensions * self._encodes(role)
-            return nn.Linear(
-                width, out or in_channels, bias=projection_bias, device=device, dtype=dtype
-            )
+            outputs = in_channels if out is None else int(out)
+            return nn.Linear(width, outputs, bias=projection_bias, device=device, dtype=dtype)
 
         self.query_projection = projection("similarity", key_channels) if learns_key else None
         self.key_projection = projection("similarity", key_channels) if learns_key else None
@@ -200,6 +210,8 @@ class _ConvNN(nn.Module):
             nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_symbolic(x):
+            return symbolic_call(self, x)
         # The queries are N tokens of x [B, C, *shape]; the keys are the M of the padded map.
         shape = self._shape(x)
         padded = self._pad(x)
@@ -355,7 +367,8 @@ _ARGUMENTS = """
     Args:
         in_channels: C.
         out_channels: C'.
-        k: the number of neighbors; at most the number of key tokens or candidates.
+        k: the number of neighbors. Where there are fewer key tokens or candidates, places are
+            missing: they add nothing, and the last taps of the weight are not used.
         padding: number of zero tokens added on every side as keys and values. They are never
             queries.
         stride: the step between queries along each axis, starting with the first token: the output
@@ -388,15 +401,39 @@ _ARGUMENTS = """
     Raises:
         ValueError: if an argument or the input's shape is wrong; the message names it, what was
             expected and what was passed.
-        RuntimeError: in forward, from the operator, such as for k above the number of candidates.
+        RuntimeError: in forward, from the operator, such as for an input of another dtype.
 """
 
 
+def _with_own_functions(cls: type[_Layer]) -> type[_Layer]:
+    """The class with copies of the functions of `_ConvNN`, so that Python's errors name the class.
+
+    Those for an unknown or a missing argument would begin with "_ConvNN.__init__()".
+    """
+    for name in ("__init__", "forward", "neighbors", "reset_parameters"):
+        base = vars(_ConvNN)[name]
+        own = types.FunctionType(
+            base.__code__, base.__globals__, name, base.__defaults__, base.__closure__
+        )
+        own.__kwdefaults__ = base.__kwdefaults__
+        functools.update_wrapper(own, base)
+        vars(own).pop("__wrapped__")
+        own.__qualname__ = f"{cls.__qualname__}.{name}"
+        setattr(cls, name, own)
+    return cls
+
+
+@_with_own_functions
 class ConvNN1d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a sequence: Algorithm 1, section 4.1.
 
     [B, C, L] → [B, C', ⌈L / stride⌉], same dtype as the input (under autocast, the autocast dtype).
-    {_ARGUMENTS}"""
+    {_ARGUMENTS}
+    Examples:
+        >>> layer = ConvNN1d(16, 32, k=9)
+        >>> layer(torch.randn(2, 16, 100)).shape
+        torch.Size([2, 32, 100])
+    """
 
     _dimensions = 1
 
@@ -416,17 +453,33 @@ class ConvNN1d(_ConvNN):
 
         Raises:
             ValueError: if conv cannot be expressed; the message names the setting.
+
+        Examples:
+            >>> conv = nn.Conv1d(16, 32, 3, padding=1)
+            >>> x = torch.randn(2, 16, 50)
+            >>> torch.allclose(ConvNN1d.from_conv1d(conv)(x), conv(x), atol=1e-5)
+            True
         """
         return cls(**_as_convolution("from_conv1d", conv))._take_over(conv)
 
 
+@_with_own_functions
 class ConvNN2d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a map: sections 4.1 and 4.2.
 
     [B, C, H, W] → [B, C', H, W], or with a stride [B, C', ⌈H / stride⌉, ⌈W / stride⌉], same dtype
     as the input (under autocast, the autocast dtype). A channels_last input gives a channels_last
     output, any other a contiguous one. The map is flattened row by row, and the result unflattened.
-    {_ARGUMENTS}"""
+    {_ARGUMENTS}
+    Examples:
+        >>> layer = ConvNN2d(16, 32, k=9, padding=1)
+        >>> x = torch.randn(2, 16, 8, 8)
+        >>> layer(x).shape
+        torch.Size([2, 32, 8, 8])
+        >>> similarities, indices = layer.neighbors(x)
+        >>> indices.shape
+        torch.Size([2, 64, 9])
+    """
 
     _dimensions = 2
 
@@ -448,12 +501,21 @@ class ConvNN2d(_ConvNN):
 
         Raises:
             ValueError: if conv cannot be expressed; the message names the setting.
+
+        Examples:
+            >>> conv = nn.Conv2d(16, 32, 3, padding=1)
+            >>> x = torch.randn(2, 16, 8, 8)
+            >>> torch.allclose(ConvNN2d.from_conv2d(conv)(x), conv(x), atol=1e-5)
+            True
         """
         return cls(**_as_convolution("from_conv2d", conv))._take_over(conv)
 
 
 def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
     """The arguments of the layer that equals `conv`."""
+    kind = nn.Conv1d if owner == "from_conv1d" else nn.Conv2d
+    # Transposed convolutions have the same attributes.
+    settings.require(isinstance(conv, kind), owner, "conv", f"an nn.{kind.__name__}", conv)
     dimensions, kernel, size = len(conv.kernel_size), conv.kernel_size, conv.kernel_size[0]
     if dimensions == 2:
         settings.require(
@@ -521,8 +583,12 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 def _is_channels_last(x: Tensor) -> bool:
     # With sizes of 1 a tensor may be both; nn.Conv2d then returns a contiguous one.
-    return (
-        x.dim() == 4
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not x.is_contiguous()
+    if x.dim() != 4 or x.is_contiguous():
+        return False
+    # vmap answers is_contiguous for the default memory format only.
+    _, C, H, W = x.shape
+    strides = (H * W * C, 1, W * C, C)
+    return all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(x.shape, x.stride(), strides, strict=True)
     )

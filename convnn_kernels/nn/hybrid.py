@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from convnn_kernels.nn import settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
-from convnn_kernels.nn.convnn import ConvNN2d, require_settings, value_width
+from convnn_kernels.nn.convnn import ConvNN2d, Projections, require_settings, value_width
+from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 
 class HybridBranch2d(nn.Module):
@@ -41,6 +42,13 @@ class HybridBranch2d(nn.Module):
     Raises:
         ValueError: if an argument or the input's shape is wrong; the message names it, what was
             expected and what was passed.
+
+    Examples:
+        >>> layer = HybridBranch2d(16, 32, branch_ratio=0.25)
+        >>> layer.conv.out_channels, layer.convnn.out_channels
+        (24, 8)
+        >>> layer(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
     """
 
     def __init__(
@@ -54,25 +62,25 @@ class HybridBranch2d(nn.Module):
         padding: int | None = None,
         stride: int = 1,
         bias: bool = True,
-        projections: str = "identity",
+        projections: Projections = "identity",
         rho: str = "ones",
         metric: str = "cosine",
         scale: float = 1.0,
         order: str = "similarity",
-        aggregation: str = "dense",
-        positional_encoding: str | None = None,
-        coordinates: str = "unit",
+        aggregation: settings.Aggregation = "dense",
+        positional_encoding: settings.PositionalEncoding = None,
+        coordinates: settings.Coordinates = "unit",
         candidates: Candidates | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        settings.require_count(owner, "in_channels", in_channels)
-        settings.require_count(owner, "out_channels", out_channels)
-        settings.require_count(owner, "kernel_size", kernel_size)
-        settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
-        settings.require_count(owner, "stride", stride)
+        in_channels = settings.require_count(owner, "in_channels", in_channels)
+        out_channels = settings.require_count(owner, "out_channels", out_channels)
+        kernel_size = settings.require_count(owner, "kernel_size", kernel_size)
+        branch_ratio = settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
+        stride = settings.require_count(owner, "stride", stride)
         settings.require(
             stride == 1 or kernel_size % 2 == 1,
             owner,
@@ -101,8 +109,8 @@ class HybridBranch2d(nn.Module):
         )
         self.in_channels = in_channels
         self.branch_ratio = branch_ratio
-        # 0.29 * 100 is slightly below 29 in floating point, and 29 is meant.
-        convnn_channels = math.floor(branch_ratio * out_channels + 1e-9)
+        # 0.29 * 100 is slightly below 29 in floating point, also in float32, and 29 is meant.
+        convnn_channels = math.floor(branch_ratio * out_channels + 1e-5)
         conv_channels = out_channels - convnn_channels
         channels = value_width(in_channels, 2, projections, positional_encoding)
         settings.require(
@@ -159,6 +167,8 @@ class HybridBranch2d(nn.Module):
                 module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_symbolic(x):
+            return symbolic_call(self, x)
         shape: Sequence[int | str] = ("B", self.in_channels, "H", "W")
         settings.require_shape(type(self).__name__, "input", x, shape)
         # [B, C' - ⌊λC'⌋, H, W] and [B, ⌊λC'⌋, H, W]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from convnn_kernels.nn.settings import Coordinates
+
 
 def count(shape: Sequence[int], padding: int) -> int:
     """The number of tokens of a map of this shape, with padding on every side."""
@@ -42,7 +44,7 @@ def strided(maps: Tensor, dimensions: int, stride: int) -> Tensor:
 def grid(
     shape: Sequence[int],
     padding: int,
-    coordinates: str,
+    coordinates: Coordinates,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:

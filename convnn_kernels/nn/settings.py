@@ -2,42 +2,78 @@
 """The settings that the layers share, and the checks that reject invalid ones."""
 
 import math
+import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
+
+Aggregation: TypeAlias = Literal["dense", "depthwise", "sum"]
+Coordinates: TypeAlias = Literal["unit", "pixel"]
+PositionalEncoding: TypeAlias = Literal["similarity", "aggregation", "both"] | None
 
 METRICS = ("cosine", "dot", "euclidean")
 RHOS = ("softmax", "ones", "similarity")
 ORDERS = ("similarity", "index")
-AGGREGATIONS = ("dense", "depthwise", "sum")
+AGGREGATIONS = get_args(Aggregation)
 POSITIONAL_ENCODINGS = (None, "similarity", "aggregation", "both")
-COORDINATES = ("unit", "pixel")
+COORDINATES = get_args(Coordinates)
 
 
 def require(condition: bool, owner: str, name: str, expected: str, got: Any) -> None:
     """Raises a ValueError that names the argument, what was expected and what was passed."""
     if not condition:
-        raise ValueError(f"{owner}: {name} must be {expected}, got {got!r}")
+        raise ValueError(f"{owner}: {name} must be {expected}, got {_shown(got)}")
+
+
+def _shown(got: Any) -> str:
+    """The value, or what kind of array it is, whose values could fill the screen."""
+    shape = getattr(got, "shape", ())
+    if isinstance(got, Tensor) or len(shape) > 0:
+        return f"{type(got).__name__} of shape {list(shape)}"
+    return repr(got)
 
 
 def require_choice(owner: str, name: str, got: Any, choices: Sequence[Any]) -> None:
     *others, last = (repr(choice) for choice in choices)
-    require(got in choices, owner, name, f"{', '.join(others)} or {last}", got)
+    fits = (got is None or isinstance(got, str)) and got in choices
+    require(fits, owner, name, f"{', '.join(others)} or {last}", got)
 
 
-def require_count(owner: str, name: str, got: Any, least: int = 1) -> None:
-    whole = isinstance(got, int) and not isinstance(got, bool)
+def require_count(owner: str, name: str, got: Any, least: int = 1) -> int:
+    """Checks a whole number; returns it as an int, which it is not if it comes from NumPy."""
+    whole = isinstance(got, numbers.Integral) and not isinstance(got, bool)
     require(whole and got >= least, owner, name, f"a whole number of at least {least}", got)
+    return int(got)
 
 
-def require_between(owner: str, name: str, got: Any, least: float, most: float) -> None:
-    fits = isinstance(got, int | float) and least <= got <= most
+def require_between(owner: str, name: str, got: Any, least: float, most: float) -> float:
+    """Checks a number; returns it as a float."""
+    fits = _is_number(got) and least <= got <= most
     require(fits, owner, name, f"between {least:g} and {most:g}", got)
+    return float(got)
+
+
+def _is_number(got: Any) -> bool:
+    return isinstance(got, numbers.Real) and not isinstance(got, bool)
+
+
+def _require_scale(owner: str, got: Any, rho: str) -> None:
+    expected = "finite"
+    if isinstance(got, Tensor):
+        expected = (
+            "a number, which gets no gradient (for a temperature that learns, multiply the "
+            "similarities of functional.select_neighbors by it and call "
+            "functional.aggregate_neighbors)"
+        )
+    require(_is_number(got) and math.isfinite(got), owner, "scale", expected, got)
+    require(got == 1.0 or rho == "softmax", owner, "scale", "1.0 unless rho is 'softmax'", got)
 
 
 def require_shape(owner: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """Checks the number of dimensions, and the sizes that `expected` gives as numbers."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{owner}: {name} must be a tensor, got {_shown(tensor)}")
     shape = tensor.shape
     fits = len(shape) == len(expected) and all(
         isinstance(wanted, str) or size == wanted
@@ -58,9 +94,9 @@ def require_common(
     metric: str,
     scale: Any,
     order: str,
-    aggregation: str,
-    positional_encoding: str | None,
-    coordinates: str,
+    aggregation: Aggregation,
+    positional_encoding: PositionalEncoding,
+    coordinates: Coordinates,
 ) -> None:
     """Checks the settings that ConvNN1d, ConvNN2d and ConvNNAttention share."""
     require_count(owner, "k", k)
@@ -71,9 +107,7 @@ def require_common(
     require_choice(owner, "aggregation", aggregation, AGGREGATIONS)
     require_choice(owner, "positional_encoding", positional_encoding, POSITIONAL_ENCODINGS)
     require_choice(owner, "coordinates", coordinates, COORDINATES)
-    is_finite = isinstance(scale, int | float) and math.isfinite(scale)
-    require(is_finite, owner, "scale", "finite", scale)
-    require(scale == 1.0 or rho == "softmax", owner, "scale", "1.0 unless rho is 'softmax'", scale)
+    _require_scale(owner, scale, rho)
     require(
         not (projections == "learned" and rho == "ones"),
         owner,

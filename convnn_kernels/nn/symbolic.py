@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: MIT
+"""Layers under ``torch.fx.symbolic_trace``, which calls them with stand-ins for tensors."""
+
+from typing import Any
+
+from torch import nn
+from torch.fx import Proxy, Tracer
+
+
+def is_symbolic(*args: Any) -> bool:
+    """Whether one of the arguments of a forward stands in for a tensor."""
+    return any(isinstance(arg, Proxy) for arg in args)
+
+
+def symbolic_call(layer: nn.Module, *args: Any) -> Any:
+    """Records a call of `layer` as one node, like a layer of PyTorch.
+
+    What a layer computes depends on the sizes of its input, which are not known here.
+
+    Args:
+        layer: the layer whose forward was called.
+        args: the arguments of forward; at least one is a Proxy.
+
+    Returns:
+        The Proxy of the output.
+
+    Raises:
+        ValueError: if the layer is the traced model itself, or has hooks of its own, which would
+            run while tracing and again in the traced model.
+    """
+    owner = type(layer).__name__
+    tracer: Any = next(arg.tracer for arg in args if isinstance(arg, Proxy))
+    if not isinstance(tracer, Tracer) or tracer.root is layer:
+        raise ValueError(
+            f"{owner}: torch.fx keeps the layer as one node of the model that has it; to trace it "
+            f"alone, trace nn.Sequential(layer)"
+        )
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        raise ValueError(f"{owner}: torch.fx cannot trace a layer with forward hooks; remove them")
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
