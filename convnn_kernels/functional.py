@@ -1,12 +1,32 @@
 # SPDX-License-Identifier: MIT
 """Convolutional Nearest Neighbors as functions of tensors."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from convnn_kernels import ops, torch_internals
+from convnn_kernels import arguments, ops, torch_internals
+
+__all__ = [
+    "Metric",
+    "Order",
+    "Rho",
+    "aggregate_neighbors",
+    "convnn",
+    "edge_index",
+    "select_neighbors",
+    "warmup",
+]
+
+Metric = Literal["cosine", "dot", "euclidean"]
+"""How similar a query and a key are (Eq. 3); see :func:`convnn`."""
+
+Rho = Literal["softmax", "ones", "similarity"]
+"""How a neighbor is weighted by its similarity (section 4.1); see :func:`convnn`."""
+
+Order = Literal["similarity", "index"]
+"""Which neighbor meets which tap of the weight; see :func:`convnn`."""
 
 
 def convnn(
@@ -19,10 +39,10 @@ def convnn(
     candidates: Tensor | None = None,
     self_indices: Tensor | None = None,
     key_mask: Tensor | None = None,
-    metric: str = "cosine",
-    rho: str = "softmax",
+    metric: Metric = "cosine",
+    rho: Rho = "softmax",
     scale: float = 1.0,
-    order: str = "similarity",
+    order: Order = "similarity",
 ) -> Tensor:
     r"""Convolves the k nearest neighbors of every query among the keys (Algorithm 1).
 
@@ -74,7 +94,12 @@ def convnn(
             message names it, what was expected and what was passed. On CUDA, values of index
             tensors are not checked unless ``CONVNN_CHECK_INDICES=1``.
     """
-    output, _, _ = torch_internals.call(
+    if type(k) is not int:
+        k = arguments.whole("convnn", "k", k)
+    if type(scale) is not float:
+        scale = arguments.real("convnn", "scale", scale)
+    output, _, _ = _call(
+        "convnn",
         ops.forward,
         query,
         key,
@@ -100,8 +125,8 @@ def select_neighbors(
     candidates: Tensor | None = None,
     self_indices: Tensor | None = None,
     key_mask: Tensor | None = None,
-    metric: str = "cosine",
-    order: str = "similarity",
+    metric: Metric = "cosine",
+    order: Order = "similarity",
 ) -> tuple[Tensor, Tensor]:
     r"""Finds the k nearest neighbors of every query among the keys (Eq. 3, 4, 5).
 
@@ -131,8 +156,19 @@ def select_neighbors(
             message names it, what was expected and what was passed. On CUDA, values of index
             tensors are not checked unless ``CONVNN_CHECK_INDICES=1``.
     """
-    return torch_internals.call(
-        ops.select, query, key, k, candidates, self_indices, key_mask, metric, order
+    if type(k) is not int:
+        k = arguments.whole("select_neighbors", "k", k)
+    return _call(
+        "select_neighbors",
+        ops.select,
+        query,
+        key,
+        k,
+        candidates,
+        self_indices,
+        key_mask,
+        metric,
+        order,
     )
 
 
@@ -142,7 +178,7 @@ def aggregate_neighbors(
     indices: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    rho: str = "softmax",
+    rho: Rho = "softmax",
     scale: float = 1.0,
 ) -> Tensor:
     r"""Weights the given neighbors by their similarity and convolves them (Eq. 6).
@@ -172,9 +208,91 @@ def aggregate_neighbors(
             message names it, what was expected and what was passed. On CUDA, values of indices
             are not checked unless ``CONVNN_CHECK_INDICES=1``.
     """
-    return torch_internals.call(
-        ops.aggregate, value, similarities, indices, weight, bias, rho, scale
+    if type(scale) is not float:
+        scale = arguments.real("aggregate_neighbors", "scale", scale)
+    return _call(
+        "aggregate_neighbors",
+        ops.aggregate,
+        value,
+        similarities,
+        indices,
+        weight,
+        bias,
+        rho,
+        scale,
     )
+
+
+def edge_index(indices: Tensor, similarities: Tensor, num_keys: int | None = None) -> Tensor:
+    """Lists the neighbors as the edges of a graph, without the missing ones.
+
+    **Do not use ``indices`` as edges without dropping the missing neighbors: they carry index 0 and
+    similarity -inf.** Each of the others gives one edge, from the key to the query, as PyTorch
+    Geometric's ``knn_graph`` directs it by default (``flow="source_to_target"``). All batch
+    elements become one graph, in which they are numbered through.
+
+    Args:
+        indices: [..., N, k] int64, from :func:`select_neighbors`.
+        similarities: [..., N, k], floating point, from the same call. NaN is a neighbor, -inf a
+            missing one.
+        num_keys: M, the number of keys of each batch element; by default N, as where tokens are
+            neighbors of one another. It matters only if there are leading dimensions.
+
+    Returns:
+        [2, E] int64, ordered by query, then by place among its neighbors. For batch element b, a
+        row of the flattened leading dimensions, row 0 is b * M + the index of the key (the source)
+        and row 1 is b * N + that of the query (the target). The similarities of the edges are
+        ``similarities[similarities != -torch.inf]``.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        RuntimeError: if an argument has a wrong shape, dtype, device or value, or under
+            ``torch.vmap``. Values are not checked while compiling.
+
+    Example:
+        The third of three points is masked, so that the second place of every query is missing:
+
+        >>> x = torch.tensor([[0.0], [1.0], [5.0]])
+        >>> mask = torch.tensor([False, True, False])
+        >>> similarities, indices = select_neighbors(x, x, 2, key_mask=mask, metric="euclidean")
+        >>> indices
+        tensor([[1, 0],
+                [1, 0],
+                [1, 0]])
+        >>> edge_index(indices, similarities)
+        tensor([[1, 1, 1],
+                [0, 1, 2]])
+    """
+    num_keys = arguments.check_edge_index(indices, similarities, num_keys)
+    try:
+        return _edges(indices, similarities, num_keys)
+    except RuntimeError as error:
+        if not str(error).startswith("vmap"):
+            raise
+        raise RuntimeError(
+            "edge_index: vmap cannot run it, because the number of edges depends on the data; "
+            "call it on the whole batch, whose leading dimensions it numbers through"
+        ) from None
+
+
+def _edges(indices: Tensor, similarities: Tensor, num_keys: int | None) -> Tensor:
+    """[2, E] int64, from checked arguments."""
+    rows, k = indices.shape[-2:]
+    places = (similarities != -torch.inf).flatten().nonzero().squeeze(1)  # [E]
+    found = indices.flatten()[places]
+    # A single graph of more keys than queries needs no number of keys.
+    is_limited = num_keys is not None or indices.numel() > rows * k
+    keys = rows if num_keys is None else num_keys
+    if not torch.compiler.is_compiling() and found.numel():
+        least, most = (int(each) for each in found.aminmax())
+        if least < 0 or (most >= keys and is_limited):
+            raise RuntimeError(
+                f"edge_index: indices must be in [0, {keys}), got {min(least, 0) or most}; "
+                "num_keys, the number of keys of each batch element, is by default the number of "
+                f"queries, {rows}"
+            )
+    target = places // k
+    return torch.stack([target // rows * keys + found, target])
 
 
 def warmup(*args: Any, **options: Any) -> None:
@@ -205,3 +323,15 @@ def warmup(*args: Any, **options: Any) -> None:
         output = convnn(*args, **options)
         if inputs:
             torch.autograd.grad(output, inputs, torch.zeros_like(output), allow_unused=True)
+
+
+def _call(function: str, op: torch._ops.OpOverload, *args: Any) -> Any:
+    """``op(*args)``, with a message of our own if the type of an argument is wrong."""
+    try:
+        return torch_internals.call(op, *args)
+    except RuntimeError:
+        try:
+            arguments.require_types(function, op, args)
+        except (TypeError, RuntimeError) as explained:
+            raise explained from None
+        raise

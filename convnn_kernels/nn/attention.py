@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn_kernels import functional
+from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
 
@@ -67,10 +68,10 @@ class ConvNNAttention(nn.Module):
         *,
         projections: str = "learned",
         projection_bias: bool = False,
-        rho: str = "softmax",
-        metric: str = "cosine",
+        rho: Rho = "softmax",
+        metric: Metric = "cosine",
         scale: float | None = None,
-        order: str = "similarity",
+        order: Order = "similarity",
         aggregation: str = "depthwise",
         bias: bool = False,
         positional_encoding: str | None = None,

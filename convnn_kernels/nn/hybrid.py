@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
 from convnn_kernels.nn.convnn import ConvNN2d, require_settings, value_width
@@ -51,10 +52,10 @@ class HybridBranch2d(nn.Module):
         padding: int | None = None,
         bias: bool = True,
         projections: str = "identity",
-        rho: str = "ones",
-        metric: str = "cosine",
+        rho: Rho = "ones",
+        metric: Metric = "cosine",
         scale: float = 1.0,
-        order: str = "similarity",
+        order: Order = "similarity",
         aggregation: str = "dense",
         positional_encoding: str | None = None,
         coordinates: str = "unit",
