@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Convolutional Nearest Neighbors as functions of tensors."""
+"""Convolutional Nearest Neighbors as functions of tensors.
+
+Every function raises TypeError for an argument of a wrong type and RuntimeError for a wrong shape,
+dtype, device or value. Numbers may be of any type of ``numbers.Integral`` or ``numbers.Real``, such
+as those of numpy, but not tensors, which would lose their gradient.
+"""
 
 from typing import Any, Literal
 
@@ -78,7 +83,8 @@ def convnn(
             :math:`-\|q - k\|^2`.
         rho: "softmax": softmax of scale times similarity, over the k neighbors; "ones": 1, so
             query and key receive no gradient; "similarity": the similarity itself.
-        scale: a finite number; must be 1.0 unless rho="softmax".
+        scale: a finite number, not a tensor; must be 1.0 unless rho="softmax". For a temperature
+            that is learned, see :func:`aggregate_neighbors`.
         order: which neighbor meets which of the k taps of weight. "similarity": nearest first
             (self before all others), ties by row; "index": by row of key, as in a convolution.
 
@@ -90,9 +96,20 @@ def convnn(
         except with the backend "cuda".
 
     Raises:
-        RuntimeError: if an argument does not have the shape, dtype, device or values above; the
-            message names it, what was expected and what was passed. On CUDA, values of index
-            tensors are not checked unless ``CONVNN_CHECK_INDICES=1``.
+        TypeError: if an argument has a wrong type, such as a numpy array for a tensor.
+        RuntimeError: if an argument does not have the shape, dtype, device or values above. Both
+            name it, what was expected and what was passed. On CUDA, values of index tensors are
+            not checked unless ``CONVNN_CHECK_INDICES=1``.
+
+    Example:
+        >>> import torch
+        >>> from convnn_kernels.functional import convnn
+        >>> tokens = torch.randn(2, 100, 16, requires_grad=True)
+        >>> weight = torch.randn(32, 16, 9)  # dense: [O, C, k]
+        >>> y = convnn(tokens, tokens, tokens, 9, weight)
+        >>> y.shape
+        torch.Size([2, 100, 32])
+        >>> y.sum().backward()
     """
     if type(k) is not int:
         k = arguments.whole("convnn", "k", k)
@@ -148,13 +165,28 @@ def select_neighbors(
 
     Returns:
         similarities, [..., N, k] float32 (float64 if query is), and indices, [..., N, k] int64:
-        rows of key, even with candidates. Where fewer than k keys are allowed, the missing
-        neighbors come last, with similarity -inf and index 0.
+        rows of key, even with candidates. Where fewer than k keys are allowed, **the missing
+        neighbors come last, with similarity -inf and index 0**; :func:`edge_index` lists the edges
+        of a graph without them.
 
     Raises:
-        RuntimeError: if an argument does not have the shape, dtype, device or values above; the
-            message names it, what was expected and what was passed. On CUDA, values of index
-            tensors are not checked unless ``CONVNN_CHECK_INDICES=1``.
+        TypeError: if an argument has a wrong type, such as a numpy array for a tensor.
+        RuntimeError: if an argument does not have the shape, dtype, device or values above. Both
+            name it, what was expected and what was passed. On CUDA, values of index tensors are
+            not checked unless ``CONVNN_CHECK_INDICES=1``.
+
+    Example:
+        >>> import torch
+        >>> from convnn_kernels.functional import select_neighbors
+        >>> points = torch.tensor([[0.0], [1.0], [5.0], [7.0]])
+        >>> similarities, indices = select_neighbors(points, points, 2, metric="euclidean")
+        >>> indices  # of each point, itself and the nearest other
+        tensor([[0, 1],
+                [1, 0],
+                [2, 3],
+                [3, 2]])
+        >>> similarities[:, 1]  # minus the squared distance to that one
+        tensor([-1., -1., -4., -4.])
     """
     if type(k) is not int:
         k = arguments.whole("select_neighbors", "k", k)
@@ -198,15 +230,40 @@ def aggregate_neighbors(
         bias: [O] ([C] with a depthwise weight or none), same dtype as value.
         rho: "softmax", "ones" or "similarity", as in :func:`convnn`. With "ones", similarities
             receive no gradient.
-        scale: a finite number; must be 1.0 unless rho="softmax".
+        scale: a finite number, not a tensor; must be 1.0 unless rho="softmax".
 
     Returns:
         [..., N, O], or [..., N, C] with a depthwise weight or none; same dtype as value.
 
     Raises:
-        RuntimeError: if an argument does not have the shape, dtype, device or values above; the
-            message names it, what was expected and what was passed. On CUDA, values of indices
-            are not checked unless ``CONVNN_CHECK_INDICES=1``.
+        TypeError: if an argument has a wrong type, such as a numpy array for a tensor.
+        RuntimeError: if an argument does not have the shape, dtype, device or values above. Both
+            name it, what was expected and what was passed. On CUDA, values of indices are not
+            checked unless ``CONVNN_CHECK_INDICES=1``.
+
+    Example:
+        A temperature that is learned multiplies the similarities, since ``scale`` is a number
+        without a gradient:
+
+        >>> import torch
+        >>> from convnn_kernels.functional import aggregate_neighbors, select_neighbors
+        >>> tokens, weight = torch.randn(2, 100, 16), torch.randn(16, 1, 9)
+        >>> temperature = torch.nn.Parameter(torch.tensor(2.0))
+        >>> similarities, indices = select_neighbors(tokens, tokens, 9)
+        >>> y = aggregate_neighbors(tokens, temperature * similarities, indices, weight)
+        >>> y.sum().backward()
+        >>> temperature.grad.isfinite().item()
+        True
+
+        Where neighbors may be missing, their -inf must not be multiplied: its gradient would be
+        NaN.
+
+        >>> mask = torch.arange(100) < torch.tensor([[100], [5]])
+        >>> similarities, indices = select_neighbors(tokens, tokens, 9, key_mask=mask)
+        >>> missing = similarities == -torch.inf
+        >>> scaled = temperature * similarities.masked_fill(missing, 0.0)
+        >>> scaled = scaled.masked_fill(missing, -torch.inf)
+        >>> y = aggregate_neighbors(tokens, scaled, indices, weight)
     """
     if type(scale) is not float:
         scale = arguments.real("aggregate_neighbors", "scale", scale)
@@ -250,8 +307,10 @@ def edge_index(indices: Tensor, similarities: Tensor, num_keys: int | None = Non
             ``torch.vmap``. Values are not checked while compiling.
 
     Example:
-        The third of three points is masked, so that the second place of every query is missing:
+        Only the second of three points may be a neighbor, so every second place is missing:
 
+        >>> import torch
+        >>> from convnn_kernels.functional import edge_index, select_neighbors
         >>> x = torch.tensor([[0.0], [1.0], [5.0]])
         >>> mask = torch.tensor([False, True, False])
         >>> similarities, indices = select_neighbors(x, x, 2, key_mask=mask, metric="euclidean")
@@ -308,7 +367,15 @@ def warmup(*args: Any, **options: Any) -> None:
         **options: as for ``convnn``.
 
     Raises:
-        RuntimeError: as ``convnn`` does.
+        TypeError, RuntimeError: as ``convnn`` does.
+
+    Example:
+        >>> import torch
+        >>> import convnn_kernels
+        >>> x = torch.randn(8, 256, 64, requires_grad=True)  # on the GPU that is used later
+        >>> convnn_kernels.warmup(x, x, x, 9, metric="dot")
+        >>> x.grad is None
+        True
     """
 
     def leaf(X: Any) -> Any:
