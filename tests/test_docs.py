@@ -11,6 +11,7 @@ import re
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ import convnn_kernels.backends.selection
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SNIPPETS = {
+    name: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    for name in ("README.md", "docs/graphs.md")
+}
 
 FOLDERS = (".ci", "benchmarks", "convnn_kernels", "csrc", "docs", "examples", "python_ref")
 FOLDERS += ("tests", "tools")
@@ -106,10 +110,30 @@ def test_a_missing_file_or_module_is_found() -> None:
     assert missing_modules(modules + " `python -m venv`") == ["tools.gone"]
 
 
-def test_snippets_of_the_readme_run(run_python: Callable[..., str]) -> None:
-    assert len(SNIPPETS) >= 5
-    printed = run_python(f"for snippet in {SNIPPETS!r}: exec(snippet, {{}})\nprint('all ran')")
+@pytest.mark.parametrize(("name", "least"), [("README.md", 5), ("docs/graphs.md", 3)])
+def test_snippets_run(name: str, least: int, run_python: Callable[..., str]) -> None:
+    assert len(SNIPPETS[name]) >= least
+    printed = run_python(
+        f"for snippet in {SNIPPETS[name]!r}: exec(snippet, {{}})\nprint('all ran')"
+    )
     assert printed.endswith("all ran\n")
+
+
+def test_the_shapes_in_the_page_on_graphs() -> None:
+    """The comments at its edge lists; that edges are right is tested in test_functional.py."""
+    results = []
+    for snippet in SNIPPETS["docs/graphs.md"]:
+        scope: dict[str, Any] = {}
+        exec(snippet, scope)
+        results.append(scope)
+    one, without_self, ragged = results
+    assert one["edges"].shape == (2, 16000)
+    assert one["distances"].shape == (16000,)
+    assert without_self["edges"].shape == (2, 16000)
+    assert ragged["x"].shape == (177, 3)
+    assert ragged["padded"].shape == (3, 120, 3)
+    assert ragged["edges"].unique().numel() == 177
+    assert ragged["edges"].shape == (2, 50 * 8 + 7 * 7 + 120 * 8)
 
 
 # Modules of which every callable in __all__ has an example.
