@@ -36,7 +36,7 @@ ALLOWED = {
     "native": set(),
     "introspect": set(),
     "version": set(),
-    "show_neighbors": {"nn"},
+    "show_neighbors": {"functional", "nn"},
     "info": {"backends", "introspect", "native", "version"},
 }
 
