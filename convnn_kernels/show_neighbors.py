@@ -142,8 +142,8 @@ def draw(image: Tensor, pixels: Sequence[tuple[int, int]], k: int, r: int, path:
     rows = -(-len(layers) // columns)
     height, width = image.shape[1:]
     # The panels of a very long or flat image keep a readable width and height.
-    size = (3.2 * columns, (3.2 * min(max(height / width, 0.2), 3.0) + 0.6) * rows + 0.4)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    size = (3.2 * columns, (3.2 * min(max(height / width, 0.2), 2.0) + 0.5) * rows + 0.3)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (caption, layer) in zip(axes.flat, layers.items(), strict=True):
         _report(f"{caption} ...")
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", alpha=0.75)
@@ -157,14 +157,11 @@ def draw(image: Tensor, pixels: Sequence[tuple[int, int]], k: int, r: int, path:
                 axis.plot([pixel[1], x], [pixel[0], y], color=color, linewidth=0.7)
                 axis.plot(x, y, "s", color=color, markersize=4, markeredgecolor="white")
             axis.plot(pixel[1], pixel[0], "*", color=color, markersize=12, markeredgecolor="black")
-    count = "a pixel" if len(pixels) == 1 else f"{len(pixels)} pixels"
+    count = "a pixel (star)" if len(pixels) == 1 else f"{len(pixels)} pixels (stars)"
     figure.suptitle(
-        f"The nearest neighbors (squares) of {count} (stars), itself included, by ...\n"
-        f"an image of {height}x{width} pixels",
-        fontsize=10,
+        f"The nearest pixels (squares) to {count}, of {height}x{width} pixels", fontsize=10
     )
     _report(f"writing {path} ...")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
