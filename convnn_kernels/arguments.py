@@ -33,23 +33,24 @@ def whole(function: str, name: str, value: Any) -> Any:
     Raises:
         TypeError: naming the argument, what was expected and what it got.
     """
-    if not isinstance(value, bool) and isinstance(value, numbers.Integral):
-        return int(value)
     if isinstance(value, torch.SymInt) or _is_traced(value):
         return value
+    # Last: torch.compile sees a scalar of numpy as an array, up to here, where it gives up tracing.
+    if not isinstance(value, bool) and isinstance(value, numbers.Integral):
+        return int(value)
     hint = f" ({name}.item() reads its number)" if isinstance(value, Tensor) else ""
     raise TypeError(f"{function}: {name} must be a whole number, got {_described(value)}{hint}")
 
 
 def real(function: str, name: str, value: Any) -> Any:
     """The argument as a float; otherwise like ``whole``."""
+    if isinstance(value, torch.SymInt | torch.SymFloat) or _is_traced(value):
+        return value
     if not isinstance(value, bool) and isinstance(value, numbers.Real):
         try:
             return float(value)
         except OverflowError:  # the operator says that it must be finite
             return math.inf
-    if isinstance(value, torch.SymInt | torch.SymFloat) or _is_traced(value):
-        return value
     hint = _LEARN if isinstance(value, Tensor) else ""
     raise TypeError(f"{function}: {name} must be a number, got {_described(value)}{hint}")
 

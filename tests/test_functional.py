@@ -234,6 +234,20 @@ def test_wrong_types_under_compile() -> None:
         compiled(x, x, x, 4.7)
 
 
+def test_numbers_of_numpy_under_compile() -> None:
+    x = torch.randn(N, C)
+    compiled = torch.compile(functional.convnn, backend="eager")
+    result = compiled(x, x, x, np.int64(K), scale=np.float64(0.5))
+    assert torch.equal(result, functional.convnn(x, x, x, K, scale=0.5))
+
+
+def test_an_int_for_scale_under_compile() -> None:
+    x = torch.randn(N, C)
+    compiled = torch.compile(functional.convnn, backend="eager", fullgraph=True)
+    result = compiled(x, x, x, K, scale=2)
+    assert torch.equal(result, functional.convnn(x, x, x, K, scale=2.0))
+
+
 def test_symbolic_trace_takes_every_argument() -> None:
     x = torch.randn(N, C)
 

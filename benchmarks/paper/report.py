@@ -15,8 +15,10 @@ Logs = dict[str, dict[str, Any]]
 # What both datasets have, and the settings that decide whether a recipe is the paper's.
 _IMAGES = {"train": 50_000, "test": 10_000}
 _IMAGE_SIZE = [32, 32]
-_RECIPE = ("batch_size", "optimizer", "lr", "weight_decay", "schedule", "clip")
-_RECIPE += ("label_smoothing", "augmentation")
+_RECIPE = (
+    *("batch_size", "optimizer", "lr", "weight_decay", "schedule", "clip"),
+    *("label_smoothing", "augmentation"),
+)
 _WINDOW = 10
 
 
@@ -111,14 +113,14 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
                 _number(line.get("seconds_per_epoch"), ".1f"),
             )
         )
-    if not any(line["paper"] for line in lines):
-        kept = [i for i, name in enumerate(head) if not name.endswith("(paper)")]
-        head, *body = (tuple(row[i] for i in kept) for row in (head, *body))
-    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-    rule = tuple("-" * width for width in widths)
+    has_papers = any(line["paper"] for line in lines)
+    kept = [i for i, name in enumerate(head) if has_papers or not name.endswith("(paper)")]
+    rows = [[row[i] for i in kept] for row in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) + " |"
-        for row in (head, rule, *body)
+        for row in rows
     )
 
 
