@@ -61,10 +61,7 @@ def _check_query_and_key(op: str, query: Tensor, key: Tensor) -> None:
             f"{op}: query must have at least 2 dimensions [..., N, D], "
             f"got shape {list(query.shape)}"
         )
-    if query.dtype not in _FLOATING:
-        raise RuntimeError(
-            f"{op}: query must be float64, float32, float16 or bfloat16, got {_name(query.dtype)}"
-        )
+    _check_floating(op, "query", query)
     if key.dim() != query.dim():
         raise RuntimeError(
             f"{op}: key must have as many dimensions as query ({query.dim()}), "
@@ -186,6 +183,23 @@ def _check_convolution(op: str, arguments: Any, k: int) -> None:
         )
 
 
+def check_neighbors(op: str, indices: Tensor, similarities: Tensor) -> None:
+    """Check the results of ``select`` that become edges. Raises as ``check_forward`` does."""
+    shape = list(indices.shape)
+    _check_dtype(op, "indices", indices, torch.int64)
+    if len(shape) < 2:
+        raise RuntimeError(
+            f"{op}: indices must have at least 2 dimensions [..., N, k], got shape {shape}"
+        )
+    _check_floating(op, "similarities", similarities)
+    _check_device(op, "similarities", similarities, "indices", indices)
+    if list(similarities.shape) != shape:
+        raise RuntimeError(
+            f"{op}: similarities must have the shape {shape} of indices, "
+            f"got shape {list(similarities.shape)}"
+        )
+
+
 def check_candidates(op: str, candidates: Tensor | None, rows: int) -> None:
     """Check, by reading them, that the values of ``candidates`` are distinct rows of key."""
     if candidates is None:
@@ -254,9 +268,13 @@ def _check_value(op: str, value: Tensor) -> None:
             f"{op}: value must have at least 2 dimensions [..., M, C], "
             f"got shape {list(value.shape)}"
         )
-    if value.dtype not in _FLOATING:
+    _check_floating(op, "value", value)
+
+
+def _check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATING:
         raise RuntimeError(
-            f"{op}: value must be float64, float32, float16 or bfloat16, got {_name(value.dtype)}"
+            f"{op}: {name} must be float64, float32, float16 or bfloat16, got {_name(tensor.dtype)}"
         )
 
 
@@ -274,9 +292,13 @@ def _check_device(op: str, name: str, tensor: Tensor, other: str, reference: Ten
 
 def _check_choice(op: str, name: str, choice: str, choices: Sequence[str]) -> None:
     if choice not in choices:
-        quoted = [f"'{each}'" for each in choices]
-        expected = ", ".join(quoted[:-1]) + f" or {quoted[-1]}"
-        raise RuntimeError(f"{op}: {name} must be {expected}, got '{choice}'")
+        raise RuntimeError(f"{op}: {name} must be {listed(choices)}, got '{choice}'")
+
+
+def listed(choices: Sequence[str]) -> str:
+    """Choices as messages list them: 'a', 'b' or 'c'."""
+    quoted = [f"'{each}'" for each in choices]
+    return ", ".join(quoted[:-1]) + f" or {quoted[-1]}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,12 +1,37 @@
 # SPDX-License-Identifier: MIT
-"""Convolutional Nearest Neighbors as functions of tensors."""
+"""Convolutional Nearest Neighbors as functions of tensors.
 
-from typing import Any
+Every function raises TypeError for an argument of a wrong type and RuntimeError for a wrong shape,
+dtype, device or value. Numbers may be of any type of ``numbers.Integral`` or ``numbers.Real``, such
+as those of numpy, but not tensors, which would lose their gradient.
+"""
+
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from convnn_kernels import ops, torch_internals
+from convnn_kernels import arguments, ops, torch_internals
+
+__all__ = [
+    "Metric",
+    "Order",
+    "Rho",
+    "aggregate_neighbors",
+    "convnn",
+    "edge_index",
+    "select_neighbors",
+    "warmup",
+]
+
+Metric = Literal["cosine", "dot", "euclidean"]
+"""How similar a query and a key are (Eq. 3); see :func:`convnn`."""
+
+Rho = Literal["softmax", "ones", "similarity"]
+"""How a neighbor is weighted by its similarity (section 4.1); see :func:`convnn`."""
+
+Order = Literal["similarity", "index"]
+"""Which neighbor meets which tap of the weight; see :func:`convnn`."""
 
 
 def convnn(
@@ -19,10 +44,10 @@ def convnn(
     candidates: Tensor | None = None,
     self_indices: Tensor | None = None,
     key_mask: Tensor | None = None,
-    metric: str = "cosine",
-    rho: str = "softmax",
+    metric: Metric = "cosine",
+    rho: Rho = "softmax",
     scale: float = 1.0,
-    order: str = "similarity",
+    order: Order = "similarity",
 ) -> Tensor:
     r"""Convolves the k nearest neighbors of every query among the keys (Algorithm 1).
 
@@ -58,7 +83,8 @@ def convnn(
             :math:`-\|q - k\|^2`.
         rho: "softmax": softmax of scale times similarity, over the k neighbors; "ones": 1, so
             query and key receive no gradient; "similarity": the similarity itself.
-        scale: a finite number; must be 1.0 unless rho="softmax".
+        scale: a finite number, not a tensor; must be 1.0 unless rho="softmax". For a temperature
+            that is learned, see :func:`aggregate_neighbors`.
         order: which neighbor meets which of the k taps of weight. "similarity": nearest first
             (self before all others), ties by row; "index": by row of key, as in a convolution.
 
@@ -70,11 +96,27 @@ def convnn(
         except with the backend "cuda".
 
     Raises:
-        RuntimeError: if an argument does not have the shape, dtype, device or values above; the
-            message names it, what was expected and what was passed. On CUDA, values of index
-            tensors are not checked unless ``CONVNN_CHECK_INDICES=1``.
+        TypeError: if an argument has a wrong type, such as a numpy array for a tensor.
+        RuntimeError: if an argument does not have the shape, dtype, device or values above. Both
+            name it, what was expected and what was passed. On CUDA, values of index tensors are
+            not checked unless ``CONVNN_CHECK_INDICES=1``.
+
+    Example:
+        >>> import torch
+        >>> from convnn_kernels.functional import convnn
+        >>> tokens = torch.randn(2, 100, 16, requires_grad=True)
+        >>> weight = torch.randn(32, 16, 9)  # dense: [O, C, k]
+        >>> y = convnn(tokens, tokens, tokens, 9, weight)
+        >>> y.shape
+        torch.Size([2, 100, 32])
+        >>> y.sum().backward()
     """
-    output, _, _ = torch_internals.call(
+    if type(k) is not int:
+        k = arguments.whole("convnn", "k", k)
+    if type(scale) is not float:
+        scale = arguments.real("convnn", "scale", scale)
+    output, _, _ = _call(
+        "convnn",
         ops.forward,
         query,
         key,
@@ -100,8 +142,8 @@ def select_neighbors(
     candidates: Tensor | None = None,
     self_indices: Tensor | None = None,
     key_mask: Tensor | None = None,
-    metric: str = "cosine",
-    order: str = "similarity",
+    metric: Metric = "cosine",
+    order: Order = "similarity",
 ) -> tuple[Tensor, Tensor]:
     r"""Finds the k nearest neighbors of every query among the keys (Eq. 3, 4, 5).
 
@@ -123,16 +165,42 @@ def select_neighbors(
 
     Returns:
         similarities, [..., N, k] float32 (float64 if query is), and indices, [..., N, k] int64:
-        rows of key, even with candidates. Where fewer than k keys are allowed, the missing
-        neighbors come last, with similarity -inf and index 0.
+        rows of key, even with candidates. Where fewer than k keys are allowed, **the missing
+        neighbors come last, with similarity -inf and index 0**; :func:`edge_index` lists the edges
+        of a graph without them.
 
     Raises:
-        RuntimeError: if an argument does not have the shape, dtype, device or values above; the
-            message names it, what was expected and what was passed. On CUDA, values of index
-            tensors are not checked unless ``CONVNN_CHECK_INDICES=1``.
+        TypeError: if an argument has a wrong type, such as a numpy array for a tensor.
+        RuntimeError: if an argument does not have the shape, dtype, device or values above. Both
+            name it, what was expected and what was passed. On CUDA, values of index tensors are
+            not checked unless ``CONVNN_CHECK_INDICES=1``.
+
+    Example:
+        >>> import torch
+        >>> from convnn_kernels.functional import select_neighbors
+        >>> points = torch.tensor([[0.0], [1.0], [5.0], [7.0]])
+        >>> similarities, indices = select_neighbors(points, points, 2, metric="euclidean")
+        >>> indices  # of each point, itself and the nearest other
+        tensor([[0, 1],
+                [1, 0],
+                [2, 3],
+                [3, 2]])
+        >>> similarities[:, 1]  # minus the squared distance to that one
+        tensor([-1., -1., -4., -4.])
     """
-    return torch_internals.call(
-        ops.select, query, key, k, candidates, self_indices, key_mask, metric, order
+    if type(k) is not int:
+        k = arguments.whole("select_neighbors", "k", k)
+    return _call(
+        "select_neighbors",
+        ops.select,
+        query,
+        key,
+        k,
+        candidates,
+        self_indices,
+        key_mask,
+        metric,
+        order,
     )
 
 
@@ -142,7 +210,7 @@ def aggregate_neighbors(
     indices: Tensor,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    rho: str = "softmax",
+    rho: Rho = "softmax",
     scale: float = 1.0,
 ) -> Tensor:
     r"""Weights the given neighbors by their similarity and convolves them (Eq. 6).
@@ -162,19 +230,128 @@ def aggregate_neighbors(
         bias: [O] ([C] with a depthwise weight or none), same dtype as value.
         rho: "softmax", "ones" or "similarity", as in :func:`convnn`. With "ones", similarities
             receive no gradient.
-        scale: a finite number; must be 1.0 unless rho="softmax".
+        scale: a finite number, not a tensor; must be 1.0 unless rho="softmax".
 
     Returns:
         [..., N, O], or [..., N, C] with a depthwise weight or none; same dtype as value.
 
     Raises:
-        RuntimeError: if an argument does not have the shape, dtype, device or values above; the
-            message names it, what was expected and what was passed. On CUDA, values of indices
-            are not checked unless ``CONVNN_CHECK_INDICES=1``.
+        TypeError: if an argument has a wrong type, such as a numpy array for a tensor.
+        RuntimeError: if an argument does not have the shape, dtype, device or values above. Both
+            name it, what was expected and what was passed. On CUDA, values of indices are not
+            checked unless ``CONVNN_CHECK_INDICES=1``.
+
+    Example:
+        A temperature that is learned multiplies the similarities, since ``scale`` is a number
+        without a gradient:
+
+        >>> import torch
+        >>> from convnn_kernels.functional import aggregate_neighbors, select_neighbors
+        >>> tokens, weight = torch.randn(2, 100, 16), torch.randn(16, 1, 9)
+        >>> temperature = torch.nn.Parameter(torch.tensor(2.0))
+        >>> similarities, indices = select_neighbors(tokens, tokens, 9)
+        >>> y = aggregate_neighbors(tokens, temperature * similarities, indices, weight)
+        >>> y.sum().backward()
+        >>> temperature.grad.isfinite().item()
+        True
+
+        Where neighbors may be missing, their -inf must not be multiplied: its gradient would be
+        NaN.
+
+        >>> mask = torch.arange(100) < torch.tensor([[100], [5]])
+        >>> similarities, indices = select_neighbors(tokens, tokens, 9, key_mask=mask)
+        >>> missing = similarities == -torch.inf
+        >>> scaled = temperature * similarities.masked_fill(missing, 0.0)
+        >>> scaled = scaled.masked_fill(missing, -torch.inf)
+        >>> y = aggregate_neighbors(tokens, scaled, indices, weight)
     """
-    return torch_internals.call(
-        ops.aggregate, value, similarities, indices, weight, bias, rho, scale
+    if type(scale) is not float:
+        scale = arguments.real("aggregate_neighbors", "scale", scale)
+    return _call(
+        "aggregate_neighbors",
+        ops.aggregate,
+        value,
+        similarities,
+        indices,
+        weight,
+        bias,
+        rho,
+        scale,
     )
+
+
+def edge_index(indices: Tensor, similarities: Tensor, num_keys: int | None = None) -> Tensor:
+    """Lists the neighbors as the edges of a graph, without the missing ones.
+
+    **Do not use ``indices`` as edges without dropping the missing neighbors: they carry index 0 and
+    similarity -inf.** Each of the others gives one edge, from the key to the query, as PyTorch
+    Geometric's ``knn_graph`` directs it by default (``flow="source_to_target"``). All batch
+    elements become one graph, in which they are numbered through.
+
+    Args:
+        indices: [..., N, k] int64, from :func:`select_neighbors`.
+        similarities: [..., N, k], floating point, from the same call. NaN is a neighbor, -inf a
+            missing one.
+        num_keys: M, the number of keys of each batch element; by default N, as where tokens are
+            neighbors of one another. It matters only if there are leading dimensions.
+
+    Returns:
+        [2, E] int64, ordered by query, then by place among its neighbors. For batch element b, a
+        row of the flattened leading dimensions, row 0 is b * M + the index of the key (the source)
+        and row 1 is b * N + that of the query (the target). The similarities of the edges are
+        ``similarities[similarities != -torch.inf]``.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        RuntimeError: if an argument has a wrong shape, dtype, device or value, or under
+            ``torch.vmap``. Values are not checked while compiling.
+
+    Example:
+        Only the second of three points may be a neighbor, so every second place is missing:
+
+        >>> import torch
+        >>> from convnn_kernels.functional import edge_index, select_neighbors
+        >>> x = torch.tensor([[0.0], [1.0], [5.0]])
+        >>> mask = torch.tensor([False, True, False])
+        >>> similarities, indices = select_neighbors(x, x, 2, key_mask=mask, metric="euclidean")
+        >>> indices
+        tensor([[1, 0],
+                [1, 0],
+                [1, 0]])
+        >>> edge_index(indices, similarities)
+        tensor([[1, 1, 1],
+                [0, 1, 2]])
+    """
+    num_keys = arguments.check_edge_index(indices, similarities, num_keys)
+    try:
+        return _edges(indices, similarities, num_keys)
+    except RuntimeError as error:
+        if not str(error).startswith("vmap"):
+            raise
+        raise RuntimeError(
+            "edge_index: vmap cannot run it, because the number of edges depends on the data; "
+            "call it on the whole batch, whose leading dimensions it numbers through"
+        ) from None
+
+
+def _edges(indices: Tensor, similarities: Tensor, num_keys: int | None) -> Tensor:
+    """[2, E] int64, from checked arguments."""
+    rows, k = indices.shape[-2:]
+    places = (similarities != -torch.inf).flatten().nonzero().squeeze(1)  # [E]
+    found = indices.flatten()[places]
+    # A single graph of more keys than queries needs no number of keys.
+    is_limited = num_keys is not None or indices.numel() > rows * k
+    keys = rows if num_keys is None else num_keys
+    if not torch.compiler.is_compiling() and found.numel():
+        least, most = (int(each) for each in found.aminmax())
+        if least < 0 or (most >= keys and is_limited):
+            raise RuntimeError(
+                f"edge_index: indices must be in [0, {keys}), got {min(least, 0) or most}; "
+                "num_keys, the number of keys of each batch element, is by default the number of "
+                f"queries, {rows}"
+            )
+    target = places // k
+    return torch.stack([target // rows * keys + found, target])
 
 
 def warmup(*args: Any, **options: Any) -> None:
@@ -190,7 +367,15 @@ def warmup(*args: Any, **options: Any) -> None:
         **options: as for ``convnn``.
 
     Raises:
-        RuntimeError: as ``convnn`` does.
+        TypeError, RuntimeError: as ``convnn`` does.
+
+    Example:
+        >>> import torch
+        >>> import convnn_kernels
+        >>> x = torch.randn(8, 256, 64, requires_grad=True)  # on the GPU that is used later
+        >>> convnn_kernels.warmup(x, x, x, 9, metric="dot")
+        >>> x.grad is None
+        True
     """
 
     def leaf(X: Any) -> Any:
@@ -205,3 +390,15 @@ def warmup(*args: Any, **options: Any) -> None:
         output = convnn(*args, **options)
         if inputs:
             torch.autograd.grad(output, inputs, torch.zeros_like(output), allow_unused=True)
+
+
+def _call(function: str, op: torch._ops.OpOverload, *args: Any) -> Any:
+    """``op(*args)``, with a message of our own if the type of an argument is wrong."""
+    try:
+        return torch_internals.call(op, *args)
+    except RuntimeError:
+        try:
+            arguments.require_types(function, op, args)
+        except (TypeError, RuntimeError) as explained:
+            raise explained from None
+        raise

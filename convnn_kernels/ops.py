@@ -6,6 +6,7 @@ Importing this module registers everything but the schemas and the C++ implement
 """
 
 import functools
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,3 +116,24 @@ for _op in (forward, select, aggregate):
         schemas.LIBRARY.impl(_op, _kernel, f"Autocast{_device}")
 
 flops.register()
+
+
+_DESCRIPTIONS = {
+    forward: "Convolves the k nearest neighbors of every query; the arguments are those of "
+    "convnn_kernels.functional.convnn. Returns output [..., N, O], or [..., N, C] with a depthwise "
+    "weight or none, and similarities and indices, [..., N, k] each, as select does.",
+    select: "Finds the k nearest neighbors of every query; the arguments are those of "
+    "convnn_kernels.functional.select_neighbors. Returns similarities and indices, [..., N, k] "
+    "each. Missing neighbors come last, with similarity -inf and index 0.",
+    aggregate: "Weights and convolves given neighbors; the arguments are those of "
+    "convnn_kernels.functional.aggregate_neighbors. Returns [..., N, O], or [..., N, C] with a "
+    "depthwise weight or none.",
+}
+_OF_NUMBERS = (
+    "PyTorch's dispatcher converts a tensor of one element to a number, without a gradient, and "
+    "True to 1, before it calls an operator. The functions refuse both."
+)
+for _op, _text in _DESCRIPTIONS.items():
+    _paragraphs = (_text, _OF_NUMBERS)
+    _lines = [str(_op._schema), *(textwrap.fill(each, 100) for each in _paragraphs)]
+    _op.__doc__ = _op.overloadpacket.__doc__ = "\n\n".join(_lines)

@@ -3,6 +3,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnn_kernels.nn import ConvNN2d, RandomCandidates, SpatialCandidates
+from convnn_kernels import functional
+from convnn_kernels.nn import ConvNN2d, RandomCandidates, SpatialCandidates, positional
 
 DESCRIPTION = """
 Draws the k neighbors that six settings of ConvNN2d pick for some pixels of an image: by color (two
@@ -19,44 +21,90 @@ metrics), by color and position, by position alone (a convolution), and among ra
 candidates. Writes one picture and prints its name.
 """
 
+# The defaults for an image that is large enough: neighbors, and candidates along an axis.
+K, SIDE = 9, 8
+
 
 def settings(k: int, r: int) -> dict[str, ConvNN2d]:
     """The layers to compare, by caption.
 
     Args:
-        k: the number of neighbors.
+        k: the number of neighbors; the last two layers have at most r.
         r: the number of candidates of the last two layers, a square number.
     """
-    common: dict[str, Any] = {"k": k, "projections": "identity", "rho": "ones"}
-    placed = {**common, "positional_encoding": "similarity"}
-    by_place = {**placed, "projections": "coordinates", "metric": "euclidean"}
+    common: dict[str, Any] = {"projections": "identity", "rho": "ones"}
+    placed = {**common, "positional_encoding": "similarity", "metric": "euclidean"}
+    few = min(k, r)
     return {
-        "features (cosine)": ConvNN2d(3, 3, **common),
-        "features (euclidean)": ConvNN2d(3, 3, metric="euclidean", **common),
-        "features and position": ConvNN2d(3, 3, metric="euclidean", **placed),
-        "position: convolution": ConvNN2d(3, 3, coordinates="pixel", **by_place),
-        f"{r} random candidates": ConvNN2d(3, 3, candidates=RandomCandidates(r), **common),
-        f"{r} spatial candidates": ConvNN2d(3, 3, candidates=SpatialCandidates(r), **common),
+        "color": ConvNN2d(3, 3, k, **common),
+        "color, by distance": ConvNN2d(3, 3, k, metric="euclidean", **common),
+        "color and position": ConvNN2d(3, 3, k, **placed),
+        "position: a convolution": ConvNN2d(
+            3, 3, k, coordinates="pixel", **{**placed, "projections": "coordinates"}
+        ),
+        "color, random candidates": ConvNN2d(3, 3, few, candidates=RandomCandidates(r), **common),
+        "color, spatial candidates": ConvNN2d(3, 3, few, candidates=SpatialCandidates(r), **common),
     }
+
+
+def title(caption: str, layer: ConvNN2d, tokens: int) -> str:
+    """What a panel shows: the caption, k, the metric and the candidates among so many tokens."""
+    r = getattr(layer.candidates, "r", tokens)
+    among = f"{r} of {tokens}" if r < tokens else f"all {tokens}"
+    return f"{caption}\nk = {layer.k}, {layer.metric}, among {among} pixels"
 
 
 def neighbors(layer: ConvNN2d, image: Tensor, pixels: Sequence[tuple[int, int]]) -> Tensor:
     """The neighbors that a layer picks for some pixels.
 
+    They are those of ``layer.neighbors``, which would search for all pixels: a hundred thousand
+    times the work for a photograph.
+
     Args:
-        layer: a layer without padding.
+        layer: a layer of ``settings``.
         image: [3, H, W] in [0, 1]; the features are the colors minus their mean.
         pixels: rows and columns.
 
     Returns:
         [len(pixels), k, 2] int64: rows and columns.
     """
-    width = image.shape[-1]
-    # Colors are positive, so all their cosines are close to 1. Subtracting the mean separates them.
-    centered = image - image.mean((1, 2), keepdim=True)
-    _, indices = layer.neighbors(centered.unsqueeze(0))
-    found = indices[0, [row * width + column for row, column in pixels]]
+    shape, width = image.shape[1:], image.shape[2]
+    parts = []
+    if layer.projections != "coordinates":
+        parts.append(centered(image))
+    if layer.positional_encoding is not None:
+        parts.append(positional.grid(shape, 0, layer.coordinates, image.dtype, image.device))
+    tokens = torch.cat(parts, 1)  # [N, D]
+    rows = torch.tensor([row * width + column for row, column in pixels])
+    _, found = functional.select_neighbors(
+        tokens[rows],
+        tokens,
+        layer.k,
+        candidates=layer.candidates(shape, 0, image.device),
+        self_indices=rows,
+        metric=layer.metric,
+    )
     return torch.stack([found // width, found % width], -1)
+
+
+def centered(image: Tensor) -> Tensor:
+    """[N, 3]: colors minus their mean. Colors are positive, so all their cosines are close to 1."""
+    return (image - image.mean((1, 2), keepdim=True)).flatten(1).T
+
+
+def degenerate(image: Tensor) -> str | None:
+    """Why the panels that compare colors by their cosine say nothing; None if they do not."""
+    colors = centered(image).double()
+    _, second, first = torch.linalg.eigvalsh(colors.T @ colors / len(colors)).tolist()
+    if first < 1e-10:
+        return "all pixels have one color, so all are equally near, by cosine and by distance"
+    if second < 1e-6 * first:
+        return (
+            "the colors of the image lie on one line, as gray does, so every cosine is 1 or -1 and "
+            "the nearest pixels by cosine are just the first ones; metric='euclidean' or 'dot' "
+            "tells them apart"
+        )
+    return None
 
 
 def load(path: Path, size: int) -> Tensor:
@@ -92,13 +140,14 @@ def draw(image: Tensor, pixels: Sequence[tuple[int, int]], k: int, r: int, path:
     layers = settings(k, r)
     columns = 3
     rows = -(-len(layers) // columns)
-    height = 3.2 * image.shape[1] / image.shape[2] + 0.4
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.2 * columns, height * rows), squeeze=False
-    )
+    height, width = image.shape[1:]
+    # The panels of a very long or flat image keep a readable width and height.
+    size = (3.2 * columns, (3.2 * min(max(height / width, 0.2), 2.0) + 0.5) * rows + 0.3)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, (caption, layer) in zip(axes.flat, layers.items(), strict=True):
+        _report(f"{caption} ...")
         axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", alpha=0.75)
-        axis.set_title(caption, fontsize=9)
+        axis.set_title(title(caption, layer, height * width), fontsize=9)
         axis.axis("off")
         for i, (pixel, found) in enumerate(
             zip(pixels, neighbors(layer, image, pixels).tolist(), strict=True)
@@ -108,9 +157,18 @@ def draw(image: Tensor, pixels: Sequence[tuple[int, int]], k: int, r: int, path:
                 axis.plot([pixel[1], x], [pixel[0], y], color=color, linewidth=0.7)
                 axis.plot(x, y, "s", color=color, markersize=4, markeredgecolor="white")
             axis.plot(pixel[1], pixel[0], "*", color=color, markersize=12, markeredgecolor="black")
-    figure.tight_layout()
+    count = "a pixel (star)" if len(pixels) == 1 else f"{len(pixels)} pixels (stars)"
+    figure.suptitle(
+        f"The nearest pixels (squares) to {count}, of {height}x{width} pixels", fontsize=10
+    )
+    _report(f"writing {path} ...")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _report(text: str) -> None:
+    """Progress, apart from what the program prints as its result."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _pixel(text: str) -> tuple[int, int]:
@@ -130,6 +188,40 @@ _pixel.__name__ = "ROW,COLUMN"
 _at_least_one.__name__ = "positive number"
 
 
+def choose(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, shape: tuple[int, int]
+) -> tuple[list[tuple[int, int]], int, int]:
+    """The pixels, k and r to draw: those that were given, else what fits into the image.
+
+    Args:
+        parser: reports what was given and does not fit.
+        options: pixels, k and r, each None if it was not given.
+        shape: the height and width of the scaled image.
+    """
+    height, width = shape
+    tokens, shorter = height * width, min(shape)
+    quarters = [(height * i // 4, width * j // 4) for i, j in ((1, 1), (1, 3), (3, 1), (3, 3))]
+    pixels = options.pixels or list(dict.fromkeys(quarters))
+    for row, column in pixels:
+        if not (0 <= row < height and 0 <= column < width):
+            parser.error(
+                f"--pixels must lie in the scaled image of {height}x{width}, got {row},{column}"
+            )
+    r = min(SIDE, shorter) ** 2 if options.r is None else options.r
+    if math.isqrt(r) ** 2 != r:
+        parser.error(f"--r must be a square number, got {r}")
+    if math.isqrt(r) > shorter and r < tokens:
+        parser.error(
+            f"--r must be at most {shorter**2} for the scaled image of {height}x{width}, got {r}"
+        )
+    k = min(K, tokens) if options.k is None else options.k
+    if k > tokens:
+        parser.error(f"--k must be at most {tokens}, the number of pixels, got {k}")
+    if options.k is not None and options.r is not None and k > r:
+        parser.error(f"--k must be at most {r}, the number of candidates, got {k}")
+    return pixels, k, r
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m convnn_kernels.show_neighbors", description=DESCRIPTION
@@ -146,17 +238,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--size",
         type=_at_least_one,
         default=48,
-        help="longer side of the image after scaling it down (default: %(default)s); the time "
-        "grows with its fourth power",
+        help="longer side of the image after scaling it down (default: %(default)s)",
     )
     parser.add_argument(
-        "--k", type=_at_least_one, default=9, help="neighbors per pixel (default: %(default)s)"
+        "--k",
+        type=_at_least_one,
+        help=f"neighbors per pixel (default: {K}, or as many as there are pixels or candidates)",
     )
     parser.add_argument(
         "--r",
         type=_at_least_one,
-        default=64,
-        help="random or spatial candidates, a square number (default: %(default)s)",
+        help=f"random or spatial candidates, a square number (default: {SIDE**2}, or the largest "
+        "that fits into the image)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the random candidates (default: %(default)s)"
@@ -184,28 +277,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         image = load(options.image, options.size)
     except OSError as error:
         parser.error(f"IMAGE cannot be read: {error}")
-    height, width = image.shape[1:]
-    pixels = options.pixels or [
-        (height * i // 4, width * j // 4) for i, j in ((1, 1), (1, 3), (3, 1), (3, 3))
-    ]
-    for row, column in pixels:
-        if not (0 <= row < height and 0 <= column < width):
-            parser.error(
-                f"--pixels must lie in the scaled image of {height}x{width}, got {row},{column}"
-            )
-    if math.isqrt(options.r) ** 2 != options.r:
-        parser.error(f"--r must be a square number, got {options.r}")
-    if math.isqrt(options.r) > min(height, width) and options.r < height * width:
-        parser.error(
-            f"--r must be at most {min(height, width) ** 2} for the scaled image of "
-            f"{height}x{width}, got {options.r}"
-        )
-    most = min(options.r, height * width)
-    if options.k > most:
-        parser.error(f"--k must be at most {most}, the number of candidates, got {options.k}")
+    shape = image.shape[1], image.shape[2]
+    pixels, k, r = choose(parser, options, shape)
+    if why := degenerate(image):
+        _report(f"note: {why}")
     torch.manual_seed(options.seed)
     try:
-        draw(image, pixels, options.k, options.r, options.out)
+        draw(image, pixels, k, r, options.out)
     except OSError as error:
         parser.error(f"--out cannot be written: {error}")
     print(options.out)

@@ -1,15 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""The documentation: links, file names and modules exist, and the README's snippets run."""
+"""The documentation: links, file names and modules exist, and snippets and examples run."""
 
+import doctest
+import importlib
+import inspect
+import io
+import pkgutil
+import pydoc
 import re
+import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import convnn_kernels
+import convnn_kernels.backends.selection
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SNIPPETS = {
+    name: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    for name in ("README.md", "docs/graphs.md")
+}
 
 FOLDERS = (".ci", "benchmarks", "convnn_kernels", "csrc", "docs", "examples", "python_ref")
 FOLDERS += ("tests", "tools")
@@ -95,7 +110,115 @@ def test_a_missing_file_or_module_is_found() -> None:
     assert missing_modules(modules + " `python -m venv`") == ["tools.gone"]
 
 
-def test_snippets_of_the_readme_run(run_python: Callable[..., str]) -> None:
-    assert len(SNIPPETS) >= 5
-    printed = run_python(f"for snippet in {SNIPPETS!r}: exec(snippet, {{}})\nprint('all ran')")
+@pytest.mark.parametrize(("name", "least"), [("README.md", 5), ("docs/graphs.md", 3)])
+def test_snippets_run(name: str, least: int, run_python: Callable[..., str]) -> None:
+    assert len(SNIPPETS[name]) >= least
+    printed = run_python(
+        f"for snippet in {SNIPPETS[name]!r}: exec(snippet, {{}})\nprint('all ran')"
+    )
     assert printed.endswith("all ran\n")
+
+
+def test_the_shapes_in_the_page_on_graphs() -> None:
+    """The comments at its edge lists; that edges are right is tested in test_functional.py."""
+    results = []
+    for snippet in SNIPPETS["docs/graphs.md"]:
+        scope: dict[str, Any] = {}
+        exec(snippet, scope)
+        results.append(scope)
+    one, without_self, ragged = results
+    assert one["edges"].shape == (2, 16000)
+    assert one["distances"].shape == (16000,)
+    assert without_self["edges"].shape == (2, 16000)
+    assert ragged["x"].shape == (177, 3)
+    assert ragged["padded"].shape == (3, 120, 3)
+    assert ragged["edges"].unique().numel() == 177
+    assert ragged["edges"].shape == (2, 50 * 8 + 7 * 7 + 120 * 8)
+
+
+# Modules of which every callable in __all__ has an example.
+PUBLIC = (convnn_kernels, convnn_kernels.functional, convnn_kernels.nn)
+SUBMODULES = [module.name for module in pkgutil.iter_modules(convnn_kernels.nn.__path__)]
+MODULES = [
+    *(convnn_kernels, convnn_kernels.functional, convnn_kernels.backends.selection),
+    *(importlib.import_module(f"convnn_kernels.nn.{name}") for name in SUBMODULES),
+]
+EXAMPLES = {
+    test.name: test
+    for module in MODULES
+    for test in doctest.DocTestFinder().find(module)
+    if test.examples
+}
+
+
+def public_callables() -> list[str]:
+    """The full names of public functions and classes, and of their methods.
+
+    Methods that every layer of PyTorch has, such as forward, are left out.
+    """
+    names = []
+    for module in PUBLIC:
+        for each in (getattr(module, name) for name in module.__all__):
+            if inspect.isclass(each) or inspect.isfunction(each):
+                names.append(f"{each.__module__}.{each.__qualname__}")
+            if inspect.isclass(each):
+                members = inspect.getmembers(each, lambda member: inspect.isroutine(member))
+                names += [
+                    f"{method.__module__}.{method.__qualname__}"
+                    for name, method in members
+                    if not name.startswith("_")
+                    and not hasattr(torch.nn.Linear, name)
+                    and getattr(method, "__module__", "").startswith("convnn_kernels")
+                ]
+    return sorted(set(names))
+
+
+def test_public_callables_are_found() -> None:
+    assert {
+        "convnn_kernels.backends.selection.backend",
+        "convnn_kernels.functional.edge_index",
+        "convnn_kernels.functional.warmup",
+        "convnn_kernels.nn.convnn.ConvNN2d",
+        "convnn_kernels.nn.convnn.ConvNN2d.from_conv2d",
+        "convnn_kernels.nn.replace.replace",
+    } <= set(public_callables())
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_public_callables_have_examples(name: str) -> None:
+    assert name in EXAMPLES, "no example in the docstring"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name: str) -> None:
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
+    assert not runner.run(EXAMPLES[name], out=report.write).failed, report.getvalue()
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_all_is_complete(module: types.ModuleType) -> None:
+    """What a public module defines without an underscore is public, and is listed."""
+    own = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+    assert own <= set(module.__all__)
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+@pytest.mark.parametrize("name", ["forward", "select", "aggregate"])
+def test_operators_have_docstrings(name: str) -> None:
+    """With the schema, the shapes and the function that documents the arguments."""
+    packet = getattr(torch.ops.convnn, name)
+    text = pydoc.plain(pydoc.render_doc(packet))
+    assert str(packet.default._schema) in text
+    assert "[..., N, " in text
+    (function,) = re.findall(r"convnn_kernels\.functional\.(\w+)", text)
+    arguments = [each.name for each in packet.default._schema.arguments]
+    assert arguments == [
+        *inspect.signature(getattr(convnn_kernels.functional, function)).parameters
+    ]
+    assert packet.default.__doc__ == packet.__doc__

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """`python -m benchmarks.paper` from images to table and figure, at a small scale."""
 
+import dataclasses
 import json
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,9 +158,14 @@ def test_a_row_of_each_table(layout: str, tmp_path: Path, capsys, request) -> No
     rows = ["vit/attention", "vit/convnn-random-32"]
     run(folder, out, "--table", "2", "--rows", *rows, "--epochs", "1")
     printed = capsys.readouterr().out
-    for cells in (("Conv2D", "1.529", "80.65", "0.293"), ("λ = 0.5", "1.424", "130.015M")):
-        line = next(line for line in printed.splitlines() if f"| {cells[0]} " in line)
-        assert all(cell in line for cell in cells)
+    for label, *papers in (("Conv2D", "1.529", "80.65", "0.293"), ("λ = 0.5", "1.424", "130.015M")):
+        line = next(line for line in printed.splitlines() if line.startswith(f"| {label} "))
+        assert not any(cell in line for cell in papers)
+    assert "(paper)" not in printed
+    assert (
+        "The paper's numbers are left out where a run is unlike the paper's: reduced models, "
+        "60 training images, 20 test images, 1 epoch, batch size 20\n"
+    ) in printed
     text = (out / "cifar10-table2.json").read_text()
     result = json.loads(text)
     assert result["stamp"]["versions"]["torch"]
@@ -383,11 +390,14 @@ def test_flip_and_shift() -> None:
     assert {mirrored for mirrored, _, _ in seen} == {False, True}
 
 
-def log_of(epochs: int) -> dict:
+def log_of(epochs: int, papers: bool = False, **recipe: Any) -> dict:
+    """The log of a reduced run, or of one that is the paper's but for its epochs and `recipe`."""
     stamp = {"device": "cpu", "commit": "0123456789abcdef", "dirty": False}
+    reduced = {} if papers else {"batch_size": 20, "lr": 1e-3, "reduced": True}
+    count = {"train": 50_000, "test": 10_000} if papers else {"train": 60, "test": 20}
     return {
-        "recipe": {"dataset": "cifar10", "batch_size": 20, "lr": 1e-3, "reduced": True},
-        "data": {"source": "class folders", "train": 60, "test": 20},
+        "recipe": {**vars(Recipe()), **reduced, **recipe},
+        "data": {"source": "class folders", **count},
         "parts": [{"first_epoch": 1, "stamp": stamp}],
         "epochs": [
             {
@@ -443,14 +453,115 @@ def test_what_was_run_names_every_recipe() -> None:
 
 def test_the_papers_numbers_of_either_dataset() -> None:
     for dataset, cells in (
-        ("cifar10", ("1.558", "77.41", "2.507", "5.479M", "115,306")),
-        ("cifar100", ("3.817", "50.07", "2.507", "5.496M", "119,716")),
+        ("cifar10", ("1.558", "77.41", "2.507", "5.479M", "5,479,306")),
+        ("cifar100", ("3.817", "50.07", "2.507", "5.496M", "5,496,676")),
     ):
-        line = report.entry(ROWS["vit/attention"], log_of(3), dataset, reduced=True)
+        line = report.entry(ROWS["vit/attention"], log_of(150, papers=True), dataset, reduced=False)
         printed = report.table([line])
         assert all(cell in printed for cell in cells), printed
         # Ours: the loss and accuracy after the last epoch, and the median of the seconds.
-        assert all(cell in printed for cell in ("0.833", "40.00", "3.0"))
+        assert all(cell in printed for cell in ("0.017", "40.00", "3.0"))
+        assert report.not_the_papers([line]) == ""
+
+
+UNLIKE: list[tuple[str, dict]] = [
+    ("reduced models, 60 training images, 20 test images, 3 epochs, batch size 20, lr 0.001", {}),
+    ("149 epochs", {"epochs": 149}),
+    ("151 epochs", {"epochs": 151}),
+    ("reduced models", {"recipe": {"reduced": True}}),
+    ("lr 0.001", {"recipe": {"lr": 0.001}}),
+    ("augmentation flip-shift", {"recipe": {"augmentation": "flip-shift"}}),
+    ("label smoothing 0.1", {"recipe": {"label_smoothing": 0.1}}),
+    ("49999 training images", {"data": {"train": 49_999}}),
+    ("9999 test images", {"data": {"test": 9_999}}),
+    ("images of 64x64", {"data": {"image_size": [64, 64]}}),
+]
+
+
+@pytest.mark.parametrize(("unlike", "change"), UNLIKE, ids=[unlike for unlike, _ in UNLIKE])
+def test_other_runs_do_not_stand_beside_the_papers_numbers(unlike: str, change: dict) -> None:
+    log = log_of(3)
+    if change:
+        log = log_of(change.get("epochs", 150), papers=True, **change.get("recipe", {}))
+        log["data"] |= change.get("data", {})
+    line = report.entry(ROWS["vit/attention"], log, "cifar10", log["recipe"]["reduced"])
+    assert line["paper"] is None
+    assert "(paper)" not in report.table([line])
+    assert report.not_the_papers([line]).endswith(f": {unlike}")
+    # Beside a row that may be compared, its cells are empty.
+    whole = report.entry(ROWS["vit/local"], log_of(150, papers=True), "cifar10", False)
+    printed = report.table([line, whole]).splitlines()
+    assert "loss (paper)" in printed[0]
+    assert "1.558" not in printed[2]
+    assert "1.626" in printed[3]
+    # Nor do their curves under the paper's title.
+    figure = dataclasses.replace(FIGURES[6], title="Figure 6")
+    logs = {figure.all_rows()[0].name: log}
+    assert report._title(figure, logs) == "Figure 6: runs unlike the paper's, see below"
+
+
+@pytest.mark.parametrize("setting", [{"seed": 1}, {"amp": "bfloat16"}, {"compile": True}], ids=str)
+def test_what_does_not_make_another_recipe(setting: dict) -> None:
+    assert report.differences(log_of(150, papers=True, **setting)) == []
+    figure = dataclasses.replace(FIGURES[6], title="Figure 6")
+    logs = {figure.all_rows()[0].name: log_of(150, papers=True, **setting)}
+    assert report._title(figure, logs) == "Figure 6"
+
+
+def test_rows_that_were_not_trained() -> None:
+    """The paper's numbers, but beside those of a reduced model only if they are asked for."""
+    row = ROWS["vit/attention"]
+    assert report.entry(row, {"epochs": []}, "cifar10", reduced=False)["paper"] is not None
+    assert report.entry(row, {"epochs": []}, "cifar10", reduced=True)["paper"] is None
+
+
+def test_only_the_images_of_the_limit_are_decoded(folder: Path, monkeypatch) -> None:
+    """Those that the limit would keep of all, in the same order, though classes differ in size."""
+    for name in ("0.png", "2.png", "3.png", "5.png"):
+        (folder / "train" / "class3" / name).unlink()
+    everything = data.load(folder, "cifar10")
+    opened = []
+    open_image = Image.open
+    monkeypatch.setattr(data.Image, "open", lambda path: (opened.append(path), open_image(path))[1])
+    for train_limit, test_limit in ((25, 7), (1, 1), (56, 20), (1000, 1000), (None, None)):
+        opened.clear()
+        some = data.load(folder, "cifar10", train_limit, test_limit)
+        expected = everything.limited(train_limit, test_limit)
+        assert torch.equal(some.train.images, expected.train.images)
+        assert torch.equal(some.train.labels, expected.train.labels)
+        assert torch.equal(some.test.images, expected.test.images)
+        assert torch.equal(some.test.labels, expected.test.labels)
+        assert len(opened) == min(train_limit or 56, 56) + min(test_limit or 20, 20)
+        assert some.source == everything.source
+
+
+def test_decoding_shows_a_bar(folder: Path, capsys) -> None:
+    data.load(folder, "cifar10", 20, 10)
+    shown = capsys.readouterr().err
+    assert "train images" in shown
+    assert "/20" in shown
+    assert "test images" in shown
+    assert "/10" in shown
+
+
+def test_limits_of_pickled_images(torchvision_folder: Path) -> None:
+    loaded = data.load(torchvision_folder, "cifar10", 25, 10)
+    assert sorted(loaded.train.labels.bincount().tolist()) == [2] * 5 + [3] * 5
+    assert len(loaded.test.labels) == 10
+
+
+def test_a_limited_run_is_the_same_from_limited_data(folder: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    recipe = Recipe(epochs=1, batch_size=20, reduced=True, train_limit=20, test_limit=10)
+    logs = [
+        train.train(ROWS["vit/attention"], loaded, recipe, tmp_path / str(i), {})
+        for i, loaded in enumerate(
+            (data.load(folder, "cifar10"), data.load(folder, "cifar10", 20, 10))
+        )
+    ]
+    assert logs[0]["data"] == logs[1]["data"]
+    assert logs[0]["data"]["image_size"] == [32, 32]
+    assert logs[0]["epochs"][0]["test_loss"] == logs[1]["epochs"][0]["test_loss"]
 
 
 def test_smoothing() -> None:
@@ -467,6 +578,8 @@ def test_rows_have_names_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--rows", "vit/local", "--train-limit", "0"], "invalid positive number value: '0'"),
+        (["--rows", "vit/local", "--test-limit", "-1"], "invalid positive number value: '-1'"),
         ([], "one of --table, --figure, --rows, --list and --memory is needed"),
         (["--rows", "vgg16"], "--rows must be of those that --list prints, got vgg16"),
         (["--table", "3"], "invalid choice"),
@@ -537,6 +650,8 @@ def test_the_recorded_run() -> None:
     result = json.loads((RECORDED / "cifar10-rows.json").read_text())
     kinds = {(ROWS[name].family, ROWS[name].options["layer"]) for name in result["logs"]}
     assert kinds == {*(("vgg11", x) for x in VGG_LAYERS), *(("vit", x) for x in VIT_LAYERS)}
+    # The paper's numbers do not stand beside those of reduced models.
+    assert all(line["paper"] is None and line["unlike_the_paper"] for line in result["rows"])
     recipes = [log["recipe"] for log in result["logs"].values()]
     assert all(recipe == recipes[0] for recipe in recipes)
     for name, log in result["logs"].items():

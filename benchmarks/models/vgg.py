@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from convnn_kernels.functional import Rho
 from convnn_kernels.nn import Candidates, ConvNN2d, HybridBranch2d
 from convnn_kernels.nn.candidates import require_maker
 from convnn_kernels.nn.settings import PositionalEncoding
@@ -64,7 +65,7 @@ def vgg11(
     kernel_size: int | None = None,
     positional_encoding: PositionalEncoding = None,
     candidates: Callable[[], Candidates] | None = None,
-    rho: str = "ones",
+    rho: Rho = "ones",
     channels: Sequence[int | str] = CHANNELS,
     hidden: int = 4096,
     dropout: float = 0.5,

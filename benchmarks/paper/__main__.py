@@ -37,6 +37,17 @@ from benchmarks.paper.train import (
 PROGRAM = "python -m benchmarks.paper"
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+# argparse uses the name in its message: "invalid positive number value: ...".
+_at_least_one.__name__ = "positive number"
+
+
 def make_parser() -> argparse.ArgumentParser:
     recipe = Recipe()
     parser = argparse.ArgumentParser(
@@ -91,8 +102,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="between checkpoints; one of VGG-11 has 1.6 GB",
     )
     how.add_argument("--reduced", action="store_true", help="small models, for a CPU")
-    how.add_argument("--train-limit", type=int, help="total number of training images")
-    how.add_argument("--test-limit", type=int, help="total number of test images")
+    how.add_argument("--train-limit", type=_at_least_one, help="total number of training images")
+    how.add_argument("--test-limit", type=_at_least_one, help="total number of test images")
     return parser
 
 
@@ -163,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from None
 
     lines = [report.entry(row, logs[row.name], options.dataset, options.reduced) for row in rows]
-    print(report.table(lines), report.summary(lines, logs), report.what_was_run(logs), sep="\n\n")
+    parts = (report.table(lines), report.summary(lines, logs), report.what_was_run(logs))
+    print(*parts, *filter(None, [report.not_the_papers(lines)]), sep="\n\n")
     kind = "figure" if options.figure else "table" if options.table else "rows"
     name = f"{options.dataset}-{kind}{options.figure or options.table or ''}"
     _write(options.out / f"{name}.json", {**head, "rows": lines, "logs": logs})
@@ -192,7 +204,9 @@ def _trained(
                 raise data.NoDataError(
                     "--data, or CONVNN_DATA, must name the folder of the dataset"
                 )
-            dataset = data.load(options.data, options.dataset)
+            dataset = data.load(
+                options.data, options.dataset, options.train_limit, options.test_limit
+            )
         logs[row.name] = train(row, dataset, recipe, folder, stamp)
     return logs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 
 class NoDataError(ValueError):
@@ -50,6 +51,10 @@ class Dataset:
     num_classes: int
     source: str
 
+    def limited(self, train: int | None, test: int | None) -> Dataset:
+        """With so many images at most; see ``Split.limited``."""
+        return replace(self, train=self.train.limited(train), test=self.test.limited(test))
+
     def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
         """Per channel, of the training images scaled to [0, 1]: [3, 1, 1] float32."""
         pixels = self.train.images.transpose(0, 1).flatten(1)
@@ -61,13 +66,17 @@ class Dataset:
         return mean.float().view(3, 1, 1), deviation.float().view(3, 1, 1)
 
 
-def load(folder: Path, dataset: str) -> Dataset:
-    """Reads a dataset.
+def load(
+    folder: Path, dataset: str, train_limit: int | None = None, test_limit: int | None = None
+) -> Dataset:
+    """Reads a dataset, and of folders of images only those that are needed.
 
     Args:
         folder: holds "cifar-10-batches-py" or "cifar-100-python", as torchvision unpacks them, or
             "train" and "test" with one folder of images for every class.
         dataset: "cifar10" or "cifar100"; how many classes folders of images must have.
+        train_limit: the number of training images; all if None. See ``Split.limited``.
+        test_limit: the number of test images.
 
     Raises:
         NoDataError: if the folder holds none of these, a file cannot be read, images differ in
@@ -81,7 +90,8 @@ def load(folder: Path, dataset: str) -> Dataset:
             test = [pickled / "test_batch"]
         else:
             train, test = [pickled / "train"], [pickled / "test"]
-        return Dataset(_batches(train), _batches(test), num_classes, pickled.name)
+        loaded = Dataset(_batches(train), _batches(test), num_classes, pickled.name)
+        return loaded.limited(train_limit, test_limit)
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
         if len(classes) != num_classes:
@@ -91,8 +101,8 @@ def load(folder: Path, dataset: str) -> Dataset:
         files = (path for name in classes for path in _files(folder / "train" / name))
         suffixes = sorted({path.suffix.lower() for path in files})
         return Dataset(
-            _images(folder / "train", classes),
-            _images(folder / "test", classes),
+            _images(folder / "train", classes, train_limit),
+            _images(folder / "test", classes, test_limit),
             num_classes,
             f"class folders of {', '.join(suffixes)} images",
         )
@@ -121,25 +131,32 @@ def _batches(paths: list[Path]) -> Split:
     return Split(torch.from_numpy(np.concatenate(images)), torch.tensor(labels))
 
 
-def _images(folder: Path, classes: list[str]) -> Split:
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        for path in _files(folder / name):
-            try:
-                with Image.open(path) as image:
-                    images.append(np.asarray(image.convert("RGB")))
-            except OSError as error:
-                raise NoDataError(f"cannot read {path}: {error}") from error
-            if images[-1].shape != images[0].shape:
-                raise NoDataError(
-                    f"{path} is {images[-1].shape[:2]}, but the first image is "
-                    f"{images[0].shape[:2]}: all must have one size"
-                )
-            labels.append(label)
-    if not images:
+def _images(folder: Path, classes: list[str], limit: int | None) -> Split:
+    files = [
+        (rank, label, path)
+        for label, name in enumerate(classes)
+        for rank, path in enumerate(_files(folder / name))
+    ]
+    if limit is not None and limit < len(files):
+        # The files, and their order, of Split.limited.
+        files = sorted(files)[:limit]
+    if not files:
         raise NoDataError(f"{folder} has no images in the folders {classes}")
+    images: list[np.ndarray[Any, Any]] = []
+    for _, _, path in tqdm(files, desc=f"{folder.name} images", unit="image", leave=False):
+        try:
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert("RGB")))
+        except OSError as error:
+            raise NoDataError(f"cannot read {path}: {error}") from error
+        if images[-1].shape != images[0].shape:
+            raise NoDataError(
+                f"{path} is {images[-1].shape[:2]}, but the first image is "
+                f"{images[0].shape[:2]}: all must have one size"
+            )
     return Split(
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor([label for _, label, _ in files]),
     )
 
 

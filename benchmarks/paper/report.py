@@ -9,19 +9,52 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.rows import MODELS, Figure, Row
+from benchmarks.paper.train import Recipe
 
 Logs = dict[str, dict[str, Any]]
+# What both datasets have, and the settings that decide whether a recipe is the paper's.
+_IMAGES = {"train": 50_000, "test": 10_000}
+_IMAGE_SIZE = [32, 32]
+_RECIPE = (
+    *("batch_size", "optimizer", "lr", "weight_decay", "schedule", "clip"),
+    *("label_smoothing", "augmentation"),
+)
 _WINDOW = 10
 
 
+def differences(log: dict[str, Any]) -> list[str]:
+    """In words, what a run has otherwise than the paper, which its numbers must not stand beside.
+
+    Empty for the paper's recipe on full models and all images, after its last epoch.
+    """
+    recipe, data, papers = log["recipe"], log["data"], Recipe()
+    found = ["reduced models"] if recipe["reduced"] else []
+    for split, name in (("train", "training"), ("test", "test")):
+        if data[split] != _IMAGES[split]:
+            found.append(f"{data[split]} {name} images")
+    size = data.get("image_size", _IMAGE_SIZE)
+    if size != _IMAGE_SIZE:
+        found.append(f"images of {size[0]}x{size[1]}")
+    epochs = len(log["epochs"])
+    if epochs != papers.epochs:
+        found.append(f"{epochs} epoch{'s' if epochs > 1 else ''}")
+    for name in _RECIPE:
+        value = recipe.get(name, getattr(papers, name))
+        if value != getattr(papers, name):
+            found.append(f"{name.replace('_', ' ')} {value}")
+    return found
+
+
 def entry(row: Row, log: dict[str, Any] | None, dataset: str, reduced: bool) -> dict[str, Any]:
-    """One line of a table: the paper's numbers, and ours if the row was trained."""
+    """One line of a table: ours if the row was trained, and the paper's if they may be compared."""
     num_classes = {"cifar10": 10, "cifar100": 100}[dataset]
+    is_trained = bool(log and log["epochs"])
+    unlike = differences(log) if log and is_trained else ["reduced models"] * reduced
     line: dict[str, Any] = {
         "row": row.name,
         "label": row.label,
         "paper": None
-        if row.paper is None
+        if row.paper is None or unlike
         else {
             "test_loss": row.paper.loss[dataset],
             "test_accuracy": row.paper.accuracy[dataset],
@@ -31,8 +64,9 @@ def entry(row: Row, log: dict[str, Any] | None, dataset: str, reduced: bool) -> 
         "gflops": row.gflops(num_classes, reduced),
         "parameters": row.parameters(num_classes, reduced),
         "epochs": 0,
+        "unlike_the_paper": unlike,
     }
-    if log and log["epochs"]:
+    if log and is_trained:
         last = log["epochs"][-1]
         seconds = sorted(each["seconds"] for each in log["epochs"])
         line |= {
@@ -79,11 +113,24 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
                 _number(line.get("seconds_per_epoch"), ".1f"),
             )
         )
-    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-    rule = tuple("-" * width for width in widths)
+    has_papers = any(line["paper"] for line in lines)
+    kept = [i for i, name in enumerate(head) if has_papers or not name.endswith("(paper)")]
+    rows = [[row[i] for i in kept] for row in (head, *body)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "| " + " | ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)) + " |"
-        for row in (head, rule, *body)
+        for row in rows
+    )
+
+
+def not_the_papers(lines: Sequence[dict[str, Any]]) -> str:
+    """Why the paper's numbers are missing beside some rows; empty if they are not."""
+    unlike = dict.fromkeys(each for line in lines for each in line["unlike_the_paper"])
+    if not unlike:
+        return ""
+    return "The paper's numbers are left out where a run is unlike the paper's: " + ", ".join(
+        unlike
     )
 
 
@@ -169,11 +216,19 @@ def draw(figure: Figure, logs: Logs, path: Path) -> None:
         _sweep(figure, logs, axes[0][0], "test_accuracy", 100.0, "test accuracy (%)")
         if figure.has_time:
             _sweep(figure, logs, axes[0][1], "seconds", 1.0, "seconds per epoch")
-    canvas.suptitle(figure.title, fontsize=10)
+    canvas.suptitle(_title(figure, logs), fontsize=10)
     canvas.supxlabel(textwrap.fill(what_was_run(logs), 110), fontsize=7, color="gray")
     canvas.tight_layout()
     canvas.savefig(path, dpi=110)
     plt.close(canvas)
+
+
+def _title(figure: Figure, logs: Logs) -> str:
+    """The figure's, which is the paper's, only above runs that are like the paper's."""
+    runs = [log for row in figure.all_rows() if (log := logs.get(row.name)) and log["epochs"]]
+    if not any(differences(log) for log in runs):
+        return figure.title
+    return ": ".join(filter(None, (figure.title, "runs unlike the paper's, see below")))
 
 
 def _loss_curves(rows: Sequence[Row], logs: Logs, axes: Any) -> None:

@@ -108,9 +108,9 @@ def train(
     optimizer = OPTIMIZERS[recipe.optimizer](
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
     )
+    data = data.limited(recipe.train_limit, recipe.test_limit)
     train_split, test_split = (
-        Split(split.images.to(device), split.labels.to(device))
-        for split in (data.train.limited(recipe.train_limit), data.test.limited(recipe.test_limit))
+        Split(split.images.to(device), split.labels.to(device)) for split in (data.train, data.test)
     )
     mean, deviation = data.mean_and_deviation()
     scale = mean.to(device), deviation.to(device)
@@ -122,6 +122,7 @@ def train(
             "source": data.source,
             "train": len(train_split.labels),
             "test": len(test_split.labels),
+            "image_size": list(train_split.images.shape[-2:]),
             "mean": mean.flatten().tolist(),
             "deviation": deviation.flatten().tolist(),
         },
@@ -257,7 +258,10 @@ def _resume(
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     wanted, before = recipe.fixed(), log["recipe"]
     pairs = {name: (before.get(name), value) for name, value in wanted.items()}
-    pairs |= {name: (log["data"][name], value) for name, value in new_log["data"].items()}
+    # Logs of older runs have no size of the images.
+    pairs |= {
+        name: (log["data"].get(name, value), value) for name, value in new_log["data"].items()
+    }
     for name, (old, new) in pairs.items():
         if old != new:
             raise AnotherRunError(

@@ -89,6 +89,14 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
     Raises:
         RuntimeError: at once, if there is no such backend or it cannot run on this machine; at a
             call within the block, if the backend cannot run that call.
+
+    Example:
+        >>> import torch
+        >>> import convnn_kernels
+        >>> from convnn_kernels.functional import convnn
+        >>> x = torch.randn(2, 64, 16)
+        >>> with convnn_kernels.backend("cpu"):
+        ...     y = convnn(x, x, x, k=9)
     """
     _require(name, "backend: name")
     return _force(name)

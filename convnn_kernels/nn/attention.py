@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from convnn_kernels import functional
+from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
@@ -89,10 +90,10 @@ class ConvNNAttention(nn.Module):
         output_projection: bool = True,
         query_norm: nn.Module | None = None,
         key_norm: nn.Module | None = None,
-        rho: str = "softmax",
-        metric: str = "cosine",
+        rho: Rho = "softmax",
+        metric: Metric = "cosine",
         scale: float | None = None,
-        order: str = "similarity",
+        order: Order = "similarity",
         aggregation: settings.Aggregation = "depthwise",
         bias: bool = False,
         positional_encoding: settings.PositionalEncoding = None,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from convnn_kernels import functional
+from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
@@ -98,10 +99,10 @@ class _ConvNN(nn.Module):
         key_channels: int | None = None,
         value_channels: int | None = None,
         projection_bias: bool = False,
-        rho: str = "softmax",
-        metric: str = "cosine",
+        rho: Rho = "softmax",
+        metric: Metric = "cosine",
         scale: float = 1.0,
-        order: str = "similarity",
+        order: Order = "similarity",
         aggregation: settings.Aggregation = "dense",
         bias: bool = True,
         positional_encoding: settings.PositionalEncoding = None,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import settings
 from convnn_kernels.nn.candidates import AllCandidates, Candidates
 from convnn_kernels.nn.convnn import ConvNN2d, Projections, require_settings, value_width
@@ -63,10 +64,10 @@ class HybridBranch2d(nn.Module):
         stride: int = 1,
         bias: bool = True,
         projections: Projections = "identity",
-        rho: str = "ones",
-        metric: str = "cosine",
+        rho: Rho = "ones",
+        metric: Metric = "cosine",
         scale: float = 1.0,
-        order: str = "similarity",
+        order: Order = "similarity",
         aggregation: settings.Aggregation = "dense",
         positional_encoding: settings.PositionalEncoding = None,
         coordinates: settings.Coordinates = "unit",

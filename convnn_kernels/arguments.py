@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Types of the arguments of ``convnn_kernels.functional``.
+
+The dispatcher checks types as well, but it takes a tensor of one element for a number, which drops
+its gradient, and True for 1; and its message about a wrong type prints the whole value. Numbers are
+therefore checked before a call (``whole`` and ``real``, which the fast path, a plain int or float,
+does without), everything else after a call that failed (``require_types``).
+
+``function`` is the name that messages begin with.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convnn_kernels import checks
+
+_CHOICES = {"metric": checks.METRICS, "order": checks.ORDERS, "rho": checks.RHOS}
+_MODULE_OF_BUILTINS = int.__module__
+_LEARN = (
+    ", which would get no gradient. To learn a temperature, multiply the similarities of "
+    "select_neighbors by it and pass them to aggregate_neighbors"
+)
+
+
+def whole(function: str, name: str, value: Any) -> Any:
+    """The argument as an int, or as it is where PyTorch traces sizes as other types.
+
+    Raises:
+        TypeError: naming the argument, what was expected and what it got.
+    """
+    if isinstance(value, torch.SymInt) or _is_traced(value):
+        return value
+    # Last: torch.compile sees a scalar of numpy as an array, up to here, where it gives up tracing.
+    if not isinstance(value, bool) and isinstance(value, numbers.Integral):
+        return int(value)
+    hint = f" ({name}.item() reads its number)" if isinstance(value, Tensor) else ""
+    raise TypeError(f"{function}: {name} must be a whole number, got {_described(value)}{hint}")
+
+
+def real(function: str, name: str, value: Any) -> Any:
+    """The argument as a float; otherwise like ``whole``."""
+    if isinstance(value, torch.SymInt | torch.SymFloat) or _is_traced(value):
+        return value
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:  # the operator says that it must be finite
+            return math.inf
+    hint = _LEARN if isinstance(value, Tensor) else ""
+    raise TypeError(f"{function}: {name} must be a number, got {_described(value)}{hint}")
+
+
+def require_types(function: str, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    """Explain a call of ``op`` that the dispatcher refused, if a type is the reason.
+
+    Raises:
+        TypeError: naming the argument, what was expected and what it got.
+        RuntimeError: if k does not fit into the 64 bits of the dispatcher.
+    """
+    for argument, value in zip(op._schema.arguments, args, strict=True):
+        name, kind = argument.name, str(argument.type)
+        # None for a tensor that is not optional has a message of the operators' own.
+        if _is_foreign(value) or (value is None and kind.endswith("Tensor")):
+            continue
+        if kind in ("Tensor", "Optional[Tensor]"):
+            require_tensor(function, name, value, kind == "Optional[Tensor]")
+        elif kind == "str" and not isinstance(value, str):
+            expected = checks.listed(_CHOICES[name])
+            raise TypeError(f"{function}: {name} must be {expected}, got {_described(value)}")
+        elif isinstance(value, int) and value >= 2**63:
+            raise RuntimeError(f"{function}: {name} must be below 2**63, got {value}")
+
+
+def require_tensor(function: str, name: str, value: Any, is_optional: bool = False) -> None:
+    """Check that an argument is a tensor.
+
+    Raises:
+        TypeError: naming the argument, what was expected and what it got.
+    """
+    if isinstance(value, Tensor) or _is_foreign(value) or (is_optional and value is None):
+        return
+    hint = ""
+    if type(value).__module__ == "numpy":
+        hint = " (torch.from_numpy converts it)"
+    elif isinstance(value, list | tuple | range):
+        hint = " (torch.tensor converts it)"
+    elif isinstance(value, nn.Module) and isinstance(getattr(value, name, None), Tensor):
+        hint = f" (pass its {name})"
+    expected = "a tensor or None" if is_optional else "a tensor"
+    raise TypeError(f"{function}: {name} must be {expected}, got {_described(value)}{hint}")
+
+
+def check_edge_index(indices: Any, similarities: Any, num_keys: Any) -> Any:
+    """Check the arguments of ``edge_index``, but not their values, and return num_keys.
+
+    Raises:
+        TypeError, RuntimeError: naming the argument, what was expected and what it got.
+    """
+    require_tensor("edge_index", "indices", indices)
+    require_tensor("edge_index", "similarities", similarities)
+    checks.check_neighbors("edge_index", indices, similarities)
+    if num_keys is None:
+        return None
+    num_keys = whole("edge_index", "num_keys", num_keys)
+    if num_keys < 0:
+        raise RuntimeError(f"edge_index: num_keys must be at least 0, got {num_keys}")
+    return num_keys
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether the value stands for a number: torch.jit.trace sees sizes as tensors."""
+    if isinstance(value, Tensor):
+        return torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return _is_foreign(value)
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether the value is no tensor but handles PyTorch's calls, as the proxies of torch.fx do."""
+    return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
+
+
+def _described(value: Any) -> str:
+    """The value if it is short, else its type."""
+    if isinstance(value, Tensor):
+        return "a tensor"
+    short = value is None or type(value) in (bool, int, float, complex)
+    if short or (type(value) is str and len(value) <= 20):
+        return repr(value)
+    module, name = type(value).__module__, type(value).__qualname__
+    return name if module == _MODULE_OF_BUILTINS else f"{module}.{name}"
