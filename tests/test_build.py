@@ -39,7 +39,8 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CMake:
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={python}",
         ]
-        return subprocess.run([*command, *options], capture_output=True, text=True)
+        # Whatever the working directory is.
+        return subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
 
     return run
 
