@@ -17,9 +17,15 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit(
+        "convnn_kernels: setuptools is too old. Upgrade it:  pip install 'setuptools>=77'"
+    ) from None
 
 # Memory of one compiler process, in bytes; limits how many run in parallel.
 CXX_JOB = 1.5e9
