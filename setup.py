@@ -20,6 +20,13 @@ from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit(
+        "convnn_kernels: setuptools is too old. Upgrade it:  pip install 'setuptools>=77'"
+    ) from None
+
 # Memory of one compiler process, in bytes; limits how many run in parallel.
 CXX_JOB = 1.5e9
 NVCC_JOB = 2e9
@@ -104,8 +111,9 @@ class CMakeBuild(build_ext):
         report = json.loads((folder / "build.json").read_text())
         jobs = parallel_jobs(NVCC_JOB if "built" in report["cuda"] else CXX_JOB)
         run_tool(cmake, "--build", str(folder), "--parallel", str(jobs))
-        # One that an earlier build put there would not fit this one.
-        (target / "convnn_kernels" / "lib" / "libconvnn_cuda.so").unlink(missing_ok=True)
+        # What an earlier build put there would not fit this one.
+        for name in ("libconvnn_cuda.so", "cuda_kernels.json"):
+            (target / "convnn_kernels" / "lib" / name).unlink(missing_ok=True)
         run_tool(cmake, "--install", str(folder), "--prefix", str(target))
         for part in ("cpu", "cuda", "introspect"):
             for outcome, detail in report[part].items():
@@ -113,8 +121,15 @@ class CMakeBuild(build_ext):
                 print(f"convnn_kernels: {outcome} {text}", flush=True)
 
 
+class BuildWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        # The libraries do not depend on Python. `introspect` does, but a Python that it was not
+        # built for imports introspect.py in its place.
+        return ("py3", "none", super().get_tag()[2])
+
+
 setup(
-    # Declares what CMake builds, so that the wheel is tagged for this platform and Python.
+    # Declares what CMake builds, so that the wheel is tagged for this platform.
     ext_modules=[Extension("convnn_kernels.introspect", ["csrc/introspect.cpp"])],
-    cmdclass={"build": Build, "build_ext": CMakeBuild},
+    cmdclass={"build": Build, "build_ext": CMakeBuild, "bdist_wheel": BuildWheel},
 )

@@ -30,4 +30,5 @@ command = [sys.executable, "-m", "convnn_kernels.info", "--json"]
 report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 assert report["backends"]["cpu"] is None
 assert report["versions"]["convnn_kernels"] == introspect.version()
+assert report["machine"]["cpu_instruction_set"] in introspect.cpu_instruction_sets()
 print(f"convnn_kernels {introspect.version()} works in {package}, PyTorch {torch.__version__}")

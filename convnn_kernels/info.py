@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from convnn_kernels import native
+from convnn_kernels import introspect, native
 from convnn_kernels.backends import selection
 from convnn_kernels.version import __version__
 
@@ -49,10 +49,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _introspect() -> dict[str, Any]:
-    try:
-        from convnn_kernels import introspect
-    except ImportError:
-        # The build skipped it, for lack of Python's headers; build_report() says so.
+    if not native.build_report():
         return {}
     return {
         "compiler": introspect.compiler(),

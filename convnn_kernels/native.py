@@ -3,19 +3,16 @@
 
 import ctypes
 import functools
-import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).parent / "lib"
-_HOW_TO_BUILD = "Build it from the checkout:  pip install -e . --no-build-isolation"
-_CHECKOUT = FOLDER.parent.parent
-if (_CHECKOUT / "csrc").is_dir():
-    _HOW_TO_BUILD = (
-        f"What was imported is the checkout {_CHECKOUT}, not an installed package. {_HOW_TO_BUILD}"
-    )
+from convnn_kernels import installed
+
+FOLDER, _FAULT = installed.library_folder(Path(__file__).parent)
 
 
 def library(name: str) -> Path:
@@ -23,15 +20,12 @@ def library(name: str) -> Path:
     return FOLDER / f"libconvnn_{name}.so"
 
 
-def build_report() -> dict[str, str | dict[str, str]]:
-    """What was built: for each part, ``{"built": detail}`` or ``{"skipped": reason}``.
+def build_report() -> dict[str, Any]:
+    """What was built: versions, and each part, ``{"built": detail}`` or ``{"skipped": reason}``.
 
     Empty if there was no build.
     """
-    try:
-        return json.loads((FOLDER / "build.json").read_text())
-    except FileNotFoundError:
-        return {}
+    return installed.build_report(FOLDER)
 
 
 @functools.cache
@@ -47,13 +41,15 @@ def load() -> dict[str, str]:
     """
     path = library("cpu")
     if not path.exists():
-        raise ImportError(f"convnn_kernels: the CPU library {path} is missing. {_HOW_TO_BUILD}")
+        raise ImportError(f"convnn_kernels: the CPU library {path} is missing. {_FAULT}".rstrip())
+    if _FAULT:
+        warnings.warn(f"convnn_kernels: {_FAULT}", stacklevel=2)
     try:
         torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(
             f"convnn_kernels: PyTorch {torch.__version__} cannot load {path}, which needs PyTorch "
-            f"2.11 or newer. {_HOW_TO_BUILD}\n{error}"
+            f"2.11 or newer.\n{error}"
         ) from error
     return {"cpu": "", "cuda": _load_cuda()}
 
@@ -79,8 +75,7 @@ def _instruction_set_question() -> Callable[[], bytes | None]:
 def _load_cuda() -> str:
     path = library("cuda")
     if not path.exists():
-        part = build_report().get("cuda", {})
-        reason = part.get("skipped") if isinstance(part, dict) else None
+        reason = build_report().get("cuda", {}).get("skipped")
         return f"not built: {reason}" if reason else "not built"
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} has no CUDA"

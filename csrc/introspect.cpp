@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The module convnn_kernels.introspect: what was built. It needs neither PyTorch nor the libraries
-// nor a GPU.
+// nor a GPU. It fits one version of Python; introspect.py takes its place in any other.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

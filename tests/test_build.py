@@ -2,6 +2,8 @@
 """The build: its results, its messages, and its errors if something is missing."""
 
 import importlib.metadata
+import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -14,11 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from building import tool
+from packaging.requirements import Requirement
 
 import convnn_kernels
-from convnn_kernels import native
-
-introspect = pytest.importorskip("convnn_kernels.introspect", reason="needs Python headers")
+from convnn_kernels import introspect, native
 
 ROOT = Path(__file__).parent.parent
 CMake = Callable[..., subprocess.CompletedProcess[str]]
@@ -38,7 +39,8 @@ def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CMake:
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DPython_EXECUTABLE={python}",
         ]
-        return subprocess.run([*command, *options], capture_output=True, text=True)
+        # Whatever the working directory is.
+        return subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
 
     return run
 
@@ -159,6 +161,23 @@ def test_report_agrees_with_introspect() -> None:
     assert re.fullmatch(r"\w+ \d+(\.\d+)*", introspect.compiler())
 
 
+def test_introspect_is_the_same_for_every_python() -> None:
+    """The pybind11 module fits one version of Python; introspect.py stands in for it elsewhere."""
+    if introspect.__file__.endswith(".py"):
+        pytest.skip("the pybind11 module was not built for this Python")
+    path = Path(native.__file__).with_name("introspect.py")
+    spec = importlib.util.spec_from_file_location("introspect_of_files", path)
+    assert spec
+    assert spec.loader
+    of_files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(of_files)
+    questions = [name for name, of in vars(of_files).items() if inspect.isfunction(of)]
+    questions = [name for name in questions if not name.startswith("_")]
+    assert len(questions) == 5
+    for name in questions:
+        assert getattr(of_files, name)() == getattr(introspect, name)(), name
+
+
 def test_one_version_number() -> None:
     versions = {
         convnn_kernels.__version__,
@@ -171,7 +190,8 @@ def test_one_version_number() -> None:
 
 def test_missing_library_says_how_to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "FOLDER", tmp_path)
-    with pytest.raises(ImportError, match=r"libconvnn_cpu\.so is missing\. .* pip install -e \."):
+    monkeypatch.setattr(native, "_FAULT", "Install it.")
+    with pytest.raises(ImportError, match=r"libconvnn_cpu\.so is missing\. Install it\.$"):
         native.load.__wrapped__()
 
 
@@ -227,3 +247,15 @@ def test_sources_need_no_header_newer_than_pytorch_2_11() -> None:
     newer = ("STABLE_TORCH_ERROR_CODE_CHECK",)
     for path in (ROOT / "csrc").rglob("*.*"):
         assert not [name for name in newer if name in path.read_text()], path
+
+
+def test_pip_says_that_python_is_too_old() -> None:
+    """It resolves what an old Python cannot have before it reads `requires-python`."""
+    toml = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["requires-python"] == ">=3.10"
+    for names in (project["build-system"]["requires"], project["project"]["dependencies"]):
+        (torch,) = (of for of in map(Requirement, names) if of.name == "torch")
+        assert torch.marker
+        assert not torch.marker.evaluate({"python_version": "3.9"})
+        assert torch.marker.evaluate({"python_version": "3.10"})

@@ -6,6 +6,7 @@ CONVNN_CUDA_BUILD is the build folder, which CI sets.
 
 import ctypes
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -90,6 +91,8 @@ def test_it_has_no_search_path() -> None:
 def test_introspect_knows_every_kernel() -> None:
     built = introspect()
     kernels = built.cuda_kernels()
+    # What introspect.py reads in its place.
+    assert kernels == json.loads((BUILD / "cuda_kernels.json").read_text())
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
     names = set(re.findall(r"__launch_bounds__\([^)]*\) void (\w+_kernel)\(", sources))
     assert len(names) > 20

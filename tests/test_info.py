@@ -4,13 +4,10 @@
 import json
 from collections.abc import Callable
 
-import pytest
 import torch
 
 import convnn_kernels
-from convnn_kernels import info
-
-introspect = pytest.importorskip("convnn_kernels.introspect", reason="needs Python headers")
+from convnn_kernels import info, introspect
 
 
 def test_json_report(run_python: Callable[..., str]) -> None:

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: MIT
 """The resources of each CUDA kernel of a built library: registers, stack, shared memory.
 
-    python csrc/cuda/resources.py LIBRARY [--header FILE] [--most-stack BYTES]
+    python csrc/cuda/resources.py LIBRARY [--header FILE] [--json FILE] [--most-stack BYTES]
 
-Prints a table, or writes the initializer that csrc/introspect.cpp includes. With ``--most-stack``,
-it is an error if a kernel uses more stack, which holds spilled registers, or any within a loop. The
-numbers come from ``cuobjdump`` of the CUDA toolkit or of Triton; the environment variable CUOBJDUMP
-may give its path.
+Prints a table, or writes the initializer that csrc/introspect.cpp includes and the same as JSON.
+With ``--most-stack``, it is an error if a kernel uses more stack, which holds spilled registers, or
+any within a loop. The numbers come from ``cuobjdump`` of the CUDA toolkit or of Triton; the
+environment variable CUOBJDUMP may give its path.
 """
 
 import argparse
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shutil
@@ -184,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", type=Path)
     parser.add_argument("--header", type=Path, help="write a C++ initializer instead of a table")
+    parser.add_argument("--json", type=Path, help="with --header, write JSON, too")
     parser.add_argument("--most-stack", type=int, help="fail if a kernel uses more stack")
     arguments = parser.parse_args()
     tool = find_cuobjdump()
@@ -196,6 +198,8 @@ def main() -> None:
             for name, numbers in sorted(kernels.items())
         ]
         arguments.header.write_text("\n".join(lines) + "\n")
+        if arguments.json:
+            arguments.json.write_text(json.dumps(kernels, indent=1, sort_keys=True) + "\n")
         return
     for name, numbers in sorted(kernels.items()):
         print(f"{name:<60}" + "  ".join(f"{key} {n}" for key, n in numbers.items()))
