@@ -194,7 +194,7 @@ def test_more_neighbors_than_keys(options: dict, expected: list[int]) -> None:
 @pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])
 @pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
 def test_missing_places_contribute_nothing(kind: str, rho: str) -> None:
-    """k = 5 of 3 keys equals k = 3 with the first taps of the weight; the others get no gradient."""
+    """k = 5 of 3 keys equals k = 3 with the first taps of the weight; others get no gradient."""
     q, key = randn(2, 4, 3, dtype=torch.float64), randn(2, 3, 3, dtype=torch.float64)
     value = randn(2, 3, 6, dtype=torch.float64)
     weight = make_weight(kind, 6, 5, torch.float64)
@@ -213,7 +213,8 @@ def test_without_keys_the_output_is_the_bias() -> None:
     for weight in (None, torch.ones(5, 5, 2), torch.ones(5, 1, 2)):
         Y, s, I = python_ref.forward(query, key, value, 2, weight, bias)
         assert Y.tolist() == bias.expand(2, 3, 5).tolist()
-        assert I.count_nonzero() == 0 and bool((s == -INF).all())
+        assert I.count_nonzero() == 0
+        assert bool((s == -INF).all())
 
 
 def test_signed_zeros_tie() -> None:
