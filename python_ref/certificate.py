@@ -56,7 +56,7 @@ def _check_form(query: Tensor, key: Tensor, similarities: Tensor, indices: Tenso
             )
     if indices.numel():
         low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= key.shape[-2]:
+        if low < 0 or high >= max(key.shape[-2], 1):
             raise AssertionError(f"indices: from {low} to {high}, key has {key.shape[-2]} rows")
 
 
@@ -206,6 +206,9 @@ def assert_certified_selection(
     Q, K = query.detach().double().reshape(B, N, D), key.detach().double().reshape(B, M, D)
     all_s, all_I = similarities.detach().double().reshape(B, N, k), indices.reshape(B, N, k)
     mask = None if key_mask is None else key_mask.reshape(B, M)
+    if M == 0:
+        # Missing neighbors have index 0, so there must be a row 0. It may not be a neighbor.
+        M, K, mask = 1, K.new_zeros(B, 1, D), torch.zeros(B, 1, dtype=torch.bool, device=K.device)
     per_query = B * M * (D if metric == "euclidean" else 4)
     for rows in query_chunks(N, per_query):
         self_rows = None if self_indices is None else self_indices[rows]

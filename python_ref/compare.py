@@ -221,7 +221,7 @@ def _similarities(
         s = torch.zeros_like(K_nn[..., 0])
         for q, k in zip(Q.unbind(-1), K_nn.unbind(-1), strict=True):
             s = s - (q - k).square() if metric == "euclidean" else s + q * k
-    elif query.dtype == torch.float64 or metric == "euclidean" or not finite:
+    elif query.dtype == torch.float64 or metric == "euclidean" or not finite or key.shape[-2] == 0:
         s = similarities_at(query, key, indices, metric, missing)
     else:
         s = similarity(query, key, metric).gather(-1, indices)

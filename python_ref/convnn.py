@@ -21,8 +21,8 @@ The operators, and this module with them, deliberately differ from eager PyTorch
   gradient by 1e-12. The norm of a finite row does not overflow.
 - Neighbors are in a total order: similarity descending, then index ascending. NaN ranks above every
   number, as in `torch.topk`, which leaves the order of ties unspecified.
-- Masked keys are never neighbors. Where fewer than k keys remain, missing neighbors come last, with
-  similarity -inf and index 0.
+- Masked keys are never neighbors, and k may exceed the number of keys. Where fewer than k keys
+  remain, missing neighbors come last, with similarity -inf and index 0.
 - A similarity of -inf marks a missing neighbor. It contributes nothing to output or gradient, for
   any rho and any value in V; eager softmax over missing neighbors only would give NaN.
 """
@@ -30,6 +30,7 @@ The operators, and this module with them, deliberately differ from eager PyTorch
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-12
@@ -152,6 +153,7 @@ def select(
     """s [..., N, k] and I [..., N, k]: the k nearest keys of every query (Eq. 4 and 5).
 
     query [..., N, D], key [..., M, D], candidates [R], self_indices [N], key_mask [..., M].
+    k may exceed the number of keys that may be neighbors, and even M.
     The gradient goes through all of S, so non-finite keys put 0 * inf into it even if they are not
     neighbors. `similarities_at` with the returned indices avoids that.
     """
@@ -170,7 +172,9 @@ def select(
         elif order != "similarity":
             raise ValueError(f"order must be 'similarity' or 'index', got '{order}'")
         I = I.masked_fill(missing, 0)
-    return S.gather(-1, I).masked_fill(missing, -math.inf), I
+    s = S.gather(-1, I).masked_fill(missing, -math.inf)
+    beyond = (0, k - I.shape[-1])
+    return F.pad(s, beyond, value=-math.inf), F.pad(I, beyond)
 
 
 def modulate(similarities: Tensor, rho: str = "softmax", scale: float = 1.0) -> Tensor:
@@ -193,7 +197,11 @@ def modulate(similarities: Tensor, rho: str = "softmax", scale: float = 1.0) -> 
 
 
 def gather_rows(X: Tensor, I: Tensor) -> Tensor:
-    """X[I] per batch element: X [..., M, C], I [..., N, k] -> [..., N, k, C]."""
+    """X[I] per batch element: X [..., M, C], I [..., N, k] -> [..., N, k, C].
+
+    If M = 0, a row of zeros stands for the row 0 of missing neighbors.
+    """
+    X = X if X.shape[-2] else F.pad(X, (0, 0, 0, 1))
     lead, (M, C) = X.shape[:-2], X.shape[-2:]
     first_row = M * torch.arange(lead.numel(), device=I.device).reshape(*lead, 1, 1)
     rows = (I + first_row).reshape(-1)

@@ -197,6 +197,8 @@ def make_case(seed: int) -> Case:
         most = M if R is None else R
         # Small k is common, and k equal to the number of keys is a special case.
         k = draw.choice((1, min(9, most), draw.randint(1, most), most))
+        # A case in ten asks for more neighbors than there are keys.
+        k += most if seed % 10 == 7 else 0
         weight = draw.choice(("none", "depthwise", "dense"))
         outputs = draw.choice(SIZES[:12])
         if weight == "dense" and outputs == C == 1:

@@ -242,6 +242,55 @@ def test_more_neighbors_than_a_list_holds(
     )
 
 
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize("option", ["keys", "mask", "candidates", "self_outside_candidates"])
+@pytest.mark.parametrize(("M", "k"), [(20, 21), (20, 300), (300, 700)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_more_neighbors_than_keys(
+    dtype: torch.dtype, M: int, k: int, option: str, order: str, device: HostCuda
+) -> None:
+    query, key = integers(5, 3, dtype=dtype), integers(M, 3, seed=1, dtype=dtype)
+    options: dict[str, Tensor] = {
+        "keys": {},
+        "mask": {"key_mask": torch.arange(M) % 3 == 0},
+        "candidates": {"candidates": torch.arange(M - 1, 0, -2)},
+        "self_outside_candidates": {
+            "candidates": torch.arange(M - 1, 0, -2),
+            "self_indices": torch.tensor([0, 2, M - 1, M - 2, 4]),
+        },
+    }[option]
+    options |= {"metric": "dot", "order": order}
+    assert_select(device.select, query, key, k, **options, exact=True, backward=False)
+
+
+@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
+@pytest.mark.parametrize(
+    ("metric", "rho"), [("cosine", "softmax"), ("dot", "similarity"), ("euclidean", "ones")]
+)
+@pytest.mark.parametrize(("M", "k"), [(8, 9), (3, 40), (0, 3)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_missing_places_and_gradients(
+    dtype: torch.dtype, M: int, k: int, metric: str, rho: str, kind: str, device: HostCuda
+) -> None:
+    """The value that a missing place has an index of is NaN."""
+    N, D, C, O = 6, 18, 5, 3
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[kind]
+    value = normal(2, M, C, seed=2, dtype=dtype)
+    value[:, :1] = math.nan
+    assert_forward(
+        device.forward,
+        normal(2, N, D, dtype=dtype),
+        normal(2, M, D, seed=1, dtype=dtype),
+        value,
+        k,
+        None if shape is None else normal(*shape, seed=3, dtype=dtype) / 8,
+        normal(O if kind == "dense" else C, seed=4, dtype=dtype),
+        key_mask=(torch.arange(M) != 0).expand(2, M),
+        metric=metric,
+        rho=rho,
+    )
+
+
 @pytest.mark.parametrize("size", [1e20, 1e-20, 1e-37, 3e38])
 @pytest.mark.parametrize("M", [20, 300])
 def test_norms_of_finite_rows_are_finite(size: float, M: int, device: HostCuda) -> None:

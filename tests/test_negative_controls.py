@@ -177,6 +177,26 @@ def test_missing_neighbors() -> None:
         wrong.certify()
 
 
+def test_missing_neighbors_beyond_all_keys() -> None:
+    query, key = torch.randn(2, 3), torch.randn(4, 3)
+    s, I = python_ref.select(query, key, 6)
+
+    def certify(s: Tensor, I: Tensor) -> None:
+        python_ref.assert_certified_selection(query, key, s, I, 6)
+
+    certify(s, I)
+    again, nearest = s.clone(), I.clone()
+    again[0, 4], nearest[0, 4] = s[0, 0], I[0, 0]
+    with pytest.raises(AssertionError, match="missing neighbor with a similarity"):
+        certify(again, I)
+    with pytest.raises(AssertionError, match="index other than 0"):
+        certify(s, I.index_fill(1, torch.tensor([5]), 3))
+    with pytest.raises(AssertionError, match="missing neighbor"):
+        certify(again, nearest)
+    with pytest.raises(AssertionError, match="expected"):
+        certify(s[:, :4], I[:, :4])
+
+
 def test_order_by_index() -> None:
     wrong = Selection("dot", order="index")
     wrong.certify()

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import make_case
 from inputs import gradients, make_weight, randn
 from torch import Tensor
 
@@ -114,6 +115,8 @@ def test_similarity_by_hand(metric: str, expected: list[list[float]]) -> None:
 # The similarities of a query of 1 are the keys themselves.
 KEYS = torch.tensor([[5.0], [3.0], [math.nan], [5.0], [-INF], [0.0]])
 ONE = torch.tensor([[1.0]])
+# A missing place, in an expected list of indices.
+MISSING = -1
 
 
 @pytest.mark.parametrize(
@@ -156,6 +159,62 @@ def test_missing_neighbors_are_last(order: str) -> None:
     assert s[0].tolist() == (
         [3, 0, -INF, -INF, -INF] if order == "similarity" else [3, -INF, 0, -INF, -INF]
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"k": 8}, [2, 0, 3, 1, 5, 4, MISSING, MISSING]),
+        ({"k": 8, "order": "index"}, [0, 1, 2, 3, 4, 5, MISSING, MISSING]),
+        ({"candidates": torch.tensor([4, 1, 3])}, [3, 1, 4, MISSING]),
+        (
+            {"candidates": torch.tensor([4, 1, 3]), "self_indices": torch.tensor([0]), "k": 5},
+            [0, 3, 1, 4, MISSING],
+        ),
+        (
+            {"candidates": torch.tensor([4, 1]), "self_indices": torch.tensor([1]), "k": 3},
+            [1, 4, MISSING],
+        ),
+        (
+            {"key_mask": torch.tensor([0, 1, 0, 1, 0, 0]).bool(), "k": 8, "order": "index"},
+            [1, 3, *[MISSING] * 6],
+        ),
+        ({"key": KEYS[:0], "k": 2}, [MISSING, MISSING]),
+    ],
+)
+def test_more_neighbors_than_keys(options: dict, expected: list[int]) -> None:
+    arguments = {"key": KEYS, "k": 4, "metric": "dot", **options}
+    s, I = python_ref.select(ONE, **arguments)
+    rows = torch.tensor(expected)
+    assert I[0].tolist() == rows.clamp(min=0).tolist()
+    values = torch.cat([KEYS[:, 0], torch.tensor([-INF])])[rows]
+    torch.testing.assert_close(s[0], values, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])
+@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
+def test_missing_places_contribute_nothing(kind: str, rho: str) -> None:
+    """k = 5 of 3 keys equals k = 3 with the first taps of the weight; others get no gradient."""
+    q, key = randn(2, 4, 3, dtype=torch.float64), randn(2, 3, 3, dtype=torch.float64)
+    value = randn(2, 3, 6, dtype=torch.float64)
+    weight = make_weight(kind, 6, 5, torch.float64)
+    leaves = [t.requires_grad_() for t in (q, key, value, weight) if t is not None]
+    few = None if weight is None else weight[..., :3]
+    expected, _, _ = python_ref.forward(q, key, value, 3, few, rho=rho)
+    Y, _, _ = python_ref.forward(q, key, value, 5, weight, rho=rho)
+    torch.testing.assert_close(Y, expected)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(gradients(Y, leaves, grad), gradients(expected, leaves, grad))
+
+
+def test_without_keys_the_output_is_the_bias() -> None:
+    bias = torch.arange(5.0)
+    query, key, value = torch.ones(2, 3, 4), torch.ones(2, 0, 4), torch.ones(2, 0, 5)
+    for weight in (None, torch.ones(5, 5, 2), torch.ones(5, 1, 2)):
+        Y, s, I = python_ref.forward(query, key, value, 2, weight, bias)
+        assert Y.tolist() == bias.expand(2, 3, 5).tolist()
+        assert I.count_nonzero() == 0
+        assert bool((s == -INF).all())
 
 
 def test_signed_zeros_tie() -> None:
@@ -223,3 +282,23 @@ def test_half_similarities_are_float32() -> None:
     S = python_ref.similarity(Q, K)
     assert S.dtype == torch.float32
     torch.testing.assert_close(S, python_ref.similarity(Q.float(), K.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", [*range(7, 160, 10), 0, 1, 2])
+def test_the_reference_passes_its_own_comparison(seed: int) -> None:
+    """Every tenth case has more neighbors than keys."""
+    case = make_case(seed)
+    assert (case.k > (case.candidates or case.M)) == (seed % 10 == 7)
+    python_ref.assert_forward(python_ref.forward, **case.arguments(), exact=case.exact, seed=seed)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_the_comparison_without_keys(metric: str) -> None:
+    query, key, value = torch.ones(2, 3, 4), torch.ones(2, 0, 4), torch.ones(2, 0, 5)
+    weight, bias = torch.ones(6, 5, 2), torch.arange(6.0)
+    call = (query, key, value, 2, weight, bias)
+    python_ref.assert_forward(python_ref.forward, *call, metric=metric, exact=metric != "cosine")
+    with pytest.raises(AssertionError, match="missing neighbor with a similarity"):
+        python_ref.assert_certified_selection(
+            query, key, torch.zeros(2, 3, 2), torch.zeros(2, 3, 2, dtype=torch.int64), 2
+        )

@@ -197,6 +197,69 @@ def test_more_neighbors_than_a_list_holds(k: int, option: str, order: str) -> No
     assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
 
 
+MISSING = {
+    "keys": {},
+    "mask": {"key_mask": torch.arange(20) % 3 == 0},
+    "candidates": {"candidates": torch.tensor([15, 3, 8])},
+    "self_in_candidates": {
+        "candidates": torch.tensor([15, 3, 8]),
+        "self_indices": torch.tensor([3, 8, 15, 3, 8]),
+    },
+    "self_outside_candidates": {
+        "candidates": torch.tensor([15, 3, 8]),
+        "self_indices": torch.tensor([0, 1, 2, 18, 19]),
+        "key_mask": torch.arange(20) != 2,
+    },
+    "no_candidates": {"candidates": torch.arange(0)},
+}
+
+
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize("option", MISSING)
+@pytest.mark.parametrize(("k", "dtype"), [(21, F16), (21, F32), (40, F16), (300, F32)], ids=str)
+def test_more_neighbors_than_keys(option: str, order: str, k: int, dtype: torch.dtype) -> None:
+    """In one launch, over all columns, and in passes."""
+    query, key = integers(5, 18, dtype=dtype), integers(20, 18, seed=1, dtype=dtype)
+    options = MISSING[option] | {"metric": "dot", "order": order}
+    assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
+
+
+@pytest.mark.parametrize("weight", ["none", "depthwise", "dense"])
+@pytest.mark.parametrize(
+    ("metric", "rho"), [("cosine", "softmax"), ("dot", "similarity"), ("euclidean", "ones")]
+)
+@pytest.mark.parametrize(
+    ("M", "k", "dtype"),
+    [
+        (4, 5, F32),
+        (0, 3, F32),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((8, 9, F16), (3, 40, F32))),
+    ],
+    ids=str,
+)
+def test_missing_places_and_gradients(
+    weight: str, metric: str, rho: str, M: int, k: int, dtype: torch.dtype
+) -> None:
+    """The value that a missing place has an index of is NaN."""
+    N, D, C, O = 3, 18, 5, 3
+    shape = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[weight]
+    mask = torch.arange(M) != 0
+    value = normal(M, C, seed=2, dtype=dtype)
+    value[:1] = math.nan
+    assert_forward(
+        ops.forward,
+        normal(N, D, dtype=dtype),
+        normal(M, D, seed=1, dtype=dtype),
+        value,
+        k,
+        None if shape is None else normal(*shape, seed=3, dtype=dtype) / 8,
+        normal(O if weight == "dense" else C, seed=4, dtype=dtype),
+        key_mask=mask,
+        metric=metric,
+        rho=rho,
+    )
+
+
 @pytest.mark.slow
 def test_passes_with_all_keys_and_values() -> None:
     query, key, value = normal(3, 5), normal(520, 5, seed=1), normal(520, 4, seed=2)
@@ -462,13 +525,8 @@ class Shape:
         return "-".join(f"{name}{value}" for name, value in dataclasses.asdict(self).items())
 
 
-def allocations(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> tuple[list[int], int]:
-    """Elements of every tensor that the host side makes, forward and backward, and the most that
-    any input or output has.
-
-    Kernels do not run: what they read and write has been allocated before.
-    """
-
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of every temporary buffer of the launches that follow, which do not run."""
     from convnn_kernels.triton import launch
 
     made: list[int] = []
@@ -480,6 +538,17 @@ def allocations(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> tuple[list[int
 
     monkeypatch.setattr(launch.Pointers, "allocate", count)
     monkeypatch.setattr(launch.Plan, "launch", lambda plan, pointers: None)
+    return made
+
+
+def allocations(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> tuple[list[int], int]:
+    """Elements of every tensor that the host side makes, forward and backward, and the most that
+    any input or output has.
+
+    Kernels do not run: what they read and write has been allocated before.
+    """
+
+    made = planned(monkeypatch)
     monkeypatch.setattr(hardware, "architecture", lambda X: 90)
     B, N, M, C, O, k = shape.B, shape.N, shape.M or shape.N, shape.C, shape.O, shape.k
     query, key, value = (torch.zeros(B, n, C) for n in (N, M, M))
@@ -525,6 +594,76 @@ def test_memory(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> None:
     all_neighbors = shape.B * shape.N * shape.k * shape.C
     assert max((size for size in sizes if size > given), default=0) < min(all_pairs, all_neighbors)
     assert max(sizes) <= max(given, configs.SMALL_WORKSPACE // 4, configs.WORKSPACE // 4)
+
+
+# M rows of D channels that G batch elements share; some with more batch elements of either kind.
+SHARED = {
+    "batch": lambda G, M, D: normal(M, D).expand(G, M, D),
+    "batch_and_heads": lambda G, M, D: normal(M, D).expand(G, 2, M, D),
+    "batch_of_heads": lambda G, M, D: normal(2, M, D).expand(G, 2, M, D),
+    "grouped_heads": lambda G, M, D: normal(2, 1, M, D).expand(2, G, M, D),
+    "batch_of_grouped_heads": lambda G, M, D: normal(2, 2, 1, M, D).expand(2, 2, G, M, D),
+    "sliced_cache": lambda G, M, D: normal(2, 2 * M, G, D)[:, :M].transpose(1, 2),
+    "sliced_cache_of_grouped_heads": lambda G, M, D: (
+        normal(2, 2 * M, 2, 1, D)[:, :M].permute(0, 2, 3, 1, 4).expand(2, 2, G, M, D)
+    ),
+    "channels_apart": lambda G, M, D: normal(D, M).mT.expand(2, G, M, D),
+}
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("layout", SHARED)
+def test_rows_that_batch_elements_share_are_copied_once_at_most(
+    monkeypatch: pytest.MonkeyPatch, layout: str, metric: str
+) -> None:
+    made = planned(monkeypatch)
+    M, D = 512, 256
+    key, value = SHARED[layout](16, M, D), SHARED[layout](16, M, D)
+    distinct = key.numel() // math.prod(
+        size for size, stride in zip(key.shape, key.stride(), strict=True) if stride == 0
+    )
+    query, weight = torch.zeros(*key.shape[:-2], 1, D), torch.zeros(D, 1, 4)
+    mask = torch.ones(M, dtype=torch.bool).expand(key.shape[:-1])
+    forward = backend.operators()["convnn::forward"]
+    options = (None, None, mask, metric, "softmax", 1.0, "similarity")
+    with _Allocations() as mode:
+        mode.seen |= {X.untyped_storage().data_ptr() for X in (query, key, value, weight, mask)}
+        forward(query, key, value, 4, weight, None, *options)
+    assert max(mode.sizes + made) <= distinct
+
+
+@pytest.mark.parametrize("option", ["none", "self", "mask", "own_masks"])
+@pytest.mark.parametrize("layout", SHARED)
+def test_rows_that_batch_elements_share(layout: str, option: str) -> None:
+    M, D, N = 9, 5, 2
+    key = SHARED[layout](2, M, D)
+    lead = key.shape[:-2]
+    generator = torch.Generator().manual_seed(0)
+    options = {
+        "none": {},
+        "self": {"self_indices": torch.tensor([7, 3])},
+        "mask": {"key_mask": (torch.arange(M) % 3 > 0).expand(*lead, M)},
+        "own_masks": {"key_mask": torch.rand(*lead, M, generator=generator) > 0.5},
+    }[option]
+    query = normal(*lead, N, D, seed=1)
+    assert_select(ops.select, query, key, 4, **options, backward=False)
+
+
+QUERIES = {
+    "rows_before_heads": lambda key: normal(2, 4, 3, 5).transpose(1, 2),
+    "one_of_several": lambda key: normal(2, 3, 4, 5)[:, :, 2:3],
+    "shared": lambda key: normal(2, 1, 4, 5).expand(2, 3, 4, 5),
+    "one_row": lambda key: normal(5).expand(2, 3, 1, 5),
+    "keys": lambda key: key,
+    "first_key": lambda key: key[:, :, :1],
+}
+
+
+@pytest.mark.parametrize("layout", QUERIES)
+def test_queries_of_shared_keys(layout: str) -> None:
+    """Queries that do not follow one another, and such as are shared themselves."""
+    key = normal(8, 5).expand(2, 3, 8, 5)
+    assert_select(ops.select, QUERIES[layout](key), key, 4, backward=False)
 
 
 def test_parts_of_a_weight_gradient_are_freed_before_the_inverse_list(

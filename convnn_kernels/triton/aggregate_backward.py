@@ -50,7 +50,7 @@ def aggregate_backward(
     grad_value = empty_gradient(value, need_value)
     grad_s = empty_gradient(similarities, need_similarities)
     grad_bias = _bias_grad(grad_output, value) if need_bias and has_bias else value.new_empty(0)
-    is_empty = grad_output.numel() == 0 or value.shape[-1] == 0
+    is_empty = grad_output.numel() == 0 or value.numel() == 0
     if is_empty or not (need_value or need_similarities or need_weight):
         grad_weight = value.new_zeros(weight.shape if need_weight and weight is not None else 0)
         return grad_value.zero_(), grad_s.zero_(), grad_weight, grad_bias

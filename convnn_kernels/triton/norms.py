@@ -6,6 +6,7 @@ keeps squares finite. A row whose norm is at most 1e-12 counts as zero. One prog
 of key or of query.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -184,28 +185,30 @@ def prepare_norms(
     if metric != "cosine":
         return _NONE
     config = configs.norms(arch, K.D)
-    rows = {"key": K.B * K.N} if one_tensor else {"key": K.B * K.N, "query": Q.B * Q.N}
+    layouts = {"key": K} if one_tensor else {"key": K, "query": Q}
     wanted = (*_NORMS, "scaled") if scale_rows else _NORMS
     buffers: dict[str, Buffer] = {}
     names: dict[str, str | None] = {}
     own_names: dict[str, str | None] = {}
     for name in ("key", "query"):
-        source = name if name in rows else "key"
+        source = name if name in layouts else "key"
         for what in (*_NORMS, "scaled"):
-            if name in rows and what in wanted:
-                width, element = (K.D, dtype) if what == "scaled" else (1, torch.float32)
-                buffers[f"p_{name}_{what}"] = (rows[name] * width, element)
+            if name in layouts and what in wanted:
+                buffers[f"p_{name}_{what}"] = _buffer(what, layouts[name], dtype)
             else:
                 own_names[f"p_{name}_{what}"] = None
         names |= {f"p_{name}_{what}": f"p_{source}_{what}" for what in _NORMS}
         if scale_rows:
             names[f"p_{name}"] = f"p_{source}_scaled"
+    if scale_rows and any(X.distinct() != X for X in layouts.values()):
+        of_each = (_prepare_shared(name, X, dtype, config) for name, X in layouts.items())
+        return Norms(tuple(chain(*of_each)), buffers, names)
     launch = norms_kernel.prepare(
-        sum(cdiv(count, config["ROWS"]) for count in rows.values()),
+        sum(cdiv(X.B * X.N, config["ROWS"]) for X in layouts.values()),
         config,
         own_names,
-        query_rows=rows.get("query", 0),
-        key_rows=rows["key"],
+        query_rows=0 if one_tensor else Q.B * Q.N,
+        key_rows=K.B * K.N,
         N=Q.N,
         M=K.N,
         D=K.D,
@@ -216,6 +219,42 @@ def prepare_norms(
         RESCALE=rescales(dtype),
     )
     return Norms((launch,), buffers, names)
+
+
+def _buffer(what: str, X: Layout, dtype: torch.dtype) -> Buffer:
+    if what != "scaled":
+        return X.B * X.N, torch.float32
+    once = X.distinct()
+    return once.B * once.N * once.D, dtype
+
+
+def _prepare_shared(
+    name: str, X: Layout, dtype: torch.dtype, config: configs.Config
+) -> tuple[Launch, Launch]:
+    """Launches for the rows of query or key, where batch elements share some of them: one scales
+    each row once; the other computes the norms, which kernels read for every batch element."""
+    only_one: dict[str, str | None] = {"p_query": f"p_{name}", "p_key": f"p_{name}"}
+    for what in (*_NORMS, "scaled"):
+        only_one |= {f"p_key_{what}": f"p_{name}_{what}", f"p_query_{what}": None}
+
+    def prepare(X: Layout, names: dict[str, str | None]) -> Launch:
+        return norms_kernel.prepare(
+            cdiv(X.B * X.N, config["ROWS"]),
+            config,
+            names,
+            query_rows=0,
+            key_rows=X.B * X.N,
+            N=X.N,
+            M=X.N,
+            D=X.D,
+            B2=X.B2,
+            **X.strides("q"),
+            **X.strides("k"),
+            ALIGN=alignment(X),
+            RESCALE=rescales(dtype),
+        )
+
+    return prepare(X.distinct(), only_one), prepare(X, only_one | {"p_key_scaled": None})
 
 
 def rescales(dtype: torch.dtype) -> bool:

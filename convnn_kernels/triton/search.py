@@ -83,6 +83,12 @@ def prepare(
     one_tensor = is_same(query, key)
     Q, Q_layout = (K, K_layout) if one_tensor else rows_of(query)
     mask, mask_layout = (None, None) if key_mask is None else rows_of(key_mask.unsqueeze(-2))
+    mask_strides = (0, 0) if mask_layout is None else mask_layout[4:6]
+    if not one_tensor:
+        Q_layout, K_layout = _fold(Q_layout, K_layout, mask_strides)
+    if self_indices is not None:
+        folded = Q_layout.N // query.shape[-2]
+        self_indices = self_indices.repeat(folded) if folded > 1 else self_indices.contiguous()
     search = Search(
         Q=Q_layout,
         K=K_layout,
@@ -94,7 +100,7 @@ def prepare(
         has_candidates=candidates is not None,
         has_self=self_indices is not None,
         has_mask=key_mask is not None,
-        mask_strides=(0, 0) if mask_layout is None else mask_layout[4:6],
+        mask_strides=mask_strides,
         dtype=query.dtype,
         tf32=query.dtype == torch.float32 and hardware.allows_tf32(),
         arch=hardware.architecture(query),
@@ -104,6 +110,18 @@ def prepare(
         "p_key": K,
         "p_columns": None if candidates is None else candidates.contiguous(),
         "p_mask": mask,
-        "p_self": None if self_indices is None else self_indices.contiguous(),
+        "p_self": self_indices,
     }
     return search, tensors
+
+
+def _fold(Q: Layout, K: Layout, mask_strides: tuple[int, int]) -> tuple[Layout, Layout]:
+    """Queries of batch elements that share their keys and mask, as those of one batch element.
+
+    Norms of keys are then computed once, and a tile of S has queries of several batch elements.
+    """
+    if Q.B2 > 1 and K.stride_b2 == mask_strides[1] == 0 and Q.stride_b2 == Q.N * Q.stride_n:
+        Q, K = Q._replace(B2=1, N=Q.B2 * Q.N, stride_b2=0), K._replace(B2=1)
+    if Q.B2 == 1 and K.stride_b1 == mask_strides[0] == 0 and Q.stride_b1 == Q.N * Q.stride_n:
+        Q, K = Q._replace(B1=1, N=Q.B1 * Q.N, stride_b1=0), K._replace(B1=1)
+    return Q, K

@@ -305,8 +305,8 @@ def select_backward(
     grad_query, grad_key = empty_gradient(query, need_query), empty_gradient(key, need_key)
     if grad_query.numel() == grad_key.numel() == 0:
         return grad_query, grad_key
-    if indices.numel() == 0:
-        return grad_query, grad_key.zero_()
+    if indices.numel() == 0 or key.shape[-2] == 0:
+        return grad_query.zero_(), grad_key.zero_()
     s, I = similarities.contiguous(), indices.contiguous()
     K, K_layout = rows_of(key)
     one_tensor = is_same(query, key)

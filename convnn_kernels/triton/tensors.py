@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Tensors as kernels read them: two batch dimensions of any strides, rows, adjacent channels."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -30,21 +32,29 @@ class Layout(NamedTuple):
         names = (f"stride_{letter}{of}" for of in ("b1", "b2", _ROWS[letter]))
         return dict(zip(names, self[4:], strict=True))
 
+    def distinct(self) -> "Layout":
+        """Each row once, however many batch elements share it."""
+        B1, B2 = (self.B1 if self.stride_b1 else 1), (self.B2 if self.stride_b2 else 1)
+        return _layout(B1, B2, self.N, self.D, self.stride_b1, self.stride_b2, self.stride_n)
+
     def contiguous(self) -> "Layout":
-        """The same shape in contiguous memory."""
-        rows = self.N * self.D
-        return _layout(self.B1, self.B2, self.N, self.D, self.B2 * rows, rows, self.D)
+        """The same shape in contiguous memory. What batch elements share, they still share."""
+        once, rows = self.distinct(), self.N * self.D
+        b1 = once.B2 * rows if self.stride_b1 else 0
+        b2 = rows if self.stride_b2 else 0
+        return _layout(self.B1, self.B2, self.N, self.D, b1, b2, self.D)
 
 
 def rows_of(X: Tensor) -> tuple[Tensor, Layout]:
     """The rows of X [..., N, D].
 
     X is copied if its channels are not adjacent, because gathering such rows would read a sector of
-    memory for each channel, or if more than two leading dimensions cannot be merged into two.
+    memory for each channel, or if more than two leading dimensions cannot be merged into two. An
+    expanded dimension is not copied out, unless it stands among others that are not to be merged.
     """
     shape, strides = X.shape, X.stride()
-    if strides[-1] != 1 and shape[-1] > 1:
-        X = _with_adjacent_channels(X)
+    if (strides[-1] != 1 and shape[-1] > 1) or not _merge(shape[:-3], strides):
+        X = _copy_of_distinct(X)
         shape, strides = X.shape, X.stride()
     dim = len(shape)
     if dim == 3:
@@ -63,8 +73,14 @@ def _layout(B1: int, B2: int, N: int, D: int, b1: int, b2: int, n: int) -> Layou
     return Layout(B1, B2, N, D, b1 if B1 > 1 else 0, b2 if B2 > 1 else 0, n if N > 1 else D)
 
 
-def _with_adjacent_channels(X: Tensor) -> Tensor:
-    """A copy of X with adjacent channels. An expanded dimension is not copied out."""
+def _merge(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether dimensions of this shape are one dimension in memory."""
+    lead = [(size, stride) for size, stride in zip(shape, strides, strict=False) if size > 1]
+    return all(outer == size * stride for (_, outer), (size, stride) in pairwise(lead))
+
+
+def _copy_of_distinct(X: Tensor) -> Tensor:
+    """A contiguous copy of X, in which an expanded dimension is expanded again."""
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in X.stride()[:-1])
     return X[once].contiguous().expand(X.shape)
 
