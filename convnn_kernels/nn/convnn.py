@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: MIT
 """ConvNN layers for sequences and maps: Algorithm 1, sections 4.1, 4.2.1 and 4.2.2."""
 
-import contextlib
 import functools
 import math
 import types
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
@@ -325,16 +323,14 @@ class _ConvNN(nn.Module):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = positional.grid(shape, self.padding, self.coordinates, dtype, x.device)  # [M, 1 or 2]
         query = key[self._queries(shape, x.device)]  # [N, 1 or 2]
-        # 16-bit coordinates of a large map would be rounded.
-        with _without_autocast(x.device.type):
-            neighbors = functional.select_neighbors(
-                query,
-                key,
-                self.k,
-                *self._searched(shape, x.device),
-                metric=self.metric,
-                order=self.order,
-            )
+        neighbors = functional.select_neighbors(
+            query,
+            key,
+            self.k,
+            *self._searched(shape, x.device),
+            metric=self.metric,
+            order=self.order,
+        )
         # [N, k] → [B, N, k]
         similarities, indices = (each.expand(x.shape[0], -1, -1) for each in neighbors)
         return similarities, indices
@@ -573,13 +569,6 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
         "device": conv.weight.device,
         "dtype": conv.weight.dtype,
     }
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    # torch.autocast does not know the meta device.
-    if device_type == "meta":
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def _is_channels_last(x: Tensor) -> bool:
