@@ -63,13 +63,15 @@ def convnn(
     :math:`y_i = b + \sum_j \rho_{ij}\, V[I_{ij}]`. No N×M matrix is ever stored.
 
     The leading dimensions ``...`` are batch, heads or anything else; they must be equal in all
-    tensors that have them.
+    tensors that have them. Keys and values that the batch shares can be expanded: on the CPU they
+    are not copied. Autocast applies to value, weight and bias; query and key are never rounded.
 
     Args:
         query: [..., N, D]; float64, float32, float16 or bfloat16; any strides.
         key: [..., M, D], same dtype as query.
         value: [..., M, C]; float64, float32, float16 or bfloat16, which may differ from query's.
-        k: the number of neighbors, from 1 to M, or to R with candidates.
+        k: the number of neighbors, at least 1. Beyond the number of keys that are allowed,
+            neighbors are missing.
         weight: laid out as ``nn.Conv1d.weight`` with kernel size k: [O, C, k] dense or [C, 1, k]
             depthwise; same dtype as value; shared by all leading dimensions.
         bias: [O] ([C] with a depthwise weight or none), same dtype as value.
@@ -154,7 +156,8 @@ def select_neighbors(
     Args:
         query: [..., N, D]; float64, float32, float16 or bfloat16; any strides.
         key: [..., M, D], same dtype and leading dimensions as query.
-        k: the number of neighbors, from 1 to M, or to R with candidates.
+        k: the number of neighbors, at least 1. Beyond the number of keys that are allowed,
+            neighbors are missing.
         candidates: [R] int64, the rows of key that may be neighbors (section 4.2.2), distinct.
             Duplicates are not detected on CUDA; the result is then undefined.
         self_indices: [N] int64, the row of key that is the token itself, for each query: always a
