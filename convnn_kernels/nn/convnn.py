@@ -250,6 +250,12 @@ class _ConvNN(nn.Module):
         Returns:
             similarities, [B, N, k] float32 (float64 if the input is), and indices, [B, N, k]
             int64: rows of the padded map's tokens. See ``functional.select_neighbors``.
+
+        Example:
+            >>> layer = ConvNN2d(16, 32, k=9, padding=1)
+            >>> similarities, indices = layer.neighbors(torch.randn(2, 16, 8, 8))
+            >>> indices.shape
+            torch.Size([2, 64, 9])
         """
         shape = self._shape(x)
         if self.projections == "coordinates":
@@ -473,9 +479,6 @@ class ConvNN2d(_ConvNN):
         >>> x = torch.randn(2, 16, 8, 8)
         >>> layer(x).shape
         torch.Size([2, 32, 8, 8])
-        >>> similarities, indices = layer.neighbors(x)
-        >>> indices.shape
-        torch.Size([2, 64, 9])
     """
 
     _dimensions = 2

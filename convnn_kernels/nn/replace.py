@@ -34,6 +34,13 @@ class Replaced:
     Attributes:
         swapped: name of each layer that was swapped → type of the new layer.
         left: name of each convolution or attention layer that was left → the reason.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1))
+        >>> print(replace(model, conv2d="convnn"))
+        1 layers swapped, 1 left
+        swapped 0: ConvNN2d
+        left 1: a 1x1 kernel has no neighbors
     """
 
     swapped: dict[str, str] = field(default_factory=dict)
@@ -94,6 +101,12 @@ def replace(
     Raises:
         ValueError: if an argument is wrong, if neither conv2d nor attention is given, or if the
             model itself is such a layer.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(64, 4, batch_first=True)
+        >>> encoder = nn.TransformerEncoder(layer, 2)
+        >>> replace(encoder, attention="convnn", k=9).swapped
+        {'layers.0.self_attn': 'ConvNNAttention', 'layers.1.self_attn': 'ConvNNAttention'}
     """
     owner = "replace"
     for name, given, choices in (
