@@ -63,12 +63,14 @@ def convnn(
     :math:`y_i = b + \sum_j \rho_{ij}\, V[I_{ij}]`. No N×M matrix is ever stored.
 
     The leading dimensions ``...`` are batch, heads or anything else; they must be equal in all
-    tensors that have them. Keys and values that the batch shares can be expanded: on the CPU they
-    are not copied. Autocast applies to value, weight and bias; query and key are never rounded.
+    tensors that have them. Keys and values that the batch shares can be expanded: on the CPU,
+    they are not repeated in memory. Tensors are dense: pad nested ones, and pass key_mask. Autocast
+    applies to value, weight and bias; query and key are never rounded.
 
     Args:
         query: [..., N, D]; float64, float32, float16 or bfloat16; any strides.
-        key: [..., M, D], same dtype as query.
+        key: [..., M, D], same dtype as query, or, under autocast, one that is widened to it or
+            to which query is widened.
         value: [..., M, C]; float64, float32, float16 or bfloat16, which may differ from query's.
         k: the number of neighbors, at least 1. Beyond the number of keys that are allowed,
             neighbors are missing.
@@ -289,7 +291,7 @@ def edge_index(indices: Tensor, similarities: Tensor, num_keys: int | None = Non
     **Do not use ``indices`` as edges without dropping the missing neighbors: they carry index 0 and
     similarity -inf.** Each of the others gives one edge, from the key to the query, as PyTorch
     Geometric's ``knn_graph`` directs it by default (``flow="source_to_target"``). All batch
-    elements become one graph, in which they are numbered through.
+    elements become one graph, in which they are numbered consecutively.
 
     Args:
         indices: [..., N, k] int64, from :func:`select_neighbors`.
@@ -333,7 +335,7 @@ def edge_index(indices: Tensor, similarities: Tensor, num_keys: int | None = Non
             raise
         raise RuntimeError(
             "edge_index: vmap cannot run it, because the number of edges depends on the data; "
-            "call it on the whole batch, whose leading dimensions it numbers through"
+            "call it on the whole batch, whose leading dimensions it numbers consecutively"
         ) from None
 
 
@@ -349,7 +351,7 @@ def _edges(indices: Tensor, similarities: Tensor, num_keys: int | None) -> Tenso
         least, most = (int(each) for each in found.aminmax())
         if least < 0 or (most >= keys and is_limited):
             raise RuntimeError(
-                f"edge_index: indices must be in [0, {keys}), got {min(least, 0) or most}; "
+                f"edge_index: indices must be in [0, {keys}), got {least if least < 0 else most}; "
                 "num_keys, the number of keys of each batch element, is by default the number of "
                 f"queries, {rows}"
             )

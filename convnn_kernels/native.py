@@ -44,6 +44,7 @@ def load() -> dict[str, str]:
         raise ImportError(f"convnn_kernels: the CPU library {path} is missing. {_FAULT}".rstrip())
     if _FAULT:
         warnings.warn(f"convnn_kernels: {_FAULT}", stacklevel=2)
+    _require_only_copy(path)
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -52,6 +53,21 @@ def load() -> dict[str, str]:
             f"2.11 or newer.\n{error}"
         ) from error
     return {"cpu": "", "cuda": _load_cuda()}
+
+
+def _require_only_copy(path: Path) -> None:
+    """Raises if the process has loaded another copy of a library.
+
+    Each copy defines the operators, and PyTorch ends the process when they are defined again.
+    """
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        loaded = Path(line.partition("/")[2].removesuffix(" (deleted)"))
+        if loaded.name == path.name and Path("/", loaded) != path.resolve():
+            raise ImportError(
+                f"convnn_kernels: cannot load {path}, because the process has already loaded "
+                f"/{loaded}. Restart Python, and import or load only one of them"
+            )
 
 
 def cpu_instruction_set() -> str:

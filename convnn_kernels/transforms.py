@@ -13,6 +13,8 @@ from convnn_kernels import schemas
 # would give other neighbors.
 _CAST = {"value", "weight", "bias"}
 
+_WIDENED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
 # The arguments that have the leading dimensions; vmap adds the mapped dimension in front.
 _BATCHED = {
     "convnn::forward": {"query", "key", "value", "key_mask"},
@@ -72,7 +74,7 @@ def _widen(arguments: Any) -> Any:
     query, key = getattr(arguments, "query", None), getattr(arguments, "key", None)
     if query is None or key is None or query.dtype is key.dtype:
         return arguments
-    if not (query.is_floating_point() and key.is_floating_point()):
+    if not {query.dtype, key.dtype} <= _WIDENED:
         return arguments  # the operator's own check refuses them
     dtype = torch.promote_types(query.dtype, key.dtype)
     return arguments._replace(query=query.to(dtype), key=key.to(dtype))

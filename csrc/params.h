@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The arguments of the operators as plain data, without PyTorch or CUDA, for every backend written
 // in C++. Leading dimensions are flattened into `batch`; the comment after each pointer gives its
-// shape. Tensors are dense and row-major but for query, key and value. A pointer is null if the
+// shape. Tensors are dense and row-major, except query, key and value. A pointer is null if the
 // argument is absent or the result is not needed.
 #pragma once
 

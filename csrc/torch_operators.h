@@ -6,8 +6,8 @@
 //
 // A Backend is constructed for each call from a tensor on its device. It has a function for each
 // operator but forward, which is select() and aggregate(). kReadsIndices says whether index values
-// are in host memory and can be checked; reads(rows) is the number of rows for Readable, below, or
-// 0.
+// are in host memory and can be checked, kReadsStrides whether query, key and value may have
+// strides.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -105,21 +105,23 @@ class Contiguous {
   const void* data_ = nullptr;
 };
 
-// The rows of a tensor [..., rows, columns] for a backend that reads `reads` rows of each batch
-// element, or, if that is none, only dense tensors. They are read where they lie if the elements of
-// a row are adjacent and so are the rows, or if few are read: reading rows that are far apart
-// takes longer. All else is copied, but expanded dimensions are not repeated.
+// The rows of a tensor [..., rows, columns], of which `reads` are read in each batch element. A
+// backend that reads strides gets them where they lie if the elements of a row are adjacent and so
+// are the rows, or if only a few are read: reading rows that are far apart takes longer than
+// copying them. All else is copied, but expanded dimensions are not repeated.
 class Readable {
  public:
-  Readable(const Tensor& tensor, int64_t reads) {
+  static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+
+  Readable(const Tensor& tensor, bool reads_strides, int64_t reads = kAll) {
     const int64_t rows = rows_of(tensor), columns = columns_of(tensor);
     if (tensor.is_contiguous()) {
       rows_ = dense_rows(tensor.const_data_ptr(), rows, columns);
-    } else if (reads == 0) {
+    } else if (!reads_strides) {
       copy_ = tensor.contiguous();
       rows_ = dense_rows(copy_->const_data_ptr(), rows, columns);
     } else if ((tensor.stride(tensor.dim() - 1) == 1 || columns <= 1) &&
-               (tensor.stride(tensor.dim() - 2) <= columns || reads <= rows)) {
+               (tensor.stride(tensor.dim() - 2) <= columns || reads < rows)) {
       read_strides(tensor, tensor.sizes());
     } else {
       copy_ = tensor.distinct().contiguous();
@@ -174,10 +176,14 @@ Tensor empty_as(const Tensor& like, const std::vector<int64_t>& shape, ScalarTyp
     strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
   }
   AtenTensorHandle empty = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError error = aoti_torch_empty_strided(
       int64_t(shape.size()), shape.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), like.device_type(),
-      like.device_index(), &empty));
+      like.device_index(), &empty);
+  if (error) {
+    throw std::runtime_error("convnn: cannot allocate a tensor of shape " +
+                             name_of(Shape(shape.data(), shape.size()), shape.size()));
+  }
   return Tensor(empty);
 }
 
@@ -199,6 +205,14 @@ Tensor empty_like_if(bool needed, const Tensor& tensor) {
   if (!needed) return empty_as(tensor, {0}, tensor.scalar_type());
   const Shape sizes = tensor.sizes();
   return empty_as(tensor, std::vector<int64_t>(sizes.begin(), sizes.end()), tensor.scalar_type());
+}
+
+// Without pairs, all gradients are zero.
+template <class... Gradients>
+bool fill_without_pairs(const Tensor& similarities, const Gradients&... gradients) {
+  if (similarities.numel() > 0) return false;
+  (gradients.fill_with_zeros(), ...);
+  return true;
 }
 
 void check_distinct(const char* op, const int64_t* candidates, int64_t count) {
@@ -246,7 +260,7 @@ std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, c
   if (Backend::kReadsIndices && self_indices)
     check_range(op, "self_indices", self.data_as<int64_t>(), n, m);
 
-  const Readable queries(query, Backend::reads(n)), keys(key, Backend::reads(m));
+  const Readable queries(query, Backend::kReadsStrides), keys(key, Backend::kReadsStrides);
   const std::vector<int64_t> shape = shape_with(query, n, k);
   Tensor similarities = empty_as(query, shape, is_float64 ? ScalarType::Double : ScalarType::Float);
   Tensor indices = empty_as(query, shape, ScalarType::Long);
@@ -297,7 +311,7 @@ Tensor checked_aggregate(const Tensor& value, const Tensor& similarities,
                          const OptionalTensor& weight, const OptionalTensor& bias,
                          Convolution convolution, int64_t outputs, const std::string& rho,
                          double scale) {
-  const Readable values(value, Backend::reads(pairs_of(similarities)));
+  const Readable values(value, Backend::kReadsStrides, pairs_of(similarities));
   const Contiguous weights(weight), biases(bias);
   Tensor output =
       empty_as(value, shape_with(value, rows_of(similarities), outputs), value.scalar_type());
@@ -400,8 +414,9 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
   check_same(op, "similarities", similarities, shape, dtype);
   check_same(op, "grad_similarities", grad_similarities, shape, dtype);
   check_same(op, "indices", indices, shape, ScalarType::Long);
-  const int64_t reads = Backend::reads(pairs_of(similarities));
-  const Readable queries(query, reads), keys(key, reads);
+  const int64_t reads = pairs_of(similarities);
+  const Readable queries(query, Backend::kReadsStrides, reads);
+  const Readable keys(key, Backend::kReadsStrides, reads);
   const Contiguous grads(grad_similarities);
   const Contiguous all_similarities(similarities), all_indices(indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
@@ -411,6 +426,9 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
 
   Tensor grad_query = empty_like_if(need_query, query);
   Tensor grad_key = empty_like_if(need_key, key);
+  if (fill_without_pairs(similarities, grad_query, grad_key)) {
+    return {std::move(grad_query), std::move(grad_key)};
+  }
   SelectBackwardParams params = select_backward_params(query, key, k, metric);
   params.grad_similarities = grads.data();
   params.query = queries.rows();
@@ -435,7 +453,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
                                                     std::nullopt, rho, scale, outputs);
   check_same(op, "grad_output", grad_output, shape_with(value, rows_of(similarities), outputs),
              value.scalar_type());
-  const Readable values(value, Backend::reads(pairs_of(similarities)));
+  const Readable values(value, Backend::kReadsStrides, pairs_of(similarities));
   const Contiguous grads(grad_output), weights(weight);
   const Contiguous all_similarities(similarities), all_indices(indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
@@ -449,6 +467,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
   Tensor grad_similarities = empty_like_if(need_similarities, similarities);
   Tensor grad_weight = empty_like_if(need_weight, weight ? *weight : value);
   Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type());
+  if (fill_without_pairs(similarities, grad_value, grad_similarities, grad_weight, grad_bias)) {
+    return {std::move(grad_value), std::move(grad_similarities), std::move(grad_weight),
+            std::move(grad_bias)};
+  }
   AggregateBackwardParams params = {};
   params.forward = aggregate_params(value, similarities, convolution, outputs, rho, scale);
   params.forward.value = values.rows();
@@ -502,8 +524,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
       check_forward_backward(op, grad_output, grad_similarities, query, key, value, weight,
                              similarities, indices, metric, rho, scale, outputs);
   const Contiguous output_grads(grad_output), similarity_grads(grad_similarities);
-  const int64_t reads = Backend::reads(pairs_of(similarities));
-  const Readable queries(query, reads), keys(key, reads), values(value, reads);
+  const int64_t reads = pairs_of(similarities);
+  const Readable queries(query, Backend::kReadsStrides, reads);
+  const Readable keys(key, Backend::kReadsStrides, reads);
+  const Readable values(value, Backend::kReadsStrides, reads);
   const Contiguous weights(weight);
   const Contiguous all_similarities(similarities), all_indices(indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
@@ -518,6 +542,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
   Tensor grad_value = empty_like_if(need_value, value);
   Tensor grad_weight = empty_like_if(need_weight, weight ? *weight : value);
   Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type());
+  if (fill_without_pairs(similarities, grad_query, grad_key, grad_value, grad_weight, grad_bias)) {
+    return {std::move(grad_query), std::move(grad_key), std::move(grad_value),
+            std::move(grad_weight), std::move(grad_bias)};
+  }
   if (!grad_similarities && *rho_of(rho) == Rho::ones) {  // nothing depends on the similarities
     grad_query.fill_with_zeros();
     grad_key.fill_with_zeros();

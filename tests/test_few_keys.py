@@ -130,3 +130,18 @@ def test_far_more_neighbors_than_keys() -> None:
     assert torch.equal(similarities[:, :10], few[0])
     assert torch.equal(indices[:, :10], few[1])
     assert similarities[:, 10:].isneginf().all()
+
+
+@pytest.mark.parametrize("weight", ["dense", "depthwise", None])
+def test_backward_without_queries(weight: str | None) -> None:
+    """All gradients are zero, at once, however large k is."""
+    k = 2**40 if weight is None else K
+    query, key, value, _, *convolution = inputs(torch.float32, weight)
+    args = [query[:, :0], key, value, k, *convolution]
+    _, grads = run(args)
+    assert all(g.eq(0).all() for g in grads)
+
+
+def test_more_neighbors_than_memory() -> None:
+    with pytest.raises(RuntimeError, match=r"cannot allocate .* shape \[5, 1099511627776\]"):
+        convnn.select(torch.ones(5, 3), torch.ones(5, 3), 2**40)

@@ -529,5 +529,5 @@ def test_vmap_of_edge_index(in_dims: tuple[int | None, int | None]) -> None:
         torch.vmap(functional.edge_index, in_dims)(*args)
     assert str(error.value) == (
         "edge_index: vmap cannot run it, because the number of edges depends on the data; call it "
-        "on the whole batch, whose leading dimensions it numbers through"
+        "on the whole batch, whose leading dimensions it numbers consecutively"
     )

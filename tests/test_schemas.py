@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The operators as the C++ library defines them, and what an import adds to them."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,3 +75,19 @@ check(first)
 check(convnn_kernels.functional)
 check(first)  # objects of the first import still work
 """)
+
+
+def test_another_copy_of_the_library(tmp_path: Path) -> None:
+    """Loading a second one would end the process."""
+    copy = tmp_path / native.library("cpu").name
+    shutil.copy(native.library("cpu"), copy)
+    printed = run(f"""
+import torch
+torch.ops.load_library({str(copy)!r})
+try:
+    import convnn_kernels
+except ImportError as error:
+    print(error)
+""")
+    assert printed.startswith(f"convnn_kernels: cannot load {native.library('cpu')}, because")
+    assert f"already loaded {copy}. Restart Python" in printed

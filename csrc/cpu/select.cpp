@@ -44,14 +44,16 @@ void select_batches(const SelectParams& p, const SelectKernel& kernel, const Sel
 
 // How many consecutive batch elements have the same keys, if all groups of as many have.
 int64_t batches_per_keys(const SelectParams& p) {
-  if (p.batch == 1 || p.key_mask) return 1;
-  if (!p.key.offsets) return p.key.batch_stride == 0 ? p.batch : 1;
-  const int64_t* offsets = p.key.offsets;
+  const auto same = [&](int64_t a, int64_t b) {
+    return p.key.offset(a) == p.key.offset(b) &&
+           (!p.key_mask ||
+            std::memcmp(p.key_mask + a * p.m, p.key_mask + b * p.m, size_t(p.m)) == 0);
+  };
   int64_t shared = 1;
-  while (shared < p.batch && offsets[shared] == offsets[0]) ++shared;
+  while (shared < p.batch && same(0, shared)) ++shared;
   if (p.batch % shared) return 1;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    if (offsets[b] != offsets[b / shared * shared]) return 1;
+  for (int64_t b = shared; b < p.batch; ++b) {
+    if (!same(b / shared * shared, b)) return 1;
   }
   return shared;
 }
@@ -70,6 +72,13 @@ class Folded {
     if (p.key.offsets) {
       for (int64_t b = 0; b < p.batch; b += shared) key_offsets_.push_back(p.key.offsets[b]);
       params_.key.offsets = key_offsets_.data();
+    }
+    if (p.key_mask) {
+      key_mask_ = Workspace(size_t(params_.batch * p.m));
+      for (int64_t b = 0; b < params_.batch; ++b) {
+        std::memcpy(key_mask_.as<bool>() + b * p.m, p.key_mask + b * shared * p.m, size_t(p.m));
+      }
+      params_.key_mask = key_mask_.as<bool>();
     }
     if (p.self_indices) {
       for (int64_t i = 0; i < shared; ++i) {
@@ -99,7 +108,7 @@ class Folded {
   }
 
   SelectParams params_;
-  Workspace queries_;
+  Workspace queries_, key_mask_;
   std::vector<int64_t> key_offsets_, self_indices_;
 };
 

@@ -18,7 +18,7 @@ void parallel_for(int64_t tasks, int64_t grain, const cpu::Body& body) {
 
 struct Cpu {
   static constexpr bool kReadsIndices = true;
-  static int64_t reads(int64_t rows) { return std::max<int64_t>(rows, 1); }
+  static constexpr bool kReadsStrides = true;
 
   explicit Cpu(const Tensor&) {}
   void select(const SelectParams& params) { cpu::select(params, parallel_for); }

@@ -23,7 +23,7 @@ void* current_stream(int32_t device) {
 class Cuda : private cuda::Context {
  public:
   static constexpr bool kReadsIndices = false;
-  static int64_t reads(int64_t) { return 0; }  // kernels take dense tensors
+  static constexpr bool kReadsStrides = false;
 
   explicit Cuda(const Tensor& like)
       : Context(current_stream(like.device_index())), guard_(like.device_index()), like_(like) {}
