@@ -128,8 +128,10 @@ def test_the_shapes_in_the_page_on_graphs() -> None:
         results.append(scope)
     one, without_self, ragged = results
     assert one["edges"].shape == (2, 16000)
-    assert one["distances"].shape == (16000,)
+    assert one["of_edges"].shape == (16000,)
     assert without_self["edges"].shape == (2, 16000)
+    assert without_self["distances"].shape == (16000,)
+    assert without_self["distances"].min() > 0
     assert ragged["x"].shape == (177, 3)
     assert ragged["padded"].shape == (3, 120, 3)
     assert ragged["edges"].unique().numel() == 177

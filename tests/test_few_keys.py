@@ -11,7 +11,7 @@ import convnn_kernels  # noqa: F401, defines the operators
 
 convnn = torch.ops.convnn
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16]
 N, M, C, K = 5, 3, 4, 7
 
 
