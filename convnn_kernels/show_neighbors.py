@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import matplotlib
         import PIL  # noqa: F401
     except ImportError:
-        parser.error("drawing needs matplotlib: pip install matplotlib")
+        parser.error("drawing needs matplotlib, as in the extra bench: pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

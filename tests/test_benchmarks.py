@@ -367,3 +367,16 @@ def test_every_kernel_has_a_prediction() -> None:
     assert bounds.predicted_microseconds(name, w, "triton") == predicted[name]
     assert bounds.predicted_microseconds(name, w, "cuda") is None
     assert bounds.kernel_microseconds(name, w) == pytest.approx(43.5, abs=0.1)
+
+
+def test_packages_that_are_missing(run_python) -> None:
+    """As after an installation without the extra."""
+    printed = run_python("""
+        import sys
+        sys.modules["PIL"] = None
+        try:
+            import benchmarks.paper
+        except ModuleNotFoundError as error:
+            print(error)
+    """)
+    assert printed.startswith("benchmarks needs PIL, which the extra bench installs:  pip install")

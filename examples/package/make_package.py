@@ -2,6 +2,10 @@
 """Compiles a small model ahead of time into a package that run_package.cpp runs without Python:
 
 python examples/package/make_package.py model.pt2
+
+The process that loads a package needs the operators: the file convnn_kernels/lib/libconvnn_cpu.so
+of the installed package, or in Python ``import convnn_kernels``. Layers with random candidates need
+``fixed_in_eval=True`` to give the same result each time.
 """
 
 import sys
