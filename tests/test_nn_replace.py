@@ -679,3 +679,62 @@ def test_swapped_layers_are_not_swapped_again() -> None:
     assert len(replace(model, conv2d="hybrid", attention="kvt").swapped) == 3
     again = replace(model, conv2d="hybrid", attention="kvt")
     assert (again.swapped, again.left) == ({}, {})
+
+
+def test_a_shared_part_of_a_layer_is_a_reason() -> None:
+    """A fused projection becomes three, which would no longer be tied to its other uses."""
+    tied = nn.Sequential(FusedAttention(), FusedAttention())
+    tied[1].qkv = tied[0].qkv
+    with_head = nn.ModuleDict({"attention": FusedAttention()})
+    with_head["head"] = with_head["attention"].qkv
+    reason = "its qkv is shared with another module"
+    assert replace(tied, attention="kvt").left == {"0": reason, "1": reason}
+    assert replace(with_head, attention="kvt").left == {"attention": reason}
+
+
+def test_what_may_be_shared() -> None:
+    """A whole layer, and parts without parameters."""
+    layer = FusedAttention()
+    other = FusedAttention()
+    other.attn_drop = layer.attn_drop
+    model = nn.Sequential(layer, nn.Sequential(layer), other)
+    assert list(replace(model, attention="kvt").swapped) == ["0", "1.0", "2"]
+    assert model[0] is model[1][0]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d, nn.MultiheadAttention])
+@pytest.mark.parametrize(
+    ("add", "name"),
+    [
+        (lambda layer: layer.register_buffer("mask", torch.ones(2)), "mask"),
+        (lambda layer: layer.register_parameter("gain", nn.Parameter(torch.ones(2))), "gain"),
+        (lambda layer: layer.add_module("lora", nn.Linear(2, 2)), "lora"),
+    ],
+)
+def test_extra_parts_of_plain_layers_are_a_reason(
+    kind: type[nn.Module], add: Callable[[nn.Module], object], name: str
+) -> None:
+    model = nn.Sequential(FusedAttention(), nn.MultiheadAttention(8, 2), nn.Conv2d(3, 3, 3, 1, 1))
+    at = {nn.Linear: "0", nn.MultiheadAttention: "1", nn.Conv2d: "2"}[kind]
+    add(model[0].qkv if kind is nn.Linear else model[int(at)])
+    its = f"qkv.{name}" if kind is nn.Linear else name
+    for conv2d in (ConvNN2d.from_conv2d, "hybrid"):
+        done = replace(copy.deepcopy(model), attention="kvt", conv2d=conv2d)
+        assert done.left == {at: f"its {its} would be lost"}
+
+
+def test_an_alias_of_a_weight_is_a_reason() -> None:
+    model = nn.Sequential(FusedAttention(), nn.Conv2d(3, 3, 3, padding=1))
+    model[0].table = model[0].qkv.weight
+    model[1].kernel = model[1].weight
+    done = replace(model, attention="kvt", conv2d="hybrid")
+    assert done.left == {
+        "0": "its table is shared with another layer",
+        "1": "its kernel would be lost",
+    }
+
+
+def test_a_complex_convolution_is_left() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, dtype=torch.complex64))
+    for conv2d in ("convnn", "hybrid"):
+        assert replace(model, conv2d=conv2d).left == {"0": "dtype torch.complex64"}

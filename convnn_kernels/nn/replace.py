@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Replaces the layers of an existing model by ConvNN layers."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from convnn_kernels.nn.replaceable import (
     CannotReplaceError,
     require_plain_convolution,
     require_untouched,
+    shared_parts,
 )
 
 ADAPTERS = (MultiheadAdapter, SelfAttentionAdapter)
@@ -154,12 +154,7 @@ class _Replacement:
         # A module with several parents is swapped once, and remains shared.
         self.new: dict[nn.Module, nn.Module] = {}
         self.visited: set[nn.Module] = set()
-        uses = Counter(
-            id(parameter)
-            for module in model.modules()
-            for parameter in module.parameters(recurse=False)
-        )
-        self.shared = {key for key, count in uses.items() if count > 1}
+        self.shared = shared_parts(model)
 
     def run(self) -> Replaced:
         self._visit(self.model, "")
