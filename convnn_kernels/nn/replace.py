@@ -230,10 +230,10 @@ class _Replacement:
         adapter = (
             MultiheadAdapter if isinstance(old, nn.MultiheadAttention) else SelfAttentionAdapter
         )
-        outputs = require_attention(old, adapter)
+        outputs, masks = require_attention(old, adapter)
         k = 9 if self.k is None else self.k
         new = adapter(old, Target(k, self.attention == "kvt", self._make_candidates()))
-        new.outputs = outputs
+        new.outputs, new.masks = outputs, masks
         return new
 
 
