@@ -933,3 +933,58 @@ def test_swapped_attention_draws_no_random_numbers(attention: str) -> None:
     assert len(replace(model, attention=attention).swapped) == 3
     assert torch.equal(torch.get_rng_state(), random)
     assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("x")])
+def test_an_error_of_a_function_leaves_the_model_as_it_was(error: Exception) -> None:
+    def make() -> RandomCandidates:
+        made.append(1)
+        if len(made) == 2:
+            raise error
+        return RandomCandidates(4)
+
+    made: list[int] = []
+    model = nn.Sequential(FusedAttention(), FusedAttention())
+    with pytest.raises(type(error), match="x"):
+        replace(model, attention="kvt", candidates=make)
+    assert all(type(layer) is FusedAttention for layer in model)
+
+    def build(conv: nn.Conv2d) -> nn.Module:
+        if conv is convs[1]:
+            raise KeyError("x")
+        return nn.Identity()
+
+    convs = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    with pytest.raises(KeyError):
+        replace(convs, conv2d=build)
+    assert all(type(layer) is nn.Conv2d for layer in convs)
+
+
+def test_candidates_are_not_shared() -> None:
+    shared = RandomCandidates(4)
+    model = nn.Sequential(FusedAttention(), FusedAttention())
+    for make, message in (
+        (lambda: shared, r"candidates must .* returns new .*, got RandomCandidates\(4, .*"),
+        (lambda: 3, "candidates must .* returns new Candidates for each layer, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(model, attention="kvt", candidates=make)
+    assert all(type(layer) is FusedAttention for layer in model)
+
+
+def test_a_wrapped_model_raises() -> None:
+    for name in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        wrapper = type(name, (nn.Sequential,), {})
+        for model in (wrapper(FusedAttention()), nn.Sequential(wrapper(FusedAttention()))):
+            with pytest.raises(ValueError, match=f"model must not be wrapped .*, got .*{name}"):
+                replace(model, attention="kvt")
+
+
+def test_a_model_that_is_no_module() -> None:
+    for model in ("x", nn.Linear, [nn.Linear(2, 2)]):
+        with pytest.raises(ValueError, match="replace: model must be an nn.Module, got"):
+            replace(model, conv2d="convnn")
+    with pytest.raises(ValueError, match=r"conv2d must be .*, got Tensor of shape \[3\]"):
+        replace(nn.Sequential(), conv2d=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"conv2d must be .*, got .* of shape \[3\]"):
+        replace(nn.Sequential(), conv2d=torch.zeros(3).numpy())

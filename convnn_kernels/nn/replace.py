@@ -24,6 +24,8 @@ from convnn_kernels.nn.replaceable import (
 ADAPTERS = (MultiheadAdapter, SelfAttentionAdapter)
 OURS = (ConvNN1d, ConvNN2d, ConvNNAttention, HybridBranch2d, *ADAPTERS)
 
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
 Builder = Callable[[Any], nn.Module]  # of a Conv2d or an attention layer
 
 
@@ -74,7 +76,8 @@ def replace(
     Layers are left, with the reason, where something would be lost: hooks, parametrizations,
     subclasses, a forward of the instance, parameters shared with other layers, further parameters,
     buffers and children. Functions given as conv2d or attention are called only for layers without
-    hooks, parametrizations, shared parameters and an own forward; the rest is up to them.
+    hooks, parametrizations, shared parameters and a forward of their own; the rest is up to them. An error
+    of theirs other than a ValueError leaves the model as it was, as does one of `candidates`.
 
     The new layers have the device, dtype and training mode of the old ones. Attention keeps its
     projections, frozen ones frozen. Convolutions start from fresh weights, because a tap no longer
@@ -100,7 +103,7 @@ def replace(
 
     Raises:
         ValueError: if an argument is wrong, if neither conv2d nor attention is given, or if the
-            model itself is such a layer.
+            model itself is such a layer, or is wrapped, such as by DistributedDataParallel.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(64, 4, batch_first=True)
@@ -109,11 +112,13 @@ def replace(
         {'layers.0.self_attn': 'ConvNNAttention', 'layers.1.self_attn': 'ConvNNAttention'}
     """
     owner = "replace"
+    settings.require(isinstance(model, nn.Module), owner, "model", "an nn.Module", model)
     for name, given, choices in (
         ("conv2d", conv2d, ("convnn", "hybrid")),
         ("attention", attention, ("convnn", "kvt")),
     ):
-        is_valid = given is None or given in choices or _is_builder(given)
+        is_valid = given is None or _is_builder(given)
+        is_valid |= isinstance(given, str) and given in choices
         expected = f"{choices[0]!r}, {choices[1]!r} or a function from the old layer to the new one"
         settings.require(is_valid, owner, name, expected, given)
     if conv2d is None and attention is None:
@@ -128,6 +133,12 @@ def replace(
     if _is_convolution(model) or _is_attention(model):
         name = type(model).__name__
         raise ValueError(f"replace: model must contain the layers to swap, got {name} itself")
+    for module in model.modules():
+        if any(kind.__name__ in WRAPPERS for kind in type(module).__mro__):
+            raise ValueError(
+                f"replace: model must not be wrapped for several devices, which would not know the "
+                f"new parameters (swap first, then wrap), got a {type(module).__name__}"
+            )
 
     return _Replacement(model, conv2d, attention, k, branch_ratio, candidates).run()
 
@@ -151,6 +162,10 @@ class _Replacement:
         self.branch_ratio = branch_ratio
         self.candidates = candidates
         self.done = Replaced()
+        # Made at the end, so that an error of a function leaves the model as it was.
+        self.changes: list[tuple[nn.Module, str, nn.Module]] = []
+        self.made: list[Candidates] = []
+        self.failure: ValueError | None = None  # of the function that creates candidates
         # A module with several parents is swapped once, and remains shared.
         self.new: dict[nn.Module, nn.Module] = {}
         self.visited: set[nn.Module] = set()
@@ -158,6 +173,8 @@ class _Replacement:
 
     def run(self) -> Replaced:
         self._visit(self.model, "")
+        for parent, child_name, new in self.changes:
+            setattr(parent, child_name, new)
         _avoid_fast_path(self.model)
         return self.done
 
@@ -173,13 +190,15 @@ class _Replacement:
                 known = child in self.new
                 new = self.new[child] if known else self._swapped(parent, child_name, child)
             except ValueError as reason:
+                if reason is self.failure:
+                    raise
                 self.done.left[name] = str(reason)
                 new = None
             if new is None:
                 self._visit(child, f"{name}.")
             else:
                 self.new[child] = new
-                setattr(parent, child_name, new)
+                self.changes.append((parent, child_name, new))
                 self.done.swapped[name] = type(_layer_of(new)).__name__
 
     def _swapped(self, parent: nn.Module, child_name: str, child: nn.Module) -> nn.Module | None:
@@ -207,7 +226,18 @@ class _Replacement:
         return new
 
     def _make_candidates(self) -> Candidates | None:
-        return None if self.candidates is None else self.candidates()
+        if self.candidates is None:
+            return None
+        try:
+            candidates = self.candidates()
+            is_new = isinstance(candidates, Candidates) and candidates not in self.made
+            expected = "a function that returns new Candidates for each layer"
+            settings.require(is_new, "replace", "candidates", expected, candidates)
+        except ValueError as error:
+            self.failure = error
+            raise
+        self.made.append(candidates)
+        return candidates
 
     def _convolution(self, old: nn.Module) -> nn.Module:
         assert isinstance(old, nn.Conv2d)
