@@ -20,6 +20,7 @@ from convnn_kernels.nn import (
     RandomCandidates,
     replace,
 )
+from tools.replace_models import row
 
 
 class Block(nn.Module):
@@ -772,9 +773,9 @@ def test_masks_that_the_old_layer_reads_in_another_way_raise() -> None:
     added = torch.zeros(2, 1, 1, 7).masked_fill(~allowed, -torch.inf)
     torch.testing.assert_close(model[0](x, added), old[0](x, added))
     torch.testing.assert_close(model[1](x, allowed), old[1](x, allowed))
-    with pytest.raises(ValueError, match="attn_mask must be None or float, .* got torch.bool"):
+    with pytest.raises(ValueError, match=r"attn_mask must be None or float, .* got torch.bool"):
         model[0](x, allowed)
-    with pytest.raises(ValueError, match="attn_mask must be None or bool, .* got torch.float32"):
+    with pytest.raises(ValueError, match=r"attn_mask must be None or bool, .* got torch.float32"):
         model[1](x, added)
 
 
@@ -982,9 +983,17 @@ def test_a_wrapped_model_raises() -> None:
 
 def test_a_model_that_is_no_module() -> None:
     for model in ("x", nn.Linear, [nn.Linear(2, 2)]):
-        with pytest.raises(ValueError, match="replace: model must be an nn.Module, got"):
+        with pytest.raises(ValueError, match=r"replace: model must be an nn.Module, got"):
             replace(model, conv2d="convnn")
     with pytest.raises(ValueError, match=r"conv2d must be .*, got Tensor of shape \[3\]"):
         replace(nn.Sequential(), conv2d=torch.zeros(3))
     with pytest.raises(ValueError, match=r"conv2d must be .*, got .* of shape \[3\]"):
         replace(nn.Sequential(), conv2d=torch.zeros(3).numpy())
+
+
+def test_the_table_of_models_takes_empty_parameters() -> None:
+    model = nn.Sequential(FusedAttention())
+    model[0].proj_drop.register_parameter("empty", nn.Parameter(torch.zeros(0)))
+    swapped, left, off = row(model, {"": torch.randn(2, 7, 8)}).split(" | ")
+    assert (swapped, left) == ("1 × ConvNNAttention", "-")
+    assert float(off) < 1e-5

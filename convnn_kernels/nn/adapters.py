@@ -435,5 +435,5 @@ def _attention_layer(
         # The weight is new, but a layer that is frozen as a whole remains so.
         learns = any(linear.weight.requires_grad for linear in projections)
         ones = torch.ones_like(layer.weight, device=query.weight.device)
-        layer.weight = nn.Parameter(ones.detach(), requires_grad=learns)
+        layer.weight = nn.Parameter(ones, requires_grad=learns)
     return layer

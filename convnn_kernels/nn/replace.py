@@ -76,8 +76,9 @@ def replace(
     Layers are left, with the reason, where something would be lost: hooks, parametrizations,
     subclasses, a forward of the instance, parameters shared with other layers, further parameters,
     buffers and children. Functions given as conv2d or attention are called only for layers without
-    hooks, parametrizations, shared parameters and a forward of their own; the rest is up to them. An error
-    of theirs other than a ValueError leaves the model as it was, as does one of `candidates`.
+    hooks, parametrizations, shared or further parts, and a forward of their own; what else they
+    leave is up to them. Layers are put in place at the end, so a model remains as it was if one of
+    the functions raises, or `candidates`; a ValueError of the former is a reason to leave a layer.
 
     The new layers have the device, dtype and training mode of the old ones. Attention keeps its
     projections, frozen ones frozen. Convolutions start from fresh weights, because a tap no longer
