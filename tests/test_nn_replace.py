@@ -703,6 +703,24 @@ def test_what_may_be_shared() -> None:
     assert model[0] is model[1][0]
 
 
+@pytest.mark.parametrize("decoder_first", [False, True])
+def test_a_shared_layer_that_one_place_must_keep_is_left(decoder_first: bool) -> None:
+    layers = [
+        kind(8, 2, 16, batch_first=True)
+        for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    ]
+    layers[1].self_attn = layers[0].self_attn
+    encoder, decoder = ("1", "0") if decoder_first else ("0", "1")
+    model = nn.Sequential(*(layers[::-1] if decoder_first else layers))
+    done = replace(model, attention="kvt")
+    assert done.left == {
+        f"{decoder}.self_attn": "the self-attention of a decoder is masked",
+        f"{encoder}.self_attn": "it is shared with a place where it is left",
+    }
+    assert list(done.swapped) == [f"{decoder}.multihead_attn"]
+    assert layers[0].self_attn is layers[1].self_attn
+
+
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d, nn.MultiheadAttention])
 @pytest.mark.parametrize(
     ("add", "name"),

@@ -163,8 +163,10 @@ class _Replacement:
         self.branch_ratio = branch_ratio
         self.candidates = candidates
         self.done = Replaced()
-        # Made at the end, so that an error of a function leaves the model as it was.
-        self.changes: list[tuple[nn.Module, str, nn.Module]] = []
+        # By the name of the layer: its parent, its name there, and itself. They are swapped at the
+        # end, so that an error of a function leaves the model as it was.
+        self.places: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+        self.kept: set[nn.Module] = set()
         self.made: list[Candidates] = []
         self.failure: ValueError | None = None  # of the function that creates candidates
         # A module with several parents is swapped once, and remains shared.
@@ -174,8 +176,12 @@ class _Replacement:
 
     def run(self) -> Replaced:
         self._visit(self.model, "")
-        for parent, child_name, new in self.changes:
-            setattr(parent, child_name, new)
+        for name, (parent, child_name, old) in self.places.items():
+            if old in self.kept:
+                self.done.left[name] = "it is shared with a place where it is left"
+            else:
+                setattr(parent, child_name, self.new[old])
+                self.done.swapped[name] = type(_layer_of(self.new[old])).__name__
         _avoid_fast_path(self.model)
         return self.done
 
@@ -188,19 +194,18 @@ class _Replacement:
                 continue
             name = prefix + child_name
             try:
-                known = child in self.new
-                new = self.new[child] if known else self._swapped(parent, child_name, child)
+                new = self._swapped(parent, child_name, child)
             except ValueError as reason:
                 if reason is self.failure:
                     raise
                 self.done.left[name] = str(reason)
+                self.kept.add(child)
                 new = None
             if new is None:
                 self._visit(child, f"{name}.")
             else:
                 self.new[child] = new
-                self.changes.append((parent, child_name, new))
-                self.done.swapped[name] = type(_layer_of(new)).__name__
+                self.places[name] = (parent, child_name, child)
 
     def _swapped(self, parent: nn.Module, child_name: str, child: nn.Module) -> nn.Module | None:
         """The layer that takes the place of `child`; None if it is not to be swapped."""
@@ -216,6 +221,8 @@ class _Replacement:
             raise CannotReplaceError("the self-attention of a decoder is masked")
         if child_name == "_orig_mod":
             raise CannotReplaceError("it is compiled: swap first, then compile")
+        if child in self.new:
+            return self.new[child]
         require_untouched(child, self.shared)
         modes = [(part, part.training) for part in child.modules()]
         new = build(child)
