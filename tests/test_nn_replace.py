@@ -753,6 +753,15 @@ def test_an_alias_of_a_weight_is_a_reason() -> None:
     }
 
 
+def test_a_convolution_whose_weight_is_a_tensor_is_left() -> None:
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.weight = weight
+    done = replace(nn.Sequential(conv), conv2d="convnn")
+    assert done.left == {"0": "its weights are frozen, and new ones would be random"}
+
+
 def test_a_complex_convolution_is_left() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, dtype=torch.complex64))
     for conv2d in ("convnn", "hybrid"):

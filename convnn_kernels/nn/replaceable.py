@@ -96,7 +96,8 @@ def require_plain_convolution(conv: nn.Conv2d) -> None:
             f"padding {conv.padding} is not half the kernel",
         ),
         (
-            not all(parameter.requires_grad for parameter in conv.parameters()),
+            "weight" not in conv._parameters  # but a tensor, which does not learn either
+            or not all(parameter.requires_grad for parameter in conv.parameters()),
             "its weights are frozen, and new ones would be random",
         ),
     ):
