@@ -20,6 +20,7 @@ from convnn_kernels.nn import (
     RandomCandidates,
     replace,
 )
+from tools.replace_models import row
 
 
 class Block(nn.Module):
@@ -479,7 +480,7 @@ def test_masks_of_separate_projections() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             new(x, mask)
-    with pytest.raises(ValueError, match=r"is_causal must be None or False .*, got True"):
+    with pytest.raises(ValueError, match="is_causal must be None or False, got True"):
         new(x, is_causal=True)
 
 
@@ -679,3 +680,347 @@ def test_swapped_layers_are_not_swapped_again() -> None:
     assert len(replace(model, conv2d="hybrid", attention="kvt").swapped) == 3
     again = replace(model, conv2d="hybrid", attention="kvt")
     assert (again.swapped, again.left) == ({}, {})
+
+
+def test_a_shared_part_of_a_layer_is_a_reason() -> None:
+    """A fused projection becomes three, which would no longer be tied to its other uses."""
+    tied = nn.Sequential(FusedAttention(), FusedAttention())
+    tied[1].qkv = tied[0].qkv
+    with_head = nn.ModuleDict({"attention": FusedAttention()})
+    with_head["head"] = with_head["attention"].qkv
+    reason = "its qkv is shared with another module"
+    assert replace(tied, attention="kvt").left == {"0": reason, "1": reason}
+    assert replace(with_head, attention="kvt").left == {"attention": reason}
+
+
+def test_what_may_be_shared() -> None:
+    """A whole layer, and parts without parameters."""
+    layer = FusedAttention()
+    other = FusedAttention()
+    other.attn_drop = layer.attn_drop
+    model = nn.Sequential(layer, nn.Sequential(layer), other)
+    assert list(replace(model, attention="kvt").swapped) == ["0", "1.0", "2"]
+    assert model[0] is model[1][0]
+
+
+@pytest.mark.parametrize("decoder_first", [False, True])
+def test_a_shared_layer_that_one_place_must_keep_is_left(decoder_first: bool) -> None:
+    layers = [
+        kind(8, 2, 16, batch_first=True)
+        for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    ]
+    layers[1].self_attn = layers[0].self_attn
+    encoder, decoder = ("1", "0") if decoder_first else ("0", "1")
+    model = nn.Sequential(*(layers[::-1] if decoder_first else layers))
+    done = replace(model, attention="kvt")
+    assert done.left == {
+        f"{decoder}.self_attn": "the self-attention of a decoder is masked",
+        f"{encoder}.self_attn": "it is shared with a place where it is left",
+    }
+    assert list(done.swapped) == [f"{decoder}.multihead_attn"]
+    assert layers[0].self_attn is layers[1].self_attn
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d, nn.MultiheadAttention])
+@pytest.mark.parametrize(
+    ("add", "name"),
+    [
+        (lambda layer: layer.register_buffer("mask", torch.ones(2)), "mask"),
+        (lambda layer: layer.register_parameter("gain", nn.Parameter(torch.ones(2))), "gain"),
+        (lambda layer: layer.add_module("lora", nn.Linear(2, 2)), "lora"),
+    ],
+)
+def test_extra_parts_of_plain_layers_are_a_reason(
+    kind: type[nn.Module], add: Callable[[nn.Module], object], name: str
+) -> None:
+    model = nn.Sequential(FusedAttention(), nn.MultiheadAttention(8, 2), nn.Conv2d(3, 3, 3, 1, 1))
+    at = {nn.Linear: "0", nn.MultiheadAttention: "1", nn.Conv2d: "2"}[kind]
+    add(model[0].qkv if kind is nn.Linear else model[int(at)])
+    its = f"qkv.{name}" if kind is nn.Linear else name
+    for conv2d in (ConvNN2d.from_conv2d, "hybrid"):
+        done = replace(copy.deepcopy(model), attention="kvt", conv2d=conv2d)
+        assert done.left == {at: f"its {its} would be lost"}
+
+
+def test_an_alias_of_a_weight_is_a_reason() -> None:
+    model = nn.Sequential(FusedAttention(), nn.Conv2d(3, 3, 3, padding=1))
+    model[0].table = model[0].qkv.weight
+    model[1].kernel = model[1].weight
+    done = replace(model, attention="kvt", conv2d="hybrid")
+    assert done.left == {
+        "0": "its table is shared with another layer",
+        "1": "its kernel would be lost",
+    }
+
+
+def test_a_convolution_whose_weight_is_a_tensor_is_left() -> None:
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.weight = weight
+    done = replace(nn.Sequential(conv), conv2d="convnn")
+    assert done.left == {"0": "its weights are frozen, and new ones would be random"}
+
+
+def test_a_complex_convolution_is_left() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, dtype=torch.complex64))
+    for conv2d in ("convnn", "hybrid"):
+        assert replace(model, conv2d=conv2d).left == {"0": "dtype torch.complex64"}
+
+
+class Masked(FusedAttention):
+    """Attention that reads a bool mask as the mask of what is hidden."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask
+        return super().forward(x, attn_mask)
+
+
+class OnlyBool(FusedAttention):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        if attn_mask is not None:
+            assert attn_mask.dtype == torch.bool
+        return super().forward(x, attn_mask)
+
+
+class NoMask(FusedAttention):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+def test_masks_that_the_old_layer_reads_in_another_way_raise() -> None:
+    model = nn.Sequential(Masked(), OnlyBool(), NoMask()).eval()
+    old, x = copy.deepcopy(model), torch.randn(2, 7, 8)
+    done = replace(model, attention="kvt", k=7)
+    assert list(done.swapped) == ["0", "1"]
+    assert "is not that of attention" in done.left["2"]
+    allowed = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    allowed[1, ..., 4:] = False
+    added = torch.zeros(2, 1, 1, 7).masked_fill(~allowed, -torch.inf)
+    torch.testing.assert_close(model[0](x, added), old[0](x, added))
+    torch.testing.assert_close(model[1](x, allowed), old[1](x, allowed))
+    with pytest.raises(ValueError, match=r"attn_mask must be None or float, .* got torch.bool"):
+        model[0](x, allowed)
+    with pytest.raises(ValueError, match=r"attn_mask must be None or bool, .* got torch.float32"):
+        model[1](x, added)
+
+
+class WithoutAttnDrop(FusedAttention):
+    """Without dropout of the attention, but with dropout after the projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn_drop = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+
+class HiddenDropout(WithoutAttnDrop):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout_p = 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), self.dropout_p, self.training)
+
+
+def test_dropout_under_another_name_is_a_reason() -> None:
+    model = nn.Sequential(HiddenDropout(), WithoutAttnDrop())
+    done = replace(model, attention="kvt", k=7)
+    assert done.left == {"0": "in training, its result is not that of attention without dropout"}
+    assert list(done.swapped) == ["1"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_of_dropout_remains(training: bool) -> None:
+    """Monte Carlo dropout: dropout alone is in training mode."""
+    model = nn.Sequential(FusedAttention()).train(not training)
+    model[0].attn_drop.train(training)
+    replace(model, attention="kvt")
+    assert model[0].layer.training != training
+    assert model[0].layer.dropout.training == training
+    assert model[0].layer.dropout.p == 0.1
+
+
+def test_attention_in_wide_windows_is_left() -> None:
+    class Window(FusedAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            near = torch.arange(x.shape[1])
+            return super().forward(x, (near[:, None] - near).abs() < 64)
+
+    done = replace(nn.Sequential(Window()), attention="kvt")
+    assert done.left["0"].startswith("its result for 600 tokens is not that of attention")
+
+
+class Stubborn(FusedAttention):
+    """As in LeViT of timm: train returns nothing."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+class Fixed(FusedAttention):
+    """A layer whose parameters cannot be listed."""
+
+    def parameters(self, recurse: bool = True) -> None:  # type: ignore[override]
+        raise RuntimeError("no parameters here")
+
+
+def test_layers_with_methods_of_their_own() -> None:
+    model = nn.Sequential(nn.Sequential(Stubborn()), Fixed())
+    done = replace(model, attention="kvt")
+    assert list(done.swapped) == ["0.0"]
+    assert done.left["1"].endswith("no parameters here")
+
+
+@pytest.mark.parametrize("heads", [0, -1])
+def test_a_number_of_heads_that_is_none(heads: int) -> None:
+    model = nn.Sequential(changed(lambda layer: setattr(layer, "num_heads", heads)))
+    assert replace(model, attention="kvt").left == {"0": f"num_heads {heads}"}
+
+
+class Lenient(SeparateAttention):
+    """As in transformers, where encoders pass their own options on."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, None]:
+        return super().forward(hidden_states, attention_mask)
+
+
+def test_options_of_the_encoder_that_change_nothing() -> None:
+    model = nn.Sequential(Lenient()).eval()
+    x = torch.randn(2, 7, 8)
+    expected = model[0](x)[0]
+    replace(model, attention="kvt", k=7)
+    options = {"return_dict": True, "use_cache": True, "output_hidden_states": True}
+    torch.testing.assert_close(model[0](x, **options)[0], expected)
+    with pytest.raises(ValueError, match="output_attentions must be None or False"):
+        model[0](x, output_attentions=True)
+
+
+def test_wrong_calls_of_swapped_attention() -> None:
+    model = nn.Sequential(Lenient())
+    replace(model, attention="kvt", k=7)
+    layer, x = model[0], torch.randn(2, 7, 8)
+    with pytest.raises(ValueError, match=r"head_mask must be .*, got Tensor of shape \[2, 200\]$"):
+        layer(x, head_mask=torch.ones(2, 200))
+    with pytest.raises(ValueError, match="attn_mask must be None or False, got Tensor"):
+        layer(x, attn_mask=torch.ones(2, 1, 1, 7) == 1)
+    with pytest.raises(TypeError, match="takes 3 positional arguments but 4 were given"):
+        layer(x, None, None, torch.ones(2))
+    with pytest.raises(TypeError, match="missing the argument hidden_states"):
+        layer()
+    with pytest.raises(TypeError, match="several values for the argument attention_mask"):
+        layer(x, None, attention_mask=None)
+    with pytest.raises(
+        ValueError, match=r"hidden_states must have shape \[B, N, 8\], got \[7, 8\]"
+    ):
+        layer(x[0])
+
+
+def test_swapped_attention_is_one_node_of_a_traced_model() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.multihead = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.fused = FusedAttention()
+            self.separate = SeparateAttention()
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            x = self.multihead(x, x, value=x, need_weights=False)[0]
+            x = self.fused(x, attn_mask=mask)
+            y, _ = self.separate(hidden_states=x, attention_mask=mask)
+            return y
+
+    model = Model().eval()
+    replace(model, attention="kvt", k=5)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [
+        "multihead",
+        "fused",
+        "separate",
+    ]
+    x = torch.randn(2, 7, 8)
+    mask = torch.rand(2, 1, 1, 7) < 0.8
+    assert torch.equal(traced(x, mask), model(x, mask))
+
+
+@pytest.mark.parametrize("attention", ["kvt", "convnn"])
+def test_swapped_attention_draws_no_random_numbers(attention: str) -> None:
+    model = nn.Sequential(FusedAttention(), nn.MultiheadAttention(8, 2), SeparateAttention())
+    random = torch.get_rng_state()
+    assert len(replace(model, attention=attention).swapped) == 3
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("x")])
+def test_an_error_of_a_function_leaves_the_model_as_it_was(error: Exception) -> None:
+    def make() -> RandomCandidates:
+        made.append(1)
+        if len(made) == 2:
+            raise error
+        return RandomCandidates(4)
+
+    made: list[int] = []
+    model = nn.Sequential(FusedAttention(), FusedAttention())
+    with pytest.raises(type(error), match="x"):
+        replace(model, attention="kvt", candidates=make)
+    assert all(type(layer) is FusedAttention for layer in model)
+
+    def build(conv: nn.Conv2d) -> nn.Module:
+        if conv is convs[1]:
+            raise KeyError("x")
+        return nn.Identity()
+
+    convs = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3))
+    with pytest.raises(KeyError):
+        replace(convs, conv2d=build)
+    assert all(type(layer) is nn.Conv2d for layer in convs)
+
+
+def test_candidates_are_not_shared() -> None:
+    shared = RandomCandidates(4)
+    model = nn.Sequential(FusedAttention(), FusedAttention())
+    for make, message in (
+        (lambda: shared, r"candidates must .* returns new .*, got RandomCandidates\(4, .*"),
+        (lambda: 3, "candidates must .* returns new Candidates for each layer, got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(model, attention="kvt", candidates=make)
+    assert all(type(layer) is FusedAttention for layer in model)
+
+
+def test_a_wrapped_model_raises() -> None:
+    for name in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        wrapper = type(name, (nn.Sequential,), {})
+        for model in (wrapper(FusedAttention()), nn.Sequential(wrapper(FusedAttention()))):
+            with pytest.raises(ValueError, match=f"model must not be wrapped .*, got .*{name}"):
+                replace(model, attention="kvt")
+
+
+def test_a_model_that_is_no_module() -> None:
+    for model in ("x", nn.Linear, [nn.Linear(2, 2)]):
+        with pytest.raises(ValueError, match=r"replace: model must be an nn.Module, got"):
+            replace(model, conv2d="convnn")
+    with pytest.raises(ValueError, match=r"conv2d must be .*, got Tensor of shape \[3\]"):
+        replace(nn.Sequential(), conv2d=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"conv2d must be .*, got .* of shape \[3\]"):
+        replace(nn.Sequential(), conv2d=torch.zeros(3).numpy())
+
+
+def test_the_table_of_models_takes_empty_parameters() -> None:
+    model = nn.Sequential(FusedAttention())
+    model[0].proj_drop.register_parameter("empty", nn.Parameter(torch.zeros(0)))
+    swapped, left, off = row(model, {"": torch.randn(2, 7, 8)}).split(" | ")
+    assert (swapped, left) == ("1 × ConvNNAttention", "-")
+    assert float(off) < 1e-5

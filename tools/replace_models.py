@@ -94,7 +94,8 @@ def short(reason: str) -> str:
 def row(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     model.eval()
     for parameter in model.parameters():
-        if parameter.abs().max() < 1e-3:  # such as a scale that would hide its block
+        # Such as a scale that would hide its block.
+        if parameter.numel() > 0 and parameter.abs().max() < 1e-3:
             nn.init.normal_(parameter, std=0.2)
     with torch.no_grad():
         expected = call(model, inputs)

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from convnn_kernels.nn import settings
 from convnn_kernels.nn.attention import ConvNNAttention
 from convnn_kernels.nn.candidates import Candidates
 from convnn_kernels.nn.replaceable import CannotReplaceError, require_linear, require_no_extras
+from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 # What attributes are called in timm and transformers.
 PROJECTIONS = (
@@ -41,6 +43,10 @@ UNUSED = (
     "past_key_value",
     "past_key_values",
 )
+# What encoders pass on as options to layers that return no cache and no hidden states.
+WITHOUT_EFFECT = ("output_hidden_states", "return_dict", "use_cache")
+
+OWNER = "swapped attention"
 
 Draw = Callable[..., Tensor]
 
@@ -60,12 +66,27 @@ class Target(NamedTuple):
     candidates: Candidates | None = None
 
 
+class Mask(NamedTuple):
+    """A kind of mask: the argument of forward, and whether it is bool rather than float."""
+
+    name: str
+    is_bool: bool
+
+
 class Probe(NamedTuple):
-    """A call on which an adapter is compared with the old layer; `keys` is the number of keys."""
+    """A call on which an adapter is compared with the old layer.
+
+    Attributes:
+        keys: the number of keys.
+        args: the arguments of forward.
+        options: its keyword arguments.
+        mask: the mask among them, of a kind that the layer need not take.
+    """
 
     keys: int
     args: tuple[Tensor, ...]
     options: dict[str, Any]
+    mask: Mask | None = None
 
 
 class Layout(NamedTuple):
@@ -100,6 +121,7 @@ class MultiheadAdapter(nn.Module):
     # nn.TransformerEncoderLayer reads this attribute; None disables its fused path.
     in_proj_bias = None
     outputs = 2
+    masks: tuple[Mask, ...] = ()
 
     def __init__(self, old: nn.Module, target: Target) -> None:
         super().__init__()
@@ -144,6 +166,12 @@ class MultiheadAdapter(nn.Module):
 
         A float key_padding_mask masks keys where it is -inf and has no other effect.
         """
+        if is_symbolic(query, key, value, key_padding_mask, attn_mask):
+            return symbolic_call(
+                self,
+                *(query, key, value, key_padding_mask, need_weights),
+                *(attn_mask, average_attn_weights, is_causal),
+            )
         if attn_mask is not None or is_causal:
             got = "is_causal=True" if attn_mask is None else f"shape {list(attn_mask.shape)}"
             raise ValueError(
@@ -180,6 +208,7 @@ class SelfAttentionAdapter(nn.Module):
 
     Attributes:
         outputs: the length of the tuple that forward returns; 0 if it returns a tensor.
+        masks: the kinds of masks that forward takes.
     """
 
     def __init__(self, old: nn.Module, target: Target) -> None:
@@ -195,21 +224,27 @@ class SelfAttentionAdapter(nn.Module):
         widths = {linear.out_features * len(linears) for linear in linears}
         if out is not None:
             widths |= {3 * out.in_features, 3 * out.out_features}
+        if num_heads < 1:
+            raise CannotReplaceError(f"{layout.heads} {num_heads}")
         if widths != {3 * width} or width % num_heads:
             raise CannotReplaceError("heads whose widths do not add up to that of the tokens")
         if any(getattr(old, name, False) for name in CAUSAL):
             raise CannotReplaceError("it is causal, or part of a decoder")
         self.arguments = _arguments(old)
         self.outputs = 0
+        self.masks: tuple[Mask, ...] = ()
+        dropout = dropout_of(old)
         self.layer = _attention_layer(
             num_heads,
             target,
-            _dropout(old),
+            dropout if isinstance(dropout, float) else dropout.p,
             _scale(old, width // num_heads),
             linears if len(linears) == 3 else _split(linears[0].weight, linears[0].bias),
             out,
             (_norm(old, "q_norm"), _norm(old, "k_norm")),
         )
+        if isinstance(dropout, nn.Dropout):
+            self.layer.dropout = dropout  # which may be in another mode than the layer
         self.proj_drop = getattr(old, "proj_drop", nn.Identity())
 
     @staticmethod
@@ -219,30 +254,66 @@ class SelfAttentionAdapter(nn.Module):
         width = require_linear(old, layout.projections[0]).in_features
         few, many = draw(2, 5, width), draw(1, 50, width)
         probes = [Probe(5, (few,), {}), Probe(50, (many,), {})]
-        mask = torch.zeros(2, 1, 1, 5, device=few.device)
-        mask[1, ..., 3:] = torch.finfo(mask.dtype).min
+        allowed = torch.ones(2, 1, 1, 5, dtype=torch.bool, device=few.device)
+        allowed[1, ..., 3:] = False
+        lowest = torch.finfo(few.dtype).min
+        added = torch.zeros_like(allowed, dtype=few.dtype).masked_fill(~allowed, lowest)
         return probes + [
-            Probe(5, (few,), {name: mask}) for name in _arguments(old) if name in MASKS
+            Probe(5, (few,), {name: mask}, Mask(name, mask is allowed))
+            for name in _arguments(old)
+            if name in MASKS
+            for mask in (added, allowed)
         ]
 
     def forward(self, *args: Any, **options: Any) -> Tensor | tuple[Tensor | None, ...]:
         """[B, N, E] → [B, N, E], in a tuple if the old layer returned one.
 
         Takes the arguments of the old layer. A mask (attn_mask or attention_mask) must be the same
-        for all queries and heads; see :func:`key_mask`.
+        for all queries and heads, and of a dtype that the old layer took; see :func:`key_mask`.
 
         Raises:
-            ValueError: for a mask over pairs, and for any other argument that is not None or False.
+            ValueError: for a mask over pairs, and for any other argument that is not None or False,
+                except return_dict, use_cache and output_hidden_states.
+            TypeError: if an argument is missing, given twice or one too many.
         """
-        given = dict(zip(self.arguments, args, strict=False)) | options
+        given = self._bind(args, options)
+        if is_symbolic(*given.values()):
+            return symbolic_call(self, *(given.get(name) for name in self.arguments))
         x = given.pop(self.arguments[0])
-        masks = [(name, given.pop(name)) for name in MASKS if given.get(name) is not None]
-        for name, value in given.items():
-            if value is not None and value is not False:
-                raise ValueError(f"{name} must be None or False in swapped attention, got {value}")
-        allowed = key_mask(*masks[0], x.shape[0], x.shape[1]) if masks else None
-        y = self.proj_drop(self.layer(x, key_mask=allowed))
+        settings.require_shape(OWNER, self.arguments[0], x, ("B", "N", self.layer.embed_dim))
+        masks = [self._key_mask(name, mask, x) for name, mask in given.items() if mask is not None]
+        y = self.proj_drop(self.layer(x, key_mask=masks[0] if masks else None))
         return (y, *[None] * (self.outputs - 1)) if self.outputs else y
+
+    def _bind(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+        """The tokens and masks by name. All other arguments must have no effect."""
+        names = self.arguments
+        if len(args) > len(names):
+            counts = f"takes {len(names)} positional arguments but {len(args)} were given"
+            raise TypeError(f"{OWNER} {counts}")
+        given = dict(zip(names, args, strict=False))
+        twice = [name for name in given if name in options]
+        if twice:
+            raise TypeError(f"{OWNER} got several values for the argument {twice[0]}")
+        given |= options
+        if names[0] not in given:
+            raise TypeError(f"{OWNER} is missing the argument {names[0]}")
+        kept = [names[0], *(mask.name for mask in self.masks)]
+        for name, value in given.items():
+            is_unused = value is None or value is False or name in WITHOUT_EFFECT
+            settings.require(is_unused or name in kept, OWNER, name, "None or False", value)
+        return {name: value for name, value in given.items() if name in kept}
+
+    def _key_mask(self, name: str, mask: Any, x: Tensor) -> Tensor:
+        """[B, M] bool, from a mask of a kind that the old layer took."""
+        settings.require(isinstance(mask, Tensor), OWNER, name, "None or a tensor", mask)
+        if Mask(name, mask.dtype == torch.bool) not in self.masks:
+            wanted = "float" if mask.dtype == torch.bool else "bool"
+            raise ValueError(
+                f"{OWNER}: {name} must be None or {wanted}, as the old layer read other masks in "
+                f"another way, got {mask.dtype}"
+            )
+        return key_mask(name, mask, x.shape[0], x.shape[1])
 
 
 def key_mask(name: str, mask: Tensor, batch: int, keys: int) -> Tensor:
@@ -292,14 +363,13 @@ def _arguments(old: nn.Module) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _dropout(old: nn.Module) -> float:
+def dropout_of(old: nn.Module) -> float | nn.Dropout:
+    """The dropout of the attention weights: a probability, or the module."""
     for name in DROPOUTS:
         value = getattr(old, name, 0.0)
-        if isinstance(value, nn.Dropout):
-            return value.p
-        if isinstance(value, nn.Module) and not isinstance(value, nn.Identity):
+        if isinstance(value, nn.Module) and type(value) not in (nn.Dropout, nn.Identity):
             raise CannotReplaceError(f"its {name} is a {type(value).__name__}, not a Dropout")
-        if isinstance(value, float) and value > 0:
+        if isinstance(value, nn.Dropout) or (isinstance(value, float) and value > 0):
             return value
     return 0.0
 
@@ -354,7 +424,7 @@ def _attention_layer(
         aggregation="sum" if target.is_plain else "depthwise",
         output_projection=out is not None,
         candidates=target.candidates,
-        device=query.weight.device,
+        device="meta",  # where the projections that are replaced below draw no random numbers
         dtype=query.weight.dtype,
         query_norm=norms[0],
         key_norm=norms[1],
@@ -363,5 +433,7 @@ def _attention_layer(
     layer.output_projection = out
     if layer.weight is not None:
         # The weight is new, but a layer that is frozen as a whole remains so.
-        layer.weight.requires_grad_(any(linear.weight.requires_grad for linear in projections))
+        learns = any(linear.weight.requires_grad for linear in projections)
+        ones = torch.ones_like(layer.weight, device=query.weight.device)
+        layer.weight = nn.Parameter(ones, requires_grad=learns)
     return layer

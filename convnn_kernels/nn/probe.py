@@ -8,14 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convnn_kernels.nn.adapters import MultiheadAdapter, SelfAttentionAdapter, Target
+from convnn_kernels.nn.adapters import (
+    Draw,
+    Mask,
+    MultiheadAdapter,
+    Probe,
+    SelfAttentionAdapter,
+    Target,
+    dropout_of,
+)
 from convnn_kernels.nn.replaceable import CannotReplaceError
 
+Adapted = MultiheadAdapter | SelfAttentionAdapter
 Adapter = type[MultiheadAdapter] | type[SelfAttentionAdapter]
+MANY = 600  # tokens, so that attention in windows of fewer is told apart
 TOLERANCE = 1e-4  # of the largest output; float32 is accurate to 1e-6
 
 
-def require_attention(old: nn.Module, adapter: Adapter) -> int:
+def require_attention(old: nn.Module, adapter: Adapter) -> tuple[int, tuple[Mask, ...]]:
     """Compares a layer with its adapter in the setting that is attention: k = N, no weight.
 
     It is a copy of the layer that is called: in float32 on the CPU, in eval mode, with random
@@ -23,41 +33,95 @@ def require_attention(old: nn.Module, adapter: Adapter) -> int:
     they are.
 
     Returns:
-        The length of the tuple that the layer returns; 0 if it returns a tensor.
+        The length of the tuple that the layer returns, 0 if it returns a tensor; and the kinds of
+        masks that it reads as its adapter does.
 
     Raises:
         CannotReplaceError: if the results differ, or the layer cannot be called with tokens alone.
     """
-    cpu = torch.device("cpu")
-    generator = torch.Generator(cpu).manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=cpu, dtype=torch.float32)
+        return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
     with (
         torch.random.fork_rng(devices=[]),
         torch.autocast("cpu", enabled=False),
         torch.no_grad(),
     ):
-        twin = _attempt("it cannot be copied to the CPU", _copy_to_cpu, old)
-        for parameter in twin.parameters():
-            inputs = parameter[0].numel() if parameter.dim() > 1 else 1
-            parameter.copy_(draw(*parameter.shape) / inputs**0.5)
-        new = adapter(twin, Target(1, is_plain=True)).eval()
-        for keys, args, options in adapter.probes(twin, draw):
-            expected = _attempt("it cannot be called with tokens alone", twin, *args, **options)
-            new.outputs = _number_of_outputs(expected)
-            new.layer.k = keys
-            got = _attempt("its swapped form fails", new, *args, **options)
-            _require_equal(*(each[0] if new.outputs else each for each in (got, expected)))
-    return new.outputs
+        twin = _attempt("it cannot be copied to the CPU", _copy_to_cpu, old, draw)
+        new = adapter(twin, Target(1, is_plain=True))
+        new.eval()
+        probes = adapter.probes(twin, draw)
+        for probe in probes:
+            if probe.mask is None:
+                _require_same(twin, new, probe)
+        masks = _masks(twin, new, probes)
+        if isinstance(new, SelfAttentionAdapter):
+            _require_all_tokens(twin, new, draw)
+            _require_no_other_dropout(twin, new, probes[0])
+    return new.outputs, masks
 
 
-def _copy_to_cpu(old: nn.Module) -> nn.Module:
+def _copy_to_cpu(old: nn.Module, draw: Draw) -> nn.Module:
     twin = copy.deepcopy(old)
     if any(parameter.is_meta for parameter in twin.parameters()):
         twin.to_empty(device="cpu")
-    return twin.to("cpu", torch.float32).eval()
+    twin.to("cpu", torch.float32)
+    twin.eval()
+    for parameter in twin.parameters():
+        inputs = parameter[0].numel() if parameter.dim() > 1 else 1
+        parameter.copy_(draw(*parameter.shape) / inputs**0.5)
+    return twin
+
+
+def _require_same(twin: nn.Module, new: Adapted, probe: Probe) -> None:
+    what = "it cannot be called with tokens alone"
+    expected = _attempt(what, twin, *probe.args, **probe.options)
+    new.outputs = _number_of_outputs(expected)
+    new.layer.k = probe.keys
+    new.masks = () if probe.mask is None else (probe.mask,)
+    got = _attempt("its swapped form fails", new, *probe.args, **probe.options)
+    _require_equal(*(each[0] if new.outputs else each for each in (got, expected)))
+
+
+def _masks(twin: nn.Module, new: Adapted, probes: list[Probe]) -> tuple[Mask, ...]:
+    """The kinds of masks that the layer reads as its adapter does; at least one if it has any."""
+    masks, reasons = [], []
+    for probe in probes:
+        if probe.mask is None:
+            continue
+        try:
+            _require_same(twin, new, probe)
+            masks.append(probe.mask)
+        except CannotReplaceError as reason:
+            reasons.append(reason)
+    if reasons and not masks:
+        raise reasons[0]
+    return tuple(masks)
+
+
+def _require_all_tokens(twin: nn.Module, new: SelfAttentionAdapter, draw: Draw) -> None:
+    """Raises if tokens far from each other are not among the keys; a few queries show it."""
+    tokens = draw(1, MANY, new.layer.embed_dim)
+    expected = _attempt(f"it cannot be called with {MANY} tokens", twin, tokens)
+    new.layer.k = MANY
+    got = new.layer(tokens[:, :4], tokens)
+    _require_equal(got, (expected[0] if new.outputs else expected)[:, :4], f"for {MANY} tokens")
+
+
+def _require_no_other_dropout(twin: nn.Module, new: SelfAttentionAdapter, probe: Probe) -> None:
+    """Raises if a layer without dropout that is known has another result in training."""
+    dropout = dropout_of(twin)
+    if (dropout.p if isinstance(dropout, nn.Dropout) else dropout) > 0:
+        return
+    twin.training = True  # alone: its parts, such as a dropout of its output, are kept
+    try:
+        _require_same(twin, new, probe)
+    except CannotReplaceError as reason:
+        raise CannotReplaceError(
+            "in training, its result is not that of attention without dropout"
+        ) from reason
 
 
 def _attempt(what: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -78,12 +142,10 @@ def _number_of_outputs(result: Any) -> int:
     return len(result)
 
 
-def _require_equal(got: Tensor, expected: Tensor) -> None:
+def _require_equal(got: Tensor, expected: Tensor, where: str = "for a random input") -> None:
     if got.shape != expected.shape:
         shapes = f"{list(expected.shape)}, not {list(got.shape)}"
         raise CannotReplaceError(f"its result is not that of attention: it has shape {shapes}")
     error = float((got - expected).abs().max() / expected.abs().max())
     if not error <= TOLERANCE:
-        raise CannotReplaceError(
-            f"its result for a random input is not that of attention: off by {error:.1%}"
-        )
+        raise CannotReplaceError(f"its result {where} is not that of attention: off by {error:.1%}")

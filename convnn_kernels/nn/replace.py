@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Replaces the layers of an existing model by ConvNN layers."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +18,13 @@ from convnn_kernels.nn.replaceable import (
     CannotReplaceError,
     require_plain_convolution,
     require_untouched,
+    shared_parts,
 )
 
 ADAPTERS = (MultiheadAdapter, SelfAttentionAdapter)
 OURS = (ConvNN1d, ConvNN2d, ConvNNAttention, HybridBranch2d, *ADAPTERS)
+
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 Builder = Callable[[Any], nn.Module]  # of a Conv2d or an attention layer
 
@@ -74,7 +76,9 @@ def replace(
     Layers are left, with the reason, where something would be lost: hooks, parametrizations,
     subclasses, a forward of the instance, parameters shared with other layers, further parameters,
     buffers and children. Functions given as conv2d or attention are called only for layers without
-    hooks, parametrizations, shared parameters and an own forward; the rest is up to them.
+    hooks, parametrizations, shared or further parts, and a forward of their own; what else they
+    leave is up to them. Layers are put in place at the end, so a model remains as it was if one of
+    the functions raises, or `candidates`; a ValueError of the former is a reason to leave a layer.
 
     The new layers have the device, dtype and training mode of the old ones. Attention keeps its
     projections, frozen ones frozen. Convolutions start from fresh weights, because a tap no longer
@@ -100,7 +104,7 @@ def replace(
 
     Raises:
         ValueError: if an argument is wrong, if neither conv2d nor attention is given, or if the
-            model itself is such a layer.
+            model itself is such a layer, or is wrapped, such as by DistributedDataParallel.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(64, 4, batch_first=True)
@@ -109,11 +113,13 @@ def replace(
         {'layers.0.self_attn': 'ConvNNAttention', 'layers.1.self_attn': 'ConvNNAttention'}
     """
     owner = "replace"
+    settings.require(isinstance(model, nn.Module), owner, "model", "an nn.Module", model)
     for name, given, choices in (
         ("conv2d", conv2d, ("convnn", "hybrid")),
         ("attention", attention, ("convnn", "kvt")),
     ):
-        is_valid = given is None or given in choices or _is_builder(given)
+        is_valid = given is None or _is_builder(given)
+        is_valid |= isinstance(given, str) and given in choices
         expected = f"{choices[0]!r}, {choices[1]!r} or a function from the old layer to the new one"
         settings.require(is_valid, owner, name, expected, given)
     if conv2d is None and attention is None:
@@ -128,6 +134,12 @@ def replace(
     if _is_convolution(model) or _is_attention(model):
         name = type(model).__name__
         raise ValueError(f"replace: model must contain the layers to swap, got {name} itself")
+    for module in model.modules():
+        if any(kind.__name__ in WRAPPERS for kind in type(module).__mro__):
+            raise ValueError(
+                f"replace: model must not be wrapped for several devices, which would not know the "
+                f"new parameters (swap first, then wrap), got a {type(module).__name__}"
+            )
 
     return _Replacement(model, conv2d, attention, k, branch_ratio, candidates).run()
 
@@ -151,18 +163,25 @@ class _Replacement:
         self.branch_ratio = branch_ratio
         self.candidates = candidates
         self.done = Replaced()
+        # By the name of the layer: its parent, its name there, and itself. They are swapped at the
+        # end, so that an error of a function leaves the model as it was.
+        self.places: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+        self.kept: set[nn.Module] = set()
+        self.made: list[Candidates] = []
+        self.failure: ValueError | None = None  # of the function that creates candidates
         # A module with several parents is swapped once, and remains shared.
         self.new: dict[nn.Module, nn.Module] = {}
         self.visited: set[nn.Module] = set()
-        uses = Counter(
-            id(parameter)
-            for module in model.modules()
-            for parameter in module.parameters(recurse=False)
-        )
-        self.shared = {key for key, count in uses.items() if count > 1}
+        self.shared = shared_parts(model)
 
     def run(self) -> Replaced:
         self._visit(self.model, "")
+        for name, (parent, child_name, old) in self.places.items():
+            if old in self.kept:
+                self.done.left[name] = "it is shared with a place where it is left"
+            else:
+                setattr(parent, child_name, self.new[old])
+                self.done.swapped[name] = type(_layer_of(self.new[old])).__name__
         _avoid_fast_path(self.model)
         return self.done
 
@@ -175,17 +194,18 @@ class _Replacement:
                 continue
             name = prefix + child_name
             try:
-                known = child in self.new
-                new = self.new[child] if known else self._swapped(parent, child_name, child)
+                new = self._swapped(parent, child_name, child)
             except ValueError as reason:
+                if reason is self.failure:
+                    raise
                 self.done.left[name] = str(reason)
+                self.kept.add(child)
                 new = None
             if new is None:
                 self._visit(child, f"{name}.")
             else:
                 self.new[child] = new
-                setattr(parent, child_name, new)
-                self.done.swapped[name] = type(_layer_of(new)).__name__
+                self.places[name] = (parent, child_name, child)
 
     def _swapped(self, parent: nn.Module, child_name: str, child: nn.Module) -> nn.Module | None:
         """The layer that takes the place of `child`; None if it is not to be swapped."""
@@ -201,6 +221,8 @@ class _Replacement:
             raise CannotReplaceError("the self-attention of a decoder is masked")
         if child_name == "_orig_mod":
             raise CannotReplaceError("it is compiled: swap first, then compile")
+        if child in self.new:
+            return self.new[child]
         require_untouched(child, self.shared)
         modes = [(part, part.training) for part in child.modules()]
         new = build(child)
@@ -212,7 +234,18 @@ class _Replacement:
         return new
 
     def _make_candidates(self) -> Candidates | None:
-        return None if self.candidates is None else self.candidates()
+        if self.candidates is None:
+            return None
+        try:
+            candidates = self.candidates()
+            is_new = isinstance(candidates, Candidates) and candidates not in self.made
+            expected = "a function that returns new Candidates for each layer"
+            settings.require(is_new, "replace", "candidates", expected, candidates)
+        except ValueError as error:
+            self.failure = error
+            raise
+        self.made.append(candidates)
+        return candidates
 
     def _convolution(self, old: nn.Module) -> nn.Module:
         assert isinstance(old, nn.Conv2d)
@@ -235,10 +268,10 @@ class _Replacement:
         adapter = (
             MultiheadAdapter if isinstance(old, nn.MultiheadAttention) else SelfAttentionAdapter
         )
-        outputs = require_attention(old, adapter)
+        outputs, masks = require_attention(old, adapter)
         k = 9 if self.k is None else self.k
         new = adapter(old, Target(k, self.attention == "kvt", self._make_candidates()))
-        new.outputs = outputs
+        new.outputs, new.masks = outputs, masks
         return new
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Whether anything of a layer would be lost if another took its place."""
 
+from collections import Counter
 from collections.abc import Collection
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 HOOKS = {
@@ -17,10 +18,33 @@ HOOKS = {
     "_load_state_dict_post_hooks": "load_state_dict hooks",
 }
 PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+# nn.MultiheadAttention has a subclass of Linear, to keep its projection from quantization.
+LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+MULTIHEAD_PARTS = {
+    *("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias"),
+    *("bias_k", "bias_v", "out_proj"),
+}
+# The parts of layers of PyTorch, to which a user may have added others.
+PARTS: dict[type[nn.Module], Collection[str]] = {
+    nn.Conv2d: ("weight", "bias"),
+    nn.MultiheadAttention: MULTIHEAD_PARTS,
+    **dict.fromkeys(LINEARS, ("weight", "bias")),
+}
 
 
 class CannotReplaceError(ValueError):
     """A layer does something that its replacement cannot; the message is the reason."""
+
+
+def shared_parts(model: nn.Module) -> set[int]:
+    """The ``id`` of each parameter of several modules, and of each module of several parents."""
+    uses = Counter(
+        id(part)
+        for module in model.modules()
+        for part in {*module._parameters.values(), *module._modules.values()}
+        if part is not None
+    )
+    return {part for part, count in uses.items() if count > 1}
 
 
 def require_untouched(layer: nn.Module, shared: Collection[int]) -> None:
@@ -28,7 +52,7 @@ def require_untouched(layer: nn.Module, shared: Collection[int]) -> None:
 
     Args:
         layer: the layer to be swapped.
-        shared: the ``id`` of each parameter that several modules of the model share.
+        shared: see :func:`shared_parts`.
     """
     for path, module in layer.named_modules():
         its = f"its {path}" if path else "it"
@@ -42,6 +66,10 @@ def require_untouched(layer: nn.Module, shared: Collection[int]) -> None:
             if getattr(module, attribute, None):
                 whose = f"the {hooks} of its {path}" if path else f"its {hooks}"
                 raise CannotReplaceError(f"{whose} would be lost")
+        if path and id(module) in shared and next(module.parameters(), None) is not None:
+            raise CannotReplaceError(f"{its} is shared with another module")
+        if type(module) in PARTS:
+            require_no_extras(module, PARTS[type(module)], prefix=f"{path}." if path else "")
     for path, parameter in layer.named_parameters():
         if type(parameter) is not nn.Parameter:
             raise CannotReplaceError(f"its {path} is a {type(parameter).__name__}")
@@ -56,6 +84,7 @@ def require_plain_convolution(conv: nn.Conv2d) -> None:
     height, width = conv.kernel_size
     for problem, reason in (
         (type(conv) is not nn.Conv2d, f"{type(conv).__name__} is more than a Conv2d"),
+        (not conv.weight.is_floating_point(), f"dtype {conv.weight.dtype}"),
         (conv.stride[0] != conv.stride[1], f"stride {tuple(conv.stride)}"),
         (any(step != 1 for step in conv.dilation), f"dilation {tuple(conv.dilation)}"),
         (conv.groups != 1, f"groups {conv.groups}"),
@@ -67,7 +96,8 @@ def require_plain_convolution(conv: nn.Conv2d) -> None:
             f"padding {conv.padding} is not half the kernel",
         ),
         (
-            not all(parameter.requires_grad for parameter in conv.parameters()),
+            "weight" not in conv._parameters  # but a tensor, which does not learn either
+            or not all(parameter.requires_grad for parameter in conv.parameters()),
             "its weights are frozen, and new ones would be random",
         ),
     ):
@@ -78,24 +108,26 @@ def require_plain_convolution(conv: nn.Conv2d) -> None:
 def require_linear(layer: nn.Module, name: str) -> nn.Linear:
     """The linear layer of that name, which may not be of a subclass, such as one with LoRA."""
     linear = layer.get_submodule(name)
-    # nn.MultiheadAttention has a subclass of its own, to keep its projection from quantization.
-    plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if type(linear) not in plain:
+    if type(linear) not in LINEARS:
         raise CannotReplaceError(f"its {name} is a {type(linear).__name__}, not a Linear")
     assert isinstance(linear, nn.Linear)
     return linear
 
 
-def require_no_extras(layer: nn.Module, kept: Collection[str]) -> None:
-    """Raises if a layer has parts other than `kept`, such as a position bias."""
+def require_no_extras(layer: nn.Module, kept: Collection[str], prefix: str = "") -> None:
+    """Raises if a layer has parts other than `kept`, such as a position bias.
+
+    Args:
+        layer: the layer.
+        kept: the names of the parts that it may have.
+        prefix: the path of the layer, which the reason puts before the names.
+    """
+    parts: dict[str, object] = {**layer._modules, **layer._parameters, **layer._buffers}
     # The probe shows where a softmax is not the one of attention.
     extras = [
-        name
-        for name, part in layer.named_children()
-        if name not in kept and not isinstance(part, nn.Identity | nn.Softmax)
+        prefix + name
+        for name, part in parts.items()
+        if name not in kept and part is not None and not isinstance(part, nn.Identity | nn.Softmax)
     ]
-    tensors: list[tuple[str, Tensor]] = [*layer.named_parameters(recurse=False)]
-    tensors += layer.named_buffers(recurse=False)
-    extras += [name for name, _ in tensors]
     if extras:
         raise CannotReplaceError(f"its {', '.join(extras)} would be lost")
