@@ -77,6 +77,19 @@ def test_jit_trace(name: str) -> None:
     torch.testing.assert_close(inputs.grad, same.grad)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@every_layer
+def test_jit_trace_for_other_sizes(name: str) -> None:
+    layer, x = build(name)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    for more in (3, -1):
+        if name.startswith("attention"):
+            other = torch.randn(2, x.shape[1] + more, x.shape[2])
+        else:
+            other = torch.randn(2, x.shape[1], *(size + more for size in x.shape[2:]))
+        torch.testing.assert_close(seeded(traced, other), seeded(layer, other))
+
+
 # torch.fx
 
 
@@ -149,6 +162,18 @@ def test_fx_refuses_a_forward_that_is_not_ours() -> None:
             torch.fx.symbolic_trace(nn.Sequential(layer))
     model, x = nn.Sequential(Named(3, 4)), torch.randn(2, 3, 5, 5)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_fx_with_a_subclass_as_a_leaf() -> None:
+    """What the error says."""
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, Doubled) or super().is_leaf_module(module, name)
+
+    model, x = nn.Sequential(Doubled(3, 4)), torch.randn(2, 3, 5, 5)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert torch.equal(traced(x), model(x))
 
 
 # torch.func
