@@ -402,6 +402,10 @@ def test_only_a_convolution_is_taken_over() -> None:
             ValueError, match=f"from_conv2d: conv must be an nn.Conv2d .*, got {name}"
         ):
             ConvNN2d.from_conv2d(conv)
+    with pytest.raises(
+        ValueError, match=r"from_conv2d: conv must be an nn.Conv2d .*, got ndarray$"
+    ):
+        ConvNN2d.from_conv2d(np.zeros(3))
     with pytest.raises(ValueError, match=r"from_conv1d: conv must be an nn.Conv1d .*, got Conv2d"):
         ConvNN1d.from_conv1d(nn.Conv2d(3, 3, 1))
 

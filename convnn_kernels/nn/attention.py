@@ -60,9 +60,9 @@ class ConvNNAttention(nn.Module):
         dtype: dtype of the parameters.
 
     Raises:
-        ValueError: if an argument or a shape is wrong; the message names it, what was expected and
-            what was passed.
-        RuntimeError: in forward, from the operator, such as for an input of another dtype.
+        ValueError: if an argument or a shape is wrong, or an input has no floating-point dtype; the
+            message names it, what was expected and what was passed.
+        RuntimeError: in forward, if the dtypes of inputs and parameters differ.
 
     Examples:
         >>> import convnn_kernels.nn as cnn

@@ -402,9 +402,9 @@ _ARGUMENTS = """
         dtype: dtype of the parameters; the input must have the same, unless autocast is on.
 
     Raises:
-        ValueError: if an argument or the input's shape is wrong; the message names it, what was
-            expected and what was passed.
-        RuntimeError: in forward, from the operator, such as for an input of another dtype.
+        ValueError: if an argument is wrong, or the input's shape, or its dtype is not a
+            floating-point one; the message names it, what was expected and what was passed.
+        RuntimeError: in forward, if the input's dtype is not that of the parameters.
 """
 
 
@@ -447,8 +447,8 @@ class ConvNN1d(_ConvNN):
         The k tokens nearest in position, in the order of their positions, are the kernel's taps.
 
         Args:
-            conv: a convolution of any odd kernel size and any stride, with dilation 1, zero padding
-                of half the kernel, and groups 1 or a depthwise kernel.
+            conv: a convolution, but not of a subclass, of any odd kernel size and any stride, with
+                dilation 1, zero padding of half the kernel, and groups 1 or a depthwise kernel.
 
         Returns:
             A layer with copies of weight and bias, on the same device and with the same dtype.
@@ -471,8 +471,9 @@ class ConvNN2d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a map: sections 4.1 and 4.2.
 
     [B, C, H, W] → [B, C', H, W], or with a stride [B, C', ⌈H / stride⌉, ⌈W / stride⌉], same dtype
-    as the input (under autocast, the autocast dtype). A channels_last input gives a channels_last
-    output, any other a contiguous one. The map is flattened row by row, and the result unflattened.
+    as the input (under autocast, the autocast dtype). The memory format is as for Conv2d: a
+    channels_last input gives a channels_last output, any other a contiguous one. The map is
+    flattened row by row, and the result unflattened.
     {_ARGUMENTS}
     Examples:
         >>> layer = ConvNN2d(16, 32, k=9, padding=1)
@@ -492,8 +493,9 @@ class ConvNN2d(_ConvNN):
         are at distance √18, farther away than the tokens at (4, 0).
 
         Args:
-            conv: a 1×1, 3×3 or 5×5 convolution with one stride for both axes, dilation 1, zero
-                padding of half the kernel, and groups 1 or a depthwise kernel.
+            conv: a 1×1, 3×3 or 5×5 convolution, but not of a subclass, with one stride for both
+                axes, dilation 1, zero padding of half the kernel, and groups 1 or a depthwise
+                kernel.
 
         Returns:
             A layer with copies of weight and bias, on the same device and with the same dtype.
@@ -536,9 +538,11 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
 def _require_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> None:
     kind = nn.Conv1d if owner == "from_conv1d" else nn.Conv2d
     # Transposed convolutions have the same attributes, and subclasses may compute something else.
-    settings.require(
-        type(conv) is kind, owner, "conv", f"an nn.{kind.__name__} and not of a subclass", conv
-    )
+    if type(conv) is not kind:
+        raise ValueError(
+            f"{owner}: conv must be an nn.{kind.__name__} and not of a subclass, "
+            f"got {type(conv).__name__}"
+        )
     settings.require_dtype(owner, "conv.weight", conv.weight, *settings.FLOATING)
     dimensions, kernel, size = len(conv.kernel_size), conv.kernel_size, conv.kernel_size[0]
     if dimensions == 2:

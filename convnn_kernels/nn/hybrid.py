@@ -43,8 +43,9 @@ class HybridBranch2d(nn.Module):
         dtype: dtype of the parameters.
 
     Raises:
-        ValueError: if an argument or the input's shape is wrong; the message names it, what was
-            expected and what was passed.
+        ValueError: if an argument is wrong, or the input's shape, or its dtype is not a
+            floating-point one; the message names it, what was expected and what was passed.
+        RuntimeError: in forward, if the input's dtype is not that of the parameters.
 
     Examples:
         >>> layer = HybridBranch2d(16, 32, branch_ratio=0.25)
