@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The settings that the layers share, and the checks that reject invalid ones."""
 
+import math
 import numbers
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -66,6 +66,13 @@ def _is_number(got: Any) -> bool:
     return isinstance(got, numbers.Real) and not isinstance(got, bool)
 
 
+def _is_finite(got: Any) -> bool:
+    try:
+        return _is_number(got) and math.isfinite(got)
+    except OverflowError:  # an int that is too large for a float
+        return False
+
+
 def _require_scale(owner: str, got: Any, rho: str) -> None:
     expected = "a finite number"
     if isinstance(got, Tensor):
@@ -74,8 +81,7 @@ def _require_scale(owner: str, got: Any, rho: str) -> None:
             "similarities of functional.select_neighbors by it and call "
             "functional.aggregate_neighbors)"
         )
-    # Not math.isfinite, which raises for an int that is too large for a float.
-    require(_is_number(got) and abs(got) <= sys.float_info.max, owner, "scale", expected, got)
+    require(_is_finite(got), owner, "scale", expected, got)
     require(got == 1.0 or rho == "softmax", owner, "scale", "1.0 unless rho is 'softmax'", got)
 
 
