@@ -22,8 +22,9 @@ import convnn_kernels.backends.selection
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPETS = {
-    name: re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    for name in ("README.md", "docs/graphs.md")
+    # Not those with >>>, which show what is printed.
+    name: re.findall(r"```python\n(?!>>>)(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    for name in ("README.md", "docs/graphs.md", "docs/layers.md")
 }
 
 FOLDERS = (".ci", "benchmarks", "convnn_kernels", "csrc", "docs", "examples", "python_ref")
@@ -110,7 +111,9 @@ def test_a_missing_file_or_module_is_found() -> None:
     assert missing_modules(modules + " `python -m venv`") == ["tools.gone"]
 
 
-@pytest.mark.parametrize(("name", "least"), [("README.md", 5), ("docs/graphs.md", 3)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("README.md", 5), ("docs/graphs.md", 3), ("docs/layers.md", 1)]
+)
 def test_snippets_run(name: str, least: int, run_python: Callable[..., str]) -> None:
     assert len(SNIPPETS[name]) >= least
     printed = run_python(
@@ -191,12 +194,22 @@ def test_public_callables_have_examples(name: str) -> None:
     assert name in EXAMPLES, "no example in the docstring"
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_run(name: str) -> None:
+def assert_passes(test: doctest.DocTest) -> None:
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     report = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=flags, verbose=False)
-    assert not runner.run(EXAMPLES[name], out=report.write).failed, report.getvalue()
+    assert not runner.run(test, out=report.write).failed, report.getvalue()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name: str) -> None:
+    assert_passes(EXAMPLES[name])
+
+
+def test_the_session_in_the_page_on_layers() -> None:
+    text = (ROOT / "docs/layers.md").read_text()
+    (session,) = re.findall(r"```python\n(>>>.*?)```", text, re.DOTALL)
+    assert_passes(doctest.DocTestParser().get_doctest(session, {}, "layers.md", None, 0))
 
 
 @pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)

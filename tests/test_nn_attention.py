@@ -224,7 +224,7 @@ def test_settings_may_be_numbers_of_numpy() -> None:
         ({"projections": "coordinates"}, "projections must be 'identity', 'learned' or 'value'"),
         ({"rho": "ones"}, "projections must be other than learned with rho='ones'"),
         ({"metric": "l1"}, "metric must be"),
-        ({"scale": float("nan")}, "scale must be finite, got nan"),
+        ({"scale": float("nan")}, "scale must be a finite number, got nan"),
         (
             {"scale": torch.nn.Parameter(torch.tensor(2.0))},
             r"scale must be a number, which gets no gradient \(for a temperature that learns, "
@@ -260,3 +260,15 @@ def test_wrong_inputs(shapes: list, message: str) -> None:
     layer = ConvNNAttention(8, k=3)
     with pytest.raises(ValueError, match=f"ConvNNAttention: {message}"):
         layer(*(None if shape is None else torch.zeros(shape) for shape in shapes))
+
+
+def test_inputs_of_other_dtypes() -> None:
+    x, whole = torch.zeros(2, 9, 8), torch.zeros(2, 9, 8, dtype=torch.int64)
+    layer = ConvNNAttention(8, k=3, projections="identity", output_projection=False)
+    for name in ("query", "key", "value"):
+        inputs = {"query": x, "key": x, "value": x, name: whole}
+        with pytest.raises(ValueError, match=f"ConvNNAttention: {name} must be float64, .* int64"):
+            layer(**inputs)
+    for dtype in (torch.int64, torch.uint8, torch.float32):
+        with pytest.raises(ValueError, match="ConvNNAttention: key_mask must be bool, got "):
+            layer(x, key_mask=torch.ones(2, 9, dtype=dtype))

@@ -332,9 +332,11 @@ def test_self_is_first_with_include_self() -> None:
         ({"aggregation": "sum"}, "out_channels must be the 3 channels of the values"),
         ({"projections": "none"}, "projections must be 'identity', 'learned', 'value' or"),
         ({"rho": "ones"}, "projections must be other than learned with rho='ones'"),
-        ({"scale": float("inf")}, "scale must be finite, got inf"),
-        ({"scale": "big"}, "scale must be finite, got 'big'"),
-        ({"scale": True}, "scale must be finite, got True"),
+        ({"scale": float("inf")}, "scale must be a finite number, got inf"),
+        ({"scale": "big"}, "scale must be a finite number, got 'big'"),
+        ({"scale": None}, "scale must be a finite number, got None"),
+        ({"scale": 10**400}, "scale must be a finite number, got 1000"),
+        ({"scale": True}, "scale must be a finite number, got True"),
         ({"scale": torch.tensor(2.0)}, "scale must be a number, which gets no gradient .*select_n"),
         (
             {"k": torch.tensor(4)},
@@ -396,10 +398,44 @@ def test_errors_of_python_name_the_class(make: type) -> None:
 def test_only_a_convolution_is_taken_over() -> None:
     for conv in (nn.ConvTranspose2d(3, 3, 3, padding=1), nn.Conv1d(3, 3, 3), nn.Linear(3, 3)):
         name = type(conv).__name__
-        with pytest.raises(ValueError, match=f"from_conv2d: conv must be an nn.Conv2d, got {name}"):
+        with pytest.raises(
+            ValueError, match=f"from_conv2d: conv must be an nn.Conv2d .*, got {name}"
+        ):
             ConvNN2d.from_conv2d(conv)
-    with pytest.raises(ValueError, match=r"from_conv1d: conv must be an nn.Conv1d, got Conv2d"):
+    with pytest.raises(
+        ValueError, match=r"from_conv2d: conv must be an nn.Conv2d .*, got ndarray$"
+    ):
+        ConvNN2d.from_conv2d(np.zeros(3))
+    with pytest.raises(ValueError, match=r"from_conv1d: conv must be an nn.Conv1d .*, got Conv2d"):
         ConvNN1d.from_conv1d(nn.Conv2d(3, 3, 1))
+
+
+class Standardized2d(nn.Conv2d):
+    """Its weight is not what it convolves with, as in timm's ResNetV2."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight - self.weight.mean(), self.bias, padding=1)
+
+
+class Standardized1d(nn.Conv1d):
+    pass
+
+
+def test_a_subclass_of_a_convolution_is_rejected() -> None:
+    for make, conv in (
+        (ConvNN2d.from_conv2d, Standardized2d(3, 3, 3, padding=1)),
+        (ConvNN2d.from_conv2d, nn.LazyConv2d(3, 3, padding=1)),
+        (ConvNN1d.from_conv1d, Standardized1d(3, 3, 3, padding=1)),
+    ):
+        name = type(conv).__name__
+        with pytest.raises(ValueError, match=f"conv must be .* not of a subclass, got {name}"):
+            make(conv)
+
+
+def test_a_convolution_of_another_dtype_is_rejected() -> None:
+    message = "conv.weight must be float64, float32, float16 or bfloat16, got complex64"
+    with pytest.raises(ValueError, match=f"from_conv2d: {message}"):
+        ConvNN2d.from_conv2d(nn.Conv2d(3, 3, 3, padding=1, dtype=torch.complex64))
 
 
 def test_wrong_inputs() -> None:
@@ -413,6 +449,21 @@ def test_wrong_inputs() -> None:
         ConvNN2d(3, 4)(None)
     with pytest.raises(ValueError, match=r"ConvNN2d: input must be a tensor, got ndarray of shape"):
         ConvNN2d(3, 4)(np.zeros((1, 3, 20, 20)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+@pytest.mark.parametrize("projections", ["learned", "identity"])
+def test_inputs_of_other_dtypes(projections: str, dtype: torch.dtype) -> None:
+    got = str(dtype).removeprefix("torch.")
+    message = f"input must be float64, float32, float16 or bfloat16, got {got}"
+    layers = [ConvNN1d(3, 4, projections=projections), ConvNN2d(3, 4, projections=projections)]
+    layers += [HybridBranch2d(3, 4, branch_ratio=ratio) for ratio in (0, 0.5)]
+    for layer in layers:
+        shape = (1, 3, 20) if isinstance(layer, ConvNN1d) else (1, 3, 5, 5)
+        calls = [layer, layer.neighbors] if hasattr(layer, "neighbors") else [layer]
+        for call in calls:
+            with pytest.raises(ValueError, match=f"{type(layer).__name__}: {message}"):
+                call(torch.zeros(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize(

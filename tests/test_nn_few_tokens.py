@@ -118,9 +118,8 @@ def test_fewer_candidates_than_k(candidates: Candidates) -> None:
     ]
     shapes = [(2, 4, 12), (2, 4, 6, 6), (2, 12, 4)]
     for layer, shape in zip(layers, shapes, strict=True):
-        torch.testing.assert_close(
-            layer(torch.ones(shape).cumsum(1)), first_taps(layer, 4)(torch.ones(shape).cumsum(1))
-        )
+        x = torch.randn(shape)
+        torch.testing.assert_close(layer(x), first_taps(layer, 4)(x))
 
 
 def test_self_beside_few_candidates() -> None:

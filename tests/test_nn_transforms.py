@@ -77,6 +77,19 @@ def test_jit_trace(name: str) -> None:
     torch.testing.assert_close(inputs.grad, same.grad)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@every_layer
+def test_jit_trace_for_other_sizes(name: str) -> None:
+    layer, x = build(name)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    for more in (3, -1):
+        if name.startswith("attention"):
+            other = torch.randn(2, x.shape[1] + more, x.shape[2])
+        else:
+            other = torch.randn(2, x.shape[1], *(size + more for size in x.shape[2:]))
+        torch.testing.assert_close(seeded(traced, other), seeded(layer, other))
+
+
 # torch.fx
 
 
@@ -122,6 +135,45 @@ def test_fx_refuses_what_it_would_get_wrong() -> None:
     layer.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
     with pytest.raises(ValueError, match=r"ConvNN2d: torch\.fx cannot trace a layer with"):
         torch.fx.symbolic_trace(nn.Sequential(layer))
+
+
+class Doubled(ConvNN2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
+class DoubledAttention(ConvNNAttention):
+    def forward(self, query: Tensor) -> Tensor:
+        return super().forward(2 * query)
+
+
+class Named(ConvNN2d):
+    """Without a forward of its own."""
+
+
+def test_fx_refuses_a_forward_that_is_not_ours() -> None:
+    """The traced model calls the layer, so what surrounds its forward would run twice."""
+    replaced = ConvNN2d(3, 4)
+    inner = replaced.forward
+    replaced.forward = lambda x: inner(2 * x)
+    for layer in (Doubled(3, 4), DoubledAttention(8), replaced):
+        name = type(layer).__name__
+        with pytest.raises(ValueError, match=rf"{name}: torch\.fx cannot trace a forward"):
+            torch.fx.symbolic_trace(nn.Sequential(layer))
+    model, x = nn.Sequential(Named(3, 4)), torch.randn(2, 3, 5, 5)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+def test_fx_with_a_subclass_as_a_leaf() -> None:
+    """What the error says."""
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, Doubled) or super().is_leaf_module(module, name)
+
+    model, x = nn.Sequential(Doubled(3, 4)), torch.randn(2, 3, 5, 5)
+    traced = torch.fx.GraphModule(model, Tracer().trace(model))
+    assert torch.equal(traced(x), model(x))
 
 
 # torch.func
@@ -192,18 +244,23 @@ def test_channels_last_under_vmap() -> None:
 
 @pytest.mark.parametrize("size", [(1, 6), (6, 1), (1, 1), (5, 6)], ids=str)
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("outputs", [1, 4])
+@pytest.mark.parametrize("batch", [1, 2])
 def test_memory_format_is_that_of_a_convolution(
-    size: tuple[int, int], channels: int, batch: int
+    size: tuple[int, int], channels: int, outputs: int, batch: int
 ) -> None:
-    layer, convolution = ConvNN2d(channels, 4, k=1), nn.Conv2d(channels, 4, 1)
-    x = torch.randn(batch, channels, *size)
-    for given in (x, x.to(memory_format=torch.channels_last), x.mT.contiguous().mT):
-        last = given.is_contiguous(memory_format=torch.channels_last) and not given.is_contiguous()
-        y = layer(given)
-        assert y.is_contiguous() or last
-        assert y.is_contiguous(memory_format=torch.channels_last) or not last
-        assert y.shape == convolution(given).shape
+    convolution = nn.Conv2d(channels, outputs, 1)
+    layers = [ConvNN2d(channels, outputs, k=1), HybridBranch2d(channels, outputs)]
+    contiguous = torch.randn(batch, channels, *size)
+    last = contiguous.to(memory_format=torch.channels_last)
+    for x in (contiguous, last, contiguous.mT.contiguous().mT):
+        for layer in layers:
+            assert layer(x).stride() == convolution(x).stride()
+
+
+def test_some_channels_of_a_channels_last_map() -> None:
+    x = torch.randn(2, 6, 5, 6).to(memory_format=torch.channels_last)[:, :3]
+    assert ConvNN2d(3, 4)(x).stride() == nn.Conv2d(3, 4, 1)(x).stride()
 
 
 # Compiled autograd

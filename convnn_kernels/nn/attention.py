@@ -2,7 +2,7 @@
 """ConvNN as an attention layer: sections 5.2 and 6.2."""
 
 import math
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from convnn_kernels import functional
 from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import positional, settings
-from convnn_kernels.nn.candidates import AllCandidates, Candidates
+from convnn_kernels.nn.candidates import Candidates, require_candidates
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 Projections: TypeAlias = Literal["identity", "learned", "value"]
@@ -60,9 +60,9 @@ class ConvNNAttention(nn.Module):
         dtype: dtype of the parameters.
 
     Raises:
-        ValueError: if an argument or a shape is wrong; the message names it, what was expected and
-            what was passed.
-        RuntimeError: in forward, from the operator, such as for an input of another dtype.
+        ValueError: if an argument or a shape is wrong, or an input has no floating-point dtype; the
+            message names it, what was expected and what was passed.
+        RuntimeError: in forward, if the dtypes of inputs and parameters differ.
 
     Examples:
         >>> import convnn_kernels.nn as cnn
@@ -75,6 +75,10 @@ class ConvNNAttention(nn.Module):
         torch.Size([2, 100, 192])
     """
 
+    query_projection: nn.Linear | None
+    key_projection: nn.Linear | None
+    value_projection: nn.Linear | None
+    output_projection: nn.Linear | None
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
@@ -104,87 +108,87 @@ class ConvNNAttention(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        embed_dim = settings.require_count(owner, "embed_dim", embed_dim)
-        num_heads = settings.require_count(owner, "num_heads", num_heads)
-        dropout = settings.require_between(owner, "dropout", dropout, 0, 1)
-
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.positional_encoding = positional_encoding
-        key_inputs = embed_dim + self._encodes("similarity")
-        value_inputs = embed_dim + self._encodes("aggregation")
-        key_width = embed_dim if projections == "learned" else key_inputs
-        value_width = value_inputs if projections == "identity" else embed_dim
-        for width in (key_width, value_width):
-            settings.require(
-                width % num_heads == 0,
-                owner,
-                "num_heads",
-                f"a divisor of the width {width} of queries, keys and values",
-                num_heads,
-            )
-        if scale is None:
-            is_scaled = metric == "dot" and rho == "softmax"
-            scale = 1 / math.sqrt(key_width // num_heads) if is_scaled else 1.0
-        settings.require_common(
+        self.embed_dim = settings.require_count(owner, "embed_dim", embed_dim)
+        self.num_heads = settings.require_count(owner, "num_heads", num_heads)
+        self.k = settings.require_common(
             owner,
             k=k,
             projections=projections,
             allowed_projections=PROJECTIONS,
             rho=rho,
             metric=metric,
-            scale=scale,
+            scale=1.0 if scale is None else scale,
             order=order,
             aggregation=aggregation,
             positional_encoding=positional_encoding,
             coordinates=coordinates,
         )
-        self.k = k = int(k)  # it may be a number of NumPy
         self.projections = projections
         self.rho = rho
         self.metric = metric
-        self.scale = float(scale)
         self.order = order
         self.aggregation = aggregation
+        self.positional_encoding = positional_encoding
         self.coordinates = coordinates
-        self.candidates = AllCandidates() if candidates is None else candidates
-        settings.require(
-            isinstance(self.candidates, Candidates),
-            owner,
-            "candidates",
-            "AllCandidates, RandomCandidates or SpatialCandidates",
-            candidates,
-        )
-
-        def projection(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=projection_bias, device=device, dtype=dtype)
-
-        learns_key, learns_value = projections == "learned", projections != "identity"
-        self.query_projection = projection(key_inputs, key_width) if learns_key else None
-        self.key_projection = projection(key_inputs, key_width) if learns_key else None
-        self.value_projection = projection(value_inputs, value_width) if learns_value else None
-        settings.require(
-            output_projection or value_width == embed_dim,
-            owner,
-            "output_projection",
-            f"True where values are {value_width} wide and not {embed_dim}",
-            output_projection,
-        )
-        self.output_projection = projection(value_width, embed_dim) if output_projection else None
-        for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
-            is_module = norm is None or isinstance(norm, nn.Module)
-            settings.require(is_module, owner, name, "a module or None", norm)
-        self.query_norm = query_norm
-        self.key_norm = key_norm
-        self.dropout = nn.Dropout(dropout)
-
-        d = value_width // num_heads
-        shape = {"dense": (d, d, k), "depthwise": (d, 1, k), "sum": None}[aggregation]
-        self.weight = (
-            None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        )
-        self.bias = nn.Parameter(torch.empty(d, device=device, dtype=dtype)) if bias else None
+        self.candidates = require_candidates(owner, candidates)
+        self.scale = self._default_scale() if scale is None else float(scale)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._create_projections(output_projection, {"bias": projection_bias, **options})
+        self.query_norm = _require_norm(owner, "query_norm", query_norm)
+        self.key_norm = _require_norm(owner, "key_norm", key_norm)
+        self.dropout = nn.Dropout(settings.require_between(owner, "dropout", dropout, 0, 1))
+        self._create_convolution(bias, options)
         self._reset_convolution()
+
+    def _default_scale(self) -> float:
+        key_width, _ = self._widths()
+        is_scaled = self.metric == "dot" and self.rho == "softmax"
+        return 1 / math.sqrt(key_width // self.num_heads) if is_scaled else 1.0
+
+    def _widths(self) -> tuple[int, int]:
+        """The widths of queries and keys, and of values, of all heads together."""
+        key_width = value_width = self.embed_dim
+        if self.projections != "learned":
+            key_width += self._encodes("similarity")
+        if self.projections == "identity":
+            value_width += self._encodes("aggregation")
+        for width in (key_width, value_width):
+            settings.require(
+                width % self.num_heads == 0,
+                type(self).__name__,
+                "num_heads",
+                f"a divisor of the width {width} of queries, keys and values",
+                self.num_heads,
+            )
+        return key_width, value_width
+
+    def _create_projections(self, has_output: bool, options: dict[str, Any]) -> None:
+        key_width, value_width = self._widths()
+        key_inputs = self.embed_dim + self._encodes("similarity")
+        value_inputs = self.embed_dim + self._encodes("aggregation")
+        self.query_projection = self.key_projection = None
+        self.value_projection = self.output_projection = None
+        if self.projections == "learned":
+            self.query_projection = nn.Linear(key_inputs, key_width, **options)
+            self.key_projection = nn.Linear(key_inputs, key_width, **options)
+        if self.projections != "identity":
+            self.value_projection = nn.Linear(value_inputs, value_width, **options)
+        settings.require(
+            has_output or value_width == self.embed_dim,
+            type(self).__name__,
+            "output_projection",
+            f"True where values are {value_width} wide and not {self.embed_dim}",
+            has_output,
+        )
+        if has_output:
+            self.output_projection = nn.Linear(value_width, self.embed_dim, **options)
+
+    def _create_convolution(self, has_bias: bool, options: dict[str, Any]) -> None:
+        _, value_width = self._widths()
+        d, k = value_width // self.num_heads, self.k
+        shape = {"dense": (d, d, k), "depthwise": (d, 1, k), "sum": None}[self.aggregation]
+        self.weight = None if shape is None else nn.Parameter(torch.empty(shape, **options))
+        self.bias = nn.Parameter(torch.empty(d, **options)) if has_bias else None
 
     def reset_parameters(self) -> None:
         """Reinitializes the projections, the norms and the weights of the aggregation."""
@@ -232,18 +236,19 @@ class ConvNNAttention(nn.Module):
         if is_symbolic(query, key, value, key_mask):
             return symbolic_call(self, query, key, value, key_mask)
         owner = type(self).__name__
-        settings.require_shape(owner, "query", query, ("B", "N", self.embed_dim))
+        settings.require_input(owner, "query", query, ("B", "N", self.embed_dim))
         if key is None and value is not None:
             raise ValueError(f"{owner}: key must be given if value is, got None")
         is_self = key is None or key is query
         key = query if key is None else key
         value = key if value is None else value
         batch = query.shape[0]
-        settings.require_shape(owner, "key", key, (batch, "M", self.embed_dim))
+        settings.require_input(owner, "key", key, (batch, "M", self.embed_dim))
         M = key.shape[1]
-        settings.require_shape(owner, "value", value, (batch, M, self.embed_dim))
+        settings.require_input(owner, "value", value, (batch, M, self.embed_dim))
         if key_mask is not None:
             settings.require_shape(owner, "key_mask", key_mask, (batch, M))
+            settings.require_dtype(owner, "key_mask", key_mask, torch.bool)
             key_mask = key_mask.unsqueeze(1).expand(-1, self.num_heads, -1)  # [B, heads, M]
 
         # [B, heads, N or M, width of a head]
@@ -301,3 +306,9 @@ class ConvNNAttention(nn.Module):
             parts += [f"positional_encoding={self.positional_encoding!r}"]
             parts += [f"coordinates={self.coordinates!r}"]
         return ", ".join(parts)
+
+
+def _require_norm(owner: str, name: str, norm: nn.Module | None) -> nn.Module | None:
+    is_module = norm is None or isinstance(norm, nn.Module)
+    settings.require(is_module, owner, name, "a module or None", norm)
+    return norm

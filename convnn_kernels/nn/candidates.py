@@ -193,6 +193,14 @@ class SpatialCandidates(Candidates):
         return f"{size}, include_self={self.include_self}"
 
 
+def require_candidates(owner: str, candidates: Any) -> Candidates:
+    """Checks the candidates of a layer; None stands for all tokens."""
+    candidates = AllCandidates() if candidates is None else candidates
+    expected = "AllCandidates, RandomCandidates or SpatialCandidates"
+    require(isinstance(candidates, Candidates), owner, "candidates", expected, candidates)
+    return candidates
+
+
 def require_maker(owner: str, make: Any) -> None:
     """Checks that `make` is a function, since layers must not share one Candidates module."""
     require(

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from convnn_kernels import functional
 from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import positional, settings
-from convnn_kernels.nn.candidates import AllCandidates, Candidates
+from convnn_kernels.nn.candidates import Candidates, require_candidates
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 # "coordinates": query and key are the coordinates alone, value is the input (section 5.1).
@@ -33,29 +33,24 @@ def require_settings(
     padding: int,
     projections: Projections,
     positional_encoding: settings.PositionalEncoding,
-    candidates: Candidates,
     **common: Any,
-) -> None:
+) -> tuple[int, int, int]:
     """Checks the settings of a layer over a sequence or a map; errors name `owner`.
 
     Args:
         common: the other arguments of ``settings.require_common``.
+
+    Returns:
+        in_channels, k and padding, which may have been numbers of NumPy, as ints.
     """
-    settings.require_count(owner, "in_channels", in_channels)
-    settings.require_count(owner, "padding", padding, least=0)
-    settings.require_common(
+    in_channels = settings.require_count(owner, "in_channels", in_channels)
+    padding = settings.require_count(owner, "padding", padding, least=0)
+    k = settings.require_common(
         owner,
         projections=projections,
         allowed_projections=PROJECTIONS,
         positional_encoding=positional_encoding,
         **common,
-    )
-    settings.require(
-        isinstance(candidates, Candidates),
-        owner,
-        "candidates",
-        "AllCandidates, RandomCandidates or SpatialCandidates",
-        candidates,
     )
     settings.require(
         projections != "coordinates" or positional_encoding in ("similarity", "both"),
@@ -64,6 +59,7 @@ def require_settings(
         "'similarity' or 'both' with projections='coordinates'",
         positional_encoding,
     )
+    return in_channels, k, padding
 
 
 def value_width(
@@ -111,10 +107,7 @@ class _ConvNN(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        settings.require_count(owner, "out_channels", out_channels)
-        settings.require_count(owner, "stride", stride)
-        candidates = AllCandidates() if candidates is None else candidates
-        require_settings(
+        self.in_channels, self.k, self.padding = require_settings(
             owner,
             in_channels=in_channels,
             k=k,
@@ -127,14 +120,9 @@ class _ConvNN(nn.Module):
             aggregation=aggregation,
             positional_encoding=positional_encoding,
             coordinates=coordinates,
-            candidates=candidates,
         )
-        # They may be numbers of NumPy.
-        self.in_channels = in_channels = int(in_channels)
-        self.out_channels = out_channels = int(out_channels)
-        self.k = k = int(k)
-        self.padding = int(padding)
-        self.stride = int(stride)
+        self.out_channels = settings.require_count(owner, "out_channels", out_channels)
+        self.stride = settings.require_count(owner, "stride", stride)
         self.projections = projections
         self.rho = rho
         self.metric = metric
@@ -143,10 +131,22 @@ class _ConvNN(nn.Module):
         self.aggregation = aggregation
         self.positional_encoding = positional_encoding
         self.coordinates = coordinates
-        self.candidates = candidates
+        self.candidates = require_candidates(owner, candidates)
+        options = {"device": device, "dtype": dtype}
+        self._create_projections(key_channels, value_channels, projection_bias, options)
+        self._create_convolution(bias, options)
+        self._reset_convolution()
 
-        learns_key = projections == "learned"
-        learns_value = projections in ("learned", "value")
+    def _create_projections(
+        self,
+        key_channels: int | None,
+        value_channels: int | None,
+        has_bias: bool,
+        options: dict[str, Any],
+    ) -> None:
+        owner = type(self).__name__
+        learns_key = self.projections == "learned"
+        learns_value = self.projections in ("learned", "value")
         for name, given, learned in (
             ("key_channels", key_channels, learns_key),
             ("value_channels", value_channels, learns_value),
@@ -155,44 +155,43 @@ class _ConvNN(nn.Module):
                 settings.require(learned, owner, name, "None where nothing is projected", given)
                 settings.require_count(owner, name, given)
         settings.require(
-            learns_value or not projection_bias,
+            learns_value or not has_bias,
             owner,
             "projection_bias",
             "False where nothing is projected",
-            projection_bias,
+            has_bias,
         )
 
-        def projection(role: str, out: int | None) -> nn.Linear:
-            width = in_channels + self._dimensions * self._encodes(role)
-            outputs = in_channels if out is None else int(out)
-            return nn.Linear(width, outputs, bias=projection_bias, device=device, dtype=dtype)
+        def projection(role: str, outputs: int | None) -> nn.Linear:
+            inputs = self.in_channels + self._dimensions * self._encodes(role)
+            outputs = self.in_channels if outputs is None else int(outputs)
+            return nn.Linear(inputs, outputs, bias=has_bias, **options)
 
         self.query_projection = projection("similarity", key_channels) if learns_key else None
         self.key_projection = projection("similarity", key_channels) if learns_key else None
         self.value_projection = projection("aggregation", value_channels) if learns_value else None
 
-        channels = value_channels or value_width(
-            in_channels, self._dimensions, projections, positional_encoding
-        )
+    def _create_convolution(self, has_bias: bool, options: dict[str, Any]) -> None:
+        if self.value_projection is not None:
+            channels = self.value_projection.out_features
+        else:
+            channels = value_width(
+                self.in_channels, self._dimensions, self.projections, self.positional_encoding
+            )
         settings.require(
-            aggregation == "dense" or out_channels == channels,
-            owner,
+            self.aggregation == "dense" or self.out_channels == channels,
+            type(self).__name__,
             "out_channels",
-            f"the {channels} channels of the values with aggregation='{aggregation}'",
-            out_channels,
+            f"the {channels} channels of the values with aggregation='{self.aggregation}'",
+            self.out_channels,
         )
         shape = {
-            "dense": (out_channels, channels, k),
-            "depthwise": (channels, 1, k),
+            "dense": (self.out_channels, channels, self.k),
+            "depthwise": (channels, 1, self.k),
             "sum": None,
-        }[aggregation]
-        self.weight = (
-            None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        )
-        self.bias = (
-            nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        )
-        self._reset_convolution()
+        }[self.aggregation]
+        self.weight = None if shape is None else nn.Parameter(torch.empty(shape, **options))
+        self.bias = nn.Parameter(torch.empty(self.out_channels, **options)) if has_bias else None
 
     def reset_parameters(self) -> None:
         """Reinitializes all weights, as ``nn.Conv1d`` and ``nn.Linear`` do."""
@@ -235,9 +234,10 @@ class _ConvNN(nn.Module):
                 scale=self.scale,
                 order=self.order,
             )
-        # [B, N, C'] viewed as [B, C', *shape] is channels_last.
-        y = y.mT.unflatten(-1, self._output_shape(shape))
-        return y if _is_channels_last(x) else y.contiguous()
+        # [B, N, C'] → [B, C', *shape], whose strides are those of channels_last.
+        y = y.unflatten(1, self._output_shape(shape)).movedim(-1, 1)
+        # Not y.contiguous(), which keeps the strides of channels_last where sizes are 1.
+        return y if _is_channels_last(x) else y.clone(memory_format=torch.contiguous_format)
 
     def neighbors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the neighbors that the layer picks.
@@ -270,7 +270,7 @@ class _ConvNN(nn.Module):
 
     def _shape(self, x: Tensor) -> Sequence[int]:
         sizes = ("L",) if self._dimensions == 1 else ("H", "W")
-        settings.require_shape(type(self).__name__, "input", x, ("B", self.in_channels, *sizes))
+        settings.require_input(type(self).__name__, "input", x, ("B", self.in_channels, *sizes))
         return x.shape[2:]
 
     def _output_shape(self, shape: Sequence[int]) -> Sequence[int]:
@@ -402,9 +402,9 @@ _ARGUMENTS = """
         dtype: dtype of the parameters; the input must have the same, unless autocast is on.
 
     Raises:
-        ValueError: if an argument or the input's shape is wrong; the message names it, what was
-            expected and what was passed.
-        RuntimeError: in forward, from the operator, such as for an input of another dtype.
+        ValueError: if an argument is wrong, or the input's shape, or its dtype is not a
+            floating-point one; the message names it, what was expected and what was passed.
+        RuntimeError: in forward, if the input's dtype is not that of the parameters.
 """
 
 
@@ -447,8 +447,8 @@ class ConvNN1d(_ConvNN):
         The k tokens nearest in position, in the order of their positions, are the kernel's taps.
 
         Args:
-            conv: a convolution of any odd kernel size and any stride, with dilation 1, zero padding
-                of half the kernel, and groups 1 or a depthwise kernel.
+            conv: a convolution, but not of a subclass, of any odd kernel size and any stride, with
+                dilation 1, zero padding of half the kernel, and groups 1 or a depthwise kernel.
 
         Returns:
             A layer with copies of weight and bias, on the same device and with the same dtype.
@@ -471,8 +471,9 @@ class ConvNN2d(_ConvNN):
     __doc__ = f"""Convolutional Nearest Neighbors over a map: sections 4.1 and 4.2.
 
     [B, C, H, W] → [B, C', H, W], or with a stride [B, C', ⌈H / stride⌉, ⌈W / stride⌉], same dtype
-    as the input (under autocast, the autocast dtype). A channels_last input gives a channels_last
-    output, any other a contiguous one. The map is flattened row by row, and the result unflattened.
+    as the input (under autocast, the autocast dtype). The memory format is as for Conv2d: a
+    channels_last input gives a channels_last output, any other a contiguous one. The map is
+    flattened row by row, and the result unflattened.
     {_ARGUMENTS}
     Examples:
         >>> layer = ConvNN2d(16, 32, k=9, padding=1)
@@ -492,8 +493,9 @@ class ConvNN2d(_ConvNN):
         are at distance √18, farther away than the tokens at (4, 0).
 
         Args:
-            conv: a 1×1, 3×3 or 5×5 convolution with one stride for both axes, dilation 1, zero
-                padding of half the kernel, and groups 1 or a depthwise kernel.
+            conv: a 1×1, 3×3 or 5×5 convolution, but not of a subclass, with one stride for both
+                axes, dilation 1, zero padding of half the kernel, and groups 1 or a depthwise
+                kernel.
 
         Returns:
             A layer with copies of weight and bias, on the same device and with the same dtype.
@@ -513,9 +515,35 @@ class ConvNN2d(_ConvNN):
 
 def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
     """The arguments of the layer that equals `conv`."""
+    _require_convolution(owner, conv)
+    return {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "k": math.prod(conv.kernel_size),
+        "padding": conv.kernel_size[0] // 2,
+        "stride": conv.stride[0],
+        "projections": "coordinates",
+        "rho": "ones",
+        "metric": "euclidean",
+        "order": "index",
+        "aggregation": "dense" if conv.groups == 1 else "depthwise",
+        "bias": conv.bias is not None,
+        "positional_encoding": "similarity",
+        "coordinates": "pixel",
+        "device": conv.weight.device,
+        "dtype": conv.weight.dtype,
+    }
+
+
+def _require_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> None:
     kind = nn.Conv1d if owner == "from_conv1d" else nn.Conv2d
-    # Transposed convolutions have the same attributes.
-    settings.require(isinstance(conv, kind), owner, "conv", f"an nn.{kind.__name__}", conv)
+    # Transposed convolutions have the same attributes, and subclasses may compute something else.
+    if type(conv) is not kind:
+        raise ValueError(
+            f"{owner}: conv must be an nn.{kind.__name__} and not of a subclass, "
+            f"got {type(conv).__name__}"
+        )
+    settings.require_dtype(owner, "conv.weight", conv.weight, *settings.FLOATING)
     dimensions, kernel, size = len(conv.kernel_size), conv.kernel_size, conv.kernel_size[0]
     if dimensions == 2:
         settings.require(
@@ -526,9 +554,8 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
             kernel,
         )
     settings.require(size % 2 == 1, owner, "kernel_size", "odd", kernel)
-    stride = conv.stride[0]
     settings.require(
-        all(each == stride for each in conv.stride),
+        all(each == conv.stride[0] for each in conv.stride),
         owner,
         "stride",
         "the same along both axes",
@@ -555,33 +582,19 @@ def _as_convolution(owner: str, conv: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
         f"{size // 2}, half the kernel",
         conv.padding,
     )
-    return {
-        "in_channels": conv.in_channels,
-        "out_channels": conv.out_channels,
-        "k": math.prod(kernel),
-        "padding": size // 2,
-        "stride": stride,
-        "projections": "coordinates",
-        "rho": "ones",
-        "metric": "euclidean",
-        "order": "index",
-        "aggregation": "depthwise" if depthwise else "dense",
-        "bias": conv.bias is not None,
-        "positional_encoding": "similarity",
-        "coordinates": "pixel",
-        "device": conv.weight.device,
-        "dtype": conv.weight.dtype,
-    }
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    # With sizes of 1 a tensor may be both; nn.Conv2d then returns a contiguous one.
-    if x.dim() != 4 or x.is_contiguous():
+    """Whether nn.Conv2d would give a channels_last output: strides ascend from C to W, H and B.
+
+    With sizes of 1, memory may have both formats; strides then tell which one is meant.
+    """
+    if x.dim() != 4 or x.numel() == 0:
         return False
-    # vmap answers is_contiguous for the default memory format only.
-    _, C, H, W = x.shape
-    strides = (H * W * C, 1, W * C, C)
-    return all(
-        size == 1 or stride == expected
-        for size, stride, expected in zip(x.shape, x.stride(), strides, strict=True)
-    )
+    least = 0
+    for axis in (1, 3, 2, 0):
+        stride, size = x.stride(axis), x.shape[axis]
+        if stride < least or (axis == 0 and least == x.stride(1)):
+            return False
+        least = stride * size
+    return x.stride(1) > 0

@@ -3,13 +3,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import settings
-from convnn_kernels.nn.candidates import AllCandidates, Candidates
+from convnn_kernels.nn.candidates import Candidates, require_candidates
 from convnn_kernels.nn.convnn import ConvNN2d, Projections, require_settings, value_width
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
@@ -18,10 +19,11 @@ class HybridBranch2d(nn.Module):
     """Conv2d and ConvNN2d over the same input, fused by a 1×1 convolution (section 4.2.3).
 
     [B, C, H, W] → [B, C', H, W], or with a stride [B, C', ⌈H / stride⌉, ⌈W / stride⌉], with dtype
-    and memory format as for Conv2d. ConvNN produces
-    ⌊branch_ratio · C'⌋ of the channels to be fused, Conv2d the rest. A branch without channels is
-    omitted. The fusion always remains, so the number of parameters does not depend on
-    branch_ratio (with the default settings).
+    and memory format as for Conv2d.
+
+    ConvNN produces ⌊branch_ratio · C'⌋ of the channels to be fused, Conv2d the rest. A branch
+    without channels is omitted. The fusion always remains, so the number of parameters does not
+    depend on branch_ratio (with the default settings).
 
     Args:
         in_channels: C.
@@ -41,8 +43,9 @@ class HybridBranch2d(nn.Module):
         dtype: dtype of the parameters.
 
     Raises:
-        ValueError: if an argument or the input's shape is wrong; the message names it, what was
-            expected and what was passed.
+        ValueError: if an argument is wrong, or the input's shape, or its dtype is not a
+            floating-point one; the message names it, what was expected and what was passed.
+        RuntimeError: in forward, if the input's dtype is not that of the parameters.
 
     Examples:
         >>> layer = HybridBranch2d(16, 32, branch_ratio=0.25)
@@ -51,6 +54,9 @@ class HybridBranch2d(nn.Module):
         >>> layer(torch.randn(2, 16, 8, 8)).shape
         torch.Size([2, 32, 8, 8])
     """
+
+    conv: nn.Conv2d | None
+    convnn: ConvNN2d | None
 
     def __init__(
         self,
@@ -77,89 +83,59 @@ class HybridBranch2d(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        in_channels = settings.require_count(owner, "in_channels", in_channels)
         out_channels = settings.require_count(owner, "out_channels", out_channels)
         kernel_size = settings.require_count(owner, "kernel_size", kernel_size)
-        branch_ratio = settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
         stride = settings.require_count(owner, "stride", stride)
-        settings.require(
-            stride == 1 or kernel_size % 2 == 1,
-            owner,
-            "kernel_size",
-            "odd with a stride",
-            kernel_size,
-        )
-        k = kernel_size**2 if k is None else k
-        padding = kernel_size // 2 if padding is None else padding
-        candidates = AllCandidates() if candidates is None else candidates
+        fits = stride == 1 or kernel_size % 2 == 1
+        settings.require(fits, owner, "kernel_size", "odd with a stride", kernel_size)
+        chosen: dict[str, Any] = {
+            "in_channels": in_channels,
+            "k": kernel_size**2 if k is None else k,
+            "padding": kernel_size // 2 if padding is None else padding,
+            "projections": projections,
+            "rho": rho,
+            "metric": metric,
+            "scale": scale,
+            "order": order,
+            "aggregation": aggregation,
+            "positional_encoding": positional_encoding,
+            "coordinates": coordinates,
+        }
         # Checked here, so that errors name this layer, also where branch_ratio=0 has no ConvNN.
-        require_settings(
-            owner,
-            in_channels=in_channels,
-            k=k,
-            padding=padding,
-            projections=projections,
-            rho=rho,
-            metric=metric,
-            scale=scale,
-            order=order,
-            aggregation=aggregation,
-            positional_encoding=positional_encoding,
-            coordinates=coordinates,
-            candidates=candidates,
-        )
-        self.in_channels = in_channels
-        self.branch_ratio = branch_ratio
+        self.in_channels, _, _ = require_settings(owner, **chosen)
+        chosen["candidates"] = require_candidates(owner, candidates)
+        self.branch_ratio = settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
+        options = {"stride": stride, "bias": bias, "device": device, "dtype": dtype}
+        self._create_branches(out_channels, kernel_size, chosen, options)
+        self.fuse = nn.Conv2d(out_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+
+    def _create_branches(
+        self, out_channels: int, kernel_size: int, chosen: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """`chosen` is for the ConvNN branch, `options` for both."""
         # 0.29 * 100 is slightly below 29 in floating point, also in float32, and 29 is meant.
-        convnn_channels = math.floor(branch_ratio * out_channels + 1e-5)
+        convnn_channels = math.floor(self.branch_ratio * out_channels + 1e-5)
         conv_channels = out_channels - convnn_channels
-        channels = value_width(in_channels, 2, projections, positional_encoding)
+        aggregation = chosen["aggregation"]
+        values = value_width(
+            self.in_channels, 2, chosen["projections"], chosen["positional_encoding"]
+        )
         settings.require(
-            aggregation == "dense" or convnn_channels in (0, channels),
-            owner,
+            aggregation == "dense" or convnn_channels in (0, values),
+            type(self).__name__,
             "branch_ratio * out_channels",
-            f"the {channels} channels of the values with aggregation='{aggregation}'",
+            f"the {values} channels of the values with aggregation='{aggregation}'",
             convnn_channels,
         )
-        self.conv = (
-            nn.Conv2d(
-                in_channels,
-                conv_channels,
-                kernel_size,
-                stride,
-                # Conv2d does not take "same" with a stride.
-                padding="same" if stride == 1 else kernel_size // 2,
-                bias=bias,
-                device=device,
-                dtype=dtype,
+        self.conv = self.convnn = None
+        if conv_channels:
+            # Conv2d does not take "same" with a stride.
+            padding = "same" if options["stride"] == 1 else kernel_size // 2
+            self.conv = nn.Conv2d(
+                self.in_channels, conv_channels, kernel_size, padding=padding, **options
             )
-            if conv_channels
-            else None
-        )
-        self.convnn = (
-            ConvNN2d(
-                in_channels,
-                convnn_channels,
-                k,
-                padding=padding,
-                stride=stride,
-                bias=bias,
-                projections=projections,
-                rho=rho,
-                metric=metric,
-                scale=scale,
-                order=order,
-                aggregation=aggregation,
-                positional_encoding=positional_encoding,
-                coordinates=coordinates,
-                candidates=candidates,
-                device=device,
-                dtype=dtype,
-            )
-            if convnn_channels
-            else None
-        )
-        self.fuse = nn.Conv2d(out_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+        if convnn_channels:
+            self.convnn = ConvNN2d(out_channels=convnn_channels, **chosen, **options)
 
     def reset_parameters(self) -> None:
         """Reinitializes both branches and the fusion."""
@@ -171,7 +147,7 @@ class HybridBranch2d(nn.Module):
         if is_symbolic(x):
             return symbolic_call(self, x)
         shape: Sequence[int | str] = ("B", self.in_channels, "H", "W")
-        settings.require_shape(type(self).__name__, "input", x, shape)
+        settings.require_input(type(self).__name__, "input", x, shape)
         # [B, C' - ⌊λC'⌋, H, W] and [B, ⌊λC'⌋, H, W]
         branches = [branch(x) for branch in (self.conv, self.convnn) if branch is not None]
         joined = torch.cat(branches, dim=1) if len(branches) > 1 else branches[0]  # [B, C', H, W]

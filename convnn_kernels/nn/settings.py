@@ -6,18 +6,22 @@ import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor
+
+from convnn_kernels.functional import Metric, Order, Rho
 
 Aggregation: TypeAlias = Literal["dense", "depthwise", "sum"]
 Coordinates: TypeAlias = Literal["unit", "pixel"]
 PositionalEncoding: TypeAlias = Literal["similarity", "aggregation", "both"] | None
 
-METRICS = ("cosine", "dot", "euclidean")
-RHOS = ("softmax", "ones", "similarity")
-ORDERS = ("similarity", "index")
+METRICS = get_args(Metric)
+RHOS = get_args(Rho)
+ORDERS = get_args(Order)
 AGGREGATIONS = get_args(Aggregation)
 POSITIONAL_ENCODINGS = (None, "similarity", "aggregation", "both")
 COORDINATES = get_args(Coordinates)
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def require(condition: bool, owner: str, name: str, expected: str, got: Any) -> None:
@@ -35,9 +39,13 @@ def _shown(got: Any) -> str:
 
 
 def require_choice(owner: str, name: str, got: Any, choices: Sequence[Any]) -> None:
-    *others, last = (repr(choice) for choice in choices)
     fits = (got is None or isinstance(got, str)) and got in choices
-    require(fits, owner, name, f"{', '.join(others)} or {last}", got)
+    require(fits, owner, name, _either([repr(choice) for choice in choices]), got)
+
+
+def _either(choices: Sequence[str]) -> str:
+    *others, last = choices
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def require_count(owner: str, name: str, got: Any, least: int = 1) -> int:
@@ -58,16 +66,29 @@ def _is_number(got: Any) -> bool:
     return isinstance(got, numbers.Real) and not isinstance(got, bool)
 
 
+def _is_finite(got: Any) -> bool:
+    try:
+        return _is_number(got) and math.isfinite(got)
+    except OverflowError:  # an int that is too large for a float
+        return False
+
+
 def _require_scale(owner: str, got: Any, rho: str) -> None:
-    expected = "finite"
+    expected = "a finite number"
     if isinstance(got, Tensor):
         expected = (
             "a number, which gets no gradient (for a temperature that learns, multiply the "
             "similarities of functional.select_neighbors by it and call "
             "functional.aggregate_neighbors)"
         )
-    require(_is_number(got) and math.isfinite(got), owner, "scale", expected, got)
+    require(_is_finite(got), owner, "scale", expected, got)
     require(got == 1.0 or rho == "softmax", owner, "scale", "1.0 unless rho is 'softmax'", got)
+
+
+def require_input(owner: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+    """Checks the shape of an input, as ``require_shape`` does, and its dtype."""
+    require_shape(owner, name, tensor, expected)
+    require_dtype(owner, name, tensor, *FLOATING)
 
 
 def require_shape(owner: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
@@ -84,6 +105,12 @@ def require_shape(owner: str, name: str, tensor: Tensor, expected: Sequence[int 
         raise ValueError(f"{owner}: {name} must have shape [{form}], got {list(shape)}")
 
 
+def require_dtype(owner: str, name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    got, *expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
+    if got not in expected:
+        raise ValueError(f"{owner}: {name} must be {_either(expected)}, got {got}")
+
+
 def require_common(
     owner: str,
     *,
@@ -97,9 +124,8 @@ def require_common(
     aggregation: Aggregation,
     positional_encoding: PositionalEncoding,
     coordinates: Coordinates,
-) -> None:
-    """Checks the settings that ConvNN1d, ConvNN2d and ConvNNAttention share."""
-    require_count(owner, "k", k)
+) -> int:
+    """Checks the settings that ConvNN1d, ConvNN2d and ConvNNAttention share; returns k."""
     require_choice(owner, "projections", projections, allowed_projections)
     require_choice(owner, "rho", rho, RHOS)
     require_choice(owner, "metric", metric, METRICS)
@@ -116,3 +142,4 @@ def require_common(
         "('value' learns the value projection alone)",
         projections,
     )
+    return require_count(owner, "k", k)

@@ -25,8 +25,8 @@ def symbolic_call(layer: nn.Module, *args: Any) -> Any:
         The Proxy of the output.
 
     Raises:
-        ValueError: if the layer is the traced model itself, or has hooks of its own, which would
-            run while tracing and again in the traced model.
+        ValueError: if the layer is the traced model itself; or if it has hooks, or a forward that
+            is not this package's, which would run while tracing and again in the traced model.
     """
     owner = type(layer).__name__
     tracer: Any = next(arg.tracer for arg in args if isinstance(arg, Proxy))
@@ -37,4 +37,10 @@ def symbolic_call(layer: nn.Module, *args: Any) -> Any:
         )
     if layer._forward_pre_hooks or layer._forward_hooks:
         raise ValueError(f"{owner}: torch.fx cannot trace a layer with forward hooks; remove them")
+    is_ours = type(layer).forward.__module__.startswith("convnn_kernels.nn.")
+    if not is_ours or "forward" in vars(layer):
+        raise ValueError(
+            f"{owner}: torch.fx cannot trace a forward that calls the layer's; make the layer a "
+            f"leaf by Tracer.is_leaf_module"
+        )
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
