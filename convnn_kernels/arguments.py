@@ -103,6 +103,11 @@ def check_edge_index(indices: Any, similarities: Any, num_keys: Any) -> Any:
     """
     require_tensor("edge_index", "indices", indices)
     require_tensor("edge_index", "similarities", similarities)
+    if indices.is_floating_point() and similarities.dtype is torch.int64:
+        raise RuntimeError(
+            "edge_index: indices must be int64, got the similarities: select_neighbors returns "
+            "them first, edge_index takes them second"
+        )
     checks.check_neighbors("edge_index", indices, similarities)
     if num_keys is None:
         return None
@@ -128,6 +133,8 @@ def _described(value: Any) -> str:
     """The value if it is short, else its type."""
     if isinstance(value, Tensor):
         return "a tensor"
+    if torch.compiler.is_compiling():  # which cannot trace repr
+        return type(value).__name__
     short = value is None or type(value) in (bool, int, float, complex)
     if short or (type(value) is str and len(value) <= 20):
         return repr(value)

@@ -457,7 +457,7 @@ INDICES, SIMILARITIES = torch.randint(5, (2, 5, 3)), torch.randn(2, 5, 3)
             TypeError,
             "similarities must be a tensor, got numpy.ndarray (torch.from_numpy converts it)",
         ),
-        ((SIMILARITIES, INDICES), RuntimeError, "indices must be int64, got float32"),
+        ((SIMILARITIES, INDICES), RuntimeError, "indices must be int64, got the similarities"),
         (
             (INDICES, INDICES),
             RuntimeError,
@@ -531,3 +531,9 @@ def test_vmap_of_edge_index(in_dims: tuple[int | None, int | None]) -> None:
         "edge_index: vmap cannot run it, because the number of edges depends on the data; call it "
         "on the whole batch, whose leading dimensions it numbers consecutively"
     )
+
+
+def test_edges_of_swapped_arguments() -> None:
+    similarities, indices = functional.select_neighbors(torch.randn(5, 3), torch.randn(5, 3), 2)
+    with pytest.raises(RuntimeError, match="indices must be int64, got the similarities: select"):
+        functional.edge_index(similarities, indices)

@@ -278,8 +278,14 @@ def test_include_self(include_self: bool) -> None:
         (lambda: RandomCandidates(True), "RandomCandidates: r must be a whole number"),
         (lambda: RandomCandidates(np.bool_(True)), "RandomCandidates: r must be a whole number"),
         (lambda: RandomCandidates(torch.tensor(4)), "got Tensor of shape"),
-        (lambda: SpatialCandidates(), "SpatialCandidates: r must be given if stride is not"),
-        (lambda: SpatialCandidates(4, stride=2), "r must be given if stride is not, got 4"),
+        (
+            lambda: SpatialCandidates(),
+            "SpatialCandidates: exactly one of r and stride must be given, got r=None",
+        ),
+        (
+            lambda: SpatialCandidates(4, stride=2),
+            "exactly one of r and stride must be given, got r=4 and stride=2",
+        ),
         (lambda: draw(SpatialCandidates(5), (8, 8)), "r must be a square number in 2-D, got 5"),
         (lambda: draw(SpatialCandidates(9), (1, 50)), "fit into a map of"),
     ],

@@ -17,7 +17,7 @@ _IMAGES = {"train": 50_000, "test": 10_000}
 _IMAGE_SIZE = [32, 32]
 _RECIPE = (
     *("batch_size", "optimizer", "lr", "weight_decay", "schedule", "clip"),
-    *("label_smoothing", "augmentation"),
+    *("label_smoothing", "augmentation", "amp"),
 )
 _WINDOW = 10
 

@@ -120,7 +120,8 @@ class RandomCandidates(Candidates):
         rows = inner if self.r <= inner else positional.count(shape, padding)
         if self.seed is not None and not self.training:
             # Ranking by a hash needs no generator: equal on all devices, and traceable.
-            drawn = _hash(torch.arange(rows, device=device), self.seed.to(device)).argsort()
+            ranks = _hash(torch.arange(rows, device=device), self.seed.to(device))
+            drawn = ranks.argsort(stable=True)
         else:
             drawn = torch.randperm(rows, device=device)
         drawn = drawn[: self.r]  # [R]
@@ -159,7 +160,10 @@ class SpatialCandidates(Candidates):
     ) -> None:
         super().__init__(include_self)
         owner = "SpatialCandidates"
-        require((r is None) != (stride is None), owner, "r", "given if stride is not", r)
+        if (r is None) == (stride is None):
+            raise ValueError(
+                f"{owner}: exactly one of r and stride must be given, got r={r} and stride={stride}"
+            )
         self.r = None if r is None else require_count(owner, "r", r)
         self.stride = None if stride is None else require_count(owner, "stride", stride)
 
