@@ -115,13 +115,14 @@ class Readable {
 
   Readable(const Tensor& tensor, bool reads_strides, int64_t reads = kAll) {
     const int64_t rows = rows_of(tensor), columns = columns_of(tensor);
+    const bool are_adjacent = rows <= 1 || tensor.stride(tensor.dim() - 2) <= columns;
     if (tensor.is_contiguous()) {
       rows_ = dense_rows(tensor.const_data_ptr(), rows, columns);
     } else if (!reads_strides) {
       copy_ = tensor.contiguous();
       rows_ = dense_rows(copy_->const_data_ptr(), rows, columns);
     } else if ((tensor.stride(tensor.dim() - 1) == 1 || columns <= 1) &&
-               (tensor.stride(tensor.dim() - 2) <= columns || reads < rows)) {
+               (are_adjacent || reads < rows)) {
       read_strides(tensor, tensor.sizes());
     } else {
       copy_ = tensor.distinct().contiguous();

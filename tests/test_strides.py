@@ -23,6 +23,7 @@ ADJACENT: dict[str, Callable[[torch.dtype], Tensor]] = {
     "bank-for-each-head": lambda dtype: torch.randn(1, H, M, D).to(dtype).expand(B, H, M, D),
     "sliced-cache": lambda dtype: torch.randn(B, H, 2 * M, D).to(dtype)[:, :, :M],
     "heads-first": lambda dtype: torch.randn(H, B, M, D).to(dtype).transpose(0, 1),
+    "one-row": lambda dtype: torch.randn(B, 1, H, D).to(dtype).transpose(1, 2),
     "one-row-repeated": lambda dtype: torch.randn(B, H, 1, D).to(dtype).expand(B, H, M, D),
     "offset": lambda dtype: torch.randn(1 + B * H * M * D).to(dtype)[1:].view(B, H, M, D),
 }
