@@ -33,10 +33,10 @@ BELOW_BACKEND_SELECT = torch._C._dispatch_keyset_full_after(
 
 
 def only_library(name: str) -> torch.library.Library:
-    """A library that adds kernels to the operators ``torch.ops.<name>``, the only one of its kind.
+    """The library through which Python adds kernels to the operators ``torch.ops.<name>``.
 
-    If the package is imported once more in a process, what the earlier import registered goes:
-    PyTorch takes one kernel for each key.
+    PyTorch takes one kernel for each key, so an earlier import of the package in this process loses
+    what it registered.
     """
     namespace = getattr(torch.ops, name)
     earlier = getattr(namespace, "python_library", None)

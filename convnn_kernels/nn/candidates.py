@@ -108,7 +108,7 @@ class RandomCandidates(Candidates):
     ) -> None:
         saved = state_dict.get(prefix + "seed")
         if isinstance(saved, Tensor) and saved.dtype == torch.int64 and saved.dim() == 0:
-            # Version 0.1 saved the seed as one number.
+            # Older state dicts have the seed as one number.
             bits = saved >> torch.arange(64, device=saved.device) & 1  # [64]
             state_dict[prefix + "seed"] = (2.0 * bits - 1).view(2, 32)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -231,8 +231,11 @@ def _buffer(what: str, X: Layout, dtype: torch.dtype) -> Buffer:
 def _prepare_shared(
     name: str, X: Layout, dtype: torch.dtype, config: configs.Config
 ) -> tuple[Launch, Launch]:
-    """Launches for the rows of query or key, where batch elements share some of them: one scales
-    each row once; the other computes the norms, which kernels read for every batch element."""
+    """Launches for a query or key of which batch elements share rows.
+
+    The first scales each distinct row once. The second computes the norms, of which every batch
+    element has its own, because that is where kernels look for them.
+    """
     only_one: dict[str, str | None] = {"p_query": f"p_{name}", "p_key": f"p_{name}"}
     for what in (*_NORMS, "scaled"):
         only_one |= {f"p_key_{what}": f"p_{name}_{what}", f"p_query_{what}": None}
