@@ -51,9 +51,9 @@ int64_t batches_per_keys(const SelectParams& p) {
   };
   int64_t shared = 1;
   while (shared < p.batch && same(0, shared)) ++shared;
-  if (p.batch % shared) return 1;
+  if (shared == 1 || p.batch % shared) return 1;
   for (int64_t b = shared; b < p.batch; ++b) {
-    if (!same(b / shared * shared, b)) return 1;
+    if (b % shared && !same(b - 1, b)) return 1;
   }
   return shared;
 }
