@@ -71,8 +71,8 @@ def group_maxima(arch: int, bits: int, D: int, differences: bool) -> Config:
     return config
 
 
-def group_maxima_precision(bits: int, D: int, tf32: bool) -> str:
-    """How `group_maxima_kernel` multiplies float32: "ieee", "tf32", or "split" into three bfloat16.
+def screen_precision(bits: int, tf32: bool) -> str:
+    """How products of float32 are computed: "tf32", or "split" into three bfloat16.
 
     A piece is what the 8 leading bits of a number leave of it, down to the last of its 24. Six of
     nine products of pieces are taken; one of a middle piece with a last one, or of two last
@@ -84,18 +84,29 @@ def group_maxima_precision(bits: int, D: int, tf32: bool) -> str:
     reaches 2^24 g. What is left out is 0: a middle piece takes a q_d of more than 8 bits from its
     first to its last, a last piece a k_d of more than 16, and |q_d k_d| would reach 2^24 g.
 
-    In general, with u = 2^-24 and D columns, a sum is off by at most 9 u for what is left out, 2 u
+    In general, with u = 2^-24 and D channels, a sum is off by at most 9 u for what is left out, 2 u
     for each of D / 16 steps of truncated accumulation, and 2 u for adding the small products at
-    the end; the sum of `exact_topk_kernel` by log2(D) + 2 roundings. From D = 32 all together are
-    below the D u that the certificate of a selection allows. For less, products are those of
-    float32. Pieces of numbers below 2^-110 lose bits at the end of bfloat16's range: up to 2^-133
+    the end. Pieces of numbers below 2^-110 lose bits at the end of bfloat16's range: up to 2^-133
     times the other factor. Rows of `cosine` have been scaled.
     """
+    return "tf32" if bits == 16 or tf32 else "split"  # without effect on 16 bits
+
+
+def needs_bounds(bits: int, D: int, metric: str, tf32: bool) -> bool:
+    """Whether products only bound similarities, which are then computed again for the hits.
+
+    From D = 32 on, the error of a sum of pieces (`screen_precision`) is below the D u that the
+    certificate of a selection allows. In a sum of products of 16 bits, each term but the largest
+    may lose a unit of 2^-24 of that one, and the whole two more when it is cut off: D + 1 in all
+    where one step has all terms. The certificate allows `dot` D of them, which matters for less
+    than a step of 16, and the product of `cosine` D + 6, for a scaling of the rows that here comes
+    after the sum, under a bound of its own.
+    """
+    if metric == "euclidean":
+        return True
     if bits == 16:
-        return "tf32"  # without effect
-    if tf32:
-        return "tf32"
-    return "split" if D >= 32 else "ieee"
+        return metric == "dot" and D < 16
+    return not tf32 and D < 32
 
 
 def group_size(arch: int, columns: int, k: int) -> int:
@@ -183,6 +194,56 @@ def select_small(arch: int, D: int, k: int, rows: int) -> Config:
         num_warps=warps,
         num_stages=2,
     )
+
+
+# The sweep: how the columns of a tile are divided among the queues of a row follows from how tensor
+# cores leave a tile in registers, so that no product moves: column (a QUEUES + q) PAIR + p belongs
+# to queue q.
+_SWEEP: dict[int, dict[str, Config]] = {
+    INTERPRETER: {
+        "16": _config(BLOCK_N=16, BLOCK_M=64, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
+        "32": _config(BLOCK_N=16, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
+    },
+    80: {
+        "16": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=8, PAIR=2, num_warps=8, num_stages=3),
+        "32": _config(BLOCK_N=64, BLOCK_M=64, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
+    },
+    90: {
+        "16": _config(BLOCK_N=256, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=16, num_stages=3),
+        "32": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2),
+    },
+    100: {
+        "16": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=2, PAIR=32, num_warps=8, num_stages=3),
+        "32": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=2, PAIR=32, num_warps=8, num_stages=2),
+    },
+}
+# Fewer columns are searched by other strategies.
+FEWEST_COLUMNS = 512
+MOST_NEIGHBORS = 64
+
+
+def sweep(arch: int, bits: int, D: int, k: int) -> Config:
+    """Blocks of `sweep_kernel` and `threshold_kernel`, groups and queues."""
+    config = row(_SWEEP, arch)[str(bits)].copy()
+    config["BLOCK_D"] = min(256 if bits == 16 else 64, max(16, power_of_two(D)))
+    config["GROUPS"] = 32 if k <= 12 else 64 if k <= 32 else 128
+    config["STRIDE"] = 2
+    config["CAP"] = 64 // config["QUEUES"] * (1 if k <= 16 else 2 if k <= 32 else 4)
+    if arch == INTERPRETER:
+        config["GROUPS"] = min(config["GROUPS"], config["BLOCK_M"])
+    return config
+
+
+def column_splits(arch: int, row_blocks: int, tiles: int) -> int:
+    """Into how many ranges the columns of a row block are divided: enough programs to fill a chip,
+    each with several tiles."""
+    programs = 4 if arch == INTERPRETER else 512
+    return max(1, min(programs // row_blocks, tiles // 8, 8))
+
+
+def columns(arch: int, D: int) -> Config:
+    """Blocks of `columns_kernel`, which has a tile of columns or ROWS rows."""
+    return _config(ROWS=32, BLOCK_D=min(64, max(16, power_of_two(D))), num_warps=4)
 
 
 def norms(arch: int, D: int) -> Config:

@@ -22,6 +22,47 @@ _NORMS = ("norm", "scale", "inverse")
 
 
 @triton.jit
+def norms_of_rows(
+    p_row,  # [ROWS]: rows of D elements
+    p_to,  # [ROWS]: where the scaled rows go; or None
+    m_r,  # [ROWS]: which rows there are
+    m_to,  # [ROWS]: which rows are stored
+    D,
+    RESCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Norms of the scaled rows, 0 where one counts as zero, or NaN; and the powers of two."""
+    o_d = tl.arange(0, BLOCK_D)
+    scale = tl.full([ROWS], 1.0, tl.float32)
+    if RESCALE:
+        b_largest = tl.zeros([ROWS], tl.float32)
+        for d in range(0, D, BLOCK_D):
+            m_x = m_r[:, None] & (d + o_d < D)[None, :]
+            b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
+            b_largest = tl.maximum(b_largest, tl.max(tl.abs(tl.where(b_x == b_x, b_x, 0.0)), 1))
+        exponent = (b_largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+        # 2^-(exponent - 127), for which the exponent must be between 1 and 253.
+        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+        scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+    b_sum = tl.zeros([ROWS], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        m_x = m_r[:, None] & (d + o_d < D)[None, :]
+        b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
+        b_x = b_x * scale[:, None]
+        if p_to is not None:
+            m_out = m_to[:, None] & m_x
+            tl.store(p_to[:, None] + (d + o_d)[None, :], b_x.to(p_to.dtype.element_ty), m_out)
+        b_sum += tl.sum(b_x * b_x, 1)
+    norm = tl.sqrt_rn(b_sum)
+    # Not finite: the unit vector is NaN.
+    norm = tl.where(norm < float("inf"), norm, float("nan"))
+    norm = tl.where(tl.div_rn(norm, scale) <= 1e-12, 0.0, norm)
+    return norm, scale
+
+
+@triton.jit
 def _row_norms(
     program,
     p_x,  # [B, N, D]
@@ -48,33 +89,10 @@ def _row_norms(
     m_r = o_r < rows
     b = o_r // N
     p_row = p_x + (b // B2) * stride_b1 + (b % B2) * stride_b2 + (o_r % N) * stride_n
-    o_d = tl.arange(0, BLOCK_D)
-
-    scale = tl.full([ROWS], 1.0, tl.float32)
-    if RESCALE:
-        b_largest = tl.zeros([ROWS], tl.float32)
-        for d in range(0, D, BLOCK_D):
-            m_x = m_r[:, None] & (d + o_d < D)[None, :]
-            b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
-            b_largest = tl.maximum(b_largest, tl.max(tl.abs(tl.where(b_x == b_x, b_x, 0.0)), 1))
-        exponent = (b_largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
-        # 2^-(exponent - 127), for which the exponent must be between 1 and 253.
-        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-        scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-
-    b_sum = tl.zeros([ROWS], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        m_x = m_r[:, None] & (d + o_d < D)[None, :]
-        b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
-        b_x = b_x * scale[:, None]
-        if p_scaled is not None:
-            p_out = p_scaled + o_r[:, None] * D + (d + o_d)[None, :]
-            tl.store(p_out, b_x.to(p_scaled.dtype.element_ty), m_x)
-        b_sum += tl.sum(b_x * b_x, 1)
-    norm = tl.sqrt_rn(b_sum)
-    # Not finite: the unit vector is NaN.
-    norm = tl.where(norm < float("inf"), norm, float("nan"))
-    norm = tl.where(tl.div_rn(norm, scale) <= 1e-12, 0.0, norm)
+    p_to = p_scaled
+    if p_scaled is not None:
+        p_to = p_scaled + o_r * D
+    norm, scale = norms_of_rows(p_row, p_to, m_r, m_r, D, RESCALE, ROWS, BLOCK_D)
     tl.store(p_norm + o_r, norm, m_r)
     tl.store(p_scale + o_r, scale, m_r)
     is_zero = norm == 0.0

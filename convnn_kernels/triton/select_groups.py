@@ -310,7 +310,7 @@ def plan_select_groups(search: Search) -> Plan:
         "row_blocks": row_blocks,
         "GROUP": group,
         "BLOCK_N": block_n,
-        "PRECISION": configs.group_maxima_precision(search.bits, Q.D, search.tf32),
+        "PRECISION": configs.screen_precision(search.bits, search.tf32),
         "INTERPRETED": hardware.interpreted(),
         "ONE_BLOCK_D": 0 < Q.D <= config["BLOCK_D"],
     }

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: MIT
+"""What the sweep (sweep.py) reads of each column of S = Q K^T besides its row of key.
+
+Columns are keys or candidates, in tiles of BLOCK_M. The last tile is moved back so that it ends
+with the last column; the columns that it shares with the tile before it are not valid in it. A
+program has one tile, reads its rows once, and stores, in the order in which the threads of the
+sweep want them,
+
+    factor  1 / ||k|| for cosine, 0 where k counts as zero; 1 for dot
+    low     where a bound of the error is needed, what is added to the product q k for a lower
+    high    bound of the similarity, and for an upper bound
+    valid   a bit for each column: 1 if it may be a neighbor
+
+Factors and lower bounds of columns that are not valid are NaN, which no maximum takes. Further
+programs compute norms of queries and, with candidates, of all rows of key.
+"""
+
+import triton
+import triton.language as tl
+
+from .integers import aligned
+from .launch import Kernel
+from .metrics import COSINE, EUCLIDEAN
+from .norms import norms_of_rows
+
+
+@triton.jit
+def in_order_of_queues(b_x, QUEUES: tl.constexpr, PAIR: tl.constexpr):
+    """b_x [rows, BLOCK_M] as [rows, QUEUES, BLOCK_M // QUEUES].
+
+    Column (a QUEUES + q) PAIR + p is number a PAIR + p of queue q.
+    """
+    rows: tl.constexpr = b_x.shape[0]
+    BLOCK_M: tl.constexpr = b_x.shape[1]
+    b_x = tl.reshape(b_x, [rows, BLOCK_M // (QUEUES * PAIR), QUEUES, PAIR])
+    return tl.reshape(tl.permute(b_x, [0, 2, 1, 3]), [rows, QUEUES, BLOCK_M // QUEUES])
+
+
+@triton.jit
+def load_columns(p, QUEUES: tl.constexpr, PAIR: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What `columns_kernel` stored for a tile, [BLOCK_M] in the order of columns."""
+    b_x = tl.load(p + tl.arange(0, BLOCK_M))
+    b_x = tl.reshape(b_x, [QUEUES, BLOCK_M // (QUEUES * PAIR), PAIR])
+    return tl.reshape(tl.permute(b_x, [1, 0, 2]), [BLOCK_M])
+
+
+@triton.jit
+def _store_columns(p, b_x, QUEUES: tl.constexpr, PAIR: tl.constexpr):
+    """b_x [BLOCK_M] for `load_columns`."""
+    b_x = in_order_of_queues(b_x[None, :], QUEUES, PAIR)
+    BLOCK_M: tl.constexpr = b_x.shape[1] * b_x.shape[2]
+    tl.store(p + tl.arange(0, BLOCK_M), tl.reshape(b_x, [BLOCK_M]))
+
+
+@triton.jit
+def _sums_of_squares(p_row, m_r, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """||x||^2 of the rows at p_row [ROWS]; infinite where it overflows."""
+    o_d = tl.arange(0, BLOCK_D)
+    b_sum = tl.zeros([ROWS], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        m_x = m_r[:, None] & (d + o_d < D)[None, :]
+        b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
+        b_sum += tl.sum(b_x * b_x, 1)
+    return b_sum
+
+
+@triton.jit
+def _store_norms(
+    program,
+    p_x,  # [B, N, D]
+    p_norm,  # [B, N] float32
+    p_scaled,  # as p_x, contiguous, or None
+    rows,
+    N,
+    D,
+    B2,
+    stride_b1,
+    stride_b2,
+    stride_n,
+    stride_sb1,
+    stride_sb2,
+    METRIC: tl.constexpr,
+    RESCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Norms of ROWS rows; their sums of squares if there is no cosine."""
+    o_r = program * ROWS + tl.arange(0, ROWS)
+    m_r = o_r < rows
+    b1, b2, n = o_r // N // B2, o_r // N % B2, o_r % N
+    p_row = p_x + b1 * stride_b1 + b2 * stride_b2 + n * stride_n
+    if METRIC == COSINE:
+        p_to = p_scaled
+        m_to = m_r
+        if p_scaled is not None:
+            p_to = p_scaled + b1 * stride_sb1 + b2 * stride_sb2 + n * D
+            m_to = m_r & _stored_here(b1, b2, stride_sb1, stride_sb2)
+        norm, _ = norms_of_rows(p_row, p_to, m_r, m_to, D, RESCALE, ROWS, BLOCK_D)
+    else:
+        norm = _sums_of_squares(p_row, m_r, D, ROWS, BLOCK_D)
+    tl.store(p_norm + o_r, norm, m_r)
+
+
+@triton.jit
+def _stored_here(b1, b2, stride_b1, stride_b2):
+    """Whether a row that batch elements share is stored for this one, the first of them."""
+    return ((b1 == 0) | (stride_b1 != 0)) & ((b2 == 0) | (stride_b2 != 0))
+
+
+@Kernel
+def columns_kernel(
+    p_query,  # [B, N, D]
+    p_key,  # [B, M, D]
+    p_columns,  # [R] int64, or None
+    p_mask,  # [B, M] bool, or None
+    p_query_norm,  # [B, N] float32: for cosine norms of scaled rows, else sums of squares; or None
+    p_key_norm,  # [B, M] float32: for cosine norms of scaled rows; or None
+    p_query_scaled,  # [B, N, D] contiguous: rows times a power of two; or None
+    p_key_scaled,  # [B, M, D] contiguous, or None
+    p_factor,  # [B, tiles, BLOCK_M] float32, or None
+    p_low,  # [B, tiles, BLOCK_M] float32, or None
+    p_high,  # [B, tiles, BLOCK_M] float32, or None
+    p_valid,  # [B, tiles, QUEUES] int32: the first column of a queue in the highest bit
+    p_listed,  # [lists, B] int32: set to 0
+    query_rows,  # B * N, or 0 if nothing is stored for queries
+    key_rows,  # B * M with candidates, else 0
+    N,
+    M,
+    D,
+    columns,
+    B,
+    B2,
+    lists,
+    tolerance,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_kb1,
+    stride_kb2,
+    stride_km,
+    stride_qsb1,
+    stride_qsb2,
+    stride_ksb1,
+    stride_ksb2,
+    stride_mb1,
+    stride_mb2,
+    ALIGN: tl.constexpr,
+    METRIC: tl.constexpr,
+    RESCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    QUEUES: tl.constexpr,
+    PAIR: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One tile of columns; or, after those of all tiles, ROWS rows of key, or of query."""
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
+    LEAVES: tl.constexpr = BLOCK_M // QUEUES
+    pid = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(columns, BLOCK_M).to(tl.int64)
+    of_columns = tiles * B
+    of_keys = tl.cdiv(key_rows, ROWS)
+    if pid < of_columns:
+        b, tile = pid // tiles, pid % tiles
+        b1, b2 = b // B2, b % B2
+        o_c = tl.minimum(tile * BLOCK_M, columns - BLOCK_M) + tl.arange(0, BLOCK_M)
+        row = o_c
+        if p_columns is not None:
+            row = tl.load(p_columns + o_c)
+        m_row = (row >= 0) & (row < M)
+        m_valid = m_row & (o_c >= tile * BLOCK_M)
+        if p_mask is not None:
+            p_m = p_mask + b1 * stride_mb1 + b2 * stride_mb2
+            m_valid = m_valid & (tl.load(p_m + row, m_row, 0) != 0)
+        p_row = p_key + b1 * stride_kb1 + b2 * stride_kb2 + row * stride_km
+        factor = tl.full([BLOCK_M], 1.0, tl.float32)
+        if METRIC == COSINE:
+            p_to = p_key_scaled
+            m_to = m_row
+            if p_key_scaled is not None:
+                p_to = p_key_scaled + b1 * stride_ksb1 + b2 * stride_ksb2 + row * D
+                # With candidates other programs store all rows of key.
+                m_to = m_row & _stored_here(b1, b2, stride_ksb1, stride_ksb2) & (key_rows == 0)
+            norm, _ = norms_of_rows(p_row, p_to, m_row, m_to, D, RESCALE, BLOCK_M, BLOCK_D)
+            tl.store(p_key_norm + b * M + row, norm, m_row & (key_rows == 0))
+            m_zero = norm == 0.0
+            factor = tl.where(m_zero, 0.0, tl.div_rn(1.0, tl.where(m_zero, 1.0, norm)))
+        if p_factor is not None:
+            factor = tl.where(m_valid, factor, float("nan"))
+            _store_columns(p_factor + pid * BLOCK_M, factor, QUEUES, PAIR)
+        else:
+            squares = _sums_of_squares(p_row, m_row, D, BLOCK_M, BLOCK_D)
+            middle = tl.zeros([BLOCK_M], tl.float32)
+            if METRIC == EUCLIDEAN:
+                middle = -0.5 * squares
+            low = tl.where(m_valid, middle - tolerance * squares, float("nan"))
+            _store_columns(p_low + pid * BLOCK_M, low, QUEUES, PAIR)
+            _store_columns(p_high + pid * BLOCK_M, middle + tolerance * squares, QUEUES, PAIR)
+        b_bit = in_order_of_queues(m_valid.to(tl.int32)[None, :], QUEUES, PAIR)
+        b_word = tl.sum(b_bit << (31 - tl.arange(0, LEAVES))[None, None, :], 2)
+        tl.store(p_valid + pid * QUEUES + tl.arange(0, QUEUES)[None, :], b_word)
+        if tile == 0:
+            for i in range(0, lists):
+                tl.store(p_listed + i * B + b, 0)
+    elif pid < of_columns + of_keys:
+        _store_norms(
+            pid - of_columns,
+            p_key,
+            p_key_norm,
+            p_key_scaled,
+            key_rows,
+            M,
+            D,
+            B2,
+            stride_kb1,
+            stride_kb2,
+            stride_km,
+            stride_ksb1,
+            stride_ksb2,
+            METRIC,
+            RESCALE,
+            ROWS,
+            BLOCK_D,
+        )
+    elif p_query_norm is not None:
+        _store_norms(
+            pid - of_columns - of_keys,
+            p_query,
+            p_query_norm,
+            p_query_scaled,
+            query_rows,
+            N,
+            D,
+            B2,
+            stride_qb1,
+            stride_qb2,
+            stride_qn,
+            stride_qsb1,
+            stride_qsb2,
+            METRIC,
+            RESCALE,
+            ROWS,
+            BLOCK_D,
+        )

@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: MIT
+"""Select where there are many columns: those that may be neighbors, with their products.
+
+S = Q K^T (Eq. 3) is computed tile by tile on tensor cores and never stored. A program has BLOCK_N
+queries, and all columns or a range of them.
+
+1. A threshold. In every STRIDE-th tile, columns are divided into GROUPS groups, and a row keeps the
+   largest similarity of each group: a maximum for each element, in registers. The k-th largest of
+   these is a similarity that k columns reach.
+2. The hits. In every tile, the columns that reach the threshold are appended, with their products,
+   to the queues of the row. The columns of a tile are divided among QUEUES threads as tensor cores
+   leave them, and each thread has a queue of its own (append.py), so that none waits for another.
+
+Every neighbor is a hit. finish.py picks the k best hits. A row of which a queue is too short, as
+where thousands of keys are equal, is listed, and exact_topk.py does it.
+
+What decides is x = q k ||k||^-1 for cosine, q k for dot: a monotonic function of the similarity up
+to some roundings, by which the threshold is lowered. Where products are not accurate enough, or
+the similarity is not a product (euclidean), x is a lower bound of the similarity for the threshold
+and an upper bound for the hits; both contain ||k||^2 times a tolerance (columns.py), and the
+threshold is lowered by that of ||q||^2.
+"""
+
+import triton
+import triton.language as tl
+
+from .append import append_hits, words_of
+from .columns import in_order_of_queues, load_columns
+from .integers import aligned
+from .launch import Kernel
+from .metrics import COSINE
+from .products import split_dot
+
+
+@triton.jit
+def _tile_start(tile, columns, BLOCK_M: tl.constexpr):
+    """The first column of a tile. The last tile ends with the last column."""
+    return tl.minimum(tile * BLOCK_M, columns - BLOCK_M)
+
+
+@triton.jit
+def _rows_of_key(p_k, p_columns, start, M, stride_km, BLOCK_M: tl.constexpr):
+    """Pointers to the rows of key of BLOCK_M columns, all of which can be read."""
+    o_m = tl.arange(0, BLOCK_M)
+    if p_columns is not None:
+        row = tl.load(p_columns + start + o_m)
+        return p_k + tl.where((row >= 0) & (row < M), row, 0) * stride_km
+    else:
+        return p_k + o_m * stride_km
+
+
+@triton.jit
+def _multiply(
+    b_q,  # [BLOCK_N, BLOCK_D]: all channels of the queries, if ONE_BLOCK_D
+    p_q,  # [BLOCK_N]: rows of query
+    m_n,  # [BLOCK_N]
+    p_k,  # [BLOCK_M]: rows of key
+    D,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ONE_BLOCK_D: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+):
+    """q k of a tile, [BLOCK_N, BLOCK_M]."""
+    BLOCK_N: tl.constexpr = p_q.shape[0]
+    BLOCK_M: tl.constexpr = p_k.shape[0]
+    o_d = tl.arange(0, BLOCK_D)
+    b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    b_rest = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if ONE_BLOCK_D:
+        if WHOLE_D:
+            b_k = tl.load(p_k[None, :] + o_d[:, None])
+        else:
+            b_k = tl.load(p_k[None, :] + o_d[:, None], (o_d < D)[:, None], 0.0)
+        if PRECISION == "split":
+            b_s, b_rest = split_dot(b_q, b_k, b_s, b_rest, INTERPRETED)
+        else:
+            b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
+    else:
+        for d in range(0, D, BLOCK_D):
+            m_d = d + o_d < D
+            b_qd = tl.load(p_q[:, None] + (d + o_d)[None, :], m_n[:, None] & m_d[None, :], 0.0)
+            b_k = tl.load(p_k[None, :] + (d + o_d)[:, None], m_d[:, None], 0.0)
+            if PRECISION == "split":
+                b_s, b_rest = split_dot(b_qd, b_k, b_s, b_rest, INTERPRETED)
+            else:
+                b_s = tl.dot(b_qd, b_k, b_s, input_precision=PRECISION)
+    if PRECISION == "split":
+        # Not a number only where b_s is infinite or not a number, too.
+        b_s += tl.where(b_rest == b_rest, b_rest, 0.0)
+    return b_s
+
+
+@triton.jit
+def _group_maxima(
+    b_q,
+    p_q,
+    m_n,
+    p_k,  # [M, D]: the keys of the batch element
+    p_columns,
+    p_factor,  # [tiles, BLOCK_M], of the batch element; or None
+    p_low,  # [tiles, BLOCK_M], or None
+    first,
+    last,
+    columns,
+    M,
+    D,
+    stride_km,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    QUEUES: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ONE_BLOCK_D: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+):
+    """[BLOCK_N, GROUPS]: for each group of columns the largest x; of every STRIDE-th tile between
+    `first` and `last`."""
+    BLOCK_N: tl.constexpr = p_q.shape[0]
+    EACH: tl.constexpr = GROUPS // QUEUES
+    b_max = tl.full([BLOCK_N, QUEUES, EACH], float("-inf"), tl.float32)
+    start = _tile_start(first, columns, BLOCK_M)
+    p_tile = p_k if p_columns is not None else p_k + start * stride_km
+    p_f = p_factor if p_factor is None else p_factor + first * BLOCK_M
+    for tile in range(first, last, STRIDE):
+        b_x = _multiply(
+            b_q,
+            p_q,
+            m_n,
+            _rows_of_key(p_tile, p_columns, start, M, stride_km, BLOCK_M),
+            D,
+            PRECISION,
+            INTERPRETED,
+            BLOCK_D,
+            ONE_BLOCK_D,
+            WHOLE_D,
+        )
+        if p_factor is not None:
+            b_x = b_x * load_columns(p_f, QUEUES, PAIR, BLOCK_M)[None, :]
+            p_f += STRIDE * BLOCK_M
+        else:
+            b_x = b_x + load_columns(p_low + tile * BLOCK_M, QUEUES, PAIR, BLOCK_M)[None, :]
+        b_x = in_order_of_queues(b_x, QUEUES, PAIR)
+        # A group has columns that are far apart, as neighboring ones are alike.
+        b_x = tl.reshape(b_x, [BLOCK_N, QUEUES, BLOCK_M // GROUPS, EACH])
+        b_max = tl.maximum(b_max, tl.max(b_x, 2))
+        step = _tile_start(tile + STRIDE, columns, BLOCK_M) - start
+        start += step
+        if p_columns is None:
+            p_tile += step * stride_km
+    return tl.reshape(b_max, [BLOCK_N, GROUPS])
+
+
+@triton.jit
+def _kth_largest(b_x, k):
+    """The k-th largest of each row of b_x [rows, n], or less where some are equal."""
+    b_max = tl.max(b_x, 1)
+    for _ in range(1, k):
+        b_x = tl.where(b_x == b_max[:, None], float("-inf"), b_x)
+        b_max = tl.max(b_x, 1)
+    return b_max
+
+
+@triton.jit
+def rows_of_block(block, first_b, first_n, rows_n, BLOCK_N: tl.constexpr):
+    """The batch element of a block of queries, their numbers in it, and in the launch.
+
+    A launch has `rows_n` queries, from number `first_n` on, of batch elements from `first_b` on.
+    """
+    blocks = tl.cdiv(rows_n, BLOCK_N)
+    o = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return first_b + block // blocks, first_n + o, o < rows_n, (block // blocks) * rows_n + o
+
+
+@Kernel
+def threshold_kernel(
+    p_query,  # [B, N, D]
+    p_key,  # [B, M, D]
+    p_columns,  # [R] int64, or None
+    p_factor,  # [B, tiles, BLOCK_M] float32, or None
+    p_low,  # [B, tiles, BLOCK_M] float32, or None
+    p_maxima,  # [queries of the launch, splits, GROUPS] float32
+    first_b,
+    first_n,
+    rows_n,
+    M,
+    D,
+    columns,
+    B2,
+    splits,
+    tiles_each,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_kb1,
+    stride_kb2,
+    stride_km,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    QUEUES: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ONE_BLOCK_D: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+):
+    """The maxima of groups, of one range of columns; where columns are divided among programs."""
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
+    pid = tl.program_id(0).to(tl.int64)
+    b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
+    tiles = tl.cdiv(columns, BLOCK_M)
+    first = (pid % splits).to(tl.int32) * tiles_each
+    last = tl.minimum(first + tiles_each, tiles)
+    o_d = tl.arange(0, BLOCK_D)
+    p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
+    b_q = tl.load(p_q[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+    b_max = _group_maxima(
+        b_q,
+        p_q,
+        m_n,
+        p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2,
+        p_columns,
+        p_factor if p_factor is None else p_factor + b * tiles * BLOCK_M,
+        p_low if p_low is None else p_low + b * tiles * BLOCK_M,
+        first,
+        last,
+        columns,
+        M,
+        D,
+        stride_km,
+        PRECISION,
+        INTERPRETED,
+        STRIDE,
+        GROUPS,
+        QUEUES,
+        PAIR,
+        BLOCK_M,
+        BLOCK_D,
+        ONE_BLOCK_D,
+        WHOLE_D,
+    )
+    p_out = p_maxima + ((o_r * splits + pid % splits) * GROUPS)[:, None]
+    tl.store(p_out + tl.arange(0, GROUPS)[None, :], b_max, m_n[:, None])
+
+
+@Kernel
+def sweep_kernel(
+    p_query,  # [B, N, D]
+    p_key,  # [B, M, D]
+    p_columns,  # [R] int64, or None
+    p_query_norm,  # [B, N] float32: what the error of the queries depends on; or None
+    p_factor,  # [B, tiles, BLOCK_M] float32, or None
+    p_low,  # [B, tiles, BLOCK_M] float32, or None
+    p_high,  # [B, tiles, BLOCK_M] float32, or None
+    p_valid,  # [B, tiles, QUEUES] int32
+    p_maxima,  # [queries of the launch, splits, GROUPS] float32; or None: there is one range
+    p_queue,  # [queries of the launch, splits, QUEUES, CAP] int64: product and number of a hit
+    p_count,  # [queries of the launch, splits, QUEUES] int32: hits, of which CAP are stored
+    p_listed,  # [B] int32 from number `list` on: how many rows of a batch element are listed
+    p_rows,  # [B, splits * N] int32: which, in any order, and perhaps twice
+    list_number,
+    first_b,
+    first_n,
+    rows_n,
+    B,
+    N,
+    M,
+    D,
+    k,
+    columns,
+    B2,
+    splits,
+    tiles_each,
+    tolerance,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_kb1,
+    stride_kb2,
+    stride_km,
+    ALIGN: tl.constexpr,
+    METRIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    QUEUES: tl.constexpr,
+    PAIR: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ONE_BLOCK_D: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+):
+    """The hits of BLOCK_N queries in all columns, or in one range of them."""
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
+    LEAVES: tl.constexpr = BLOCK_M // QUEUES
+    pid = tl.program_id(0).to(tl.int64)
+    b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
+    split = pid % splits
+    tiles = tl.cdiv(columns, BLOCK_M)
+    first = split.to(tl.int32) * tiles_each
+    last = tl.minimum(first + tiles_each, tiles)
+    o_d = tl.arange(0, BLOCK_D)
+    p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
+    b_q = tl.load(p_q[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+    p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+    p_f = p_factor if p_factor is None else p_factor + b * tiles * BLOCK_M
+    p_l = p_low if p_low is None else p_low + b * tiles * BLOCK_M
+
+    if p_maxima is not None:
+        o_g = tl.arange(0, GROUPS)
+        b_max = tl.full([BLOCK_N, GROUPS], float("-inf"), tl.float32)
+        for i in range(0, splits):
+            p = p_maxima + ((o_r * splits + i) * GROUPS)[:, None] + o_g[None, :]
+            b_max = tl.maximum(b_max, tl.load(p, m_n[:, None], 0.0))
+    else:
+        b_max = _group_maxima(
+            b_q,
+            p_q,
+            m_n,
+            p_k,
+            p_columns,
+            p_f,
+            p_l,
+            first,
+            last,
+            columns,
+            M,
+            D,
+            stride_km,
+            PRECISION,
+            INTERPRETED,
+            STRIDE,
+            GROUPS,
+            QUEUES,
+            PAIR,
+            BLOCK_M,
+            BLOCK_D,
+            ONE_BLOCK_D,
+            WHOLE_D,
+        )
+    threshold = _kth_largest(b_max, k)
+    # Below what is left of the k-th similarity after some roundings of relative size 2^-24, or of
+    # absolute size 2^-149.
+    threshold -= tl.abs(threshold) * 9.5e-7 + 7.5e-37
+    if p_query_norm is not None:
+        threshold -= 2.0 * tolerance * tl.load(p_query_norm + b * N + o_n, m_n, 0.0)
+    # Rows that there are not have no hits.
+    b_below = tl.where(m_n, -threshold, float("-inf"))[:, None]
+
+    o_q = tl.arange(0, QUEUES)
+    o_queue = (o_r * splits + split)[:, None] * QUEUES + o_q[None, :]
+    p_entry = p_queue + o_queue * CAP
+    b_count = tl.zeros([BLOCK_N, QUEUES], tl.int32)
+    p_v = p_valid + b * tiles * QUEUES + o_q
+    start = _tile_start(first, columns, BLOCK_M)
+    p_tile = p_k if p_columns is not None else p_k + start * stride_km
+    if p_f is not None:
+        p_f += first * BLOCK_M
+    p_v += first * QUEUES
+    for tile in range(first, last):
+        b_s = _multiply(
+            b_q,
+            p_q,
+            m_n,
+            _rows_of_key(p_tile, p_columns, start, M, stride_km, BLOCK_M),
+            D,
+            PRECISION,
+            INTERPRETED,
+            BLOCK_D,
+            ONE_BLOCK_D,
+            WHOLE_D,
+        )
+        if p_factor is not None:
+            b_factor = load_columns(p_f, QUEUES, PAIR, BLOCK_M)[None, :]
+            p_f += BLOCK_M
+            b_above = tl.fma(
+                b_s,
+                tl.broadcast_to(b_factor, [BLOCK_N, BLOCK_M]),
+                tl.broadcast_to(b_below, [BLOCK_N, BLOCK_M]),
+            )
+        else:
+            p_h = p_high + (b * tiles + tile) * BLOCK_M
+            b_above = b_s + load_columns(p_h, QUEUES, PAIR, BLOCK_M)[None, :] + b_below
+        b_word = words_of(in_order_of_queues(b_above, QUEUES, PAIR), INTERPRETED)
+        b_word = b_word & tl.load(p_v)[None, :]
+        p_v += QUEUES
+        b_s = in_order_of_queues(b_s, QUEUES, PAIR)
+        b_count = append_hits(b_word, b_s, p_entry, b_count, tile * LEAVES, CAP)
+        step = _tile_start(tile + 1, columns, BLOCK_M) - start
+        start += step
+        if p_columns is None:
+            p_tile += step * stride_km
+    tl.store(p_count + o_queue, b_count, m_n[:, None])
+
+    m_short = m_n & (tl.max(b_count, 1) > CAP)
+    if tl.max(m_short.to(tl.int32), 0) > 0:
+        p_number = p_listed + list_number * B + b + tl.zeros([BLOCK_N], tl.int64)
+        place = tl.atomic_add(p_number, 1, m_short, sem="relaxed")
+        tl.store(p_rows + b * splits * N + place, o_n.to(tl.int32), m_short)
