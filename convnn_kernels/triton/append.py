@@ -60,8 +60,10 @@ def _append_text(leaves: int) -> str:
     }}"""
 
 
+_APPEND_8 = tl.constexpr(_append_text(8))
 _APPEND_16 = tl.constexpr(_append_text(16))
 _APPEND_32 = tl.constexpr(_append_text(32))
+_OPERANDS_8 = tl.constexpr("=r,r,l,r,r,r" + ",r" * 8)
 _OPERANDS_16 = tl.constexpr("=r,r,l,r,r,r" + ",r" * 16)
 _OPERANDS_32 = tl.constexpr("=r,r,l,r,r,r" + ",r" * 32)
 # The sign of each of two numbers, 16 times: of the first in the high half.
@@ -121,14 +123,18 @@ def _leaves(b_x):
     four = ()
     for i in tl.static_range(2):
         four = four + tl.split(tl.reshape(two[i], [rows, queues, LEAVES // 4, 2]))
-    eight = ()
-    for i in tl.static_range(4):
-        eight = eight + tl.split(tl.reshape(four[i], [rows, queues, LEAVES // 8, 2]))
     products = ()
+    if LEAVES == 8:
+        for i in tl.static_range(4):
+            products = products + tl.split(four[i])
+    else:
+        eight = ()
+        for i in tl.static_range(4):
+            eight = eight + tl.split(tl.reshape(four[i], [rows, queues, LEAVES // 8, 2]))
     if LEAVES == 16:
         for i in tl.static_range(8):
             products = products + tl.split(eight[i])
-    else:
+    if LEAVES == 32:
         sixteen = ()
         for i in tl.static_range(8):
             sixteen = sixteen + tl.split(tl.reshape(eight[i], [rows, queues, 2, 2]))
@@ -152,22 +158,11 @@ def append_hits(
     """
     LEAVES: tl.constexpr = b_s.shape[2]
     products = _leaves(b_s.to(tl.int32, bitcast=True))
-    if LEAVES == 16:
-        b_count = tl.inline_asm_elementwise(
-            _APPEND_16,
-            _OPERANDS_16,
-            (b_word, p_queue.to(tl.int64, bitcast=True), b_count, first, CAP) + products,
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    operands = (b_word, p_queue.to(tl.int64, bitcast=True), b_count, first, CAP) + products
+    if LEAVES == 8:
+        b_count = tl.inline_asm_elementwise(_APPEND_8, _OPERANDS_8, operands, tl.int32, False, 1)
+    elif LEAVES == 16:
+        b_count = tl.inline_asm_elementwise(_APPEND_16, _OPERANDS_16, operands, tl.int32, False, 1)
     else:
-        b_count = tl.inline_asm_elementwise(
-            _APPEND_32,
-            _OPERANDS_32,
-            (b_word, p_queue.to(tl.int64, bitcast=True), b_count, first, CAP) + products,
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        b_count = tl.inline_asm_elementwise(_APPEND_32, _OPERANDS_32, operands, tl.int32, False, 1)
     return b_count

@@ -204,9 +204,10 @@ _SWEEP: dict[int, dict[str, Config]] = {
         "16": _config(BLOCK_N=16, BLOCK_M=64, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
         "32": _config(BLOCK_N=16, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
     },
+    # Warps divide the columns of a tile as well as its rows.
     80: {
-        "16": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=8, PAIR=2, num_warps=8, num_stages=3),
-        "32": _config(BLOCK_N=64, BLOCK_M=64, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
+        "16": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=16, PAIR=2, num_warps=8, num_stages=3),
+        "32": _config(BLOCK_N=64, BLOCK_M=32, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
     },
     90: {
         "16": _config(BLOCK_N=256, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=16, num_stages=3),

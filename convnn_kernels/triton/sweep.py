@@ -87,8 +87,8 @@ def _multiply(
             else:
                 b_s = tl.dot(b_qd, b_k, b_s, input_precision=PRECISION)
     if PRECISION == "split":
-        # Not a number only where b_s is infinite or not a number, too.
-        b_s += tl.where(b_rest == b_rest, b_rest, 0.0)
+        # Not a number only where b_s is infinite or not a number, too; a maximum ignores that.
+        b_s += tl.maximum(b_rest, -3.0e38)
     return b_s
 
 
