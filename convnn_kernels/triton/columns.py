@@ -22,6 +22,7 @@ from .integers import aligned
 from .launch import Kernel
 from .metrics import COSINE, EUCLIDEAN
 from .norms import norms_of_rows
+from .products import pieces
 
 
 @triton.jit
@@ -65,11 +66,35 @@ def _sums_of_squares(p_row, m_r, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def _store_pieces(
+    p_row,  # [ROWS]: rows of D float32
+    p_to,  # [ROWS]: where the first of their pieces go
+    scale,  # [ROWS]: what rows are multiplied by
+    m_r,  # [ROWS]
+    D,
+    stride_piece,
+    INTERPRETED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The rows in three pieces, for products of float32 (products.py)."""
+    o_d = tl.arange(0, BLOCK_D)
+    for d in range(0, D, BLOCK_D):
+        m_x = m_r[:, None] & (d + o_d < D)[None, :]
+        b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0) * scale[:, None]
+        b_high, b_middle, b_low = pieces(b_x, INTERPRETED)
+        p = p_to[:, None] + (d + o_d)[None, :]
+        tl.store(p, b_high, m_x)
+        tl.store(p + stride_piece, b_middle, m_x)
+        tl.store(p + 2 * stride_piece, b_low, m_x)
+
+
+@triton.jit
 def _store_norms(
     program,
     p_x,  # [B, N, D]
     p_norm,  # [B, N] float32
     p_scaled,  # as p_x, contiguous, or None
+    p_pieces,  # [3, B, N, D] contiguous, or None
     rows,
     N,
     D,
@@ -79,26 +104,29 @@ def _store_norms(
     stride_n,
     stride_sb1,
     stride_sb2,
+    stride_piece,
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Norms of ROWS rows; their sums of squares if there is no cosine."""
+    """Norms of ROWS rows, their sums of squares if there is no cosine; and what else is needed."""
     o_r = program * ROWS + tl.arange(0, ROWS)
     m_r = o_r < rows
     b1, b2, n = o_r // N // B2, o_r // N % B2, o_r % N
     p_row = p_x + b1 * stride_b1 + b2 * stride_b2 + n * stride_n
+    o_to = b1 * stride_sb1 + b2 * stride_sb2 + n * D
+    m_to = m_r & _stored_here(b1, b2, stride_sb1, stride_sb2)
+    scale = tl.full([ROWS], 1.0, tl.float32)
     if METRIC == COSINE:
-        p_to = p_scaled
-        m_to = m_r
-        if p_scaled is not None:
-            p_to = p_scaled + b1 * stride_sb1 + b2 * stride_sb2 + n * D
-            m_to = m_r & _stored_here(b1, b2, stride_sb1, stride_sb2)
-        norm, _ = norms_of_rows(p_row, p_to, m_r, m_to, D, RESCALE, ROWS, BLOCK_D)
-    else:
-        norm = _sums_of_squares(p_row, m_r, D, ROWS, BLOCK_D)
-    tl.store(p_norm + o_r, norm, m_r)
+        p_to = p_scaled if p_scaled is None else p_scaled + o_to
+        norm, scale = norms_of_rows(p_row, p_to, m_r, m_to, D, RESCALE, ROWS, BLOCK_D)
+        tl.store(p_norm + o_r, norm, m_r)
+    elif p_norm is not None:
+        tl.store(p_norm + o_r, _sums_of_squares(p_row, m_r, D, ROWS, BLOCK_D), m_r)
+    if p_pieces is not None:
+        _store_pieces(p_row, p_pieces + o_to, scale, m_to, D, stride_piece, INTERPRETED, BLOCK_D)
 
 
 @triton.jit
@@ -117,6 +145,7 @@ def columns_kernel(
     p_key_norm,  # [B, M] float32: for cosine norms of scaled rows; or None
     p_query_scaled,  # [B, N, D] contiguous: rows times a power of two; or None
     p_key_scaled,  # [B, M, D] contiguous, or None
+    p_key_pieces,  # [3, B, M, D] contiguous: the (scaled) rows in three pieces; or None
     p_factor,  # [B, tiles, BLOCK_M] float32, or None
     p_low,  # [B, tiles, BLOCK_M] float32, or None
     p_high,  # [B, tiles, BLOCK_M] float32, or None
@@ -142,11 +171,13 @@ def columns_kernel(
     stride_qsb2,
     stride_ksb1,
     stride_ksb2,
+    stride_piece,
     stride_mb1,
     stride_mb2,
     ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     QUEUES: tl.constexpr,
     PAIR: tl.constexpr,
@@ -160,6 +191,7 @@ def columns_kernel(
     stride_kb1 = aligned(stride_kb1, ALIGN)
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
+    stride_piece = aligned(stride_piece, ALIGN)
     LEAVES: tl.constexpr = BLOCK_M // QUEUES
     pid = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(columns, BLOCK_M).to(tl.int64)
@@ -178,18 +210,20 @@ def columns_kernel(
             p_m = p_mask + b1 * stride_mb1 + b2 * stride_mb2
             m_valid = m_valid & (tl.load(p_m + row, m_row, 0) != 0)
         p_row = p_key + b1 * stride_kb1 + b2 * stride_kb2 + row * stride_km
+        # With candidates other programs store all rows of key.
+        o_to = b1 * stride_ksb1 + b2 * stride_ksb2 + row * D
+        m_to = m_row & _stored_here(b1, b2, stride_ksb1, stride_ksb2) & (key_rows == 0)
         factor = tl.full([BLOCK_M], 1.0, tl.float32)
+        scale = tl.full([BLOCK_M], 1.0, tl.float32)
         if METRIC == COSINE:
-            p_to = p_key_scaled
-            m_to = m_row
-            if p_key_scaled is not None:
-                p_to = p_key_scaled + b1 * stride_ksb1 + b2 * stride_ksb2 + row * D
-                # With candidates other programs store all rows of key.
-                m_to = m_row & _stored_here(b1, b2, stride_ksb1, stride_ksb2) & (key_rows == 0)
-            norm, _ = norms_of_rows(p_row, p_to, m_row, m_to, D, RESCALE, BLOCK_M, BLOCK_D)
+            p_to = p_key_scaled if p_key_scaled is None else p_key_scaled + o_to
+            norm, scale = norms_of_rows(p_row, p_to, m_row, m_to, D, RESCALE, BLOCK_M, BLOCK_D)
             tl.store(p_key_norm + b * M + row, norm, m_row & (key_rows == 0))
             m_zero = norm == 0.0
             factor = tl.where(m_zero, 0.0, tl.div_rn(1.0, tl.where(m_zero, 1.0, norm)))
+        if p_key_pieces is not None:
+            p_to = p_key_pieces + o_to
+            _store_pieces(p_row, p_to, scale, m_to, D, stride_piece, INTERPRETED, BLOCK_D)
         if p_factor is not None:
             factor = tl.where(m_valid, factor, float("nan"))
             _store_columns(p_factor + pid * BLOCK_M, factor, QUEUES, PAIR)
@@ -213,6 +247,7 @@ def columns_kernel(
             p_key,
             p_key_norm,
             p_key_scaled,
+            p_key_pieces,
             key_rows,
             M,
             D,
@@ -222,8 +257,10 @@ def columns_kernel(
             stride_km,
             stride_ksb1,
             stride_ksb2,
+            stride_piece,
             METRIC,
             RESCALE,
+            INTERPRETED,
             ROWS,
             BLOCK_D,
         )
@@ -233,6 +270,7 @@ def columns_kernel(
             p_query,
             p_query_norm,
             p_query_scaled,
+            None,
             query_rows,
             N,
             D,
@@ -242,8 +280,10 @@ def columns_kernel(
             stride_qn,
             stride_qsb1,
             stride_qsb2,
+            0,
             METRIC,
             RESCALE,
+            INTERPRETED,
             ROWS,
             BLOCK_D,
         )

@@ -16,7 +16,7 @@ def _leading_bits(b_x):
 
 
 @triton.jit
-def _pieces(b_x, INTERPRETED: tl.constexpr):
+def pieces(b_x, INTERPRETED: tl.constexpr):
     """Three bfloat16 of b_x (float32), whose sum it is; of the same sign, so that none overflows.
 
     Of NaN, the first is NaN. Of infinity, the first is infinity, and the others are NaN.
@@ -34,14 +34,14 @@ def _pieces(b_x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def split_dot(b_q, b_k, b_s, b_rest, INTERPRETED: tl.constexpr):
-    """Adds b_q b_k to b_s + b_rest, with b_s the products of the largest pieces only.
+def split_dot(b_q, k_high, k_middle, k_low, b_s, b_rest, INTERPRETED: tl.constexpr):
+    """Adds q k to b_s + b_rest, with b_s the products of the largest pieces only.
 
-    Six of the nine products of pieces. The others are below 2^-21 of the whole, and 0 wherever a
-    float32 sum is exact: see `configs.screen_precision`.
+    b_q [rows, channels] float32; the pieces of k [channels, columns]. Six of the nine products of
+    pieces. The others are below 2^-21 of the whole, and 0 wherever a float32 sum is exact: see
+    `configs.screen_precision`.
     """
-    q_high, q_middle, q_low = _pieces(b_q, INTERPRETED)
-    k_high, k_middle, k_low = _pieces(b_k, INTERPRETED)
+    q_high, q_middle, q_low = pieces(b_q, INTERPRETED)
     b_rest = tl.dot(q_low, k_high, b_rest, input_precision="ieee")
     b_rest = tl.dot(q_middle, k_middle, b_rest, input_precision="ieee")
     b_rest = tl.dot(q_high, k_low, b_rest, input_precision="ieee")
@@ -49,3 +49,10 @@ def split_dot(b_q, b_k, b_s, b_rest, INTERPRETED: tl.constexpr):
     b_rest = tl.dot(q_high, k_middle, b_rest, input_precision="ieee")
     b_s = tl.dot(q_high, k_high, b_s, input_precision="ieee")
     return b_s, b_rest
+
+
+@triton.jit
+def sum_of_split(b_s, b_rest):
+    """b_s + b_rest. b_rest is not a number only where b_s is infinite or not a number, too; a
+    maximum ignores that."""
+    return b_s + tl.maximum(b_rest, -3.0e38)

@@ -43,6 +43,17 @@ class Sweep(NamedTuple):
         return self.splits * (of_threshold + of_queues + 4)
 
     @property
+    def query_rows(self) -> Layout:
+        """The queries as the sweep reads them."""
+        Q = self.search.Q
+        return Q.contiguous() if self.search.scales_rows else Q
+
+    @property
+    def stride_piece(self) -> int:
+        """Elements of a piece of all keys, a multiple of 16 so that pieces are aligned."""
+        return 16 * cdiv(_rows(self.search.K), 16) if self.precision == "split" else 0
+
+    @property
     def tolerance(self) -> float:
         """A bound of the error of a product of D channels and of a sum of squared differences,
         relative to ||q||^2 + ||k||^2; see `configs.screen_precision`."""
@@ -56,6 +67,7 @@ class Sweep(NamedTuple):
             "splits": self.splits,
             "tiles_each": cdiv(self.tiles, self.splits),
             "tolerance": self.tolerance,
+            "stride_piece": self.stride_piece,
             "PRECISION": self.precision,
             "INTERPRETED": hardware.interpreted(),
             "ONE_BLOCK_D": D <= block_d,
@@ -83,6 +95,8 @@ def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer]
     queries_have_norms = is_cosine or sweep.needs_bounds
     own_query = queries_have_norms and not (search.one_tensor and is_cosine)
     f32, per_column = torch.float32, Q.B * sweep.tiles * sweep.config["BLOCK_M"]
+    splits = sweep.precision == "split"
+    piece = torch.float32 if hardware.interpreted() else torch.bfloat16
     by_bounds = sweep.needs_bounds and not is_cosine
     buffers: dict[str, Buffer] = {
         "p_valid": (Q.B * sweep.tiles * sweep.config["QUEUES"], torch.int32),
@@ -94,8 +108,9 @@ def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer]
         "p_high": (by_bounds, (per_column, f32)),
         "p_query_norm": (own_query, (Q.B * Q.N, f32)),
         "p_key_norm": (is_cosine, (K.B * K.N, f32)),
-        "p_query_scaled": (search.scales_rows and own_query, _rows(Q, search.dtype)),
-        "p_key_scaled": (search.scales_rows, _rows(K, search.dtype)),
+        "p_query_scaled": (search.scales_rows and own_query, (_rows(Q), search.dtype)),
+        "p_key_scaled": (search.scales_rows, (_rows(K), search.dtype)),
+        "p_key_pieces": (splits, (3 * sweep.stride_piece, piece)),
     }
     own_names: dict[str, str | None] = {}
     for name, (needed, buffer) in wanted.items():
@@ -110,7 +125,7 @@ def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer]
         names["p_key"] = "p_key_scaled"
         names["p_query"] = "p_key_scaled" if search.one_tensor else "p_query_scaled"
     query_rows = Q.B * Q.N if own_query else 0
-    key_rows = K.B * K.N if is_cosine and search.has_candidates else 0
+    key_rows = K.B * K.N if search.has_candidates and (is_cosine or splits) else 0
     launch = columns_kernel.prepare(
         Q.B * sweep.tiles + cdiv(key_rows, config["ROWS"]) + cdiv(query_rows, config["ROWS"]),
         config,
@@ -132,9 +147,10 @@ def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer]
     return launch, buffers, names
 
 
-def _rows(X: Layout, dtype: torch.dtype) -> Buffer:
+def _rows(X: Layout) -> int:
+    """The elements of X, each row once, however many batch elements share it."""
     once = X.distinct()
-    return once.B * once.N * once.D, dtype
+    return once.B * once.N * once.D
 
 
 def _batch_strides(X: Layout, letters: str) -> dict[str, int]:
@@ -182,6 +198,10 @@ def prepare_sweep(
         own_names["p_query_norm"] = None
     if sweep.splits == 1:
         own_names["p_maxima"] = None
+    if sweep.precision == "split":
+        own_names["p_key"] = "p_key_pieces"
+        numbers |= sweep.search.K.contiguous().strides("k")
+        numbers["ALIGN"] = alignment(sweep.query_rows, sweep.search.K.contiguous())
     kernels = [threshold_kernel] if sweep.splits > 1 else []
     return [
         kernel.prepare(blocks * sweep.splits, sweep.config, own_names, **numbers)

@@ -29,7 +29,7 @@ from .columns import in_order_of_queues, load_columns
 from .integers import aligned
 from .launch import Kernel
 from .metrics import COSINE
-from .products import split_dot
+from .products import split_dot, sum_of_split
 
 
 @triton.jit
@@ -54,8 +54,9 @@ def _multiply(
     b_q,  # [BLOCK_N, BLOCK_D]: all channels of the queries, if ONE_BLOCK_D
     p_q,  # [BLOCK_N]: rows of query
     m_n,  # [BLOCK_N]
-    p_k,  # [BLOCK_M]: rows of key
+    p_k,  # [BLOCK_M]: rows of key; of their first pieces if products are split
     D,
+    stride_piece,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -68,27 +69,22 @@ def _multiply(
     o_d = tl.arange(0, BLOCK_D)
     b_s = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     b_rest = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if ONE_BLOCK_D:
-        if WHOLE_D:
-            b_k = tl.load(p_k[None, :] + o_d[:, None])
-        else:
-            b_k = tl.load(p_k[None, :] + o_d[:, None], (o_d < D)[:, None], 0.0)
+    # One step without a loop, where it is enough: the queries stay where tensor cores read them.
+    for d in range(0, BLOCK_D if ONE_BLOCK_D else D, BLOCK_D):
+        p = p_k[None, :] + (d + o_d)[:, None]
+        m_d = None if WHOLE_D else (d + o_d < D)[:, None]
+        other = None if WHOLE_D else 0.0
+        if not ONE_BLOCK_D:
+            b_q = tl.load(p_q[:, None] + (d + o_d)[None, :], m_n[:, None] & (d + o_d < D)[None, :], 0.0)
+        b_k = tl.load(p, m_d, other)
         if PRECISION == "split":
-            b_s, b_rest = split_dot(b_q, b_k, b_s, b_rest, INTERPRETED)
+            k_middle = tl.load(p + stride_piece, m_d, other)
+            k_low = tl.load(p + 2 * stride_piece, m_d, other)
+            b_s, b_rest = split_dot(b_q, b_k, k_middle, k_low, b_s, b_rest, INTERPRETED)
         else:
             b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
-    else:
-        for d in range(0, D, BLOCK_D):
-            m_d = d + o_d < D
-            b_qd = tl.load(p_q[:, None] + (d + o_d)[None, :], m_n[:, None] & m_d[None, :], 0.0)
-            b_k = tl.load(p_k[None, :] + (d + o_d)[:, None], m_d[:, None], 0.0)
-            if PRECISION == "split":
-                b_s, b_rest = split_dot(b_qd, b_k, b_s, b_rest, INTERPRETED)
-            else:
-                b_s = tl.dot(b_qd, b_k, b_s, input_precision=PRECISION)
     if PRECISION == "split":
-        # Not a number only where b_s is infinite or not a number, too; a maximum ignores that.
-        b_s += tl.maximum(b_rest, -3.0e38)
+        b_s = sum_of_split(b_s, b_rest)
     return b_s
 
 
@@ -107,6 +103,7 @@ def _group_maxima(
     M,
     D,
     stride_km,
+    stride_piece,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -133,6 +130,7 @@ def _group_maxima(
             m_n,
             _rows_of_key(p_tile, p_columns, start, M, stride_km, BLOCK_M),
             D,
+            stride_piece,
             PRECISION,
             INTERPRETED,
             BLOCK_D,
@@ -179,7 +177,7 @@ def rows_of_block(block, first_b, first_n, rows_n, BLOCK_N: tl.constexpr):
 @Kernel
 def threshold_kernel(
     p_query,  # [B, N, D]
-    p_key,  # [B, M, D]
+    p_key,  # [B, M, D]; [3, B, M, D], the pieces, if products are split
     p_columns,  # [R] int64, or None
     p_factor,  # [B, tiles, BLOCK_M] float32, or None
     p_low,  # [B, tiles, BLOCK_M] float32, or None
@@ -199,6 +197,7 @@ def threshold_kernel(
     stride_kb1,
     stride_kb2,
     stride_km,
+    stride_piece,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -219,6 +218,7 @@ def threshold_kernel(
     stride_kb1 = aligned(stride_kb1, ALIGN)
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
+    stride_piece = aligned(stride_piece, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
     tiles = tl.cdiv(columns, BLOCK_M)
@@ -241,6 +241,7 @@ def threshold_kernel(
         M,
         D,
         stride_km,
+        stride_piece,
         PRECISION,
         INTERPRETED,
         STRIDE,
@@ -259,7 +260,7 @@ def threshold_kernel(
 @Kernel
 def sweep_kernel(
     p_query,  # [B, N, D]
-    p_key,  # [B, M, D]
+    p_key,  # [B, M, D]; [3, B, M, D], the pieces, if products are split
     p_columns,  # [R] int64, or None
     p_query_norm,  # [B, N] float32: what the error of the queries depends on; or None
     p_factor,  # [B, tiles, BLOCK_M] float32, or None
@@ -291,6 +292,7 @@ def sweep_kernel(
     stride_kb1,
     stride_kb2,
     stride_km,
+    stride_piece,
     ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -313,6 +315,7 @@ def sweep_kernel(
     stride_kb1 = aligned(stride_kb1, ALIGN)
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
+    stride_piece = aligned(stride_piece, ALIGN)
     LEAVES: tl.constexpr = BLOCK_M // QUEUES
     pid = tl.program_id(0).to(tl.int64)
     b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
@@ -348,6 +351,7 @@ def sweep_kernel(
             M,
             D,
             stride_km,
+            stride_piece,
             PRECISION,
             INTERPRETED,
             STRIDE,
@@ -385,6 +389,7 @@ def sweep_kernel(
             m_n,
             _rows_of_key(p_tile, p_columns, start, M, stride_km, BLOCK_M),
             D,
+            stride_piece,
             PRECISION,
             INTERPRETED,
             BLOCK_D,
