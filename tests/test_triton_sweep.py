@@ -68,11 +68,11 @@ class Hits:
         for number, part in enumerate(parts):
             buffers |= sweep_buffers(sweep, max(each.rows for each in parts))
             pointers = Pointers(query.device, **tensors)
-            launches = [columns] if number == 0 else []
             # Buffers of another call are gone: each part computes its columns again.
             launches = [columns, *prepare_sweep(sweep, part, number, names)]
             Plan(launches, **buffers)(pointers)
             self._read(pointers, part, number)
+        self.parts = len(parts)
 
     def _read(self, pointers: Any, part: Any, number: int) -> None:
         sweep, config = self.sweep, self.sweep.config
@@ -100,9 +100,7 @@ class Hits:
         B = sweep.search.Q.B
         listed = pointers.tensor("p_listed").view(-1, B)[number]
         rows = pointers.tensor("p_rows").view(B, -1)
-        self.listed += [
-            (b, n) for b in range(B) for n in set(rows[b, : int(listed[b])].tolist())
-        ]
+        self.listed += [(b, n) for b in range(B) for n in set(rows[b, : int(listed[b])].tolist())]
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
@@ -117,7 +115,7 @@ def integers(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
 def similarity(query: Tensor, key: Tensor, metric: str) -> Tensor:
     query, key = query.double(), key.double()
     if metric == "euclidean":
-        return -torch.cdist(query, key, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+        return -(torch.cdist(query, key, compute_mode="donot_use_mm_for_euclid_dist") ** 2)
     if metric == "cosine":
         query, key = (torch.nn.functional.normalize(X, dim=-1) for X in (query, key))
     return query @ key.mT
@@ -170,3 +168,92 @@ def test_every_neighbor_is_a_hit(
     if metric == "dot":
         assert M - 1 in hits.found[0][0]
     assert len(hits.listed) < N
+
+
+OPTIONS = {
+    "mask": {"key_mask": torch.arange(600) % 7 > 2},
+    "last_keys": {"key_mask": torch.arange(600) >= 560},
+    "candidates": {"candidates": (torch.arange(530) * 7 + 3) % 600},
+    "candidates_and_mask": {
+        "candidates": torch.arange(599, 80, -1),
+        "key_mask": torch.arange(600) % 3 == 0,
+    },
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("metric", "dtype"), [("dot", F16), ("cosine", F32), ("euclidean", F32)])
+def test_only_allowed_columns_are_hits(option: str, metric: str, dtype: torch.dtype) -> None:
+    query, key = normal(7, 34, dtype=dtype), normal(600, 34, seed=1, dtype=dtype)
+    key[::2] *= 30
+    check(query, key, 5, metric=metric, **OPTIONS[option])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_equal_products_are_all_hits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many ties with the k-th neighbor, in every column of a tile, and negative similarities."""
+    monkeypatch.setattr(configs, "column_splits", lambda *_: splits)
+    query, key = integers(5, 16, dtype=F16), integers(700, 16, seed=1, dtype=F16)
+    hits = check(query, -key.abs(), 9)
+    assert hits.sweep.splits == splits
+
+
+def equal_columns(columns: list[int], monkeypatch: pytest.MonkeyPatch) -> Hits:
+    """The nearest key, in these columns; all others are far."""
+    query, key = torch.ones(1, 16, dtype=F16), integers(640, 16, dtype=F16) / 8 - 1
+    key[columns] = 1.0
+    monkeypatch.setattr(configs, "column_splits", lambda *_: 1)
+    return check(query, key, 1)
+
+
+def test_a_queue_that_is_one_too_short_lists_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue of columns 2, 3, 10, 11, ... holds as many hits as it has places, and no more."""
+    config = configs.sweep(configs.INTERPRETER, 16, 16, 1)
+    queue = [8 * a + 2 + p for a in range(80) for p in range(2)]
+    fits = equal_columns(queue[: config["CAP"]], monkeypatch)
+    assert fits.found[0][1] == config["CAP"]
+    assert not fits.listed
+    short = equal_columns(queue[: config["CAP"] + 1], monkeypatch)
+    assert short.found[0][1] == config["CAP"] + 1
+    assert short.listed == [(0, 0)]
+
+
+@pytest.mark.parametrize("k", [5, 64])
+def test_nothing_is_lost_of_special_values(k: int) -> None:
+    """NaN, infinity, zeros; a row is listed, or has them all."""
+    query, key = normal(7, 20), normal(530, 20, seed=1)
+    key[5], key[131], key[520:] = math.nan, math.inf, 0.0
+    query[1], query[2, 3], query[3], query[4, 0] = 0.0, math.nan, -0.0, math.inf
+    for metric in ("cosine", "dot", "euclidean"):
+        hits = Hits(query.half(), key.half(), k, metric=metric)
+        for row in range(7):
+            found, count = hits.found[row]
+            finite = bool(query[row].isfinite().all()) and bool(query[row].any())
+            if (0, row) in hits.listed:
+                assert count > len(found)
+            elif finite:
+                assert 5 in found, "NaN is above every number"
+
+
+def test_queries_that_do_not_fit_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch elements, and rows of one, after another."""
+    query, key = normal(2, 18, 16, dtype=F16), normal(2, 520, 16, seed=1, dtype=F16)
+    query[1, 17] = 0.0
+    for rows, parts in ((36, 1), (30, 2), (17, 4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(configs, "column_splits", lambda *_: 1)
+            hits = check(query, key, 2, metric="cosine")
+            bytes_each = hits.sweep.row_bytes
+            patch.setattr(configs, "WORKSPACE", rows * bytes_each)
+            patch.setattr(configs, "allowed_workspace", lambda *_: 0)
+            forget()
+            again = check(query, key, 2, metric="cosine")
+            assert again.parts == parts
+            assert again.found == hits.found
+            assert sorted(again.listed) == sorted(hits.listed)
+
+
+def forget() -> None:
+    from convnn_kernels.triton.launch import forget_plans
+
+    forget_plans()

@@ -242,6 +242,12 @@ def column_splits(arch: int, row_blocks: int, tiles: int) -> int:
     return max(1, min(programs // row_blocks, tiles // 8, 8))
 
 
+def allowed_workspace(B: int, N: int, M: int, D: int, k: int) -> int:
+    """Bytes that the queues of all queries may take beyond WORKSPACE: within what the README
+    promises, eight for each element of neighbors, query and key."""
+    return 8 * B * (N * (k + D) + M * D)
+
+
 def columns(arch: int, D: int) -> Config:
     """Blocks of `columns_kernel`, which has a tile of columns or ROWS rows."""
     return _config(ROWS=32, BLOCK_D=min(64, max(16, power_of_two(D))), num_warps=4)

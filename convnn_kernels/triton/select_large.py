@@ -174,17 +174,14 @@ class Part(NamedTuple):
 
 def parts_of(sweep: Sweep) -> list[Part]:
     """Whole batch elements, or row blocks of one."""
-    Q, K, k, block = sweep.search.Q, sweep.search.K, sweep.search.k, sweep.config["BLOCK_N"]
-    # Eight bytes for each element of neighbors, query and key are within what the README promises.
-    allowed = 8 * (Q.B * Q.N * (k + Q.D) + K.B * K.N * K.D)
+    Q, K, block = sweep.search.Q, sweep.search.K, sweep.config["BLOCK_N"]
+    allowed = configs.allowed_workspace(Q.B, Q.N, K.N, Q.D, sweep.search.k)
     rows = max(allowed, configs.WORKSPACE) // sweep.row_bytes
     if rows >= Q.N:
         each = rows // Q.N
         return [Part(b, min(each, Q.B - b), 0, Q.N) for b in range(0, Q.B, each)]
     each = max(1, rows // block) * block
-    return [
-        Part(b, 1, n, min(each, Q.N - n)) for b in range(Q.B) for n in range(0, Q.N, each)
-    ]
+    return [Part(b, 1, n, min(each, Q.N - n)) for b in range(Q.B) for n in range(0, Q.N, each)]
 
 
 def prepare_sweep(

@@ -75,7 +75,9 @@ def _multiply(
         m_d = None if WHOLE_D else (d + o_d < D)[:, None]
         other = None if WHOLE_D else 0.0
         if not ONE_BLOCK_D:
-            b_q = tl.load(p_q[:, None] + (d + o_d)[None, :], m_n[:, None] & (d + o_d < D)[None, :], 0.0)
+            b_q = tl.load(
+                p_q[:, None] + (d + o_d)[None, :], m_n[:, None] & (d + o_d < D)[None, :], 0.0
+            )
         b_k = tl.load(p, m_d, other)
         if PRECISION == "split":
             k_middle = tl.load(p + stride_piece, m_d, other)
@@ -369,8 +371,9 @@ def sweep_kernel(
     threshold -= tl.abs(threshold) * 9.5e-7 + 7.5e-37
     if p_query_norm is not None:
         threshold -= 2.0 * tolerance * tl.load(p_query_norm + b * N + o_n, m_n, 0.0)
-    # Rows that there are not have no hits.
-    b_below = tl.where(m_n, -threshold, float("-inf"))[:, None]
+    b_below = -threshold[:, None]
+    # Rows that there are not have no queues.
+    b_row = tl.where(m_n, -1, 0)[:, None]
 
     o_q = tl.arange(0, QUEUES)
     o_queue = (o_r * splits + split)[:, None] * QUEUES + o_q[None, :]
@@ -408,7 +411,7 @@ def sweep_kernel(
             p_h = p_high + (b * tiles + tile) * BLOCK_M
             b_above = b_s + load_columns(p_h, QUEUES, PAIR, BLOCK_M)[None, :] + b_below
         b_word = words_of(in_order_of_queues(b_above, QUEUES, PAIR), INTERPRETED)
-        b_word = b_word & tl.load(p_v)[None, :]
+        b_word = b_word & tl.load(p_v)[None, :] & b_row
         p_v += QUEUES
         b_s = in_order_of_queues(b_s, QUEUES, PAIR)
         b_count = append_hits(b_word, b_s, p_entry, b_count, tile * LEAVES, CAP)
