@@ -199,10 +199,11 @@ def select_small(arch: int, D: int, k: int, rows: int) -> Config:
 # The sweep: how the columns of a tile are divided among the queues of a row follows from how tensor
 # cores leave a tile in registers, so that no product moves: column (a QUEUES + q) PAIR + p belongs
 # to queue q.
+# "16" is for D up to 128 and 32 groups, "16, groups" for D up to 128 and more groups.
 _SWEEP: dict[int, dict[str, Config]] = {
     INTERPRETER: {
-        "16": _config(BLOCK_N=16, BLOCK_M=64, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
-        "32": _config(BLOCK_N=16, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
+        "16": _config(BLOCK_N=16, BLOCK_M=64, QUEUES=4, PAIR=2),
+        "32": _config(BLOCK_N=16, BLOCK_M=128, QUEUES=4, PAIR=2),
     },
     # Warps divide the columns of a tile as well as its rows.
     80: {
@@ -211,7 +212,12 @@ _SWEEP: dict[int, dict[str, Config]] = {
     },
     90: {
         "16": _config(BLOCK_N=256, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=16, num_stages=3),
+        "16, groups": _config(
+            BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2
+        ),
+        "16, D": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2),
         "32": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2),
+        "32, D": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=4, PAIR=2, num_warps=8, num_stages=2),
     },
     100: {
         "16": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=2, PAIR=32, num_warps=8, num_stages=3),
@@ -225,13 +231,16 @@ MOST_NEIGHBORS = 64
 
 def sweep(arch: int, bits: int, D: int, k: int) -> Config:
     """Blocks of `sweep_kernel` and `threshold_kernel`, groups and queues."""
-    config = row(_SWEEP, arch)[str(bits)].copy()
-    config["BLOCK_D"] = min(256 if bits == 16 else 64, max(16, power_of_two(D)))
-    config["GROUPS"] = 32 if k <= 12 else 64 if k <= 32 else 128
+    rows = row(_SWEEP, arch)
+    groups = 32 if k <= 12 else 64 if k <= 32 else 128
+    is_wide = D > (128 if bits == 16 else 64)
+    special = f"{bits}, D" if is_wide else f"{bits}, groups" if groups > 32 else ""
+    config = rows.get(special, rows[str(bits)]).copy()
+    config["GROUPS"] = min(groups, config["BLOCK_M"])
     config["STRIDE"] = 2
-    config["CAP"] = 64 // config["QUEUES"] * (1 if k <= 16 else 2 if k <= 32 else 4)
-    if arch == INTERPRETER:
-        config["GROUPS"] = min(config["GROUPS"], config["BLOCK_M"])
+    config["CAP"] = max(8, 64 // config["QUEUES"]) * (1 if k <= 16 else 2 if k <= 32 else 4)
+    whole = 256 if bits == 16 else 128
+    config["BLOCK_D"] = max(16, power_of_two(D)) if D <= whole else whole // 2
     return config
 
 

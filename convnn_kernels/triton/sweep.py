@@ -39,14 +39,15 @@ def _tile_start(tile, columns, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_key(p_k, p_columns, start, M, stride_km, BLOCK_M: tl.constexpr):
-    """Pointers to the rows of key of BLOCK_M columns, all of which can be read."""
+def _rows_of_key(p_tile, p_k, p_columns, tile, columns, M, stride_km, BLOCK_M: tl.constexpr):
+    """Pointers to the rows of key of a tile, all of which can be read. p_tile is its first one,
+    unless columns are candidates."""
     o_m = tl.arange(0, BLOCK_M)
     if p_columns is not None:
-        row = tl.load(p_columns + start + o_m)
+        row = tl.load(p_columns + _tile_start(tile, columns, BLOCK_M) + o_m)
         return p_k + tl.where((row >= 0) & (row < M), row, 0) * stride_km
     else:
-        return p_k + o_m * stride_km
+        return p_tile + o_m * stride_km
 
 
 @triton.jit
@@ -122,15 +123,17 @@ def _group_maxima(
     BLOCK_N: tl.constexpr = p_q.shape[0]
     EACH: tl.constexpr = GROUPS // QUEUES
     b_max = tl.full([BLOCK_N, QUEUES, EACH], float("-inf"), tl.float32)
-    start = _tile_start(first, columns, BLOCK_M)
-    p_tile = p_k if p_columns is not None else p_k + start * stride_km
+    tiles = tl.cdiv(columns, BLOCK_M)
+    p_tile = p_k + _tile_start(first, columns, BLOCK_M) * stride_km
+    # From the tile before it to the last one, which ends with the last column.
+    last_step = (columns - (tiles - STRIDE) * BLOCK_M) * stride_km
     p_f = p_factor if p_factor is None else p_factor + first * BLOCK_M
     for tile in range(first, last, STRIDE):
         b_x = _multiply(
             b_q,
             p_q,
             m_n,
-            _rows_of_key(p_tile, p_columns, start, M, stride_km, BLOCK_M),
+            _rows_of_key(p_tile, p_k, p_columns, tile, columns, M, stride_km, BLOCK_M),
             D,
             stride_piece,
             PRECISION,
@@ -148,10 +151,9 @@ def _group_maxima(
         # A group has columns that are far apart, as neighboring ones are alike.
         b_x = tl.reshape(b_x, [BLOCK_N, QUEUES, BLOCK_M // GROUPS, EACH])
         b_max = tl.maximum(b_max, tl.max(b_x, 2))
-        step = _tile_start(tile + STRIDE, columns, BLOCK_M) - start
-        start += step
         if p_columns is None:
-            p_tile += step * stride_km
+            is_last = tile + STRIDE == tiles - 1
+            p_tile += tl.where(is_last, last_step, STRIDE * BLOCK_M * stride_km)
     return tl.reshape(b_max, [BLOCK_N, GROUPS])
 
 
@@ -380,8 +382,8 @@ def sweep_kernel(
     p_entry = p_queue + o_queue * CAP
     b_count = tl.zeros([BLOCK_N, QUEUES], tl.int32)
     p_v = p_valid + b * tiles * QUEUES + o_q
-    start = _tile_start(first, columns, BLOCK_M)
-    p_tile = p_k if p_columns is not None else p_k + start * stride_km
+    p_tile = p_k + _tile_start(first, columns, BLOCK_M) * stride_km
+    last_step = (columns - (tiles - 1) * BLOCK_M) * stride_km
     if p_f is not None:
         p_f += first * BLOCK_M
     p_v += first * QUEUES
@@ -390,7 +392,7 @@ def sweep_kernel(
             b_q,
             p_q,
             m_n,
-            _rows_of_key(p_tile, p_columns, start, M, stride_km, BLOCK_M),
+            _rows_of_key(p_tile, p_k, p_columns, tile, columns, M, stride_km, BLOCK_M),
             D,
             stride_piece,
             PRECISION,
@@ -415,10 +417,8 @@ def sweep_kernel(
         p_v += QUEUES
         b_s = in_order_of_queues(b_s, QUEUES, PAIR)
         b_count = append_hits(b_word, b_s, p_entry, b_count, tile * LEAVES, CAP)
-        step = _tile_start(tile + 1, columns, BLOCK_M) - start
-        start += step
         if p_columns is None:
-            p_tile += step * stride_km
+            p_tile += tl.where(tile + 1 == tiles - 1, last_step, BLOCK_M * stride_km)
     tl.store(p_count + o_queue, b_count, m_n[:, None])
 
     m_short = m_n & (tl.max(b_count, 1) > CAP)
