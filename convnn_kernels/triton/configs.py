@@ -208,6 +208,7 @@ _SWEEP: dict[int, dict[str, Config]] = {
     # Warps divide the columns of a tile as well as its rows.
     80: {
         "16": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=16, PAIR=2, num_warps=8, num_stages=3),
+        "16, D": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=8, PAIR=2, num_warps=8, num_stages=2),
         "32": _config(BLOCK_N=64, BLOCK_M=32, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
     },
     90: {
@@ -224,9 +225,12 @@ _SWEEP: dict[int, dict[str, Config]] = {
         "32": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=2, PAIR=32, num_warps=8, num_stages=2),
     },
 }
-# Fewer columns are searched by other strategies.
-FEWEST_COLUMNS = 512
-MOST_NEIGHBORS = 64
+
+
+def allows_sweep(arch: int, bits: int, D: int, columns: int, k: int) -> bool:
+    """Whether there are enough columns, and enough groups of them for a threshold that few columns
+    reach."""
+    return columns >= 512 and k <= 64 and 3 * sweep(arch, bits, D, k)["GROUPS"] >= 4 * k
 
 
 def sweep(arch: int, bits: int, D: int, k: int) -> Config:
