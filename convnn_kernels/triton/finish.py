@@ -335,8 +335,8 @@ def finish_kernel(
         BLOCK_D,
     )
     if HAS_SELF:
-        m_self = (o_l == 0) & has_self[:, None]
-        b_list = tl.where(m_self, pack(ORDER_OF_SELF, self_row)[:, None], b_list)
+        key_of_self = pack(tl.full([ROWS], ORDER_OF_SELF, tl.int32), self_row)
+        b_list = tl.where((o_l == 0) & has_self[:, None], key_of_self[:, None], b_list)
     end = tl.max(total, 0) + HAS_SELF
     if end > LIST:
         b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)
@@ -377,10 +377,23 @@ def finish_kernel(
     m_found = most <= CAP
     if ONE_BY_ONE:
         b_list = _best(b_list, k, LOG_LIST)
-        store_list(b_list, b_s_self, p_s + o_i * k, p_i + o_i * k, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_LIST)
+        store_list(
+            b_list,
+            b_s_self,
+            p_s + o_i * k,
+            p_i + o_i * k,
+            m_found,
+            k,
+            0,
+            HAS_SELF,
+            BY_INDEX,
+            LOG_LIST,
+        )
     else:
         b_list = largest(b_list, LOG_LIST, LOG_K, 0)
-        store_list(b_list, b_s_self, p_s + o_i * k, p_i + o_i * k, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K)
+        store_list(
+            b_list, b_s_self, p_s + o_i * k, p_i + o_i * k, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K
+        )
 
     if AGGREGATE:
         # Every thread may read what another one has stored.
@@ -393,9 +406,7 @@ def finish_kernel(
         p_t = p_terms + first * k
         _store_terms(p_s, p_i, p_t, k, scale, RHO, ROWS, LOG_K)
         tl.debug_barrier()
-        _aggregate(
-            p_v, p_t, p_weight, p_bias, p_y, C, k, stride_vm, ALIGN_VALUE, ROWS, BLOCK_C
-        )
+        _aggregate(p_v, p_t, p_weight, p_bias, p_y, C, k, stride_vm, ALIGN_VALUE, ROWS, BLOCK_C)
 
 
 def prepare_finish(
@@ -426,9 +437,7 @@ def prepare_finish(
         **{name: sweep[name] for name in ("BLOCK_M", "QUEUES", "PAIR", "CAP")},
     }
     if aggregation is None:
-        names = names | dict.fromkeys(
-            ("p_value", "p_weight", "p_bias", "p_terms", "p_output")
-        )
+        names = names | dict.fromkeys(("p_value", "p_weight", "p_bias", "p_terms", "p_output"))
     else:
         numbers |= {
             "scale": aggregation.scale,
