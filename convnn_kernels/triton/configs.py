@@ -163,6 +163,35 @@ def exact_topk(arch: int, D: int, k: int) -> Config:
     )
 
 
+def rescores(bits: int, D: int, metric: str) -> bool:
+    """Whether `finish_kernel` computes the similarities of hits from their rows.
+
+    `euclidean` is one of differences. Few terms: see `group_maxima_precision` for 32 bits,
+    `allows_select_small` for 16.
+    """
+    few_terms = D < 32 if bits == 32 else metric == "dot" and D < 16
+    return metric == "euclidean" or few_terms
+
+
+def finish(arch: int, N: int, C: int, k: int, rescore: bool) -> Config:
+    """Blocks of `finish_kernel` for N queries of a batch element, of which ROWS must not be more.
+
+    A warp has no barriers; with several rows, the addresses of a program are computed once.
+    """
+    log_k = max(1, _log2(k))
+    log_list = 5 if k <= 12 else log_k + 2
+    rows = 16 if arch == INTERPRETER else 4 if log_list <= 6 and not rescore else 1
+    return _config(
+        ROWS=min(rows, 1 << (N.bit_length() - 1)),
+        LOG_LIST=log_list,
+        LOG_K=log_k,
+        ONE_BY_ONE=k <= 16,
+        BLOCK_D=16,
+        BLOCK_C=min(128, max(16, power_of_two(C))),
+        num_warps=1,
+    )
+
+
 def allows_select_small(bits: int, D: int, columns: int, k: int, metric: str) -> bool:
     """Whether the sizes allow `select_small_kernel`.
 

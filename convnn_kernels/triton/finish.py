@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: MIT
+"""The end of the forward: the k best hits of every row (Eq. 4, 5), and the convolution over them.
+
+The sweep (sweep.py) has left the hits of a row, the columns whose products reach its threshold, in
+queues, in no order. A program has ROWS queries of one batch element:
+
+- it reads the hits of a row, LIST at a time, and computes their similarities s from the products
+  and norms, or (RESCORE) from the rows of query and key, by one float32 sum over D;
+- it takes the k best in the total order (order.py), the token itself first, and stores s and I;
+- with AGGREGATE it reads them back and computes rho and, depthwise or without a weight,
+  y_i[c] = b[c] + sum_j rho_ij W[c, 0, j] V[I_ij, c]; no row of V is stored.
+
+Hits, lists and sums stay in registers. A row has rarely more than LIST hits; then the lists of
+further hits are merged. Rows of which a queue was too short have been listed, and
+`exact_topk_kernel` has stored their s and I: only the convolution remains.
+"""
+
+import triton
+import triton.language as tl
+
+from . import configs
+from .aggregation import RHOS, Aggregation
+from .integers import aligned, as_int64
+from .launch import Kernel, Launch
+from .metrics import COSINE, cosine, sums_of_pairs
+from .modulate import SOFTMAX, modulate
+from .order import (
+    NOTHING,
+    ORDER_OF_SELF,
+    largest,
+    merge,
+    order_of,
+    orderable,
+    pack,
+    store_list,
+)
+from .search import Search
+from .tensors import alignment, cdiv
+
+# Below the orderable of every number.
+NO_ORDER = tl.constexpr(-(2**31))
+
+
+@triton.jit
+def _find(p_counts, o_e, splits, ROWS: tl.constexpr, QUEUES: tl.constexpr, CAP: tl.constexpr):
+    """Where entry o_e [1, n] is in the queues of the program's rows; all of [rows, n].
+
+    With it, the hits of a row, and the most that one of its queues had: each in all columns of a
+    block, as this saves exchanges between threads.
+    """
+    o_i = tl.arange(0, ROWS)[:, None]
+    p_first = p_counts + o_i * (splits * QUEUES)
+    # Entry e of a row is number e - total of the queue behind those with `total` entries.
+    b_begin = tl.zeros([ROWS, o_e.shape[1]], tl.int32)
+    b_total = tl.zeros([ROWS, o_e.shape[1]], tl.int32)
+    b_most = tl.zeros([ROWS, o_e.shape[1]], tl.int32)
+    for split in range(splits):
+        for q in tl.static_range(QUEUES):
+            count = tl.load(p_first + q)
+            b_total += count
+            b_most = tl.maximum(b_most, count)
+            begin = (split * QUEUES + q + 1) * CAP - b_total
+            b_begin = tl.where(o_e >= b_total, begin, b_begin)
+        p_first += QUEUES
+    b_place = o_i * (splits * QUEUES * CAP) + b_begin + o_e
+    return b_place, b_total, b_most
+
+
+@triton.jit
+def _keys(
+    p_queues,  # the queues of the program's rows
+    p_counts,  # their counts
+    p_q,  # [rows]: rows of query
+    p_k,  # [M, D]: key of the batch element
+    p_norm,  # [M], or None: no cosine
+    p_columns,  # [R] int64, or None
+    p_mask,  # [M], or None
+    norm_q,  # [rows]
+    self_row,  # [rows] int64, or None
+    o_e,  # [1, n]: entries; one below 0 is none
+    splits,
+    M,
+    D,
+    stride_km,
+    METRIC: tl.constexpr,
+    RESCORE: tl.constexpr,
+    QUEUES: tl.constexpr,
+    CAP: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Hits as keys of the total order (order.py), [rows, n]; and, [rows], how many there are, and
+    the most that a queue had.
+    """
+    LEAVES: tl.constexpr = BLOCK_M // QUEUES
+    b_place, b_total, b_most = _find(p_counts, o_e, splits, norm_q.shape[0], QUEUES, CAP)
+    # A row that has been listed is not this kernel's.
+    b_total = tl.where(b_most > CAP, 0, b_total)
+    m = (o_e >= 0) & (o_e < b_total)
+    b_hit = tl.load(p_queues + b_place, m, 0)
+    # The column: sweep.py says which of the BLOCK_M columns of a tile a queue has.
+    b_x = b_hit.to(tl.int32).to(tl.uint32, bitcast=True)
+    b_leaf = b_x % LEAVES
+    b_row = (b_x // LEAVES) * BLOCK_M + (b_leaf // PAIR) * (QUEUES * PAIR) + b_leaf % PAIR
+    b_row = b_row.to(tl.int32) + (b_place.to(tl.uint32) // CAP % QUEUES).to(tl.int32) * PAIR
+    if p_columns is not None:
+        row = tl.load(p_columns + b_row, m, -1)
+        m = m & (row >= 0) & (row < M)
+        b_row = row.to(tl.int32)
+    if self_row is not None:
+        m = m & (b_row != self_row.to(tl.int32)[:, None])
+    if p_mask is not None:
+        m = m & (tl.load(p_mask + b_row, m, 0) != 0)
+    if RESCORE:
+        p = p_k + b_row.to(tl.int64) * stride_km
+        b_s = sums_of_pairs(p_q[:, None], p, m, D, METRIC, BLOCK_D)
+    else:
+        b_s = (b_hit >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    if METRIC == COSINE:
+        b_s = cosine(b_s, norm_q[:, None] * tl.load(p_norm + b_row, m, 1.0))
+    b_key = tl.where(m, pack(orderable(b_s), b_row.to(tl.int64)), NOTHING)
+    return b_key, tl.max(b_total, 1), tl.max(b_most, 1)
+
+
+@triton.jit
+def _best(b_list, k, LOG_LIST: tl.constexpr):
+    """The k largest of each row of b_list [rows, 2**LOG_LIST], descending, then NOTHING.
+
+    One after another: the largest order, and the lowest index that has it.
+    """
+    o_l = tl.arange(0, 1 << LOG_LIST)[None, :]
+    b_order = order_of(b_list)
+    # Of lower indices, these are larger.
+    b_low = b_list.to(tl.int32)
+    b_best_order = tl.full(b_list.shape, NO_ORDER, tl.int32)
+    b_best_low = tl.zeros(b_list.shape, tl.int32)
+    for j in range(k):
+        order = tl.max(b_order, 1)
+        low = tl.max(tl.where(b_order == order[:, None], b_low, NO_ORDER), 1)
+        b_order = tl.where(b_low == low[:, None], NO_ORDER, b_order)
+        b_best_order = tl.where(o_l == j, order[:, None], b_best_order)
+        b_best_low = tl.where(o_l == j, low[:, None], b_best_low)
+    b_key = (b_best_order.to(tl.int64) << 32) | (b_best_low.to(tl.int64) & 0xFFFFFFFF)
+    return tl.where(b_best_order == NO_ORDER, NOTHING, b_key)
+
+
+@triton.jit
+def _store_terms(
+    p_s,  # of the program's rows: similarities [rows, k]
+    p_i,  # [rows, k] int64
+    p_terms,  # [rows, k] int64: rho, and the row of value or -1, 32 bits each
+    k,
+    scale,
+    RHO: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOG_K: tl.constexpr,
+):
+    """rho of all neighbors at once. A missing one has the similarity -inf."""
+    o_k = tl.arange(0, 1 << LOG_K)[None, :]
+    o = tl.arange(0, ROWS)[:, None] * k + o_k
+    b_s = tl.load(p_s + o, o_k < k, float("-inf"))
+    m = b_s != float("-inf")
+    b_row = tl.where(m, tl.load(p_i + o, o_k < k, 0), 0xFFFFFFFF)
+    b_max, b_sum = 0.0, 1.0
+    if RHO == SOFTMAX:
+        # A maximum over NaN does not matter: the sum is NaN.
+        b_logit = tl.where(m & (b_s == b_s), scale * b_s, float("-inf"))
+        b_max = tl.max(b_logit, 1)[:, None]
+        b_sum = tl.sum(tl.where(m, tl.exp(scale * b_s - b_max), 0.0), 1)[:, None]
+    b_rho = modulate(b_s, m, b_max, b_sum, scale, RHO)
+    b_term = (b_rho.to(tl.int32, bitcast=True).to(tl.int64) << 32) | b_row
+    tl.store(p_terms + o, b_term, o_k < k)
+
+
+@triton.jit
+def _aggregate(
+    p_v,  # a pointer, or [rows, 1]: V of the batch element of a row
+    p_terms,  # of the program's rows: [rows, k] int64
+    p_weight,  # [k, C] contiguous, or None
+    p_bias,  # [C] contiguous, or None
+    p_y,  # of the program's rows: [rows, C]
+    C,
+    k,
+    stride_vm,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Stores the output of rows. Blocks of the weight and bias have [rows, BLOCK_C], too: then each
+    thread has the same channels of V, of them and of y."""
+    o_i = tl.arange(0, ROWS)[:, None]
+    o_c = tl.arange(0, BLOCK_C)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+    for c in range(0, C, BLOCK_C):
+        m_c = o_c < C - c
+        b_y = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        for j in range(k):
+            b_term = tl.load(p_terms + o_i * k + j)
+            b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            b_row = b_term.to(tl.int32)
+            # Products of 32 bits to 64 are single instructions.
+            b_offset = b_row.to(tl.int64) * tl.cast(stride_vm // ALIGN, tl.int64) * ALIGN
+            b_v = tl.load(p_v + c + b_offset + o_c, (b_row >= 0) & m_c, 0.0).to(tl.float32)
+            if p_weight is not None:
+                b_w = tl.load(p_weight + (j * C + c) + o_c, m_c, 0.0)
+                b_rho = b_rho * b_w.to(tl.float32)
+            b_y += b_rho * b_v
+        if p_bias is not None:
+            b_y += tl.load(p_bias + c + o_c, m_c, 0.0).to(tl.float32)
+        tl.store(p_y + c + (o_i * C + o_c), b_y.to(p_y.dtype.element_ty), m_c)
+
+
+@Kernel
+def finish_kernel(
+    p_query,  # [B, N, D]
+    p_key,  # [B, M, D]
+    p_query_norm,  # [B, N] float32, or None: no cosine
+    p_key_norm,  # [B, M] float32, or None: no cosine
+    p_columns,  # [R] int64, or None
+    p_mask,  # [B, M] bool, or None
+    p_self,  # [N] int64, or None
+    p_queue,  # [B * N, splits, QUEUES, CAP] int64: product and column of a hit
+    p_count,  # [B * N, splits, QUEUES] int32: hits; more than CAP: the row was listed
+    p_value,  # [B, M, C], or None
+    p_weight,  # [k, C] contiguous, or None
+    p_bias,  # [C] contiguous, or None
+    p_terms,  # [B, N, k] int64: what is multiplied by rows of value, or None
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_output,  # [B, N, C] contiguous, or None
+    N,
+    M,
+    D,
+    C,
+    k,
+    splits,
+    scale,
+    B2,
+    N_value,  # the queries of a batch element of value, several of which may be one of query
+    B2_value,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_kb1,
+    stride_kb2,
+    stride_km,
+    stride_mb1,
+    stride_mb2,
+    stride_vb1,
+    stride_vb2,
+    stride_vm,
+    ALIGN: tl.constexpr,
+    ALIGN_VALUE: tl.constexpr,
+    METRIC: tl.constexpr,
+    BY_INDEX: tl.constexpr,
+    RESCORE: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    RHO: tl.constexpr,
+    QUEUES: tl.constexpr,
+    CAP: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOG_LIST: tl.constexpr,
+    LOG_K: tl.constexpr,
+    ONE_BY_ONE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """s and I of ROWS queries, and with AGGREGATE their output."""
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
+    stride_vb1 = aligned(stride_vb1, ALIGN_VALUE)
+    stride_vb2 = aligned(stride_vb2, ALIGN_VALUE)
+    HAS_SELF: tl.constexpr = p_self is not None
+    LIST: tl.constexpr = 1 << LOG_LIST
+    row_blocks = tl.cdiv(N, ROWS)
+    pid = tl.program_id(0)
+    b = pid // row_blocks
+    b1, b2 = b // B2, b % B2
+    # Whole blocks: the last one may have rows of the one before, which are the same again.
+    n = tl.minimum((pid % row_blocks) * ROWS, N - ROWS)
+    o_i = tl.arange(0, ROWS)
+    # The first row is a scalar of 64 bits; to the others, there are offsets of 32.
+    first = b.to(tl.int64) * N + n
+    p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + n * stride_qn + o_i * stride_qn
+    p_k = p_key + b1 * stride_kb1 + b2 * stride_kb2
+    p_m = p_mask
+    if p_mask is not None:
+        p_m = p_mask + b1 * as_int64(stride_mb1) + b2 * as_int64(stride_mb2)
+    p_queues = p_queue + first * (splits * QUEUES * CAP)
+    p_counts = p_count + first * (splits * QUEUES)
+    p_s = p_similarities + first * k
+    p_i = p_indices + first * k
+    p_norm = p_key_norm
+    norm_q = tl.full([ROWS], 1.0, tl.float32)
+    if METRIC == COSINE:
+        p_norm = p_key_norm + b.to(tl.int64) * M
+        norm_q = tl.load(p_query_norm + first + o_i)
+    self_row = p_self
+    if HAS_SELF:
+        # The token itself is the first entry of its row.
+        self_row = tl.load(p_self + n + o_i)
+        has_self = (self_row >= 0) & (self_row < M)
+        if p_mask is not None:
+            has_self = has_self & (tl.load(p_m + self_row, has_self, 0) != 0)
+
+    o_l = tl.arange(0, LIST)[None, :]
+    b_list, total, most = _keys(
+        p_queues,
+        p_counts,
+        p_q,
+        p_k,
+        p_norm,
+        p_columns,
+        p_m,
+        norm_q,
+        self_row,
+        o_l - HAS_SELF,
+        splits,
+        M,
+        D,
+        stride_km,
+        METRIC,
+        RESCORE,
+        QUEUES,
+        CAP,
+        PAIR,
+        BLOCK_M,
+        BLOCK_D,
+    )
+    if HAS_SELF:
+        key_of_self = pack(tl.full([ROWS], ORDER_OF_SELF, tl.int32), self_row)
+        b_list = tl.where((o_l == 0) & has_self[:, None], key_of_self[:, None], b_list)
+    end = tl.max(total, 0) + HAS_SELF
+    if end > LIST:
+        b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)
+        for start in range(LIST, end, LIST):
+            b_key, _, _ = _keys(
+                p_queues,
+                p_counts,
+                p_q,
+                p_k,
+                p_norm,
+                p_columns,
+                p_m,
+                norm_q,
+                self_row,
+                o_l + (start - HAS_SELF),
+                splits,
+                M,
+                D,
+                stride_km,
+                METRIC,
+                RESCORE,
+                QUEUES,
+                CAP,
+                PAIR,
+                BLOCK_M,
+                BLOCK_D,
+            )
+            b_list = merge(b_list, b_key, LOG_LIST, LOG_LIST)
+
+    b_s_self = tl.zeros([ROWS], tl.float32)
+    if HAS_SELF:
+        p = (p_k + self_row * stride_km)[:, None]
+        b_s = sums_of_pairs(p_q[:, None], p, has_self[:, None], D, METRIC, BLOCK_D)
+        if METRIC == COSINE:
+            norm = norm_q * tl.load(p_norm + self_row, has_self, 1.0)
+            b_s = cosine(b_s, norm[:, None])
+        b_s_self = tl.sum(b_s, 1)
+    m_found = most <= CAP
+    if ONE_BY_ONE:
+        b_list = _best(b_list, k, LOG_LIST)
+        store_list(
+            b_list,
+            b_s_self,
+            p_s + o_i * k,
+            p_i + o_i * k,
+            m_found,
+            k,
+            0,
+            HAS_SELF,
+            BY_INDEX,
+            LOG_LIST,
+        )
+    else:
+        b_list = largest(b_list, LOG_LIST, LOG_K, 0)
+        store_list(
+            b_list, b_s_self, p_s + o_i * k, p_i + o_i * k, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K
+        )
+
+    if AGGREGATE:
+        # Every thread may read what another one has stored.
+        tl.debug_barrier()
+        b_value = b
+        if FOLDED:
+            b_value = b * (N // N_value) + (n + o_i[:, None]) // N_value
+        p_v = p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
+        p_y = p_output + first * C
+        p_t = p_terms + first * k
+        _store_terms(p_s, p_i, p_t, k, scale, RHO, ROWS, LOG_K)
+        tl.debug_barrier()
+        _aggregate(p_v, p_t, p_weight, p_bias, p_y, C, k, stride_vm, ALIGN_VALUE, ROWS, BLOCK_C)
+
+
+def prepare_finish(
+    search: Search, sweep: configs.Config, splits: int, aggregation: Aggregation | None
+) -> Launch:
+    """Takes the hits of a sweep that has the blocks `sweep` and `splits` ranges of columns.
+
+    With an aggregation, depthwise or without a weight, its output is computed, too.
+    """
+    Q, C = search.Q, 0 if aggregation is None else aggregation.V.D
+    rescore = configs.rescores(search.bits, Q.D, search.metric)
+    config = configs.finish(search.arch, Q.N, C, search.k, rescore)
+    names = search.norms().names
+    numbers = search.numbers() | {
+        "C": C,
+        "splits": splits,
+        "scale": 1.0,
+        "N_value": Q.N,
+        "B2_value": 1,
+        "stride_vb1": 0,
+        "stride_vb2": 0,
+        "stride_vm": 0,
+        "ALIGN_VALUE": 1,
+        "RESCORE": rescore,
+        "AGGREGATE": aggregation is not None,
+        "FOLDED": False,
+        "RHO": 0,
+        **{name: sweep[name] for name in ("BLOCK_M", "QUEUES", "PAIR", "CAP")},
+    }
+    if aggregation is None:
+        names = names | dict.fromkeys(("p_value", "p_weight", "p_bias", "p_terms", "p_output"))
+    else:
+        numbers |= {
+            "scale": aggregation.scale,
+            "N_value": aggregation.N,
+            "B2_value": aggregation.V.B2,
+            **aggregation.V.strides("v"),
+            "ALIGN_VALUE": alignment(aggregation.V),
+            "FOLDED": aggregation.N != Q.N,
+            "RHO": RHOS[aggregation.rho],
+        }
+    return finish_kernel.prepare(Q.B * cdiv(Q.N, config["ROWS"]), config, names, **numbers)

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: MIT
+"""`finish_kernel` and `exact_topk_kernel` in Triton's interpreter, with hits found by PyTorch.
+
+They need a process of their own, started with ``TRITON_INTERPRET=1``, as those of test_triton.py.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from convnn_kernels.triton import backend
+from python_ref import assert_forward, assert_select, select
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
+        reason="needs TRITON_INTERPRET=1 and Triton",
+    ),
+    # What NumPy says of NaN and infinity within the interpreter.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+F32, F16 = torch.float32, torch.float16
+LIST = 32  # of a row with k <= 12
+
+
+def integers(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-3, 4, shape, generator=generator).to(dtype)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@dataclasses.dataclass
+class Finish:
+    """`select` and `forward` by a sweep in PyTorch and the kernel."""
+
+    # The fewest hits of a row: columns that tie with the last of them are hits, too.
+    hits: int = 0
+    splits: int = 1
+    block_m: int = 64
+    queues: int = 4
+    pair: int = 2
+    # Rows whose queues were too short, by their number in [0, B * N).
+    listed: tuple[int, ...] = ()
+    # How many hits each row had.
+    found: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))
+
+    def select(self, query: Tensor, key: Tensor, k: int, *options: Any) -> tuple[Tensor, Tensor]:
+        return self._run(query, key, k, *options)[1:]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        k: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        candidates: Tensor | None,
+        self_indices: Tensor | None,
+        key_mask: Tensor | None,
+        metric: str,
+        rho: str,
+        scale: float,
+        order: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        options = (candidates, self_indices, key_mask, metric, order)
+        return self._run(query, key, k, *options, aggregate=(value, weight, bias, rho, scale))
+
+    def _run(
+        self, query: Tensor, key: Tensor, k: int, *options: Any, aggregate: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from convnn_kernels.triton import aggregation as aggregations
+        from convnn_kernels.triton.finish import prepare_finish
+        from convnn_kernels.triton.launch import Plan, Pointers
+        from convnn_kernels.triton.search import prepare
+
+        search, tensors = prepare(query, key, k, *options)
+        shape = (*query.shape[:-1], k)
+        s, I = torch.full(shape, math.nan), torch.full(shape, -7)
+        output = torch.zeros(0)
+        pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
+        norms = search.norms()
+        Plan(norms.launches, **norms.buffers)(pointers)
+        queue, count = self._sweep(search, pointers, options)
+        if self.listed:
+            rows = list(self.listed)
+            every = select(query, key, k, *options)
+            for mine, right in zip((s, I), every, strict=True):
+                mine.view(-1, k)[rows] = right.to(mine.dtype).view(-1, k)[rows]
+            count.view(search.Q.B * search.Q.N, -1)[rows, 0] = queue.shape[-1] + 1
+        pointers.add(p_queue=queue, p_count=count)
+        aggregation = None
+        if aggregate is not None:
+            value, weight, bias, rho, scale = aggregate
+            aggregation, more = aggregations.prepare(value, s, I, weight, rho, scale)
+            output = value.new_empty((*shape[:-1], value.shape[-1]))
+            pointers.add(
+                p_value=more["p_value"],
+                p_weight=None if weight is None else weight[:, 0].T.contiguous(),
+                p_bias=bias,
+                p_output=output,
+                p_terms=torch.zeros(shape, dtype=torch.int64),
+            )
+        sweep = {"BLOCK_M": self.block_m, "QUEUES": self.queues, "PAIR": self.pair}
+        sweep["CAP"] = queue.shape[-1]
+        Plan([prepare_finish(search, sweep, self.splits, aggregation)])(pointers)
+        return output, s, I
+
+    def _sweep(self, search: Any, pointers: Any, options: Any) -> tuple[Tensor, Tensor]:
+        """The queues of all rows and how long they are: entries as the sweep writes them."""
+        B, N, M = search.Q.B, search.Q.N, search.K.N
+        names = search.norms().names
+        candidates, _, mask, metric, _ = options
+
+        def rows(name: str, layout: Any) -> Tensor:
+            X = pointers.tensor(names.get(name, name))
+            layout = layout.contiguous() if search.scales_rows else layout
+            return X.as_strided(layout[:4], (*layout[4:], 1)).double().flatten(0, 1)
+
+        def norm(name: str) -> Tensor:
+            return pointers.tensor(names[name]).double().view(B, -1)
+
+        q, key = rows("p_query", search.Q), rows("p_key", search.K)
+        product = score = q @ key.mT
+        if metric == "euclidean":
+            score = -(q[:, :, None] - key[:, None]).square().sum(-1)
+        elif metric == "cosine":
+            norms = norm("p_query_norm")[:, :, None] * norm("p_key_norm")[:, None]
+            score = torch.where(norms == 0, 0.0, product / norms)
+        columns = torch.arange(M) if candidates is None else candidates
+        allowed = torch.ones(B, N, len(columns), dtype=torch.bool)
+        if mask is not None:
+            allowed &= mask.reshape(-1, 1, M)[..., columns]
+        product, score = product[..., columns].float(), score[..., columns].float()
+        # NaN above every number, and below what is not allowed.
+        score = score.nan_to_num(math.inf, math.inf, torch.finfo(F32).min).masked_fill(
+            ~allowed, -math.inf
+        )
+        wanted = min(max(self.hits, search.k), len(columns))
+        lowest = score.sort(-1, descending=True).values[..., wanted - 1 : wanted]
+        hit = (score >= lowest) & allowed
+        self.found = hit.sum(-1)
+
+        leaves, turn = self.block_m // self.queues, self.queues * self.pair
+        o = torch.arange(len(columns))
+        tile, within = o // self.block_m, o % self.block_m
+        place = tile * leaves + within // turn * self.pair + within % self.pair
+        tiles_each = -(-(int(tile[-1]) + 1) // self.splits)
+        of = (tile // tiles_each) * self.queues + within // self.pair % self.queues
+        kinds = self.splits * self.queues
+        lists: list[list[list[int]]] = [[[] for _ in range(kinds)] for _ in range(B * N)]
+        bits = product.view(torch.int32).long() << 32 | place
+        for b, n, c in hit.nonzero().tolist():
+            lists[b * N + n][of[c]].append(int(bits[b, n, c]))
+        longest = max((len(each) for row in lists for each in row), default=0)
+        queue = torch.full((B * N, kinds, max(1, longest)), -1, dtype=torch.int64)
+        count = torch.zeros(B * N, kinds, dtype=torch.int32)
+        for r, row in enumerate(lists):
+            for i, each in enumerate(row):
+                count[r, i] = len(each)
+                queue[r, i, : len(each)] = torch.tensor(each, dtype=torch.int64)
+        return queue, count
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans() -> None:
+    from convnn_kernels.triton.launch import forget_plans
+
+    forget_plans()
+    return
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("D", [5, 37])
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_hits(metric: str, D: int, dtype: torch.dtype) -> None:
+    """Similarities from products, and of few terms or differences from rows."""
+    query, key = normal(2, 18, D, dtype=dtype), normal(2, 200, D, seed=1, dtype=dtype)
+    for finish in (Finish(), Finish(hits=20, splits=3)):
+        assert_select(finish.select, query, key, 9, metric=metric, backward=False)
+
+
+OPTIONS = {
+    "mask": {"key_mask": torch.arange(150) % 7 > 3},
+    "few_left": {"key_mask": (torch.arange(150) == 3) | (torch.arange(150) == 149)},
+    "none_left": {"key_mask": torch.zeros(150, dtype=torch.bool)},
+    "candidates": {"candidates": (torch.arange(140) * 37) % 149},
+    "candidates_and_mask": {
+        "candidates": (torch.arange(140) * 37) % 149,
+        "key_mask": torch.arange(150) % 3 == 0,
+    },
+    "self": {"self_indices": torch.tensor([0, 75, 149, 7, 8])},
+    "self_and_mask": {
+        "self_indices": torch.tensor([0, 75, 149, 7, 8]),
+        "key_mask": torch.arange(150) % 2 == 0,
+    },
+    "self_outside_candidates": {
+        "self_indices": torch.tensor([149, 75, 148, 6, 8]),
+        "candidates": torch.arange(147, 0, -2),
+    },
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize(
+    ("k", "metric", "dtype"), [(4, "dot", F16), (20, "euclidean", F32)], ids=str
+)
+def test_options(option: str, order: str, k: int, metric: str, dtype: torch.dtype) -> None:
+    query, key = integers(5, 18, dtype=dtype), integers(150, 18, seed=1, dtype=dtype)
+    options = {**OPTIONS[option], "metric": metric, "order": order}
+    for finish in (Finish(), Finish(hits=40, splits=3)):
+        assert_select(finish.select, query, key, k, **options, exact=True, backward=False)
+
+
+@pytest.mark.parametrize("with_self", [False, True])
+@pytest.mark.parametrize(
+    "hits",
+    [
+        LIST,
+        LIST + 1,
+        *(pytest.param(hits, marks=pytest.mark.slow) for hits in (LIST - 1, 2 * LIST, 3 * LIST)),
+    ],
+)
+def test_more_hits_than_a_list_has(hits: int, with_self: bool) -> None:
+    """The nearest keys are the last entries of the last queue; or all tie, and the first are."""
+    M = 130
+    query = torch.ones(3, 16)
+    key = torch.arange(M)[:, None].expand(M, 16).float() - M
+    options: dict[str, Any] = {"metric": "dot"}
+    if with_self:
+        options["self_indices"] = torch.tensor([3, 129, 64])
+    for splits, q in ((1, query), (3, query), (3, query * 0)):
+        finish = Finish(hits=hits, splits=splits)
+        assert_select(finish.select, q, key, 9, **options, exact=True, backward=False)
+        assert int(finish.found.max()) == (hits if q.any() else M)
+
+
+@pytest.mark.parametrize("k", [1, 9, 12, 13, 16, 17, 32, 64])
+def test_lists_of_all_lengths(k: int) -> None:
+    """Similarities with many ties, and k + 1 to some hundred hits."""
+    query, key = integers(6, 18, dtype=F16), integers(400, 18, seed=1, dtype=F16)
+    for hits in (k + 1, 5 * k):
+        finish = Finish(hits=hits)
+        assert_select(finish.select, query, key, k, metric="dot", exact=True, backward=False)
+
+
+@pytest.mark.parametrize(("queues", "pair", "block_m"), [(8, 2, 128), (2, 32, 64), (4, 2, 128)])
+def test_columns_of_queues(queues: int, pair: int, block_m: int) -> None:
+    """One hit, in any column, the last one of the last tile among them."""
+    M = 2 * block_m
+    query, key = torch.eye(M)[[0, 1, block_m - 1, block_m, 37, 2 * block_m - 1]], torch.eye(M)
+    finish = Finish(queues=queues, pair=pair, block_m=block_m)
+    s, I = finish.select(query, key, 1, None, None, None, "dot", "similarity")
+    assert torch.equal(I[:, 0], query.argmax(1))
+    assert torch.equal(s[:, 0], torch.ones(6))
+
+
+def test_more_neighbors_than_hits() -> None:
+    query, key = integers(5, 18), integers(20, 18, seed=1)
+    for k, order in ((21, "similarity"), (40, "index")):
+        options: dict[str, Any] = {"metric": "dot", "order": order, "exact": True}
+        assert_select(Finish().select, query, key, k, **options, backward=False)
+
+
+SPECIAL = {
+    "nan_rows": lambda X: X.index_fill_(-2, torch.tensor([5, 131]), math.nan),
+    "negative_nan": lambda X: X.index_fill_(-2, torch.tensor([131]), -math.nan),
+    "infinite_rows": lambda X: X.index_fill_(-2, torch.tensor([7, 120]), math.inf),
+    "zero_rows": lambda X: X.index_fill_(-2, torch.arange(0, 140, 2), 0.0),
+    "negative_zero": lambda X: X.index_fill_(-2, torch.arange(40, 140), -0.0),
+    "constant": lambda X: X.fill_(0.3),
+}
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(("dtype", "D"), [(F32, 37), (F16, 21)], ids=str)
+def test_special_values(special: str, metric: str, dtype: torch.dtype, D: int) -> None:
+    query, key = normal(5, D), normal(140, D, seed=1)
+    SPECIAL[special](key)
+    query[1], query[2, 3], query[3] = 0.0, math.nan, -0.0
+    query[4, 0] = math.inf
+    query, key = query.to(dtype), key.to(dtype)
+    assert_select(Finish().select, query, key, 6, metric=metric, backward=False)
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 5, 17, 19])
+def test_any_number_of_rows(N: int) -> None:
+    """The last rows of a batch element may be computed twice."""
+    query, key = integers(3, N, 18), integers(3, 70, 18, seed=1)
+    value = normal(3, 70, 6, seed=2)
+    assert_forward(Finish().forward, query, key, value, 4, backward=False)
+
+
+@pytest.mark.parametrize("with_self", [False, True])
+def test_listed_rows_are_left_as_they_are(with_self: bool) -> None:
+    """Their similarities and indices are there already, and the convolution takes them."""
+    query, key, value = integers(2, 7, 18), integers(2, 90, 18, seed=1), normal(2, 90, 6, seed=2)
+    finish = Finish(listed=(0, 6, 7, 11), splits=2)
+    own = torch.tensor([3, 1, 4, 5, 9, 2, 6]) if with_self else None
+    options: dict[str, Any] = {"self_indices": own, "metric": "dot", "scale": 0.1}
+    assert_forward(finish.forward, query, key, value, 5, **options, exact=True, backward=False)
+
+
+@pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize(
+    ("k", "C", "order", "dtype"),
+    [
+        (9, 5, "similarity", F16),
+        (4, 140, "index", F32),
+        pytest.param(33, 16, "similarity", F32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_convolution(
+    rho: str, weight: bool, k: int, C: int, order: str, dtype: torch.dtype
+) -> None:
+    """Missing neighbors, whose value is NaN, a value of another dtype, one block of channels and
+    several."""
+    N, M, D = 10, 60, 20
+    mask = torch.arange(2 * M).view(2, M) % 3 > 0
+    mask[1, 3:] = False
+    value = normal(2, M, C, seed=2, dtype=dtype)
+    value[:, 0] = math.nan
+    assert_forward(
+        Finish().forward,
+        normal(2, N, D),
+        normal(2, M, D, seed=1),
+        value,
+        k,
+        normal(C, 1, k, seed=3, dtype=dtype) if weight else None,
+        normal(C, seed=4, dtype=dtype) if weight else None,
+        key_mask=mask,
+        rho=rho,
+        scale=-0.7 if rho == "softmax" else 1.0,
+        order=order,
+        backward=False,
+    )
+
+
+def test_queries_of_shared_keys() -> None:
+    """They are one batch element of the search; their values are not."""
+    query, key = normal(2, 3, 5, 20), normal(2, 1, 40, 20, seed=1).expand(2, 3, 40, 20)
+    value = normal(2, 3, 40, 6, seed=2)
+    assert_forward(Finish().forward, query, key, value, 4, backward=False)
+    key = normal(40, 20, seed=1).expand(2, 3, 40, 20)
+    assert_forward(Finish().forward, query, key, value, 4, backward=False)
+
+
+def test_an_infinite_similarity_is_nan_as_in_eager_softmax() -> None:
+    query, key, value = normal(3, 20), normal(40, 20, seed=1), normal(40, 6, seed=2)
+    query[1] = math.nan
+    key[7, 2] = math.inf
+    Y, _, _ = assert_forward(Finish().forward, query, key, value, 4, metric="dot", backward=False)
+    assert bool(Y[1].isnan().all())
