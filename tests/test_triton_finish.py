@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convnn_kernels.triton import backend
+from convnn_kernels.triton import backend, configs
 from python_ref import assert_forward, assert_select, select
 
 pytestmark = [
@@ -111,9 +111,11 @@ class Finish:
                 p_output=output,
                 p_terms=torch.zeros(shape, dtype=torch.int64),
             )
-        sweep = {"BLOCK_M": self.block_m, "QUEUES": self.queues, "PAIR": self.pair}
-        sweep["CAP"] = queue.shape[-1]
-        Plan([prepare_finish(search, sweep, self.splits, aggregation)])(pointers)
+        numbers = search.numbers() | {"first_b": 0, "count_b": search.Q.B, "first_n": 0}
+        numbers |= {"rows_n": search.Q.N, "splits": self.splits, "CAP": queue.shape[-1]}
+        numbers |= {"BLOCK_M": self.block_m, "QUEUES": self.queues, "PAIR": self.pair}
+        rescore = configs.needs_bounds(search.bits, search.Q.D, search.metric, False)
+        Plan([prepare_finish(search, rescore, numbers, norms.names, aggregation)])(pointers)
         return output, s, I
 
     def _sweep(self, search: Any, pointers: Any, options: Any) -> tuple[Tensor, Tensor]:
@@ -153,7 +155,9 @@ class Finish:
 
         leaves, turn = self.block_m // self.queues, self.queues * self.pair
         o = torch.arange(len(columns))
-        tile, within = o // self.block_m, o % self.block_m
+        tile = o // self.block_m
+        # The last tile ends with the last column.
+        within = o - (tile * self.block_m).clamp(max=len(columns) - self.block_m)
         place = tile * leaves + within // turn * self.pair + within % self.pair
         tiles_each = -(-(int(tile[-1]) + 1) // self.splits)
         of = (tile // tiles_each) * self.queues + within // self.pair % self.queues

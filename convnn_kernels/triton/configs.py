@@ -163,16 +163,6 @@ def exact_topk(arch: int, D: int, k: int) -> Config:
     )
 
 
-def rescores(bits: int, D: int, metric: str) -> bool:
-    """Whether `finish_kernel` computes the similarities of hits from their rows.
-
-    `euclidean` is one of differences. Few terms: see `group_maxima_precision` for 32 bits,
-    `allows_select_small` for 16.
-    """
-    few_terms = D < 32 if bits == 32 else metric == "dot" and D < 16
-    return metric == "euclidean" or few_terms
-
-
 def finish(arch: int, N: int, C: int, k: int, rescore: bool) -> Config:
     """Blocks of `finish_kernel` for N queries of a batch element, of which ROWS must not be more.
 

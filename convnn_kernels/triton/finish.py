@@ -15,6 +15,8 @@ further hits are merged. Rows of which a queue was too short have been listed, a
 `exact_topk_kernel` has stored their s and I: only the convolution remains.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -79,6 +81,7 @@ def _keys(
     self_row,  # [rows] int64, or None
     o_e,  # [1, n]: entries; one below 0 is none
     splits,
+    columns,
     M,
     D,
     stride_km,
@@ -102,8 +105,10 @@ def _keys(
     # The column: sweep.py says which of the BLOCK_M columns of a tile a queue has.
     b_x = b_hit.to(tl.int32).to(tl.uint32, bitcast=True)
     b_leaf = b_x % LEAVES
-    b_row = (b_x // LEAVES) * BLOCK_M + (b_leaf // PAIR) * (QUEUES * PAIR) + b_leaf % PAIR
-    b_row = b_row.to(tl.int32) + (b_place.to(tl.uint32) // CAP % QUEUES).to(tl.int32) * PAIR
+    # The last tile ends with the last column.
+    b_row = tl.minimum((b_x // LEAVES).to(tl.int32) * BLOCK_M, columns - BLOCK_M)
+    b_row += ((b_leaf // PAIR) * (QUEUES * PAIR) + b_leaf % PAIR).to(tl.int32)
+    b_row = b_row + (b_place.to(tl.uint32) // CAP % QUEUES).to(tl.int32) * PAIR
     if p_columns is not None:
         row = tl.load(p_columns + b_row, m, -1)
         m = m & (row >= 0) & (row < M)
@@ -219,8 +224,8 @@ def finish_kernel(
     p_columns,  # [R] int64, or None
     p_mask,  # [B, M] bool, or None
     p_self,  # [N] int64, or None
-    p_queue,  # [B * N, splits, QUEUES, CAP] int64: product and column of a hit
-    p_count,  # [B * N, splits, QUEUES] int32: hits; more than CAP: the row was listed
+    p_queue,  # [queries of the launch, splits, QUEUES, CAP] int64: product and column of a hit
+    p_count,  # [queries of the launch, splits, QUEUES] int32: hits; above CAP: the row was listed
     p_value,  # [B, M, C], or None
     p_weight,  # [k, C] contiguous, or None
     p_bias,  # [C] contiguous, or None
@@ -228,11 +233,15 @@ def finish_kernel(
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
     p_output,  # [B, N, C] contiguous, or None
+    first_b,
+    first_n,
+    rows_n,
     N,
     M,
     D,
     C,
     k,
+    columns,
     splits,
     scale,
     B2,
@@ -268,7 +277,10 @@ def finish_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """s and I of ROWS queries, and with AGGREGATE their output."""
+    """s and I of ROWS queries, and with AGGREGATE their output.
+
+    A launch has `rows_n` queries, from number `first_n` on, of batch elements from `first_b` on.
+    """
     stride_qb1 = aligned(stride_qb1, ALIGN)
     stride_qb2 = aligned(stride_qb2, ALIGN)
     stride_qn = aligned(stride_qn, ALIGN)
@@ -279,22 +291,24 @@ def finish_kernel(
     stride_vb2 = aligned(stride_vb2, ALIGN_VALUE)
     HAS_SELF: tl.constexpr = p_self is not None
     LIST: tl.constexpr = 1 << LOG_LIST
-    row_blocks = tl.cdiv(N, ROWS)
+    row_blocks = tl.cdiv(rows_n, ROWS)
     pid = tl.program_id(0)
-    b = pid // row_blocks
+    b = first_b + pid // row_blocks
     b1, b2 = b // B2, b % B2
     # Whole blocks: the last one may have rows of the one before, which are the same again.
-    n = tl.minimum((pid % row_blocks) * ROWS, N - ROWS)
+    n = tl.minimum((pid % row_blocks) * ROWS, rows_n - ROWS)
     o_i = tl.arange(0, ROWS)
     # The first row is a scalar of 64 bits; to the others, there are offsets of 32.
+    queue = (pid // row_blocks).to(tl.int64) * rows_n + n
+    n += first_n
     first = b.to(tl.int64) * N + n
     p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + n * stride_qn + o_i * stride_qn
     p_k = p_key + b1 * stride_kb1 + b2 * stride_kb2
     p_m = p_mask
     if p_mask is not None:
         p_m = p_mask + b1 * as_int64(stride_mb1) + b2 * as_int64(stride_mb2)
-    p_queues = p_queue + first * (splits * QUEUES * CAP)
-    p_counts = p_count + first * (splits * QUEUES)
+    p_queues = p_queue + queue * (splits * QUEUES * CAP)
+    p_counts = p_count + queue * (splits * QUEUES)
     p_s = p_similarities + first * k
     p_i = p_indices + first * k
     p_norm = p_key_norm
@@ -323,6 +337,7 @@ def finish_kernel(
         self_row,
         o_l - HAS_SELF,
         splits,
+        columns,
         M,
         D,
         stride_km,
@@ -353,6 +368,7 @@ def finish_kernel(
                 self_row,
                 o_l + (start - HAS_SELF),
                 splits,
+                columns,
                 M,
                 D,
                 stride_km,
@@ -410,19 +426,21 @@ def finish_kernel(
 
 
 def prepare_finish(
-    search: Search, sweep: configs.Config, splits: int, aggregation: Aggregation | None
+    search: Search,
+    rescore: bool,
+    numbers: dict[str, Any],
+    names: dict[str, str | None],
+    aggregation: Aggregation | None,
 ) -> Launch:
-    """Takes the hits of a sweep that has the blocks `sweep` and `splits` ranges of columns.
+    """Takes the hits of the queries that `numbers` describes, which also has the sweep's blocks.
 
-    With an aggregation, depthwise or without a weight, its output is computed, too.
+    With an aggregation, depthwise or without a weight, its output is computed, too. `rescore`:
+    similarities are not products, and are computed from rows.
     """
     Q, C = search.Q, 0 if aggregation is None else aggregation.V.D
-    rescore = configs.rescores(search.bits, Q.D, search.metric)
-    config = configs.finish(search.arch, Q.N, C, search.k, rescore)
-    names = search.norms().names
-    numbers = search.numbers() | {
+    config = configs.finish(search.arch, numbers["rows_n"], C, search.k, rescore)
+    numbers = numbers | {
         "C": C,
-        "splits": splits,
         "scale": 1.0,
         "N_value": Q.N,
         "B2_value": 1,
@@ -434,7 +452,6 @@ def prepare_finish(
         "AGGREGATE": aggregation is not None,
         "FOLDED": False,
         "RHO": 0,
-        **{name: sweep[name] for name in ("BLOCK_M", "QUEUES", "PAIR", "CAP")},
     }
     if aggregation is None:
         names = names | dict.fromkeys(("p_value", "p_weight", "p_bias", "p_terms", "p_output"))
@@ -448,4 +465,5 @@ def prepare_finish(
             "FOLDED": aggregation.N != Q.N,
             "RHO": RHOS[aggregation.rho],
         }
-    return finish_kernel.prepare(Q.B * cdiv(Q.N, config["ROWS"]), config, names, **numbers)
+    programs = numbers["count_b"] * cdiv(numbers["rows_n"], config["ROWS"])
+    return finish_kernel.prepare(programs, config, names, **numbers)
