@@ -133,23 +133,28 @@ def top_groups(arch: int, k: int) -> Config:
     )
 
 
-def exact_topk(arch: int, D: int, k: int) -> Config:
-    """Blocks of `exact_topk_kernel`."""
+def exact_topk(arch: int, bits: int, D: int, k: int, metric: str) -> Config:
+    """Blocks of `exact_topk_kernel`. A warp has no barriers.
+
+    Short lists take the best of a tile one by one, long ones are merged with a sorted tile.
+    """
     log_list = max(1, _log2(min(k, LONGEST_LIST)))
     log_tile = max(log_list, 6)
-    if arch == INTERPRETER:
-        block_d = min(64, max(16, power_of_two(D)))
-        return _config(ROWS=8, LOG_LIST=log_list, LOG_TILE=log_tile, BLOCK_D=block_d)
-    block_d = min(32, max(16, power_of_two(D)))
+    block_d = min(16 if bits == 32 or metric == "euclidean" else 64, max(16, power_of_two(D)))
     return _config(
-        ROWS=1,
+        ROWS=8,
         LOG_LIST=log_list,
         LOG_TILE=log_tile,
-        BLOCK_D=block_d,
-        num_warps=2 if log_tile <= 6 else 4,
-        num_stages=2,
-        maxnreg=128 if log_tile <= 6 else MOST_REGISTERS,
+        ONE_BY_ONE=log_list <= 5,
+        BLOCK_D=64 if arch == INTERPRETER else block_d,
+        num_warps=1 if log_list <= 5 else 4,
+        num_stages=3,
     )
+
+
+def slots_of_listed_rows(arch: int, batch: int) -> int:
+    """Programs of a batch element that share its listed rows, of which there may be none."""
+    return 2 if arch == INTERPRETER else max(4, 1024 // batch)
 
 
 def rescores(bits: int, D: int, metric: str) -> bool:

@@ -25,6 +25,7 @@ from .launch import Kernel, Launch
 from .metrics import COSINE, cosine, sums_of_pairs
 from .modulate import SOFTMAX, modulate
 from .order import (
+    NO_ORDER,
     NOTHING,
     ORDER_OF_SELF,
     largest,
@@ -36,9 +37,6 @@ from .order import (
 )
 from .search import Search
 from .tensors import alignment, cdiv
-
-# Below the orderable of every number.
-NO_ORDER = tl.constexpr(-(2**31))
 
 
 @triton.jit

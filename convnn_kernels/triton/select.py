@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The k nearest keys of every query: S = Q K^T (Eq. 3), s_i = k-max and I_i = k-argmax (Eq. 4, 5).
 
-S is never stored. This file chooses among four strategies, which return the same neighbors:
+S is never stored. This file chooses among three strategies, which return the same neighbors:
 
 | file | strategy | where |
 |---|---|---|
 | select_small.py | one launch, tiles of S in registers | 16 bits, up to 1024 columns, k <= 32 |
-| exact_topk.py | every similarity by a sum over D, in one launch | few columns |
-| select_groups.py | maxima of groups rule most columns out | many columns |
+| exact_topk.py | every similarity by a sum over D, in one launch | all others |
 | exact_topk.py | a pass for each 256 neighbors | k > 256 |
 
 Shapes in all of them: query [B, N, D], key [B, M, D], columns [R] or None, mask [B, M] or None,
@@ -21,7 +20,6 @@ from . import configs
 from .exact_topk import select_all_columns, select_in_passes
 from .launch import Pointers
 from .search import prepare
-from .select_groups import select_groups
 from .select_small import select_small
 
 
@@ -50,8 +48,6 @@ def select(
         select_small(search, pointers)
     elif k > configs.LONGEST_LIST:
         select_in_passes(search, pointers, s, I)
-    elif configs.group_size(search.arch, search.columns, k):
-        select_groups(search, pointers)
     else:
         select_all_columns(search, pointers)
     return s, I
