@@ -158,7 +158,7 @@ def append_hits(
     """
     LEAVES: tl.constexpr = b_s.shape[2]
     products = _leaves(b_s.to(tl.int32, bitcast=True))
-    operands = (b_word, p_queue.to(tl.int64, bitcast=True), b_count, first, CAP) + products
+    operands = (b_word, p_queue.to(tl.int64, bitcast=True), b_count, first, CAP) + products  # noqa: RUF005
     if LEAVES == 8:
         b_count = tl.inline_asm_elementwise(_APPEND_8, _OPERANDS_8, operands, tl.int32, False, 1)
     elif LEAVES == 16:

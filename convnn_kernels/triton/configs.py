@@ -4,8 +4,8 @@
 `arch` is a compute capability without its point, such as 90, or INTERPRETER. An architecture
 without a row of its own takes that of the next older one. Nothing is tuned at run time.
 
-A row is keyed by what the kernel depends on: the bits of an element (16 or 32) and, for
-`group_maxima`, whether it computes differences.
+A row is keyed by what the kernel depends on: the bits of an element (16 or 32), and more where the
+table says so.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ INTERPRETER = 0
 
 # The longest list of neighbors that a program keeps; k beyond it takes several passes.
 LONGEST_LIST = 256
-# Bytes of the workspace for group maxima: with more rows, the launches are several.
+# Bytes of the workspace for the hits of queries, in any case: with more, the launches are several.
 WORKSPACE = 2**26
 # Bytes that the partial sums of a weight's gradient may take in any case.
 SMALL_WORKSPACE = 2**21
@@ -26,27 +26,6 @@ Config = dict[str, Any]
 
 def _config(**blocks: int) -> Config:
     return blocks
-
-
-_GROUP_MAXIMA: dict[int, dict[str, Config]] = {
-    INTERPRETER: {
-        "16": _config(BLOCK_N=32, BLOCK_M=64, BLOCK_D=64, num_warps=4, num_stages=2),
-        "32": _config(BLOCK_N=32, BLOCK_M=64, BLOCK_D=64, num_warps=4, num_stages=2),
-        "differences": _config(BLOCK_N=32, BLOCK_M=32, BLOCK_D=32, num_warps=4, num_stages=2),
-    },
-    80: {
-        "16": _config(BLOCK_N=128, BLOCK_M=64, BLOCK_D=128, num_warps=8, num_stages=3),
-        "32": _config(BLOCK_N=64, BLOCK_M=64, BLOCK_D=32, num_warps=8, num_stages=3),
-        "differences": _config(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
-    },
-    90: {
-        "16": _config(BLOCK_N=128, BLOCK_M=128, BLOCK_D=128, num_warps=8, num_stages=3),
-        "32": _config(BLOCK_N=128, BLOCK_M=64, BLOCK_D=32, num_warps=8, num_stages=3),
-        "differences": _config(BLOCK_N=64, BLOCK_M=64, BLOCK_D=1, num_warps=8, num_stages=2),
-    },
-}
-# With 128 columns, sums that come from tensor memory spill.
-_GROUP_MAXIMA[100] = _GROUP_MAXIMA[90] | {"16": _GROUP_MAXIMA[90]["16"] | {"BLOCK_M": 64}}
 
 
 def row(table: dict[int, Any], arch: int) -> Any:
@@ -61,14 +40,6 @@ def power_of_two(n: int) -> int:
 
 def _log2(n: int) -> int:
     return power_of_two(n).bit_length() - 1
-
-
-def group_maxima(arch: int, bits: int, D: int, differences: bool) -> Config:
-    """Blocks of `group_maxima_kernel`."""
-    config = row(_GROUP_MAXIMA, arch)["differences" if differences else str(bits)].copy()
-    if not differences:
-        config["BLOCK_D"] = min(config["BLOCK_D"], max(16, power_of_two(D)))
-    return config
 
 
 def screen_precision(bits: int, tf32: bool) -> str:
@@ -109,58 +80,28 @@ def needs_bounds(bits: int, D: int, metric: str, tf32: bool) -> bool:
     return not tf32 and D < 32
 
 
-def group_size(arch: int, columns: int, k: int) -> int:
-    """The columns in a group, or 0 where `exact_topk_kernel` takes all columns.
+def exact_topk(arch: int, bits: int, D: int, k: int, metric: str) -> Config:
+    """Blocks of `exact_topk_kernel`. A warp has no barriers.
 
-    Larger groups make the list of maxima shorter and the members of k groups more.
+    Short lists take the best of a tile one by one, long ones are merged with a sorted tile.
     """
-    listed = power_of_two(k)
-    group = 8 if columns < 4096 else 16 if columns < 16384 else 32 if columns < 2**18 else 64
-    all_columns = 2 * listed * group
-    if arch != INTERPRETER:
-        all_columns = max(all_columns, 256)
-    return 0 if k > LONGEST_LIST or columns <= all_columns else group
-
-
-def tiles_each(arch: int, row_blocks: int, column_tiles: int) -> int:
-    """How many tiles a program of `group_maxima_kernel` has: enough programs to fill a chip, and
-    long loops where there are more."""
-    programs = 4 if arch == INTERPRETER else 1024
-    splits = min(column_tiles, -(-programs // row_blocks))
-    return -(-column_tiles // splits)
-
-
-def top_groups(arch: int, k: int) -> Config:
-    """Blocks of `top_groups_kernel`."""
-    log_list = max(1, _log2(k))
-    rows = 16 if arch == INTERPRETER else 4 if log_list <= 5 else 1
-    return _config(
-        ROWS=rows,
-        LOG_LIST=log_list,
-        LOG_TILE=max(log_list, 6),
-        num_warps=4,
-        num_stages=1,
-        maxnreg=MOST_REGISTERS,
-    )
-
-
-def exact_topk(arch: int, D: int, k: int) -> Config:
-    """Blocks of `exact_topk_kernel`."""
     log_list = max(1, _log2(min(k, LONGEST_LIST)))
     log_tile = max(log_list, 6)
-    if arch == INTERPRETER:
-        block_d = min(64, max(16, power_of_two(D)))
-        return _config(ROWS=8, LOG_LIST=log_list, LOG_TILE=log_tile, BLOCK_D=block_d)
-    block_d = min(32, max(16, power_of_two(D)))
+    block_d = min(16 if bits == 32 or metric == "euclidean" else 64, max(16, power_of_two(D)))
     return _config(
-        ROWS=1,
+        ROWS=8,
         LOG_LIST=log_list,
         LOG_TILE=log_tile,
-        BLOCK_D=block_d,
-        num_warps=2 if log_tile <= 6 else 4,
-        num_stages=2,
-        maxnreg=128 if log_tile <= 6 else MOST_REGISTERS,
+        ONE_BY_ONE=log_list <= 5,
+        BLOCK_D=64 if arch == INTERPRETER else block_d,
+        num_warps=1 if log_list <= 5 else 4,
+        num_stages=3,
     )
+
+
+def slots_of_listed_rows(arch: int, batch: int) -> int:
+    """Programs of a batch element that share its listed rows, of which there may be none."""
+    return 2 if arch == INTERPRETER else max(4, 1024 // batch)
 
 
 def finish(arch: int, N: int, C: int, k: int, rescore: bool) -> Config:
@@ -249,21 +190,22 @@ _SWEEP: dict[int, dict[str, Config]] = {
 def allows_sweep(arch: int, bits: int, D: int, columns: int, k: int) -> bool:
     """Whether there are enough columns, and enough groups of them for a threshold that few columns
     reach."""
-    return columns >= 512 and k <= 64 and 3 * sweep(arch, bits, D, k)["GROUPS"] >= 4 * k
+    fewest = 128 if arch == INTERPRETER else 512
+    return columns >= fewest and k <= 64 and 3 * sweep(arch, bits, D, k)["GROUPS"] >= 4 * k
 
 
 def sweep(arch: int, bits: int, D: int, k: int) -> Config:
     """Blocks of `sweep_kernel` and `threshold_kernel`, groups and queues."""
     rows = row(_SWEEP, arch)
     groups = 32 if k <= 12 else 64 if k <= 32 else 128
-    is_wide = D > (128 if bits == 16 else 64)
+    widest = 128 if bits == 16 else 64
+    is_wide = D > widest
     special = f"{bits}, D" if is_wide else f"{bits}, groups" if groups > 32 else ""
     config = rows.get(special, rows[str(bits)]).copy()
     config["GROUPS"] = min(groups, config["BLOCK_M"])
     config["STRIDE"] = 2
     config["CAP"] = max(8, 64 // config["QUEUES"]) * (1 if k <= 16 else 2 if k <= 32 else 4)
-    whole = 256 if bits == 16 else 128
-    config["BLOCK_D"] = max(16, power_of_two(D)) if D <= whole else whole // 2
+    config["BLOCK_D"] = max(16, power_of_two(D)) if 2 * widest >= D else widest
     return config
 
 
@@ -289,11 +231,6 @@ def norms(arch: int, D: int) -> Config:
     """Blocks of `norms_kernel`."""
     rows = 64 if arch == INTERPRETER else 8
     return _config(ROWS=rows, BLOCK_D=min(128, max(16, power_of_two(D))), num_warps=4)
-
-
-def group_flags(group: int) -> Config:
-    """Blocks of `group_flags_kernel`."""
-    return _config(GROUP=group, GROUPS=2048 // group, num_warps=4)
 
 
 def block_k(k: int) -> int:

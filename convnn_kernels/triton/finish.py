@@ -27,6 +27,7 @@ from .launch import Kernel, Launch
 from .metrics import COSINE, cosine, sums_of_pairs
 from .modulate import SOFTMAX, modulate
 from .order import (
+    NO_ORDER,
     NOTHING,
     ORDER_OF_SELF,
     largest,
@@ -38,9 +39,6 @@ from .order import (
 )
 from .search import Search
 from .tensors import alignment, cdiv
-
-# Below the orderable of every number.
-NO_ORDER = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -182,7 +180,7 @@ def _store_terms(
 def _aggregate(
     p_v,  # a pointer, or [rows, 1]: V of the batch element of a row
     p_terms,  # of the program's rows: [rows, k] int64
-    p_weight,  # [k, C] contiguous, or None
+    p_weight,  # [C, 1, k] contiguous, or None
     p_bias,  # [C] contiguous, or None
     p_y,  # of the program's rows: [rows, C]
     C,
@@ -207,7 +205,7 @@ def _aggregate(
             b_offset = b_row.to(tl.int64) * tl.cast(stride_vm // ALIGN, tl.int64) * ALIGN
             b_v = tl.load(p_v + c + b_offset + o_c, (b_row >= 0) & m_c, 0.0).to(tl.float32)
             if p_weight is not None:
-                b_w = tl.load(p_weight + (j * C + c) + o_c, m_c, 0.0)
+                b_w = tl.load(p_weight + (c + o_c) * k + j, m_c, 0.0)
                 b_rho = b_rho * b_w.to(tl.float32)
             b_y += b_rho * b_v
         if p_bias is not None:
@@ -227,7 +225,7 @@ def finish_kernel(
     p_queue,  # [queries of the launch, splits, QUEUES, CAP] int64: product and column of a hit
     p_count,  # [queries of the launch, splits, QUEUES] int32: hits; above CAP: the row was listed
     p_value,  # [B, M, C], or None
-    p_weight,  # [k, C] contiguous, or None
+    p_weight,  # [C, 1, k] contiguous, or None
     p_bias,  # [C] contiguous, or None
     p_terms,  # [B, N, k] int64: what is multiplied by rows of value, or None
     p_similarities,  # [B, N, k] float32, contiguous

@@ -9,9 +9,13 @@ from torch import Tensor
 from .aggregate import aggregate
 from .aggregate_backward import aggregate_backward
 from .aggregation import is_dense
+from .aggregation import prepare as prepare_aggregation
 from .inverse_list import invert
-from .select import select
+from .launch import Pointers
+from .search import prepare as prepare_search
+from .select import is_large, select
 from .select_backward import select_backward
+from .select_large import select_large
 
 
 def forward(
@@ -30,8 +34,21 @@ def forward(
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, similarities and indices; see schemas.py."""
-    s, I = select(query, key, k, candidates, self_indices, key_mask, metric, order)
-    return aggregate(value, s, I, weight, bias, rho, scale), s, I
+    options = (candidates, self_indices, key_mask, metric, order)
+    if is_dense(weight, value.shape[-1]) or min(query.numel(), value.numel()) == 0:
+        s, I = select(query, key, k, *options)
+        return aggregate(value, s, I, weight, bias, rho, scale), s, I
+    shape = (*query.shape[:-1], k)
+    s, I = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
+    search, tensors = prepare_search(query, key, k, *options)
+    if not is_large(search):
+        s, I = select(query, key, k, *options)
+        return aggregate(value, s, I, weight, bias, rho, scale), s, I
+    aggregation, more = prepare_aggregation(value, s, I, weight, rho, scale)
+    output = value.new_empty((*shape[:-1], value.shape[-1]))
+    pointers = Pointers(query.device, **tensors, **more, p_bias=bias, p_output=output)
+    select_large(search, pointers, aggregation)
+    return output, s, I
 
 
 def forward_backward(

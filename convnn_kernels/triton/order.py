@@ -15,6 +15,11 @@ NOTHING = tl.constexpr(-(2**63))
 # The orderable of NaN, and that of the token itself, which comes before even a NaN.
 ORDER_OF_NAN = tl.constexpr(0x7FFFFFFE)
 ORDER_OF_SELF = tl.constexpr(0x7FFFFFFF)
+# Below the orderable of every number.
+NO_ORDER = tl.constexpr(-(2**31))
+# Above every neighbor: an entry of a list that is not to be replaced.
+FIXED = tl.constexpr(2**63 - 1)
+_NO_ROW = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -111,6 +116,36 @@ def merge(b_list, b_x, LOG_N: tl.constexpr, LOG_COUNT: tl.constexpr):
         b_new = largest(b_x, LOG_N, LOG_COUNT, 1)
         b_list = _merge_runs(tl.maximum(b_list, b_new), LOG_COUNT, 0)
     return b_list
+
+
+@triton.jit
+def _best(b_order, b_row):
+    """The key of the best column of each row of a tile, NOTHING if none is left; its row of key.
+
+    b_order [rows, n] int32; b_row [n] int32.
+    """
+    order = tl.max(b_order, 1)
+    row = tl.min(tl.where(b_order == order[:, None], b_row[None, :], _NO_ROW), 1)
+    return tl.where(order == NO_ORDER, NOTHING, pack(order, row.to(tl.int64))), row
+
+
+@triton.jit
+def insert(b_list, b_lowest, b_order, b_row):
+    """Puts the best columns of a tile into lists, one for each row at a time.
+
+    b_list [rows, n] has no order, b_lowest [rows] is its minimum; a tile as `_best` takes it. The
+    best column takes the place of the lowest entry, until it would be lower. Entries differ.
+    """
+    key, row = _best(b_order, b_row)
+    enters = key > b_lowest
+    while tl.max(enters.to(tl.int32), 0) > 0:
+        m_lowest = enters[:, None] & (b_list == b_lowest[:, None])
+        b_list = tl.where(m_lowest, key[:, None], b_list)
+        b_lowest = tl.min(b_list, 1)
+        b_order = tl.where(b_row[None, :] == row[:, None], NO_ORDER, b_order)
+        key, row = _best(b_order, b_row)
+        enters = key > b_lowest
+    return b_list, b_lowest
 
 
 @triton.jit

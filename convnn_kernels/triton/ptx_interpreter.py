@@ -123,7 +123,7 @@ def _create_inline_asm(
     _: Any, text: str, constraints: str, values: Any, types: Any, pure: bool, pack: int
 ) -> Any:
     """`tl.inline_asm_elementwise` with one result of 32 bits."""
-    assert pack == 1 and len(types) == 1, "one element at a time, and one result"
+    assert (pack, len(types)) == (1, 1), "one element at a time, and one result"
     arrays = np.broadcast_arrays(*(value.data for value in values))
     shape = arrays[0].shape
     kinds = [each.strip() for each in constraints.split(",")][1:]

@@ -5,9 +5,9 @@ S is never stored. This file chooses among four strategies, which return the sam
 
 | file | strategy | where |
 |---|---|---|
-| select_small.py | one launch, tiles of S in registers | 16 bits, up to 1024 columns, k <= 32 |
-| exact_topk.py | every similarity by a sum over D, in one launch | few columns |
-| select_groups.py | maxima of groups rule most columns out | many columns |
+| select_small.py | one launch, tiles of S in registers | 16 bits, fewer than 512 columns, k <= 32 |
+| select_large.py | a threshold, the columns that reach it, and the best of these | k <= 64 |
+| exact_topk.py | all columns, in one launch | fewer than 512 columns, or k <= 256 |
 | exact_topk.py | a pass for each 256 neighbors | k > 256 |
 
 Shapes in all of them: query [B, N, D], key [B, M, D], columns [R] or None, mask [B, M] or None,
@@ -20,8 +20,8 @@ from torch import Tensor
 from . import configs
 from .exact_topk import select_all_columns, select_in_passes
 from .launch import Pointers
-from .search import prepare
-from .select_groups import select_groups
+from .search import Search, prepare
+from .select_large import select_large
 from .select_small import select_small
 
 
@@ -42,6 +42,9 @@ def select(
         return s, I
     search, tensors = prepare(query, key, k, candidates, self_indices, key_mask, metric, order)
     pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
+    if is_large(search):
+        select_large(search, pointers, None)
+        return s, I
     # `select_small` expects the token itself among the columns.
     self_is_column = not (search.has_candidates and search.has_self)
     if self_is_column and configs.allows_select_small(
@@ -50,8 +53,12 @@ def select(
         select_small(search, pointers)
     elif k > configs.LONGEST_LIST:
         select_in_passes(search, pointers, s, I)
-    elif configs.group_size(search.arch, search.columns, k):
-        select_groups(search, pointers)
     else:
         select_all_columns(search, pointers)
     return s, I
+
+
+def is_large(search: Search) -> bool:
+    """Whether `select_large` takes a search."""
+    Q = search.Q
+    return configs.allows_sweep(search.arch, search.bits, Q.D, search.columns, search.k)

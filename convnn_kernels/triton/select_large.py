@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from . import configs, hardware
+from .aggregation import Aggregation
 from .columns import columns_kernel
-from .launch import Buffer, Launch
+from .exact_topk import prepare_exact_topk
+from .finish import prepare_finish
+from .launch import Buffer, Launch, Plan, Pointers, cache_plans
 from .search import Search
 from .sweep import sweep_kernel, threshold_kernel
 from .tensors import Layout, alignment, cdiv
@@ -70,8 +73,8 @@ class Sweep(NamedTuple):
             "stride_piece": self.stride_piece,
             "PRECISION": self.precision,
             "INTERPRETED": hardware.interpreted(),
-            "ONE_BLOCK_D": D <= block_d,
-            "WHOLE_D": D == block_d,
+            "ONE_BLOCK_D": block_d >= D,
+            "WHOLE_D": block_d == D,
         }
 
 
@@ -184,11 +187,15 @@ def parts_of(sweep: Sweep) -> list[Part]:
     return [Part(b, 1, n, min(each, Q.N - n)) for b in range(Q.B) for n in range(0, Q.N, each)]
 
 
+def part_numbers(sweep: Sweep, part: Part) -> dict[str, Any]:
+    return sweep.numbers() | sweep.config | part._asdict()
+
+
 def prepare_sweep(
     sweep: Sweep, part: Part, list_number: int, names: dict[str, str | None]
 ) -> list[Launch]:
     """The hits of some queries."""
-    numbers = sweep.numbers() | part._asdict() | {"list_number": list_number}
+    numbers = part_numbers(sweep, part) | {"list_number": list_number}
     blocks = part.count_b * cdiv(part.rows_n, sweep.config["BLOCK_N"])
     own_names = dict(names)
     if not sweep.needs_bounds:
@@ -217,3 +224,28 @@ def sweep_buffers(sweep: Sweep, rows: int) -> dict[str, Buffer]:
     if splits > 1:
         buffers["p_maxima"] = (rows * splits * sweep.config["GROUPS"], torch.float32)
     return buffers
+
+
+@cache_plans
+def plan_select_large(search: Search, aggregation: Aggregation | None) -> Plan:
+    """`select`; with an aggregation, depthwise or without a weight, all of `forward`."""
+    sweep = sweep_of(search)
+    parts = parts_of(sweep)
+    columns, buffers, names = prepare_columns(sweep, len(parts))
+    buffers |= sweep_buffers(sweep, max(part.rows for part in parts))
+    if aggregation is not None:
+        buffers["p_terms"] = (search.Q.B * search.Q.N * search.k, torch.int64)
+    launches = [columns]
+    for number, part in enumerate(parts):
+        numbers = part_numbers(sweep, part)
+        launches += [
+            *prepare_sweep(sweep, part, number, names),
+            prepare_exact_topk(search, names, number, sweep.splits),
+            prepare_finish(search, sweep.needs_bounds, numbers, names, aggregation),
+        ]
+    return Plan(launches, **buffers)
+
+
+def select_large(search: Search, pointers: Pointers, aggregation: Aggregation | None) -> None:
+    """Select where there are many columns; see `plan_select_large`."""
+    plan_select_large(search, aggregation)(pointers)

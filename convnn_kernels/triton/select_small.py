@@ -13,33 +13,24 @@ so the result of the tensor cores is the similarity that is returned.
 Shapes as in select.py. With candidates, self_indices must be None.
 """
 
-import triton
 import triton.language as tl
 
 from . import configs
 from .integers import aligned
 from .launch import Kernel, Plan, Pointers, cache_plans
 from .metrics import COSINE
-from .order import NOTHING, ORDER_OF_SELF, largest, orderable, pack, store_list
+from .order import (
+    FIXED,
+    NO_ORDER,
+    NOTHING,
+    ORDER_OF_SELF,
+    insert,
+    largest,
+    orderable,
+    store_list,
+)
 from .search import Search
 from .tensors import cdiv
-
-# Below the orderable of every number.
-NO_ORDER = tl.constexpr(-(2**31))
-NO_ROW = tl.constexpr(2**31 - 1)
-# Above every neighbor: an entry that is not to be replaced.
-FIXED = tl.constexpr(2**63 - 1)
-
-
-@triton.jit
-def _best(b_order, row):
-    """The key of the best column of each row of a tile, NOTHING if none is left; its row of key.
-
-    b_order [rows, n] int32; row [n] int32.
-    """
-    b_max = tl.max(b_order, 1)
-    b_row = tl.min(tl.where(b_order == b_max[:, None], row[None, :], NO_ROW), 1)
-    return tl.where(b_max == NO_ORDER, NOTHING, pack(b_max, b_row.to(tl.int64))), b_row
 
 
 @Kernel
@@ -132,17 +123,7 @@ def select_small_kernel(
             is_self = m & (row[None, :] == self_row[:, None])
             b_s_self += tl.sum(tl.where(is_self, b_s, 0.0), 1)
             b_order = tl.where(is_self, ORDER_OF_SELF, b_order)
-        row = row.to(tl.int32)
-
-        b_key, b_row = _best(b_order, row)
-        m_enter = b_key > b_lowest
-        while tl.max(m_enter.to(tl.int32), 0) > 0:
-            m_lowest = m_enter[:, None] & (b_list == b_lowest[:, None])
-            b_list = tl.where(m_lowest, b_key[:, None], b_list)
-            b_lowest = tl.min(b_list, 1)
-            b_order = tl.where(row[None, :] == b_row[:, None], NO_ORDER, b_order)
-            b_key, b_row = _best(b_order, row)
-            m_enter = b_key > b_lowest
+        b_list, b_lowest = insert(b_list, b_lowest, b_order, row.to(tl.int32))
 
     b_list = tl.where((o_l < k) & (b_list >= NOTHING + LIST), b_list, NOTHING)
     b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)

@@ -28,7 +28,6 @@ from .append import append_hits, words_of
 from .columns import in_order_of_queues, load_columns
 from .integers import aligned
 from .launch import Kernel
-from .metrics import COSINE
 from .products import split_dot, sum_of_split
 
 
@@ -298,7 +297,6 @@ def sweep_kernel(
     stride_km,
     stride_piece,
     ALIGN: tl.constexpr,
-    METRIC: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     STRIDE: tl.constexpr,
