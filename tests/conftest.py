@@ -23,6 +23,30 @@ _gpu_tests_not_run: collections.Counter[str] = collections.Counter()
 
 
 def pytest_configure() -> None:
+    _fill_new_memory()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _speed_up_interpreter()
+
+
+def _speed_up_interpreter() -> None:
+    """Prepare Triton's language for a module once, not at every call of a function in a kernel."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    seen = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__globals__["__name__"]
+        if module not in seen:
+            seen.add(module)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def _fill_new_memory() -> None:
     """Have glibc fill new memory with bytes of 0xff, so that an element never written is NaN or -1.
 
     This includes the outputs and workspaces of the C++ library, which PyTorch's

@@ -26,7 +26,8 @@ def _append_text(leaves: int) -> str:
     """PTX for operands $0 new count, $1 word, $2 address of the queue, $3 count, $4 number of the
     first column, $5 length of the queue, $6... products in the order of `_leaves`."""
     levels = leaves.bit_length() - 1
-    tree, nodes = [], [f"${6 + _reversed_bits(i, levels)}" for i in range(leaves)]
+    tree: list[str] = []
+    nodes = [f"${6 + _reversed_bits(i, levels)}" for i in range(leaves)]
     for level in range(levels):
         parents = []
         for even, odd in zip(nodes[::2], nodes[1::2], strict=True):

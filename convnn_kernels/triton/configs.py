@@ -199,7 +199,7 @@ def sweep(arch: int, bits: int, D: int, k: int) -> Config:
     rows = row(_SWEEP, arch)
     groups = 32 if k <= 12 else 64 if k <= 32 else 128
     widest = 128 if bits == 16 else 64
-    is_wide = D > widest
+    is_wide = widest < D
     special = f"{bits}, D" if is_wide else f"{bits}, groups" if groups > 32 else ""
     config = rows.get(special, rows[str(bits)]).copy()
     config["GROUPS"] = min(groups, config["BLOCK_M"])

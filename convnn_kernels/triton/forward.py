@@ -41,7 +41,7 @@ def forward(
     shape = (*query.shape[:-1], k)
     s, I = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
     search, tensors = prepare_search(query, key, k, *options)
-    if not is_large(search):
+    if not is_large(search, query.device):
         s, I = select(query, key, k, *options)
         return aggregate(value, s, I, weight, bias, rho, scale), s, I
     aggregation, more = prepare_aggregation(value, s, I, weight, rho, scale)

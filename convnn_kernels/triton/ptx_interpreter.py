@@ -5,6 +5,7 @@ Every element of the operands is a thread. Threads have program counters; the lo
 which instruction comes next, and the threads that are there execute it. Registers are arrays.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,10 @@ def _shr(a: Array, count: Array) -> Array:
     return np.where(count > 31, 0, a >> np.minimum(count, 31)).astype(np.uint32)
 
 
+def _selp(a: Array, b: Array, p: Array) -> Array:
+    return np.where(p, a, b)
+
+
 _FUNCTIONS: dict[str, Callable[..., Array]] = {
     "mov.b32": lambda a: a,
     "clz.b32": _clz,
@@ -51,7 +56,7 @@ _FUNCTIONS: dict[str, Callable[..., Array]] = {
     "add.u32": np.add,
     "shr.u32": _shr,
     "prmt.b32": _prmt,
-    "selp.b32": lambda a, b, p: np.where(p, a, b),
+    "selp.b32": _selp,
     "setp.eq.u32": np.equal,
     "setp.ne.u32": np.not_equal,
     "setp.lt.u32": np.less,
@@ -59,6 +64,7 @@ _FUNCTIONS: dict[str, Callable[..., Array]] = {
 }
 
 
+@functools.cache
 def _parse(text: str) -> tuple[list[tuple[str, str, list[str]]], dict[str, int]]:
     """Instructions as (predicate or "", name, operands), and the places of labels."""
     program: list[tuple[str, str, list[str]]] = []

@@ -17,7 +17,7 @@ self [N] or None. The batch B is two dimensions of any strides, b = b1 * B2 + b2
 import torch
 from torch import Tensor
 
-from . import configs
+from . import configs, self_check
 from .exact_topk import select_all_columns, select_in_passes
 from .launch import Pointers
 from .search import Search, prepare
@@ -42,7 +42,7 @@ def select(
         return s, I
     search, tensors = prepare(query, key, k, candidates, self_indices, key_mask, metric, order)
     pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
-    if is_large(search):
+    if is_large(search, query.device):
         select_large(search, pointers, None)
         return s, I
     # `select_small` expects the token itself among the columns.
@@ -58,7 +58,9 @@ def select(
     return s, I
 
 
-def is_large(search: Search) -> bool:
+def is_large(search: Search, device: torch.device) -> bool:
     """Whether `select_large` takes a search."""
-    Q = search.Q
-    return configs.allows_sweep(search.arch, search.bits, Q.D, search.columns, search.k)
+    D, columns, k = search.Q.D, search.columns, search.k
+    return configs.allows_sweep(search.arch, search.bits, D, columns, k) and self_check.passes(
+        device, search.dtype
+    )
