@@ -113,7 +113,13 @@ class Finish:
             )
         numbers = search.numbers() | {"first_b": 0, "count_b": search.Q.B, "first_n": 0}
         numbers |= {"rows_n": search.Q.N, "splits": self.splits, "CAP": queue.shape[-1]}
-        numbers |= {"BLOCK_M": self.block_m, "QUEUES": self.queues, "PAIR": self.pair}
+        numbers |= {
+            "ADVANCE": self.block_m,
+            "STRIDE": 2,
+            "BLOCK_M": self.block_m,
+            "QUEUES": self.queues,
+            "PAIR": self.pair,
+        }
         rescore = configs.needs_bounds(search.bits, search.Q.D, search.metric, False)
         Plan([prepare_finish(search, rescore, numbers, norms.names, aggregation)])(pointers)
         return output, s, I

@@ -92,7 +92,7 @@ class Hits:
                     x = int(entry) & 0xFFFFFFFF
                     product = (entry >> 32).to(torch.int32).view(F32)
                     tile, c = divmod(x, leaves)
-                    start = min(tile * config["BLOCK_M"], sweep.search.columns - config["BLOCK_M"])
+                    start = min(tile * config["ADVANCE"], sweep.search.columns - config["BLOCK_M"])
                     column = start + c // pair * queues * pair + queue * pair + c % pair
                     assert column not in hits, "appended twice"
                     hits[column] = float(product)
@@ -207,9 +207,10 @@ def equal_columns(columns: list[int], monkeypatch: pytest.MonkeyPatch) -> Hits:
 
 
 def test_a_queue_that_is_one_too_short_lists_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queue of columns 2, 3, 10, 11, ... holds as many hits as it has places, and no more."""
-    config = configs.sweep(configs.INTERPRETER, 16, 16, 1)
-    queue = [8 * a + 2 + p for a in range(80) for p in range(2)]
+    """A queue with columns 2, 3, 10, 11, ... of tiles holds as many hits as it has places."""
+    config = configs.sweep(configs.INTERPRETER, 16, 16, 640, 1)
+    advance = config["ADVANCE"]
+    queue = [t * advance + 8 * a + 2 + p for t in range(10) for a in range(7) for p in range(2)]
     fits = equal_columns(queue[: config["CAP"]], monkeypatch)
     assert fits.found[0][1] == config["CAP"]
     assert not fits.listed

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What the sweep (sweep.py) reads of each column of S = Q K^T besides its row of key.
 
-Columns are keys or candidates, in tiles of BLOCK_M. The last tile is moved back so that it ends
-with the last column; the columns that it shares with the tile before it are not valid in it. A
-program has one tile, reads its rows once, and stores, in the order in which the threads of the
-sweep want them,
+Columns are keys or candidates, in tiles of BLOCK_M that begin ADVANCE columns apart. The last tile
+is moved back so that it ends with the last column. A column that two tiles have is valid in one of
+them. A program has one tile, reads its rows once, and stores, in the order in which the threads of
+the sweep want them,
 
     factor  1 / ||k|| for cosine, 0 where k counts as zero; 1 for dot
     low     where a bound of the error is needed, what is added to the product q k for a lower
@@ -23,6 +23,12 @@ from .launch import Kernel
 from .metrics import COSINE, EUCLIDEAN
 from .norms import norms_of_rows
 from .products import pieces
+
+
+@triton.jit
+def tiles_of(columns, BLOCK_M: tl.constexpr, ADVANCE: tl.constexpr):
+    """How many tiles there are, of which only the last one is moved back."""
+    return tl.cdiv(columns - (BLOCK_M - ADVANCE), ADVANCE)
 
 
 @triton.jit
@@ -95,7 +101,6 @@ def _store_norms(
     p_norm,  # [B, N] float32
     p_scaled,  # as p_x, contiguous, or None
     p_pieces,  # [3, B, N, D] contiguous, or None
-    rows,
     N,
     D,
     B2,
@@ -112,9 +117,12 @@ def _store_norms(
     BLOCK_D: tl.constexpr,
 ):
     """Norms of ROWS rows, their sums of squares if there is no cosine; and what else is needed."""
-    o_r = program * ROWS + tl.arange(0, ROWS)
-    m_r = o_r < rows
-    b1, b2, n = o_r // N // B2, o_r // N % B2, o_r % N
+    blocks = tl.cdiv(N, ROWS)
+    b = program // blocks
+    b1, b2 = b // B2, b % B2
+    n = (program % blocks) * ROWS + tl.arange(0, ROWS)
+    m_r = n < N
+    o_r = b * N + n
     p_row = p_x + b1 * stride_b1 + b2 * stride_b2 + n * stride_n
     o_to = b1 * stride_sb1 + b2 * stride_sb2 + n * D
     m_to = m_r & _stored_here(b1, b2, stride_sb1, stride_sb2)
@@ -151,8 +159,7 @@ def columns_kernel(
     p_high,  # [B, tiles, BLOCK_M] float32, or None
     p_valid,  # [B, tiles, QUEUES] int32: the first column of a queue in the highest bit
     p_listed,  # [lists, B] int32: set to 0
-    query_rows,  # B * N, or 0 if nothing is stored for queries
-    key_rows,  # B * M with candidates, else 0
+    key_programs,  # how many have rows of key: none without candidates
     N,
     M,
     D,
@@ -179,6 +186,7 @@ def columns_kernel(
     RESCALE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ADVANCE: tl.constexpr,
     QUEUES: tl.constexpr,
     PAIR: tl.constexpr,
     ROWS: tl.constexpr,
@@ -194,31 +202,31 @@ def columns_kernel(
     stride_piece = aligned(stride_piece, ALIGN)
     LEAVES: tl.constexpr = BLOCK_M // QUEUES
     pid = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(columns, BLOCK_M).to(tl.int64)
+    tiles = tiles_of(columns, BLOCK_M, ADVANCE).to(tl.int64)
     of_columns = tiles * B
-    of_keys = tl.cdiv(key_rows, ROWS)
     if pid < of_columns:
         b, tile = pid // tiles, pid % tiles
         b1, b2 = b // B2, b % B2
-        o_c = tl.minimum(tile * BLOCK_M, columns - BLOCK_M) + tl.arange(0, BLOCK_M)
+        o_c = tl.minimum(tile * ADVANCE, columns - BLOCK_M) + tl.arange(0, BLOCK_M)
         row = o_c
         if p_columns is not None:
             row = tl.load(p_columns + o_c)
         m_row = (row >= 0) & (row < M)
-        m_valid = m_row & (o_c >= tile * BLOCK_M)
+        is_own = (o_c < (tile + 1) * ADVANCE) | (tile == tiles - 1)
+        m_valid = m_row & (o_c >= tile * ADVANCE) & is_own
         if p_mask is not None:
             p_m = p_mask + b1 * stride_mb1 + b2 * stride_mb2
             m_valid = m_valid & (tl.load(p_m + row, m_row, 0) != 0)
         p_row = p_key + b1 * stride_kb1 + b2 * stride_kb2 + row * stride_km
         # With candidates other programs store all rows of key.
         o_to = b1 * stride_ksb1 + b2 * stride_ksb2 + row * D
-        m_to = m_row & _stored_here(b1, b2, stride_ksb1, stride_ksb2) & (key_rows == 0)
+        m_to = m_row & _stored_here(b1, b2, stride_ksb1, stride_ksb2) & (key_programs == 0)
         factor = tl.full([BLOCK_M], 1.0, tl.float32)
         scale = tl.full([BLOCK_M], 1.0, tl.float32)
         if METRIC == COSINE:
             p_to = p_key_scaled if p_key_scaled is None else p_key_scaled + o_to
             norm, scale = norms_of_rows(p_row, p_to, m_row, m_to, D, RESCALE, BLOCK_M, BLOCK_D)
-            tl.store(p_key_norm + b * M + row, norm, m_row & (key_rows == 0))
+            tl.store(p_key_norm + b * M + row, norm, m_row & (key_programs == 0))
             m_zero = norm == 0.0
             factor = tl.where(m_zero, 0.0, tl.div_rn(1.0, tl.where(m_zero, 1.0, norm)))
         if p_key_pieces is not None:
@@ -241,14 +249,13 @@ def columns_kernel(
         if tile == 0:
             for i in range(0, lists):
                 tl.store(p_listed + i * B + b, 0)
-    elif pid < of_columns + of_keys:
+    elif pid < of_columns + key_programs:
         _store_norms(
             pid - of_columns,
             p_key,
             p_key_norm,
             p_key_scaled,
             p_key_pieces,
-            key_rows,
             M,
             D,
             B2,
@@ -266,12 +273,11 @@ def columns_kernel(
         )
     elif p_query_norm is not None:
         _store_norms(
-            pid - of_columns - of_keys,
+            pid - of_columns - key_programs,
             p_query,
             p_query_norm,
             p_query_scaled,
             None,
-            query_rows,
             N,
             D,
             B2,

@@ -104,13 +104,14 @@ def slots_of_listed_rows(arch: int, batch: int) -> int:
     return 2 if arch == INTERPRETER else max(4, 1024 // batch)
 
 
-def finish(arch: int, N: int, C: int, k: int, rescore: bool) -> Config:
+def finish(arch: int, N: int, C: int, k: int, stride: int, rescore: bool) -> Config:
     """Blocks of `finish_kernel` for N queries of a batch element, of which ROWS must not be more.
 
-    A warp has no barriers; with several rows, the addresses of a program are computed once.
+    A warp has no barriers; with several rows, the addresses of a program are computed once. A row
+    with a threshold from every `stride`-th tile has about k * stride hits.
     """
     log_k = max(1, _log2(k))
-    log_list = 5 if k <= 12 else log_k + 2
+    log_list = max(5, log_k, _log2(7 * k * stride // 4))
     rows = 16 if arch == INTERPRETER else 4 if log_list <= 6 and not rescore else 1
     return _config(
         ROWS=min(rows, 1 << (N.bit_length() - 1)),
@@ -159,7 +160,9 @@ def select_small(arch: int, D: int, k: int, rows: int) -> Config:
 # The sweep: how the columns of a tile are divided among the queues of a row follows from how tensor
 # cores leave a tile in registers, so that no product moves: column (a QUEUES + q) PAIR + p belongs
 # to queue q.
-# "16" is for D up to 128 and 32 groups, "16, groups" for D up to 128 and more groups.
+# A row "16" is for D up to 128 and 64 groups, "16, groups" for more groups, "16, D" for a larger D.
+# A tile begins ADVANCE columns after the one before, not BLOCK_M: image widths divide BLOCK_M, and
+# vertical neighbors would all share one queue and one group.
 _SWEEP: dict[int, dict[str, Config]] = {
     INTERPRETER: {
         "16": _config(BLOCK_N=16, BLOCK_M=64, QUEUES=4, PAIR=2),
@@ -172,7 +175,7 @@ _SWEEP: dict[int, dict[str, Config]] = {
         "32": _config(BLOCK_N=64, BLOCK_M=32, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
     },
     90: {
-        "16": _config(BLOCK_N=256, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=16, num_stages=3),
+        "16": _config(BLOCK_N=256, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=16, num_stages=2),
         "16, groups": _config(
             BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2
         ),
@@ -191,21 +194,29 @@ def allows_sweep(arch: int, bits: int, D: int, columns: int, k: int) -> bool:
     """Whether there are enough columns, and enough groups of them for a threshold that few columns
     reach."""
     fewest = 128 if arch == INTERPRETER else 512
-    return columns >= fewest and k <= 64 and 3 * sweep(arch, bits, D, k)["GROUPS"] >= 4 * k
+    return columns >= fewest and k <= 64 and 3 * sweep(arch, bits, D, columns, k)["GROUPS"] >= 4 * k
 
 
-def sweep(arch: int, bits: int, D: int, k: int) -> Config:
-    """Blocks of `sweep_kernel` and `threshold_kernel`, groups and queues."""
+def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
+    """Blocks of `sweep_kernel` and `threshold_kernel`, groups, sample and queues.
+
+    Groups, sample and length of the queues are those with the lowest cost on real features in
+    benchmarks/results/hits.json, which ``python -m tools.count_hits`` writes.
+    """
     rows = row(_SWEEP, arch)
-    groups = 32 if k <= 12 else 64 if k <= 32 else 128
+    groups = 64 if k <= 32 else 128
     widest = 128 if bits == 16 else 64
-    is_wide = widest < D
-    special = f"{bits}, D" if is_wide else f"{bits}, groups" if groups > 32 else ""
+    special = f"{bits}, D" if widest < D else f"{bits}, groups" if groups > 64 else ""
     config = rows.get(special, rows[str(bits)]).copy()
+    config["ADVANCE"] = config["BLOCK_M"] - (4 if config["BLOCK_M"] >= 64 else 0)
     config["GROUPS"] = min(groups, config["BLOCK_M"])
-    config["STRIDE"] = 2
-    config["CAP"] = max(8, 64 // config["QUEUES"]) * (1 if k <= 16 else 2 if k <= 32 else 4)
+    config["STRIDE"] = 1
+    while config["STRIDE"] < 8 and 100 * k * (2 * config["STRIDE"]) ** 2 <= columns:
+        config["STRIDE"] *= 2
+    config["CAP"] = max(16, 128 // config["QUEUES"]) * (1 if k <= 16 else 2)
     config["BLOCK_D"] = max(16, power_of_two(D)) if 2 * widest >= D else widest
+    if arch == INTERPRETER:
+        config["CAP"] = 16
     return config
 
 

@@ -89,6 +89,7 @@ def _keys(
     CAP: tl.constexpr,
     PAIR: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ADVANCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Hits as keys of the total order (order.py), [rows, n]; and, [rows], how many there are, and
@@ -104,7 +105,7 @@ def _keys(
     b_x = b_hit.to(tl.int32).to(tl.uint32, bitcast=True)
     b_leaf = b_x % LEAVES
     # The last tile ends with the last column.
-    b_row = tl.minimum((b_x // LEAVES).to(tl.int32) * BLOCK_M, columns - BLOCK_M)
+    b_row = tl.minimum((b_x // LEAVES).to(tl.int32) * ADVANCE, columns - BLOCK_M)
     b_row += ((b_leaf // PAIR) * (QUEUES * PAIR) + b_leaf % PAIR).to(tl.int32)
     b_row = b_row + (b_place.to(tl.uint32) // CAP % QUEUES).to(tl.int32) * PAIR
     if p_columns is not None:
@@ -268,6 +269,7 @@ def finish_kernel(
     CAP: tl.constexpr,
     PAIR: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ADVANCE: tl.constexpr,
     ROWS: tl.constexpr,
     LOG_LIST: tl.constexpr,
     LOG_K: tl.constexpr,
@@ -345,6 +347,7 @@ def finish_kernel(
         CAP,
         PAIR,
         BLOCK_M,
+        ADVANCE,
         BLOCK_D,
     )
     if HAS_SELF:
@@ -376,6 +379,7 @@ def finish_kernel(
                 CAP,
                 PAIR,
                 BLOCK_M,
+                ADVANCE,
                 BLOCK_D,
             )
             b_list = merge(b_list, b_key, LOG_LIST, LOG_LIST)
@@ -436,7 +440,7 @@ def prepare_finish(
     similarities are not products, and are computed from rows.
     """
     Q, C = search.Q, 0 if aggregation is None else aggregation.V.D
-    config = configs.finish(search.arch, numbers["rows_n"], C, search.k, rescore)
+    config = configs.finish(search.arch, numbers["rows_n"], C, search.k, numbers["STRIDE"], rescore)
     numbers = numbers | {
         "C": C,
         "scale": 1.0,

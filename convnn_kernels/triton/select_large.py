@@ -36,7 +36,7 @@ class Sweep(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        return cdiv(self.search.columns, self.config["BLOCK_M"])
+        return _tiles(self.search.columns, self.config)
 
     @property
     def row_bytes(self) -> int:
@@ -78,10 +78,15 @@ class Sweep(NamedTuple):
         }
 
 
+def _tiles(columns: int, config: dict[str, Any]) -> int:
+    """As `tiles_of` in columns.py."""
+    return cdiv(columns - (config["BLOCK_M"] - config["ADVANCE"]), config["ADVANCE"])
+
+
 def sweep_of(search: Search) -> Sweep:
     Q, metric, bits = search.Q, search.metric, search.bits
-    config = configs.sweep(search.arch, bits, Q.D, search.k)
-    tiles = cdiv(search.columns, config["BLOCK_M"])
+    config = configs.sweep(search.arch, bits, Q.D, search.columns, search.k)
+    tiles = _tiles(search.columns, config)
     splits = configs.column_splits(search.arch, Q.B * cdiv(Q.N, config["BLOCK_N"]), tiles)
     # No range without tiles.
     splits = cdiv(tiles, cdiv(tiles, splits))
@@ -127,10 +132,11 @@ def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer]
     if search.scales_rows:
         names["p_key"] = "p_key_scaled"
         names["p_query"] = "p_key_scaled" if search.one_tensor else "p_query_scaled"
-    query_rows = Q.B * Q.N if own_query else 0
-    key_rows = K.B * K.N if search.has_candidates and (is_cosine or splits) else 0
+    has_own_keys = search.has_candidates and (is_cosine or splits)
+    key_programs = K.B * cdiv(K.N, config["ROWS"]) if has_own_keys else 0
+    query_programs = Q.B * cdiv(Q.N, config["ROWS"]) if own_query else 0
     launch = columns_kernel.prepare(
-        Q.B * sweep.tiles + cdiv(key_rows, config["ROWS"]) + cdiv(query_rows, config["ROWS"]),
+        Q.B * sweep.tiles + key_programs + query_programs,
         config,
         own_names,
         **sweep.numbers()
@@ -140,8 +146,7 @@ def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer]
         | _batch_strides(Q, "qs")
         | _batch_strides(K, "ks")
         | {
-            "query_rows": query_rows,
-            "key_rows": key_rows,
+            "key_programs": key_programs,
             "lists": lists,
             "RESCALE": search.scales_rows,
             "ALIGN": alignment(Q, K),

@@ -25,25 +25,35 @@ import triton
 import triton.language as tl
 
 from .append import append_hits, words_of
-from .columns import in_order_of_queues, load_columns
+from .columns import in_order_of_queues, load_columns, tiles_of
 from .integers import aligned
 from .launch import Kernel
 from .products import split_dot, sum_of_split
 
 
 @triton.jit
-def _tile_start(tile, columns, BLOCK_M: tl.constexpr):
+def _tile_start(tile, columns, BLOCK_M: tl.constexpr, ADVANCE: tl.constexpr):
     """The first column of a tile. The last tile ends with the last column."""
-    return tl.minimum(tile * BLOCK_M, columns - BLOCK_M)
+    return tl.minimum(tile * ADVANCE, columns - BLOCK_M)
 
 
 @triton.jit
-def _rows_of_key(p_tile, p_k, p_columns, tile, columns, M, stride_km, BLOCK_M: tl.constexpr):
+def _rows_of_key(
+    p_tile,
+    p_k,
+    p_columns,
+    tile,
+    columns,
+    M,
+    stride_km,
+    BLOCK_M: tl.constexpr,
+    ADVANCE: tl.constexpr,
+):
     """Pointers to the rows of key of a tile, all of which can be read. p_tile is its first one,
     unless columns are candidates."""
     o_m = tl.arange(0, BLOCK_M)
     if p_columns is not None:
-        row = tl.load(p_columns + _tile_start(tile, columns, BLOCK_M) + o_m)
+        row = tl.load(p_columns + _tile_start(tile, columns, BLOCK_M, ADVANCE) + o_m)
         return p_k + tl.where((row >= 0) & (row < M), row, 0) * stride_km
     else:
         return p_tile + o_m * stride_km
@@ -113,6 +123,7 @@ def _group_maxima(
     QUEUES: tl.constexpr,
     PAIR: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ADVANCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ONE_BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr,
@@ -122,17 +133,17 @@ def _group_maxima(
     BLOCK_N: tl.constexpr = p_q.shape[0]
     EACH: tl.constexpr = GROUPS // QUEUES
     b_max = tl.full([BLOCK_N, QUEUES, EACH], float("-inf"), tl.float32)
-    tiles = tl.cdiv(columns, BLOCK_M)
-    p_tile = p_k + _tile_start(first, columns, BLOCK_M) * stride_km
+    tiles = tiles_of(columns, BLOCK_M, ADVANCE)
+    p_tile = p_k + _tile_start(first, columns, BLOCK_M, ADVANCE) * stride_km
     # From the tile before it to the last one, which ends with the last column.
-    last_step = (columns - (tiles - STRIDE) * BLOCK_M) * stride_km
+    last_step = (columns - BLOCK_M - (tiles - 1 - STRIDE) * ADVANCE) * stride_km
     p_f = p_factor if p_factor is None else p_factor + first * BLOCK_M
     for tile in range(first, last, STRIDE):
         b_x = _multiply(
             b_q,
             p_q,
             m_n,
-            _rows_of_key(p_tile, p_k, p_columns, tile, columns, M, stride_km, BLOCK_M),
+            _rows_of_key(p_tile, p_k, p_columns, tile, columns, M, stride_km, BLOCK_M, ADVANCE),
             D,
             stride_piece,
             PRECISION,
@@ -152,7 +163,7 @@ def _group_maxima(
         b_max = tl.maximum(b_max, tl.max(b_x, 2))
         if p_columns is None:
             is_last = tile + STRIDE == tiles - 1
-            p_tile += tl.where(is_last, last_step, STRIDE * BLOCK_M * stride_km)
+            p_tile += tl.where(is_last, last_step, STRIDE * ADVANCE * stride_km)
     return tl.reshape(b_max, [BLOCK_N, GROUPS])
 
 
@@ -210,6 +221,7 @@ def threshold_kernel(
     PAIR: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ADVANCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ONE_BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr,
@@ -224,7 +236,7 @@ def threshold_kernel(
     stride_piece = aligned(stride_piece, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
-    tiles = tl.cdiv(columns, BLOCK_M)
+    tiles = tiles_of(columns, BLOCK_M, ADVANCE)
     first = (pid % splits).to(tl.int32) * tiles_each
     last = tl.minimum(first + tiles_each, tiles)
     o_d = tl.arange(0, BLOCK_D)
@@ -252,6 +264,7 @@ def threshold_kernel(
         QUEUES,
         PAIR,
         BLOCK_M,
+        ADVANCE,
         BLOCK_D,
         ONE_BLOCK_D,
         WHOLE_D,
@@ -306,6 +319,7 @@ def sweep_kernel(
     CAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ADVANCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ONE_BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr,
@@ -322,7 +336,7 @@ def sweep_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
     split = pid % splits
-    tiles = tl.cdiv(columns, BLOCK_M)
+    tiles = tiles_of(columns, BLOCK_M, ADVANCE)
     first = split.to(tl.int32) * tiles_each
     last = tl.minimum(first + tiles_each, tiles)
     o_d = tl.arange(0, BLOCK_D)
@@ -361,6 +375,7 @@ def sweep_kernel(
             QUEUES,
             PAIR,
             BLOCK_M,
+            ADVANCE,
             BLOCK_D,
             ONE_BLOCK_D,
             WHOLE_D,
@@ -380,8 +395,8 @@ def sweep_kernel(
     p_entry = p_queue + o_queue * CAP
     b_count = tl.zeros([BLOCK_N, QUEUES], tl.int32)
     p_v = p_valid + b * tiles * QUEUES + o_q
-    p_tile = p_k + _tile_start(first, columns, BLOCK_M) * stride_km
-    last_step = (columns - (tiles - 1) * BLOCK_M) * stride_km
+    p_tile = p_k + _tile_start(first, columns, BLOCK_M, ADVANCE) * stride_km
+    last_step = (columns - BLOCK_M - (tiles - 2) * ADVANCE) * stride_km
     if p_f is not None:
         p_f += first * BLOCK_M
     p_v += first * QUEUES
@@ -390,7 +405,7 @@ def sweep_kernel(
             b_q,
             p_q,
             m_n,
-            _rows_of_key(p_tile, p_k, p_columns, tile, columns, M, stride_km, BLOCK_M),
+            _rows_of_key(p_tile, p_k, p_columns, tile, columns, M, stride_km, BLOCK_M, ADVANCE),
             D,
             stride_piece,
             PRECISION,
@@ -416,7 +431,7 @@ def sweep_kernel(
         b_s = in_order_of_queues(b_s, QUEUES, PAIR)
         b_count = append_hits(b_word, b_s, p_entry, b_count, tile * LEAVES, CAP)
         if p_columns is None:
-            p_tile += tl.where(tile + 1 == tiles - 1, last_step, BLOCK_M * stride_km)
+            p_tile += tl.where(tile + 1 == tiles - 1, last_step, ADVANCE * stride_km)
     tl.store(p_count + o_queue, b_count, m_n[:, None])
 
     m_short = m_n & (tl.max(b_count, 1) > CAP)
