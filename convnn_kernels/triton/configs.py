@@ -149,6 +149,7 @@ def exact_topk(arch: int, bits: int, D: int, k: int, metric: str) -> Config:
         BLOCK_D=64 if arch == INTERPRETER else block_d,
         num_warps=1 if log_list <= 5 else 4,
         num_stages=3,
+        maxnreg=MOST_REGISTERS,
     )
 
 
