@@ -310,10 +310,11 @@ def test_special_values(special: str, metric: str, dtype: torch.dtype, D: int) -
 
 @pytest.mark.parametrize("N", [1, 2, 3, 5, 17, 19])
 def test_any_number_of_rows(N: int) -> None:
-    """The last rows of a batch element may be computed twice."""
+    """The last rows of a batch element may be computed twice; of few rows, several neighbors are
+    read at a time."""
     query, key = integers(3, N, 18), integers(3, 70, 18, seed=1)
-    value = normal(3, 70, 6, seed=2)
-    assert_forward(Finish().forward, query, key, value, 4, backward=False)
+    value, weight = normal(3, 70, 6, seed=2), normal(6, 1, 5, seed=3)
+    assert_forward(Finish().forward, query, key, value, 5, weight, backward=False)
 
 
 @pytest.mark.parametrize("with_self", [False, True])

@@ -176,8 +176,10 @@ def finish(arch: int, N: int, C: int, k: int, rescore: bool) -> Config:
     log_k = max(1, _log2(k))
     log_list = 5 if k <= 12 else log_k + 2
     rows = 16 if arch == INTERPRETER else 4 if log_list <= 6 and not rescore else 1
+    rows = min(rows, 1 << (N.bit_length() - 1))
     return _config(
-        ROWS=min(rows, 1 << (N.bit_length() - 1)),
+        ROWS=rows,
+        AT_ONCE=max(1, 4 // rows),
         LOG_LIST=log_list,
         LOG_K=log_k,
         ONE_BY_ONE=k <= 16,
