@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from convnn_kernels.triton import backend, configs
-from python_ref import assert_forward, assert_select, select
+from python_ref import assert_forward, assert_select
 
 pytestmark = [
     pytest.mark.triton,
@@ -80,6 +80,7 @@ class Finish:
         self, query: Tensor, key: Tensor, k: int, *options: Any, aggregate: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         from convnn_kernels.triton import aggregation as aggregations
+        from convnn_kernels.triton.exact_topk import prepare_exact_topk
         from convnn_kernels.triton.finish import prepare_finish
         from convnn_kernels.triton.launch import Plan, Pointers
         from convnn_kernels.triton.search import prepare
@@ -92,13 +93,13 @@ class Finish:
         norms = search.norms()
         Plan(norms.launches, **norms.buffers)(pointers)
         queue, count = self._sweep(search, pointers, options)
-        if self.listed:
-            rows = list(self.listed)
-            every = select(query, key, k, *options)
-            for mine, right in zip((s, I), every, strict=True):
-                mine.view(-1, k)[rows] = right.to(mine.dtype).view(-1, k)[rows]
-            count.view(search.Q.B * search.Q.N, -1)[rows, 0] = queue.shape[-1] + 1
         pointers.add(p_queue=queue, p_count=count)
+        if self.listed:
+            self._list(search, pointers)
+            count[list(self.listed), -1] = queue.shape[-1] + 1
+            Plan([prepare_exact_topk(search, norms.names, 0, self.splits)])(pointers)
+            written = (I != -7).all(-1).flatten().nonzero().flatten().tolist()
+            assert written == sorted(self.listed)
         aggregation = None
         if aggregate is not None:
             value, weight, bias, rho, scale = aggregate
@@ -123,6 +124,18 @@ class Finish:
         rescore = configs.needs_bounds(search.bits, search.Q.D, search.metric, False)
         Plan([prepare_finish(search, rescore, numbers, norms.names, aggregation)])(pointers)
         return output, s, I
+
+    def _list(self, search: Any, pointers: Any) -> None:
+        """Lists rows for `exact_topk_kernel`, with several splits the first one twice."""
+        B, N = search.Q.B, search.Q.N
+        rows = torch.full((B, self.splits * N), 2**30, dtype=torch.int32)
+        count = torch.zeros(B, dtype=torch.int32)
+        for b in range(B):
+            mine = [row % N for row in self.listed if row // N == b]
+            mine = (mine[:1] if self.splits > 1 else []) + mine
+            rows[b, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+            count[b] = len(mine)
+        pointers.add(p_listed=count, p_rows=rows)
 
     def _sweep(self, search: Any, pointers: Any, options: Any) -> tuple[Tensor, Tensor]:
         """The queues of all rows and how long they are: entries as the sweep writes them."""
@@ -307,20 +320,54 @@ def test_special_values(special: str, metric: str, dtype: torch.dtype, D: int) -
 
 @pytest.mark.parametrize("N", [1, 2, 3, 5, 17, 19])
 def test_any_number_of_rows(N: int) -> None:
-    """The last rows of a batch element may be computed twice."""
+    """The last rows of a batch element may be computed twice; of few rows, several neighbors are
+    read at a time."""
     query, key = integers(3, N, 18), integers(3, 70, 18, seed=1)
-    value = normal(3, 70, 6, seed=2)
-    assert_forward(Finish().forward, query, key, value, 4, backward=False)
+    value, weight = normal(3, 70, 6, seed=2), normal(6, 1, 5, seed=3)
+    assert_forward(Finish().forward, query, key, value, 5, weight, backward=False)
 
 
 @pytest.mark.parametrize("with_self", [False, True])
 def test_listed_rows_are_left_as_they_are(with_self: bool) -> None:
     """Their similarities and indices are there already, and the convolution takes them."""
     query, key, value = integers(2, 7, 18), integers(2, 90, 18, seed=1), normal(2, 90, 6, seed=2)
-    finish = Finish(listed=(0, 6, 7, 11), splits=2)
+    finish = Finish(listed=(0, 6, 7, 11, 13), splits=2)
     own = torch.tensor([3, 1, 4, 5, 9, 2, 6]) if with_self else None
     options: dict[str, Any] = {"self_indices": own, "metric": "dot", "scale": 0.1}
     assert_forward(finish.forward, query, key, value, 5, **options, exact=True, backward=False)
+
+
+@pytest.mark.parametrize("option", ["self_and_mask", "candidates", "self_outside_candidates"])
+@pytest.mark.parametrize(
+    ("k", "M"), [(4, 150), (4, 30), pytest.param(40, 150, marks=pytest.mark.slow)]
+)
+def test_listed_rows(option: str, k: int, M: int) -> None:
+    """More of them than the programs of a batch element take at once; of all columns."""
+    options = {
+        name: X[X < M][:M]
+        if name == "candidates"
+        else X[:M].expand(2, M)
+        if name == "key_mask"
+        else X % M
+        for name, X in OPTIONS[option].items()
+    }
+    N = 19
+    if "self_indices" in options:
+        options["self_indices"] = torch.arange(N) * 7 % M
+    query, key = integers(2, N, 18, dtype=F16), integers(2, M, 18, seed=1, dtype=F16)
+    for metric, order in (("dot", "similarity"), ("euclidean", "index")):
+        finish = Finish(listed=(*range(N - 1), 2 * N - 1))
+        named: dict[str, Any] = {**options, "metric": metric, "order": order, "exact": True}
+        assert_select(finish.select, query, key, k, **named, backward=False)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("D", [5, 150])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_similarities_of_listed_rows(metric: str, D: int, dtype: torch.dtype) -> None:
+    query, key = normal(11, D, dtype=dtype), normal(200, D, seed=1, dtype=dtype)
+    finish = Finish(listed=(3, 10))
+    assert_select(finish.select, query, key, 9, metric=metric, backward=False)
 
 
 @pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])

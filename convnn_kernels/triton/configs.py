@@ -96,6 +96,7 @@ def exact_topk(arch: int, bits: int, D: int, k: int, metric: str) -> Config:
         BLOCK_D=64 if arch == INTERPRETER else block_d,
         num_warps=1 if log_list <= 5 else 4,
         num_stages=3,
+        maxnreg=MOST_REGISTERS,
     )
 
 
@@ -113,8 +114,10 @@ def finish(arch: int, N: int, C: int, k: int, stride: int, rescore: bool) -> Con
     log_k = max(1, _log2(k))
     log_list = max(5, log_k, _log2(7 * k * stride // 4))
     rows = 16 if arch == INTERPRETER else 4 if log_list <= 6 and not rescore else 1
+    rows = min(rows, 1 << (N.bit_length() - 1))
     return _config(
-        ROWS=min(rows, 1 << (N.bit_length() - 1)),
+        ROWS=rows,
+        AT_ONCE=max(1, 4 // rows),
         LOG_LIST=log_list,
         LOG_K=log_k,
         ONE_BY_ONE=k <= 16,

@@ -4,13 +4,12 @@
 A program has ROWS queries of one batch element and takes tiles of S [ROWS, TILE] from tensor cores;
 what they would not sum accurately enough, float32 and short sums, is summed in float32 by FMA, and
 `euclidean` is a sum of squared differences. The list of a query, its k largest keys so far
-(order.py), stays in registers. A tile is looked at only if one of its columns may belong in a
-list: the best of each row is then taken out, over and over, until none belongs; a long list is
-merged with the sorted tile. Any number of ties, NaN among them, costs no more than other columns
-do.
+(order.py), stays in registers. A tile is looked at only if one of its columns belongs in a list.
+The best of each row is then taken out, over and over, until none belongs; a long list is merged
+with the sorted tile. Columns that tie with the last neighbor cost no more than others.
 
-Where rows are listed, programs of a batch element share its list: its length is known only on the
-device. Where k exceeds the longest list, the kernel runs again for the next neighbors, with the
+Where rows are listed, programs of a batch element share its list: how long it is, only the device
+knows. Where k exceeds the longest list, the kernel runs again for the next neighbors, with the
 last key that it returned as a bound.
 """
 

@@ -179,7 +179,7 @@ def _store_terms(
 
 @triton.jit
 def _aggregate(
-    p_v,  # a pointer, or [rows, 1]: V of the batch element of a row
+    p_v,  # a pointer, or [rows * AT_ONCE, 1]: V of the batch element of a row
     p_terms,  # of the program's rows: [rows, k] int64
     p_weight,  # [C, 1, k] contiguous, or None
     p_bias,  # [C] contiguous, or None
@@ -189,29 +189,41 @@ def _aggregate(
     stride_vm,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Stores the output of rows. Blocks of the weight and bias have [rows, BLOCK_C], too: then each
-    thread has the same channels of V, of them and of y."""
-    o_i = tl.arange(0, ROWS)[:, None]
-    o_c = tl.arange(0, BLOCK_C)[None, :] + tl.zeros([ROWS, 1], tl.int32)
+    """Stores the output of rows, from AT_ONCE neighbors of each at a time.
+
+    Blocks of the weight and bias have all rows, too: then each thread has the same channels of V,
+    of them and of y.
+    """
+    o_x = tl.arange(0, ROWS * AT_ONCE)[:, None]
+    o_i, o_j = o_x // AT_ONCE, o_x % AT_ONCE
+    o_c = tl.arange(0, BLOCK_C)[None, :] + tl.zeros([ROWS * AT_ONCE, 1], tl.int32)
     for c in range(0, C, BLOCK_C):
         m_c = o_c < C - c
-        b_y = tl.zeros([ROWS, BLOCK_C], tl.float32)
-        for j in range(k):
-            b_term = tl.load(p_terms + o_i * k + j)
+        b_y = tl.zeros([ROWS * AT_ONCE, BLOCK_C], tl.float32)
+        for j in range(0, k, AT_ONCE):
+            if AT_ONCE == 1:
+                b_term = tl.load(p_terms + o_i * k + j)
+            else:
+                b_term = tl.load(p_terms + (o_i * k + o_j) + j, o_j < k - j, 0xFFFFFFFF)
             b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
             b_row = b_term.to(tl.int32)
             # Products of 32 bits to 64 are single instructions.
             b_offset = b_row.to(tl.int64) * tl.cast(stride_vm // ALIGN, tl.int64) * ALIGN
             b_v = tl.load(p_v + c + b_offset + o_c, (b_row >= 0) & m_c, 0.0).to(tl.float32)
             if p_weight is not None:
-                b_w = tl.load(p_weight + (c + o_c) * k + j, m_c, 0.0)
+                m_w = m_c & (o_j < k - j)
+                b_w = tl.load(p_weight + (c + o_c) * k + (o_j + j), m_w, 0.0)
                 b_rho = b_rho * b_w.to(tl.float32)
             b_y += b_rho * b_v
+        b_y = tl.sum(tl.reshape(b_y, [ROWS, AT_ONCE, BLOCK_C]), 1)
+        o_y = c + tl.arange(0, BLOCK_C)[None, :]
         if p_bias is not None:
-            b_y += tl.load(p_bias + c + o_c, m_c, 0.0).to(tl.float32)
-        tl.store(p_y + c + (o_i * C + o_c), b_y.to(p_y.dtype.element_ty), m_c)
+            b_y += tl.load(p_bias + o_y, o_y < C, 0.0).to(tl.float32)
+        p = p_y + tl.arange(0, ROWS)[:, None] * C + o_y
+        tl.store(p, b_y.to(p_y.dtype.element_ty), o_y < C)
 
 
 @Kernel
@@ -274,6 +286,7 @@ def finish_kernel(
     LOG_LIST: tl.constexpr,
     LOG_K: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -418,13 +431,16 @@ def finish_kernel(
         tl.debug_barrier()
         b_value = b
         if FOLDED:
-            b_value = b * (N // N_value) + (n + o_i[:, None]) // N_value
+            o_x = tl.arange(0, ROWS * AT_ONCE)[:, None] // AT_ONCE
+            b_value = b * (N // N_value) + (n + o_x) // N_value
         p_v = p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
         p_y = p_output + first * C
         p_t = p_terms + first * k
         _store_terms(p_s, p_i, p_t, k, scale, RHO, ROWS, LOG_K)
         tl.debug_barrier()
-        _aggregate(p_v, p_t, p_weight, p_bias, p_y, C, k, stride_vm, ALIGN_VALUE, ROWS, BLOCK_C)
+        _aggregate(
+            p_v, p_t, p_weight, p_bias, p_y, C, k, stride_vm, ALIGN_VALUE, ROWS, AT_ONCE, BLOCK_C
+        )
 
 
 def prepare_finish(
