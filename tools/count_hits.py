@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: MIT
+"""``python -m tools.count_hits``: how many hits the sweep of the Triton path has, on real features.
+
+The sweep (convnn_kernels/triton/sweep.py) takes a threshold for each query from a sample of the
+columns of S, a lower bound of the k-th similarity. All columns that reach it are hits, and are
+appended to queues of CAP entries; a row of which a queue is too short is computed again, exactly
+and slowly. Threshold and queues are simulated here in PyTorch on the CPU, for tokens of photographs
+and of CIFAR-10, and for what a VGG-11 makes of them. From the table that this command prints and
+writes to hits.json follow the sizes of configs.py. Photographs are those of the benchmark:
+
+    pip install -e .[bench]
+    python -m tools.count_hits --cifar10 cifar10.tar.xz    # train and test, a folder for each class
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .token_sets import EXTREMES, Cifar, token_sets, train
+
+RESULT = Path("benchmarks/results/hits.json")
+ROWS = 128  # consecutive queries of a program
+NEVER = float("-inf")
+CAPS = (8, 16, 32, 64)
+KS = (9, 16, 32, 64)
+SIDES = (32, 64, 128)  # of the map of tokens
+# Warp instructions on sm_90, counted from machine code: per element of a thread, per turn of the
+# loop that appends a hit of every lane, per row, per hit beyond 32, and per row of the exact path.
+SAMPLED, SWEPT, TURN, FINISH, HIT, EXACT = 3.1, 3.48, 35, 380, 8, 20_000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tile of S has `tile` columns, the next one starts `advance` columns further on.
+
+    Column c // pair * (queues * pair) + q * pair + c % pair of a tile is code c of queue q; column
+    o of tile t takes the place of (o + rotate * t) % tile. A warp appends hits of `rows` rows at a
+    time, a row and queue to a lane.
+    """
+
+    tile: int
+    queues: int
+    pair: int
+    rows: int
+    advance: int
+    rotate: int = 0
+
+    def columns(self) -> Tensor:
+        """[queues, leaves]: the column, in its tile, of code c of queue q."""
+        q = torch.arange(self.queues)[:, None]
+        c = torch.arange(self.tile // self.queues)
+        return c // self.pair * (self.queues * self.pair) + q * self.pair + c % self.pair
+
+    def tiles(self, S: Tensor) -> Tensor:
+        """S [N, columns] as [N, tiles, queues, leaves], without columns that the next tile has."""
+        number = torch.arange(-(-S.shape[1] // self.advance))[:, None, None]
+        column = (self.columns() - self.rotate * number) % self.tile
+        tiles = F.pad(S, (0, self.tile), value=NEVER)[:, number * self.advance + column]
+        return tiles.masked_fill_(column >= self.advance, NEVER)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of which tiles the threshold is taken, and how their columns are divided into groups.
+
+    stride: every stride-th tile; own: and so many around the query's own position.
+    groups: R; the threshold is the k-th largest of the maxima of R groups.
+    adjacent: a group has adjacent codes of a queue, or those that are equal modulo R / queues.
+    """
+
+    stride: int
+    own: int
+    groups: int
+    adjacent: bool
+
+    def tiles(self, layout: Layout, count: int, first_row: int | None) -> Tensor:
+        """Numbers of the sampled tiles of `count`, for queries from first_row on."""
+        sampled = torch.arange(0, count, self.stride)
+        if first_row is not None:
+            first = (first_row + ROWS // 2) // layout.advance - self.own // 2
+            near = (first + torch.arange(self.own)).clamp(0, count - 1)
+            sampled = torch.cat([sampled, near]).unique()
+        return sampled
+
+
+def similarities(query: Tensor, key: Tensor) -> Tensor:
+    """S by cosine, of rows that are rounded to float16."""
+    query, key = (F.normalize(rows.half().float(), dim=-1) for rows in (query, key))
+    return query @ key.T
+
+
+def group_maxima(tiles: Tensor, sample: Sample) -> Tensor:
+    """[N, R]: running maxima over tiles [N, sampled tiles, queues, leaves]."""
+    maxima = tiles.amax(1)
+    joined = maxima[0].numel() // sample.groups
+    if sample.adjacent:
+        return maxima.unflatten(2, (-1, joined)).amax(3).flatten(1)
+    return maxima.unflatten(2, (joined, -1)).amax(2).flatten(1)
+
+
+def kth_largest(maxima: Tensor, k: int) -> Tensor:
+    """[N]: k - 1 times all that equal the largest are removed; then the largest, a bit lowered."""
+    for _ in range(k - 1):
+        maxima = maxima.masked_fill(maxima == maxima.amax(1, keepdim=True), NEVER)
+    largest = maxima.amax(1)
+    return torch.where(largest > NEVER, largest - largest.abs() * 2**-20, NEVER)
+
+
+def hits_of_words(tiles: Tensor, threshold: Tensor) -> Tensor:
+    """[N, tiles, queues] uint8: the hits that a thread has in a row of a tile."""
+    hit = (tiles >= threshold[:, None, None, None]) & (tiles > NEVER)
+    return hit.sum(-1, dtype=torch.uint8)
+
+
+@dataclass
+class Counts:
+    """queues [N, queues]: hits; turns: of appending, per word; tiles in all, and of the sample."""
+
+    queues: Tensor
+    turns: float
+    tiles: int
+    sampled: float
+
+
+def count(
+    S: Tensor, k: int, sample: Sample | None, layout: Layout, first_row: int | None
+) -> Counts:
+    """Hits of `ROWS` queries from first_row on (None: not among the keys) in S [N, columns].
+
+    Without a sample, the threshold is the k-th similarity itself.
+    """
+    tiles = layout.tiles(S)
+    sampled = torch.arange(0)
+    if sample is None:
+        threshold = S.topk(k, 1).values[:, -1]
+    else:
+        sampled = sample.tiles(layout, tiles.shape[1], first_row)
+        threshold = kth_largest(group_maxima(tiles[:, sampled], sample), k)
+    words = hits_of_words(tiles, threshold)
+    lanes = words.unflatten(2, (-1, 32 // layout.rows)).unflatten(0, (-1, layout.rows))
+    turns = lanes.amax((1, 4)).float().mean().item()
+    return Counts(words.sum(1, dtype=torch.int64), turns, tiles.shape[1], len(sampled))
+
+
+def summary(
+    parts: list[Counts], k: int, groups: int, caps: tuple[int, ...] = CAPS
+) -> dict[str, Any]:
+    """Statistics of some programs, and warp instructions per row of sm_90 by CAP."""
+    queues = torch.cat([part.queues for part in parts])
+    hits, longest = queues.sum(1).double(), queues.amax(1)
+    turns = sum(part.turns for part in parts) / len(parts)
+    elements = parts[0].tiles * LAYOUTS[90].tile / 32
+    sampled = sum(part.sampled for part in parts) / len(parts) * LAYOUTS[90].tile / 32
+    # A round of the k-th largest takes the maxima of two rows of a thread, and of four threads.
+    rounds = (k - 1) * (3 * groups / 4 + 4) / 8
+    overflow = {cap: (longest > cap).double().mean().item() for cap in caps}
+    stored = {cap: queues.clamp(max=cap).sum(1).sub(32).clamp(min=0).double() for cap in caps}
+    fixed = sampled * SAMPLED + rounds + elements * (SWEPT + TURN * turns / 32) + FINISH
+    return {
+        "hits": round(hits.mean().item(), 2),
+        "hits_p99": round(hits.quantile(0.99).item(), 1),
+        "turns": round(turns, 2),
+        "overflow": {cap: round(share, 5) for cap, share in overflow.items()},
+        "instructions": {
+            cap: round(fixed + HIT * stored[cap].mean().item() + EXACT * overflow[cap])
+            for cap in caps
+        },
+    }
+
+
+LAYOUTS = {
+    80: Layout(tile=128, queues=8, pair=2, rows=8, advance=124),
+    90: Layout(tile=128, queues=4, pair=2, rows=8, advance=124),
+    100: Layout(tile=64, queues=2, pair=32, rows=32, advance=64),
+}
+
+
+def chosen(columns: int, k: int) -> tuple[Sample, int]:
+    """The sample of configs.py, and CAP."""
+    return Sample(1, 0, 128 if k > 32 else 64, False), 16 if k <= 16 else 32 if k <= 32 else 64
+
+
+def variants(sample: Sample, layout: Layout) -> dict[str, tuple[Sample | None, Layout]]:
+    """The chosen sample and layout, and others that differ in one thing."""
+    samples = {f"stride {s}": replace(sample, stride=s) for s in (1, 2, 4, 8)}
+    samples |= {f"own {n}": replace(sample, own=n) for n in (0, 1, 3)}
+    samples |= {f"R = {r}": replace(sample, groups=r) for r in (32, 64, 128)}
+    samples |= {f"adjacent {a}": replace(sample, adjacent=a) for a in (False, True)}
+    layouts = {f"advance {a}": replace(layout, advance=a) for a in (120, 124, 126, 128)}
+    layouts["rotate 37"] = replace(layout, advance=layout.tile, rotate=37)
+    both: dict[str, tuple[Sample | None, Layout]] = {"k-th similarity itself": (None, layout)}
+    both["chosen"] = sample, layout
+    both |= {name: (each, layout) for name, each in samples.items() if each != sample}
+    return both | {name: (sample, each) for name, each in layouts.items() if each != layout}
+
+
+def measure(tokens: list[Tensor], k: int, sample: Sample | None, layout: Layout) -> dict[str, Any]:
+    """Statistics over some programs of each picture, whose positions differ."""
+    columns = len(tokens[0])
+    programs = columns // ROWS
+    each = max(1, 4096 // columns)
+    parts = []
+    for i, rows in enumerate(tokens):
+        for j in range(each):
+            first = (5 * i + j * programs // each + j) % programs * ROWS
+            S = similarities(rows[first : first + ROWS], rows)
+            parts.append(count(S, k, sample, layout, first))
+    return summary(parts, k, 0 if sample is None else sample.groups)
+
+
+def average(made: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over sets of tokens, and of the instructions also the largest."""
+    mean = {
+        name: round(sum(each[name] for each in made) / len(made), 2)
+        for name in ("hits", "hits_p99", "turns")
+    }
+    by_cap = {
+        name: {cap: sum(each[name][cap] for each in made) / len(made) for cap in CAPS}
+        for name in ("overflow", "instructions")
+    }
+    return mean | by_cap | {"worst": {c: max(e["instructions"][c] for e in made) for c in CAPS}}
+
+
+def show(columns: int, k: int, name: str, made: dict[str, Any]) -> None:
+    shares = "".join(f"{100 * share:7.2f}" for share in made["overflow"].values())
+    costs = "".join(f"{cost:7.0f}" for cost in made["instructions"].values())
+    numbers = f"{made['hits']:8.1f}{made['hits_p99']:8.0f}{made['turns']:7.2f}"
+    print(f"{columns:7}{k:4} {name:36}{numbers} |{shares} |{costs}", flush=True)
+
+
+@torch.inference_mode()
+def count_all(cifar: Cifar | None) -> dict[str, Any]:
+    """Prints the table, and returns what is written."""
+    of_chosen, of_variants = [], []
+    print("columns   k tokens" + " " * 34 + "hits  99th %  turns | overflow % | instructions")
+    print(f"for CAP = {', '.join(map(str, CAPS))}; turns per word of a thread")
+    for side in SIDES:
+        made: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        for name, tokens in token_sets(side, cifar):
+            for k in KS:
+                sample, _ = chosen(side * side, k)
+                for arch, layout in LAYOUTS.items():
+                    groups = min(sample.groups, layout.tile)
+                    numbers = measure(tokens, k, replace(sample, groups=groups), layout)
+                    of_chosen.append(
+                        {"columns": side * side, "k": k, "arch": arch, "tokens": name} | numbers
+                    )
+                    if arch == 90:
+                        show(side * side, k, name, numbers)
+                if name in EXTREMES:
+                    continue
+                for variant, (other, layout) in variants(sample, LAYOUTS[90]).items():
+                    if other is None or other.groups >= k:
+                        numbers = measure(tokens, k, other, layout)
+                        made.setdefault((k, variant), []).append(numbers)
+        for (k, variant), each in sorted(made.items()):
+            mean = average(each)
+            of_variants.append({"columns": side * side, "k": k, "variant": variant} | mean)
+            show(side * side, k, variant, mean)
+    settings = [
+        {"columns": side * side, "k": k, "CAP": cap} | asdict(sample)
+        for side in SIDES
+        for k in KS
+        for sample, cap in [chosen(side * side, k)]
+    ]
+    return {"settings": settings, "chosen": of_chosen, "variants": of_variants}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--cifar10", type=Path, help="archive of CIFAR-10 as class folders")
+    parser.add_argument("--train-images", type=int, default=20_000, help="that VGG-11 is shown")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    cifar = None
+    if options.cifar10 is None:
+        print("Without --cifar10: no tokens of CIFAR-10, and no features of a VGG-11.")
+    else:
+        cifar = train(options.cifar10, options.train_images)
+    result = count_all(cifar)
+    if cifar is not None:
+        result["vgg"] = {"images": options.train_images, "accuracy": cifar.accuracy}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
