@@ -93,7 +93,8 @@ def test_tiles_that_advance_by_less() -> None:
 def test_tiles_that_are_rotated() -> None:
     # Column 2 of tile 1 takes the place of column 1, in the group of column 1 of tile 0.
     rotated = replace(SM_90, rotate=127)
-    assert queues(row_of({1: 4.0, 130: 3.5, 0: 2.0}), 2, layout=rotated) == [2, 0, 0, 0]
+    assert queues(row_of({1: 4.0, 130: 3.5, 0: 2.0}), 2, layout=rotated) == [3, 0, 0, 0]
+    assert queues(row_of({1: 4.0, 130: 3.5, 0: 2.0}), 2) == [1, 1, 0, 0]
     tiles = rotated.tiles(torch.arange(300.0)[None])
     assert sorted(tiles[tiles > NEVER].tolist()) == list(range(300))
 
