@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tools import count_hits
-from tools.count_hits import LAYOUTS, NEVER, Layout, Sample
+from tools.count_hits import LAYOUTS, NEVER, Case, Layout, Sample
 
 SM_90 = replace(LAYOUTS[90], advance=128)
 SAMPLE = Sample(stride=1, own=0, groups=32, adjacent=False)
@@ -29,7 +29,7 @@ def queues(
     S: Tensor, k: int, sample: Sample | None = SAMPLE, layout: Layout = SM_90, row: int = 0
 ) -> list[int]:
     """Hits in the queues of the first row."""
-    return count_hits.count(S, k, sample, layout, row).queues[0].tolist()
+    return count_hits.count(Case(k, sample, layout), layout.tiles(S), row).queues[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,11 @@ def test_tiles_that_are_rotated() -> None:
 
 def test_turns_are_the_most_hits_of_a_lane() -> None:
     S = row_of(FOUR)
+    case = Case(3, SAMPLE, SM_90)
     # Of 2 tiles and 16 times 8 rows, one word has 2 hits, and another 1.
-    assert count_hits.count(S, 3, SAMPLE, SM_90, 0).turns == (2 + 1) / 32
+    assert count_hits.count(case, SM_90.tiles(S), 0).turns == (2 + 1) / 32
     S[8] = S[0]
-    assert count_hits.count(S, 3, SAMPLE, SM_90, 0).turns == 2 * (2 + 1) / 32
+    assert count_hits.count(case, SM_90.tiles(S), 0).turns == 2 * (2 + 1) / 32
 
 
 @pytest.mark.parametrize("arch", LAYOUTS)
@@ -124,7 +125,8 @@ def test_threshold_is_at_most_the_kth_similarity(arch, ties, adjacent) -> None:
         for k in (1, 9, 16, 32):
             threshold = count_hits.kth_largest(maxima, k)
             assert (threshold < S.topk(k, 1).values[:, -1]).all()
-            hits = count_hits.count(S, k, sample, LAYOUTS[arch], 512).queues.sum(1)
+            case = Case(k, sample, LAYOUTS[arch])
+            hits = count_hits.count(case, tiles, 512).queues.sum(1)
             assert hits.equal(S.ge(threshold[:, None]).sum(1))
             assert (hits >= k).all()
 
@@ -139,7 +141,7 @@ def test_kth_largest_removes_all_that_are_equal() -> None:
 
 def test_overflow_and_instructions() -> None:
     counts = count_hits.Counts(torch.tensor([[9, 0, 0, 0], [8, 8, 8, 12]]), 0.5, 8, 4.0)
-    made = count_hits.summary([counts], k=9, groups=32, caps=(8, 9, 11, 12))
+    made = count_hits.summary(Case(9, SAMPLE, SM_90), [counts], caps=(8, 9, 11, 12))
     assert made["hits"] == (9 + 36) / 2
     assert made["turns"] == 0.5
     assert made["overflow"] == {8: 1.0, 9: 0.5, 11: 0.5, 12: 0.0}
@@ -163,10 +165,9 @@ def test_the_command(tmp_path: Path, monkeypatch, capsys) -> None:
     count_hits.main()
     printed = capsys.readouterr().out
     assert "no tokens of CIFAR-10" in printed
-    records = json.loads(output.read_text())["chosen"]
+    records = json.loads(output.read_text())["tokens"]
     of_random, of_constant = (
-        next(r for r in records if r["tokens"] == name and r["k"] == 9 and r["arch"] == 90)
-        for name in sets
+        next(r for r in records if r["tokens"] == name and r["case"] == "sm_90") for name in sets
     )
     assert 9 <= of_random["hits"] < 20
     assert of_random["overflow"]["16"] == 0

@@ -116,8 +116,17 @@ def kth_largest(maxima: Tensor, k: int) -> Tensor:
 
 def hits_of_words(tiles: Tensor, threshold: Tensor) -> Tensor:
     """[N, tiles, queues] uint8: the hits that a thread has in a row of a tile."""
-    hit = (tiles >= threshold[:, None, None, None]) & (tiles > NEVER)
-    return hit.sum(-1, dtype=torch.uint8)
+    finite = threshold.clamp(min=torch.finfo().min)
+    return tiles.ge(finite[:, None, None, None]).sum(-1, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is counted for a k; without a sample, the threshold is the k-th similarity itself."""
+
+    k: int
+    sample: Sample | None
+    layout: Layout
 
 
 @dataclass
@@ -130,29 +139,21 @@ class Counts:
     sampled: float
 
 
-def count(
-    S: Tensor, k: int, sample: Sample | None, layout: Layout, first_row: int | None
-) -> Counts:
-    """Hits of `ROWS` queries from first_row on (None: not among the keys) in S [N, columns].
-
-    Without a sample, the threshold is the k-th similarity itself.
-    """
-    tiles = layout.tiles(S)
+def count(case: Case, tiles: Tensor, first_row: int | None) -> Counts:
+    """Hits of queries from first_row on (None: not among the keys) in tiles of S."""
     sampled = torch.arange(0)
-    if sample is None:
-        threshold = S.topk(k, 1).values[:, -1]
+    if case.sample is None:
+        threshold = tiles.flatten(1).topk(case.k, 1).values[:, -1]
     else:
-        sampled = sample.tiles(layout, tiles.shape[1], first_row)
-        threshold = kth_largest(group_maxima(tiles[:, sampled], sample), k)
+        sampled = case.sample.tiles(case.layout, tiles.shape[1], first_row)
+        threshold = kth_largest(group_maxima(tiles[:, sampled], case.sample), case.k)
     words = hits_of_words(tiles, threshold)
-    lanes = words.unflatten(2, (-1, 32 // layout.rows)).unflatten(0, (-1, layout.rows))
+    lanes = words.unflatten(2, (-1, 32 // case.layout.rows)).unflatten(0, (-1, case.layout.rows))
     turns = lanes.amax((1, 4)).float().mean().item()
     return Counts(words.sum(1, dtype=torch.int64), turns, tiles.shape[1], len(sampled))
 
 
-def summary(
-    parts: list[Counts], k: int, groups: int, caps: tuple[int, ...] = CAPS
-) -> dict[str, Any]:
+def summary(case: Case, parts: list[Counts], caps: tuple[int, ...] = CAPS) -> dict[str, Any]:
     """Statistics of some programs, and warp instructions per row of sm_90 by CAP."""
     queues = torch.cat([part.queues for part in parts])
     hits, longest = queues.sum(1).double(), queues.amax(1)
@@ -160,7 +161,9 @@ def summary(
     elements = parts[0].tiles * LAYOUTS[90].tile / 32
     sampled = sum(part.sampled for part in parts) / len(parts) * LAYOUTS[90].tile / 32
     # A round of the k-th largest takes the maxima of two rows of a thread, and of four threads.
-    rounds = (k - 1) * (3 * groups / 4 + 4) / 8
+    rounds = 0.0
+    if case.sample is not None:
+        rounds = (case.k - 1) * (3 * case.sample.groups / 4 + 4) / 8
     overflow = {cap: (longest > cap).double().mean().item() for cap in caps}
     stored = {cap: queues.clamp(max=cap).sum(1).sub(32).clamp(min=0).double() for cap in caps}
     fixed = sampled * SAMPLED + rounds + elements * (SWEPT + TURN * turns / 32) + FINISH
@@ -188,32 +191,37 @@ def chosen(columns: int, k: int) -> tuple[Sample, int]:
     return Sample(1, 0, 128 if k > 32 else 64, False), 16 if k <= 16 else 32 if k <= 32 else 64
 
 
-def variants(sample: Sample, layout: Layout) -> dict[str, tuple[Sample | None, Layout]]:
-    """The chosen sample and layout, and others that differ in one thing."""
+def cases(columns: int, k: int) -> dict[str, Case]:
+    """By name: what is chosen, for each architecture, and for sm_90 what differs in one thing."""
+    sample, _ = chosen(columns, k)
+    made = {f"sm_{arch}": Case(k, sample, layout) for arch, layout in LAYOUTS.items()}
+    made["sm_100"] = Case(k, replace(sample, groups=min(sample.groups, 64)), LAYOUTS[100])
     samples = {f"stride {s}": replace(sample, stride=s) for s in (1, 2, 4, 8)}
     samples |= {f"own {n}": replace(sample, own=n) for n in (0, 1, 3)}
-    samples |= {f"R = {r}": replace(sample, groups=r) for r in (32, 64, 128)}
-    samples |= {f"adjacent {a}": replace(sample, adjacent=a) for a in (False, True)}
-    layouts = {f"advance {a}": replace(layout, advance=a) for a in (120, 124, 126, 128)}
+    samples |= {f"R {r}": replace(sample, groups=r) for r in (32, 64, 128) if r >= k}
+    samples["adjacent"] = replace(sample, adjacent=True)
+    layout = LAYOUTS[90]
+    layouts = {f"advance {a}": replace(layout, advance=a) for a in (124, 126, 128)}
     layouts["rotate 37"] = replace(layout, advance=layout.tile, rotate=37)
-    both: dict[str, tuple[Sample | None, Layout]] = {"k-th similarity itself": (None, layout)}
-    both["chosen"] = sample, layout
-    both |= {name: (each, layout) for name, each in samples.items() if each != sample}
-    return both | {name: (sample, each) for name, each in layouts.items() if each != layout}
+    made |= {name: Case(k, each, layout) for name, each in samples.items() if each != sample}
+    made |= {name: Case(k, sample, each) for name, each in layouts.items() if each != layout}
+    return made | {"perfect": Case(k, None, layout)}
 
 
-def measure(tokens: list[Tensor], k: int, sample: Sample | None, layout: Layout) -> dict[str, Any]:
+def measure(tokens: list[Tensor], cases: list[Case]) -> list[dict[str, Any]]:
     """Statistics over some programs of each picture, whose positions differ."""
     columns = len(tokens[0])
     programs = columns // ROWS
     each = max(1, 4096 // columns)
-    parts = []
+    parts: list[list[Counts]] = [[] for _ in cases]
     for i, rows in enumerate(tokens):
         for j in range(each):
             first = (5 * i + j * programs // each + j) % programs * ROWS
             S = similarities(rows[first : first + ROWS], rows)
-            parts.append(count(S, k, sample, layout, first))
-    return summary(parts, k, 0 if sample is None else sample.groups)
+            tiles = {layout: layout.tiles(S) for layout in {case.layout for case in cases}}
+            for case, counts in zip(cases, parts, strict=True):
+                counts.append(count(case, tiles[case.layout], first))
+    return [summary(case, counts) for case, counts in zip(cases, parts, strict=True)]
 
 
 def average(made: list[dict[str, Any]]) -> dict[str, Any]:
@@ -239,39 +247,34 @@ def show(columns: int, k: int, name: str, made: dict[str, Any]) -> None:
 @torch.inference_mode()
 def count_all(cifar: Cifar | None) -> dict[str, Any]:
     """Prints the table, and returns what is written."""
-    of_chosen, of_variants = [], []
+    records, means = [], []
     print("columns   k tokens" + " " * 34 + "hits  99th %  turns | overflow % | instructions")
     print(f"for CAP = {', '.join(map(str, CAPS))}; turns per word of a thread")
     for side in SIDES:
-        made: dict[tuple[int, str], list[dict[str, Any]]] = {}
-        for name, tokens in token_sets(side, cifar):
-            for k in KS:
-                sample, _ = chosen(side * side, k)
-                for arch, layout in LAYOUTS.items():
-                    groups = min(sample.groups, layout.tile)
-                    numbers = measure(tokens, k, replace(sample, groups=groups), layout)
-                    of_chosen.append(
-                        {"columns": side * side, "k": k, "arch": arch, "tokens": name} | numbers
-                    )
-                    if arch == 90:
-                        show(side * side, k, name, numbers)
-                if name in EXTREMES:
-                    continue
-                for variant, (other, layout) in variants(sample, LAYOUTS[90]).items():
-                    if other is None or other.groups >= k:
-                        numbers = measure(tokens, k, other, layout)
-                        made.setdefault((k, variant), []).append(numbers)
-        for (k, variant), each in sorted(made.items()):
-            mean = average(each)
-            of_variants.append({"columns": side * side, "k": k, "variant": variant} | mean)
-            show(side * side, k, variant, mean)
+        columns = side * side
+        several = {(k, name): case for k in KS for name, case in cases(columns, k).items()}
+        made: dict[tuple[int, str], list[dict[str, Any]]] = {key: [] for key in several}
+        for tokens_name, tokens in token_sets(side, cifar):
+            numbers = measure(tokens, list(several.values()))
+            for (k, name), each in zip(several, numbers, strict=True):
+                if name.startswith("sm_") or name == "perfect":
+                    what = {"columns": columns, "k": k, "tokens": tokens_name, "case": name}
+                    records.append(what | each)
+                if name == "sm_90":
+                    show(columns, k, tokens_name, each)
+                if tokens_name not in EXTREMES:
+                    made[k, name].append(each)
+        for (k, name), counted in made.items():
+            if counted:
+                means.append({"columns": columns, "k": k, "case": name} | average(counted))
+                show(columns, k, f"mean, {name}", means[-1])
     settings = [
         {"columns": side * side, "k": k, "CAP": cap} | asdict(sample)
         for side in SIDES
         for k in KS
         for sample, cap in [chosen(side * side, k)]
     ]
-    return {"settings": settings, "chosen": of_chosen, "variants": of_variants}
+    return {"settings": settings, "tokens": records, "means": means}
 
 
 def main() -> None:

@@ -45,7 +45,8 @@ def train(archive: Path, images: int) -> Cifar:
     torch.manual_seed(0)
     model = vgg11(10, "conv2d", hidden=128, dropout=0.0)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
-    for batch in torch.randperm(len(dataset.train.labels)).split(128):
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
+    for batch in order.split(128):
         outputs = model((dataset.train.images[batch] / 255 - mean) / deviation)
         loss = F.cross_entropy(outputs, dataset.train.labels[batch])
         optimizer.zero_grad()
