@@ -123,9 +123,9 @@ def test_threshold_is_at_most_the_kth_similarity(arch, ties, adjacent) -> None:
         maxima = count_hits.group_maxima(tiles[:, sampled], sample)
         assert maxima.shape == (128, groups)
         for k in (1, 9, 16, 32):
-            threshold = count_hits.kth_largest(maxima, k)
+            threshold = count_hits.kth_largest(maxima, k, k == 16)
             assert (threshold < S.topk(k, 1).values[:, -1]).all()
-            case = Case(k, sample, LAYOUTS[arch])
+            case = Case(k, replace(sample, ties=k == 16), LAYOUTS[arch])
             hits = count_hits.count(case, tiles, 512).queues.sum(1)
             assert hits.equal(S.ge(threshold[:, None]).sum(1))
             assert (hits >= k).all()
@@ -137,6 +137,14 @@ def test_kth_largest_removes_all_that_are_equal() -> None:
     expected = [3 * lowered, 2 * lowered, lowered, NEVER]
     assert [count_hits.kth_largest(maxima, k).item() for k in (1, 2, 3, 4)] == expected
     assert count_hits.kth_largest(-torch.ones(1, 4), 1).item() < -1
+
+
+def test_kth_largest_with_ties_removes_one() -> None:
+    maxima = torch.tensor([[3.0, 2.0, 3.0, 1.0, NEVER]])
+    lowered = 1 - 2**-16
+    expected = [3 * lowered, 3 * lowered, 2 * lowered, lowered, NEVER]
+    made = [count_hits.kth_largest(maxima, k, ties=True).item() for k in (1, 2, 3, 4, 5)]
+    assert made == expected
 
 
 def test_overflow_and_instructions() -> None:

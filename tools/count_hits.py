@@ -29,7 +29,7 @@ from .token_sets import EXTREMES, Cifar, token_sets, train
 RESULT = Path("benchmarks/results/hits.json")
 ROWS = 128  # consecutive queries of a program
 NEVER = float("-inf")
-CAPS = (8, 16, 32, 64)
+CAPS = (8, 16, 32, 64, 128)
 KS = (9, 16, 32, 64)
 SIDES = (32, 64, 128)  # of the map of tokens
 # Warp instructions on sm_90, counted from machine code: per element of a thread, per turn of the
@@ -74,12 +74,14 @@ class Sample:
     stride: every stride-th tile; own: and so many around the query's own position.
     groups: R; the threshold is the k-th largest of the maxima of R groups.
     adjacent: a group has adjacent codes of a queue, or those that are equal modulo R / queues.
+    ties: equal maxima are as many as they are, and not one; then the threshold is less exact.
     """
 
     stride: int
     own: int
     groups: int
     adjacent: bool
+    ties: bool = False
 
     def tiles(self, layout: Layout, count: int, first_row: int | None) -> Tensor:
         """Numbers of the sampled tiles of `count`, for queries from first_row on."""
@@ -106,8 +108,14 @@ def group_maxima(tiles: Tensor, sample: Sample) -> Tensor:
     return maxima.unflatten(2, (joined, -1)).amax(2).flatten(1)
 
 
-def kth_largest(maxima: Tensor, k: int) -> Tensor:
-    """[N]: k - 1 times all that equal the largest are removed; then the largest, a bit lowered."""
+def kth_largest(maxima: Tensor, k: int, ties: bool = False) -> Tensor:
+    """[N]: k - 1 times all that equal the largest are removed; then the largest, a bit lowered.
+
+    With ties, only one is removed: the number of its group takes the last bits of a maximum.
+    """
+    if ties:
+        largest = maxima.topk(k, 1).values[:, -1]
+        return torch.where(largest > NEVER, largest - largest.abs() * 2**-16, NEVER)
     for _ in range(k - 1):
         maxima = maxima.masked_fill(maxima == maxima.amax(1, keepdim=True), NEVER)
     largest = maxima.amax(1)
@@ -146,7 +154,9 @@ def count(case: Case, tiles: Tensor, first_row: int | None) -> Counts:
         threshold = tiles.flatten(1).topk(case.k, 1).values[:, -1]
     else:
         sampled = case.sample.tiles(case.layout, tiles.shape[1], first_row)
-        threshold = kth_largest(group_maxima(tiles[:, sampled], case.sample), case.k)
+        threshold = kth_largest(
+            group_maxima(tiles[:, sampled], case.sample), case.k, case.sample.ties
+        )
     words = hits_of_words(tiles, threshold)
     lanes = words.unflatten(2, (-1, 32 // case.layout.rows)).unflatten(0, (-1, case.layout.rows))
     turns = lanes.amax((1, 4)).float().mean().item()
@@ -182,13 +192,16 @@ def summary(case: Case, parts: list[Counts], caps: tuple[int, ...] = CAPS) -> di
 LAYOUTS = {
     80: Layout(tile=128, queues=8, pair=2, rows=8, advance=124),
     90: Layout(tile=128, queues=4, pair=2, rows=8, advance=124),
-    100: Layout(tile=64, queues=2, pair=32, rows=32, advance=64),
+    100: Layout(tile=64, queues=2, pair=32, rows=32, advance=60),
 }
 
 
 def chosen(columns: int, k: int) -> tuple[Sample, int]:
-    """The sample of configs.py, and CAP."""
-    return Sample(1, 0, 128 if k > 32 else 64, False), 16 if k <= 16 else 32 if k <= 32 else 64
+    """The sample of configs.py, and CAP for four queues."""
+    stride = 1
+    while 100 * k * (2 * stride) ** 2 <= columns:
+        stride *= 2
+    return Sample(stride, 0, 128 if k > 32 else 64, False), 32 if k <= 16 else 64
 
 
 def cases(columns: int, k: int) -> dict[str, Case]:
@@ -200,6 +213,7 @@ def cases(columns: int, k: int) -> dict[str, Case]:
     samples |= {f"own {n}": replace(sample, own=n) for n in (0, 1, 3)}
     samples |= {f"R {r}": replace(sample, groups=r) for r in (32, 64, 128) if r >= k}
     samples["adjacent"] = replace(sample, adjacent=True)
+    samples["ties"] = replace(sample, ties=True)
     layout = LAYOUTS[90]
     layouts = {f"advance {a}": replace(layout, advance=a) for a in (124, 126, 128)}
     layouts["rotate 37"] = replace(layout, advance=layout.tile, rotate=37)
@@ -257,7 +271,7 @@ def count_all(cifar: Cifar | None) -> dict[str, Any]:
         for tokens_name, tokens in token_sets(side, cifar):
             numbers = measure(tokens, list(several.values()))
             for (k, name), each in zip(several, numbers, strict=True):
-                if name.startswith("sm_") or name == "perfect":
+                if name.startswith("sm_") or name in ("perfect", "ties"):
                     what = {"columns": columns, "k": k, "tokens": tokens_name, "case": name}
                     records.append(what | each)
                 if name == "sm_90":
