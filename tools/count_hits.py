@@ -74,7 +74,7 @@ class Sample:
     stride: every stride-th tile; own: and so many around the query's own position.
     groups: R; the threshold is the k-th largest of the maxima of R groups.
     adjacent: a group has adjacent codes of a queue, or those that are equal modulo R / queues.
-    ties: equal maxima are as many as they are, and not one; then the threshold is less exact.
+    ties: equal maxima count as many times as they occur, and not once.
     """
 
     stride: int
@@ -111,14 +111,14 @@ def group_maxima(tiles: Tensor, sample: Sample) -> Tensor:
 def kth_largest(maxima: Tensor, k: int, ties: bool = False) -> Tensor:
     """[N]: k - 1 times all that equal the largest are removed; then the largest, a bit lowered.
 
-    With ties, only one is removed: the number of its group takes the last bits of a maximum.
+    With ties, those that are removed are counted, until they are k.
     """
     if ties:
         largest = maxima.topk(k, 1).values[:, -1]
-        return torch.where(largest > NEVER, largest - largest.abs() * 2**-16, NEVER)
-    for _ in range(k - 1):
-        maxima = maxima.masked_fill(maxima == maxima.amax(1, keepdim=True), NEVER)
-    largest = maxima.amax(1)
+    else:
+        for _ in range(k - 1):
+            maxima = maxima.masked_fill(maxima == maxima.amax(1, keepdim=True), NEVER)
+        largest = maxima.amax(1)
     return torch.where(largest > NEVER, largest - largest.abs() * 2**-20, NEVER)
 
 
@@ -164,19 +164,23 @@ def count(case: Case, tiles: Tensor, first_row: int | None) -> Counts:
 
 
 def summary(case: Case, parts: list[Counts], caps: tuple[int, ...] = CAPS) -> dict[str, Any]:
-    """Statistics of some programs, and warp instructions per row of sm_90 by CAP."""
+    """Statistics of some programs, and by CAP the warp instructions per row, as if on sm_90."""
     queues = torch.cat([part.queues for part in parts])
     hits, longest = queues.sum(1).double(), queues.amax(1)
     turns = sum(part.turns for part in parts) / len(parts)
-    elements = parts[0].tiles * LAYOUTS[90].tile / 32
-    sampled = sum(part.sampled for part in parts) / len(parts) * LAYOUTS[90].tile / 32
-    # A round of the k-th largest takes the maxima of two rows of a thread, and of four threads.
+    sampled = sum(part.sampled for part in parts) / len(parts)
+    layout, tiles = case.layout, parts[0].tiles
     rounds = 0.0
     if case.sample is not None:
-        rounds = (case.k - 1) * (3 * case.sample.groups / 4 + 4) / 8
+        # A round of the k-th largest: of two rows of a thread, then of the four threads of a row.
+        each = 3 * case.sample.groups / 4 + 4
+        if case.sample.ties:
+            each += case.sample.groups / 4 + 2
+        rounds = (case.k - 1) * each / 8
     overflow = {cap: (longest > cap).double().mean().item() for cap in caps}
     stored = {cap: queues.clamp(max=cap).sum(1).sub(32).clamp(min=0).double() for cap in caps}
-    fixed = sampled * SAMPLED + rounds + elements * (SWEPT + TURN * turns / 32) + FINISH
+    swept = layout.tile * SWEPT + layout.queues * TURN * turns
+    fixed = (sampled * layout.tile * SAMPLED + tiles * swept) / 32 + rounds + FINISH
     return {
         "hits": round(hits.mean().item(), 2),
         "hits_p99": round(hits.quantile(0.99).item(), 1),

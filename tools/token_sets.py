@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.models.vgg import vgg11
+from benchmarks.models.vgg import VGG, vgg11
 from benchmarks.paper import data
 from benchmarks.workloads import PHOTOGRAPHS, photograph, photograph_tokens
 
@@ -26,7 +26,7 @@ EXTREMES = ("constant", "40 distinct keys", "dark photographs, RGB as stored")
 class Cifar:
     """CIFAR-10, as a VGG-11 sees it that was trained on the first images for one epoch."""
 
-    model: nn.Module
+    model: VGG
     test: Tensor
     mean: Tensor
     deviation: Tensor
