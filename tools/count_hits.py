@@ -230,7 +230,7 @@ def measure(tokens: list[Tensor], cases: list[Case]) -> list[dict[str, Any]]:
     """Statistics over some programs of each picture, whose positions differ."""
     columns = len(tokens[0])
     programs = columns // ROWS
-    each = max(1, 4096 // columns)
+    each = max(1, min(programs, 4096 // columns))
     parts: list[list[Counts]] = [[] for _ in cases]
     for i, rows in enumerate(tokens):
         for j in range(each):
