@@ -53,7 +53,8 @@ def train(archive: Path, images: int) -> Cifar:
         loss.backward()
         optimizer.step()
     test = dataset.test.images / 255
-    right = model.eval()((test - mean) / deviation).argmax(1) == dataset.test.labels
+    with torch.no_grad():
+        right = model.eval()((test - mean) / deviation).argmax(1) == dataset.test.labels
     return Cifar(model, test, mean, deviation, right.float().mean().item())
 
 
