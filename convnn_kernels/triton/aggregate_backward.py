@@ -10,12 +10,11 @@
 The gradient of bias is a sum that PyTorch takes.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .aggregation import Aggregation, prepare
+from .aggregation import Aggregation, is_dense, prepare
+from .backward import backward
 from .inverse_list import invert
 from .launch import Plan, Pointers, cache_plans
 from .modulate import prepare_modulate, prepare_softmax_backward
@@ -23,8 +22,6 @@ from .rho_grad import prepare_rho_grad
 from .tensors import empty_gradient
 from .value_grad import plan_value_grad
 from .weight_grad import add_parts, prepare_weight_grad
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def aggregate_backward(
@@ -40,12 +37,21 @@ def aggregate_backward(
     need_similarities: bool,
     need_weight: bool,
     need_bias: bool,
-    inverse: Callable[[], Pointers] | None = None,
-) -> Gradients:
-    """Gradients of value, similarities, weight and bias; see schemas.py.
-
-    `inverse` returns the inverse neighbor list where the caller needs it as well.
-    """
+) -> tuple[Tensor, ...]:
+    """Gradients of value, similarities, weight and bias; see schemas.py."""
+    if not is_dense(weight, value.shape[-1]):
+        needs = {"value": need_value, "similarities": need_similarities}
+        needs |= {"weight": need_weight and weight is not None, "bias": need_bias and has_bias}
+        return backward(
+            needs,
+            similarities,
+            indices,
+            value=value,
+            weight=weight,
+            grad_output=grad_output,
+            rho=rho,
+            scale=scale,
+        )
     need_weight = need_weight and weight is not None
     grad_value = empty_gradient(value, need_value)
     grad_s = empty_gradient(similarities, need_similarities)
@@ -79,7 +85,7 @@ def aggregate_backward(
         grad_s.zero_()
     # Last, because the inverse list takes most memory.
     if need_value:
-        pairs = inverse() if inverse else invert(s, I, value.shape[-2], call.is_dense)
+        pairs = invert(s, I, value.shape[-2], by_slot=True)
         pointers.take(pairs, "p_pairs", "p_keys", "p_offsets")
         plan_value_grad(call)(pointers)
     return grad_value, grad_s, grad_weight, grad_bias

@@ -292,6 +292,49 @@ def sort() -> Config:
     return _config(PAIRS=64, num_warps=2)
 
 
+def query_side(arch: int, C: int, D: int, k: int) -> Config:
+    """Blocks of `query_side_kernel`: one warp, in which sums over channels are shuffles."""
+    largest = 64 if arch == INTERPRETER else 256
+    block_c, block_d = (min(largest, max(16, power_of_two(X))) for X in (C, D))
+    return _config(
+        BLOCK_N=16 if arch == INTERPRETER else 1024 // max(64, block_c, block_d),
+        BLOCK_K=max(8, block_k(k)),
+        BLOCK_C=block_c,
+        BLOCK_D=block_d,
+        num_warps=1,
+    )
+
+
+def rows_each(arch: int, block: int, B: int, N: int, key_blocks: int) -> int:
+    """The queries in a tile of `query_side_kernel`, a multiple of `block`.
+
+    Enough tiles to fill a chip; but their counts of pairs, tiles * key_blocks, must be no more than
+    a few for each query, and all programs that sort pairs read all counts of a batch element.
+    """
+    rows = 32 if arch == INTERPRETER else min(128, max(32, B * N // 2048))
+    rows = max(rows, key_blocks // 4, N // 256)
+    return -(-rows // block) * block
+
+
+def sort_pairs(arch: int) -> Config:
+    """Blocks of `sort_pairs_kernel`."""
+    pairs = 64 if arch == INTERPRETER else 32
+    return _config(PAIRS=pairs, TILES=8, BINS=128, PARTS=64, COLUMNS=16, num_warps=1)
+
+
+def key_side(arch: int, channels: int, N: int, M: int, k: int) -> Config:
+    """Blocks of `key_side_kernel`.
+
+    A chunk has more pairs than most blocks of keys, and KEYS * channels sums, which all together
+    are at most the elements of key and value, or else the pairs.
+    """
+    block = min(64, max(16, power_of_two(channels)))
+    if arch == INTERPRETER:
+        return _config(KEYS=16, PAIRS=32, BLOCK=block, CHUNK=64, num_warps=4)
+    chunk = min(power_of_two(64 * k * max(1, N // M)), 64 * power_of_two(channels))
+    return _config(KEYS=64, PAIRS=64, BLOCK=block, CHUNK=max(512, chunk), num_warps=4)
+
+
 def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     """Blocks of `weight_grad_dense_kernel`."""
     return _config(
