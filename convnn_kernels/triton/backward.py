@@ -57,8 +57,12 @@ class Backward(NamedTuple):
     @property
     def through_rho(self) -> bool:
         """Whether ds depends on the gradient of the output."""
-        search = bool(self.needed & {"query", "key", "similarities"})
+        search = self.has_search or "similarities" in self.needed
         return search and self.V.N > 0 and self.rho != "ones"
+
+    @property
+    def has_search(self) -> bool:
+        return bool(self.needed & {"query", "key"})
 
     @property
     def has_ds(self) -> bool:
@@ -77,8 +81,8 @@ def plan_backward(call: Backward) -> Plan:
     cosine, ds = call.metric == "cosine" and bool(D), call.has_ds
     keys = configs.key_side(call.arch, max(C, D), N, M, k)
     key_blocks = cdiv(M, keys["KEYS"])
-    query = configs.query_side(call.arch, C, D, k)
-    rows_each = configs.rows_each(call.arch, query["BLOCK_N"], B, N, key_blocks)
+    rows_each = configs.rows_each(call.arch, B, N, key_blocks)
+    query = configs.query_side(call.arch, C, D, k, rows_each)
     tiles = cdiv(N, rows_each)
     sort = configs.sort_pairs(call.arch)
     chunks = N * k // keys["CHUNK"] if call.sorts else 0
@@ -110,9 +114,8 @@ def plan_backward(call: Backward) -> Plan:
         "RHO_GRAD": call.through_rho,
         "DS": ds,
         "KEYS": keys["KEYS"],
-        "PIECES_V": _PIECES[call.value_dtype],
-        "PIECES_K": _PIECES[call.query_dtype],
-        "NARROW": call.arch != configs.INTERPRETER,
+        "PRECISION_V": hardware.product_precision(call.value_dtype),
+        "PRECISION_K": hardware.product_precision(call.query_dtype),
     }
     names = _unneeded(call, D > query["BLOCK_D"])
     launches = [query_side_kernel.prepare(B * tiles, query, names, **numbers)]
@@ -127,15 +130,16 @@ def plan_backward(call: Backward) -> Plan:
             for of_chunks, count in ((True, chunks), (False, key_blocks))
             if count
         ]
-    pairs = B * N * k
+    pairs, padded = B * N * k, B * tiles * rows_each * k
     integer = torch.int32 if N * k < 2**31 else torch.int64
     counts = (B * tiles * key_blocks, integer)
     parts = B * chunks * keys["KEYS"]
     buffers: dict[str, Buffer] = {
-        "p_rows": (pairs, torch.int32),
-        "p_rho": (pairs, _F32),
-        "p_grad_s": (pairs, _F32),
-        "p_unit": (pairs, _F32),
+        "p_rows": (padded, torch.int32),
+        "p_rho": (padded, _F32),
+        "p_grad_s": (padded, _F32),
+        "p_unit": (padded, _F32),
+        "p_along": (B * tiles * rows_each, _F32),
         "p_inverse": (B * N, _F32),
         "p_weight_part": (B * tiles * k * C, _F32),
         "p_bias_part": (B * tiles * C, _F32),
@@ -150,8 +154,6 @@ def plan_backward(call: Backward) -> Plan:
         "p_key_part": (parts * D, _F32),
         "p_along_part": (parts, _F32),
     }
-    if "similarities" in call.needed:
-        del buffers["p_grad_s"]
     return Plan(launches, **{name: size for name, size in buffers.items() if name not in names})
 
 
@@ -168,9 +170,11 @@ def _unneeded(call: Backward, several_blocks: bool) -> dict[str, str | None]:
         "p_key": ds and ("query" in needs or "key" in needs),
         "p_direct": call.has_direct,
         "p_rho": "value" in needs or "weight" in needs or (call.through_rho and call.rho == "softmax"),
-        "p_grad_s": ds or "similarities" in needs,
+        "p_grad_s": ds,
+        "p_similarities_grad": "similarities" in needs,
+        "p_along": ds and cosine and call.has_search,
         "p_unit": ds and cosine and several_blocks and "query" in needs,
-        "p_inverse": ds and cosine and ("query" in needs or "key" in needs),
+        "p_inverse": ds and cosine and call.has_search,
         "p_query_grad": "query" in needs,
         "p_weight_part": "weight" in needs,
         "p_bias_part": "bias" in needs,
@@ -263,7 +267,6 @@ def backward(
             # What is compiled does not depend on how a loss made it.
             p_grad=None if grad_output is None else grad_output.contiguous(),
             p_direct=None if direct is None else direct.contiguous(),
-            p_grad_s=grads.get("similarities"),
             **results,
         )
         plan_backward(call)(pointers)

@@ -292,34 +292,34 @@ def sort() -> Config:
     return _config(PAIRS=64, num_warps=2)
 
 
-def query_side(arch: int, C: int, D: int, k: int) -> Config:
+def query_side(arch: int, C: int, D: int, k: int, rows_each: int) -> Config:
     """Blocks of `query_side_kernel`: one warp, in which sums over channels are shuffles."""
     largest = 64 if arch == INTERPRETER else 256
     block_c, block_d = (min(largest, max(16, power_of_two(X))) for X in (C, D))
     return _config(
-        BLOCK_N=16 if arch == INTERPRETER else 1024 // max(64, block_c, block_d),
-        BLOCK_K=max(8, block_k(k)),
+        ROWS=min(128, rows_each),
+        BLOCK_N=32 if arch == INTERPRETER else 1024 // max(64, block_c, block_d),
+        BLOCK_K=block_k(k),
         BLOCK_C=block_c,
         BLOCK_D=block_d,
         num_warps=1,
     )
 
 
-def rows_each(arch: int, block: int, B: int, N: int, key_blocks: int) -> int:
-    """The queries in a tile of `query_side_kernel`, a multiple of `block`.
+def rows_each(arch: int, B: int, N: int, key_blocks: int) -> int:
+    """The queries in a tile of `query_side_kernel`: 32, 64, or a multiple of 128.
 
     Enough tiles to fill a chip; but their counts of pairs, tiles * key_blocks, must be no more than
     a few for each query, and all programs that sort pairs read all counts of a batch element.
     """
-    rows = 32 if arch == INTERPRETER else min(128, max(32, B * N // 2048))
+    rows = 32 if arch == INTERPRETER else power_of_two(min(128, max(32, B * N // 2048)))
     rows = max(rows, key_blocks // 4, N // 256)
-    return -(-rows // block) * block
+    return power_of_two(rows) if rows <= 128 else -(-rows // 128) * 128
 
 
 def sort_pairs(arch: int) -> Config:
     """Blocks of `sort_pairs_kernel`."""
-    pairs = 64 if arch == INTERPRETER else 32
-    return _config(PAIRS=pairs, TILES=8, BINS=128, PARTS=64, COLUMNS=16, num_warps=1)
+    return _config(PAIRS=32, TILES=8, BINS=128, PARTS=64, COLUMNS=16, num_warps=1)
 
 
 def key_side(arch: int, channels: int, N: int, M: int, k: int) -> Config:
@@ -329,10 +329,15 @@ def key_side(arch: int, channels: int, N: int, M: int, k: int) -> Config:
     are at most the elements of key and value, or else the pairs.
     """
     block = min(64, max(16, power_of_two(channels)))
-    if arch == INTERPRETER:
-        return _config(KEYS=16, PAIRS=32, BLOCK=block, CHUNK=64, num_warps=4)
-    chunk = min(power_of_two(64 * k * max(1, N // M)), 64 * power_of_two(channels))
-    return _config(KEYS=64, PAIRS=64, BLOCK=block, CHUNK=max(512, chunk), num_warps=4)
+    chunk = min(power_of_two(16 * k * max(1, N // M)), 16 * power_of_two(channels))
+    return _config(
+        KEYS=16,
+        PAIRS=32,
+        BLOCK=block,
+        CHUNK=64 if arch == INTERPRETER else max(256, chunk),
+        num_warps=2,
+        num_stages=1,
+    )
 
 
 def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:

@@ -30,60 +30,31 @@ from .inverse_norms import inverse_norm_at
 from .launch import Kernel
 from .metrics import COSINE, EUCLIDEAN
 
-# Columns of the product that sums ds_ij s_ij, of which three pieces take three.
-_COLUMNS = tl.constexpr(16)
-
-
-@triton.jit
-def _narrow(b_x, NARROW: tl.constexpr):
-    """As bfloat16; not in the interpreter, which multiplies bfloat16 wrongly."""
-    if NARROW:
-        b_x = b_x.to(tl.bfloat16)
-    return b_x
-
-
-@triton.jit
-def _leading_bits(b_x):
-    """b_x, cut off after the 8 leading bits of its significand."""
-    return (b_x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-
 
 @triton.jit
 def _add_terms(
     b_sum,  # [KEYS, channels] float32
     b_hit,  # [KEYS, pairs]: whether the pair belongs to the key
-    b_x,  # [pairs, channels] float32
-    PIECES: tl.constexpr,
-    NARROW: tl.constexpr,
+    b_factor,  # [pairs] float32
+    b_x,  # [pairs, channels], 16 bits or float32
+    PRECISION: tl.constexpr,
     ONE: tl.constexpr,
 ):
-    """b_sum + b_hit b_x; of a single pair, without a product."""
+    """b_sum + (b_factor where b_hit) b_x; of a single pair, without a product."""
     if ONE:
-        return b_sum + tl.where(b_hit, b_x, 0.0)
-    b_one = _narrow(b_hit.to(tl.float32), NARROW)
-    if PIECES == 1:
-        return tl.dot(b_one, _narrow(b_x, NARROW), b_sum, input_precision="ieee")
-    # Sums on tensor cores are cut off: those of a few pairs are added in float32.
-    b_high = _leading_bits(b_x)
-    b_x = b_x - b_high
-    b_part = tl.dot(b_one, _narrow(b_high, NARROW), input_precision="ieee")
-    if PIECES == 3:
-        b_high = _leading_bits(b_x)
-        b_x = b_x - b_high
-        b_part = tl.dot(b_one, _narrow(b_high, NARROW), b_part, input_precision="ieee")
-    b_part = tl.dot(b_one, _narrow(b_x, NARROW), b_part, input_precision="ieee")
-    return b_sum + b_part
-
-
-@triton.jit
-def _three_columns(b_x):
-    """The pieces of b_x [pairs], as columns [pairs, _COLUMNS]."""
-    b_high = _leading_bits(b_x)
-    b_middle = _leading_bits(b_x - b_high)
-    b_low = b_x - b_high - b_middle
-    o = tl.arange(0, _COLUMNS)[None, :]
-    b_columns = tl.where(o == 1, b_middle[:, None], tl.where(o == 2, b_low[:, None], 0.0))
-    return tl.where(o == 0, b_high[:, None], b_columns)
+        b_sum += tl.where(b_hit, b_factor[None, :] * b_x.to(tl.float32), 0.0)
+    elif b_x.dtype == tl.float16:
+        # The largest factor is brought to 2^14, so that none is too large for float16, and only
+        # what is below 2^-28 of it loses bits.
+        exponent = tl.max(tl.abs(b_factor), 0).to(tl.int32, bitcast=True) >> 23
+        exponent = tl.minimum(tl.maximum(exponent, 15), 254)
+        b_factor = b_factor * ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+        b_a = tl.where(b_hit, b_factor[None, :], 0.0).to(tl.float16)
+        b_sum += tl.dot(b_a, b_x) * ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    else:
+        b_a = tl.where(b_hit, b_factor[None, :], 0.0).to(b_x.dtype)
+        b_sum = tl.dot(b_a, b_x, b_sum, input_precision=PRECISION)
+    return b_sum
 
 
 @triton.jit
@@ -111,9 +82,8 @@ def _sum_pairs(
     KEYS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PIECES_V: tl.constexpr,
-    PIECES_K: tl.constexpr,
-    NARROW: tl.constexpr,
+    PRECISION_V: tl.constexpr,
+    PRECISION_K: tl.constexpr,
 ):
     """Sums over the pairs from `first` to `last`, without those from `begin` to `end`: dV; dk,
     cosine: before it is projected; and, cosine, ds_ij s_ij, of which columns are to be added."""
@@ -122,7 +92,7 @@ def _sum_pairs(
     ONE: tl.constexpr = PAIRS == 1
     b_dv = tl.zeros([KEYS, BLOCK], tl.float32)
     b_dk = tl.zeros([KEYS, BLOCK], tl.float32)
-    b_along = tl.zeros([KEYS, _COLUMNS], tl.float32)
+    b_along = tl.zeros([KEYS, PAIRS], tl.float32)
     for start in range(first, last - (end - begin), PAIRS):
         o_p = start + tl.arange(0, PAIRS)
         o_p += tl.where(o_p < begin, 0, end - begin)
@@ -134,25 +104,24 @@ def _sum_pairs(
         b_hit = o_m[:, None] == tl.where(m_p, b_key, -1)[None, :]
         if VALUE:
             m = m_p[:, None] & (o_c < C)[None, :]
-            b_x = tl.load(p_grad + i[:, None] * C + o_c[None, :], m, 0.0).to(tl.float32)
+            b_x = tl.load(p_grad + i[:, None] * C + o_c[None, :], m, 0.0)
             if p_weight_rows is not None:
                 j = (b_low // KEYS).to(tl.int64)
-                b_w = tl.load(p_weight_rows + j[:, None] * C + o_c[None, :], m, 0.0)
-                b_x = b_x * b_w.to(tl.float32)
-            b_x = b_x * tl.load(p_pair_rho + o_p, m_p, 0.0)[:, None]
-            b_dv = _add_terms(b_dv, b_hit, b_x, PIECES_V, NARROW, ONE)
+                b_x = b_x * tl.load(p_weight_rows + j[:, None] * C + o_c[None, :], m, 0.0)
+            b_rho = tl.load(p_pair_rho + o_p, m_p, 0.0)
+            b_dv = _add_terms(b_dv, b_hit, b_rho, b_x, PRECISION_V, ONE)
         if KEY:
             m = m_p[:, None] & (o_c < D)[None, :]
-            b_x = tl.load(p_q + i[:, None] * stride_qn + o_c[None, :], m, 0.0).to(tl.float32)
+            b_x = tl.load(p_q + i[:, None] * stride_qn + o_c[None, :], m, 0.0)
             b_ds = tl.load(p_pair_ds + o_p, m_p, 0.0)
             if METRIC == EUCLIDEAN:
                 b_k = tl.load(p_k + b_key[:, None] * stride_km + o_c[None, :], m, 0.0)
-                b_x = b_x - b_k.to(tl.float32)
+                b_x = (b_x.to(tl.float32) - b_k.to(tl.float32)).to(b_x.dtype)
                 b_ds = 2.0 * b_ds
-            b_dk = _add_terms(b_dk, b_hit, b_ds[:, None] * b_x, PIECES_K, NARROW, ONE)
+            b_dk = _add_terms(b_dk, b_hit, b_ds, b_x, PRECISION_K, ONE)
             if METRIC == COSINE:
-                b_x = _three_columns(tl.load(p_pair_along + o_p, m_p, 0.0))
-                b_along = _add_terms(b_along, b_hit, b_x, 1, NARROW, ONE)
+                b_a = tl.load(p_pair_along + o_p, m_p, 0.0)
+                b_along += tl.where(b_hit, b_a[None, :], 0.0)
     return b_dv, b_dk, b_along
 
 
@@ -214,9 +183,8 @@ def key_side_kernel(
     KEYS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
-    PIECES_V: tl.constexpr,
-    PIECES_K: tl.constexpr,
-    NARROW: tl.constexpr,
+    PRECISION_V: tl.constexpr,
+    PRECISION_K: tl.constexpr,
 ):
     """dV and dk of KEYS keys, or their part of one chunk, and BLOCK channels."""
     stride_qb1 = aligned(stride_qb1, ALIGN)
@@ -263,20 +231,21 @@ def key_side_kernel(
         p_ds = p_pair_ds + pairs
         if METRIC == COSINE:
             p_along = p_pair_along + pairs
-    b_dv, b_dk, b_along = _sum_pairs(
+    b_dv, b_dk, b_columns = _sum_pairs(
         p_g, p_weight_rows, p_q, p_k, p_pairs + pairs, p_rho, p_ds, p_along, first, last, begin,
-        end, c0, C, D, stride_qn, stride_km, METRIC, VALUE, KEY, KEYS, PAIRS, BLOCK, PIECES_V,
-        PIECES_K, NARROW,
+        end, c0, C, D, stride_qn, stride_km, METRIC, VALUE, KEY, KEYS, PAIRS, BLOCK, PRECISION_V,
+        PRECISION_K,
     )
     # 0, or NaN where a sum is not finite.
-    test = tl.sum(tl.sum(b_dv * 0.0 + b_dk * 0.0, 1) + tl.sum(b_along, 1) * 0.0, 0)
+    b_along = tl.sum(b_columns, 1)
+    test = tl.sum(tl.sum(b_dv * 0.0 + b_dk * 0.0, 1) + b_along * 0.0, 0)
     if test != 0.0:
-        b_dv, b_dk, b_along = _sum_pairs(
+        b_dv, b_dk, b_one = _sum_pairs(
             p_g, p_weight_rows, p_q, p_k, p_pairs + pairs, p_rho, p_ds, p_along, first, last, begin,
-            end, c0, C, D, stride_qn, stride_km, METRIC, VALUE, KEY, KEYS, 1, BLOCK, PIECES_V,
-            PIECES_K, NARROW,
+            end, c0, C, D, stride_qn, stride_km, METRIC, VALUE, KEY, KEYS, 1, BLOCK, PRECISION_V,
+            PRECISION_K,
         )
-    b_along = tl.sum(b_along, 1)
+        b_along = tl.sum(b_one, 1)
     if OF_CHUNKS:
         m_m = m_m & is_whole
     m_v = m_m[:, None] & (o_c < C)[None, :]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The pairs (i, j) of queries and neighbors, sorted by blocks of KEYS keys, for the key side.
 
-A stable counting sort: the pairs of a block of keys keep the order (i, j). The query side
+A counting sort, stable: the pairs of a block of keys keep the order of the tiles, and within one
+that of (j, i). The query side
 (query_side.py) has counted the pairs of each block in each tile of queries. A program here has one
 such tile. It adds up the counts to find where its pairs of each block go, and puts them there,
 PAIRS at a time. A batch element has the part of the list from b * N * k on, without missing
@@ -70,9 +71,9 @@ def _add_parts(
 
 @Kernel
 def sort_pairs_kernel(
-    p_rows,  # [B, N, k] int32, as the query side has them; so p_rho, p_grad_s, p_inverse, p_counts
-    p_rho,  # [B, N, k] float32, or None
-    p_grad_s,  # [B, N, k] float32, or None
+    p_rows,  # [B * tiles, k, rows_each] int32, as query_side.py has them; so those below
+    p_rho,  # [B * tiles, k, rows_each] float32, or None
+    p_grad_s,  # [B * tiles, k, rows_each] float32, or None
     p_inverse,  # [B, N] float32, or None
     p_similarities,  # [B, N, k] float32
     p_counts,  # [B, tiles, key_blocks], or None
@@ -119,13 +120,12 @@ def sort_pairs_kernel(
             p_counts + b * tiles * key_blocks, p_begin, tile, tiles, key_blocks, TILES, BINS
         )
         first = tile * rows_each
-        pairs = (tl.minimum(rows_each, N - first) * k).to(tl.int32)
         o_l = tl.arange(0, PAIRS)
-        for start in range(0, pairs, PAIRS):
-            local = start + o_l
-            m = local < pairs
-            o_p = (b * N + first) * k + local
-            b_row = tl.load(p_rows + o_p, m, -1)
+        for step in range(0, k * rows_each, PAIRS):
+            j = step // rows_each
+            i = first + step % rows_each + o_l
+            o_t = pid * k * rows_each + step + o_l
+            b_row = tl.load(p_rows + o_t)
             m = b_row >= 0
             b_block = b_row // KEYS
             m_before = (b_block[:, None] == b_block[None, :]) & (o_l[:, None] < o_l[None, :])
@@ -134,17 +134,14 @@ def sort_pairs_kernel(
             # The largest place of a block of keys, whatever the order.
             tl.debug_barrier()
             tl.atomic_max(p_begin + b_block, place + 1, m, sem="relaxed")
-            i = local // k
-            low = (local - i * k) * KEYS + b_row % KEYS
-            i = first + i
             place = b * N * k + place
-            tl.store(p_pairs + place, (i << 32) | low, m)
+            tl.store(p_pairs + place, (i << 32) | (j * KEYS + b_row % KEYS), m)
             if p_pair_rho is not None:
-                tl.store(p_pair_rho + place, tl.load(p_rho + o_p, m, 0.0), m)
+                tl.store(p_pair_rho + place, tl.load(p_rho + o_t), m)
             if p_pair_ds is not None:
-                b_ds = tl.load(p_grad_s + o_p, m, 0.0)
+                b_ds = tl.load(p_grad_s + o_t)
                 if p_pair_along is not None:
-                    b_s = tl.load(p_similarities + o_p, m, 0.0)
+                    b_s = tl.load(p_similarities + (b * N + i) * k + j, m, 0.0)
                     tl.store(p_pair_along + place, b_ds * b_s, m)
                     b_ds = b_ds * tl.load(p_inverse + b * N + i, m, 0.0)
                 tl.store(p_pair_ds + place, b_ds, m)

@@ -20,67 +20,66 @@ block of keys in the tile, and transposes W.
 import triton
 import triton.language as tl
 
-from .integers import aligned
+from .integers import aligned, as_int64
 from .inverse_norms import inverse_norm, inverse_norm_at
 from .launch import Kernel
 from .metrics import COSINE, EUCLIDEAN
-from .modulate import SOFTMAX, load_neighbors, modulate, softmax_terms
+from .modulate import SOFTMAX, load_neighbors, modulate
 
 
 @triton.jit
-def _modulate_tile(
-    p_similarities,
-    p_indices,
-    p_rows,
-    p_rho,
-    p_grad_s,
-    p_count,  # [key_blocks] integers, the counts of this tile; or None
-    b,
-    first,
-    last,
-    N,
-    M,
-    k,
-    scale,
-    key_blocks,
-    RHO: tl.constexpr,
-    DS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Rows of key, rho and how many pairs each block of keys has."""
-    if p_count is not None:
-        for start in range(0, key_blocks, 128):
-            o_b = start + tl.arange(0, 128)
-            tl.store(p_count + o_b, 0, o_b < key_blocks)
-        tl.debug_barrier()
-    o_k = tl.arange(0, BLOCK_K)
-    for start in range(first, last, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < last
-        o_r = b * N + o_n
-        b_max, b_sum = softmax_terms(p_similarities, p_indices, o_r, m_n, M, k, scale, RHO, BLOCK_K)
-        for j in range(0, k, BLOCK_K):
-            m_k = m_n[:, None] & (j + o_k < k)[None, :]
-            o_p = o_r[:, None] * k + (j + o_k)[None, :]
-            b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_p, m_k, M)
-            b_row = b_row.to(tl.int32)
-            tl.store(p_rows + o_p, tl.where(m, b_row, -1), m_k)
-            if p_rho is not None:
-                b_rho = modulate(b_s, m, b_max[:, None], b_sum[:, None], scale, RHO)
-                tl.store(p_rho + o_p, b_rho, m_k)
-            if p_grad_s is not None and not DS:
-                tl.store(p_grad_s + o_p, tl.zeros(o_p.shape, tl.float32), m_k)
-            if p_count is not None:
-                # Integers: one result in any order.
-                tl.atomic_add(p_count + b_row // KEYS, 1, m, sem="relaxed")
+def _count_no_pairs(p_count, key_blocks):
+    for start in range(0, key_blocks, 128):
+        o_b = start + tl.arange(0, 128)
+        tl.store(p_count + o_b, 0, o_b < key_blocks)
     tl.debug_barrier()
 
 
 @triton.jit
+def _modulate_rows(
+    p_similarities,
+    p_indices,
+    p_rows,
+    p_rho,
+    p_count,
+    o_s,  # [ROWS]: where the similarities and indices of a query begin
+    o_t,  # [ROWS]: where it has its slot 0 in a tile
+    m_n,
+    M,
+    k,
+    scale,
+    rows_each,
+    RHO: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Rows of key and rho of ROWS queries, of which each thread has its own."""
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    for j in range(0, k):
+        b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_s + j, m_n, M)
+        b_row = b_row.to(tl.int32)
+        tl.store(p_rows + o_t + j * rows_each, tl.where(m, b_row, -1))
+        if p_count is not None:
+            # Integers: one result in any order.
+            tl.atomic_add(p_count + b_row // KEYS, 1, m, sem="relaxed")
+        # A maximum over NaN does not matter: the sum is NaN.
+        b_max = tl.maximum(b_max, tl.where(m & (b_s == b_s), scale * b_s, float("-inf")))
+    if p_rho is not None:
+        b_sum = tl.zeros([ROWS], tl.float32)
+        if RHO == SOFTMAX:
+            for j in range(0, k):
+                m = tl.load(p_rows + o_t + j * rows_each) >= 0
+                b_s = tl.load(p_similarities + o_s + j, m, 0.0)
+                b_sum += tl.where(m, tl.exp(scale * b_s - b_max), 0.0)
+        for j in range(0, k):
+            m = tl.load(p_rows + o_t + j * rows_each) >= 0
+            b_rho = modulate(tl.load(p_similarities + o_s + j, m, 0.0), m, b_max, b_sum, scale, RHO)
+            tl.store(p_rho + o_t + j * rows_each, b_rho)
+
+
+@triton.jit
 def _differentiate_output(
-    p_grad,
+    p_grad,  # the rows of G of this tile
     p_v,  # the rows of V of this batch element
     p_weight,
     p_rows,
@@ -88,18 +87,16 @@ def _differentiate_output(
     p_grad_s,
     p_weight_part,
     tile,
-    b,
-    first,
-    last,
-    N,
     C,
     k,
+    rows_each,
     stride_vm,
     RHO_GRAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """drho, in the place of ds, and this tile's part of dW."""
+    o_b = tl.arange(0, BLOCK_N)
     for c0 in range(0, C, BLOCK_C):
         o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         m_c = o_c < C
@@ -107,14 +104,13 @@ def _differentiate_output(
             if p_weight is not None:
                 b_w = tl.load(p_weight + o_c * k + j, m_c, 0.0).to(tl.float32)
             b_dw = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-            for start in range(first, last, BLOCK_N):
-                o_n = start + tl.arange(0, BLOCK_N)
-                m_n = o_n < last
-                o_p = (b * N + o_n) * k + j
-                b_row = tl.load(p_rows + o_p, m_n, -1)
+            for start in range(0, rows_each, BLOCK_N):
+                o_p = (tile * k + j) * rows_each + start + o_b
+                b_row = tl.load(p_rows + o_p)
                 m = (b_row >= 0)[:, None] & m_c[None, :]
                 b_v = tl.load(p_v + b_row[:, None] * stride_vm + o_c[None, :], m, 0.0)
-                b_g = tl.load(p_grad + (b * N + o_n)[:, None] * C + o_c[None, :], m, 0.0)
+                p_g = p_grad + as_int64(start) * C
+                b_g = tl.load(p_g + o_b[:, None] * C.to(tl.int64) + o_c[None, :], m, 0.0)
                 b_x = b_v.to(tl.float32) * b_g.to(tl.float32)
                 if RHO_GRAD:
                     b_p = b_x
@@ -122,10 +118,10 @@ def _differentiate_output(
                         b_p = b_x * b_w[None, :]
                     b_drho = tl.sum(b_p, 1)
                     if c0 > 0:
-                        b_drho += tl.load(p_grad_s + o_p, m_n, 0.0)
-                    tl.store(p_grad_s + o_p, b_drho, m_n)
+                        b_drho += tl.load(p_grad_s + o_p)
+                    tl.store(p_grad_s + o_p, b_drho)
                 if p_weight_part is not None:
-                    b_dw += tl.load(p_rho + o_p, m_n, 0.0)[:, None] * b_x
+                    b_dw += tl.load(p_rho + o_p)[:, None] * b_x
             if p_weight_part is not None:
                 tl.store(p_weight_part + (tile * k + j) * C + o_c, tl.sum(b_dw, 0), m_c)
         tl.debug_barrier()
@@ -142,59 +138,66 @@ def _transpose_weight(p_weight, p_weight_rows, program, C, k, BLOCK_C: tl.conste
 
 
 @triton.jit
-def _sum_grad(p_grad, p_bias_part, tile, b, first, last, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _sum_grad(
+    p_grad,  # the rows of G of this tile
+    p_bias_part,
+    rows,
+    C,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """This tile's part of db, the sum of G."""
+    o_b = tl.arange(0, BLOCK_N).to(tl.int64)
     for c0 in range(0, C, BLOCK_C):
-        o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
+        o_c = c0 + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         b_db = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        for start in range(first, last, BLOCK_N):
-            o_n = start + tl.arange(0, BLOCK_N)
-            m = (o_n < last)[:, None] & m_c[None, :]
-            b_db += tl.load(p_grad + (b * N + o_n)[:, None] * C + o_c[None, :], m, 0.0).to(tl.float32)
-        tl.store(p_bias_part + tile * C + o_c, tl.sum(b_db, 0), m_c)
+        for start in range(0, rows, BLOCK_N):
+            m = (start + o_b < rows)[:, None] & m_c[None, :]
+            b_db += tl.load(p_grad + (start + o_b)[:, None] * C + o_c[None, :], m, 0.0).to(tl.float32)
+        tl.store(p_bias_part + o_c, tl.sum(b_db, 0), m_c)
 
 
 @triton.jit
 def _differentiate_rho(
     p_similarities,
     p_direct,
+    p_similarities_grad,
     p_rows,
     p_rho,
     p_grad_s,
-    o_r,
+    o_s,  # [ROWS]: where the similarities of a query begin
+    o_t,  # [ROWS]: where it has its slot 0 in a tile
     m_n,
     k,
     scale,
+    rows_each,
     RHO: tl.constexpr,
     RHO_GRAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """ds of BLOCK_N queries, and sum_j ds_ij s_ij of each."""
-    o_k = tl.arange(0, BLOCK_K)
-    b_sum = tl.zeros([BLOCK_N], tl.float32)
+    """ds of ROWS queries, and sum_j ds_ij s_ij of each."""
+    b_sum = tl.zeros([ROWS], tl.float32)
     if RHO_GRAD and RHO == SOFTMAX:
-        for j in range(0, k, BLOCK_K):
-            m_k = m_n[:, None] & (j + o_k < k)[None, :]
-            o_p = o_r[:, None] * k + (j + o_k)[None, :]
-            b_rho = tl.load(p_rho + o_p, m_k, 0.0)
-            b_sum += tl.sum(b_rho * tl.load(p_grad_s + o_p, m_k, 0.0), 1)
-    b_along = tl.zeros([BLOCK_N], tl.float32)
-    for j in range(0, k, BLOCK_K):
-        m_k = m_n[:, None] & (j + o_k < k)[None, :]
-        o_p = o_r[:, None] * k + (j + o_k)[None, :]
-        m = tl.load(p_rows + o_p, m_k, -1) >= 0
-        b_ds = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for j in range(0, k):
+            b_drho = tl.load(p_grad_s + o_t + j * rows_each)
+            b_sum += tl.load(p_rho + o_t + j * rows_each) * b_drho
+    b_along = tl.zeros([ROWS], tl.float32)
+    for j in range(0, k):
+        m = tl.load(p_rows + o_t + j * rows_each) >= 0
+        b_ds = tl.zeros([ROWS], tl.float32)
         if RHO_GRAD:
-            b_ds = tl.load(p_grad_s + o_p, m_k, 0.0)
+            b_ds = tl.load(p_grad_s + o_t + j * rows_each)
             if RHO == SOFTMAX:
-                b_ds = scale * tl.load(p_rho + o_p, m_k, 0.0) * (b_ds - b_sum[:, None])
+                b_ds = scale * tl.load(p_rho + o_t + j * rows_each) * (b_ds - b_sum)
         if p_direct is not None:
-            b_ds += tl.load(p_direct + o_p, m_k, 0.0)
+            b_ds += tl.load(p_direct + o_s + j, m, 0.0)
         b_ds = tl.where(m, b_ds, 0.0)
-        tl.store(p_grad_s + o_p, b_ds, m_k)
-        b_along += tl.sum(b_ds * tl.load(p_similarities + o_p, m, 0.0), 1)
+        if p_grad_s is not None:
+            tl.store(p_grad_s + o_t + j * rows_each, b_ds)
+        if p_similarities_grad is not None:
+            tl.store(p_similarities_grad + o_s + j, b_ds, m_n)
+        b_along += b_ds * tl.load(p_similarities + o_s + j, m, 0.0)
     return b_along
 
 
@@ -204,37 +207,37 @@ def _scale_by_keys(
     p_rows,
     p_grad_s,
     p_unit,
-    o_r,
-    m_n,
+    o_t,  # [BLOCK_N]: where a query has its slot 0 in a tile
     k,
     D,
+    rows_each,
     stride_km,
     RESCALE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """ds_ij / ||k_j||, for keys of several blocks of channels."""
     for j in range(0, k):
-        b_row = tl.load(p_rows + o_r * k + j, m_n, -1)
+        b_row = tl.load(p_rows + o_t + j * rows_each)
         b_inverse = inverse_norm_at(p_k + b_row * stride_km, b_row >= 0, D, RESCALE, BLOCK_D)
-        b_ds = tl.load(p_grad_s + o_r * k + j, m_n, 0.0)
-        tl.store(p_unit + o_r * k + j, b_ds * b_inverse, m_n)
+        tl.store(p_unit + o_t + j * rows_each, tl.load(p_grad_s + o_t + j * rows_each) * b_inverse)
     tl.debug_barrier()
 
 
 @triton.jit
 def _differentiate_query(
     p_q,  # [BLOCK_N]: rows of query
+    p_dq,  # [BLOCK_N]: rows of dq
+    m_n,
     p_k,  # the rows of key of this batch element
     p_rows,
     p_grad_s,
     p_unit,
-    p_query_grad,
+    o_t,  # [BLOCK_N]: where a query has its slot 0 in a tile
     inverse_q,
     b_along,
-    o_r,
-    m_n,
     k,
     D,
+    rows_each,
     stride_km,
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
@@ -245,7 +248,7 @@ def _differentiate_query(
     """dq of BLOCK_N queries."""
     if p_unit is not None:
         _scale_by_keys(
-            p_k, p_rows, p_grad_s, p_unit, o_r, m_n, k, D, stride_km, RESCALE, BLOCK_D
+            p_k, p_rows, p_grad_s, p_unit, o_t, k, D, rows_each, stride_km, RESCALE, BLOCK_D
         )
     for d0 in range(0, D, BLOCK_D):
         o_d = d0 + tl.arange(0, BLOCK_D)
@@ -258,14 +261,14 @@ def _differentiate_query(
         for start in range(0, k, BLOCK_K):
             b_part = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for j in range(start, tl.minimum(start + BLOCK_K, k)):
-                b_row = tl.load(p_rows + o_r * k + j, m_n, -1)
+                b_row = tl.load(p_rows + o_t + j * rows_each)
                 m = (b_row >= 0)[:, None] & m_d[None, :]
                 b_k = tl.load(p_k + b_row[:, None] * stride_km + o_d[None, :], m, 0.0)
                 b_k = b_k.to(tl.float32)
                 if p_unit is not None:
-                    b_ds = tl.load(p_unit + o_r * k + j, m_n, 0.0)
+                    b_ds = tl.load(p_unit + o_t + j * rows_each)
                 else:
-                    b_ds = tl.load(p_grad_s + o_r * k + j, m_n, 0.0)
+                    b_ds = tl.load(p_grad_s + o_t + j * rows_each)
                     if METRIC == COSINE:
                         b_ds = b_ds * inverse_norm(b_k, RESCALE)
                 if METRIC == EUCLIDEAN:
@@ -277,8 +280,18 @@ def _differentiate_query(
             b_q = tl.load(p_q[:, None] + o_d[None, :], m_q, 0.0).to(tl.float32)
             b_dq = inverse_q[:, None] * (b_dq - b_along[:, None] * (inverse_q[:, None] * b_q))
             b_dq = tl.where(inverse_q[:, None] == 0.0, 0.0, b_dq)
-        p = p_query_grad + o_r[:, None] * D + o_d[None, :]
-        tl.store(p, b_dq.to(p_query_grad.dtype.element_ty), m_q)
+        tl.store(p_dq[:, None] + o_d[None, :], b_dq.to(p_dq.dtype.element_ty), m_q)
+
+
+@triton.jit
+def _fill_with_zeros(p_x, rows, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    o_b = tl.arange(0, BLOCK_N).to(tl.int64)
+    b_zero = tl.zeros([BLOCK_N, BLOCK_D], p_x.dtype.element_ty)
+    for start in range(0, rows, BLOCK_N):
+        for d0 in range(0, D, BLOCK_D):
+            o_d = d0 + tl.arange(0, BLOCK_D)
+            m = (start + o_b < rows)[:, None] & (o_d < D)[None, :]
+            tl.store(p_x + (start + o_b)[:, None] * D + o_d[None, :], b_zero, m)
 
 
 @Kernel
@@ -291,11 +304,13 @@ def query_side_kernel(
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
     p_direct,  # [B, N, k] float32, contiguous: the gradient of the returned similarities; or None
-    p_rows,  # [B, N, k] int32: the row of key of each pair, or -1
-    p_rho,  # [B, N, k] float32, or None
-    p_grad_s,  # [B, N, k] float32: ds; or None
-    p_unit,  # [B, N, k] float32: ds_ij / ||k_j||; None for a single block of D, or no cosine
+    p_rows,  # [B * tiles, k, rows_each] int32: the row of key of each pair, or -1
+    p_rho,  # [B * tiles, k, rows_each] float32, or None
+    p_grad_s,  # [B * tiles, k, rows_each] float32: ds; or None
+    p_unit,  # [B * tiles, k, rows_each] float32: ds_ij / ||k_j||; None for a single block of D
+    p_along,  # [B * tiles, rows_each] float32: sum_j ds_ij s_ij; or None: no cosine
     p_inverse,  # [B, N] float32: 1 / ||q_i||; None without ds or cosine
+    p_similarities_grad,  # [B, N, k] float32: ds, as a result; or None
     p_query_grad,  # [B, N, D] contiguous, or None
     p_weight_part,  # [B * tiles, k, C] float32, or None
     p_bias_part,  # [B * tiles, C] float32, or None
@@ -327,6 +342,7 @@ def query_side_kernel(
     RHO_GRAD: tl.constexpr,  # whether ds depends on drho
     DS: tl.constexpr,  # whether there is a ds, be it through rho or direct
     KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -345,50 +361,62 @@ def query_side_kernel(
     tile = tl.program_id(0).to(tl.int64)
     b = tile // tiles
     first = (tile % tiles) * rows_each
-    last = tl.minimum(first + rows_each, N)
-
+    rows = tl.minimum(rows_each, N - first).to(tl.int32)
+    first += b * N
     p_count = None
     if p_counts is not None:
         p_count = p_counts + tile * key_blocks
-    _modulate_tile(
-        p_similarities, p_indices, p_rows, p_rho, p_grad_s, p_count, b, first, last, N, M, k, scale,
-        key_blocks, RHO, DS, KEYS, BLOCK_N, BLOCK_K,
-    )
+        _count_no_pairs(p_count, key_blocks)
+    o_r = tl.arange(0, ROWS)
+    for start in range(0, rows_each, ROWS):
+        o_s = (first + start + o_r) * k
+        o_t = tile * k * rows_each + start + o_r
+        _modulate_rows(
+            p_similarities, p_indices, p_rows, p_rho, p_count, o_s, o_t, start + o_r < rows, M, k,
+            scale, rows_each, RHO, KEYS, ROWS,
+        )
+    tl.debug_barrier()
     if p_value is not None:
         p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
         _differentiate_output(
-            p_grad, p_v, p_weight, p_rows, p_rho, p_grad_s, p_weight_part, tile, b,
-            first, last, N, C, k, stride_vm, RHO_GRAD, BLOCK_N, BLOCK_C,
+            p_grad + first * C, p_v, p_weight, p_rows, p_rho, p_grad_s, p_weight_part, tile, C, k,
+            rows_each, stride_vm, RHO_GRAD, BLOCK_N, BLOCK_C,
         )
     if p_weight_rows is not None:
         _transpose_weight(p_weight, p_weight_rows, tile, C, k, BLOCK_C)
     if p_bias_part is not None:
-        _sum_grad(p_grad, p_bias_part, tile, b, first, last, N, C, BLOCK_N, BLOCK_C)
-    for start in range(first, last, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < last
-        o_r = b * N + o_n
-        if DS:
+        _sum_grad(p_grad + first * C, p_bias_part + tile * C, rows, C, BLOCK_N, BLOCK_C)
+    if DS or p_similarities_grad is not None:
+        for start in range(0, rows_each, ROWS):
+            o_s = (first + start + o_r) * k
+            o_t = tile * k * rows_each + start + o_r
             b_along = _differentiate_rho(
-                p_similarities, p_direct, p_rows, p_rho, p_grad_s, o_r, m_n, k, scale, RHO,
-                RHO_GRAD, BLOCK_N, BLOCK_K,
+                p_similarities, p_direct, p_similarities_grad, p_rows, p_rho, p_grad_s, o_s, o_t,
+                start + o_r < rows, k, scale, rows_each, RHO, RHO_GRAD, ROWS,
             )
-        if p_query is not None:
-            p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
-            p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+            if p_along is not None:
+                tl.store(p_along + tile * rows_each + start + o_r, b_along)
+        tl.debug_barrier()
+    if p_query is not None:
+        p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2
+        p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+        o_b = tl.arange(0, BLOCK_N)
+        for start in range(0, rows_each, BLOCK_N):
+            o_n = first + start + o_b
+            m_n = start + o_b < rows
+            o_t = tile * k * rows_each + start + o_b
+            b_along = tl.zeros([BLOCK_N], tl.float32)
             inverse_q = tl.zeros([BLOCK_N], tl.float32)
+            p_row = p_q + (o_n - b * N) * stride_qn
             if METRIC == COSINE:
-                inverse_q = inverse_norm_at(p_q, m_n, D, RESCALE, BLOCK_D)
-                tl.store(p_inverse + o_r, inverse_q, m_n)
+                b_along = tl.load(p_along + tile * rows_each + start + o_b)
+                inverse_q = inverse_norm_at(p_row, m_n, D, RESCALE, BLOCK_D)
+                tl.store(p_inverse + o_n, inverse_q, m_n)
             if p_query_grad is not None:
-                tl.debug_barrier()
                 _differentiate_query(
-                    p_q, p_k, p_rows, p_grad_s, p_unit, p_query_grad, inverse_q, b_along, o_r, m_n,
-                    k, D, stride_km, METRIC, RESCALE, BLOCK_N, BLOCK_K, BLOCK_D,
+                    p_row, p_query_grad + o_n * D, m_n, p_k, p_rows, p_grad_s, p_unit, o_t,
+                    inverse_q, b_along, k, D, rows_each, stride_km, METRIC, RESCALE, BLOCK_N,
+                    BLOCK_K, BLOCK_D,
                 )
-        elif p_query_grad is not None:
-            for d0 in range(0, D, BLOCK_D):
-                o_d = d0 + tl.arange(0, BLOCK_D)
-                p = p_query_grad + o_r[:, None] * D + o_d[None, :]
-                b_zero = tl.zeros([BLOCK_N, BLOCK_D], p_query_grad.dtype.element_ty)
-                tl.store(p, b_zero, m_n[:, None] & (o_d < D)[None, :])
+    elif p_query_grad is not None:
+        _fill_with_zeros(p_query_grad + first * D, rows, D, BLOCK_N, BLOCK_D)
