@@ -65,10 +65,6 @@ class Backward(NamedTuple):
         return bool(self.needed & {"query", "key"})
 
     @property
-    def has_ds(self) -> bool:
-        return self.through_rho or self.has_direct
-
-    @property
     def sorts(self) -> bool:
         return bool(self.needed & {"value", "key"})
 
@@ -78,7 +74,6 @@ def plan_backward(call: Backward) -> Plan:
     """All gradients, from pointers that have the tensors of the call."""
     Q, K, V, B, N, M, k = call.Q, call.K, call.V, call.B, call.N, call.M, call.k
     C, D = V.D, Q.D
-    cosine, ds = call.metric == "cosine" and bool(D), call.has_ds
     keys = configs.key_side(call.arch, max(C, D), N, M, k)
     key_blocks = cdiv(M, keys["KEYS"])
     rows_each = configs.rows_each(call.arch, B, N, key_blocks)
@@ -87,7 +82,10 @@ def plan_backward(call: Backward) -> Plan:
     sort = configs.sort_pairs(call.arch)
     chunks = N * k // keys["CHUNK"] if call.sorts else 0
     channel_blocks = max(cdiv(C, keys["BLOCK"]), cdiv(D, keys["BLOCK"]))
-    columns = [cdiv(size, sort["COLUMNS"]) for size in (C * k * ("weight" in call.needed), C * ("bias" in call.needed))]
+    of_weight, of_bias = (
+        cdiv(size, sort["COLUMNS"]) if name in call.needed else 0
+        for name, size in (("weight", C * k), ("bias", C))
+    )
     numbers: dict[str, Any] = {
         "N": N,
         "M": M,
@@ -101,7 +99,7 @@ def plan_backward(call: Backward) -> Plan:
         "key_blocks": key_blocks,
         "parts": B * tiles,
         "sort_programs": B * tiles if call.sorts else 0,
-        "weight_programs": columns[0],
+        "weight_programs": of_weight,
         "chunks": chunks,
         "channel_blocks": channel_blocks,
         **Q.strides("q"),
@@ -112,14 +110,13 @@ def plan_backward(call: Backward) -> Plan:
         "METRIC": METRICS[call.metric],
         "RESCALE": rescales(call.query_dtype),
         "RHO_GRAD": call.through_rho,
-        "DS": ds,
         "KEYS": keys["KEYS"],
         "PRECISION_V": hardware.product_precision(call.value_dtype),
         "PRECISION_K": hardware.product_precision(call.query_dtype),
     }
-    names = _unneeded(call, D > query["BLOCK_D"])
+    names = _unneeded(call, query["BLOCK_D"] < D)
     launches = [query_side_kernel.prepare(B * tiles, query, names, **numbers)]
-    programs = numbers["sort_programs"] + sum(columns)
+    programs = numbers["sort_programs"] + of_weight + of_bias
     if programs:
         launches.append(sort_pairs_kernel.prepare(programs, sort, names, **numbers))
     if call.sorts:
@@ -159,39 +156,39 @@ def plan_backward(call: Backward) -> Plan:
 
 def _unneeded(call: Backward, several_blocks: bool) -> dict[str, str | None]:
     """The pointers that the kernels do without."""
-    ds, cosine = call.has_ds, call.metric == "cosine"
-    needs = call.needed
-    of_keys = ds and "key" in needs
+    needs, of_search = call.needed, call.has_search
+    cosine = call.metric == "cosine" and of_search
+    of_query, of_key, of_value = (name in needs for name in ("query", "key", "value"))
     needed = {
-        "p_grad": bool(call.V.N),
-        "p_value": call.through_rho or "weight" in needs,
+        "p_grad": bool(needs & {"value", "weight", "bias"}) or call.through_rho,
+        "p_value": "weight" in needs or call.through_rho,
         "p_weight": call.has_weight,
-        "p_query": ds and ("query" in needs or ("key" in needs and cosine)) or of_keys,
-        "p_key": ds and ("query" in needs or "key" in needs),
+        "p_query": of_search,
+        "p_key": of_search,
         "p_direct": call.has_direct,
-        "p_rho": "value" in needs or "weight" in needs or (call.through_rho and call.rho == "softmax"),
-        "p_grad_s": ds,
+        "p_rho": bool(needs & {"value", "weight"}) or (call.through_rho and call.rho == "softmax"),
+        "p_grad_s": call.has_direct or call.through_rho,
         "p_similarities_grad": "similarities" in needs,
-        "p_along": ds and cosine and call.has_search,
-        "p_unit": ds and cosine and several_blocks and "query" in needs,
-        "p_inverse": ds and cosine and call.has_search,
-        "p_query_grad": "query" in needs,
+        "p_along": cosine,
+        "p_unit": cosine and of_query and several_blocks,
+        "p_inverse": cosine,
+        "p_query_grad": of_query,
         "p_weight_part": "weight" in needs,
         "p_bias_part": "bias" in needs,
         "p_weight_grad": "weight" in needs,
         "p_bias_grad": "bias" in needs,
-        "p_weight_rows": call.has_weight and "value" in needs,
+        "p_weight_rows": call.has_weight and of_value,
         "p_counts": call.sorts,
         "p_next": call.sorts,
         "p_pairs": call.sorts,
-        "p_pair_rho": "value" in needs,
-        "p_pair_ds": of_keys,
-        "p_pair_along": of_keys and cosine,
-        "p_value_part": "value" in needs,
-        "p_key_part": of_keys,
-        "p_along_part": of_keys and cosine,
-        "p_value_grad": "value" in needs,
-        "p_key_grad": "key" in needs,
+        "p_pair_rho": of_value,
+        "p_pair_ds": of_key,
+        "p_pair_along": cosine and of_key,
+        "p_value_part": of_value,
+        "p_key_part": of_key,
+        "p_along_part": cosine and of_key,
+        "p_value_grad": of_value,
+        "p_key_grad": of_key,
     }
     return {name: None for name, is_needed in needed.items() if not is_needed}
 
@@ -225,12 +222,17 @@ def backward(
     for name, is_needed in needs.items():
         X = tensors.get(name)
         grads[name] = (rows if X is None else X).new_empty(shapes[name] if is_needed else 0)
-    needed = frozenset(name for name, grad in grads.items() if grad.numel())
+    of_output = value is not None and value.shape[-1] > 0
+    if grad_similarities is None and (rho == "ones" or not of_output):
+        # Nothing depends on the similarities.
+        for name in needs.keys() & {"query", "key", "similarities"}:
+            grads[name].zero_()
+            needs = needs | {name: False}
+    needed = frozenset(name for name, grad in grads.items() if needs[name] and grad.numel())
     if indices.numel() == 0 or rows.shape[-2] == 0:
         _without_pairs(grads, grad_output)
     elif needed:
         of_search = bool(needed & {"query", "key"})
-        of_output = value is not None and value.shape[-1] > 0
         Q, Q_layout = _rows(query if of_search else None)
         K, K_layout = _rows(key if of_search else None)
         V, V_layout = _rows(value if of_output else None)
@@ -271,6 +273,7 @@ def backward(
         )
         plan_backward(call)(pointers)
     return tuple(grads.values())
+
 
 def _rows(X: Tensor | None) -> tuple[Tensor | None, Layout]:
     return (None, _NO_ROWS) if X is None else rows_of(X)

@@ -240,12 +240,6 @@ def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     )
 
 
-def rho_grad_depthwise(arch: int, C: int) -> Config:
-    """Blocks of `rho_grad_depthwise_kernel`."""
-    rows = 64 if arch == INTERPRETER else 16
-    return _config(BLOCK_N=rows, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
-
-
 def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     """Blocks of `value_grad_dense_kernel`."""
     return _config(
@@ -258,21 +252,16 @@ def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     )
 
 
-def value_grad_depthwise(arch: int, C: int) -> Config:
-    """Blocks of `value_grad_depthwise_kernel`."""
-    return _over_pairs(arch, C) | {"BLOCK_C": min(64, max(16, power_of_two(C)))}
+def value_grad_chunks(arch: int, O: int) -> Config:
+    """Blocks of `value_grad_chunks_kernel`.
 
-
-def key_grad(arch: int, D: int) -> Config:
-    """Blocks of `key_grad_kernel`."""
-    return _over_pairs(arch, D) | {"BLOCK_D": min(64, max(16, power_of_two(D)))}
-
-
-def _over_pairs(arch: int, channels: int) -> Config:
-    """CHUNK grows with the channels: the sums of all chunks are no more numbers than the pairs."""
+    CHUNK grows with the outputs: the sums of all chunks are no more numbers than the pairs.
+    """
+    block_o = min(64, max(16, power_of_two(O)))
     if arch == INTERPRETER:
-        return _config(ROWS=16, PAIRS=8, CHUNK=16, num_warps=4)
-    return _config(ROWS=1, PAIRS=16, CHUNK=max(64, power_of_two(channels)), num_warps=2)
+        return _config(ROWS=16, PAIRS=8, CHUNK=16, BLOCK_O=block_o, num_warps=4)
+    chunk = max(64, power_of_two(O))
+    return _config(ROWS=1, PAIRS=16, CHUNK=chunk, BLOCK_O=block_o, num_warps=2)
 
 
 def inverse_list_parts(batch: int, pairs: int, keys: int) -> tuple[int, int]:
@@ -348,21 +337,6 @@ def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
         BLOCK_C=min(64, max(16, power_of_two(C))),
         num_warps=4,
         num_stages=2,
-    )
-
-
-def weight_grad_depthwise(arch: int, C: int) -> Config:
-    """Blocks of `weight_grad_depthwise_kernel`."""
-    return _config(BLOCK_N=32, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
-
-
-def query_grad(arch: int, D: int, k: int) -> Config:
-    """Blocks of `query_grad_kernel`."""
-    return _config(
-        BLOCK_N=64 if arch == INTERPRETER else 16,
-        BLOCK_D=min(128, max(16, power_of_two(D))),
-        BLOCK_K=block_k(k),
-        num_warps=4,
     )
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Algorithm 1: the neighbors are selected, then modulated and convolved; and its gradients."""
 
-import torch
 from torch import Tensor
 
 from .aggregate import aggregate
@@ -83,17 +82,16 @@ def forward_backward(
         need_weight,
         need_bias,
     )
-    if rho == "ones":
-        grad_s = grad_similarities
-    elif grad_similarities is not None and need_search:
-        grad_s = grad_s + grad_similarities
+    direct = grad_similarities
+    if rho != "ones" and need_search:
+        direct = grad_s if direct is None else grad_s + direct
     grad_query, grad_key = backward(
         {"query": need_query, "key": need_key},
         similarities,
         indices,
         query=query,
         key=key,
-        grad_similarities=grad_s,
+        grad_similarities=direct,
         metric=metric,
     )
     return grad_query, grad_key, grad_value, grad_weight, grad_bias

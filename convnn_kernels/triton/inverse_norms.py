@@ -26,7 +26,7 @@ def inverse_norm(b_x, RESCALE: tl.constexpr):
     """For all channels of some rows, b_x [rows, D] float32."""
     b_sum = tl.sum(b_x * b_x, 1)
     b_inverse = _root(b_sum)
-    if RESCALE:
+    if RESCALE:  # noqa: SIM102
         if tl.max(b_sum, 0) > _LARGE:
             b_x = b_x * _SCALE
             b_inverse = tl.where(b_sum > _LARGE, _root(tl.sum(b_x * b_x, 1)) * _SCALE, b_inverse)
@@ -49,7 +49,7 @@ def inverse_norm_at(p_x, m_r, D, RESCALE: tl.constexpr, BLOCK_D: tl.constexpr):
     """For rows in memory: pointers to them, p_x [rows], and which there are, m_r [rows]."""
     b_sum = _sum_of_squares(p_x, m_r, D, 1.0, BLOCK_D)
     b_inverse = _root(b_sum)
-    if RESCALE:
+    if RESCALE:  # noqa: SIM102
         if tl.max(b_sum, 0) > _LARGE:
             b_large = _sum_of_squares(p_x, m_r, D, _SCALE, BLOCK_D)
             b_inverse = tl.where(b_sum > _LARGE, _root(b_large) * _SCALE, b_inverse)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Gradients key by key, over the pairs (i, j) with I_ij = m, sorted by blocks of keys (pairs.py).
 
-    value       dV[m]  = sum rho_ij W_j * G_i, with G the gradient of the output and W depthwise (Eq. 6)
+    value       dV[m]  = sum rho_ij W_j * G_i, with G the gradient of the output and W depthwise
     dot         dk_m   = sum ds_ij q_i
     euclidean   dk_m   = sum 2 ds_ij (q_i - k_m)
     cosine      dk_m   = (sum ds_ij (u_i - s_ij u_m)) / ||k_m||, with u the unit vectors
@@ -177,7 +177,6 @@ def key_side_kernel(
     ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
-    DS: tl.constexpr,  # whether there is a ds; else dk is 0
     OF_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
@@ -194,7 +193,7 @@ def key_side_kernel(
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
     VALUE: tl.constexpr = p_value_grad is not None
-    KEY: tl.constexpr = (p_key_grad is not None) and DS
+    KEY: tl.constexpr = p_key_grad is not None
     pid = tl.program_id(0).to(tl.int64)
     c0 = (pid % channel_blocks) * BLOCK
     pid = pid // channel_blocks
@@ -232,8 +231,30 @@ def key_side_kernel(
         if METRIC == COSINE:
             p_along = p_pair_along + pairs
     b_dv, b_dk, b_columns = _sum_pairs(
-        p_g, p_weight_rows, p_q, p_k, p_pairs + pairs, p_rho, p_ds, p_along, first, last, begin,
-        end, c0, C, D, stride_qn, stride_km, METRIC, VALUE, KEY, KEYS, PAIRS, BLOCK, PRECISION_V,
+        p_g,
+        p_weight_rows,
+        p_q,
+        p_k,
+        p_pairs + pairs,
+        p_rho,
+        p_ds,
+        p_along,
+        first,
+        last,
+        begin,
+        end,
+        c0,
+        C,
+        D,
+        stride_qn,
+        stride_km,
+        METRIC,
+        VALUE,
+        KEY,
+        KEYS,
+        PAIRS,
+        BLOCK,
+        PRECISION_V,
         PRECISION_K,
     )
     # 0, or NaN where a sum is not finite.
@@ -241,8 +262,30 @@ def key_side_kernel(
     test = tl.sum(tl.sum(b_dv * 0.0 + b_dk * 0.0, 1) + b_along * 0.0, 0)
     if test != 0.0:
         b_dv, b_dk, b_one = _sum_pairs(
-            p_g, p_weight_rows, p_q, p_k, p_pairs + pairs, p_rho, p_ds, p_along, first, last, begin,
-            end, c0, C, D, stride_qn, stride_km, METRIC, VALUE, KEY, KEYS, 1, BLOCK, PRECISION_V,
+            p_g,
+            p_weight_rows,
+            p_q,
+            p_k,
+            p_pairs + pairs,
+            p_rho,
+            p_ds,
+            p_along,
+            first,
+            last,
+            begin,
+            end,
+            c0,
+            C,
+            D,
+            stride_qn,
+            stride_km,
+            METRIC,
+            VALUE,
+            KEY,
+            KEYS,
+            1,
+            BLOCK,
+            PRECISION_V,
             PRECISION_K,
         )
         b_along = tl.sum(b_one, 1)
@@ -271,13 +314,12 @@ def key_side_kernel(
         if VALUE:
             p = p_value_grad + o_out[:, None] * C + o_c[None, :]
             tl.store(p, b_dv.to(p_value_grad.dtype.element_ty), m_v)
-        if p_key_grad is not None:
-            if KEY:
-                if METRIC == COSINE:
-                    p = p_k + o_m * stride_km
-                    inverse = inverse_norm_at(p, m_m, D, RESCALE, BLOCK)[:, None]
-                    b_k = tl.load(p[:, None] + o_c[None, :], m_k, 0.0).to(tl.float32)
-                    b_dk = inverse * (b_dk - b_along[:, None] * (inverse * b_k))
-                    b_dk = tl.where(inverse == 0.0, 0.0, b_dk)
+        if KEY:
+            if METRIC == COSINE:
+                p = p_k + o_m * stride_km
+                inverse = inverse_norm_at(p, m_m, D, RESCALE, BLOCK)[:, None]
+                b_k = tl.load(p[:, None] + o_c[None, :], m_k, 0.0).to(tl.float32)
+                b_dk = inverse * (b_dk - b_along[:, None] * (inverse * b_k))
+                b_dk = tl.where(inverse == 0.0, 0.0, b_dk)
             p = p_key_grad + o_out[:, None] * D + o_c[None, :]
             tl.store(p, b_dk.to(p_key_grad.dtype.element_ty), m_k)

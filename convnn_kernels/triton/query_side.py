@@ -154,7 +154,8 @@ def _sum_grad(
         b_db = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for start in range(0, rows, BLOCK_N):
             m = (start + o_b < rows)[:, None] & m_c[None, :]
-            b_db += tl.load(p_grad + (start + o_b)[:, None] * C + o_c[None, :], m, 0.0).to(tl.float32)
+            b_g = tl.load(p_grad + (start + o_b)[:, None] * C + o_c[None, :], m, 0.0)
+            b_db += b_g.to(tl.float32)
         tl.store(p_bias_part + o_c, tl.sum(b_db, 0), m_c)
 
 
@@ -193,8 +194,7 @@ def _differentiate_rho(
         if p_direct is not None:
             b_ds += tl.load(p_direct + o_s + j, m, 0.0)
         b_ds = tl.where(m, b_ds, 0.0)
-        if p_grad_s is not None:
-            tl.store(p_grad_s + o_t + j * rows_each, b_ds)
+        tl.store(p_grad_s + o_t + j * rows_each, b_ds)
         if p_similarities_grad is not None:
             tl.store(p_similarities_grad + o_s + j, b_ds, m_n)
         b_along += b_ds * tl.load(p_similarities + o_s + j, m, 0.0)
@@ -283,17 +283,6 @@ def _differentiate_query(
         tl.store(p_dq[:, None] + o_d[None, :], b_dq.to(p_dq.dtype.element_ty), m_q)
 
 
-@triton.jit
-def _fill_with_zeros(p_x, rows, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    o_b = tl.arange(0, BLOCK_N).to(tl.int64)
-    b_zero = tl.zeros([BLOCK_N, BLOCK_D], p_x.dtype.element_ty)
-    for start in range(0, rows, BLOCK_N):
-        for d0 in range(0, D, BLOCK_D):
-            o_d = d0 + tl.arange(0, BLOCK_D)
-            m = (start + o_b < rows)[:, None] & (o_d < D)[None, :]
-            tl.store(p_x + (start + o_b)[:, None] * D + o_d[None, :], b_zero, m)
-
-
 @Kernel
 def query_side_kernel(
     p_grad,  # [B, N, C] contiguous; so the three below, None where nothing depends on them
@@ -340,7 +329,6 @@ def query_side_kernel(
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
     RHO_GRAD: tl.constexpr,  # whether ds depends on drho
-    DS: tl.constexpr,  # whether there is a ds, be it through rho or direct
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -372,27 +360,66 @@ def query_side_kernel(
         o_s = (first + start + o_r) * k
         o_t = tile * k * rows_each + start + o_r
         _modulate_rows(
-            p_similarities, p_indices, p_rows, p_rho, p_count, o_s, o_t, start + o_r < rows, M, k,
-            scale, rows_each, RHO, KEYS, ROWS,
+            p_similarities,
+            p_indices,
+            p_rows,
+            p_rho,
+            p_count,
+            o_s,
+            o_t,
+            start + o_r < rows,
+            M,
+            k,
+            scale,
+            rows_each,
+            RHO,
+            KEYS,
+            ROWS,
         )
     tl.debug_barrier()
     if p_value is not None:
         p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
         _differentiate_output(
-            p_grad + first * C, p_v, p_weight, p_rows, p_rho, p_grad_s, p_weight_part, tile, C, k,
-            rows_each, stride_vm, RHO_GRAD, BLOCK_N, BLOCK_C,
+            p_grad + first * C,
+            p_v,
+            p_weight,
+            p_rows,
+            p_rho,
+            p_grad_s,
+            p_weight_part,
+            tile,
+            C,
+            k,
+            rows_each,
+            stride_vm,
+            RHO_GRAD,
+            BLOCK_N,
+            BLOCK_C,
         )
     if p_weight_rows is not None:
         _transpose_weight(p_weight, p_weight_rows, tile, C, k, BLOCK_C)
     if p_bias_part is not None:
         _sum_grad(p_grad + first * C, p_bias_part + tile * C, rows, C, BLOCK_N, BLOCK_C)
-    if DS or p_similarities_grad is not None:
+    if p_grad_s is not None:
         for start in range(0, rows_each, ROWS):
             o_s = (first + start + o_r) * k
             o_t = tile * k * rows_each + start + o_r
             b_along = _differentiate_rho(
-                p_similarities, p_direct, p_similarities_grad, p_rows, p_rho, p_grad_s, o_s, o_t,
-                start + o_r < rows, k, scale, rows_each, RHO, RHO_GRAD, ROWS,
+                p_similarities,
+                p_direct,
+                p_similarities_grad,
+                p_rows,
+                p_rho,
+                p_grad_s,
+                o_s,
+                o_t,
+                start + o_r < rows,
+                k,
+                scale,
+                rows_each,
+                RHO,
+                RHO_GRAD,
+                ROWS,
             )
             if p_along is not None:
                 tl.store(p_along + tile * rows_each + start + o_r, b_along)
@@ -414,9 +441,23 @@ def query_side_kernel(
                 tl.store(p_inverse + o_n, inverse_q, m_n)
             if p_query_grad is not None:
                 _differentiate_query(
-                    p_row, p_query_grad + o_n * D, m_n, p_k, p_rows, p_grad_s, p_unit, o_t,
-                    inverse_q, b_along, k, D, rows_each, stride_km, METRIC, RESCALE, BLOCK_N,
-                    BLOCK_K, BLOCK_D,
+                    p_row,
+                    p_query_grad + o_n * D,
+                    m_n,
+                    p_k,
+                    p_rows,
+                    p_grad_s,
+                    p_unit,
+                    o_t,
+                    inverse_q,
+                    b_along,
+                    k,
+                    D,
+                    rows_each,
+                    stride_km,
+                    METRIC,
+                    RESCALE,
+                    BLOCK_N,
+                    BLOCK_K,
+                    BLOCK_D,
                 )
-    elif p_query_grad is not None:
-        _fill_with_zeros(p_query_grad + first * D, rows, D, BLOCK_N, BLOCK_D)
