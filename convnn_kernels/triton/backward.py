@@ -74,7 +74,8 @@ def plan_backward(call: Backward) -> Plan:
     """All gradients, from pointers that have the tensors of the call."""
     Q, K, V, B, N, M, k = call.Q, call.K, call.V, call.B, call.N, call.M, call.k
     C, D = V.D, Q.D
-    keys = configs.key_side(call.arch, max(C, D), N, M, k)
+    bits = 8 * max(call.query_dtype.itemsize, call.value_dtype.itemsize)
+    keys = configs.key_side(call.arch, bits, C, D, N, M, k)
     key_blocks = cdiv(M, keys["KEYS"])
     rows_each = configs.rows_each(call.arch, B, N, key_blocks)
     query = configs.query_side(call.arch, C, D, k, rows_each)

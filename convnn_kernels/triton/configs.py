@@ -311,18 +311,19 @@ def sort_pairs(arch: int) -> Config:
     return _config(PAIRS=32, TILES=8, BINS=128, PARTS=64, COLUMNS=16, num_warps=1)
 
 
-def key_side(arch: int, channels: int, N: int, M: int, k: int) -> Config:
+def key_side(arch: int, bits: int, C: int, D: int, N: int, M: int, k: int) -> Config:
     """Blocks of `key_side_kernel`.
 
     A chunk has more pairs than most blocks of keys, and KEYS * channels sums, which all together
     are at most the elements of key and value, or else the pairs.
     """
-    block = min(64, max(16, power_of_two(channels)))
-    chunk = min(power_of_two(16 * k * max(1, N // M)), 16 * power_of_two(channels))
+    channels = power_of_two(max(C, D))
+    chunk = min(power_of_two(16 * k * max(1, N // M)), 16 * channels)
     return _config(
         KEYS=16,
-        PAIRS=32,
-        BLOCK=block,
+        # float32, and loads of single elements, take more registers.
+        PAIRS=16 if bits == 32 or C % 16 or D % 16 else 32,
+        BLOCK=min(64, max(16, channels)),
         CHUNK=64 if arch == INTERPRETER else max(256, chunk),
         num_warps=2,
         num_stages=1,

@@ -127,7 +127,7 @@ def sort_pairs_kernel(
             o_t = pid * k * rows_each + step + o_l
             b_row = tl.load(p_rows + o_t)
             m = b_row >= 0
-            b_block = b_row // KEYS
+            b_block = tl.where(m, b_row // KEYS, -1)
             m_before = (b_block[:, None] == b_block[None, :]) & (o_l[:, None] < o_l[None, :])
             place = tl.load(p_begin + b_block, m, 0, volatile=True)
             place += tl.sum(m_before.to(tl.int32), 0)

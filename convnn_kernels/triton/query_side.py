@@ -58,7 +58,7 @@ def _modulate_rows(
     for j in range(0, k):
         b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_s + j, m_n, M)
         b_row = b_row.to(tl.int32)
-        tl.store(p_rows + o_t + j * rows_each, tl.where(m, b_row, -1))
+        tl.store(p_rows + o_t + as_int64(j) * rows_each, tl.where(m, b_row, -1))
         if p_count is not None:
             # Integers: one result in any order.
             tl.atomic_add(p_count + b_row // KEYS, 1, m, sem="relaxed")
@@ -68,13 +68,13 @@ def _modulate_rows(
         b_sum = tl.zeros([ROWS], tl.float32)
         if RHO == SOFTMAX:
             for j in range(0, k):
-                m = tl.load(p_rows + o_t + j * rows_each) >= 0
+                m = tl.load(p_rows + o_t + as_int64(j) * rows_each) >= 0
                 b_s = tl.load(p_similarities + o_s + j, m, 0.0)
                 b_sum += tl.where(m, tl.exp(scale * b_s - b_max), 0.0)
         for j in range(0, k):
-            m = tl.load(p_rows + o_t + j * rows_each) >= 0
+            m = tl.load(p_rows + o_t + as_int64(j) * rows_each) >= 0
             b_rho = modulate(tl.load(p_similarities + o_s + j, m, 0.0), m, b_max, b_sum, scale, RHO)
-            tl.store(p_rho + o_t + j * rows_each, b_rho)
+            tl.store(p_rho + o_t + as_int64(j) * rows_each, b_rho)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _differentiate_output(
                 m = (b_row >= 0)[:, None] & m_c[None, :]
                 b_v = tl.load(p_v + b_row[:, None] * stride_vm + o_c[None, :], m, 0.0)
                 p_g = p_grad + as_int64(start) * C
-                b_g = tl.load(p_g + o_b[:, None] * C.to(tl.int64) + o_c[None, :], m, 0.0)
+                b_g = tl.load(p_g + o_b[:, None] * as_int64(C) + o_c[None, :], m, 0.0)
                 b_x = b_v.to(tl.float32) * b_g.to(tl.float32)
                 if RHO_GRAD:
                     b_p = b_x
@@ -181,20 +181,20 @@ def _differentiate_rho(
     b_sum = tl.zeros([ROWS], tl.float32)
     if RHO_GRAD and RHO == SOFTMAX:
         for j in range(0, k):
-            b_drho = tl.load(p_grad_s + o_t + j * rows_each)
-            b_sum += tl.load(p_rho + o_t + j * rows_each) * b_drho
+            b_drho = tl.load(p_grad_s + o_t + as_int64(j) * rows_each)
+            b_sum += tl.load(p_rho + o_t + as_int64(j) * rows_each) * b_drho
     b_along = tl.zeros([ROWS], tl.float32)
     for j in range(0, k):
-        m = tl.load(p_rows + o_t + j * rows_each) >= 0
+        m = tl.load(p_rows + o_t + as_int64(j) * rows_each) >= 0
         b_ds = tl.zeros([ROWS], tl.float32)
         if RHO_GRAD:
-            b_ds = tl.load(p_grad_s + o_t + j * rows_each)
+            b_ds = tl.load(p_grad_s + o_t + as_int64(j) * rows_each)
             if RHO == SOFTMAX:
-                b_ds = scale * tl.load(p_rho + o_t + j * rows_each) * (b_ds - b_sum)
+                b_ds = scale * tl.load(p_rho + o_t + as_int64(j) * rows_each) * (b_ds - b_sum)
         if p_direct is not None:
             b_ds += tl.load(p_direct + o_s + j, m, 0.0)
         b_ds = tl.where(m, b_ds, 0.0)
-        tl.store(p_grad_s + o_t + j * rows_each, b_ds)
+        tl.store(p_grad_s + o_t + as_int64(j) * rows_each, b_ds)
         if p_similarities_grad is not None:
             tl.store(p_similarities_grad + o_s + j, b_ds, m_n)
         b_along += b_ds * tl.load(p_similarities + o_s + j, m, 0.0)
@@ -217,9 +217,12 @@ def _scale_by_keys(
 ):
     """ds_ij / ||k_j||, for keys of several blocks of channels."""
     for j in range(0, k):
-        b_row = tl.load(p_rows + o_t + j * rows_each)
+        b_row = tl.load(p_rows + o_t + as_int64(j) * rows_each)
         b_inverse = inverse_norm_at(p_k + b_row * stride_km, b_row >= 0, D, RESCALE, BLOCK_D)
-        tl.store(p_unit + o_t + j * rows_each, tl.load(p_grad_s + o_t + j * rows_each) * b_inverse)
+        tl.store(
+            p_unit + o_t + as_int64(j) * rows_each,
+            tl.load(p_grad_s + o_t + as_int64(j) * rows_each) * b_inverse,
+        )
     tl.debug_barrier()
 
 
@@ -261,14 +264,14 @@ def _differentiate_query(
         for start in range(0, k, BLOCK_K):
             b_part = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             for j in range(start, tl.minimum(start + BLOCK_K, k)):
-                b_row = tl.load(p_rows + o_t + j * rows_each)
+                b_row = tl.load(p_rows + o_t + as_int64(j) * rows_each)
                 m = (b_row >= 0)[:, None] & m_d[None, :]
                 b_k = tl.load(p_k + b_row[:, None] * stride_km + o_d[None, :], m, 0.0)
                 b_k = b_k.to(tl.float32)
                 if p_unit is not None:
-                    b_ds = tl.load(p_unit + o_t + j * rows_each)
+                    b_ds = tl.load(p_unit + o_t + as_int64(j) * rows_each)
                 else:
-                    b_ds = tl.load(p_grad_s + o_t + j * rows_each)
+                    b_ds = tl.load(p_grad_s + o_t + as_int64(j) * rows_each)
                     if METRIC == COSINE:
                         b_ds = b_ds * inverse_norm(b_k, RESCALE)
                 if METRIC == EUCLIDEAN:
