@@ -78,7 +78,7 @@ def plan_backward(call: Backward) -> Plan:
     keys = configs.key_side(call.arch, bits, C, D, N, M, k)
     key_blocks = cdiv(M, keys["KEYS"])
     rows_each = configs.rows_each(call.arch, B, N, key_blocks)
-    query = configs.query_side(call.arch, C, D, k, rows_each)
+    query = configs.query_side(call.arch, bits, C, D, k, rows_each)
     tiles = cdiv(N, rows_each)
     sort = configs.sort_pairs(call.arch)
     chunks = N * k // keys["CHUNK"] if call.sorts else 0

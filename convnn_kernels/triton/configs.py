@@ -281,7 +281,7 @@ def sort() -> Config:
     return _config(PAIRS=64, num_warps=2)
 
 
-def query_side(arch: int, C: int, D: int, k: int, rows_each: int) -> Config:
+def query_side(arch: int, bits: int, C: int, D: int, k: int, rows_each: int) -> Config:
     """Blocks of `query_side_kernel`: one warp, in which sums over channels are shuffles."""
     largest = 64 if arch == INTERPRETER else 256
     block_c, block_d = (min(largest, max(16, power_of_two(X))) for X in (C, D))
@@ -292,6 +292,8 @@ def query_side(arch: int, C: int, D: int, k: int, rows_each: int) -> Config:
         BLOCK_C=block_c,
         BLOCK_D=block_d,
         num_warps=1,
+        # 12 warps on a multiprocessor, where that does not spill.
+        maxnreg=168 if bits == 16 and 64 <= max(block_c, block_d) <= 128 else MOST_REGISTERS,
     )
 
 
