@@ -86,7 +86,9 @@ def kernel_microseconds(kernel: str, workload: Workload) -> float | None:
         return round(2e6 * pairs * w.channels / _H200_FLOPS, 2)
     if "dense" in kernel:
         return round(2e6 * gathered * (w.outputs or w.channels) / _H200_FLOPS, 2)
-    if "depthwise" in kernel or kernel in ("query_grad_kernel", "key_grad_kernel"):
+    if kernel in ("query_side_kernel", "key_side_kernel"):
+        gathered *= 2
+    if "depthwise" in kernel or kernel in ("query_side_kernel", "key_side_kernel"):
         return round(1e6 * w.torch_dtype.itemsize * gathered / _H200_BYTES, 2)
     return None
 

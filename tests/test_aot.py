@@ -44,7 +44,7 @@ def test_no_kernel_has_changed_since_it_was_compiled(version: str) -> None:
 CHANGES = {
     "order.py": ("0x7FFFFFFE", "0x7FFFFFFD"),
     "configs.py": ("maxnreg=128", "maxnreg=64"),
-    "select_backward.py": ("-2.0 * b_g", "-4.0 * b_g"),
+    "query_side.py": ("-2.0 * b_ds", "-4.0 * b_ds"),
     # Host code, a docstring and a comment.
     "select_small.py": ("Q = search.Q", "layout = search.Q"),
     "norms.py": ("Norms of the rows", "All norms of the rows"),
@@ -65,7 +65,7 @@ def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     expected = {
         "order.py": {"top_groups_kernel", "exact_topk_kernel", "select_small_kernel"},
         "configs.py": {"configs"},
-        "select_backward.py": {"query_grad_kernel"},
+        "query_side.py": {"query_side_kernel"},
     }.get(file, set())
     assert changed == expected
 
@@ -230,7 +230,7 @@ def test_launches_are_those_of_the_tables() -> None:
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("exact_topk", "maxnreg"), ("aggregate_depthwise", "BLOCK_N"), ("query_grad", "num_warps")],
+    [("exact_topk", "maxnreg"), ("aggregate_depthwise", "BLOCK_N"), ("query_side", "num_warps")],
 )
 def test_another_tile_is_noticed(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from convnn_kernels.triton import configs

@@ -91,7 +91,7 @@ def test_keys_do_not_depend_on_what_runs_first(run_python: Callable[..., str]) -
         ("select_groups", "top_groups_kernel"),
         ("exact_topk", "exact_topk_kernel"),
         ("select_small", "select_small_kernel"),
-        ("select_backward", "key_grad_kernel"),
+        ("key_side", "key_side_kernel"),
     ]
     keys = {run_python(KEYS.format(module=module, kernel=kernel)) for module, kernel in first}
     assert len(keys) == 1

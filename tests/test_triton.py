@@ -670,7 +670,7 @@ def test_parts_of_a_weight_gradient_are_freed_before_the_inverse_list(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both may be large."""
-    from convnn_kernels.triton import aggregate_backward, inverse_list, launch
+    from convnn_kernels.triton import aggregate_backward, launch
 
     monkeypatch.setattr(launch.Plan, "launch", lambda plan, pointers: None)
     N, C, O, k = 2048, 16, 24, 3
@@ -686,12 +686,14 @@ def test_parts_of_a_weight_gradient_are_freed_before_the_inverse_list(
     s, I = torch.zeros(1, N, k), torch.zeros(1, N, k, dtype=torch.int64)
     alive = []
 
-    def inverse() -> launch.Pointers:
+    def inverse(*arguments: Any) -> launch.Pointers:
         alive.extend(shape for shape, Y in made if Y() is not None)
-        return inverse_list.invert(s, I, N, by_slot=True)
+        return invert(*arguments)
 
+    invert = aggregate_backward.invert
+    monkeypatch.setattr(aggregate_backward, "invert", inverse)
     options = (False, "softmax", 1.0, True, True, True, False)
-    aggregate_backward.aggregate_backward(grad, value, s, I, W, *options, inverse)
+    aggregate_backward.aggregate_backward(grad, value, s, I, W, *options)
     parts = [shape for shape, _ in made if shape[1:] == (k, C, O)]
     assert len(parts) == 1
     assert parts[0][0] > 1
@@ -767,12 +769,10 @@ def test_nothing_is_compiled_after_warmup(
     W = normal(*((C, 1, k) if weight == "depthwise" else (24, C, k)), seed=3).requires_grad_()
     convnn_kernels.warmup(*X, k, W)
     before = set(asked.variants)
+    of_output = {"dense": ["weight_grad_dense_kernel", "value_grad_dense_kernel"]}
     assert {variant[0] for variant in before} >= {
-        "norms_kernel",
-        "query_grad_kernel",
-        "key_grad_kernel",
-        f"weight_grad_{weight}_kernel",
-        f"value_grad_{weight}_kernel",
+        *("norms_kernel", "query_side_kernel", "sort_pairs_kernel", "key_side_kernel"),
+        *of_output.get(weight, []),
     }
     LOSSES[loss](convnn_kernels.functional.convnn(*X, k, W)).sum().backward()
     assert asked.variants == before
@@ -785,7 +785,7 @@ def test_without_gradients_warmup_compiles_forward_only(monkeypatch: pytest.Monk
     before = set(asked.variants)
     convnn_kernels.functional.convnn(*(x.requires_grad_() for x in X), 4).sum().backward()
     new = {variant[0] for variant in asked.variants - before}
-    assert {"query_grad_kernel", "key_grad_kernel", "value_grad_depthwise_kernel"} <= new
+    assert new == {"query_side_kernel", "sort_pairs_kernel", "key_side_kernel"}
 
 
 LISTS = {
@@ -811,7 +811,6 @@ def test_keys_that_many_queries_chose(lists: str, weight: str) -> None:
     assert_aggregate(ops.aggregate, normal(2, M, C, seed=1), normal(2, N, k), I, W)
 
 
-@pytest.mark.parametrize("by_slot", [False, True])
 @pytest.mark.parametrize("pairs_each", [64, 128, 4096])
 @pytest.mark.parametrize(("B", "N", "M", "k"), [(1, 1, 1, 1), (2, 37, 11, 3), (3, 70, 300, 9)])
 def test_inverse_list(
@@ -820,10 +819,9 @@ def test_inverse_list(
     M: int,
     k: int,
     pairs_each: int,
-    by_slot: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A stable sort: pairs of a key by (i, j) or (j, i), however many tiles, missing ones last."""
+    """A stable sort: pairs of a key by (j, i), however many tiles, missing ones last."""
     monkeypatch.setattr(
         configs, "inverse_list_parts", lambda *_: (-(-N * k // pairs_each), pairs_each)
     )
@@ -834,13 +832,11 @@ def test_inverse_list(
     s[s > 1] = -math.inf
     present = (s != -math.inf) & (I >= 0) & (I < M)
     expected = torch.where(present, I + M * torch.arange(B).view(B, 1, 1), B * M)
-    bounds = torch.arange(B * M + 1)
-    if by_slot:
-        expected, bounds = expected * k + torch.arange(k), bounds * k
+    expected, bounds = expected * k + torch.arange(k), torch.arange(B * M + 1) * k
     in_order, places = expected.flatten().sort(stable=True)
     from convnn_kernels.triton.inverse_list import invert
 
-    inverse = invert(s, I, M, by_slot)
+    inverse = invert(s, I, M)
     pairs, keys, offsets = (inverse.tensor(f"p_{name}") for name in ("pairs", "keys", "offsets"))
     offsets = offsets[:: -(-N * k // pairs_each)][: B * M + 1]
     assert {X.dtype for X in (pairs, keys, offsets)} == {torch.int32}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gradients of the convolution over neighbors (Eq. 6), each in a file of its own.
+"""Gradients of the convolution over neighbors (Eq. 6), with a dense weight each in its own file.
 
 | gradient | file |
 |---|---|
@@ -7,15 +7,15 @@
 | weight | weight_grad.py |
 | value, over the inverse neighbor list | value_grad.py, inverse_list.py |
 
-The gradient of bias is a sum that PyTorch takes.
+The gradient of bias is a sum that PyTorch takes. Those of a depthwise weight, or without one, are
+in backward.py.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .aggregation import Aggregation, prepare
+from .aggregation import Aggregation, is_dense, prepare
+from .backward import backward
 from .inverse_list import invert
 from .launch import Plan, Pointers, cache_plans
 from .modulate import prepare_modulate, prepare_softmax_backward
@@ -23,8 +23,6 @@ from .rho_grad import prepare_rho_grad
 from .tensors import empty_gradient
 from .value_grad import plan_value_grad
 from .weight_grad import add_parts, prepare_weight_grad
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def aggregate_backward(
@@ -40,26 +38,47 @@ def aggregate_backward(
     need_similarities: bool,
     need_weight: bool,
     need_bias: bool,
-    inverse: Callable[[], Pointers] | None = None,
-) -> Gradients:
-    """Gradients of value, similarities, weight and bias; see schemas.py.
+) -> tuple[Tensor, ...]:
+    """Gradients of value, similarities, weight and bias; see schemas.py."""
+    needs = {"value": need_value, "similarities": need_similarities}
+    needs |= {"weight": need_weight and weight is not None, "bias": need_bias and has_bias}
+    if weight is not None and is_dense(weight, value.shape[-1]):
+        return _dense_backward(needs, grad_output, value, similarities, indices, weight, rho, scale)
+    return backward(
+        needs,
+        similarities,
+        indices,
+        value=value,
+        weight=weight,
+        grad_output=grad_output,
+        rho=rho,
+        scale=scale,
+    )
 
-    `inverse` returns the inverse neighbor list where the caller needs it as well.
-    """
-    need_weight = need_weight and weight is not None
-    grad_value = empty_gradient(value, need_value)
-    grad_s = empty_gradient(similarities, need_similarities)
-    grad_bias = _bias_grad(grad_output, value) if need_bias and has_bias else value.new_empty(0)
+
+def _dense_backward(
+    needs: dict[str, bool],
+    grad_output: Tensor,
+    value: Tensor,
+    similarities: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    rho: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_value = empty_gradient(value, needs["value"])
+    grad_s = empty_gradient(similarities, needs["similarities"])
+    grad_bias = _bias_grad(grad_output, value) if needs["bias"] else value.new_empty(0)
     is_empty = grad_output.numel() == 0 or value.numel() == 0
-    if is_empty or not (need_value or need_similarities or need_weight):
-        grad_weight = value.new_zeros(weight.shape if need_weight and weight is not None else 0)
+    if is_empty or not (needs["value"] or needs["similarities"] or needs["weight"]):
+        grad_weight = value.new_zeros(weight.shape if needs["weight"] else 0)
         return grad_value.zero_(), grad_s.zero_(), grad_weight, grad_bias
 
     s, I = similarities.contiguous(), indices.contiguous()
     call, tensors = prepare(value, s, I, weight, rho, scale)
-    through_rho = need_similarities and rho != "ones"
-    plan, shape = plan_by_query(call, through_rho, need_weight)
-    part = value.new_empty(shape, dtype=torch.float32) if need_weight else None
+    through_rho = needs["similarities"] and rho != "ones"
+    plan, shape = plan_by_query(call, through_rho, needs["weight"])
+    part = value.new_empty(shape, dtype=torch.float32) if needs["weight"] else None
     pointers = Pointers(
         value.device,
         **tensors,
@@ -72,14 +91,14 @@ def aggregate_backward(
     plan(pointers)
     grad_weight = value.new_empty(0)
     if part is not None:
-        grad_weight = add_parts(call, part, value.dtype)
+        grad_weight = add_parts(part, value.dtype)
         del part
         pointers.add(p_part=None)
     if not through_rho:
         grad_s.zero_()
     # Last, because the inverse list takes most memory.
-    if need_value:
-        pairs = inverse() if inverse else invert(s, I, value.shape[-2], call.is_dense)
+    if needs["value"]:
+        pairs = invert(s, I, value.shape[-2])
         pointers.take(pairs, "p_pairs", "p_keys", "p_offsets")
         plan_value_grad(call)(pointers)
     return grad_value, grad_s, grad_weight, grad_bias

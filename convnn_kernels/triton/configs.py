@@ -291,12 +291,6 @@ def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     )
 
 
-def rho_grad_depthwise(arch: int, C: int) -> Config:
-    """Blocks of `rho_grad_depthwise_kernel`."""
-    rows = 64 if arch == INTERPRETER else 16
-    return _config(BLOCK_N=rows, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
-
-
 def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     """Blocks of `value_grad_dense_kernel`."""
     return _config(
@@ -309,21 +303,16 @@ def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     )
 
 
-def value_grad_depthwise(arch: int, C: int) -> Config:
-    """Blocks of `value_grad_depthwise_kernel`."""
-    return _over_pairs(arch, C) | {"BLOCK_C": min(64, max(16, power_of_two(C)))}
+def value_grad_chunks(arch: int, O: int) -> Config:
+    """Blocks of `value_grad_chunks_kernel`.
 
-
-def key_grad(arch: int, D: int) -> Config:
-    """Blocks of `key_grad_kernel`."""
-    return _over_pairs(arch, D) | {"BLOCK_D": min(64, max(16, power_of_two(D)))}
-
-
-def _over_pairs(arch: int, channels: int) -> Config:
-    """CHUNK grows with the channels: the sums of all chunks are no more numbers than the pairs."""
+    CHUNK grows with the outputs: the sums of all chunks are no more numbers than the pairs.
+    """
+    block_o = min(64, max(16, power_of_two(O)))
     if arch == INTERPRETER:
-        return _config(ROWS=16, PAIRS=8, CHUNK=16, num_warps=4)
-    return _config(ROWS=1, PAIRS=16, CHUNK=max(64, power_of_two(channels)), num_warps=2)
+        return _config(ROWS=16, PAIRS=8, CHUNK=16, BLOCK_O=block_o, num_warps=4)
+    chunk = max(64, power_of_two(O))
+    return _config(ROWS=1, PAIRS=16, CHUNK=chunk, BLOCK_O=block_o, num_warps=2)
 
 
 def inverse_list_parts(batch: int, pairs: int, keys: int) -> tuple[int, int]:
@@ -343,6 +332,57 @@ def sort() -> Config:
     return _config(PAIRS=64, num_warps=2)
 
 
+def query_side(arch: int, bits: int, C: int, D: int, k: int, rows_each: int) -> Config:
+    """Blocks of `query_side_kernel`: one warp, in which sums over channels are shuffles."""
+    largest = 64 if arch == INTERPRETER else 256
+    block_c, block_d = (min(largest, max(16, power_of_two(X))) for X in (C, D))
+    return _config(
+        ROWS=min(128, rows_each),
+        BLOCK_N=32 if arch == INTERPRETER else 1024 // max(64, block_c, block_d),
+        BLOCK_K=block_k(k),
+        BLOCK_C=block_c,
+        BLOCK_D=block_d,
+        num_warps=1,
+        # 12 warps on a multiprocessor, where that does not spill.
+        maxnreg=168 if bits == 16 and 64 <= max(block_c, block_d) <= 128 else MOST_REGISTERS,
+    )
+
+
+def rows_each(arch: int, B: int, N: int, key_blocks: int) -> int:
+    """The queries in a tile of `query_side_kernel`: 32, 64, or a multiple of 128.
+
+    Enough tiles to fill a chip; but their counts of pairs, tiles * key_blocks, must be no more than
+    a few for each query, and all programs that sort pairs read all counts of a batch element.
+    """
+    rows = 32 if arch == INTERPRETER else power_of_two(min(128, max(32, B * N // 2048)))
+    rows = max(rows, key_blocks // 4, N // 256)
+    return power_of_two(rows) if rows <= 128 else -(-rows // 128) * 128
+
+
+def sort_pairs(arch: int) -> Config:
+    """Blocks of `sort_pairs_kernel`."""
+    return _config(PAIRS=32, TILES=8, BINS=128, PARTS=64, COLUMNS=16, num_warps=1)
+
+
+def key_side(arch: int, bits: int, C: int, D: int, N: int, M: int, k: int) -> Config:
+    """Blocks of `key_side_kernel`.
+
+    A chunk has more pairs than most blocks of keys, and KEYS * channels sums, which all together
+    are at most the elements of key and value, or else the pairs.
+    """
+    channels = power_of_two(max(C, D))
+    chunk = min(power_of_two(16 * k * max(1, N // M)), 16 * channels)
+    return _config(
+        KEYS=16,
+        # float32, and loads of single elements, take more registers.
+        PAIRS=16 if bits == 32 or C % 16 or D % 16 else 32,
+        BLOCK=min(64, max(16, channels)),
+        CHUNK=64 if arch == INTERPRETER else max(256, chunk),
+        num_warps=2,
+        num_stages=1,
+    )
+
+
 def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     """Blocks of `weight_grad_dense_kernel`."""
     return _config(
@@ -351,21 +391,6 @@ def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
         BLOCK_C=min(64, max(16, power_of_two(C))),
         num_warps=4,
         num_stages=2,
-    )
-
-
-def weight_grad_depthwise(arch: int, C: int) -> Config:
-    """Blocks of `weight_grad_depthwise_kernel`."""
-    return _config(BLOCK_N=32, BLOCK_C=min(128, max(16, power_of_two(C))), num_warps=4)
-
-
-def query_grad(arch: int, D: int, k: int) -> Config:
-    """Blocks of `query_grad_kernel`."""
-    return _config(
-        BLOCK_N=64 if arch == INTERPRETER else 16,
-        BLOCK_D=min(128, max(16, power_of_two(D))),
-        BLOCK_K=block_k(k),
-        num_warps=4,
     )
 
 

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Algorithm 1: the neighbors are selected, then modulated and convolved; and its gradients."""
 
-import functools
-
-import torch
 from torch import Tensor
 
 from .aggregate import aggregate
 from .aggregate_backward import aggregate_backward
 from .aggregation import is_dense
 from .aggregation import prepare as prepare_aggregation
-from .inverse_list import invert
+from .backward import backward
 from .launch import Pointers
 from .search import prepare as prepare_search
 from .select import is_large, select
-from .select_backward import select_backward
 from .select_large import select_large
 
 
@@ -69,14 +65,25 @@ def forward_backward(
     need_value: bool,
     need_weight: bool,
     need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, weight and bias; see schemas.py.
-
-    The gradients of value and key share one inverse neighbor list.
-    """
-    similarities, indices = similarities.contiguous(), indices.contiguous()
-    dense = is_dense(weight, value.shape[-1])
-    inverse = functools.cache(lambda: invert(similarities, indices, key.shape[-2], by_slot=dense))
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key, value, weight and bias; see schemas.py."""
+    if not is_dense(weight, value.shape[-1]):
+        needs = {"query": need_query, "key": need_key, "value": need_value}
+        needs |= {"weight": need_weight and weight is not None, "bias": need_bias and has_bias}
+        return backward(
+            needs,
+            similarities,
+            indices,
+            query=query,
+            key=key,
+            value=value,
+            weight=weight,
+            grad_output=grad_output,
+            grad_similarities=grad_similarities,
+            metric=metric,
+            rho=rho,
+            scale=scale,
+        )
     need_search = need_query or need_key
     grad_value, grad_s, grad_weight, grad_bias = aggregate_backward(
         grad_output,
@@ -91,15 +98,17 @@ def forward_backward(
         need_search and rho != "ones",
         need_weight,
         need_bias,
-        inverse,
     )
-    if not need_search:
-        return query.new_empty(0), key.new_empty(0), grad_value, grad_weight, grad_bias
-    if rho == "ones":
-        grad_s = torch.zeros_like(similarities) if grad_similarities is None else grad_similarities
-    elif grad_similarities is not None:
-        grad_s = grad_s + grad_similarities
-    grad_query, grad_key = select_backward(
-        grad_s, query, key, similarities, indices, metric, need_query, need_key, inverse, dense
+    direct = grad_similarities
+    if rho != "ones" and need_search:
+        direct = grad_s if direct is None else grad_s + direct
+    grad_query, grad_key = backward(
+        {"query": need_query, "key": need_key},
+        similarities,
+        indices,
+        query=query,
+        key=key,
+        grad_similarities=direct,
+        metric=metric,
     )
     return grad_query, grad_key, grad_value, grad_weight, grad_bias

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The inverse neighbor list: for every key, the pairs (i, j) with I_ij = key.
+"""The inverse neighbor list, for a dense weight: for every key, the pairs (i, j) with I_ij = key.
 
 A pair is the position of its neighbor in the flattened [B, N, k]. The list is all pairs, sorted by
-key; `keys` has the key of each, b * M + m, or a number beyond all keys for a missing neighbor.
-Pairs of a key are ordered by (i, j); or by (j, i), and then j is part of the key:
-(b * M + m) * k + j.
+key, j and i; `keys` has (b * M + m) * k + j of each, or a number beyond all of these for a missing
+neighbor.
 
 It is a counting sort, which takes 8 bytes for a pair, or 16 where 32 bits are too few. The pairs of
 a batch element are divided into tiles. `count_pairs_kernel` counts the pairs of each key in each
@@ -13,9 +12,9 @@ them there in their order. Integers are added atomically, which has one result i
 
 A key that many queries chose has a long run in the list, on which one program would work for long.
 So the list is also divided, without regard to keys, into chunks of CHUNK pairs. What a kernel sums
-over pairs is first summed for each chunk that lies within one key, by a program of its own. The
-program of a key then sums the pairs before its first chunk and after its last, and the sums of its
-chunks: always the same terms in the same order.
+over pairs is first summed for each chunk that lies within one key and j, by a program of its own.
+The program of a key then sums the pairs before its first chunk and after its last, and the sums of
+its chunks: always the same terms in the same order.
 """
 
 from typing import Any, NamedTuple
@@ -32,24 +31,18 @@ from .modulate import load_neighbors
 
 
 @triton.jit
-def _load_bins(p_similarities, p_indices, rank, m, N, M, k, B, b, BY_SLOT: tl.constexpr):
+def _load_bins(p_similarities, p_indices, rank, m, N, M, k, B, b):
     """The pairs number `rank` of batch element b; and of each the row of key, or M if the neighbor
     is missing, the bin, and the key.
 
     Bins are keys b * M + m; and then one for the missing neighbors of each batch element.
     """
-    slot = rank % k
-    pair = rank
-    if BY_SLOT:
-        slot = rank // N
-        pair = (rank % N) * k + slot
-    pair += b * N * k
+    slot = rank // N
+    pair = (b * N + rank % N) * k + slot
     _, b_row, present = load_neighbors(p_similarities, p_indices, pair, m, M)
     keys = as_int64(B) * M
     b_bin = tl.where(present, b * M + b_row, keys + b)
-    b_key = tl.where(present, b * M + b_row, keys)
-    if BY_SLOT:
-        b_key = b_key * k + slot
+    b_key = tl.where(present, b * M + b_row, keys) * k + slot
     return pair, tl.where(present, b_row, M).to(tl.int32), b_bin, b_key
 
 
@@ -64,7 +57,6 @@ def count_pairs_kernel(
     B,
     tiles,
     pairs_each,
-    BY_SLOT: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
     """How many pairs of each bin there are in one tile of `pairs_each` pairs."""
@@ -76,7 +68,7 @@ def count_pairs_kernel(
     for start in range(first, last, PAIRS):
         rank = start + tl.arange(0, PAIRS)
         m = rank < last
-        _, _, b_bin, _ = _load_bins(p_similarities, p_indices, rank, m, N, M, k, B, b, BY_SLOT)
+        _, _, b_bin, _ = _load_bins(p_similarities, p_indices, rank, m, N, M, k, B, b)
         tl.atomic_add(p_sums + 2 + b_bin * tiles + tile, 1, m, sem="relaxed")
 
 
@@ -93,7 +85,6 @@ def store_pairs_kernel(
     B,
     tiles,
     pairs_each,
-    BY_SLOT: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
     """Puts the pairs of one tile into the list, PAIRS at a time."""
@@ -106,9 +97,7 @@ def store_pairs_kernel(
     for start in range(first, last, PAIRS):
         order = start + o_p
         m = order < last
-        pair, b_row, b_bin, b_key = _load_bins(
-            p_similarities, p_indices, order, m, N, M, k, B, b, BY_SLOT
-        )
+        pair, b_row, b_bin, b_key = _load_bins(p_similarities, p_indices, order, m, N, M, k, B, b)
         # The first pair of a bin reserves room for all of them; the others follow it in order.
         # Sums over the first axis, in which threads have many elements, are the cheaper ones.
         m_same = (b_row[:, None] == b_row[None, :]) & m[:, None]
@@ -119,40 +108,6 @@ def store_pairs_kernel(
         begin = tl.sum(tl.where(m_same & m_first[:, None], begin[:, None], 0), 0)
         tl.store(p_pairs + begin + rank, pair.to(p_pairs.dtype.element_ty), m)
         tl.store(p_keys + begin + rank, b_key.to(p_keys.dtype.element_ty), m)
-
-
-@triton.jit
-def run_of_chunk(
-    p_keys,  # [pairs]
-    o_c,  # [rows] int64: chunks
-    chunks,
-    keys,
-    slots,  # how many numbers in p_keys stand for one key
-    CHUNK: tl.constexpr,
-):
-    """The key of a chunk, and its pairs from `first` to `last`: none where there are two keys."""
-    first = o_c * CHUNK
-    m_c = o_c < chunks
-    key = tl.load(p_keys + first, m_c, 0).to(tl.int64) // slots
-    key_of_last = tl.load(p_keys + first + CHUNK - 1, m_c, 0).to(tl.int64) // slots
-    m_c = m_c & (key == key_of_last) & (key < keys)
-    return tl.where(m_c, key, 0), first, tl.where(m_c, first + CHUNK, first)
-
-
-@triton.jit
-def run_of_key(
-    p_offsets,  # [keys + 1] of stride stride_o
-    o_r,  # [rows] int64: keys
-    m_r,  # [rows]
-    stride_o,
-    CHUNK: tl.constexpr,
-):
-    """The pairs of a key from `first` to `last`, of which its chunks have `begin` to `end`."""
-    first = tl.load(p_offsets + o_r * stride_o, m_r, 0).to(tl.int64)
-    last = tl.load(p_offsets + (o_r + 1) * stride_o, m_r, 0).to(tl.int64)
-    begin = (first + CHUNK - 1) // CHUNK * CHUNK
-    end = last // CHUNK * CHUNK
-    return first, last, tl.where(begin < end, begin, last), tl.where(begin < end, end, last)
 
 
 class Inversion(NamedTuple):
@@ -168,12 +123,12 @@ def list_numbers(B: int, N: int, M: int, k: int) -> dict[str, int]:
 
 
 @cache_plans
-def plan_invert(B: int, N: int, M: int, k: int, by_slot: bool) -> Inversion:
+def plan_invert(B: int, N: int, M: int, k: int) -> Inversion:
     tiles, pairs_each = configs.inverse_list_parts(B, N * k, M)
-    numbers: dict[str, Any] = {"N": N, "M": M, "k": k, "B": B, "BY_SLOT": by_slot}
+    numbers: dict[str, Any] = {"N": N, "M": M, "k": k, "B": B}
     numbers |= {"tiles": tiles, "pairs_each": pairs_each}
     config = configs.sort()
-    largest = max(B * N * k, (B * M + 1) * (k if by_slot else 1))
+    largest = max(B * N * k, (B * M + 1) * k)
     dtype = torch.int32 if largest < 2**31 else torch.int64
     pairs = (B * N * k, dtype)
     count, store = (
@@ -187,14 +142,14 @@ def plan_invert(B: int, N: int, M: int, k: int, by_slot: bool) -> Inversion:
     )
 
 
-def invert(similarities: Tensor, indices: Tensor, M: int, by_slot: bool) -> Pointers:
+def invert(similarities: Tensor, indices: Tensor, M: int) -> Pointers:
     """The inverse list of similarities and indices [..., N, k], contiguous, as p_pairs [B * N * k],
     p_keys [B * N * k] and p_offsets [B * M + 1] of stride `list_numbers(...)["stride_o"]`.
 
     Nothing is read by the host.
     """
     N, k = indices.shape[-2:]
-    plan = plan_invert(indices.numel() // (N * k), N, M, k, by_slot)
+    plan = plan_invert(indices.numel() // (N * k), N, M, k)
     size, dtype = plan.sums
     sums = torch.zeros(size, dtype=dtype, device=indices.device)
     pointers = Pointers(

@@ -261,7 +261,8 @@ def settle_cache_keys() -> None:
     Otherwise, in Triton 3.6 and 3.7, keys depend on which kernel happens to run first.
     """
     # A module with kernels is imported after those that it uses.
-    names = [f"{__package__}.{name}" for name in ("integers", "metrics", "order", "dot_of_float")]
+    functions = ("integers", "metrics", "order", "dot_of_float", "inverse_norms", "products")
+    names = [f"{__package__}.{name}" for name in (*functions, "append")]
     for name in (*names, *(kernel.module for kernel in KERNELS.values())):
         for function in vars(sys.modules[name]).values():
             getattr(getattr(function, "jit", function), "cache_key", None)

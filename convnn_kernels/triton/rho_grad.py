@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The gradient of rho, with G the gradient of the output (Eq. 6).
+"""The gradient of rho under a dense weight, with G the gradient of the output (Eq. 6).
 
-    P_ij[c]  = sum_o G_i[o] W[o, c, j]; depthwise G_i[c] W[c, 0, j]; no weight G_i[c]
+    P_ij[c]  = sum_o G_i[o] W[o, c, j]
     drho_ij  = sum_c P_ij[c] V[I_ij, c]
 
 A program has BLOCK_N queries and one j. P is never stored.
@@ -74,62 +74,7 @@ def rho_grad_dense_kernel(
     tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
 
 
-@Kernel
-def rho_grad_depthwise_kernel(
-    p_grad,  # [B, N, C] contiguous
-    p_value,  # [B, M, C]
-    p_similarities,  # [B, N, k] float32, contiguous
-    p_indices,  # [B, N, k] int64, contiguous
-    p_weight,  # [C, 1, k] contiguous, or None
-    p_rho_grad,  # [B, N, k] float32
-    N,
-    M,
-    C,
-    k,
-    B2,
-    stride_vb1,
-    stride_vb2,
-    stride_vm,
-    ALIGN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """drho of BLOCK_N queries and one j."""
-    stride_vb1 = aligned(stride_vb1, ALIGN)
-    stride_vb2 = aligned(stride_vb2, ALIGN)
-    stride_vm = aligned(stride_vm, ALIGN)
-    pid = tl.program_id(0).to(tl.int64)
-    row_blocks = tl.cdiv(N, BLOCK_N)
-    j = pid % k
-    block = pid // k
-    b = block // row_blocks
-    o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < N
-    o_r = b * N + o_n
-    p_g = p_grad + o_r * C
-    p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
-    _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
-    b_drho = tl.zeros([BLOCK_N], tl.float32)
-    for c0 in range(0, C, BLOCK_C):
-        o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
-        m_c = o_c < C
-        m_v = m[:, None] & m_c[None, :]
-        p = p_g[:, None] + o_c[None, :]
-        b_p = tl.load(p, m_v, 0.0).to(tl.float32)
-        if p_weight is not None:
-            b_w = tl.load(p_weight + o_c * k + j, m_c, 0.0)
-            b_p = b_p * b_w.to(tl.float32)[None, :]
-        p = p_v + b_row[:, None] * stride_vm + o_c[None, :]
-        b_drho += tl.sum(b_p * tl.load(p, m_v, 0.0).to(tl.float32), 1)
-    tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
-
-
 def prepare_rho_grad(call: Aggregation) -> Launch:
-    V = call.V
-    if call.is_dense:
-        config = configs.rho_grad_dense(call.arch, call.bits, V.D, call.O)
-        programs = V.B * cdiv(call.N, config["BLOCK_N"]) * call.k
-        return rho_grad_dense_kernel.prepare(programs, config, **call.numbers())
-    config = configs.rho_grad_depthwise(call.arch, V.D)
-    programs = V.B * cdiv(call.N, config["BLOCK_N"]) * call.k
-    return rho_grad_depthwise_kernel.prepare(programs, config, **call.numbers())
+    config = configs.rho_grad_dense(call.arch, call.bits, call.V.D, call.O)
+    programs = call.V.B * cdiv(call.N, config["BLOCK_N"]) * call.k
+    return rho_grad_dense_kernel.prepare(programs, config, **call.numbers())

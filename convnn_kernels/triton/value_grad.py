@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The gradient of value, with G the gradient of the output (Eq. 6).
+"""The gradient of value under a dense weight, with G the gradient of the output (Eq. 6).
 
-    P_ij[c]  = sum_o G_i[o] W[o, c, j]; depthwise G_i[c] W[c, 0, j]; no weight G_i[c]
+    P_ij[c]  = sum_o G_i[o] W[o, c, j]
     dV[m]    = sum of rho_ij P_ij over the pairs (i, j) with I_ij = m
 
 The pairs of key m come from the inverse neighbor list (inverse_list.py): offsets[m] to
 offsets[m + 1]. Nothing is added atomically, so the result does not depend on the order of programs.
 
-P is never stored. In the dense case sums over pairs come first, H_j[m] = sum of rho_ij G_i, and
-then the product of H_j with W_j on tensor cores. H_j is not rounded to 16 bits: it enters the
-product as the sum of two tf32 numbers.
+P is never stored. Sums over pairs come first, H_j[m] = sum of rho_ij G_i, and then the product of
+H_j with W_j on tensor cores. H_j is not rounded to 16 bits: it enters the product as the sum of two
+tf32 numbers.
 """
 
 import torch
@@ -19,7 +19,7 @@ from . import configs
 from .aggregation import Aggregation
 from .dot_of_float import dot_of_float
 from .integers import as_int64
-from .inverse_list import list_numbers, run_of_chunk, run_of_key
+from .inverse_list import list_numbers
 from .launch import Kernel, Plan, cache_plans
 from .tensors import cdiv
 
@@ -95,94 +95,56 @@ def value_grad_dense_kernel(
 
 
 @Kernel
-def value_grad_depthwise_kernel(
-    p_grad,  # [B, N, C] contiguous
+def value_grad_chunks_kernel(
+    p_grad,  # [B, N, O] contiguous
     p_rho,  # [B, N, k] float32
-    p_weight,  # [C, 1, k] contiguous, or None
-    p_pairs,  # [pairs], sorted by key
-    p_keys,  # [pairs]: the key of each
-    p_offsets,  # [keys + 1] of stride stride_o
-    p_part,  # [pairs // CHUNK, C] float32: dV over the chunks within one key
-    p_value_grad,  # [B, M, C] contiguous
-    keys,
-    C,
+    p_pairs,  # [pairs], sorted by key and j
+    p_keys,  # [pairs]: (b * M + key) * k + j of each
+    p_part,  # [pairs // CHUNK, O] float32
+    keys,  # B * M * k
+    O,
     k,
     pairs,
-    stride_o,
-    OF_CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
 ):
-    """dV of ROWS keys, or the part of ROWS chunks, and BLOCK_C channels, PAIRS pairs at a time.
-
-    Chunks of pairs that are sorted by (key, j), without a weight, give parts of H_j: the "keys" are
-    then M * k in a batch element.
-    """
+    """H_j over ROWS chunks and BLOCK_O outputs, PAIRS pairs at a time; 0 of chunks that do not lie
+    within one key and j."""
     pid = tl.program_id(0).to(tl.int64)
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    o_r = (pid // channel_blocks) * ROWS + tl.arange(0, ROWS)
-    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    if OF_CHUNKS:
-        m_r = o_r < pairs // CHUNK
-        _, first, last = run_of_chunk(p_keys, o_r, pairs // CHUNK, keys, 1, CHUNK)
-        begin, end = last, last
-    else:
-        m_r = o_r < keys
-        first, last, begin, end = run_of_key(p_offsets, o_r, m_r, stride_o, CHUNK)
-    b_dv = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS):
+    output_blocks = tl.cdiv(O, BLOCK_O)
+    o_r = (pid // output_blocks) * ROWS + tl.arange(0, ROWS)
+    o_o = (pid % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
+    m_o = o_o < O
+    m_r = o_r < pairs // CHUNK
+    first = o_r * CHUNK
+    key = tl.load(p_keys + first, m_r, 0)
+    m_one = m_r & (key == tl.load(p_keys + first + CHUNK - 1, m_r, 0)) & (key < keys)
+    b_h = tl.zeros([ROWS, BLOCK_O], tl.float32)
+    for start in range(0, CHUNK, PAIRS):
         o_p = first[:, None] + start + tl.arange(0, PAIRS)[None, :]
-        o_p += tl.where(o_p < begin[:, None], 0, (end - begin)[:, None])
-        m_p = o_p < last[:, None]
-        b_pair = tl.load(p_pairs + o_p, m_p, 0)
-        m = m_p[:, :, None] & m_c[None, None, :]
-        p = p_grad + (b_pair // k).to(tl.int64)[:, :, None] * C + o_c[None, None, :]
-        b_p = tl.load(p, m, 0.0).to(tl.float32)
-        if p_weight is not None:
-            b_j = b_pair % k
-            p = p_weight + o_c[None, None, :] * k + b_j[:, :, None]
-            b_p = b_p * tl.load(p, m, 0.0).to(tl.float32)
-        b_dv += tl.sum(tl.load(p_rho + b_pair, m_p, 0.0)[:, :, None] * b_p, 1)
-    p_out = o_r[:, None] * C + o_c[None, :]
-    m_out = m_r[:, None] & m_c[None, :]
-    if OF_CHUNKS:
-        tl.store(p_part + p_out, b_dv, m_out)
-    else:
-        for start in range(0, tl.max(end - begin, 0) // CHUNK, PAIRS):
-            o_p = (begin // CHUNK)[:, None] + start + tl.arange(0, PAIRS)[None, :]
-            m_p = o_p < (end // CHUNK)[:, None]
-            p = p_part + o_p[:, :, None] * C + o_c[None, None, :]
-            b_dv += tl.sum(tl.load(p, m_p[:, :, None] & m_c[None, None, :], 0.0), 1)
-        tl.store(p_value_grad + p_out, b_dv.to(p_value_grad.dtype.element_ty), m_out)
+        b_pair = tl.load(p_pairs + o_p, m_one[:, None], 0)
+        m = m_one[:, None, None] & m_o[None, None, :]
+        p = p_grad + (b_pair // k).to(tl.int64)[:, :, None] * O + o_o[None, None, :]
+        b_rho = tl.load(p_rho + b_pair, m_one[:, None], 0.0)
+        b_h += tl.sum(b_rho[:, :, None] * tl.load(p, m, 0.0).to(tl.float32), 1)
+    tl.store(p_part + o_r[:, None] * O + o_o[None, :], b_h, m_r[:, None] & m_o[None, :])
 
 
 @cache_plans
 def plan_value_grad(call: Aggregation) -> Plan:
-    """dV, from pointers that have the inverse neighbor list.
-
-    The list, of inverse_list.py, must be sorted by slot if the weight is dense. Dense weights do
-    not enter the sums of chunks.
-    """
+    """dV, from pointers that have the inverse neighbor list."""
     B, M, C, O, k = call.V.B, call.V.N, call.V.D, call.O, call.k
-    config = configs.value_grad_depthwise(call.arch, O)
-    chunks = call.rows * k // config["CHUNK"]
-    numbers = call.numbers() | list_numbers(B, call.N, M, k) | {"C": O, "OF_CHUNKS": True}
-    numbers["keys"] = B * M * k if call.is_dense else B * M
+    chunk = configs.value_grad_chunks(call.arch, O)
+    chunks = call.rows * k // chunk["CHUNK"]
+    numbers = call.numbers() | list_numbers(B, call.N, M, k)
+    numbers |= {"keys": B * M * k, "CHUNK": chunk["CHUNK"]}
     launches = []
     if chunks:
-        programs = cdiv(chunks, config["ROWS"]) * cdiv(O, config["BLOCK_C"])
-        names = {"p_weight": None} if call.is_dense else {}
-        launches.append(value_grad_depthwise_kernel.prepare(programs, config, names, **numbers))
-    if call.is_dense:
-        dense = configs.value_grad_dense(call.arch, call.bits, C, O)
-        programs = B * cdiv(M, dense["BLOCK_M"]) * cdiv(C, dense["BLOCK_C"])
-        numbers |= {"C": C, "CHUNK": config["CHUNK"]}
-        launches.append(value_grad_dense_kernel.prepare(programs, dense, **numbers))
-    else:
-        numbers["OF_CHUNKS"] = False
-        programs = cdiv(B * M, config["ROWS"]) * cdiv(O, config["BLOCK_C"])
-        launches.append(value_grad_depthwise_kernel.prepare(programs, config, **numbers))
+        programs = cdiv(chunks, chunk["ROWS"]) * cdiv(O, chunk["BLOCK_O"])
+        launches.append(value_grad_chunks_kernel.prepare(programs, chunk, **numbers))
+    config = configs.value_grad_dense(call.arch, call.bits, C, O)
+    programs = B * cdiv(M, config["BLOCK_M"]) * cdiv(C, config["BLOCK_C"])
+    launches.append(value_grad_dense_kernel.prepare(programs, config, **numbers))
     return Plan(launches, p_part=(chunks * O, torch.float32))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The gradient of the weight, with G the gradient of the output (Eq. 6).
+"""The gradient of a dense weight, with G the gradient of the output (Eq. 6).
 
-    dW[:, :, j] = sum_i G_i (rho_ij V[I_ij])^T; depthwise dW[:, 0, j] = sum_i G_i * (rho_ij V[I_ij])
+    dW[:, :, j] = sum_i G_i (rho_ij V[I_ij])^T
 
 It is summed in parts of a fixed number of queries, which are then added: no atomics, and the same
-result in any order of programs. In the dense case rho V is not rounded to 16 bits: it enters the
-product as the sum of two tf32 numbers.
+result in any order of programs. rho V is not rounded to 16 bits: it enters the product as the sum
+of two tf32 numbers.
 """
 
 import torch
@@ -81,78 +81,19 @@ def weight_grad_dense_kernel(
     tl.store(p, b_dw, m_c[:, None] & m_o[None, :])
 
 
-@Kernel
-def weight_grad_depthwise_kernel(
-    p_grad,  # [B, N, C] contiguous
-    p_value,  # [B, M, C]
-    p_rho,  # [B, N, k] float32
-    p_similarities,  # [B, N, k] float32, contiguous
-    p_indices,  # [B, N, k] int64, contiguous
-    p_part,  # [parts, C, k] float32
-    rows,
-    N,
-    M,
-    C,
-    k,
-    B2,
-    rows_each,
-    stride_vb1,
-    stride_vb2,
-    stride_vm,
-    ALIGN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dW of one j and BLOCK_C channels, over `rows_each` of the B * N queries."""
-    stride_vb1 = aligned(stride_vb1, ALIGN)
-    stride_vb2 = aligned(stride_vb2, ALIGN)
-    stride_vm = aligned(stride_vm, ALIGN)
-    pid = tl.program_id(0).to(tl.int64)
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    pid = pid // channel_blocks
-    j = pid % k
-    part = pid // k
-    m_c = o_c < C
-    b_dw = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(0, rows_each, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        o_r = part * rows_each + o_n
-        m_r = (o_n < rows_each) & (o_r < rows)
-        # Of fewer batch elements than programs, so that divisions by B2 may have 32 bits.
-        b = (o_r // N).to(tl.int32)
-        b_rho = tl.load(p_rho + o_r * k + j, m_r, 0.0)
-        _, b_row, m_r = load_neighbors(p_similarities, p_indices, o_r * k + j, m_r, M)
-        m = m_r[:, None] & m_c[None, :]
-        p = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2 + b_row * stride_vm
-        b_v = tl.load(p[:, None] + o_c[None, :], m, 0.0).to(tl.float32)
-        p = p_grad + o_r[:, None] * C + o_c[None, :]
-        b_g = tl.load(p, m, 0.0).to(tl.float32)
-        b_dw += tl.sum(b_rho[:, None] * b_v * b_g, 0)
-    tl.store(p_part + (part * C + o_c) * k + j, b_dw, m_c)
-
-
 def prepare_weight_grad(call: Aggregation) -> tuple[Launch, tuple[int, ...]]:
     """The launch, and the shape of all parts, which it writes to p_part."""
     C, O, k = call.V.D, call.O, call.k
-    size = k * C * O if call.is_dense else k * C
     bound = call.rows * min(call.V.N, k * C)
-    parts, rows_each = configs.parts(call.rows, size, bound)
+    parts, rows_each = configs.parts(call.rows, k * C * O, bound)
     numbers = call.numbers() | {"rows_each": rows_each}
-    if call.is_dense:
-        config = configs.weight_grad_dense(call.arch, call.bits, C, O)
-        programs = parts * k * cdiv(C, config["BLOCK_C"]) * cdiv(O, config["BLOCK_O"])
-        launch = weight_grad_dense_kernel.prepare(programs, config, **numbers)
-        return launch, (parts, k, C, O)
-    config = configs.weight_grad_depthwise(call.arch, C)
-    programs = parts * k * cdiv(C, config["BLOCK_C"])
-    launch = weight_grad_depthwise_kernel.prepare(programs, config, **numbers)
-    return launch, (parts, C, 1, k)
+    config = configs.weight_grad_dense(call.arch, call.bits, C, O)
+    programs = parts * k * cdiv(C, config["BLOCK_C"]) * cdiv(O, config["BLOCK_O"])
+    launch = weight_grad_dense_kernel.prepare(programs, config, **numbers)
+    return launch, (parts, k, C, O)
 
 
-def add_parts(call: Aggregation, part: Tensor, dtype: torch.dtype) -> Tensor:
-    """dW, of the shape of the weight."""
-    grad = part.sum(dim=0)
-    if call.is_dense:
-        return grad.permute(2, 1, 0).to(dtype, memory_format=torch.contiguous_format)
-    return grad.to(dtype)
+def add_parts(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """dW [O, C, k], of parts [parts, k, C, O]."""
+    grad = part.sum(dim=0).permute(2, 1, 0)
+    return grad.to(dtype, memory_format=torch.contiguous_format)

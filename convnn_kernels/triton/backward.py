@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: MIT
+"""The backward of `forward` with a depthwise weight or none, in four launches.
+
+| launch | file | what |
+|---|---|---|
+| `query_side_kernel` | query_side.py | dq, ds, parts of dW and db |
+| `sort_pairs_kernel` | pairs.py | the pairs, sorted by blocks of keys; dW and db |
+| `key_side_kernel`, of chunks | key_side.py | sums over parts of long lists |
+| `key_side_kernel`, of keys | key_side.py | dV and dk |
+
+The backward of `aggregate` or of `select` alone is the same without the other part. What is not
+needed is not computed: its pointers are None.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import configs, hardware
+from .aggregation import RHOS
+from .key_side import key_side_kernel
+from .launch import Buffer, Plan, Pointers, cache_plans
+from .metrics import METRICS
+from .norms import rescales
+from .pairs import sort_pairs_kernel
+from .query_side import query_side_kernel
+from .tensors import Layout, alignment, cdiv, rows_of
+
+_F32 = torch.float32
+# How many bfloat16 numbers hold the bits of a float.
+_PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+_NO_ROWS = Layout(1, 1, 0, 0, 0, 0, 0)
+
+
+class Backward(NamedTuple):
+    """The gradients of a call, but for the tensors."""
+
+    Q: Layout  # [B, N, D]; without elements, as K, where there is only V
+    K: Layout  # [B, M, D]
+    V: Layout  # [B, M, C]; without elements where there is only Q and K
+    B: int
+    B2: int
+    N: int
+    M: int
+    k: int
+    metric: str
+    rho: str
+    scale: float
+    has_weight: bool
+    has_direct: bool  # whether there is a gradient of the returned similarities
+    needed: frozenset[str]
+    query_dtype: torch.dtype
+    value_dtype: torch.dtype
+    arch: int
+
+    @property
+    def through_rho(self) -> bool:
+        """Whether ds depends on the gradient of the output."""
+        search = self.has_search or "similarities" in self.needed
+        return search and self.V.N > 0 and self.rho != "ones"
+
+    @property
+    def has_search(self) -> bool:
+        return bool(self.needed & {"query", "key"})
+
+    @property
+    def sorts(self) -> bool:
+        return bool(self.needed & {"value", "key"})
+
+
+@cache_plans
+def plan_backward(call: Backward) -> Plan:
+    """All gradients, from pointers that have the tensors of the call."""
+    Q, K, V, B, N, M, k = call.Q, call.K, call.V, call.B, call.N, call.M, call.k
+    C, D = V.D, Q.D
+    bits = 8 * max(call.query_dtype.itemsize, call.value_dtype.itemsize)
+    keys = configs.key_side(call.arch, bits, C, D, N, M, k)
+    key_blocks = cdiv(M, keys["KEYS"])
+    rows_each = configs.rows_each(call.arch, B, N, key_blocks)
+    query = configs.query_side(call.arch, bits, C, D, k, rows_each)
+    tiles = cdiv(N, rows_each)
+    sort = configs.sort_pairs(call.arch)
+    chunks = N * k // keys["CHUNK"] if call.sorts else 0
+    channel_blocks = max(cdiv(C, keys["BLOCK"]), cdiv(D, keys["BLOCK"]))
+    of_weight, of_bias = (
+        cdiv(size, sort["COLUMNS"]) if name in call.needed else 0
+        for name, size in (("weight", C * k), ("bias", C))
+    )
+    numbers: dict[str, Any] = {
+        "N": N,
+        "M": M,
+        "C": C,
+        "D": D,
+        "k": k,
+        "scale": call.scale,
+        "B2": call.B2,
+        "tiles": tiles,
+        "rows_each": rows_each,
+        "key_blocks": key_blocks,
+        "parts": B * tiles,
+        "sort_programs": B * tiles if call.sorts else 0,
+        "weight_programs": of_weight,
+        "chunks": chunks,
+        "channel_blocks": channel_blocks,
+        **Q.strides("q"),
+        **K.strides("k"),
+        **V.strides("v"),
+        "ALIGN": alignment(Q, K, V),
+        "RHO": RHOS[call.rho],
+        "METRIC": METRICS[call.metric],
+        "RESCALE": rescales(call.query_dtype),
+        "RHO_GRAD": call.through_rho,
+        "KEYS": keys["KEYS"],
+        "PRECISION_V": hardware.product_precision(call.value_dtype),
+        "PRECISION_K": hardware.product_precision(call.query_dtype),
+    }
+    names = _unneeded(call, query["BLOCK_D"] < D)
+    launches = [query_side_kernel.prepare(B * tiles, query, names, **numbers)]
+    programs = numbers["sort_programs"] + of_weight + of_bias
+    if programs:
+        launches.append(sort_pairs_kernel.prepare(programs, sort, names, **numbers))
+    if call.sorts:
+        launches += [
+            key_side_kernel.prepare(
+                B * count * channel_blocks, keys, names, **numbers, OF_CHUNKS=of_chunks
+            )
+            for of_chunks, count in ((True, chunks), (False, key_blocks))
+            if count
+        ]
+    pairs, padded = B * N * k, B * tiles * rows_each * k
+    integer = torch.int32 if N * k < 2**31 else torch.int64
+    counts = (B * tiles * key_blocks, integer)
+    parts = B * chunks * keys["KEYS"]
+    buffers: dict[str, Buffer] = {
+        "p_rows": (padded, torch.int32),
+        "p_rho": (padded, _F32),
+        "p_grad_s": (padded, _F32),
+        "p_unit": (padded, _F32),
+        "p_along": (B * tiles * rows_each, _F32),
+        "p_inverse": (B * N, _F32),
+        "p_weight_part": (B * tiles * k * C, _F32),
+        "p_bias_part": (B * tiles * C, _F32),
+        "p_weight_rows": (k * C, call.value_dtype),
+        "p_counts": counts,
+        "p_next": counts,
+        "p_pairs": (pairs, torch.int64),
+        "p_pair_rho": (pairs, _F32),
+        "p_pair_ds": (pairs, _F32),
+        "p_pair_along": (pairs, _F32),
+        "p_value_part": (parts * C, _F32),
+        "p_key_part": (parts * D, _F32),
+        "p_along_part": (parts, _F32),
+    }
+    return Plan(launches, **{name: size for name, size in buffers.items() if name not in names})
+
+
+def _unneeded(call: Backward, several_blocks: bool) -> dict[str, str | None]:
+    """The pointers that the kernels do without."""
+    needs, of_search = call.needed, call.has_search
+    cosine = call.metric == "cosine" and of_search
+    of_query, of_key, of_value = (name in needs for name in ("query", "key", "value"))
+    needed = {
+        "p_grad": bool(needs & {"value", "weight", "bias"}) or call.through_rho,
+        "p_value": "weight" in needs or call.through_rho,
+        "p_weight": call.has_weight,
+        "p_query": of_search,
+        "p_key": of_search,
+        "p_direct": call.has_direct,
+        "p_rho": bool(needs & {"value", "weight"}) or (call.through_rho and call.rho == "softmax"),
+        "p_grad_s": call.has_direct or call.through_rho,
+        "p_similarities_grad": "similarities" in needs,
+        "p_along": cosine,
+        "p_unit": cosine and of_query and several_blocks,
+        "p_inverse": cosine,
+        "p_query_grad": of_query,
+        "p_weight_part": "weight" in needs,
+        "p_bias_part": "bias" in needs,
+        "p_weight_grad": "weight" in needs,
+        "p_bias_grad": "bias" in needs,
+        "p_weight_rows": call.has_weight and of_value,
+        "p_counts": call.sorts,
+        "p_next": call.sorts,
+        "p_pairs": call.sorts,
+        "p_pair_rho": of_value,
+        "p_pair_ds": of_key,
+        "p_pair_along": cosine and of_key,
+        "p_value_part": of_value,
+        "p_key_part": of_key,
+        "p_along_part": cosine and of_key,
+        "p_value_grad": of_value,
+        "p_key_grad": of_key,
+    }
+    return {name: None for name, is_needed in needed.items() if not is_needed}
+
+
+def backward(
+    needs: dict[str, bool],
+    similarities: Tensor,
+    indices: Tensor,
+    query: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    weight: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    grad_similarities: Tensor | None = None,
+    metric: str = "dot",
+    rho: str = "ones",
+    scale: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """The gradients of the arguments that `needs` names, "bias" among them, in its order; without
+    elements where it says False.
+
+    query and key may be absent, or value and grad_output.
+    """
+    rows = key if value is None else value
+    assert rows is not None
+    tensors = {"query": query, "key": key, "value": value, "weight": weight}
+    shapes = {name: X.shape for name, X in tensors.items() if X is not None}
+    shapes |= {"similarities": similarities.shape, "bias": rows.shape[-1:]}
+    tensors["similarities"] = similarities
+    grads = {}
+    for name, is_needed in needs.items():
+        X = tensors.get(name)
+        grads[name] = (rows if X is None else X).new_empty(shapes[name] if is_needed else 0)
+    of_output = value is not None and value.shape[-1] > 0
+    if grad_similarities is None and (rho == "ones" or not of_output):
+        # Nothing depends on the similarities.
+        for name in needs.keys() & {"query", "key", "similarities"}:
+            grads[name].zero_()
+            needs = needs | {name: False}
+    needed = frozenset(name for name, grad in grads.items() if needs[name] and grad.numel())
+    if indices.numel() == 0 or rows.shape[-2] == 0:
+        _without_pairs(grads, grad_output)
+    elif needed:
+        of_search = bool(needed & {"query", "key"})
+        Q, Q_layout = _rows(query if of_search else None)
+        K, K_layout = _rows(key if of_search else None)
+        V, V_layout = _rows(value if of_output else None)
+        direct = grad_similarities if of_search else None
+        batch = V_layout if of_output else K_layout
+        call = Backward(
+            Q=Q_layout,
+            K=K_layout,
+            V=V_layout,
+            B=batch.B,
+            B2=batch.B2,
+            N=indices.shape[-2],
+            M=batch.N,
+            k=indices.shape[-1],
+            metric=metric,
+            rho=rho,
+            scale=scale,
+            has_weight=weight is not None and of_output,
+            has_direct=direct is not None,
+            needed=needed,
+            query_dtype=rows.dtype if query is None else query.dtype,
+            value_dtype=rows.dtype,
+            arch=hardware.architecture(similarities),
+        )
+        results = {f"p_{name}_grad": grads.get(name) for name in (*tensors, "bias")}
+        pointers = Pointers(
+            similarities.device,
+            p_similarities=similarities.contiguous(),
+            p_indices=indices.contiguous(),
+            p_query=Q,
+            p_key=K,
+            p_value=V,
+            p_weight=None if weight is None else weight.contiguous(),
+            # What is compiled does not depend on how a loss made it.
+            p_grad=None if grad_output is None else grad_output.contiguous(),
+            p_direct=None if direct is None else direct.contiguous(),
+            **results,
+        )
+        plan_backward(call)(pointers)
+    return tuple(grads.values())
+
+
+def _rows(X: Tensor | None) -> tuple[Tensor | None, Layout]:
+    return (None, _NO_ROWS) if X is None else rows_of(X)
+
+
+def _without_pairs(grads: dict[str, Tensor], grad_output: Tensor | None) -> None:
+    """Nothing but the gradient of bias depends on anything."""
+    for grad in grads.values():
+        grad.zero_()
+    if "bias" in grads and grads["bias"].numel() and grad_output is not None:
+        batch = tuple(range(grad_output.dim() - 1))
+        grads["bias"].copy_(grad_output.sum(dim=batch, dtype=_F32))

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: MIT
+"""The backward of `forward` with a depthwise weight or none, in Triton's interpreter.
+
+It needs a process of its own, started with ``TRITON_INTERPRET=1``: `make test` has one.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import convnn_kernels
+from convnn_kernels.triton import backend, configs
+from python_ref import assert_aggregate, assert_forward, assert_select
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
+        reason="needs TRITON_INTERPRET=1 and Triton",
+    ),
+    # What NumPy says of NaN and infinity within the interpreter.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+ops = torch.ops.convnn
+F32, F16 = torch.float32, torch.float16
+NEEDS = ("query", "key", "value", "weight", "bias")
+
+
+@pytest.fixture(autouse=True)
+def _backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from convnn_kernels.triton.launch import forget_plans
+
+    forget_plans()
+    with convnn_kernels.backend("triton"):
+        yield
+    monkeypatch.undo()
+    forget_plans()
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make_call(
+    M: int = 45,
+    k: int = 3,
+    metric: str = "cosine",
+    rho: str = "softmax",
+    weight: bool = True,
+    dtype: torch.dtype = F32,
+    N: int = 70,
+) -> dict[str, Any]:
+    """The arguments of forward_backward, but for the needed gradients: several tiles of queries and
+    blocks of keys, the last ones not full; missing neighbors of both kinds, a hub, and keys that
+    nobody chose."""
+    B, D, C = 2, 10, 7
+    query, key, value = (
+        normal(B, n, size, seed=seed, dtype=dtype)
+        for seed, (n, size) in enumerate([(N, D), (M, D), (M, C)])
+    )
+    I = torch.randint(M // 2, (B, N, k), generator=torch.Generator().manual_seed(3))
+    I[:, :, 0] = M - 1
+    similar = torch.nn.functional.cosine_similarity if metric == "cosine" else None
+    rows = key.float().gather(1, I.view(B, -1, 1).expand(-1, -1, D)).view(B, N, k, D)
+    q = query.float().unsqueeze(2)
+    if similar is not None:
+        s = similar(q, rows, dim=-1)
+    else:
+        s = (q * rows).sum(-1) if metric == "dot" else -(q - rows).square().sum(-1)
+    s[0, 5:9], s[1, 3, k - 1] = -math.inf, -math.inf
+    I[1, 8, 0] = M
+    return {
+        "grad_output": normal(B, N, C, seed=4, dtype=dtype),
+        "grad_similarities": normal(B, N, k, seed=5),
+        **{"query": query, "key": key, "value": value},
+        "weight": normal(C, 1, k, seed=6, dtype=dtype) if weight else None,
+        **{"similarities": s, "indices": I, "has_bias": True},
+        **{"metric": metric, "rho": rho, "scale": 0.7 if rho == "softmax" else 1.0},
+    }
+
+
+def run(call: dict[str, Any], needed: tuple[str, ...] = NEEDS) -> dict[str, Tensor]:
+    backward = backend.operators()["convnn::forward_backward"]
+    results = backward(*call.values(), *(name in needed for name in NEEDS))
+    return dict(zip(NEEDS, results, strict=True))
+
+
+def expected(call: dict[str, Any]) -> dict[str, Tensor]:
+    """In float64, pair by pair."""
+    x = {name: X.double() if isinstance(X, Tensor) else X for name, X in call.items()}
+    I, M = call["indices"], call["key"].shape[1]
+    present = (x["similarities"] != -math.inf) & (I >= 0) & (I < M)
+    leaves = {n: x[n].clone().requires_grad_() for n in ("query", "key", "value")}
+    W = torch.ones(x["value"].shape[-1], 1, I.shape[-1], dtype=torch.float64)
+    W = (W if x["weight"] is None else x["weight"]).clone().requires_grad_()
+    b = torch.zeros(len(W), dtype=torch.float64, requires_grad=True)
+    safe = torch.where(present, I, 0)
+    batch = torch.arange(len(I)).view(-1, 1, 1)
+    rows, q = leaves["key"][batch, safe], leaves["query"].unsqueeze(2)
+    if call["metric"] == "cosine":
+        s = torch.nn.functional.cosine_similarity(q, rows, dim=-1, eps=1e-12)
+    elif call["metric"] == "dot":
+        s = (q * rows).sum(-1)
+    else:
+        s = -(q - rows).square().sum(-1)
+    s = s.masked_fill(~present, -math.inf)
+    if call["rho"] == "softmax":
+        rho = (call["scale"] * s).softmax(-1).nan_to_num(0.0)
+    else:
+        rho = torch.ones_like(s) if call["rho"] == "ones" else s
+    rho = torch.where(present, rho, 0.0)
+    X = torch.where(present[..., None], leaves["value"][batch, safe], 0.0)
+    Y = torch.einsum("bnk,bnkc,ck->bnc", rho, X, W[:, 0]) + b
+    outputs, grads = [Y], [x["grad_output"]]
+    if x["grad_similarities"] is not None:
+        outputs.append(torch.where(present, s, 0.0))
+        grads.append(x["grad_similarities"])
+    wanted = [*leaves.values(), W, b]
+    results = torch.autograd.grad(outputs, wanted, grads, materialize_grads=True, allow_unused=True)
+    return {name: grad.nan_to_num(0.0) for name, grad in zip(NEEDS, results, strict=True)}
+
+
+def assert_close(call: dict[str, Any], needed: tuple[str, ...] = NEEDS) -> None:
+    results, references = run(call, needed), expected(call)
+    for name in NEEDS:
+        if name not in needed or (name == "weight" and call["weight"] is None):
+            assert results[name].shape == (0,), name
+            continue
+        assert results[name].dtype == call.get(name, call["value"]).dtype
+        epsilon = torch.finfo(results[name].dtype).eps
+        error = (results[name].double() - references[name]).abs().amax()
+        assert error <= 16 * epsilon * references[name].abs().amax(), (name, float(error))
+
+
+@pytest.mark.parametrize(
+    ("metric", "rho", "k", "weight", "dtype"),
+    [
+        ("cosine", "softmax", 1, True, F32),
+        ("cosine", "softmax", 9, True, F32),
+        pytest.param("cosine", "softmax", 40, False, F32, marks=pytest.mark.slow),
+        ("cosine", "similarity", 3, True, F16),
+        ("cosine", "ones", 3, False, F32),
+        ("dot", "softmax", 3, False, F16),
+        ("dot", "similarity", 9, True, F32),
+        ("dot", "ones", 1, True, F32),
+        ("euclidean", "softmax", 9, True, F16),
+        ("euclidean", "similarity", 1, False, F32),
+        ("euclidean", "ones", 3, True, F32),
+    ],
+    ids=str,
+)
+def test_gradients(metric: str, rho: str, k: int, weight: bool, dtype: torch.dtype) -> None:
+    call = make_call(k=k, metric=metric, rho=rho, weight=weight, dtype=dtype)
+    assert_close(call)
+    if k == 3:
+        assert_close({**call, "grad_similarities": None})
+
+
+@pytest.mark.parametrize("needed", [*((name,) for name in NEEDS), NEEDS[:2], NEEDS[2:]], ids=str)
+@pytest.mark.parametrize("direct", [True, False])
+def test_only_what_is_needed(needed: tuple[str, ...], direct: bool) -> None:
+    """The bits are those of a call that needs everything."""
+    call = make_call()
+    if not direct:
+        call["grad_similarities"] = None
+    everything, some = run(call), run(call, needed)
+    for name in NEEDS:
+        assert torch.equal(some[name], everything[name] if name in needed else torch.empty(0))
+
+
+def test_runs_are_equal() -> None:
+    for first, second in zip(run(make_call()).values(), run(make_call()).values(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("row", [0, 15, 40, 63])
+def test_hubs(row: int) -> None:
+    """A list longer than several chunks, in each place of a block, and keys that nobody chose."""
+    call = make_call(M=64, N=130, metric="dot")
+    hub = torch.rand(call["indices"].shape, generator=torch.Generator().manual_seed(7)) < 0.7
+    call["indices"] = torch.where(hub, row, call["indices"])
+    pairs = int((call["indices"] // 16 == row // 16).sum())
+    assert pairs > 6 * configs.key_side(0, 32, 7, 10, 130, 64, 3)["CHUNK"]
+    q, rows = (
+        call["query"].unsqueeze(2),
+        call["key"][torch.arange(2).view(2, 1, 1), call["indices"] % 64],
+    )
+    call["similarities"] = (q * rows).sum(-1)
+    assert_close(call)
+
+
+def test_what_is_not_finite_stays_with_its_keys() -> None:
+    """The other keys of a block have the bits that they have without it."""
+    call = make_call()
+    clean = run(call)
+    call["grad_output"][0, 20], call["query"][1, 30, 2] = math.nan, math.inf
+    dirty = run(call)
+    hit = torch.zeros(2, 46, dtype=torch.bool)
+    hit[0, call["indices"][0, 20]] = True
+    dv = dirty["value"].isnan().all(-1)
+    assert torch.equal(dv[0], hit[0, :45])
+    assert not dv[1].any()
+    hit[1, call["indices"][1, 30]] = True
+    dk = dirty["key"].isnan().any(-1)
+    assert torch.equal(dk, hit[:, :45])
+    far = ~hit[:, :45]
+    assert torch.allclose(dirty["value"][far], clean["value"][far], atol=1e-5)
+    assert torch.allclose(dirty["key"][far], clean["key"][far], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e-10, 3e37])
+@pytest.mark.parametrize("D", [10, 70])
+def test_norms_neither_overflow_nor_vanish(size: float, D: int) -> None:
+    """The gradient of a row is inverse to its size; D = 70 is several blocks of channels."""
+    query, key = normal(9, D), normal(20, D, seed=1)
+    factor = torch.where(torch.arange(20) % 2 == 0, size, 1.0)[:, None]
+    s, I = ops.select(query, key, 3)
+    grad = normal(9, 3, seed=2)
+    backward = backend.operators()["convnn::select_backward"]
+    dq, dk = backward(grad, query, key, s, I, "cosine", True, True)
+    large_q, large_k = backward(grad, size * query, factor * key, s, I, "cosine", True, True)
+    assert torch.allclose(size * large_q.double(), dq.double(), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(factor * large_k.double(), dk.double(), rtol=1e-4, atol=1e-5)
+    tiny_q, tiny_k = backward(grad, 1e-14 * query, key, s, I, "cosine", True, True)
+    assert not tiny_q.any()
+    assert not tiny_k.isnan().any()
+
+
+def test_float16_factors_of_any_size() -> None:
+    """Gradients of similarities far beyond and below the range of float16."""
+    call = make_call(dtype=F16, rho="ones", metric="dot")
+    backward = backend.operators()["convnn::select_backward"]
+    for size in (1e-9, 1e7):
+        arguments = (call["query"], call["key"], call["similarities"], call["indices"], "dot")
+        _, dk = backward(size * call["grad_similarities"], *arguments, False, True)
+        reference = size * expected({**call, "rho": "ones"})["key"]
+        limit = torch.finfo(F16).max
+        error = (dk.double() - reference.clamp(-limit, limit)).abs()
+        finite = dk.isfinite()
+        assert error[finite].amax() <= 2**-9 * reference.abs().amax() + 2**-24
+
+
+class _Kernels(TorchDispatchMode):
+    """What PyTorch runs that is not allocation or a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not name.startswith(
+            ("empty", "new_empty", "view", "slice", "detach", "select", "alias")
+        ):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("weight", [True, False])
+def test_four_launches_and_nothing_else(weight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convnn_kernels.triton.launch import Plan
+
+    launched: list[str] = []
+    monkeypatch.setattr(
+        Plan,
+        "launch",
+        lambda plan, pointers: launched.extend(each.kernel.name for each in plan.launches),
+    )
+    call = make_call(weight=weight)
+    with _Kernels() as kernels:
+        run(call)
+    assert kernels.names == []
+    assert launched == ["query_side_kernel", "sort_pairs_kernel", *["key_side_kernel"] * 2]
+    launched.clear()
+    run(call, ("query", "weight", "bias") if weight else ("query",))
+    assert launched == ["query_side_kernel", "sort_pairs_kernel"][: 1 + weight]
+
+
+def test_pairs_are_sorted_by_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pair that is present once, in its block, by tiles, slots and queries."""
+    from convnn_kernels.triton.launch import Plan
+
+    made: dict[str, Tensor] = {}
+    launch = Plan.launch
+
+    def keep(plan: Plan, pointers: Any) -> None:
+        launch(plan, pointers)
+        made.update({name: pointers.tensor(name) for name in ("p_pairs", "p_next")})
+
+    monkeypatch.setattr(Plan, "launch", keep)
+    call = make_call()
+    run(call)
+    I, M = call["indices"], call["key"].shape[1]
+    B, N, k = I.shape
+    keys, each = configs.key_side(0, 32, 7, 10, N, M, k)["KEYS"], configs.rows_each(0, B, N, 3)
+    blocks, tiles = -(-M // keys), -(-N // each)
+    ends = made["p_next"].view(B, tiles, blocks)[:, -1]
+    pairs = made["p_pairs"].view(B, N * k)
+    present = (call["similarities"] != -math.inf) & (I < M)
+    for b in range(B):
+        begin = 0
+        for block in range(blocks):
+            chosen = present[b] & (I[b] // keys == block)
+            i, j = chosen.nonzero(as_tuple=True)
+            order = sorted(zip((i // each).tolist(), j.tolist(), i.tolist(), strict=True))
+            found = pairs[b, begin : int(ends[b, block])].tolist()
+            low = [j * keys + int(I[b, i, j]) % keys for _, j, i in order]
+            wanted = [(i << 32) | each_low for (_, _, i), each_low in zip(order, low, strict=True)]
+            assert found == wanted
+            begin = int(ends[b, block])
+
+
+@pytest.mark.parametrize("arch", [configs.INTERPRETER, 90])
+def test_buffers_of_many_sizes_are_bounded(arch: int) -> None:
+    """Counts and parts of chunks: no more numbers than the pairs and the rows together."""
+    for B, N, M, k, C in (
+        (64, 4096, 4096, 9, 64),
+        (1, 10**6, 10**6, 9, 64),
+        (1, 16384, 10**5, 32, 128),
+        (1, 10**7, 64, 4, 64),
+        (1, 64, 10**7, 4, 16),
+        (256, 197, 197, 9, 768),
+    ):
+        keys = configs.key_side(arch, 16, C, C, N, M, k)
+        blocks = -(-M // keys["KEYS"])
+        rows = configs.rows_each(arch, B, N, blocks)
+        bound = 8 * (N * k + N * C + M * C)
+        assert -(-N // rows) * blocks <= bound
+        if arch != configs.INTERPRETER:
+            assert N * k // keys["CHUNK"] * keys["KEYS"] * C <= bound
+        assert rows % 32 == 0
+        assert rows <= 128 or rows % 128 == 0
+
+
+def test_the_certificate_of_operators() -> None:
+    """Through autograd, compared with eager PyTorch: more channels than a block has."""
+    assert_forward(
+        ops.forward,
+        normal(40, 70),
+        normal(50, 70, seed=1),
+        normal(50, 66, seed=2),
+        4,
+        normal(66, 1, 4, seed=3),
+        normal(66, seed=4),
+    )
+    assert_select(ops.select, normal(40, 70), normal(50, 70, seed=1), 4)
+    I = torch.randint(50, (40, 4), generator=torch.Generator().manual_seed(0))
+    assert_aggregate(ops.aggregate, normal(50, 66), normal(40, 4), I, normal(66, 1, 4, seed=3))
