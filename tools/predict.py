@@ -3,9 +3,9 @@
 counted from machine code. Nothing here is measured, and no GPU is needed.
 
 The operators run on meta tensors with their launches recorded. Each launch is compiled for sm_90 as
-the host would launch it, and walked through (sass.py): the trips of its loops come from the numbers
-of the launch by the table `EXPECTED`, which knows every kernel. What the warps do in all is divided
-by the rates of a whole chip:
+the host would launch it, and walked through (sass.py). The trips of its loops follow from the
+numbers of the launch by the table of expected.py, which has every kernel. What all warps do is
+divided by the rates of a whole chip:
 
 - issue: warp instructions, one a clock on each of the four quarters of a multiprocessor;
 - pipes: the clocks of the busiest pipe; integer, logic, compares and selects take two, conversions
@@ -28,8 +28,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +51,7 @@ from benchmarks.workloads import (
 from convnn_kernels.triton import hardware
 from convnn_kernels.triton.launch import OPTIONS, Launch, Plan, Pointers, forget_plans
 from tools import aot, sass
+from tools.expected import EXPECTED, cdiv
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "performance.md"
@@ -62,140 +63,6 @@ ARCH = 90
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
 PRODUCTS, L2_BYTES, MEMORY_BYTES = 790e12, 5.5e12, 4.3e12
 GOOD = 0.65
-
-Numbers = Any  # the numbers and constants of a launch, by parameter
-
-
-@dataclass
-class Expected:
-    """Functions of the numbers of a launch, by how the text of the line of source begins.
-
-    loops: the trips of a loop, each time that it is reached.
-    branches: how probable it is that what an `if` might skip is executed; 1 if not named.
-    A line with several of them, of inline PTX, has a list in the order of the machine code.
-    """
-
-    loops: dict[str, Callable[[Numbers], sass.Expected]] = field(default_factory=dict)
-    branches: dict[str, Callable[[Numbers], sass.Expected]] = field(default_factory=dict)
-
-
-def cdiv(a: float, b: int) -> int:
-    return math.ceil(a / b)
-
-
-def mean(of: Callable[[int], float], count: int) -> float:
-    """Over 1, ..., count."""
-    return sum(map(of, range(1, count + 1))) / count
-
-
-def largest(expected: float, lanes: int) -> float:
-    """The expected largest of `lanes` counts, each Poisson with that mean."""
-    below, term, total = 0.0, math.exp(-expected), 0.0
-    for i in range(int(expected + 12 * math.sqrt(expected)) + 20):
-        below += term
-        total += 1 - min(1.0, below) ** lanes
-        term *= expected / (i + 1)
-    return total
-
-
-def _merges(n: Numbers, columns: int) -> float:
-    """The share of tiles with a column that belongs in the list of one of ROWS rows so far."""
-    tiles = cdiv(columns, 1 << n.LOG_TILE)
-    return mean(lambda tile: 1 - math.exp(-n.ROWS * (1 << n.LOG_LIST) / tile), tiles)
-
-
-def _of_key(n: Numbers) -> float:
-    """Steps of PAIRS over the pairs of a key, or over those of a chunk within one key: few are."""
-    if n.OF_CHUNKS:
-        return 0
-    pairs = n.pairs / n.keys
-    return sum(math.exp(i * math.log(pairs) - pairs - math.lgamma(i + 1)) * cdiv(i, n.PAIRS)
-               for i in range(1, 200))
-
-
-_OVER_D = {"for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D)}
-_OVER_K = {"for j in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K)}
-_OVER_C = {"for c0 in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C)}
-_OVER_O = {"for o0 in range(0, O, BLOCK_O)": lambda n: cdiv(n.O, n.BLOCK_O)}
-_NEIGHBORS = {
-    "for start in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K),
-    "for j in range(start, tl.minimum(start + BLOCK_K, k))": lambda n: (
-        n.k / cdiv(n.k, n.BLOCK_K)
-    ),
-}
-_PAIRS_OF_TILE = {
-    "for start in range(first, last, PAIRS)": lambda n: cdiv(n.N * n.k / n.tiles, n.PAIRS)
-}
-_PAIRS_OF_KEY = {
-    "for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS)": _of_key,
-    "for start in range(0, tl.max(end - begin, 0) // CHUNK, PAIRS)": lambda n: 0,
-}
-_QUERIES = {"for start in range(0, rows_each, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N)}
-
-# Of every kernel. Counts that depend on data are those of random features.
-EXPECTED: dict[str, Expected] = {
-    "norms_kernel": Expected(_OVER_D),
-    "group_flags_kernel": Expected(),
-    "group_maxima_kernel": Expected(
-        {
-            "for tile in range(first, last)": lambda n: n.tiles_each,
-            **_OVER_D,
-        }
-    ),
-    "top_groups_kernel": Expected(
-        {"for g in range(0, G, 1 << LOG_TILE)": lambda n: cdiv(n.G, 1 << n.LOG_TILE)},
-        {"if tl.max(tl.max((b_x > b_lowest)": lambda n: _merges(n, n.G)},
-    ),
-    "exact_topk_kernel": Expected(
-        {
-            "for tile in range(0, tiles + HAS_SELF)": lambda n: (
-                cdiv(_members(n), 1 << n.LOG_TILE) + n.has("p_self")
-            ),
-            **_OVER_D,
-        },
-        {"if tl.max(tl.max((b_x > b_lowest)": lambda n: _merges(n, _members(n))},
-    ),
-    "select_small_kernel": Expected(
-        {
-            "for start in range(0, columns, BLOCK_M)": lambda n: cdiv(n.columns, n.BLOCK_M),
-            **_OVER_D,
-            "while tl.max(m_enter.to(tl.int32), 0) > 0": lambda n: mean(
-                lambda tile: min(n.k, n.columns, largest(n.k / tile, n.BLOCK_N)),
-                cdiv(n.columns, n.BLOCK_M),
-            ),
-        }
-    ),
-    "aggregate_dense_kernel": Expected(
-        {
-            **_OVER_K,
-            "for step in range(0, k * channel_blocks)": lambda n: n.k * cdiv(n.C, n.BLOCK_C),
-        }
-    ),
-    "aggregate_depthwise_kernel": Expected({**_OVER_K, **_NEIGHBORS}),
-    "modulate_kernel": Expected(_OVER_K),
-    "softmax_backward_kernel": Expected(_OVER_K),
-    "rho_grad_dense_kernel": Expected({**_OVER_C, **_OVER_O}),
-    "rho_grad_depthwise_kernel": Expected(_OVER_C),
-    "value_grad_dense_kernel": Expected(
-        {
-            "for step in range(0, k)": lambda n: n.k,
-            **_OVER_O,
-            # All keys advance together: as far as the one with most pairs of this j.
-            "while tl.max(m.to(tl.int32), 0) > 0": lambda n: largest(1.0, n.BLOCK_M),
-        }
-    ),
-    "value_grad_depthwise_kernel": Expected(_PAIRS_OF_KEY),
-    "weight_grad_dense_kernel": Expected(_QUERIES),
-    "weight_grad_depthwise_kernel": Expected(_QUERIES),
-    "count_pairs_kernel": Expected(_PAIRS_OF_TILE),
-    "store_pairs_kernel": Expected(_PAIRS_OF_TILE),
-    "query_grad_kernel": Expected(_NEIGHBORS),
-    "key_grad_kernel": Expected(_PAIRS_OF_KEY),
-}
-
-
-def _members(n: Numbers) -> int:
-    return n.k * n.GROUP if n.has("p_groups") else n.columns
 
 
 @dataclass
@@ -221,7 +88,7 @@ def text_of(line: sass.Line) -> str:
 
 
 @functools.cache
-def _machine_code(variant: str) -> tuple[sass.Program, dict[sass.Line, int]]:
+def _machine_code(variant: str) -> tuple[sass.Program, dict[sass.Line, float]]:
     """The program, and how many bytes a program's loads and stores of a line of source have."""
     launch = json.loads(variant)
     compiled = triton.compile(
@@ -233,12 +100,12 @@ def _machine_code(variant: str) -> tuple[sass.Program, dict[sass.Line, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [tool, "-g", "-c", file.name]
+        command = [str(tool), "-g", "-c", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return sass.parse(text), tensor_bytes(compiled.asm["ttgir"])
 
 
-def tensor_bytes(text: str) -> dict[sass.Line, int]:
+def tensor_bytes(text: str) -> dict[sass.Line, float]:
     """By file name and line: the bytes that Triton's representation loads or stores there."""
     places = dict(re.findall(r"^(#loc\w*) = loc\((.*)\)$", text, re.MULTILINE))
 
@@ -253,14 +120,14 @@ def tensor_bytes(text: str) -> dict[sass.Line, int]:
     # Calls of one function at several places are the same load.
     sizes: dict[tuple[str, int, int], int] = {}
     for each in text.splitlines():
-        found = re.search(r"(tt\.load|tt\.store|async_copy_global|atomic_rmw).* loc\((#\w+)\)", each)
+        found = re.search(r"(tt\.(load|store|atomic)|async_copy_global).* loc\((#\w+)\)", each)
         pointer = re.search(r"(?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)", each)
-        where = place(found[2]) if found else None
+        where = place(found[3]) if found else None
         if pointer and where:
             elements = math.prod(map(int, re.findall(r"\d+", pointer[1] or "")))
             bits = elements * int(pointer[2])
             sizes[where] = max(sizes.get(where, 0), -(-bits // 8))
-    lines: dict[sass.Line, int] = {}
+    lines: dict[sass.Line, float] = {}
     for (file, number, _), size in sizes.items():
         lines[file, number] = lines.get((file, number), 0) + size
     return lines
@@ -274,12 +141,17 @@ def predict(launch: Launch, variant: aot.Variant, explain: bool = False) -> Pred
     names = launch.kernel.names[len(launch.kernel.pointers) :]
     n = SimpleNamespace(**dict(zip(names, launch.values, strict=True)))
     n.has = lambda pointer: variant["signature"][pointer] != "constexpr"
-    program, sizes = _machine_code(json.dumps(variant, sort_keys=True))
+    program, of_tensors = _machine_code(json.dumps(variant, sort_keys=True))
+    sizes = of_tensors.copy()
     expected = EXPECTED[name]
     loops, branches = (
         {text: function(n) for text, function in table.items()}
         for table in (expected.loops, expected.branches)
     )
+    masks = {text: function(n) for text, function in expected.masks.items()}
+    for line, size in sizes.items():
+        shares = (share for text, share in masks.items() if text_of(line).startswith(text))
+        sizes[line] = size * next(shares, 1.0)
     walk = sass.Walk(program, text_of, loops, branches)
     cost = sass.cost(program, walk, variant["num_warps"], sizes)
     if cost.unknown:
@@ -303,19 +175,29 @@ def predict(launch: Launch, variant: aot.Variant, explain: bool = False) -> Pred
 
 @dataclass
 class Work:
-    """A row of the goals, and what stands beside it: microseconds, and where they are from."""
+    """A row of the goals, and what it is compared with."""
 
     name: str
-    workloads: tuple[Workload, ...]
+    workload: Workload
     operator: str = "forward"  # or "select"
     weight: str = "depthwise"
     backward: bool = False
     candidates: bool = False
     beside: str = ""
     beside_us: float | None = None
+    goal: float | None = None  # at most so many times that
+
+    @property
+    def title(self) -> str:
+        w = self.workload
+        keys = f" × {w.rows:,}" if w.keys else ""
+        passes = "" if self.operator == "select" else ", forward" + "+backward" * self.backward
+        outputs = f" to {w.outputs}" if w.outputs else ""
+        size = f"{w.batch} × {w.tokens:,}{keys}, D = {w.channels}{outputs}, k = {w.k}"
+        return f"{self.name}{passes}, {size}" + f", {w.dtype}" * (w.dtype != "bfloat16")
 
 
-def launches(work: Work, workload: Workload) -> list[tuple[Launch, aot.Variant]]:
+def launches(work: Work) -> list[tuple[Launch, aot.Variant]]:
     """What the host would launch."""
     found: list[tuple[Launch, aot.Variant]] = []
 
@@ -329,11 +211,12 @@ def launches(work: Work, workload: Workload) -> list[tuple[Launch, aot.Variant]]
         mock.patch.object(hardware, "architecture", return_value=ARCH),
         torch.device("meta"),
     ):
-        _call(work, workload)
+        _call(work)
     return found
 
 
-def _call(work: Work, w: Workload) -> None:
+def _call(work: Work) -> None:
+    w = work.workload
     dtype, outputs = w.torch_dtype, w.outputs or w.channels
     query = torch.empty(w.batch, w.tokens, w.channels, dtype=dtype)
     key, value = (torch.empty(w.batch, w.rows, w.channels, dtype=dtype) for _ in "kv")
@@ -364,6 +247,7 @@ _ATTENTION = {
     (4096, 128): (638e12, 542e12),
     (16384, 128): (648e12, 561e12),
 }
+_VGG = "VGG-11 layer, dense"
 # Microseconds of flashlib for SEARCH on an H100, by its authors.
 _FLASHLIB = {8: 2580.0, 16: 3940.0, 32: 4900.0}
 
@@ -379,65 +263,126 @@ def goals() -> list[Work]:
     found = []
     for w in GPU_SELECT:
         written = 1e6 * w.torch_dtype.itemsize * w.batch * w.tokens * w.rows / MEMORY_BYTES
-        found.append(Work("select", (w,), "select", beside="bmm, S written", beside_us=written))
+        found.append(Work("select", w, "select", beside="S written", beside_us=written, goal=1.0))
     for w in SEARCH:
-        peer = {"beside": "flashlib", "beside_us": _FLASHLIB.get(w.k)}
-        found.append(Work("search", (w,), "select", **peer))
+        goal = 0.5 if w.k == 8 else 0.25
+        us = _FLASHLIB.get(w.k)
+        found.append(Work("select", w, "select", beside="flashlib", beside_us=us, goal=goal))
     for w in GPU_LAYERS[:4]:
-        for backward in (False, True):
-            time = _attention(w, backward)
-            peer = {"beside": "SDPA as FlashAttention-3", "beside_us": time}
-            found.append(Work("depthwise", (w,), backward=backward, **peer))
-    vit = replace(GPU_VIT, source="random")
-    # Bounds of an attention this small are in the notes of nobody else: it is not compared.
-    found.append(Work("ViT-Tiny", (vit,), backward=True))
-    found.append(Work("ViT-Tiny, 32 random candidates", (vit,), backward=True, candidates=True))
-    found.append(Work("eight VGG-11 layers, dense", GPU_VGG11, weight="dense", backward=True))
-    for dtype in ("float32", "bfloat16"):
-        found.append(Work("select", (replace(GPU_FLOAT32, dtype=dtype),), "select"))
+        for backward, goal in ((False, 0.8), (True, 0.5)):
+            us = _attention(w, backward)
+            attention: dict[str, Any] = {"beside": "attention", "beside_us": us, "goal": goal}
+            found.append(Work("depthwise", w, backward=backward, **attention))
+    found.append(Work("ViT-Tiny", GPU_VIT, backward=True))
+    found.append(Work("ViT-Tiny, random candidates", GPU_VIT, backward=True, candidates=True))
+    for w in GPU_VGG11:
+        found.append(Work(_VGG, w, weight="dense", backward=True))
+    found.append(Work("select", replace(GPU_FLOAT32, dtype="bfloat16"), "select"))
+    found.append(Work("select", GPU_FLOAT32, "select", beside="bfloat16", goal=2.5))
     return found
 
 
-def shape(w: Workload) -> str:
-    keys = f" × {w.rows:,}" if w.keys else ""
-    return f"{w.batch} × {w.tokens:,}{keys}, D = {w.channels}, k = {w.k}"
+Row = dict[str, Any]
+TIMES = ("issue", "pipes", "tensor", "l2", "shared")
 
 
-def title(work: Work) -> str:
-    w = work.workloads[0]
-    passes = "" if work.operator == "select" else ", forward" + "+backward" * work.backward
-    where = "" if len(work.workloads) > 1 else f", {shape(w)}"
-    return f"{work.name}{passes}{where}, {w.dtype}"
+def predict_work(work: Work, explain: bool = False) -> Row:
+    """A row of the result: microseconds by kernel, of all of its launches."""
+    kernels: dict[str, Row] = {}
+    for launch, variant in launches(work):
+        each = predict(launch, variant, explain)
+        row = kernels.setdefault(each.kernel, {"kernel": each.kernel, "launches": 0})
+        row["launches"] += 1
+        for name in (*TIMES, "least"):
+            row[name] = row.get(name, 0.0) + getattr(each, name)
+    least = sum(row["least"] for row in kernels.values())
+    for row in kernels.values():
+        row.update({name: round(row[name], 2) for name in (*TIMES, "least")})
+    return {
+        "work": work.title,
+        "pass": "forward+backward" if work.backward else "forward",
+        "workload": asdict(work.workload),
+        "least": round(least, 1),
+        "good": round(least / GOOD, 1),
+        "beside": work.beside,
+        "beside_us": work.beside_us and round(work.beside_us, 1),
+        "goal": work.goal,
+        "kernels": [*kernels.values()],
+    }
 
 
-def run(works: Iterable[Work], explain: bool) -> list[dict[str, Any]]:
-    """Rows of the result, each with its launches."""
-    rows = []
-    for work in works:
-        print(title(work), flush=True)
-        found = []
-        for w in work.workloads:
-            for launch, variant in launches(work, w):
-                each = predict(launch, variant, explain)
-                times = {name: round(us, 2) for name, us in asdict(each).items() if name != "kernel"}
-                found.append({"kernel": each.kernel, **times, "least": round(each.least, 2)})
-                print("   ", *(f"{key} {value}" for key, value in found[-1].items()), flush=True)
-        rows.append({"work": title(work), "workloads": [asdict(w) for w in work.workloads],
-             "pass": "forward" + "+backward" * work.backward,
-             "beside": work.beside, "beside_us": work.beside_us,
-             "least": round(sum(each["least"] for each in found), 2),
-             "launches": found})
-        print("    least", rows[-1]["least"], "good", rows[-1]["least"] / GOOD)
-    return rows
+def finish(rows: list[Row]) -> None:
+    """Adds what follows from other rows."""
+    bfloat16 = {row["work"]: row for row in rows}
+    for row in rows:
+        other = bfloat16.get(row["work"].removesuffix(", float32"))
+        if row["beside"] == "bfloat16" and other:
+            row["beside_us"] = other["good"]
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """In Markdown: a row for each work, the layers of VGG-11 together."""
+    lines = ["| work | launches | µs at the full rate | µs at 65% | beside, µs | ratio | goal |"]
+    lines += ["|---|--:|--:|--:|--:|--:|--:|"]
+    layers = [row for row in rows if row["work"].startswith(_VGG)]
+    if layers:
+        total = {name: sum(row[name] for row in layers) for name in ("least", "good")}
+        kernels = [kernel for row in layers for kernel in row["kernels"]]
+        all_layers = layers[0] | total | {"work": f"{_VGG}, all, forward+backward"}
+        rows = [*rows, all_layers | {"kernels": kernels}]
+    for row in rows:
+        us, goal = row["beside_us"], row["goal"]
+        beside = f"{row['beside']} {us:,.0f}" if us else row["beside"]
+        cells = [row["work"], f"{sum(kernel['launches'] for kernel in row['kernels'])}"]
+        cells += [f"{row['least']:,.0f}", f"{row['good']:,.0f}", beside]
+        cells += [f"{row['good'] / us:.2f}" if us else "", f"≤ {goal:g}" if goal else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def details(rows: Iterable[Row]) -> str:
+    """In Markdown: a row for each kernel of each work."""
+    lines = ["| work | kernel | issue | pipes | tensor | L2 | shared | largest ÷ 0.65 |"]
+    lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        for place, each in enumerate(row["kernels"]):
+            times = f" × {each['launches']}" if each["launches"] > 1 else ""
+            cells = ["" if place else row["work"], f"`{each['kernel']}`{times}"]
+            cells += [f"{each[name]:.1f}" for name in TIMES] + [f"{each['least'] / GOOD:.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write(rows: list[Row]) -> None:
+    stamp = {"what": "predicted, not measured: microseconds", "gpu": "H100 SXM or H200"}
+    stamp |= {"triton": triton.__version__}
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    RESULT.write_text(f'{json.dumps(stamp)[:-1]}, "rows": [\n{lines}\n]}}\n')
+    begin, end = "<!-- by hand: predicted by python -m tools.predict -->\n", "<!-- end -->"
+    before, rest = DOCUMENT.read_text().split(begin)
+    found = f"\n{summary(rows)}\n\n<details>\n<summary>Each kernel</summary>\n\n{details(rows)}\n"
+    after = rest[rest.index(end) :]
+    DOCUMENT.write_text(f"{before}{begin}{found}\n</details>\n\n{after}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.predict", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", default="", help="a part of the name of the work")
-    parser.add_argument("--explain", action="store_true")
+    parser.add_argument("--explain", action="store_true", help="what is assumed of each loop")
+    parser.add_argument("--write", action="store_true", help="to docs and benchmarks/results")
     options = parser.parse_args()
-    works = [work for work in goals() if options.only in title(work)]
-    run(works, options.explain)
+    if options.write and options.only:
+        parser.error("--write is of all the work")
+    rows = []
+    for work in goals():
+        if options.only in work.title:
+            rows.append(predict_work(work, options.explain))
+            print(f"{work.title}: predicted {rows[-1]['least']:,.0f} µs, not measured", flush=True)
+    finish(rows)
+    print(f"{summary(rows)}\n\n{details(rows)}")
+    if options.write:
+        write(rows)
     return 0
 
 

@@ -70,9 +70,10 @@ class Loop:
     header: int
     body: set[int]
     latch: int  # the last block that branches back
+    end: int  # the block after which it is left
     line: Line
     trips: float = 0.0
-    times: float = 0.0  # how often the body is executed for each time that the loop is entered
+    times: float = 0.0  # how often its first block is executed for each time that it is entered
     entered: float = 0.0
     copies: int = 1  # of the source's loop, where it is unrolled
 
@@ -150,13 +151,12 @@ class Walk:
         back = {(a, b) for a in dominators for b in edges[a] if b in dominators[a]}
         # Without branches back nothing comes twice, and there is an order.
         self._forward = {a: [b for b in edges[a] if (a, b) not in back] for a in dominators}
-        before = _before(self._forward)
-        self._order = [*graphlib.TopologicalSorter(before).static_order()]
+        self._order = [*graphlib.TopologicalSorter(_before(self._forward)).static_order()]
         self._reaches: dict[int, set[int]] = {}
         for each in reversed(self._order):
             after = (self._reaches[a] for a in self._forward[each])
             self._reaches[each] = {each}.union(*after)
-        self.loops = self._find_loops(back, before)
+        self.loops = self._find_loops(back, _before({each: edges[each] for each in dominators}))
         self._headers = {loop.header for loop in self.loops}
         self._set_trips(loops)
         # Of a branch, the share of what is behind it.
@@ -178,10 +178,13 @@ class Walk:
                 if each not in body:
                     body.add(each)
                     todo += before[each]
-            line = self._branch(max(latches)).line
-            if sum(b not in body for a in body for b in self._forward[a]) > 1:
-                raise ValueError(f"a loop with several ends: {self._text(line)}")
-            loops.append(Loop(header, body, max(latches), line))
+            ends = [a for a in sorted(body) for b in self._forward[a] if b not in body]
+            # Or the program ends there.
+            ends = ends or [a for a in sorted(body) if self._branch(a).opcode == "EXIT"]
+            line = self._branch(ends[-1] if ends else max(latches)).line
+            if len(ends) != 1:
+                raise ValueError(f"a loop with {len(ends)} ends: {self._text(line)}")
+            loops.append(Loop(header, body, max(latches), ends[0], line))
         return loops
 
     def _number(self, line: Line, table: Mapping[str, Expected], place: int) -> float | None:
@@ -237,7 +240,9 @@ class Walk:
         copies = loop.copies = 2 ** len(rest)
         left = round(loop.trips) % copies
         shares = {a: float(bool(left & copies >> i + 1)) for i, a in enumerate(rest)}
-        if entry:
+        if loop.end == loop.header != loop.latch:
+            loop.times = loop.trips + 1  # the condition comes first
+        elif entry:
             loop.times = max(1, loop.trips)
         if rest:
             loop.times = loop.trips // copies
@@ -278,32 +283,41 @@ class Walk:
                 if left:
                     # As often as the loop was entered, whatever its trips.
                     executed[a] += left[0].entered
-                elif len(after) == 1 or any(b not in loop.body for loop in loops for b in after):
+                elif len(after) == 1:
                     executed[a] += executed[each]
+                elif ended := [loop for loop in loops if loop.end == each]:
+                    executed[a] += executed[each] - ended[0].entered
                 else:
                     share = self._share(each)
                     executed[a] += executed[each] * (1 - share if place else share)
         return executed
 
 
-# Clock cycles of a quarter of a multiprocessor (sm_90) for a warp, by pipe. What is not here only
-# takes its slot of issue.
-_ALU = """BMSK F2FP FCHK FMNMX FSEL FSET FSETP HMNMX2 HSET2 HSETP2 IABS IADD3 IMNMX ISETP LEA LOP3 MOV
-    P2R PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VOTE CS2R"""
-_FMA = "FADD FFMA FMUL FSWZADD HADD2 HFMA2 HMUL2"
-_IMAD = "IMAD"
-_SPECIAL = "BREV F2F F2I FLO FRND I2F I2I MUFU POPC REDUX"
+# For a warp: the pipe of a quarter of a multiprocessor (sm_90) and its clocks.
 _PIPES = {
-    **dict.fromkeys(_ALU.split(), ("alu", 2)),
-    **dict.fromkeys(_FMA.split(), ("fma", 1)),
-    # On one of the two halves of that pipe.
-    **dict.fromkeys(_IMAD.split(), ("imad", 2)),
-    **dict.fromkeys(_SPECIAL.split(), ("special", 8)),
+    name: (pipe, clocks)
+    for pipe, clocks, names in (
+        (
+            "alu",
+            2,
+            "BMSK CS2R F2FP FCHK FMNMX FSEL FSET FSETP HMNMX2 HSET2 HSETP2 IABS IADD3 IMNMX ISETP "
+            "LEA LOP3 MOV P2R PLOP3 PRMT R2P SEL SGXT SHF VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3 "
+            "VOTE",
+        ),
+        ("fma", 1, "FADD FFMA FMUL FSWZADD HADD2 HFMA2 HMUL2"),
+        ("imad", 2, "IMAD"),  # on one of the two halves of that pipe
+        ("special", 8, "BREV F2F F2I FLO FRND I2F I2I MUFU POPC REDUX"),
+    )
+    for name in names.split()
 }
-_GLOBAL = "ATOM ATOMG LD LDG LDGSTS RED REDG ST STG".split()
-_SHARED = "ATOMS LDGSTS LDL LDS LDSM SHFL STL STS STSM".split()
-_ISSUE_ONLY = """BAR BRA BREAK BSSY BSYNC CALL CCTL DEPBAR ELECT ERRBAR EXIT FENCE LDC LDGDEPBAR MEMBAR
-    NANOSLEEP NOP R2UR RET S2R S2UR SYNCS WARPGROUP WARPSYNC YIELD HGMMA HMMA""".split()
+_GLOBAL = {"ATOM", "ATOMG", "LD", "LDG", "LDGSTS", "RED", "REDG", "ST", "STG"}
+_SHARED = {"ATOMS", "LDGSTS", "LDL", "LDS", "LDSM", "SHFL", "STL", "STS", "STSM"}
+# What only takes its slot of issue; as does what a warp does once for all lanes (U...).
+_ISSUE_ONLY = {
+    *("BAR", "BRA", "BREAK", "BSSY", "BSYNC", "CALL", "CCTL", "DEPBAR", "ELECT", "ERRBAR", "EXIT"),
+    *("FENCE", "LDC", "LDGDEPBAR", "MEMBAR", "NANOSLEEP", "NOP", "R2UR", "RET", "S2R", "S2UR"),
+    *("SYNCS", "VOTEU", "WARPGROUP", "WARPSYNC", "YIELD"),
+}
 
 
 @dataclass
@@ -311,7 +325,8 @@ class Cost:
     """Of one warp."""
 
     issued: float = 0.0
-    pipes: collections.Counter[str] = field(default_factory=collections.Counter)  # cycles
+    # Clocks of each pipe.
+    pipes: dict[str, float] = field(default_factory=lambda: collections.defaultdict(float))
     products: float = 0.0  # flops of 16-bit inputs; those of tf32 count twice
     moved: float = 0.0  # bytes between L2 and the multiprocessor
     shared: float = 0.0  # bytes of shared memory and shuffles
@@ -333,7 +348,7 @@ class Cost:
             self._multiply(name, suffixes, instruction.operands, times)
         elif name in ("UTMALDG", "UBLKCP", "UTMASTG"):
             raise ValueError(f"bytes of a descriptor are not in the instruction: {name}")
-        elif name not in (*_GLOBAL, *_SHARED, *_ISSUE_ONLY) and not name.startswith("U"):
+        elif name not in _GLOBAL | _SHARED | _ISSUE_ONLY and not name.startswith("U"):
             self.unknown.add(name)
         if name in _SHARED:
             matrices = 128 * int(suffixes[-1]) if suffixes and suffixes[-1] in "24" else 128
@@ -364,7 +379,7 @@ def width(suffixes: Sequence[str]) -> int:
     return 4
 
 
-def cost(program: Program, walk: Walk, warps: int, sizes: Mapping[Line, int]) -> Cost:
+def cost(program: Program, walk: Walk, warps: int, sizes: Mapping[Line, float]) -> Cost:
     """What one of the warps of a program does.
 
     sizes: bytes of the tensors that a line of source loads or stores, by file name and line. Where

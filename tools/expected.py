@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: MIT
+"""What `tools.predict` assumes of each Triton kernel: the trips of its loops, which branches are
+taken how often, and how much is masked, from the numbers of a launch.
+
+A loop, branch, load or store is named by how the text of its line of source begins. Where numbers
+depend on data, they are those of random features.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Numbers = Any  # numbers and constants of a launch, by parameter; has(p) is whether p is not None
+
+
+@dataclass
+class Expected:
+    """Functions of the numbers of a launch, by how a line begins.
+
+    loops: the trips of a loop, each time that it is reached.
+    branches: how probable it is that what an `if` may skip is executed; 1 if not named.
+    A line with several of them, of inline PTX, has a list in the order of the machine code.
+    masks: the share of what a line loads or stores that is not masked; 1 if not named.
+    """
+
+    loops: Mapping[str, Callable[[Numbers], float | Sequence[float]]] = field(default_factory=dict)
+    branches: Mapping[str, Callable[[Numbers], float | Sequence[float]]] = field(
+        default_factory=dict
+    )
+    masks: Mapping[str, Callable[[Numbers], float]] = field(default_factory=dict)
+
+
+def cdiv(a: float, b: int) -> int:
+    return math.ceil(a / b)
+
+
+def filled(size: int, block: int) -> float:
+    """The share of blocks that is not beyond the end."""
+    return size / (cdiv(size, block) * block)
+
+
+def mean(of: Callable[[int], float], count: int) -> float:
+    """Over 1, ..., count."""
+    return sum(map(of, range(1, count + 1))) / count
+
+
+def poisson(count: int, expected: float) -> float:
+    return math.exp(count * math.log(expected) - expected - math.lgamma(count + 1))
+
+
+def largest(expected: float, lanes: int) -> float:
+    """The expected largest of `lanes` counts, each Poisson with that mean."""
+    below, total = 0.0, 0.0
+    for i in range(int(expected + 12 * math.sqrt(expected)) + 20):
+        below += poisson(i, expected)
+        total += 1 - min(1.0, below) ** lanes
+    return total
+
+
+def _merges(n: Numbers, columns: int) -> float:
+    """The share of tiles with a column that belongs in the list of one of ROWS rows so far."""
+    tiles = cdiv(columns, 1 << n.LOG_TILE)
+    return mean(lambda tile: 1 - math.exp(-n.ROWS * (1 << n.LOG_LIST) / tile), tiles)
+
+
+def _members(n: Numbers) -> int:
+    return n.k * n.GROUP if n.has("p_groups") else n.columns
+
+
+def _steps_of_key(n: Numbers) -> float:
+    """Steps of PAIRS over the pairs of a key, or over a chunk that is within one key: none is."""
+    if n.OF_CHUNKS:
+        return 0
+    pairs = n.pairs / n.keys
+    return sum(poisson(i, pairs) * cdiv(i, n.PAIRS) for i in range(1, int(8 * pairs) + 20))
+
+
+def _turns_of_slot(n: Numbers) -> float:
+    """Keys advance through the pairs of a j together, as far as the one that has most of them."""
+    return largest(1.0, min(n.M, n.BLOCK_M))
+
+
+_OVER_D = {"for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D)}
+_OVER_K = {"for j in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K)}
+_OVER_C = {"for c0 in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C)}
+_OVER_O = {"for o0 in range(0, O, BLOCK_O)": lambda n: cdiv(n.O, n.BLOCK_O)}
+_OVER_NEIGHBORS = {
+    "for start in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K),
+    "for j in range(start, tl.minimum(start + BLOCK_K, k))": lambda n: n.k / cdiv(n.k, n.BLOCK_K),
+}
+_OVER_ROWS = {"for start in range(0, rows_each, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N)}
+_OVER_PAIRS = {
+    "for start in range(first, last, PAIRS)": lambda n: cdiv(n.N * n.k / n.tiles, n.PAIRS)
+}
+_OF_KEY = Expected(
+    loops={
+        "for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS)": _steps_of_key,
+        "for start in range(0, tl.max(end - begin, 0) // CHUNK, PAIRS)": lambda n: 0,
+    },
+    # Of the PAIRS rows that a step may gather.
+    masks={
+        begin: lambda n: 0 if n.OF_CHUNKS else n.pairs / n.keys / n.PAIRS / _steps_of_key(n)
+        for begin in ("b_p = tl.load(p, m, 0.0)", "b_p = b_p * tl.load", "b_q = tl.load(p_row")
+    },
+)
+_ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")}
+_IF_ENTERS = "if tl.max(tl.max((b_x > b_lowest)"
+
+EXPECTED = {
+    "norms_kernel": Expected(_OVER_D),
+    "group_flags_kernel": Expected(),
+    "group_maxima_kernel": Expected(
+        _OVER_D | {"for tile in range(first, last)": lambda n: n.tiles_each}
+    ),
+    "top_groups_kernel": Expected(
+        {"for g in range(0, G, 1 << LOG_TILE)": lambda n: cdiv(n.G, 1 << n.LOG_TILE)},
+        {_IF_ENTERS: lambda n: _merges(n, n.G)},
+    ),
+    "exact_topk_kernel": Expected(
+        _OVER_D
+        | {
+            "for tile in range(0, tiles + HAS_SELF)": lambda n: (
+                cdiv(_members(n), 1 << n.LOG_TILE) + n.has("p_self")
+            )
+        },
+        {_IF_ENTERS: lambda n: _merges(n, _members(n))},
+        {"b_k = tl.load": lambda n: filled(_members(n), 1 << n.LOG_TILE)},
+    ),
+    "select_small_kernel": Expected(
+        _OVER_D
+        | {
+            "for start in range(0, columns, BLOCK_M)": lambda n: cdiv(n.columns, n.BLOCK_M),
+            # The columns of a tile that enter the list of a row: of the row that has most.
+            "while tl.max(m_enter.to(tl.int32), 0) > 0": lambda n: mean(
+                lambda tile: min(n.k, n.columns, largest(n.k / tile, n.BLOCK_N)),
+                cdiv(n.columns, n.BLOCK_M),
+            ),
+        },
+        masks={
+            "b_q = tl.load": lambda n: filled(n.N, n.BLOCK_N),
+            "b_k = tl.load": lambda n: filled(n.columns, n.BLOCK_M),
+        },
+    ),
+    "aggregate_dense_kernel": Expected(
+        _OVER_K
+        | {"for step in range(0, k * channel_blocks)": lambda n: n.k * cdiv(n.C, n.BLOCK_C)},
+        masks=_ROWS,
+    ),
+    "aggregate_depthwise_kernel": Expected(_OVER_K | _OVER_NEIGHBORS, masks=_ROWS),
+    "modulate_kernel": Expected(_OVER_K),
+    "softmax_backward_kernel": Expected(_OVER_K),
+    "rho_grad_dense_kernel": Expected(_OVER_C | _OVER_O, masks=_ROWS),
+    "rho_grad_depthwise_kernel": Expected(_OVER_C),
+    "value_grad_dense_kernel": Expected(
+        _OVER_O
+        | {
+            "for step in range(0, k)": lambda n: n.k,
+            "while tl.max(m.to(tl.int32), 0) > 0": _turns_of_slot,
+        },
+        masks={
+            "b_g = tl.load": lambda n: filled(n.M, n.BLOCK_M) / _turns_of_slot(n),
+            "b_part = tl.load": lambda n: 0,
+        },
+    ),
+    "value_grad_depthwise_kernel": _OF_KEY,
+    "weight_grad_dense_kernel": Expected(_OVER_ROWS),
+    "weight_grad_depthwise_kernel": Expected(_OVER_ROWS),
+    "count_pairs_kernel": Expected(_OVER_PAIRS),
+    "store_pairs_kernel": Expected(_OVER_PAIRS),
+    "query_grad_kernel": Expected(_OVER_NEIGHBORS),
+    "key_grad_kernel": _OF_KEY,
+}
