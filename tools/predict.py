@@ -106,31 +106,34 @@ def _machine_code(variant: str) -> tuple[sass.Program, dict[sass.Line, float]]:
 
 
 def tensor_bytes(text: str) -> dict[sass.Line, float]:
-    """By file name and line: the bytes that Triton's representation loads or stores there."""
+    """By file name and line: the bytes that Triton's representation loads or stores there.
+
+    Where a function is called in several places, the fewest: those are the calls inside of loops.
+    """
     places = dict(re.findall(r"^(#loc\w*) = loc\((.*)\)$", text, re.MULTILINE))
 
-    def place(name: str) -> tuple[str, int, int] | None:
+    def place(name: str) -> tuple[sass.Line, str, str] | None:
+        """The line, its column, and from where it is called."""
         where = places.get(name, "")
         if found := re.match(r'"([^"]+)":(\d+):(\d+)', where):
-            return Path(found[1]).name, int(found[2]), int(found[3])
-        # A name for a place, or a place in a function and then where that is called.
+            return (Path(found[1]).name, int(found[2])), found[3], ""
         inner = re.search(r"#loc\w*", where)
-        return place(inner[0]) if inner else None
+        found_inside = place(inner[0]) if inner else None
+        if found_inside and where.startswith("callsite"):
+            return (*found_inside[:2], found_inside[2] + where)
+        return found_inside
 
-    # Calls of one function at several places are the same load.
-    sizes: dict[tuple[str, int, int], int] = {}
+    # By line, by call, by column.
+    sizes: dict[sass.Line, dict[str, dict[str, float]]] = {}
     for each in text.splitlines():
         found = re.search(r"(tt\.(load|store|atomic)|async_copy_global).* loc\((#\w+)\)", each)
         pointer = re.search(r"(?:tensor<((?:\d+x)+))?!tt\.ptr<[a-z]+(\d+)", each)
         where = place(found[3]) if found else None
         if pointer and where:
             elements = math.prod(map(int, re.findall(r"\d+", pointer[1] or "")))
-            bits = elements * int(pointer[2])
-            sizes[where] = max(sizes.get(where, 0), -(-bits // 8))
-    lines: dict[sass.Line, float] = {}
-    for (file, number, _), size in sizes.items():
-        lines[file, number] = lines.get((file, number), 0) + size
-    return lines
+            columns = sizes.setdefault(where[0], {}).setdefault(where[2], {})
+            columns[where[1]] = elements * max(8, int(pointer[2])) / 8
+    return {line: min(sum(each.values()) for each in of.values()) for line, of in sizes.items()}
 
 
 def predict(launch: Launch, variant: aot.Variant, explain: bool = False) -> Prediction:
