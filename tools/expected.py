@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Numbers = Any  # numbers and constants of a launch, by parameter; has(p) is whether p is not None
+# Numbers and constants of a launch, by parameter; `programs`; has(p): whether p is not None.
+Numbers = Any
 
 
 @dataclass
@@ -21,7 +22,8 @@ class Expected:
     loops: the trips of a loop, each time that it is reached.
     branches: how probable it is that what an `if` may skip is executed; 1 if not named.
     A line with several of them, of inline PTX, has a list in the order of the machine code.
-    masks: the share of what a line loads or stores that is not masked; 1 if not named.
+    masks: the share of what a line loads or stores that is not masked, and not in L1 anyway; 1 if
+        not named.
     """
 
     loops: Mapping[str, Callable[[Numbers], float | Sequence[float]]] = field(default_factory=dict)
@@ -93,17 +95,61 @@ _OVER_ROWS = {"for start in range(0, rows_each, BLOCK_N)": lambda n: cdiv(n.rows
 _OVER_PAIRS = {
     "for start in range(first, last, PAIRS)": lambda n: cdiv(n.N * n.k / n.tiles, n.PAIRS)
 }
-_OF_KEY = Expected(
-    loops={
-        "for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS)": _steps_of_key,
-        "for start in range(0, tl.max(end - begin, 0) // CHUNK, PAIRS)": lambda n: 0,
-    },
-    # Of the PAIRS rows that a step may gather.
-    masks={
-        begin: lambda n: 0 if n.OF_CHUNKS else n.pairs / n.keys / n.PAIRS / _steps_of_key(n)
-        for begin in ("b_p = tl.load(p, m, 0.0)", "b_p = b_p * tl.load", "b_q = tl.load(p_row")
-    },
-)
+
+
+def _of_key(*gathers: str) -> Expected:
+    """Over the pairs of a key; of the PAIRS rows that a step may gather, few are there."""
+
+    def gathered(n: Numbers) -> float:
+        return 0 if n.OF_CHUNKS else n.pairs / n.keys / n.PAIRS / _steps_of_key(n)
+
+    return Expected(
+        loops={
+            "for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS)": _steps_of_key,
+            "for start in range(0, tl.max(end - begin, 0) // CHUNK, PAIRS)": lambda n: 0,
+        },
+        masks=dict.fromkeys(gathers, gathered),
+    )
+
+
+def _hits(n: Numbers) -> float:
+    """Of a row: the columns that reach the k-th largest of the maxima of GROUPS groups.
+
+    Of the sampled ones as many as are drawn until there are k groups; and so many times STRIDE.
+    """
+    return n.STRIDE * sum(n.GROUPS / (n.GROUPS - i) for i in range(n.k))
+
+
+def _turns_of_word(n: Numbers) -> float:
+    """Turns of the loop that appends the hits of a word: those of the lane that has most."""
+    return largest(_hits(n) * n.BLOCK_M / n.QUEUES / n.columns, 32)
+
+
+def _has_more(n: Numbers) -> float:
+    """How probable it is that one of ROWS rows has more than LIST hits.
+
+    That of LIST hits, half of them in the sample, fewer are in it than were drawn there.
+    """
+    groups, half = 32 if n.k <= 12 else 64 if n.k <= 32 else 128, 2.0 ** -(1 << n.LOG_LIST)
+    drawn = sum(groups / (groups - i) for i in range(n.k))
+    of_row = sum(math.comb(1 << n.LOG_LIST, i) * half for i in range(math.ceil(drawn)))
+    return 1 - (1 - min(1.0, of_row)) ** n.ROWS
+
+
+_OF_RANGE = {
+    "for tile in range(first, last, STRIDE)": lambda n: cdiv(_tiles_each(n), n.STRIDE),
+    "for d in range(0, BLOCK_D if ONE_BLOCK_D else D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
+}
+
+
+def _tiles_each(n: Numbers) -> float:
+    return cdiv(n.columns, n.BLOCK_M) / n.splits
+
+
+def _share_of_tiles(n: Numbers) -> float:
+    return cdiv(n.columns, n.BLOCK_M) * n.B / n.programs
+
+
 _ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")}
 _IF_ENTERS = "if tl.max(tl.max((b_x > b_lowest)"
 
@@ -163,11 +209,83 @@ EXPECTED = {
             "b_part = tl.load": lambda n: 0,
         },
     ),
-    "value_grad_depthwise_kernel": _OF_KEY,
+    "value_grad_depthwise_kernel": _of_key("b_p = tl.load(p, m, 0.0)", "b_p = b_p * tl.load"),
     "weight_grad_dense_kernel": Expected(_OVER_ROWS),
     "weight_grad_depthwise_kernel": Expected(_OVER_ROWS),
     "count_pairs_kernel": Expected(_OVER_PAIRS),
     "store_pairs_kernel": Expected(_OVER_PAIRS),
     "query_grad_kernel": Expected(_OVER_NEIGHBORS),
-    "key_grad_kernel": _OF_KEY,
+    "key_grad_kernel": _of_key("b_q = tl.load(p_row"),
+    "columns_kernel": Expected(
+        _OVER_D | {"for i in range(0, lists)": lambda n: n.lists},
+        {
+            "if pid < of_columns": _share_of_tiles,
+            "elif pid < of_columns + of_keys": lambda n: (
+                cdiv(n.key_rows, n.ROWS)
+                / max(1, cdiv(n.key_rows, n.ROWS) + cdiv(n.query_rows, n.ROWS))
+            ),
+            "if tile == 0": lambda n: 1 / cdiv(n.columns, n.BLOCK_M),
+        },
+    ),
+    "threshold_kernel": Expected(_OF_RANGE),
+    "sweep_kernel": Expected(
+        _OF_RANGE
+        | {
+            "for i in range(0, splits)": lambda n: n.splits,
+            "for _ in range(1, k)": lambda n: n.k - 1,
+            "for tile in range(first, last):": _tiles_each,
+            "b_count = tl.inline_asm_elementwise": _turns_of_word,
+        },
+        {"if tl.max(m_short.to(tl.int32), 0) > 0": lambda n: 0},
+    ),
+    "finish_kernel": Expected(
+        _OVER_D
+        | {
+            "for split in range(splits)": lambda n: n.splits,
+            "for start in range(LIST, end, LIST)": lambda n: 1,
+            "for j in range(k)": lambda n: n.k,
+            "for c in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C),
+        },
+        {"if end > LIST": _has_more},
+    ),
+    "query_side_kernel": Expected(
+        {
+            **_OVER_C,
+            **_OVER_NEIGHBORS,
+            **_OVER_D,
+            "for d0 in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
+            "for start in range(0, key_blocks, 128)": lambda n: cdiv(n.key_blocks, 128),
+            "for start in range(0, rows_each, ROWS)": lambda n: cdiv(n.rows_each, n.ROWS),
+            "for start in range(0, rows_each, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N),
+            "for start in range(0, rows, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N),
+            "for j in range(0, k)": lambda n: n.k,
+            "for j in range(program, k, tl.num_programs(0))": lambda n: n.k / n.programs,
+        }
+    ),
+    "sort_pairs_kernel": Expected(
+        {
+            "for start in range(0, key_blocks, BINS)": lambda n: cdiv(n.key_blocks, n.BINS),
+            "for t in range(0, tiles, TILES)": lambda n: cdiv(n.tiles, n.TILES),
+            "for start in range(0, parts, PARTS)": lambda n: cdiv(n.parts, n.PARTS),
+            "for step in range(0, k * rows_each, PAIRS)": lambda n: n.k * n.rows_each / n.PAIRS,
+        },
+        {
+            "if pid >= sort_programs": lambda n: 1 - n.sort_programs / n.programs,
+            "if program < weight_programs": lambda n: (
+                n.weight_programs / max(1, n.programs - n.sort_programs)
+            ),
+        },
+    ),
+    "key_side_kernel": Expected(
+        {
+            "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK),
+            "for start in range(first, last - (end - begin), PAIRS)": lambda n: (
+                0 if n.OF_CHUNKS else n.KEYS * n.k * n.N / n.M / n.PAIRS + 0.5
+            ),
+            "for start in range(0, key_blocks, BINS)": lambda n: cdiv(n.key_blocks, 128),
+            "for chunk in range(begin // CHUNK, end // CHUNK)": lambda n: 0,
+        },
+        {"if test != 0.0": lambda n: 0},
+        {"b_x = b_x * tl.load(p_weight_rows": lambda n: 0},  # k rows, which all programs read
+    ),
 }

@@ -142,7 +142,7 @@ def predict(launch: Launch, variant: aot.Variant, explain: bool = False) -> Pred
     if name not in EXPECTED:
         raise KeyError(f"tools/predict.py does not know what to expect of {name}")
     names = launch.kernel.names[len(launch.kernel.pointers) :]
-    n = SimpleNamespace(**dict(zip(names, launch.values, strict=True)))
+    n = SimpleNamespace(**dict(zip(names, launch.values, strict=True)), programs=launch.programs)
     n.has = lambda pointer: variant["signature"][pointer] != "constexpr"
     program, of_tensors = _machine_code(json.dumps(variant, sort_keys=True))
     sizes = of_tensors.copy()

@@ -208,7 +208,15 @@ class Walk:
 
     def _two_ways(self) -> list[int]:
         """The blocks after which there is a choice, but for the branches back of loops."""
-        return [each for each in self._order if len(set(self._forward[each])) == 2]
+        return [
+            each
+            for each in self._order
+            if len(set(self._forward[each])) == 2 and not self._diverges(each)
+        ]
+
+    def _diverges(self, block: int) -> bool:
+        """Whether the branch is for warps whose lanes have parted."""
+        return self._branch(block).opcode.startswith(("BRA.DIV", "BRA.CONV"))
 
     def _told(self, table: Mapping[str, Expected]) -> dict[int, float]:
         shares, places = {}, collections.Counter[Line]()
@@ -217,9 +225,25 @@ class Walk:
             share = self._number(line, table, places[line])
             places[line] += 1
             if share is not None:
-                # What is reached in any case is not what may be skipped.
-                shares[each] = 1 - share if behind in self._reaches[target] else share
+                shares[each] = share if self._comes_first(behind, target, line) else 1 - share
         return shares
+
+    def _comes_first(self, one: int, other: int, line: Line) -> bool:
+        """Whether `one` is what the `if` of a line may skip, rather than `other`: which is reached
+        in any case, or in the source comes later, behind an `else`."""
+        if one in self._reaches[other] or other in self._reaches[one]:
+            return other in self._reaches[one]
+
+        def begin(of: int, without: int) -> int:
+            places = (
+                self.code[i].line
+                for each in self._reaches[of] - self._reaches[without]
+                for i in self.blocks[each].instructions
+            )
+            later = (number for file, number in places if file == line[0] and number > line[1])
+            return min(later, default=2**31)
+
+        return begin(one, other) <= begin(other, one)
 
     def _guards(self, loop: Loop) -> dict[int, float]:
         """The branches of a loop's own line outside of it, and its number of times.
@@ -258,7 +282,7 @@ class Walk:
         behind, target = self.blocks[block].next
         if block in self._shares:
             return self._shares[block]
-        if self._branch(block).opcode.startswith(("BRA.DIV", "BRA.CONV")):
+        if self._diverges(block):
             return 1.0
         loops = [len(self._headers & self._reaches[each]) for each in (behind, target)]
         if loops[0] != loops[1]:
