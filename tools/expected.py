@@ -60,22 +60,14 @@ def largest(expected: float, lanes: int) -> float:
     return total
 
 
-def _merges(n: Numbers, columns: int) -> float:
-    """The share of tiles with a column that belongs in the list of one of ROWS rows so far."""
-    tiles = cdiv(columns, 1 << n.LOG_TILE)
-    return mean(lambda tile: 1 - math.exp(-n.ROWS * (1 << n.LOG_LIST) / tile), tiles)
+def _turns_of_tile(n: Numbers, tiles: int, rows: int) -> float:
+    """The mean over tiles of the columns that enter the list of a row: of the row that has most."""
+    return mean(lambda tile: min(n.k, n.columns, largest(n.k / tile, rows)), tiles)
 
 
-def _members(n: Numbers) -> int:
-    return n.k * n.GROUP if n.has("p_groups") else n.columns
-
-
-def _steps_of_key(n: Numbers) -> float:
-    """Steps of PAIRS over the pairs of a key, or over a chunk that is within one key: none is."""
-    if n.OF_CHUNKS:
-        return 0
-    pairs = n.pairs / n.keys
-    return sum(poisson(i, pairs) * cdiv(i, n.PAIRS) for i in range(1, int(8 * pairs) + 20))
+def _share_that_enters(n: Numbers) -> float:
+    """The share of tiles with a column that enters the list of one of ROWS rows."""
+    return mean(lambda tile: 1 - math.exp(-n.ROWS * n.k / tile), cdiv(n.columns, 1 << n.LOG_TILE))
 
 
 def _turns_of_slot(n: Numbers) -> float:
@@ -95,21 +87,6 @@ _OVER_ROWS = {"for start in range(0, rows_each, BLOCK_N)": lambda n: cdiv(n.rows
 _OVER_PAIRS = {
     "for start in range(first, last, PAIRS)": lambda n: cdiv(n.N * n.k / n.tiles, n.PAIRS)
 }
-
-
-def _of_key(*gathers: str) -> Expected:
-    """Over the pairs of a key; of the PAIRS rows that a step may gather, few are there."""
-
-    def gathered(n: Numbers) -> float:
-        return 0 if n.OF_CHUNKS else n.pairs / n.keys / n.PAIRS / _steps_of_key(n)
-
-    return Expected(
-        loops={
-            "for start in range(0, tl.max(last - first - (end - begin), 0), PAIRS)": _steps_of_key,
-            "for start in range(0, tl.max(end - begin, 0) // CHUNK, PAIRS)": lambda n: 0,
-        },
-        masks=dict.fromkeys(gathers, gathered),
-    )
 
 
 def _hits(n: Numbers) -> float:
@@ -151,36 +128,29 @@ def _share_of_tiles(n: Numbers) -> float:
 
 
 _ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")}
-_IF_ENTERS = "if tl.max(tl.max((b_x > b_lowest)"
-
 EXPECTED = {
     "norms_kernel": Expected(_OVER_D),
-    "group_flags_kernel": Expected(),
-    "group_maxima_kernel": Expected(
-        _OVER_D | {"for tile in range(first, last)": lambda n: n.tiles_each}
-    ),
-    "top_groups_kernel": Expected(
-        {"for g in range(0, G, 1 << LOG_TILE)": lambda n: cdiv(n.G, 1 << n.LOG_TILE)},
-        {_IF_ENTERS: lambda n: _merges(n, n.G)},
-    ),
     "exact_topk_kernel": Expected(
         _OVER_D
         | {
-            "for tile in range(0, tiles + HAS_SELF)": lambda n: (
-                cdiv(_members(n), 1 << n.LOG_TILE) + n.has("p_self")
-            )
+            # No row is listed.
+            "for block in range(pid % slots, tl.cdiv(count, ROWS), slots)": lambda n: (
+                0 if n.has("p_listed") else cdiv(n.N, n.ROWS) / n.slots
+            ),
+            "for start in range(0, columns, TILE)": lambda n: cdiv(n.columns, 1 << n.LOG_TILE),
+            "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: (
+                _turns_of_tile(n, cdiv(n.columns, 1 << n.LOG_TILE), n.ROWS) / _share_that_enters(n)
+            ),
         },
-        {_IF_ENTERS: lambda n: _merges(n, _members(n))},
-        {"b_k = tl.load": lambda n: filled(_members(n), 1 << n.LOG_TILE)},
+        {"if tl.max(tl.max(b_enters, 1) * m_n, 0) > 0": _share_that_enters},
+        {"b_k = tl.load(p_row[:, None] + o_d": lambda n: filled(n.columns, 1 << n.LOG_TILE)},
     ),
     "select_small_kernel": Expected(
         _OVER_D
         | {
             "for start in range(0, columns, BLOCK_M)": lambda n: cdiv(n.columns, n.BLOCK_M),
-            # The columns of a tile that enter the list of a row: of the row that has most.
-            "while tl.max(m_enter.to(tl.int32), 0) > 0": lambda n: mean(
-                lambda tile: min(n.k, n.columns, largest(n.k / tile, n.BLOCK_N)),
-                cdiv(n.columns, n.BLOCK_M),
+            "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: _turns_of_tile(
+                n, cdiv(n.columns, n.BLOCK_M), n.BLOCK_N
             ),
         },
         masks={
@@ -197,7 +167,6 @@ EXPECTED = {
     "modulate_kernel": Expected(_OVER_K),
     "softmax_backward_kernel": Expected(_OVER_K),
     "rho_grad_dense_kernel": Expected(_OVER_C | _OVER_O, masks=_ROWS),
-    "rho_grad_depthwise_kernel": Expected(_OVER_C),
     "value_grad_dense_kernel": Expected(
         _OVER_O
         | {
@@ -209,13 +178,14 @@ EXPECTED = {
             "b_part = tl.load": lambda n: 0,
         },
     ),
-    "value_grad_depthwise_kernel": _of_key("b_p = tl.load(p, m, 0.0)", "b_p = b_p * tl.load"),
+    "value_grad_chunks_kernel": Expected(
+        {"for start in range(0, CHUNK, PAIRS)": lambda n: n.CHUNK / n.PAIRS},
+        # Hardly any chunk is of one key and j.
+        masks={begin: lambda n: 0 for begin in ("b_pair = tl.load", "b_rho = tl.load", "b_h +=")},
+    ),
     "weight_grad_dense_kernel": Expected(_OVER_ROWS),
-    "weight_grad_depthwise_kernel": Expected(_OVER_ROWS),
     "count_pairs_kernel": Expected(_OVER_PAIRS),
     "store_pairs_kernel": Expected(_OVER_PAIRS),
-    "query_grad_kernel": Expected(_OVER_NEIGHBORS),
-    "key_grad_kernel": _of_key("b_q = tl.load(p_row"),
     "columns_kernel": Expected(
         _OVER_D | {"for i in range(0, lists)": lambda n: n.lists},
         {
