@@ -98,10 +98,20 @@ def _predictions() -> dict[str, Any]:
     return json.loads((RESULTS / "predicted.json").read_text())
 
 
-def predicted_microseconds(kernel: str, workload: Workload, backend: str) -> float | None:
-    """The count from machine code in results/predicted.json, for the shape it was made for."""
-    w, predicted = workload, _predictions()
-    shape = [w.batch, w.tokens, w.channels, w.k, w.dtype]
-    if backend != "triton" or shape != [*predicted["shape"], predicted["dtype"]]:
-        return None
-    return predicted["kernels"].get(kernel)
+def _size(w: Workload) -> tuple[object, ...]:
+    return w.batch, w.tokens, w.rows, w.channels, w.outputs, w.k, w.dtype
+
+
+def predicted_microseconds(
+    kernel: str, workload: Workload, passes: str, backend: str
+) -> float | None:
+    """All launches of a kernel in a pass at the full rates, counted from machine code.
+
+    From results/predicted.json, which `python -m tools.predict` writes for some workloads.
+    """
+    for row in _predictions()["rows"] if backend == "triton" else ():
+        if row["pass"] == passes and _size(Workload(**row["workload"])) == _size(workload):
+            for each in row["kernels"]:
+                if each["kernel"] == kernel:
+                    return float(each["least"])
+    return None

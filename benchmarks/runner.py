@@ -241,7 +241,7 @@ def _time_kernels(cases: Sequence[Ready], backend: str, device: Cpu) -> None:
             {
                 "kernel": name,
                 **each,
-                "predicted": bounds.predicted_microseconds(name, workload, backend),
+                "predicted": bounds.predicted_microseconds(name, workload, case.passes, backend),
                 "bound": bounds.kernel_microseconds(name, workload),
             }
             for name, each in found.items()

@@ -2,7 +2,6 @@
 """The benchmarks at tiny sizes: a whole run, and wrong results, which must not be timed."""
 
 import json
-import re
 import sys
 from dataclasses import replace
 
@@ -17,7 +16,6 @@ from benchmarks import bounds, report, runner
 from benchmarks.__main__ import main
 from benchmarks.call_checks import CallChecks
 from benchmarks.devices import DEVICES, Cpu
-from benchmarks.environment import REPOSITORY
 from benchmarks.memory import MemoryNotMeasured, peak_bytes
 from benchmarks.peers import PEERS, TRAINING, run_pass
 from benchmarks.runner import Case, Group
@@ -357,16 +355,26 @@ def test_wrong_use_is_named(arguments, named, capsys):
     assert named in capsys.readouterr().err
 
 
-def test_every_kernel_has_a_prediction() -> None:
-    folder = REPOSITORY / "convnn_kernels" / "triton"
-    text = "".join(path.read_text() for path in folder.glob("*.py"))
-    predicted = bounds._predictions()["kernels"]
-    names = set(re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE))
-    assert names == {*predicted, "group_flags_kernel", "select_small_kernel"}
-    w, name = Workload(1, 16384, 64, 9, dtype="bfloat16"), "group_maxima_kernel"
-    assert bounds.predicted_microseconds(name, w, "triton") == predicted[name]
-    assert bounds.predicted_microseconds(name, w, "cuda") is None
-    assert bounds.kernel_microseconds(name, w) == pytest.approx(43.5, abs=0.1)
+def test_predictions_are_found() -> None:
+    """What `python -m tools.predict` has written, for the workload, the pass and the backend."""
+    rows = bounds._predictions()["rows"]
+    vit = next(row for row in rows if row["work"].startswith("ViT-Tiny, forward+backward"))
+    w, (name, least) = Workload(**vit["workload"]), [*vit["kernels"][0].values()][::7]
+    assert least > 0
+    both = "forward+backward"
+    assert bounds.predicted_microseconds(name, w, both, "triton") == least
+    random = replace(w, source="random")
+    assert bounds.predicted_microseconds(name, random, both, "triton") == least
+    assert bounds.predicted_microseconds(name, w, "forward", "triton") is None
+    assert bounds.predicted_microseconds(name, w, both, "cuda") is None
+    assert bounds.predicted_microseconds("no_kernel", w, both, "triton") is None
+    for other in ({"tokens": 1024}, {"channels": 64}, {"dtype": "float32"}, {"keys": 400}):
+        assert bounds.predicted_microseconds(name, replace(w, **other), both, "triton") is None
+
+
+def test_the_bound_of_a_kernel() -> None:
+    w = Workload(1, 16384, 64, 9, dtype="bfloat16")
+    assert bounds.kernel_microseconds("group_maxima_kernel", w) == pytest.approx(43.5, abs=0.1)
 
 
 def test_packages_that_are_missing(run_python) -> None:

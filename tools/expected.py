@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""What `tools.predict` assumes of each Triton kernel: the trips of its loops, which branches are
+taken how often, and how much is masked, from the numbers of a launch.
+
+A loop, branch, load or store is named by how the text of its line of source begins. Where numbers
+depend on data, they are those of random features.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# Numbers and constants of a launch, by parameter; `programs`; has(p): whether p is not None.
+Numbers = Any
+
+
+@dataclass
+class Expected:
+    """Functions of the numbers of a launch, by how a line begins.
+
+    loops: the trips of a loop, each time that it is reached.
+    branches: how probable it is that what an `if` may skip is executed; 1 if not named.
+    A line with several of them, of inline PTX, has a list in the order of the machine code.
+    masks: the share of what a line loads or stores that is not masked, and not in L1 anyway; 1 if
+        not named.
+    """
+
+    loops: Mapping[str, Callable[[Numbers], float | Sequence[float]]] = field(default_factory=dict)
+    branches: Mapping[str, Callable[[Numbers], float | Sequence[float]]] = field(
+        default_factory=dict
+    )
+    masks: Mapping[str, Callable[[Numbers], float]] = field(default_factory=dict)
+
+
+def cdiv(a: float, b: int) -> int:
+    return math.ceil(a / b)
+
+
+def filled(size: int, block: int) -> float:
+    """The share of blocks that is not beyond the end."""
+    return size / (cdiv(size, block) * block)
+
+
+def mean(of: Callable[[int], float], count: int) -> float:
+    """Over 1, ..., count."""
+    return sum(map(of, range(1, count + 1))) / count
+
+
+def poisson(count: int, expected: float) -> float:
+    return math.exp(count * math.log(expected) - expected - math.lgamma(count + 1))
+
+
+def largest(expected: float, lanes: int) -> float:
+    """The expected largest of `lanes` counts, each Poisson with that mean."""
+    below, total = 0.0, 0.0
+    for i in range(int(expected + 12 * math.sqrt(expected)) + 20):
+        below += poisson(i, expected)
+        total += 1 - min(1.0, below) ** lanes
+    return total
+
+
+def _turns_of_tile(n: Numbers, tiles: int, rows: int) -> float:
+    """The mean over tiles of the columns that enter the list of a row: of the row that has most."""
+    return mean(lambda tile: min(n.k, n.columns, largest(n.k / tile, rows)), tiles)
+
+
+def _share_that_enters(n: Numbers) -> float:
+    """The share of tiles with a column that enters the list of one of ROWS rows."""
+    return mean(lambda tile: 1 - math.exp(-n.ROWS * n.k / tile), cdiv(n.columns, 1 << n.LOG_TILE))
+
+
+def _turns_of_slot(n: Numbers) -> float:
+    """Keys advance through the pairs of a j together, as far as the one that has most of them."""
+    return largest(1.0, min(n.M, n.BLOCK_M))
+
+
+_OVER_D = {"for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D)}
+_OVER_K = {"for j in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K)}
+_OVER_C = {"for c0 in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C)}
+_OVER_O = {"for o0 in range(0, O, BLOCK_O)": lambda n: cdiv(n.O, n.BLOCK_O)}
+_OVER_NEIGHBORS = {
+    "for start in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K),
+    "for j in range(start, tl.minimum(start + BLOCK_K, k))": lambda n: n.k / cdiv(n.k, n.BLOCK_K),
+}
+_OVER_ROWS = {"for start in range(0, rows_each, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N)}
+_OVER_PAIRS = {
+    "for start in range(first, last, PAIRS)": lambda n: cdiv(n.N * n.k / n.tiles, n.PAIRS)
+}
+
+
+def _hits(n: Numbers) -> float:
+    """Of a row: the columns that reach the k-th largest of the maxima of GROUPS groups.
+
+    Of the sampled ones as many as are drawn until there are k groups; and so many times STRIDE.
+    """
+    return n.STRIDE * sum(n.GROUPS / (n.GROUPS - i) for i in range(n.k))
+
+
+def _turns_of_word(n: Numbers) -> float:
+    """Turns of the loop that appends the hits of a word: those of the lane that has most."""
+    return largest(_hits(n) * n.BLOCK_M / n.QUEUES / n.columns, 32)
+
+
+def _has_more(n: Numbers) -> float:
+    """How probable it is that one of ROWS rows has more than LIST hits.
+
+    That of LIST hits, half of them in the sample, fewer are in it than were drawn there.
+    """
+    groups, half = 32 if n.k <= 12 else 64 if n.k <= 32 else 128, 2.0 ** -(1 << n.LOG_LIST)
+    drawn = sum(groups / (groups - i) for i in range(n.k))
+    of_row = sum(math.comb(1 << n.LOG_LIST, i) * half for i in range(math.ceil(drawn)))
+    return 1 - (1 - min(1.0, of_row)) ** n.ROWS
+
+
+_OF_RANGE = {
+    "for tile in range(first, last, STRIDE)": lambda n: cdiv(_tiles_each(n), n.STRIDE),
+    "for d in range(0, BLOCK_D if ONE_BLOCK_D else D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
+}
+
+
+def _tiles_each(n: Numbers) -> float:
+    return cdiv(n.columns, n.BLOCK_M) / n.splits
+
+
+def _share_of_tiles(n: Numbers) -> float:
+    return cdiv(n.columns, n.BLOCK_M) * n.B / n.programs
+
+
+_ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")}
+EXPECTED = {
+    "norms_kernel": Expected(_OVER_D),
+    "exact_topk_kernel": Expected(
+        _OVER_D
+        | {
+            # No row is listed.
+            "for block in range(pid % slots, tl.cdiv(count, ROWS), slots)": lambda n: (
+                0 if n.has("p_listed") else cdiv(n.N, n.ROWS) / n.slots
+            ),
+            "for start in range(0, columns, TILE)": lambda n: cdiv(n.columns, 1 << n.LOG_TILE),
+            "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: (
+                _turns_of_tile(n, cdiv(n.columns, 1 << n.LOG_TILE), n.ROWS) / _share_that_enters(n)
+            ),
+        },
+        {"if tl.max(tl.max(b_enters, 1) * m_n, 0) > 0": _share_that_enters},
+        {"b_k = tl.load(p_row[:, None] + o_d": lambda n: filled(n.columns, 1 << n.LOG_TILE)},
+    ),
+    "select_small_kernel": Expected(
+        _OVER_D
+        | {
+            "for start in range(0, columns, BLOCK_M)": lambda n: cdiv(n.columns, n.BLOCK_M),
+            "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: _turns_of_tile(
+                n, cdiv(n.columns, n.BLOCK_M), n.BLOCK_N
+            ),
+        },
+        masks={
+            "b_q = tl.load": lambda n: filled(n.N, n.BLOCK_N),
+            "b_k = tl.load": lambda n: filled(n.columns, n.BLOCK_M),
+        },
+    ),
+    "aggregate_dense_kernel": Expected(
+        _OVER_K
+        | {"for step in range(0, k * channel_blocks)": lambda n: n.k * cdiv(n.C, n.BLOCK_C)},
+        masks=_ROWS,
+    ),
+    "aggregate_depthwise_kernel": Expected(_OVER_K | _OVER_NEIGHBORS, masks=_ROWS),
+    "modulate_kernel": Expected(_OVER_K),
+    "softmax_backward_kernel": Expected(_OVER_K),
+    "rho_grad_dense_kernel": Expected(_OVER_C | _OVER_O, masks=_ROWS),
+    "value_grad_dense_kernel": Expected(
+        _OVER_O
+        | {
+            "for step in range(0, k)": lambda n: n.k,
+            "while tl.max(m.to(tl.int32), 0) > 0": _turns_of_slot,
+        },
+        masks={
+            "b_g = tl.load": lambda n: filled(n.M, n.BLOCK_M) / _turns_of_slot(n),
+            "b_part = tl.load": lambda n: 0,
+        },
+    ),
+    "value_grad_chunks_kernel": Expected(
+        {"for start in range(0, CHUNK, PAIRS)": lambda n: n.CHUNK / n.PAIRS},
+        # Hardly any chunk is of one key and j.
+        masks={begin: lambda n: 0 for begin in ("b_pair = tl.load", "b_rho = tl.load", "b_h +=")},
+    ),
+    "weight_grad_dense_kernel": Expected(_OVER_ROWS),
+    "count_pairs_kernel": Expected(_OVER_PAIRS),
+    "store_pairs_kernel": Expected(_OVER_PAIRS),
+    "columns_kernel": Expected(
+        _OVER_D | {"for i in range(0, lists)": lambda n: n.lists},
+        {
+            "if pid < of_columns": _share_of_tiles,
+            "elif pid < of_columns + of_keys": lambda n: (
+                cdiv(n.key_rows, n.ROWS)
+                / max(1, cdiv(n.key_rows, n.ROWS) + cdiv(n.query_rows, n.ROWS))
+            ),
+            "if tile == 0": lambda n: 1 / cdiv(n.columns, n.BLOCK_M),
+        },
+    ),
+    "threshold_kernel": Expected(_OF_RANGE),
+    "sweep_kernel": Expected(
+        _OF_RANGE
+        | {
+            "for i in range(0, splits)": lambda n: n.splits,
+            "for _ in range(1, k)": lambda n: n.k - 1,
+            "for tile in range(first, last):": _tiles_each,
+            "b_count = tl.inline_asm_elementwise": _turns_of_word,
+        },
+        {"if tl.max(m_short.to(tl.int32), 0) > 0": lambda n: 0},
+    ),
+    "finish_kernel": Expected(
+        _OVER_D
+        | {
+            "for split in range(splits)": lambda n: n.splits,
+            "for start in range(LIST, end, LIST)": lambda n: 1,
+            "for j in range(k)": lambda n: n.k,
+            "for c in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C),
+        },
+        {"if end > LIST": _has_more},
+    ),
+    "query_side_kernel": Expected(
+        {
+            **_OVER_C,
+            **_OVER_NEIGHBORS,
+            **_OVER_D,
+            "for d0 in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
+            "for start in range(0, key_blocks, 128)": lambda n: cdiv(n.key_blocks, 128),
+            "for start in range(0, rows_each, ROWS)": lambda n: cdiv(n.rows_each, n.ROWS),
+            "for start in range(0, rows_each, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N),
+            "for start in range(0, rows, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N),
+            "for j in range(0, k)": lambda n: n.k,
+            "for j in range(program, k, tl.num_programs(0))": lambda n: n.k / n.programs,
+        }
+    ),
+    "sort_pairs_kernel": Expected(
+        {
+            "for start in range(0, key_blocks, BINS)": lambda n: cdiv(n.key_blocks, n.BINS),
+            "for t in range(0, tiles, TILES)": lambda n: cdiv(n.tiles, n.TILES),
+            "for start in range(0, parts, PARTS)": lambda n: cdiv(n.parts, n.PARTS),
+            "for step in range(0, k * rows_each, PAIRS)": lambda n: n.k * n.rows_each / n.PAIRS,
+        },
+        {
+            "if pid >= sort_programs": lambda n: 1 - n.sort_programs / n.programs,
+            "if program < weight_programs": lambda n: (
+                n.weight_programs / max(1, n.programs - n.sort_programs)
+            ),
+        },
+    ),
+    "key_side_kernel": Expected(
+        {
+            "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK),
+            "for start in range(first, last - (end - begin), PAIRS)": lambda n: (
+                0 if n.OF_CHUNKS else n.KEYS * n.k * n.N / n.M / n.PAIRS + 0.5
+            ),
+            "for start in range(0, key_blocks, BINS)": lambda n: cdiv(n.key_blocks, 128),
+            "for chunk in range(begin // CHUNK, end // CHUNK)": lambda n: 0,
+        },
+        {"if test != 0.0": lambda n: 0},
+        {"b_x = b_x * tl.load(p_weight_rows": lambda n: 0},  # k rows, which all programs read
+    ),
+}
