@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Algorithm 1: the neighbors are selected, then modulated and convolved; and its gradients."""
 
+import torch
 from torch import Tensor
 
 from .aggregate import aggregate
