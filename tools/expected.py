@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from convnn_kernels.triton import configs
+
 # Numbers and constants of a launch, by parameter; `programs`; has(p): whether p is not None.
 Numbers = Any
 
@@ -75,7 +77,10 @@ def _turns_of_slot(n: Numbers) -> float:
     return largest(1.0, min(n.M, n.BLOCK_M))
 
 
-_OVER_D = {"for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D)}
+_OVER_D = {
+    "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
+    "for d in range(BLOCK_D, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D) - 1,
+}
 _OVER_K = {"for j in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K)}
 _OVER_C = {"for c0 in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C)}
 _OVER_O = {"for o0 in range(0, O, BLOCK_O)": lambda n: cdiv(n.O, n.BLOCK_O)}
@@ -105,12 +110,28 @@ def _turns_of_word(n: Numbers) -> float:
 def _has_more(n: Numbers) -> float:
     """How probable it is that one of ROWS rows has more than LIST hits.
 
-    That of LIST hits, half of them in the sample, fewer are in it than were drawn there.
+    That of LIST hits, of which a share of 1 / STRIDE is in the sample, fewer are in it than were
+    drawn there.
     """
-    groups, half = 32 if n.k <= 12 else 64 if n.k <= 32 else 128, 2.0 ** -(1 << n.LOG_LIST)
-    drawn = sum(groups / (groups - i) for i in range(n.k))
-    of_row = sum(math.comb(1 << n.LOG_LIST, i) * half for i in range(math.ceil(drawn)))
+    chosen = configs.sweep(90, 16, 64, n.columns, n.k)
+    groups, share, size = chosen["GROUPS"], 1 / chosen["STRIDE"], 1 << n.LOG_LIST
+    drawn = math.ceil(sum(groups / (groups - i) for i in range(n.k)))
+    of_row = sum(
+        math.comb(size, i) * share**i * (1 - share) ** (size - i) for i in range(min(drawn, size + 1))
+    )
     return 1 - (1 - min(1.0, of_row)) ** n.ROWS
+
+
+def _tiles(n: Numbers) -> int:
+    return cdiv(n.columns - (n.BLOCK_M - n.ADVANCE), n.ADVANCE)
+
+
+def _tiles_each(n: Numbers) -> float:
+    return _tiles(n) / n.splits
+
+
+def _share_of_tiles(n: Numbers) -> float:
+    return _tiles(n) * n.B / n.programs
 
 
 _OF_RANGE = {
@@ -119,12 +140,6 @@ _OF_RANGE = {
 }
 
 
-def _tiles_each(n: Numbers) -> float:
-    return cdiv(n.columns, n.BLOCK_M) / n.splits
-
-
-def _share_of_tiles(n: Numbers) -> float:
-    return cdiv(n.columns, n.BLOCK_M) * n.B / n.programs
 
 
 _ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")}
@@ -190,11 +205,10 @@ EXPECTED = {
         _OVER_D | {"for i in range(0, lists)": lambda n: n.lists},
         {
             "if pid < of_columns": _share_of_tiles,
-            "elif pid < of_columns + of_keys": lambda n: (
-                cdiv(n.key_rows, n.ROWS)
-                / max(1, cdiv(n.key_rows, n.ROWS) + cdiv(n.query_rows, n.ROWS))
+            "elif pid < of_columns + key_programs": lambda n: (
+                n.key_programs / max(1, n.programs - _tiles(n) * n.B)
             ),
-            "if tile == 0": lambda n: 1 / cdiv(n.columns, n.BLOCK_M),
+            "if tile == 0": lambda n: 1 / _tiles(n),
         },
     ),
     "threshold_kernel": Expected(_OF_RANGE),
@@ -214,9 +228,11 @@ EXPECTED = {
             "for split in range(splits)": lambda n: n.splits,
             "for start in range(LIST, end, LIST)": lambda n: 1,
             "for j in range(k)": lambda n: n.k,
+            "for j in range(0, k, AT_ONCE)": lambda n: cdiv(n.k, n.AT_ONCE),
             "for c in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C),
         },
         {"if end > LIST": _has_more},
+        {"b_w = tl.load": lambda n: 0},  # C rows, which all programs read
     ),
     "query_side_kernel": Expected(
         {

@@ -199,6 +199,10 @@ def columns_kernel(
     stride_kb1 = aligned(stride_kb1, ALIGN)
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
+    stride_qsb1 = aligned(stride_qsb1, ALIGN)
+    stride_qsb2 = aligned(stride_qsb2, ALIGN)
+    stride_ksb1 = aligned(stride_ksb1, ALIGN)
+    stride_ksb2 = aligned(stride_ksb2, ALIGN)
     stride_piece = aligned(stride_piece, ALIGN)
     LEAVES: tl.constexpr = BLOCK_M // QUEUES
     pid = tl.program_id(0).to(tl.int64)

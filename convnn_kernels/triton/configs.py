@@ -238,7 +238,7 @@ def allowed_workspace(B: int, N: int, M: int, D: int, k: int) -> int:
 
 def columns(arch: int, D: int) -> Config:
     """Blocks of `columns_kernel`, which has a tile of columns or ROWS rows."""
-    return _config(ROWS=32, BLOCK_D=min(64, max(16, power_of_two(D))), num_warps=4)
+    return _config(ROWS=64, BLOCK_D=min(64, max(16, power_of_two(D))), num_warps=8)
 
 
 def norms(arch: int, D: int) -> Config:

@@ -35,12 +35,15 @@ def norms_of_rows(
     """Norms of the scaled rows, 0 where one counts as zero, or NaN; and the powers of two."""
     o_d = tl.arange(0, BLOCK_D)
     scale = tl.full([ROWS], 1.0, tl.float32)
+    m_x = m_r[:, None] & (o_d < D)[None, :]
+    b_first = tl.load(p_row[:, None] + o_d[None, :], m_x, 0.0)
     if RESCALE:
-        b_largest = tl.zeros([ROWS], tl.float32)
-        for d in range(0, D, BLOCK_D):
+        # A maximum ignores NaN.
+        b_largest = tl.max(tl.abs(b_first.to(tl.float32)), 1)
+        for d in range(BLOCK_D, D, BLOCK_D):
             m_x = m_r[:, None] & (d + o_d < D)[None, :]
             b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
-            b_largest = tl.maximum(b_largest, tl.max(tl.abs(tl.where(b_x == b_x, b_x, 0.0)), 1))
+            b_largest = tl.maximum(b_largest, tl.max(tl.abs(b_x), 1))
         exponent = (b_largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
         # 2^-(exponent - 127), for which the exponent must be between 1 and 253.
         exponent = tl.minimum(tl.maximum(exponent, 1), 253)
@@ -49,8 +52,11 @@ def norms_of_rows(
     b_sum = tl.zeros([ROWS], tl.float32)
     for d in range(0, D, BLOCK_D):
         m_x = m_r[:, None] & (d + o_d < D)[None, :]
-        b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
-        b_x = b_x * scale[:, None]
+        if d == 0:
+            b_x = b_first
+        else:
+            b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0)
+        b_x = b_x.to(tl.float32) * scale[:, None]
         if p_to is not None:
             m_out = m_to[:, None] & m_x
             tl.store(p_to[:, None] + (d + o_d)[None, :], b_x.to(p_to.dtype.element_ty), m_out)

@@ -149,7 +149,7 @@ def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer]
             "key_programs": key_programs,
             "lists": lists,
             "RESCALE": search.scales_rows,
-            "ALIGN": alignment(Q, K),
+            "ALIGN": alignment(Q, K, Q.contiguous(), K.contiguous()),
         },
     )
     return launch, buffers, names
