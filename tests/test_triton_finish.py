@@ -273,9 +273,12 @@ def test_more_hits_than_a_list_has(hits: int, with_self: bool) -> None:
 def test_lists_of_all_lengths(k: int) -> None:
     """Similarities with many ties, and k + 1 to some hundred hits."""
     query, key = integers(6, 18, dtype=F16), integers(400, 18, seed=1, dtype=F16)
-    for hits in (k + 1, 5 * k):
+    # Tokens that are near themselves.
+    own = torch.tensor([0, 7, 399, 64, 65, 200])
+    for hits, q, options in ((k + 1, key[own] * 10, {"self_indices": own}), (5 * k, query, {})):
         finish = Finish(hits=hits)
-        assert_select(finish.select, query, key, k, metric="dot", exact=True, backward=False)
+        named: dict[str, Any] = {**options, "metric": "dot", "exact": True}
+        assert_select(finish.select, q, key, k, **named, backward=False)
 
 
 @pytest.mark.parametrize(("queues", "pair", "block_m"), [(8, 2, 128), (2, 32, 64), (4, 2, 128)])
@@ -291,7 +294,8 @@ def test_columns_of_queues(queues: int, pair: int, block_m: int) -> None:
 
 def test_more_neighbors_than_hits() -> None:
     query, key = integers(5, 18), integers(20, 18, seed=1)
-    for k, order in ((21, "similarity"), (40, "index")):
+    for k, order in ((21, "similarity"), (40, "index"), (9, "similarity")):
+        key = key[: 5 if k == 9 else 20]
         options: dict[str, Any] = {"metric": "dot", "order": order, "exact": True}
         assert_select(Finish().select, query, key, k, **options, backward=False)
 
@@ -355,6 +359,7 @@ def test_listed_rows(option: str, k: int, M: int) -> None:
     if "self_indices" in options:
         options["self_indices"] = torch.arange(N) * 7 % M
     query, key = integers(2, N, 18, dtype=F16), integers(2, M, 18, seed=1, dtype=F16)
+    query[0] = 0  # all columns tie
     for metric, order in (("dot", "similarity"), ("euclidean", "index")):
         finish = Finish(listed=(*range(N - 1), 2 * N - 1))
         named: dict[str, Any] = {**options, "metric": metric, "order": order, "exact": True}
@@ -389,8 +394,10 @@ def test_convolution(
     N, M, D = 10, 60, 20
     mask = torch.arange(2 * M).view(2, M) % 3 > 0
     mask[1, 3:] = False
+    mask[0, -1] = False
     value = normal(2, M, C, seed=2, dtype=dtype)
-    value[:, 0] = math.nan
+    # Nor does it matter what lies before the first row.
+    value[:, 0] = value[0, -1] = math.nan
     assert_forward(
         Finish().forward,
         normal(2, N, D),

@@ -124,6 +124,7 @@ def finish(arch: int, N: int, C: int, k: int, stride: int, rescore: bool) -> Con
         BLOCK_D=16,
         BLOCK_C=min(128, max(16, power_of_two(C))),
         num_warps=1,
+        maxnreg=96 if log_list == 5 and not rescore else MOST_REGISTERS,
     )
 
 

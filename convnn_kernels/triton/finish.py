@@ -131,7 +131,8 @@ def _keys(
 def _best(b_list, k, LOG_LIST: tl.constexpr):
     """The k largest of each row of b_list [rows, 2**LOG_LIST], descending, then NOTHING.
 
-    One after another: the largest order, and the lowest index that has it.
+    One after another: the largest order, and the lowest index that has it. Where fewer than k are
+    left, there is an empty entry, whose 0 is larger than what stands for an index.
     """
     o_l = tl.arange(0, 1 << LOG_LIST)[None, :]
     b_order = order_of(b_list)
@@ -145,8 +146,7 @@ def _best(b_list, k, LOG_LIST: tl.constexpr):
         b_order = tl.where(b_low == low[:, None], NO_ORDER, b_order)
         b_best_order = tl.where(o_l == j, order[:, None], b_best_order)
         b_best_low = tl.where(o_l == j, low[:, None], b_best_low)
-    b_key = (b_best_order.to(tl.int64) << 32) | (b_best_low.to(tl.int64) & 0xFFFFFFFF)
-    return tl.where(b_best_order == NO_ORDER, NOTHING, b_key)
+    return (b_best_order.to(tl.int64) << 32) | (b_best_low.to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
