@@ -107,7 +107,7 @@ class Finish:
             output = value.new_empty((*shape[:-1], value.shape[-1]))
             pointers.add(
                 p_value=more["p_value"],
-                p_weight=weight,
+                p_weight_rows=None if weight is None else weight[:, 0].T.contiguous(),
                 p_bias=bias,
                 p_output=output,
                 p_terms=torch.zeros(shape, dtype=torch.int64),

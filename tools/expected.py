@@ -117,7 +117,8 @@ def _has_more(n: Numbers) -> float:
     groups, share, size = chosen["GROUPS"], 1 / chosen["STRIDE"], 1 << n.LOG_LIST
     drawn = math.ceil(sum(groups / (groups - i) for i in range(n.k)))
     of_row = sum(
-        math.comb(size, i) * share**i * (1 - share) ** (size - i) for i in range(min(drawn, size + 1))
+        math.comb(size, i) * share**i * (1 - share) ** (size - i)
+        for i in range(min(drawn, size + 1))
     )
     return 1 - (1 - min(1.0, of_row)) ** n.ROWS
 
@@ -138,8 +139,6 @@ _OF_RANGE = {
     "for tile in range(first, last, STRIDE)": lambda n: cdiv(_tiles_each(n), n.STRIDE),
     "for d in range(0, BLOCK_D if ONE_BLOCK_D else D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
 }
-
-
 
 
 _ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")}
@@ -202,7 +201,13 @@ EXPECTED = {
     "count_pairs_kernel": Expected(_OVER_PAIRS),
     "store_pairs_kernel": Expected(_OVER_PAIRS),
     "columns_kernel": Expected(
-        _OVER_D | {"for i in range(0, lists)": lambda n: n.lists},
+        _OVER_D
+        | {
+            "for i in range(0, lists)": lambda n: n.lists,
+            "for start in range(tile.to(tl.int32) * BLOCK_M, size": lambda n: (
+                cdiv(n.C * n.k, n.BLOCK_M) / (_tiles(n) * n.B)
+            ),
+        },
         {
             "if pid < of_columns": _share_of_tiles,
             "elif pid < of_columns + key_programs": lambda n: (

@@ -3,6 +3,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import hardware
@@ -19,11 +20,16 @@ class Aggregation(NamedTuple):
     k: int
     O: int
     is_dense: bool  # whether the weight is [O, C, k]
+    has_weight: bool
     rho: str
     scale: float
-    bits: int
+    dtype: torch.dtype
     precision: str
     arch: int
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.dtype.itemsize
 
     @property
     def rows(self) -> int:
@@ -75,9 +81,10 @@ def prepare(
         k=k,
         O=layout.D if weight is None else weight.shape[0],
         is_dense=dense,
+        has_weight=weight is not None,
         rho=rho,
         scale=scale,
-        bits=8 * value.dtype.itemsize,
+        dtype=value.dtype,
         precision=hardware.product_precision(value.dtype),
         arch=hardware.architecture(value),
     )

@@ -159,6 +159,8 @@ def columns_kernel(
     p_high,  # [B, tiles, BLOCK_M] float32, or None
     p_valid,  # [B, tiles, QUEUES] int32: the first column of a queue in the highest bit
     p_listed,  # [lists, B] int32: set to 0
+    p_weight,  # [C, 1, k] contiguous, or None
+    p_weight_rows,  # [k, C] contiguous: the weight for `finish_kernel`; or None
     key_programs,  # how many have rows of key: none without candidates
     N,
     M,
@@ -167,6 +169,8 @@ def columns_kernel(
     B,
     B2,
     lists,
+    C,
+    k,
     tolerance,
     stride_qb1,
     stride_qb2,
@@ -253,6 +257,13 @@ def columns_kernel(
         if tile == 0:
             for i in range(0, lists):
                 tl.store(p_listed + i * B + b, 0)
+        if p_weight is not None:
+            # The tiles of the first batch element share the weight.
+            size = C * k * (b == 0).to(tl.int32)
+            for start in range(tile.to(tl.int32) * BLOCK_M, size, tiles.to(tl.int32) * BLOCK_M):
+                o_w = start + tl.arange(0, BLOCK_M)
+                b_w = tl.load(p_weight + (o_w % C) * k + o_w // C, o_w < size, 0.0)
+                tl.store(p_weight_rows + o_w, b_w, o_w < size)
     elif pid < of_columns + key_programs:
         _store_norms(
             pid - of_columns,

@@ -181,7 +181,7 @@ def _store_terms(
 def _aggregate(
     p_v,  # a pointer, or [rows * AT_ONCE, 1]: V of the batch element of a row
     p_terms,  # of the program's rows: [rows, k] int64
-    p_weight,  # [C, 1, k] contiguous, or None
+    p_weight_rows,  # [k, C] contiguous: the weight; or None
     p_bias,  # [C] contiguous, or None
     p_y,  # of the program's rows: [rows, C]
     C,
@@ -213,9 +213,9 @@ def _aggregate(
             # Products of 32 bits to 64 are single instructions.
             b_offset = b_row.to(tl.int64) * tl.cast(stride_vm // ALIGN, tl.int64) * ALIGN
             b_v = tl.load(p_v + c + b_offset + o_c, (b_row >= 0) & m_c, 0.0).to(tl.float32)
-            if p_weight is not None:
+            if p_weight_rows is not None:
                 m_w = m_c & (o_j < k - j)
-                b_w = tl.load(p_weight + (c + o_c) * k + (o_j + j), m_w, 0.0)
+                b_w = tl.load(p_weight_rows + (j * C + c) + (o_j * C + o_c), m_w, 0.0)
                 b_rho = b_rho * b_w.to(tl.float32)
             b_y += b_rho * b_v
         b_y = tl.sum(tl.reshape(b_y, [ROWS, AT_ONCE, BLOCK_C]), 1)
@@ -238,7 +238,7 @@ def finish_kernel(
     p_queue,  # [queries of the launch, splits, QUEUES, CAP] int64: product and column of a hit
     p_count,  # [queries of the launch, splits, QUEUES] int32: hits; above CAP: the row was listed
     p_value,  # [B, M, C], or None
-    p_weight,  # [C, 1, k] contiguous, or None
+    p_weight_rows,  # [k, C] contiguous: the weight; or None
     p_bias,  # [C] contiguous, or None
     p_terms,  # [B, N, k] int64: what is multiplied by rows of value, or None
     p_similarities,  # [B, N, k] float32, contiguous
@@ -439,7 +439,18 @@ def finish_kernel(
         _store_terms(p_s, p_i, p_t, k, scale, RHO, ROWS, LOG_K)
         tl.debug_barrier()
         _aggregate(
-            p_v, p_t, p_weight, p_bias, p_y, C, k, stride_vm, ALIGN_VALUE, ROWS, AT_ONCE, BLOCK_C
+            p_v,
+            p_t,
+            p_weight_rows,
+            p_bias,
+            p_y,
+            C,
+            k,
+            stride_vm,
+            ALIGN_VALUE,
+            ROWS,
+            AT_ONCE,
+            BLOCK_C,
         )
 
 
@@ -472,7 +483,7 @@ def prepare_finish(
         "RHO": 0,
     }
     if aggregation is None:
-        names = names | dict.fromkeys(("p_value", "p_weight", "p_bias", "p_terms", "p_output"))
+        names = names | dict.fromkeys(("p_value", "p_weight_rows", "p_bias", "p_terms", "p_output"))
     else:
         numbers |= {
             "scale": aggregation.scale,

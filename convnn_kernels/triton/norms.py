@@ -52,9 +52,8 @@ def norms_of_rows(
     b_sum = tl.zeros([ROWS], tl.float32)
     for d in range(0, D, BLOCK_D):
         m_x = m_r[:, None] & (d + o_d < D)[None, :]
-        if d == 0:
-            b_x = b_first
-        else:
+        b_x = b_first
+        if d > 0:
             b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0)
         b_x = b_x.to(tl.float32) * scale[:, None]
         if p_to is not None:

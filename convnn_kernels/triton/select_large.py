@@ -95,7 +95,9 @@ def sweep_of(search: Search) -> Sweep:
     return Sweep(search, config, precision, needs_bounds, splits)
 
 
-def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer], dict[str, Any]]:
+def prepare_columns(
+    sweep: Sweep, lists: int, aggregation: Aggregation | None = None
+) -> tuple[Launch, dict[str, Buffer], dict[str, str | None]]:
     """The launch of `columns_kernel`, its buffers, and the names of pointers for other kernels."""
     search = sweep.search
     Q, K, is_cosine = search.Q, search.K, search.metric == "cosine"
@@ -127,6 +129,13 @@ def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer]
         else:
             own_names[name] = None
     names = dict(own_names)
+    C = 0
+    if aggregation is None or not aggregation.has_weight:
+        own_names |= {"p_weight": None, "p_weight_rows": None}
+        names["p_weight_rows"] = None
+    else:
+        C = aggregation.V.D
+        buffers["p_weight_rows"] = (C * search.k, aggregation.dtype)
     if is_cosine and search.one_tensor:
         names["p_query_norm"] = "p_key_norm"
     if search.scales_rows:
@@ -148,6 +157,7 @@ def prepare_columns(sweep: Sweep, lists: int) -> tuple[Launch, dict[str, Buffer]
         | {
             "key_programs": key_programs,
             "lists": lists,
+            "C": C,
             "RESCALE": search.scales_rows,
             "ALIGN": alignment(Q, K, Q.contiguous(), K.contiguous()),
         },
@@ -236,7 +246,7 @@ def plan_select_large(search: Search, aggregation: Aggregation | None) -> Plan:
     """`select`; with an aggregation, depthwise or without a weight, all of `forward`."""
     sweep = sweep_of(search)
     parts = parts_of(sweep)
-    columns, buffers, names = prepare_columns(sweep, len(parts))
+    columns, buffers, names = prepare_columns(sweep, len(parts), aggregation)
     buffers |= sweep_buffers(sweep, max(part.rows for part in parts))
     if aggregation is not None:
         buffers["p_terms"] = (search.Q.B * search.Q.N * search.k, torch.int64)
