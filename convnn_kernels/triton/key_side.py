@@ -6,15 +6,16 @@
     euclidean   dk_m   = sum 2 ds_ij (q_i - k_m)
     cosine      dk_m   = (sum ds_ij (u_i - s_ij u_m)) / ||k_m||, with u the unit vectors
 
-A program has KEYS keys and a block of channels. PAIRS pairs at a time, it gathers rows of G and q,
-and multiplies what each pair adds, X [PAIRS, channels], by the one-hot matrix [KEYS, PAIRS] of
-which pair belongs to which key, on tensor cores. The sums stay in registers.
+A program has KEYS keys and a block of channels. PAIRS pairs at a time, it gathers rows X of
+W_j * G_i, or of q, and multiplies them on tensor cores by the factors rho_ij, or ds_ij, which stand
+in the matrix [KEYS, PAIRS] where the pair belongs to the key, beside zeros. The sums stay in
+registers, in float32.
 
-X is computed in float32 and enters the product as one, two or three bfloat16 numbers, which hold
-its 8, 16 or 24 leading bits: what bfloat16, float16 or float32 has. bfloat16 has the range of
-float32, so that no product of float16 numbers overflows or vanishes on the way; and the one-hot
-matrix is exact in it. Products with 0 are 0 unless X is infinite or NaN: where a sum is, the
-program adds the pairs one by one instead, each to its own key.
+Factors and W_j * G_i are rounded to the dtype of the rows, once each; float32 is multiplied as
+three products of tf32 numbers. In float16 the factors of a step are first brought near 2^14 by a
+power of two, so that neither large nor small ones leave its range. A factor of 0 gives 0 unless the
+row is infinite or NaN: where a sum is not finite, also because a row has left the range of float16,
+the program adds the pairs one by one instead, in float32 and each to its own key.
 
 A block of keys that many queries chose has a long list, on which one program would work for long.
 So lists are divided, without regard to blocks, into chunks of CHUNK pairs. A first launch sums each
@@ -105,6 +106,8 @@ def _sum_pairs(
         if VALUE:
             m = m_p[:, None] & (o_c < C)[None, :]
             b_x = tl.load(p_grad + i[:, None] * C + o_c[None, :], m, 0.0)
+            if ONE:
+                b_x = b_x.to(tl.float32)
             if p_weight_rows is not None:
                 j = (b_low // KEYS).to(tl.int64)
                 b_x = b_x * tl.load(p_weight_rows + j[:, None] * C + o_c[None, :], m, 0.0)
@@ -116,7 +119,8 @@ def _sum_pairs(
             b_ds = tl.load(p_pair_ds + o_p, m_p, 0.0)
             if METRIC == EUCLIDEAN:
                 b_k = tl.load(p_k + b_key[:, None] * stride_km + o_c[None, :], m, 0.0)
-                b_x = (b_x.to(tl.float32) - b_k.to(tl.float32)).to(b_x.dtype)
+                b_difference = b_x.to(tl.float32) - b_k.to(tl.float32)
+                b_x = b_difference if ONE else b_difference.to(b_x.dtype)
                 b_ds = 2.0 * b_ds
             b_dk = _add_terms(b_dk, b_hit, b_ds, b_x, PRECISION_K, ONE)
             if METRIC == COSINE:
