@@ -459,11 +459,12 @@ def test_strides(layout: str) -> None:
 
 
 def test_several_launches_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace for one block of rows at a time, and one tile of columns in a program."""
+    """A workspace for one block of rows at a time, and two ranges of columns."""
     query, key = normal(2, 70, 8), normal(2, 300, 8, seed=1)
     whole = ops.select(query, key, 4)
     monkeypatch.setattr(configs, "WORKSPACE", 1)
-    monkeypatch.setattr(configs, "tiles_each", lambda *_: 1)
+    monkeypatch.setattr(configs, "allowed_workspace", lambda *_: 0)
+    monkeypatch.setattr(configs, "column_splits", lambda *_: 2)
     forget_plans()
     parts = ops.select(query, key, 4)
     assert all(map(torch.equal, whole, parts))
@@ -586,8 +587,14 @@ MEMORY = [
 
 @pytest.mark.parametrize("shape", MEMORY, ids=str)
 def test_memory(monkeypatch: pytest.MonkeyPatch, shape: Shape) -> None:
-    """No tensor is N x M or N x k x C, unless an input or output is as large."""
+    """No tensor is N x M or N x k x C, unless three of an input are as large: float32 in pieces.
+
+    The workspace for hits is so small that all else follows from the sizes.
+    """
+    if shape.k <= 64:
+        monkeypatch.setattr(configs, "WORKSPACE", configs.SMALL_WORKSPACE)
     sizes, given = allocations(monkeypatch, shape)
+    given *= 3
     assert len(sizes) > 10
     all_pairs = shape.B * shape.N * (shape.M or shape.N)
     all_neighbors = shape.B * shape.N * shape.k * shape.C

@@ -224,6 +224,11 @@ def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
     return config
 
 
+def queue_length(CAP: int, splits: int) -> int:
+    """Entries of a queue where the columns are divided, each range with a part of the hits."""
+    return CAP if splits == 1 else max(16, CAP // 2)
+
+
 def column_splits(arch: int, row_blocks: int, tiles: int) -> int:
     """Into how many ranges the columns of a row block are divided: enough programs to fill a chip,
     each with several tiles."""

@@ -12,7 +12,7 @@ import triton.language as tl
 # The largest sum of squares whose root is at most 1e-12 in float32.
 _ZERO = tl.constexpr(1e-24)
 _LARGE = tl.constexpr(1e36)
-_SCALE = tl.constexpr(2.0**-64)
+_SCALE = tl.constexpr(2.0**-80)
 
 
 @triton.jit

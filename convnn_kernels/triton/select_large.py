@@ -90,6 +90,7 @@ def sweep_of(search: Search) -> Sweep:
     splits = configs.column_splits(search.arch, Q.B * cdiv(Q.N, config["BLOCK_N"]), tiles)
     # No range without tiles.
     splits = cdiv(tiles, cdiv(tiles, splits))
+    config["CAP"] = configs.queue_length(config["CAP"], splits)
     precision = configs.screen_precision(bits, search.tf32)
     needs_bounds = configs.needs_bounds(bits, Q.D, metric, search.tf32)
     return Sweep(search, config, precision, needs_bounds, splits)
