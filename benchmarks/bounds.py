@@ -81,7 +81,7 @@ def kernel_microseconds(kernel: str, workload: Workload) -> float | None:
     """The least time of one of our kernels on an H200, by its products or its gathered bytes."""
     w = workload
     gathered = w.batch * w.tokens * w.k * w.channels
-    if kernel == "group_maxima_kernel":
+    if kernel == "sweep_kernel":
         pairs = w.batch * w.tokens * w.rows
         return round(2e6 * pairs * w.channels / _H200_FLOPS, 2)
     if "dense" in kernel:

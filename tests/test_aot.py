@@ -43,7 +43,7 @@ def test_no_kernel_has_changed_since_it_was_compiled(version: str) -> None:
 
 CHANGES = {
     "order.py": ("0x7FFFFFFE", "0x7FFFFFFD"),
-    "configs.py": ("maxnreg=128", "maxnreg=64"),
+    "configs.py": ("WORKSPACE = 2**26", "WORKSPACE = 2**25"),
     "query_side.py": ("-2.0 * b_ds", "-4.0 * b_ds"),
     # Host code, a docstring and a comment.
     "select_small.py": ("Q = search.Q", "layout = search.Q"),
@@ -63,7 +63,7 @@ def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     path.write_text(f"{path.read_text().replace(change[0], change[1], 1)}\n# a comment\n")
     changed = {name for name, digest in aot_table.source_hashes().items() if digest != before[name]}
     expected = {
-        "order.py": {"top_groups_kernel", "exact_topk_kernel", "select_small_kernel"},
+        "order.py": {"finish_kernel", "exact_topk_kernel", "select_small_kernel"},
         "configs.py": {"configs"},
         "query_side.py": {"query_side_kernel"},
     }.get(file, set())
@@ -126,8 +126,6 @@ def settings(row: Row) -> dict[str, str]:
 def needs_wgmma(row: Row) -> bool:
     """Whether the main loop of a kernel on sm_90 multiplies matrices that are large enough."""
     values = settings(row)
-    if row["kernel"] == "group_maxima_kernel":
-        return values["METRIC"] != "2" and values["PRECISION"] != "ieee"
     if row["kernel"] == "select_small_kernel":
         return int(values["BLOCK_N"]) >= 64
     if row["kernel"] == "weight_grad_dense_kernel":
@@ -138,6 +136,8 @@ def needs_wgmma(row: Row) -> bool:
         "aggregate_dense_kernel",
         "rho_grad_dense_kernel",
         "value_grad_dense_kernel",
+        "threshold_kernel",
+        "sweep_kernel",
     )
 
 
@@ -146,7 +146,8 @@ def test_main_loops_use_wgmma(version: str) -> None:
     rows = [row for row in table(version)["rows"] if row["arch"] == 90 and needs_wgmma(row)]
     for dtype in DTYPES:
         assert {row["kernel"] for row in rows if row["dtype"] == dtype} >= {
-            "group_maxima_kernel",
+            "threshold_kernel",
+            "sweep_kernel",
             "aggregate_dense_kernel",
             "rho_grad_dense_kernel",
             "value_grad_dense_kernel",
@@ -243,12 +244,13 @@ def test_another_tile_is_noticed(name: str, option: str, monkeypatch: pytest.Mon
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-# Sizes of one class each: M by groups, all in one launch, all columns, and passes over them.
+# Sizes of one class each: hits of columns that are not divided, or are; all in one launch, all
+# columns, and passes over them.
 CLASSES = {
-    "groups": {"M": (257, 1024, 3001), "k": (9, 12, 16), "metric": "euclidean"},
-    "groups_of_a_product": {"M": (1025, 2048, 3001), "k": (9, 12, 16)},
-    "one_launch": {"M": (257, 640, 1023), "k": (9, 12, 16)},
-    "all_columns": {"M": (100, 192, 255), "k": (17, 24, 32), "metric": "euclidean"},
+    "sweep": {"M": (512, 640, 701), "k": (9, 12, 16), "metric": "euclidean"},
+    "sweep_of_parts": {"M": (2101, 2500, 3001), "k": (9, 10, 11)},
+    "one_launch": {"M": (257, 400, 511), "k": (9, 12, 16)},
+    "all_columns": {"M": (130, 192, 255), "k": (17, 24, 32), "metric": "euclidean"},
     "passes": {"M": (400, 576, 701), "k": (257, 300, 304), "order": "index"},
 }
 BATCHES: list[tuple[int, ...]] = [(), (1,), (2,), (5,), (1, 1), (2, 3), (16, 1), (3, 16)]

@@ -88,7 +88,7 @@ def test_keys_do_not_depend_on_what_runs_first(run_python: Callable[..., str]) -
     """Otherwise a cache that one process has filled is of no use to the next."""
     pytest.importorskip("triton")
     first = [
-        ("select_groups", "top_groups_kernel"),
+        ("sweep", "sweep_kernel"),
         ("exact_topk", "exact_topk_kernel"),
         ("select_small", "select_small_kernel"),
         ("key_side", "key_side_kernel"),

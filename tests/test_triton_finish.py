@@ -116,7 +116,7 @@ class Finish:
         numbers |= {"rows_n": search.Q.N, "splits": self.splits, "CAP": queue.shape[-1]}
         numbers |= {
             "ADVANCE": self.block_m,
-            "STRIDE": 2,
+            "sample_step": 2,
             "BLOCK_M": self.block_m,
             "QUEUES": self.queues,
             "PAIR": self.pair,

@@ -181,7 +181,10 @@ def configurations(quick: bool) -> list[Any]:
     options = {"candidates": True, "with_self": True, "masked": True, "order": "index"}
     euclidean = {"weight": "none", "metric": "euclidean", "rho": "similarity"}
     calls += [call(**plain | {"N": 4096}, **euclidean, **options)]
-    # Sizes of a group, long loops, lists of many lengths.
+    # Tiles and groups of the sweep, columns that are not divided, lists of many lengths.
+    for D, k in ((128, 16), (256, 40)):
+        calls += [call(**select | {"N": 4096, "D": D, "k": k}, lead=(64,))]
+    calls += [call(**select | {"D": 300}, only=torch.float16)]
     for N, k in ((2**15, 32), (2**18, 9), (2**15, 256)):
         calls += [call(**select | {"N": N, "k": k})]
     # Few columns: all in one launch, and all columns scored; passes of many neighbors.

@@ -97,9 +97,9 @@ _OVER_PAIRS = {
 def _hits(n: Numbers) -> float:
     """Of a row: the columns that reach the k-th largest of the maxima of GROUPS groups.
 
-    Of the sampled ones as many as are drawn until there are k groups; and so many times STRIDE.
+    Of the sampled ones as many as are drawn until there are k groups; sample_step times as many.
     """
-    return n.STRIDE * sum(n.GROUPS / (n.GROUPS - i) for i in range(n.k))
+    return n.sample_step * sum(n.GROUPS / (n.GROUPS - i) for i in range(n.k))
 
 
 def _turns_of_word(n: Numbers) -> float:
@@ -110,11 +110,11 @@ def _turns_of_word(n: Numbers) -> float:
 def _has_more(n: Numbers) -> float:
     """How probable it is that one of ROWS rows has more than LIST hits.
 
-    That of LIST hits, of which a share of 1 / STRIDE is in the sample, fewer are in it than were
-    drawn there.
+    That of LIST hits, of which one in sample_step is in the sample, fewer are in it than were drawn
+    there.
     """
     chosen = configs.sweep(90, 16, 64, n.columns, n.k)
-    groups, share, size = chosen["GROUPS"], 1 / chosen["STRIDE"], 1 << n.LOG_LIST
+    groups, share, size = chosen["GROUPS"], 1 / chosen["sample_step"], 1 << n.LOG_LIST
     drawn = math.ceil(sum(groups / (groups - i) for i in range(n.k)))
     of_row = sum(
         math.comb(size, i) * share**i * (1 - share) ** (size - i)
@@ -136,7 +136,7 @@ def _share_of_tiles(n: Numbers) -> float:
 
 
 _OF_RANGE = {
-    "for tile in range(first, last, STRIDE)": lambda n: cdiv(_tiles_each(n), n.STRIDE),
+    "for tile in range(first, last, sample_step)": lambda n: cdiv(_tiles_each(n), n.sample_step),
     "for d in range(0, BLOCK_D if ONE_BLOCK_D else D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
 }
 

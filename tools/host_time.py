@@ -85,7 +85,7 @@ def measure(call: Callable[[], Any], rounds: int = 50, calls: int = 20) -> float
 
 
 # Small, because PyTorch's own operations do run: queries, keys, and how neighbors are selected.
-_SHAPES = {"select_small": (32, 32), "select_groups": (32, 1100)}
+_SHAPES = {"select_small": (32, 32), "select_large": (32, 1100)}
 
 
 def calls(N: int, M: int, weight: str) -> dict[str, Callable[[], Any]]:

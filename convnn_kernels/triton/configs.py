@@ -105,14 +105,14 @@ def slots_of_listed_rows(arch: int, batch: int) -> int:
     return 2 if arch == INTERPRETER else max(4, 1024 // batch)
 
 
-def finish(arch: int, N: int, C: int, k: int, stride: int, rescore: bool) -> Config:
+def finish(arch: int, N: int, C: int, k: int, sample_step: int, rescore: bool) -> Config:
     """Blocks of `finish_kernel` for N queries of a batch element, of which ROWS must not be more.
 
     A warp has no barriers; with several rows, the addresses of a program are computed once. A row
-    with a threshold from every `stride`-th tile has about k * stride hits.
+    with a threshold from every `sample_step`-th tile has about k * sample_step hits.
     """
     log_k = max(1, _log2(k))
-    log_list = max(5, log_k, _log2(7 * k * stride // 4))
+    log_list = max(5, log_k, _log2(7 * k * sample_step // 4))
     rows = 16 if arch == INTERPRETER else 4 if log_list <= 6 and not rescore else 1
     rows = min(rows, 1 << (N.bit_length() - 1))
     return _config(
@@ -214,9 +214,9 @@ def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
     config = rows.get(special, rows[str(bits)]).copy()
     config["ADVANCE"] = config["BLOCK_M"] - (4 if config["BLOCK_M"] >= 64 else 0)
     config["GROUPS"] = min(groups, config["BLOCK_M"])
-    config["STRIDE"] = 1
-    while config["STRIDE"] < 8 and 100 * k * (2 * config["STRIDE"]) ** 2 <= columns:
-        config["STRIDE"] *= 2
+    config["sample_step"] = 1
+    while config["sample_step"] < 8 and 100 * k * (2 * config["sample_step"]) ** 2 <= columns:
+        config["sample_step"] *= 2
     config["CAP"] = max(16, 128 // config["QUEUES"]) * (1 if k <= 16 else 2)
     config["BLOCK_D"] = max(16, power_of_two(D)) if 2 * widest >= D else widest
     if arch == INTERPRETER:

@@ -467,7 +467,9 @@ def prepare_finish(
     similarities are not products, and are computed from rows.
     """
     Q, C = search.Q, 0 if aggregation is None else aggregation.V.D
-    config = configs.finish(search.arch, numbers["rows_n"], C, search.k, numbers["STRIDE"], rescore)
+    config = configs.finish(
+        search.arch, numbers["rows_n"], C, search.k, numbers["sample_step"], rescore
+    )
     numbers = numbers | {
         "C": C,
         "scale": 1.0,

@@ -4,9 +4,9 @@
 S = Q K^T (Eq. 3) is computed tile by tile on tensor cores and never stored. A program has BLOCK_N
 queries, and all columns or a range of them.
 
-1. A threshold. In every STRIDE-th tile, columns are divided into GROUPS groups, and a row keeps the
-   largest similarity of each group: a maximum for each element, in registers. The k-th largest of
-   these is a similarity that k columns reach.
+1. A threshold. In a sample of the tiles, columns are divided into GROUPS groups, and a row keeps
+   the largest similarity of each group: a maximum for each element, in registers. The k-th largest
+   of these is a similarity that k columns reach.
 2. The hits. In every tile, the columns that reach the threshold are appended, with their products,
    to the queues of the row. The columns of a tile are divided among QUEUES threads as tensor cores
    leave them, and each thread has a queue of its own (append.py), so that none waits for another.
@@ -116,9 +116,9 @@ def _group_maxima(
     D,
     stride_km,
     stride_piece,
+    sample_step,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     QUEUES: tl.constexpr,
     PAIR: tl.constexpr,
@@ -128,17 +128,17 @@ def _group_maxima(
     ONE_BLOCK_D: tl.constexpr,
     WHOLE_D: tl.constexpr,
 ):
-    """[BLOCK_N, GROUPS]: for each group of columns the largest x; of every STRIDE-th tile between
-    `first` and `last`."""
+    """[BLOCK_N, GROUPS]: for each group of columns the largest x, of every `sample_step`-th tile
+    from `first` to `last`."""
     BLOCK_N: tl.constexpr = p_q.shape[0]
     EACH: tl.constexpr = GROUPS // QUEUES
     b_max = tl.full([BLOCK_N, QUEUES, EACH], float("-inf"), tl.float32)
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
     p_tile = p_k + _tile_start(first, columns, BLOCK_M, ADVANCE) * stride_km
     # From the tile before it to the last one, which ends with the last column.
-    last_step = (columns - BLOCK_M - (tiles - 1 - STRIDE) * ADVANCE) * stride_km
+    last_step = (columns - BLOCK_M - (tiles - 1 - sample_step) * ADVANCE) * stride_km
     p_f = p_factor if p_factor is None else p_factor + first * BLOCK_M
-    for tile in range(first, last, STRIDE):
+    for tile in range(first, last, sample_step):
         b_x = _multiply(
             b_q,
             p_q,
@@ -154,7 +154,7 @@ def _group_maxima(
         )
         if p_factor is not None:
             b_x = b_x * load_columns(p_f, QUEUES, PAIR, BLOCK_M)[None, :]
-            p_f += STRIDE * BLOCK_M
+            p_f += sample_step * BLOCK_M
         else:
             b_x = b_x + load_columns(p_low + tile * BLOCK_M, QUEUES, PAIR, BLOCK_M)[None, :]
         b_x = in_order_of_queues(b_x, QUEUES, PAIR)
@@ -162,8 +162,8 @@ def _group_maxima(
         b_x = tl.reshape(b_x, [BLOCK_N, QUEUES, BLOCK_M // GROUPS, EACH])
         b_max = tl.maximum(b_max, tl.max(b_x, 2))
         if p_columns is None:
-            is_last = tile + STRIDE == tiles - 1
-            p_tile += tl.where(is_last, last_step, STRIDE * ADVANCE * stride_km)
+            is_last = tile + sample_step == tiles - 1
+            p_tile += tl.where(is_last, last_step, sample_step * ADVANCE * stride_km)
     return tl.reshape(b_max, [BLOCK_N, GROUPS])
 
 
@@ -205,6 +205,7 @@ def threshold_kernel(
     B2,
     splits,
     tiles_each,
+    sample_step,
     stride_qb1,
     stride_qb2,
     stride_qn,
@@ -215,7 +216,6 @@ def threshold_kernel(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     QUEUES: tl.constexpr,
     PAIR: tl.constexpr,
@@ -257,9 +257,9 @@ def threshold_kernel(
         D,
         stride_km,
         stride_piece,
+        sample_step,
         PRECISION,
         INTERPRETED,
-        STRIDE,
         GROUPS,
         QUEUES,
         PAIR,
@@ -301,6 +301,7 @@ def sweep_kernel(
     B2,
     splits,
     tiles_each,
+    sample_step,
     tolerance,
     stride_qb1,
     stride_qb2,
@@ -312,7 +313,6 @@ def sweep_kernel(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     QUEUES: tl.constexpr,
     PAIR: tl.constexpr,
@@ -370,7 +370,6 @@ def sweep_kernel(
             stride_piece,
             PRECISION,
             INTERPRETED,
-            STRIDE,
             GROUPS,
             QUEUES,
             PAIR,
