@@ -77,7 +77,7 @@ def plan_backward(call: Backward) -> Plan:
     bits = 8 * max(call.query_dtype.itemsize, call.value_dtype.itemsize)
     keys = configs.key_side(call.arch, bits, C, D, N, M, k)
     key_blocks = cdiv(M, keys["KEYS"])
-    rows_each = configs.rows_each(call.arch, B, N, key_blocks)
+    rows_each = configs.rows_each(call.arch, B, N, k, key_blocks)
     query = configs.query_side(call.arch, bits, C, D, k, rows_each)
     tiles = cdiv(N, rows_each)
     sort = configs.sort_pairs(call.arch)
