@@ -376,7 +376,6 @@ class Live(TorchDispatchMode):
         self.bytes -= size
 
 
-@needs_triton
 # 33 to 45 bytes for a pair are more than the contract allows where k exceeds the channels.
 MANY = pytest.mark.xfail(strict=True, reason="the depthwise backward takes 33 bytes a pair")
 SHAPES_OR_TOO_MANY = [
@@ -385,6 +384,7 @@ SHAPES_OR_TOO_MANY = [
 ]
 
 
+@needs_triton
 @pytest.mark.parametrize("shape", SHAPES_OR_TOO_MANY, ids=str)
 def test_memory_of_a_backward(shape: Shape) -> None:
     """No more than the contract allows, but for what is given and returned."""

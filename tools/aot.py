@@ -37,6 +37,8 @@ from convnn_kernels.triton import hardware
 from convnn_kernels.triton.launch import KERNELS, OPTIONS, Launch, Plan, Pointers, forget_plans
 from tools import aot_table
 
+# Rows of a program that are so few that their offsets are of the order of one row's.
+FEW = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _POINTERS = {
@@ -233,7 +235,8 @@ def narrow_offsets(text: str) -> list[str]:
     """The lines of Triton's representation that compute an offset of a pointer in 32 bits.
 
     An offset is a sum of products. A product of two variables, such as a row and a stride, must
-    have 64 bits; what has a constant factor is a number of a row or a column, which fits in 32.
+    have 64 bits; what has a constant factor is a number of a row or a column, which fits in 32. So
+    does one of FEW rows times what is not a stride; strides have 64 bits.
     """
     lines: dict[str, str] = {}
     operands: dict[str, set[str]] = {}
@@ -251,7 +254,11 @@ def narrow_offsets(text: str) -> list[str]:
             roots += re.findall(r"%\w+", rest)[1:]
 
     def constant(name: str) -> bool:
-        return "arith.constant" in lines.get(name, "")
+        line = lines.get(name, "")
+        if re.search(r"tt\.(expand_dims|broadcast)|arith\.(divsi|remsi)", line):
+            return any(map(constant, operands[name]))
+        ends = re.search(r"tt\.make_range \{end = (\d+)", line)
+        return "arith.constant" in line or (ends is not None and int(ends[1]) <= FEW)
 
     todo, seen, narrow = list(roots), set(roots), []
     while todo:

@@ -18,7 +18,7 @@ programs compute norms of queries and, with candidates, of all rows of key.
 import triton
 import triton.language as tl
 
-from .integers import aligned
+from .integers import aligned, as_int64
 from .launch import Kernel
 from .metrics import COSINE, EUCLIDEAN
 from .norms import norms_of_rows
@@ -256,13 +256,13 @@ def columns_kernel(
         tl.store(p_valid + pid * QUEUES + tl.arange(0, QUEUES)[None, :], b_word)
         if tile == 0:
             for i in range(0, lists):
-                tl.store(p_listed + i * B + b, 0)
+                tl.store(p_listed + as_int64(i) * B + b, 0)
         if p_weight is not None:
             # The tiles of the first batch element share the weight.
             size = C * k * (b == 0).to(tl.int32)
             for start in range(tile.to(tl.int32) * BLOCK_M, size, tiles.to(tl.int32) * BLOCK_M):
                 o_w = start + tl.arange(0, BLOCK_M)
-                b_w = tl.load(p_weight + (o_w % C) * k + o_w // C, o_w < size, 0.0)
+                b_w = tl.load(p_weight + (o_w % C).to(tl.int64) * k + o_w // C, o_w < size, 0.0)
                 tl.store(p_weight_rows + o_w, b_w, o_w < size)
     elif pid < of_columns + key_programs:
         _store_norms(

@@ -350,7 +350,9 @@ def query_side(arch: int, bits: int, C: int, D: int, k: int, rows_each: int) -> 
         BLOCK_D=block_d,
         num_warps=1,
         # 12 warps on a multiprocessor, where that does not spill.
-        maxnreg=168 if bits == 16 and 64 <= max(block_c, block_d) <= 128 else MOST_REGISTERS,
+        maxnreg=168
+        if arch >= 90 and bits == 16 and 64 <= max(block_c, block_d) <= 128
+        else MOST_REGISTERS,
     )
 
 

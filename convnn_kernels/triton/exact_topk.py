@@ -141,7 +141,7 @@ def exact_topk_kernel(
     o_d = tl.arange(0, BLOCK_D)
     count = N
     if p_listed is not None:
-        count = tl.load(p_listed + list_number * B + b)
+        count = tl.load(p_listed + as_int64(list_number) * B + b)
 
     for block in range(pid % slots, tl.cdiv(count, ROWS), slots):
         o_n = block * ROWS + tl.arange(0, ROWS)

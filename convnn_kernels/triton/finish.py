@@ -215,7 +215,7 @@ def _aggregate(
             b_v = tl.load(p_v + c + b_offset + o_c, (b_row >= 0) & m_c, 0.0).to(tl.float32)
             if p_weight_rows is not None:
                 m_w = m_c & (o_j < k - j)
-                b_w = tl.load(p_weight_rows + (j * C + c) + (o_j * C + o_c), m_w, 0.0)
+                b_w = tl.load(p_weight_rows + (as_int64(j) * C + c) + (o_j * C + o_c), m_w, 0.0)
                 b_rho = b_rho * b_w.to(tl.float32)
             b_y += b_rho * b_v
         b_y = tl.sum(tl.reshape(b_y, [ROWS, AT_ONCE, BLOCK_C]), 1)

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .append import append_hits, words_of
 from .columns import in_order_of_queues, load_columns, tiles_of
-from .integers import aligned
+from .integers import aligned, as_int64
 from .launch import Kernel
 from .products import split_dot, sum_of_split
 
@@ -237,7 +237,7 @@ def threshold_kernel(
     pid = tl.program_id(0).to(tl.int64)
     b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
-    first = (pid % splits).to(tl.int32) * tiles_each
+    first = ((pid % splits) * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
     o_d = tl.arange(0, BLOCK_D)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
@@ -337,7 +337,7 @@ def sweep_kernel(
     b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
     split = pid % splits
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
-    first = split.to(tl.int32) * tiles_each
+    first = (split * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
     o_d = tl.arange(0, BLOCK_D)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
@@ -368,6 +368,7 @@ def sweep_kernel(
             D,
             stride_km,
             stride_piece,
+            sample_step,
             PRECISION,
             INTERPRETED,
             GROUPS,
@@ -435,6 +436,6 @@ def sweep_kernel(
 
     m_short = m_n & (tl.max(b_count, 1) > CAP)
     if tl.max(m_short.to(tl.int32), 0) > 0:
-        p_number = p_listed + list_number * B + b + tl.zeros([BLOCK_N], tl.int64)
+        p_number = p_listed + as_int64(list_number) * B + b + tl.zeros([BLOCK_N], tl.int64)
         place = tl.atomic_add(p_number, 1, m_short, sem="relaxed")
         tl.store(p_rows + b * splits * N + place, o_n.to(tl.int32), m_short)
