@@ -33,7 +33,7 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(python) -m pytest -m "not gpu and not triton"
-	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton.py tests/test_triton_backward.py tests/test_gpu_runner.py
+	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton*.py tests/test_gpu_runner.py
 
 # Compiles the Triton kernels for each architecture with each version of Triton and records the
 # outcome. Kernels that have not changed since are not compiled again.

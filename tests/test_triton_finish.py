@@ -234,6 +234,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("order", ["similarity", "index"])
 @pytest.mark.parametrize(
@@ -310,6 +311,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize(("dtype", "D"), [(F32, 37), (F16, 21)], ids=str)
@@ -341,6 +343,7 @@ def test_listed_rows_are_left_as_they_are(with_self: bool) -> None:
     assert_forward(finish.forward, query, key, value, 5, **options, exact=True, backward=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["self_and_mask", "candidates", "self_outside_candidates"])
 @pytest.mark.parametrize(
     ("k", "M"), [(4, 150), (4, 30), pytest.param(40, 150, marks=pytest.mark.slow)]
@@ -366,6 +369,7 @@ def test_listed_rows(option: str, k: int, M: int) -> None:
         assert_select(finish.select, query, key, k, **named, backward=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("D", [5, 150])
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
@@ -375,6 +379,7 @@ def test_similarities_of_listed_rows(metric: str, D: int, dtype: torch.dtype) ->
     assert_select(finish.select, query, key, 9, metric=metric, backward=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])
 @pytest.mark.parametrize("weight", [False, True])
 @pytest.mark.parametrize(

@@ -177,20 +177,17 @@ def configurations(quick: bool) -> list[Any]:
     if quick:
         return calls
     select = {**plain, "weight": "none", "backward": False}
-    calls += [call(**plain | {"D": 256}, weight="none", metric="dot")]
+    calls += [call(**plain | {"D": 256, "k": 40}, weight="none", metric="dot")]
     calls += [call(**select | {"D": 3}, only=torch.float32)]
-    calls += [call(**plain, weight="none", itself=True)]
+    calls += [call(**select, itself=True)]
     options = {"candidates": True, "with_self": True, "masked": True, "order": "index"}
     euclidean = {"weight": "none", "metric": "euclidean", "rho": "similarity"}
     calls += [call(**plain | {"N": 4096}, **euclidean, **options)]
-    # Tiles and groups of the sweep, columns that are not divided, lists of many lengths.
-    for D, k in ((128, 16), (256, 40)):
-        calls += [call(**select | {"N": 4096, "D": D, "k": k}, lead=(64,))]
-    calls += [call(**select | {"D": 300}, only=torch.float16)]
-    for N, k in ((2**15, 32), (2**18, 9), (2**15, 256)):
-        calls += [call(**select | {"N": N, "k": k})]
+    # Columns that are not divided, and many of them; lists of many lengths.
+    calls += [call(**select | {"N": 4096, "D": 128, "k": 40}, lead=(64,))]
+    calls += [call(**select | {"N": 2**18, "k": 16})]
     # Few columns: all in one launch, and all columns scored; passes of many neighbors.
-    for N, k, lead in ((197, 9, (512,)), (1024, 32, (64,))):
+    for N, k, lead in ((197, 9, (512,)), (500, 32, (64,))):
         calls += [call(**select | {"N": N, "k": k}, lead=lead)]
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
     calls += [call(**select | {"N": 197, "k": 64}, only=torch.float16)]
@@ -198,8 +195,9 @@ def configurations(quick: bool) -> list[Any]:
     for C, O in ((3, 16), (128, 256)):
         calls += [call(**plain | {"C": C, "O": O}, weight="dense", rho="similarity")]
     # Triton makes a constant of a number of channels that is 1.
-    calls += [call(**plain | {"D": 1, "C": 1, "O": 1}, weight="dense")]
-    calls += [call(**plain | {"N": 197, "D": 1, "C": 1}, weight="none")]
+    ones = {"D": 1, "C": 1, "O": 1}
+    calls += [call(**plain | ones, weight="dense", only=torch.float16)]
+    calls += [call(**plain | ones | {"N": 197}, weight="none", only=torch.float16)]
     for C, O in ((1, 64), (64, 1)):
         calls += [call(**plain | {"C": C, "O": O}, weight="dense", only=torch.float16)]
     # Pairs, rows and strides beyond 32 bits. Tiles do not depend on them.
