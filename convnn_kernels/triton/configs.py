@@ -86,7 +86,8 @@ def exact_topk(arch: int, bits: int, D: int, k: int, metric: str) -> Config:
     Short lists take the best of a tile one by one, long ones are merged with a sorted tile.
     """
     log_list = max(1, _log2(min(k, LONGEST_LIST)))
-    log_tile = max(log_list, 6)
+    # On sm_100, tiles of 64 columns in float32 spill.
+    log_tile = max(log_list, 5 if arch >= 100 and bits == 32 else 6)
     block_d = min(16 if bits == 32 or metric == "euclidean" else 64, max(16, power_of_two(D)))
     return _config(
         ROWS=8,
