@@ -81,21 +81,22 @@ def needs_bounds(bits: int, D: int, metric: str, tf32: bool) -> bool:
 
 
 def exact_topk(arch: int, bits: int, D: int, k: int, metric: str) -> Config:
-    """Blocks of `exact_topk_kernel`. A warp has no barriers.
+    """Blocks of `exact_topk_kernel`. One warp has no barriers.
 
     Short lists take the best of a tile one by one, long ones are merged with a sorted tile.
     """
     log_list = max(1, _log2(min(k, LONGEST_LIST)))
-    # On sm_100, tiles of 64 columns in float32 spill.
-    log_tile = max(log_list, 5 if arch >= 100 and bits == 32 else 6)
-    block_d = min(16 if bits == 32 or metric == "euclidean" else 64, max(16, power_of_two(D)))
+    log_tile = max(log_list, 6)
+    by_fma = bits == 32 or metric == "euclidean"
+    block_d = min(16 if by_fma else 64, max(16, power_of_two(D)))
     return _config(
         ROWS=8,
         LOG_LIST=log_list,
         LOG_TILE=log_tile,
         ONE_BY_ONE=log_list <= 5,
         BLOCK_D=64 if arch == INTERPRETER else block_d,
-        num_warps=1 if log_list <= 5 else 4,
+        # Without tensor cores, one warp spills.
+        num_warps=(2 if by_fma else 1) if log_list <= 5 else 8 if by_fma else 4,
         num_stages=3,
         maxnreg=MOST_REGISTERS,
     )
@@ -176,7 +177,15 @@ _SWEEP: dict[int, dict[str, Config]] = {
     # Warps divide the columns of a tile as well as its rows.
     80: {
         "16": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=16, PAIR=2, num_warps=8, num_stages=3),
-        "16, D": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=8, PAIR=2, num_warps=8, num_stages=2),
+        "16, D": _config(
+            BLOCK_N=128,
+            BLOCK_M=64,
+            QUEUES=8,
+            PAIR=2,
+            num_warps=8,
+            num_stages=2,
+            maxnreg=MOST_REGISTERS,
+        ),
         "32": _config(BLOCK_N=64, BLOCK_M=32, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
     },
     90: {
