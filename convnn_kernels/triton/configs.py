@@ -96,7 +96,7 @@ def exact_topk(arch: int, bits: int, D: int, k: int, metric: str) -> Config:
         ONE_BY_ONE=log_list <= 5,
         BLOCK_D=64 if arch == INTERPRETER else block_d,
         # Without tensor cores, one warp spills.
-        num_warps=(2 if by_fma else 1) if log_list <= 5 else 8 if by_fma else 4,
+        num_warps=(2 if by_fma else 1) if log_list <= 5 else 8,
         num_stages=3,
         maxnreg=MOST_REGISTERS,
     )
@@ -202,6 +202,8 @@ _SWEEP: dict[int, dict[str, Config]] = {
         "32": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=2, PAIR=32, num_warps=8, num_stages=2),
     },
 }
+# Channels in a step of the sweep where they take several; more of them spill on sm_100.
+_SWEEP_BLOCK_D = {INTERPRETER: 64, 80: 64, 100: 32}
 
 
 def allows_sweep(arch: int, bits: int, D: int, columns: int, k: int) -> bool:
@@ -228,7 +230,8 @@ def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
     while config["sample_step"] < 8 and 100 * k * (2 * config["sample_step"]) ** 2 <= columns:
         config["sample_step"] *= 2
     config["CAP"] = max(16, 128 // config["QUEUES"]) * (1 if k <= 16 else 2)
-    config["BLOCK_D"] = max(16, power_of_two(D)) if 2 * widest >= D else widest
+    step = widest if bits == 16 else row(_SWEEP_BLOCK_D, arch)
+    config["BLOCK_D"] = max(16, power_of_two(D)) if 2 * widest >= D else step
     if arch == INTERPRETER:
         config["CAP"] = 16
     return config
