@@ -114,7 +114,8 @@ def finish(arch: int, N: int, C: int, k: int, sample_step: int, rescore: bool) -
     with a threshold from every `sample_step`-th tile has about k * sample_step hits.
     """
     log_k = max(1, _log2(k))
-    log_list = max(5, log_k, _log2(7 * k * sample_step // 4))
+    # A warp has no registers for more than 128 hits of a row.
+    log_list = min(7, max(5, log_k, _log2(7 * k * sample_step // 4)))
     rows = 16 if arch == INTERPRETER else 4 if log_list <= 6 and not rescore else 1
     rows = min(rows, 1 << (N.bit_length() - 1))
     return _config(
