@@ -190,6 +190,7 @@ def configurations(quick: bool) -> list[Any]:
     for N, k, lead in ((197, 9, (512,)), (500, 32, (64,))):
         calls += [call(**select | {"N": N, "k": k}, lead=lead)]
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
+    calls += [call(**plain | {"N": 197}, weight="depthwise")]
     calls += [call(**select | {"N": 197, "k": 64}, only=torch.float16)]
     calls += [call(**select | {"N": 512, "k": 300}, with_self=True)]
     for C, O in ((3, 16), (128, 256)):
