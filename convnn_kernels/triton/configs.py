@@ -86,7 +86,8 @@ def exact_topk(arch: int, bits: int, D: int, k: int, metric: str) -> Config:
     Short lists take the best of a tile one by one, long ones are merged with a sorted tile.
     """
     log_list = max(1, _log2(min(k, LONGEST_LIST)))
-    log_tile = max(log_list, 6)
+    # On sm_100, tiles of 64 columns in float32 spill.
+    log_tile = max(log_list, 5 if arch >= 100 and bits == 32 else 6)
     by_fma = bits == 32 or metric == "euclidean"
     block_d = min(16 if by_fma else 64, max(16, power_of_two(D)))
     return _config(
@@ -203,8 +204,12 @@ _SWEEP: dict[int, dict[str, Config]] = {
         "32": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=2, PAIR=32, num_warps=8, num_stages=2),
     },
 }
-# Channels in a step of the sweep where they take several; more of them spill on sm_100.
-_SWEEP_BLOCK_D = {INTERPRETER: 64, 80: 64, 100: 32}
+# Channels in a step of the sweep: all of them up to the first number, else the second.
+_SWEEP_BLOCK_D: dict[int, dict[str, tuple[int, int]]] = {
+    INTERPRETER: {"16": (256, 128), "32": (128, 64)},
+    80: {"16": (256, 128), "32": (128, 64)},
+    100: {"16": (256, 128), "32": (64, 32)},
+}
 
 
 def allows_sweep(arch: int, bits: int, D: int, columns: int, k: int) -> bool:
@@ -231,8 +236,8 @@ def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
     while config["sample_step"] < 8 and 100 * k * (2 * config["sample_step"]) ** 2 <= columns:
         config["sample_step"] *= 2
     config["CAP"] = max(16, 128 // config["QUEUES"]) * (1 if k <= 16 else 2)
-    step = widest if bits == 16 else row(_SWEEP_BLOCK_D, arch)
-    config["BLOCK_D"] = max(16, power_of_two(D)) if 2 * widest >= D else step
+    whole, step = row(_SWEEP_BLOCK_D, arch)[str(bits)]
+    config["BLOCK_D"] = step if whole < D else max(16, power_of_two(D))
     if arch == INTERPRETER:
         config["CAP"] = 16
     return config
