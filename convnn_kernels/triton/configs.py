@@ -86,12 +86,13 @@ def exact_topk(arch: int, bits: int, D: int, k: int, metric: str) -> Config:
     Short lists take the best of a tile one by one, long ones are merged with a sorted tile.
     """
     log_list = max(1, _log2(min(k, LONGEST_LIST)))
-    # On sm_100, tiles of 64 columns in float32 spill.
-    log_tile = max(log_list, 5 if arch >= 100 and bits == 32 else 6)
+    # On sm_100, float32 spills with tiles of 64 columns, and with 8 of the longest lists.
+    spills = arch >= 100 and bits == 32
+    log_tile = max(log_list, 5 if spills else 6)
     by_fma = bits == 32 or metric == "euclidean"
     block_d = min(16 if by_fma else 64, max(16, power_of_two(D)))
     return _config(
-        ROWS=8,
+        ROWS=4 if spills and log_list == 8 else 8,
         LOG_LIST=log_list,
         LOG_TILE=log_tile,
         ONE_BY_ONE=log_list <= 5,
