@@ -231,7 +231,7 @@ def test_launches_are_those_of_the_tables() -> None:
 @needs_compiler
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("exact_topk", "maxnreg"), ("aggregate_depthwise", "BLOCK_N"), ("query_side", "num_warps")],
+    [("exact_topk", "maxnreg"), ("finish", "BLOCK_C"), ("query_side", "num_warps")],
 )
 def test_another_tile_is_noticed(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from convnn_kernels.triton import configs
@@ -432,8 +432,8 @@ def test_offsets_have_64_bits() -> None:
         assert aot.narrow_offsets(text) == [], name
 
 
-# Where 32 bits meet the length of a row of maxima, which is wide, before any product of theirs.
-WIDE_ANYWAY = {"group_maxima_kernel", "top_groups_kernel"}
+# Where 32 bits meet 64, those of a number of tiles or chunks, before any product of theirs.
+WIDE_ANYWAY = {"columns_kernel", "value_grad_chunks_kernel"}
 
 
 @needs_compiler
