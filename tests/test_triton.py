@@ -416,6 +416,14 @@ def test_a_weight_gradient_of_several_parts(weight: str) -> None:
     assert_aggregate(ops.aggregate, normal(7, C, seed=1), s, I, W)
 
 
+@pytest.mark.parametrize("M", [200, 30])
+def test_a_bias_with_strides(M: int) -> None:
+    """Where the convolution is part of the finish, and where it is a launch of its own."""
+    query, key, value = normal(3, 18), normal(M, 18, seed=1), normal(M, 20, seed=2)
+    bias = normal(40, seed=3)[::2]
+    assert_forward(ops.forward, query, key, value, 4, normal(20, 1, 4, seed=4), bias)
+
+
 def test_gradient_of_a_sum_has_no_strides() -> None:
     tensors = [normal(2, 30, 8, seed=i).requires_grad_() for i in range(3)]
     W = normal(6, 8, 4, seed=4).requires_grad_()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Algorithm 1: the neighbors are selected, then modulated and convolved; and its gradients."""
 
-import torch
 from torch import Tensor
 
 from .aggregate import aggregate
@@ -11,7 +10,7 @@ from .aggregation import prepare as prepare_aggregation
 from .backward import backward
 from .launch import Pointers
 from .search import prepare as prepare_search
-from .select import is_large, select
+from .select import empty_results, is_large, select_otherwise
 from .select_large import select_large
 
 
@@ -31,21 +30,25 @@ def forward(
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, similarities and indices; see schemas.py."""
+    s, I = empty_results(query, k)
+    if I.numel() == 0:
+        return aggregate(value, s, I, weight, bias, rho, scale), s, I
     options = (candidates, self_indices, key_mask, metric, order)
-    if is_dense(weight, value.shape[-1]) or min(query.numel(), value.numel()) == 0:
-        s, I = select(query, key, k, *options)
-        return aggregate(value, s, I, weight, bias, rho, scale), s, I
-    shape = (*query.shape[:-1], k)
-    s, I = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
     search, tensors = prepare_search(query, key, k, *options)
-    if not is_large(search, query.device):
-        s, I = select(query, key, k, *options)
-        return aggregate(value, s, I, weight, bias, rho, scale), s, I
-    aggregation, more = prepare_aggregation(value, s, I, weight, rho, scale)
-    output = value.new_empty((*shape[:-1], value.shape[-1]))
-    pointers = Pointers(query.device, **tensors, **more, p_bias=bias, p_output=output)
-    select_large(search, pointers, aggregation)
-    return output, s, I
+    pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
+    large = is_large(search, query.device)
+    if large and value.numel() and not is_dense(weight, value.shape[-1]):
+        aggregation, more = prepare_aggregation(value, s, I, weight, rho, scale)
+        output = value.new_empty((*query.shape[:-1], value.shape[-1]))
+        bias = None if bias is None else bias.contiguous()
+        pointers.add(**more, p_bias=bias, p_output=output)
+        select_large(search, pointers, aggregation)
+        return output, s, I
+    if large:
+        select_large(search, pointers, None)
+    else:
+        select_otherwise(search, pointers, s, I)
+    return aggregate(value, s, I, weight, bias, rho, scale), s, I
 
 
 def forward_backward(

@@ -36,26 +36,37 @@ def select(
     order: str,
 ) -> tuple[Tensor, Tensor]:
     """Similarities [..., N, k] and indices [..., N, k] of the neighbors; see schemas.py."""
-    shape = (*query.shape[:-1], k)
-    s, I = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
+    s, I = empty_results(query, k)
     if I.numel() == 0:
         return s, I
-    search, tensors = prepare(query, key, k, candidates, self_indices, key_mask, metric, order)
+    options = (candidates, self_indices, key_mask, metric, order)
+    search, tensors = prepare(query, key, k, *options)
     pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
     if is_large(search, query.device):
         select_large(search, pointers, None)
-        return s, I
+    else:
+        select_otherwise(search, pointers, s, I)
+    return s, I
+
+
+def empty_results(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Memory for similarities and indices."""
+    shape = (*query.shape[:-1], k)
+    return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
+
+
+def select_otherwise(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -> None:
+    """A search that `select_large` does not take; s and I are among the pointers."""
     # `select_small` expects the token itself among the columns.
     self_is_column = not (search.has_candidates and search.has_self)
     if self_is_column and configs.allows_select_small(
-        search.bits, search.Q.D, search.columns, k, metric
+        search.bits, search.Q.D, search.columns, search.k, search.metric
     ):
         select_small(search, pointers)
-    elif k > configs.LONGEST_LIST:
+    elif search.k > configs.LONGEST_LIST:
         select_in_passes(search, pointers, s, I)
     else:
         select_all_columns(search, pointers)
-    return s, I
 
 
 def is_large(search: Search, device: torch.device) -> bool:
