@@ -385,6 +385,33 @@ SHAPES_OR_TOO_MANY = [
 
 
 @needs_triton
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("has_value", [False, True], ids=["select", "forward"])
+def test_memory_of_a_forward(shape: Shape, has_value: bool) -> None:
+    """No more than the contract allows, but for what is given and returned."""
+    from tools import aot
+
+    B, N, M, C, k, dtype = shape.B, shape.N, shape.M, shape.C, shape.k, shape.dtype
+    bound = 8 * B * (N * k + N * C + M * C * (1 + has_value)) + WORKSPACE
+
+    def run(_: torch.dtype) -> None:
+        with torch.device("meta"):
+            query, key, value = (torch.empty(B, n, C, dtype=dtype) for n in (N, M, M))
+            W = torch.empty(C, 1 if shape.weight == "depthwise" else C, k, dtype=dtype)
+        no_columns, softmax = (None, None, None, "cosine"), ("softmax", 1.0)
+        with Live() as live:
+            if has_value:
+                of_value = (query, key, value, k, W, None, *no_columns, *softmax, "similarity")
+                results = aot.operator("forward")(*of_value)
+            else:
+                results = aot.operator("select")(query, key, k, *no_columns, "similarity")
+        taken = live.peak - sum(X.untyped_storage().nbytes() for X in results)
+        assert taken <= bound, f"{taken / bound:.2f} of the bound"
+
+    aot.record(90, dtype, [run])
+
+
+@needs_triton
 @pytest.mark.parametrize("shape", SHAPES_OR_TOO_MANY, ids=str)
 def test_memory_of_a_backward(shape: Shape) -> None:
     """No more than the contract allows, but for what is given and returned."""

@@ -471,7 +471,7 @@ def test_several_launches_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = normal(2, 70, 8), normal(2, 300, 8, seed=1)
     whole = ops.select(query, key, 4)
     monkeypatch.setattr(configs, "WORKSPACE", 1)
-    monkeypatch.setattr(configs, "allowed_workspace", lambda *_: 0)
+    monkeypatch.setattr(configs, "allowed_memory", lambda *_: 0)
     monkeypatch.setattr(configs, "column_splits", lambda *_: 2)
     forget_plans()
     parts = ops.select(query, key, 4)
@@ -487,6 +487,18 @@ def test_the_same_from_run_to_run() -> None:
         return [Y, s, I, *torch.autograd.grad([Y, s], [*tensors, W], [Y.detach(), s.detach()])]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("M", [40, 300])
+def test_queries_that_count_as_zero_tie_with_all_keys(M: int) -> None:
+    query, key = normal(6, 8), normal(M, 8, seed=1)
+    for X in (query, key):
+        X[3] *= 1e-14
+    for tensors in ((query, key), (key, key)):
+        s, I = ops.select(*tensors, 4)
+        assert torch.equal(I[3], torch.arange(4))
+        assert not s[3].any()
+        assert s[[0, 1, 2, 4, 5]].all()
 
 
 def test_equal_rows_tie_wherever_they_lie() -> None:

@@ -40,9 +40,10 @@ class Hits:
     """What the sweep left for each query: {column: product}; which are listed; the arguments."""
 
     def __init__(self, query: Tensor, key: Tensor, k: int, **options: Any) -> None:
-        from convnn_kernels.triton.launch import Plan, Pointers
+        from convnn_kernels.triton.launch import Plan, Pointers, Workspace
         from convnn_kernels.triton.search import prepare
         from convnn_kernels.triton.select_large import (
+            columns_of,
             parts_of,
             prepare_columns,
             prepare_sweep,
@@ -63,13 +64,17 @@ class Hits:
         )
         sweep = sweep_of(search)
         self.sweep, self.found, self.listed = sweep, [], []
-        parts = parts_of(sweep)
-        columns, buffers, names = prepare_columns(sweep, len(parts))
+        columns = columns_of(sweep)
+        parts = parts_of(sweep, Workspace(**columns.buffers).bytes)
+        buffers = columns.buffers | sweep_buffers(sweep, max(each.rows for each in parts))
+        buffers["p_listed"] = (len(parts) * search.Q.B, torch.int32)
         for number, part in enumerate(parts):
-            buffers |= sweep_buffers(sweep, max(each.rows for each in parts))
             pointers = Pointers(query.device, **tensors)
             # Buffers of another call are gone: each part computes its columns again.
-            launches = [columns, *prepare_sweep(sweep, part, number, names)]
+            launches = [
+                prepare_columns(sweep, columns, len(parts)),
+                *prepare_sweep(sweep, part, number, columns.names),
+            ]
             Plan(launches, **buffers)(pointers)
             self._read(pointers, part, number)
         self.parts = len(parts)
@@ -245,8 +250,8 @@ def test_queries_that_do_not_fit_are_searched_in_parts(monkeypatch: pytest.Monke
             patch.setattr(configs, "column_splits", lambda *_: 1)
             hits = check(query, key, 2, metric="cosine")
             bytes_each = hits.sweep.row_bytes
-            patch.setattr(configs, "WORKSPACE", rows * bytes_each)
-            patch.setattr(configs, "allowed_workspace", lambda *_: 0)
+            patch.setattr(configs, "WORKSPACE", 4 * rows * bytes_each)
+            patch.setattr(configs, "allowed_memory", lambda *_: 0)
             forget()
             again = check(query, key, 2, metric="cosine")
             assert again.parts == parts

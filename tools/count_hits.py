@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,8 @@ def summary(case: Case, parts: list[Counts], caps: tuple[int, ...] = CAPS) -> di
     layout, tiles = case.layout, parts[0].tiles
     rounds = 0.0
     if case.sample is not None:
-        # A round of the k-th largest: of two rows of a thread, then of the four threads of a row.
-        each = 3 * case.sample.groups / 4 + 4
+        # A round of the k-th largest: of fours of two rows of a thread, then of four threads.
+        each = 3 * case.sample.groups / 8 + 6
         if case.sample.ties:
             each += case.sample.groups / 4 + 2
         rounds = (case.k - 1) * each / 8
@@ -194,17 +195,15 @@ def summary(case: Case, parts: list[Counts], caps: tuple[int, ...] = CAPS) -> di
 
 
 LAYOUTS = {
-    80: Layout(tile=128, queues=8, pair=2, rows=8, advance=124),
-    90: Layout(tile=128, queues=4, pair=2, rows=8, advance=124),
-    100: Layout(tile=64, queues=2, pair=32, rows=32, advance=60),
+    80: Layout(tile=128, queues=8, pair=2, rows=8, advance=126),
+    90: Layout(tile=128, queues=4, pair=2, rows=8, advance=126),
+    100: Layout(tile=64, queues=2, pair=32, rows=32, advance=62),
 }
 
 
 def chosen(columns: int, k: int) -> tuple[Sample, int]:
     """The sample of configs.py, and CAP for four queues."""
-    stride = 1
-    while 100 * k * (2 * stride) ** 2 <= columns:
-        stride *= 2
+    stride = max(1, min(8, math.isqrt(columns // (100 * k))))
     return Sample(stride, 0, 128 if k > 32 else 64, False), 32 if k <= 16 else 64
 
 

@@ -11,8 +11,8 @@ the sweep want them,
     high    bound of the similarity, and for an upper bound
     valid   a bit for each column: 1 if it may be a neighbor
 
-Factors and lower bounds of columns that are not valid are NaN, which no maximum takes. Further
-programs compute norms of queries and, with candidates, of all rows of key.
+Factors and lower bounds of columns that are not valid are NaN, which no maximum takes. With
+candidates, further programs compute norms of all rows of key.
 """
 
 import triton
@@ -60,7 +60,7 @@ def _store_columns(p, b_x, QUEUES: tl.constexpr, PAIR: tl.constexpr):
 
 
 @triton.jit
-def _sums_of_squares(p_row, m_r, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def sums_of_squares(p_row, m_r, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """||x||^2 of the rows at p_row [ROWS]; infinite where it overflows."""
     o_d = tl.arange(0, BLOCK_D)
     b_sum = tl.zeros([ROWS], tl.float32)
@@ -116,7 +116,7 @@ def _store_norms(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Norms of ROWS rows, their sums of squares if there is no cosine; and what else is needed."""
+    """Norms of ROWS rows if there is a cosine; and what else is needed."""
     blocks = tl.cdiv(N, ROWS)
     b = program // blocks
     b1, b2 = b // B2, b % B2
@@ -131,8 +131,6 @@ def _store_norms(
         p_to = p_scaled if p_scaled is None else p_scaled + o_to
         norm, scale = norms_of_rows(p_row, p_to, m_r, m_to, D, RESCALE, ROWS, BLOCK_D)
         tl.store(p_norm + o_r, norm, m_r)
-    elif p_norm is not None:
-        tl.store(p_norm + o_r, _sums_of_squares(p_row, m_r, D, ROWS, BLOCK_D), m_r)
     if p_pieces is not None:
         _store_pieces(p_row, p_pieces + o_to, scale, m_to, D, stride_piece, INTERPRETED, BLOCK_D)
 
@@ -145,14 +143,11 @@ def _stored_here(b1, b2, stride_b1, stride_b2):
 
 @Kernel
 def columns_kernel(
-    p_query,  # [B, N, D]
     p_key,  # [B, M, D]
     p_columns,  # [R] int64, or None
     p_mask,  # [B, M] bool, or None
-    p_query_norm,  # [B, N] float32: for cosine norms of scaled rows, else sums of squares; or None
     p_key_norm,  # [B, M] float32: for cosine norms of scaled rows; or None
-    p_query_scaled,  # [B, N, D] contiguous: rows times a power of two; or None
-    p_key_scaled,  # [B, M, D] contiguous, or None
+    p_key_scaled,  # [B, M, D] contiguous: rows times a power of two; or None
     p_key_pieces,  # [3, B, M, D] contiguous: the (scaled) rows in three pieces; or None
     p_factor,  # [B, tiles, BLOCK_M] float32, or None
     p_low,  # [B, tiles, BLOCK_M] float32, or None
@@ -162,7 +157,6 @@ def columns_kernel(
     p_weight,  # [C, 1, k] contiguous, or None
     p_weight_rows,  # [k, C] contiguous: the weight for `finish_kernel`; or None
     key_programs,  # how many have rows of key: none without candidates
-    N,
     M,
     D,
     columns,
@@ -172,14 +166,9 @@ def columns_kernel(
     C,
     k,
     tolerance,
-    stride_qb1,
-    stride_qb2,
-    stride_qn,
     stride_kb1,
     stride_kb2,
     stride_km,
-    stride_qsb1,
-    stride_qsb2,
     stride_ksb1,
     stride_ksb2,
     stride_piece,
@@ -196,15 +185,10 @@ def columns_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of columns; or, after those of all tiles, ROWS rows of key, or of query."""
-    stride_qb1 = aligned(stride_qb1, ALIGN)
-    stride_qb2 = aligned(stride_qb2, ALIGN)
-    stride_qn = aligned(stride_qn, ALIGN)
+    """One tile of columns; or, after those of all tiles, ROWS rows of key."""
     stride_kb1 = aligned(stride_kb1, ALIGN)
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
-    stride_qsb1 = aligned(stride_qsb1, ALIGN)
-    stride_qsb2 = aligned(stride_qsb2, ALIGN)
     stride_ksb1 = aligned(stride_ksb1, ALIGN)
     stride_ksb2 = aligned(stride_ksb2, ALIGN)
     stride_piece = aligned(stride_piece, ALIGN)
@@ -244,7 +228,7 @@ def columns_kernel(
             factor = tl.where(m_valid, factor, float("nan"))
             _store_columns(p_factor + pid * BLOCK_M, factor, QUEUES, PAIR)
         else:
-            squares = _sums_of_squares(p_row, m_row, D, BLOCK_M, BLOCK_D)
+            squares = sums_of_squares(p_row, m_row, D, BLOCK_M, BLOCK_D)
             middle = tl.zeros([BLOCK_M], tl.float32)
             if METRIC == EUCLIDEAN:
                 middle = -0.5 * squares
@@ -264,7 +248,7 @@ def columns_kernel(
                 o_w = start + tl.arange(0, BLOCK_M)
                 b_w = tl.load(p_weight + (o_w % C).to(tl.int64) * k + o_w // C, o_w < size, 0.0)
                 tl.store(p_weight_rows + o_w, b_w, o_w < size)
-    elif pid < of_columns + key_programs:
+    elif p_columns is not None:
         _store_norms(
             pid - of_columns,
             p_key,
@@ -280,28 +264,6 @@ def columns_kernel(
             stride_ksb1,
             stride_ksb2,
             stride_piece,
-            METRIC,
-            RESCALE,
-            INTERPRETED,
-            ROWS,
-            BLOCK_D,
-        )
-    elif p_query_norm is not None:
-        _store_norms(
-            pid - of_columns - key_programs,
-            p_query,
-            p_query_norm,
-            p_query_scaled,
-            None,
-            N,
-            D,
-            B2,
-            stride_qb1,
-            stride_qb2,
-            stride_qn,
-            stride_qsb1,
-            stride_qsb2,
-            0,
             METRIC,
             RESCALE,
             INTERPRETED,

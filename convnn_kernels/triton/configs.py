@@ -8,6 +8,7 @@ A row is keyed by what the kernel depends on: the bits of an element (16 or 32),
 table says so.
 """
 
+import math
 from typing import Any
 
 INTERPRETER = 0
@@ -231,11 +232,9 @@ def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
     widest = 128 if bits == 16 else 64
     special = f"{bits}, D" if widest < D else f"{bits}, groups" if groups > 64 else ""
     config = rows.get(special, rows[str(bits)]).copy()
-    config["ADVANCE"] = config["BLOCK_M"] - (4 if config["BLOCK_M"] >= 64 else 0)
+    config["ADVANCE"] = config["BLOCK_M"] - (2 if config["BLOCK_M"] >= 64 else 0)
     config["GROUPS"] = min(groups, config["BLOCK_M"])
-    config["sample_step"] = 1
-    while config["sample_step"] < 8 and 100 * k * (2 * config["sample_step"]) ** 2 <= columns:
-        config["sample_step"] *= 2
+    config["sample_step"] = max(1, min(8, math.isqrt(columns // (100 * k))))
     config["CAP"] = max(16, 128 // config["QUEUES"]) * (1 if k <= 16 else 2)
     whole, step = row(_SWEEP_BLOCK_D, arch)[str(bits)]
     config["BLOCK_D"] = step if whole < D else max(16, power_of_two(D))
@@ -249,17 +248,17 @@ def queue_length(CAP: int, splits: int) -> int:
     return CAP if splits == 1 else max(16, CAP // 2)
 
 
-def column_splits(arch: int, row_blocks: int, tiles: int) -> int:
-    """Into how many ranges the columns of a row block are divided: enough programs to fill a chip,
-    each with several tiles."""
-    programs = 4 if arch == INTERPRETER else 512
+def column_splits(arch: int, num_warps: int, row_blocks: int, tiles: int) -> int:
+    """Into how many ranges the columns of a row block are divided: enough programs to fill a chip
+    twice, each with several tiles. A multiprocessor has room for 16 warps."""
+    programs = 4 if arch == INTERPRETER else 264 * 16 // num_warps
     return max(1, min(programs // row_blocks, tiles // 8, 8))
 
 
-def allowed_workspace(B: int, N: int, M: int, D: int, k: int) -> int:
-    """Bytes that the queues of all queries may take beyond WORKSPACE: within what the README
-    promises, eight for each element of neighbors, query and key."""
-    return 8 * B * (N * (k + D) + M * D)
+def allowed_memory(B: int, N: int, M: int, D: int, C: int, k: int) -> int:
+    """Bytes that a call may take, as the README promises: eight for each element of neighbors,
+    query, key and value, and a fixed workspace."""
+    return 8 * B * (N * (k + D) + M * (D + C)) + WORKSPACE
 
 
 def columns(arch: int, D: int) -> Config:

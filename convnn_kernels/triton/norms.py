@@ -24,7 +24,7 @@ _NORMS = ("norm", "scale", "inverse")
 @triton.jit
 def norms_of_rows(
     p_row,  # [ROWS]: rows of D elements
-    p_to,  # [ROWS]: where the scaled rows go; or None
+    p_to,  # [ROWS]: where the scaled rows go, zero if they count as zero; or None
     m_r,  # [ROWS]: which rows there are
     m_to,  # [ROWS]: which rows are stored
     D,
@@ -64,6 +64,15 @@ def norms_of_rows(
     # Not finite: the unit vector is NaN.
     norm = tl.where(norm < float("inf"), norm, float("nan"))
     norm = tl.where(tl.div_rn(norm, scale) <= 1e-12, 0.0, norm)
+    if p_to is not None:
+        # Products of a row that counts as zero are zero.
+        m_zero = m_to & (norm == 0.0)
+        if tl.max(m_zero.to(tl.int32), 0) > 0:
+            tl.debug_barrier()
+            for d in range(0, D, BLOCK_D):
+                m_out = m_zero[:, None] & (d + o_d < D)[None, :]
+                b_zero = tl.zeros([ROWS, BLOCK_D], p_to.dtype.element_ty)
+                tl.store(p_to[:, None] + (d + o_d)[None, :], b_zero, m_out)
     return norm, scale
 
 

@@ -3,9 +3,9 @@
 
 | kernel | what it does |
 |---|---|
-| `columns_kernel` | norms, and what the sweep reads of each column |
+| `columns_kernel` | what the sweep reads of each column, and norms of keys |
 | `threshold_kernel` | only where columns are divided among programs: maxima of groups |
-| `sweep_kernel` | a threshold for each row, and the columns that reach it: hits |
+| `sweep_kernel` | norms of queries; a threshold for each, and the columns that reach it: hits |
 | `exact_topk_kernel` | rows with more hits than a queue holds |
 | `finish_kernel` | the k best hits; in `forward`, rho and a depthwise convolution of them |
 """
@@ -19,7 +19,7 @@ from .aggregation import Aggregation
 from .columns import columns_kernel
 from .exact_topk import prepare_exact_topk
 from .finish import prepare_finish
-from .launch import Buffer, Launch, Plan, Pointers, cache_plans
+from .launch import Buffer, Launch, Plan, Pointers, Workspace, cache_plans
 from .search import Search
 from .sweep import sweep_kernel, threshold_kernel
 from .tensors import Layout, alignment, cdiv
@@ -43,13 +43,22 @@ class Sweep(NamedTuple):
         """Temporary memory for each query."""
         of_threshold = 4 * self.config["GROUPS"] if self.splits > 1 else 0
         of_queues = self.config["QUEUES"] * (8 * self.config["CAP"] + 4)
-        return self.splits * (of_threshold + of_queues + 4)
+        return self.splits * (of_threshold + of_queues)
 
     @property
-    def query_rows(self) -> Layout:
-        """The queries as the sweep reads them."""
-        Q = self.search.Q
-        return Q.contiguous() if self.search.scales_rows else Q
+    def of_queries(self) -> bool:
+        """Whether norms of the queries are needed, and are not those of the keys."""
+        is_cosine = self.search.metric == "cosine"
+        return (is_cosine and not self.search.one_tensor) or (self.needs_bounds and not is_cosine)
+
+    @property
+    def rows(self) -> tuple[Layout, Layout]:
+        """The queries and keys that the first kernel of the sweep reads."""
+        Q, K = self.search.Q, self.search.K
+        scaled = self.search.scales_rows
+        if scaled and self.search.one_tensor:
+            Q = Q.contiguous()
+        return Q, K.contiguous() if scaled or self.precision == "split" else K
 
     @property
     def stride_piece(self) -> int:
@@ -72,6 +81,8 @@ class Sweep(NamedTuple):
             "tolerance": self.tolerance,
             "stride_piece": self.stride_piece,
             "PRECISION": self.precision,
+            "RESCALE": self.search.scales_rows,
+            "BOUNDS": self.needs_bounds,
             "INTERPRETED": hardware.interpreted(),
             "ONE_BLOCK_D": block_d >= D,
             "WHOLE_D": block_d == D,
@@ -87,7 +98,8 @@ def sweep_of(search: Search) -> Sweep:
     Q, metric, bits = search.Q, search.metric, search.bits
     config = configs.sweep(search.arch, bits, Q.D, search.columns, search.k)
     tiles = _tiles(search.columns, config)
-    splits = configs.column_splits(search.arch, Q.B * cdiv(Q.N, config["BLOCK_N"]), tiles)
+    row_blocks = Q.B * cdiv(Q.N, config["BLOCK_N"])
+    splits = configs.column_splits(search.arch, config.get("num_warps", 4), row_blocks, tiles)
     # No range without tiles.
     splits = cdiv(tiles, cdiv(tiles, splits))
     config["CAP"] = configs.queue_length(config["CAP"], splits)
@@ -96,30 +108,33 @@ def sweep_of(search: Search) -> Sweep:
     return Sweep(search, config, precision, needs_bounds, splits)
 
 
-def prepare_columns(
-    sweep: Sweep, lists: int, aggregation: Aggregation | None = None
-) -> tuple[Launch, dict[str, Buffer], dict[str, str | None]]:
-    """The launch of `columns_kernel`, its buffers, and the names of pointers for other kernels."""
+class Columns(NamedTuple):
+    """What `columns_kernel` leaves for the others."""
+
+    buffers: dict[str, Buffer]
+    own_names: dict[str, str | None]  # the pointers that the kernel does without
+    names: dict[str, str | None]  # pointers of the other kernels, by parameter
+
+
+def columns_of(sweep: Sweep, aggregation: Aggregation | None = None) -> Columns:
+    """The buffers of `columns_kernel`, of the sweep's queries, and of the aggregation."""
     search = sweep.search
     Q, K, is_cosine = search.Q, search.K, search.metric == "cosine"
-    config = configs.columns(search.arch, Q.D)
-    queries_have_norms = is_cosine or sweep.needs_bounds
-    own_query = queries_have_norms and not (search.one_tensor and is_cosine)
     f32, per_column = torch.float32, Q.B * sweep.tiles * sweep.config["BLOCK_M"]
     splits = sweep.precision == "split"
     piece = torch.float32 if hardware.interpreted() else torch.bfloat16
     by_bounds = sweep.needs_bounds and not is_cosine
     buffers: dict[str, Buffer] = {
         "p_valid": (Q.B * sweep.tiles * sweep.config["QUEUES"], torch.int32),
-        "p_listed": (lists * Q.B, torch.int32),
+        "p_rows": (Q.B * Q.N * sweep.splits, torch.int32),
     }
     wanted = {
         "p_factor": (not by_bounds, (per_column, f32)),
         "p_low": (by_bounds, (per_column, f32)),
         "p_high": (by_bounds, (per_column, f32)),
-        "p_query_norm": (own_query, (Q.B * Q.N, f32)),
+        "p_query_norm": (sweep.of_queries, (Q.B * Q.N, f32)),
         "p_key_norm": (is_cosine, (K.B * K.N, f32)),
-        "p_query_scaled": (search.scales_rows and own_query, (_rows(Q), search.dtype)),
+        "p_query_scaled": (search.scales_rows and sweep.of_queries, (_rows(Q), search.dtype)),
         "p_key_scaled": (search.scales_rows, (_rows(K), search.dtype)),
         "p_key_pieces": (splits, (3 * sweep.stride_piece, piece)),
     }
@@ -130,52 +145,51 @@ def prepare_columns(
         else:
             own_names[name] = None
     names = dict(own_names)
-    C = 0
+    if aggregation is not None:
+        buffers["p_terms"] = (Q.B * Q.N * search.k, torch.int64)
     if aggregation is None or not aggregation.has_weight:
         own_names |= {"p_weight": None, "p_weight_rows": None}
         names["p_weight_rows"] = None
     else:
-        C = aggregation.V.D
-        buffers["p_weight_rows"] = (C * search.k, aggregation.dtype)
+        buffers["p_weight_rows"] = (aggregation.V.D * search.k, aggregation.dtype)
     if is_cosine and search.one_tensor:
         names["p_query_norm"] = "p_key_norm"
     if search.scales_rows:
         names["p_key"] = "p_key_scaled"
         names["p_query"] = "p_key_scaled" if search.one_tensor else "p_query_scaled"
-    has_own_keys = search.has_candidates and (is_cosine or splits)
+    return Columns(buffers, own_names, names)
+
+
+def prepare_columns(sweep: Sweep, columns: Columns, lists: int) -> Launch:
+    """The launch of `columns_kernel`, for lists of so many parts."""
+    search = sweep.search
+    Q, K = search.Q, search.K
+    config = configs.columns(search.arch, Q.D)
+    scaled = K.contiguous()
+    has_own_keys = search.has_candidates and (search.metric == "cosine" or sweep.stride_piece > 0)
     key_programs = K.B * cdiv(K.N, config["ROWS"]) if has_own_keys else 0
-    query_programs = Q.B * cdiv(Q.N, config["ROWS"]) if own_query else 0
-    launch = columns_kernel.prepare(
-        Q.B * sweep.tiles + key_programs + query_programs,
+    weight, _ = columns.buffers.get("p_weight_rows", (0, None))
+    return columns_kernel.prepare(
+        Q.B * sweep.tiles + key_programs,
         config,
-        own_names,
+        columns.own_names,
         **sweep.numbers()
         | sweep.config
-        | Q.strides("q")
         | K.strides("k")
-        | _batch_strides(Q, "qs")
-        | _batch_strides(K, "ks")
+        | {"stride_ksb1": scaled.stride_b1, "stride_ksb2": scaled.stride_b2}
         | {
             "key_programs": key_programs,
             "lists": lists,
-            "C": C,
-            "RESCALE": search.scales_rows,
-            "ALIGN": alignment(Q, K, Q.contiguous(), K.contiguous()),
+            "C": weight // search.k,
+            "ALIGN": alignment(K, scaled),
         },
     )
-    return launch, buffers, names
 
 
 def _rows(X: Layout) -> int:
     """The elements of X, each row once, however many batch elements share it."""
     once = X.distinct()
     return once.B * once.N * once.D
-
-
-def _batch_strides(X: Layout, letters: str) -> dict[str, int]:
-    """Strides of batch elements in the scaled rows of X."""
-    scaled = X.contiguous()
-    return {f"stride_{letters}b1": scaled.stride_b1, f"stride_{letters}b2": scaled.stride_b2}
 
 
 class Part(NamedTuple):
@@ -191,16 +205,24 @@ class Part(NamedTuple):
         return self.count_b * self.rows_n
 
 
-def parts_of(sweep: Sweep) -> list[Part]:
-    """Whole batch elements, or row blocks of one."""
-    Q, K, block = sweep.search.Q, sweep.search.K, sweep.config["BLOCK_N"]
-    allowed = configs.allowed_workspace(Q.B, Q.N, K.N, Q.D, sweep.search.k)
-    rows = max(allowed, configs.WORKSPACE) // sweep.row_bytes
+def parts_of(sweep: Sweep, fixed: int, C: int = 0) -> list[Part]:
+    """Whole batch elements, or row blocks of one, where `fixed` bytes are taken whatever the parts,
+    and rows of value have C channels."""
+    search = sweep.search
+    Q, K, block = search.Q, search.K, sweep.config["BLOCK_N"]
+    allowed = configs.allowed_memory(Q.B, Q.N, K.N, Q.D, C, search.k)
+    rows = max(allowed - fixed, configs.WORKSPACE // 4) // sweep.row_bytes
     if rows >= Q.N:
-        each = rows // Q.N
+        each = _equal_parts(Q.B, rows // Q.N, 1)
         return [Part(b, min(each, Q.B - b), 0, Q.N) for b in range(0, Q.B, each)]
-    each = max(1, rows // block) * block
+    each = _equal_parts(Q.N, rows, block)
     return [Part(b, 1, n, min(each, Q.N - n)) for b in range(Q.B) for n in range(0, Q.N, each)]
+
+
+def _equal_parts(count: int, most: int, block: int) -> int:
+    """The size of the fewest parts that have at most `most` each, but for a multiple of `block`."""
+    parts = cdiv(count, max(1, most // block) * block)
+    return cdiv(cdiv(count, parts), block) * block
 
 
 def part_numbers(sweep: Sweep, part: Part) -> dict[str, Any]:
@@ -211,31 +233,42 @@ def prepare_sweep(
     sweep: Sweep, part: Part, list_number: int, names: dict[str, str | None]
 ) -> list[Launch]:
     """The hits of some queries."""
-    numbers = part_numbers(sweep, part) | {"list_number": list_number}
+    Q, K = sweep.rows
+    scaled = Q.contiguous()
+    numbers = part_numbers(sweep, part) | {
+        "list_number": list_number,
+        **Q.strides("q"),
+        **{f"stride_qs{of}": scaled.strides("q")[f"stride_q{of}"] for of in ("b1", "b2", "n")},
+        **K.strides("k"),
+        "ALIGN": alignment(Q, scaled, K),
+    }
     blocks = part.count_b * cdiv(part.rows_n, sweep.config["BLOCK_N"])
     own_names = dict(names)
-    if not sweep.needs_bounds:
-        own_names["p_query_norm"] = None
+    if sweep.of_queries:
+        own_names.pop("p_query", None)
     if sweep.splits == 1:
         own_names["p_maxima"] = None
     if sweep.precision == "split":
         own_names["p_key"] = "p_key_pieces"
-        numbers |= sweep.search.K.contiguous().strides("k")
-        numbers["ALIGN"] = alignment(sweep.query_rows, sweep.search.K.contiguous())
     kernels = [threshold_kernel] if sweep.splits > 1 else []
     return [
-        kernel.prepare(blocks * sweep.splits, sweep.config, own_names, **numbers)
-        for kernel in (*kernels, sweep_kernel)
+        kernel.prepare(
+            blocks * sweep.splits,
+            sweep.config,
+            own_names,
+            **numbers,
+            OF_QUERIES=sweep.of_queries and number == 0,
+        )
+        for number, kernel in enumerate((*kernels, sweep_kernel))
     ]
 
 
 def sweep_buffers(sweep: Sweep, rows: int) -> dict[str, Buffer]:
-    """What `prepare_sweep` needs for `rows` queries."""
+    """The hits of `rows` queries."""
     queues, splits = sweep.splits * sweep.config["QUEUES"], sweep.splits
     buffers: dict[str, Buffer] = {
         "p_queue": (rows * queues * sweep.config["CAP"], torch.int64),
         "p_count": (rows * queues, torch.int32),
-        "p_rows": (sweep.search.Q.B * sweep.search.Q.N * splits, torch.int32),
     }
     if splits > 1:
         buffers["p_maxima"] = (rows * splits * sweep.config["GROUPS"], torch.float32)
@@ -246,18 +279,18 @@ def sweep_buffers(sweep: Sweep, rows: int) -> dict[str, Buffer]:
 def plan_select_large(search: Search, aggregation: Aggregation | None) -> Plan:
     """`select`; with an aggregation, depthwise or without a weight, all of `forward`."""
     sweep = sweep_of(search)
-    parts = parts_of(sweep)
-    columns, buffers, names = prepare_columns(sweep, len(parts), aggregation)
-    buffers |= sweep_buffers(sweep, max(part.rows for part in parts))
-    if aggregation is not None:
-        buffers["p_terms"] = (search.Q.B * search.Q.N * search.k, torch.int64)
-    launches = [columns]
+    columns = columns_of(sweep, aggregation)
+    C = 0 if aggregation is None else aggregation.V.D
+    parts = parts_of(sweep, Workspace(**columns.buffers).bytes, C)
+    buffers = columns.buffers | sweep_buffers(sweep, max(part.rows for part in parts))
+    buffers["p_listed"] = (len(parts) * search.Q.B, torch.int32)
+    launches = [prepare_columns(sweep, columns, len(parts))]
     for number, part in enumerate(parts):
         numbers = part_numbers(sweep, part)
         launches += [
-            *prepare_sweep(sweep, part, number, names),
-            prepare_exact_topk(search, names, number, sweep.splits),
-            prepare_finish(search, sweep.needs_bounds, numbers, names, aggregation),
+            *prepare_sweep(sweep, part, number, columns.names),
+            prepare_exact_topk(search, columns.names, number, sweep.splits),
+            prepare_finish(search, sweep.needs_bounds, numbers, columns.names, aggregation),
         ]
     return Plan(launches, **buffers)
 

@@ -19,15 +19,19 @@ to some roundings, by which the threshold is lowered. Where products are not acc
 the similarity is not a product (euclidean), x is a lower bound of the similarity for the threshold
 and an upper bound for the hits; both contain ||k||^2 times a tolerance (columns.py), and the
 threshold is lowered by that of ||q||^2.
+
+The first kernel that reads the queries computes their norms, and scales the rows for a cosine.
 """
 
 import triton
 import triton.language as tl
 
 from .append import append_hits, words_of
-from .columns import in_order_of_queues, load_columns, tiles_of
+from .columns import in_order_of_queues, load_columns, sums_of_squares, tiles_of
 from .integers import aligned, as_int64
 from .launch import Kernel
+from .metrics import COSINE
+from .norms import norms_of_rows
 from .products import split_dot, sum_of_split
 
 
@@ -157,6 +161,9 @@ def _group_maxima(
             p_f += sample_step * BLOCK_M
         else:
             b_x = b_x + load_columns(p_low + tile * BLOCK_M, QUEUES, PAIR, BLOCK_M)[None, :]
+        if INTERPRETED:
+            # Its maximum of NaN and a number is NaN.
+            b_x = tl.where(b_x == b_x, b_x, float("-inf"))
         b_x = in_order_of_queues(b_x, QUEUES, PAIR)
         # A group has columns that are far apart, as neighboring ones are alike.
         b_x = tl.reshape(b_x, [BLOCK_N, QUEUES, BLOCK_M // GROUPS, EACH])
@@ -168,13 +175,65 @@ def _group_maxima(
 
 
 @triton.jit
-def _kth_largest(b_x, k):
-    """The k-th largest of each row of b_x [rows, n], or less where some are equal."""
-    b_max = tl.max(b_x, 1)
+def _in_order(a, b):
+    return tl.maximum(a, b), tl.minimum(a, b)
+
+
+@triton.jit
+def _kth_largest(b_x, k, QUEUES: tl.constexpr):
+    """The k-th largest of each row of b_x [rows, n], or less where some are equal.
+
+    One maximum after another is removed from fours in descending order, of which only the first can
+    be the next one.
+    """
+    rows: tl.constexpr = b_x.shape[0]
+    FOURS: tl.constexpr = b_x.shape[1] // 4
+    # Numbers of a four are far apart among those of a thread: ptxas spills if they are adjacent.
+    b_x = tl.reshape(b_x, [rows, QUEUES, 2, 2, FOURS // QUEUES])
+    b_x = tl.reshape(tl.permute(b_x, [0, 1, 4, 2, 3]), [rows, FOURS, 2, 2])
+    b_even, b_odd = tl.split(b_x)
+    b_0, b_2 = tl.split(b_even)
+    b_1, b_3 = tl.split(b_odd)
+    b_0, b_1 = _in_order(b_0, b_1)
+    b_2, b_3 = _in_order(b_2, b_3)
+    b_0, b_2 = _in_order(b_0, b_2)
+    b_1, b_3 = _in_order(b_1, b_3)
+    b_1, b_2 = _in_order(b_1, b_2)
+    b_max = tl.max(b_0, 1)
     for _ in range(1, k):
-        b_x = tl.where(b_x == b_max[:, None], float("-inf"), b_x)
-        b_max = tl.max(b_x, 1)
+        m = b_0 == b_max[:, None]
+        b_0 = tl.where(m, b_1, b_0)
+        b_1 = tl.where(m, b_2, b_1)
+        b_2 = tl.where(m, b_3, b_2)
+        b_3 = tl.where(m, float("-inf"), b_3)
+        b_max = tl.max(b_0, 1)
     return b_max
+
+
+@triton.jit
+def _prepare_queries(
+    p_row,  # [BLOCK_N]: rows of query
+    p_to,  # [BLOCK_N]: where the scaled rows go; or None
+    p_norm,  # [BLOCK_N]
+    m_n,  # [BLOCK_N]
+    D,
+    METRIC: tl.constexpr,
+    RESCALE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Norms, for cosine those of scaled rows, else sums of squares; and the scaled rows.
+
+    All programs with the same queries store the same.
+    """
+    BLOCK_N: tl.constexpr = p_row.shape[0]
+    BLOCK: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
+    if METRIC == COSINE:
+        norm, _ = norms_of_rows(p_row, p_to, m_n, m_n, D, RESCALE, BLOCK_N, BLOCK)
+    else:
+        norm = sums_of_squares(p_row, m_n, D, BLOCK_N, BLOCK)
+    tl.store(p_norm, norm, m_n)
+    # Every thread may read what another one has stored.
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -191,14 +250,17 @@ def rows_of_block(block, first_b, first_n, rows_n, BLOCK_N: tl.constexpr):
 @Kernel
 def threshold_kernel(
     p_query,  # [B, N, D]
+    p_query_scaled,  # [B, N, D] contiguous: rows times a power of two; or None
     p_key,  # [B, M, D]; [3, B, M, D], the pieces, if products are split
     p_columns,  # [R] int64, or None
+    p_query_norm,  # [B, N] float32: for cosine norms of scaled rows, else sums of squares; or None
     p_factor,  # [B, tiles, BLOCK_M] float32, or None
     p_low,  # [B, tiles, BLOCK_M] float32, or None
     p_maxima,  # [queries of the launch, splits, GROUPS] float32
     first_b,
     first_n,
     rows_n,
+    N,
     M,
     D,
     columns,
@@ -209,11 +271,17 @@ def threshold_kernel(
     stride_qb1,
     stride_qb2,
     stride_qn,
+    stride_qsb1,
+    stride_qsb2,
+    stride_qsn,
     stride_kb1,
     stride_kb2,
     stride_km,
     stride_piece,
     ALIGN: tl.constexpr,
+    METRIC: tl.constexpr,
+    RESCALE: tl.constexpr,
+    OF_QUERIES: tl.constexpr,  # whether norms of the queries are computed here
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -230,6 +298,9 @@ def threshold_kernel(
     stride_qb1 = aligned(stride_qb1, ALIGN)
     stride_qb2 = aligned(stride_qb2, ALIGN)
     stride_qn = aligned(stride_qn, ALIGN)
+    stride_qsb1 = aligned(stride_qsb1, ALIGN)
+    stride_qsb2 = aligned(stride_qsb2, ALIGN)
+    stride_qsn = aligned(stride_qsn, ALIGN)
     stride_kb1 = aligned(stride_kb1, ALIGN)
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
@@ -239,8 +310,16 @@ def threshold_kernel(
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
     first = ((pid % splits) * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
-    o_d = tl.arange(0, BLOCK_D)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
+    p_to = p_query_scaled
+    if p_query_scaled is not None:
+        p_to = p_query_scaled + (b // B2) * stride_qsb1 + (b % B2) * stride_qsb2 + o_n * stride_qsn
+    if OF_QUERIES:
+        p_norm = p_query_norm + b * N + o_n
+        _prepare_queries(p_q, p_to, p_norm, m_n, D, METRIC, RESCALE, BLOCK_D)
+    if p_query_scaled is not None:
+        p_q = p_to
+    o_d = tl.arange(0, BLOCK_D)
     b_q = tl.load(p_q[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
     b_max = _group_maxima(
         b_q,
@@ -276,9 +355,10 @@ def threshold_kernel(
 @Kernel
 def sweep_kernel(
     p_query,  # [B, N, D]
+    p_query_scaled,  # [B, N, D] contiguous: rows times a power of two; or None
     p_key,  # [B, M, D]; [3, B, M, D], the pieces, if products are split
     p_columns,  # [R] int64, or None
-    p_query_norm,  # [B, N] float32: what the error of the queries depends on; or None
+    p_query_norm,  # [B, N] float32: for cosine norms of scaled rows, else sums of squares; or None
     p_factor,  # [B, tiles, BLOCK_M] float32, or None
     p_low,  # [B, tiles, BLOCK_M] float32, or None
     p_high,  # [B, tiles, BLOCK_M] float32, or None
@@ -306,11 +386,18 @@ def sweep_kernel(
     stride_qb1,
     stride_qb2,
     stride_qn,
+    stride_qsb1,
+    stride_qsb2,
+    stride_qsn,
     stride_kb1,
     stride_kb2,
     stride_km,
     stride_piece,
     ALIGN: tl.constexpr,
+    METRIC: tl.constexpr,
+    RESCALE: tl.constexpr,
+    OF_QUERIES: tl.constexpr,  # whether norms of the queries are computed here
+    BOUNDS: tl.constexpr,  # whether x are bounds of similarities
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -328,6 +415,9 @@ def sweep_kernel(
     stride_qb1 = aligned(stride_qb1, ALIGN)
     stride_qb2 = aligned(stride_qb2, ALIGN)
     stride_qn = aligned(stride_qn, ALIGN)
+    stride_qsb1 = aligned(stride_qsb1, ALIGN)
+    stride_qsb2 = aligned(stride_qsb2, ALIGN)
+    stride_qsn = aligned(stride_qsn, ALIGN)
     stride_kb1 = aligned(stride_kb1, ALIGN)
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
@@ -339,8 +429,16 @@ def sweep_kernel(
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
     first = (split * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
-    o_d = tl.arange(0, BLOCK_D)
     p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
+    p_to = p_query_scaled
+    if p_query_scaled is not None:
+        p_to = p_query_scaled + (b // B2) * stride_qsb1 + (b % B2) * stride_qsb2 + o_n * stride_qsn
+    if OF_QUERIES:
+        p_norm = p_query_norm + b * N + o_n
+        _prepare_queries(p_q, p_to, p_norm, m_n, D, METRIC, RESCALE, BLOCK_D)
+    if p_query_scaled is not None:
+        p_q = p_to
+    o_d = tl.arange(0, BLOCK_D)
     b_q = tl.load(p_q[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
     p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
     p_f = p_factor if p_factor is None else p_factor + b * tiles * BLOCK_M
@@ -380,11 +478,11 @@ def sweep_kernel(
             ONE_BLOCK_D,
             WHOLE_D,
         )
-    threshold = _kth_largest(b_max, k)
+    threshold = _kth_largest(b_max, k, QUEUES)
     # Below what is left of the k-th similarity after some roundings of relative size 2^-24, or of
     # absolute size 2^-149.
     threshold -= tl.abs(threshold) * 9.5e-7 + 7.5e-37
-    if p_query_norm is not None:
+    if BOUNDS:
         threshold -= 2.0 * tolerance * tl.load(p_query_norm + b * N + o_n, m_n, 0.0)
     b_below = -threshold[:, None]
     # Rows that there are not have no queues.
