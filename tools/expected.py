@@ -81,6 +81,7 @@ _OVER_D = {
     "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
     "for d in range(BLOCK_D, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D) - 1,
 }
+_NO_ZEROS = {"if tl.max(m_zero.to(tl.int32), 0) > 0": lambda n: 0}
 _OVER_K = {"for j in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K)}
 _OVER_C = {"for c0 in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C)}
 _OVER_O = {"for o0 in range(0, O, BLOCK_O)": lambda n: cdiv(n.O, n.BLOCK_O)}
@@ -138,12 +139,15 @@ def _share_of_tiles(n: Numbers) -> float:
 _OF_RANGE = {
     "for tile in range(first, last, sample_step)": lambda n: cdiv(_tiles_each(n), n.sample_step),
     "for d in range(0, BLOCK_D if ONE_BLOCK_D else D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
+    # Norms, in blocks of at most 64 channels.
+    "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, min(64, n.BLOCK_D)),
+    "for d in range(BLOCK_D, D, BLOCK_D)": lambda n: cdiv(n.D, min(64, n.BLOCK_D)) - 1,
 }
 
 
 _ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")}
 EXPECTED = {
-    "norms_kernel": Expected(_OVER_D),
+    "norms_kernel": Expected(_OVER_D, _NO_ZEROS),
     "exact_topk_kernel": Expected(
         _OVER_D
         | {
@@ -210,13 +214,11 @@ EXPECTED = {
         },
         {
             "if pid < of_columns": _share_of_tiles,
-            "elif pid < of_columns + key_programs": lambda n: (
-                n.key_programs / max(1, n.programs - _tiles(n) * n.B)
-            ),
             "if tile == 0": lambda n: 1 / _tiles(n),
+            **_NO_ZEROS,
         },
     ),
-    "threshold_kernel": Expected(_OF_RANGE),
+    "threshold_kernel": Expected(_OF_RANGE, _NO_ZEROS),
     "sweep_kernel": Expected(
         _OF_RANGE
         | {
@@ -225,7 +227,7 @@ EXPECTED = {
             "for tile in range(first, last):": _tiles_each,
             "b_count = tl.inline_asm_elementwise": _turns_of_word,
         },
-        {"if tl.max(m_short.to(tl.int32), 0) > 0": lambda n: 0},
+        {"if tl.max(m_short.to(tl.int32), 0) > 0": lambda n: 0, **_NO_ZEROS},
     ),
     "finish_kernel": Expected(
         _OVER_D

@@ -63,7 +63,7 @@ def norms_of_rows(
     norm = tl.sqrt_rn(b_sum)
     # Not finite: the unit vector is NaN.
     norm = tl.where(norm < float("inf"), norm, float("nan"))
-    norm = tl.where(tl.div_rn(norm, scale) <= 1e-12, 0.0, norm)
+    norm = tl.where(norm <= 1e-12 * scale, 0.0, norm)
     if p_to is not None:
         # Products of a row that counts as zero are zero.
         m_zero = m_to & (norm == 0.0)

@@ -243,8 +243,8 @@ def rows_of_block(block, first_b, first_n, rows_n, BLOCK_N: tl.constexpr):
     A launch has `rows_n` queries, from number `first_n` on, of batch elements from `first_b` on.
     """
     blocks = tl.cdiv(rows_n, BLOCK_N)
-    o = (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return first_b + block // blocks, first_n + o, o < rows_n, (block // blocks) * rows_n + o
+    b, o = block // blocks, (block % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return first_b + b, first_n + o, o < rows_n, b.to(tl.int64) * rows_n + o
 
 
 @Kernel
@@ -305,15 +305,17 @@ def threshold_kernel(
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
     stride_piece = aligned(stride_piece, ALIGN)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
+    b1, b2 = b // B2, b % B2
+    b = b.to(tl.int64)
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
-    first = ((pid % splits) * tiles_each).to(tl.int32)
+    first = ((pid % splits).to(tl.int64) * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
-    p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
+    p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + o_n * stride_qn
     p_to = p_query_scaled
     if p_query_scaled is not None:
-        p_to = p_query_scaled + (b // B2) * stride_qsb1 + (b % B2) * stride_qsb2 + o_n * stride_qsn
+        p_to = p_query_scaled + b1 * stride_qsb1 + b2 * stride_qsb2 + o_n * stride_qsn
     if OF_QUERIES:
         p_norm = p_query_norm + b * N + o_n
         _prepare_queries(p_q, p_to, p_norm, m_n, D, METRIC, RESCALE, BLOCK_D)
@@ -325,7 +327,7 @@ def threshold_kernel(
         b_q,
         p_q,
         m_n,
-        p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2,
+        p_key + b1 * stride_kb1 + b2 * stride_kb2,
         p_columns,
         p_factor if p_factor is None else p_factor + b * tiles * BLOCK_M,
         p_low if p_low is None else p_low + b * tiles * BLOCK_M,
@@ -423,16 +425,18 @@ def sweep_kernel(
     stride_km = aligned(stride_km, ALIGN)
     stride_piece = aligned(stride_piece, ALIGN)
     LEAVES: tl.constexpr = BLOCK_M // QUEUES
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     b, o_n, m_n, o_r = rows_of_block(pid // splits, first_b, first_n, rows_n, BLOCK_N)
+    b1, b2 = b // B2, b % B2
+    b = b.to(tl.int64)
     split = pid % splits
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
-    first = (split * tiles_each).to(tl.int32)
+    first = (split.to(tl.int64) * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
-    p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + o_n * stride_qn
+    p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + o_n * stride_qn
     p_to = p_query_scaled
     if p_query_scaled is not None:
-        p_to = p_query_scaled + (b // B2) * stride_qsb1 + (b % B2) * stride_qsb2 + o_n * stride_qsn
+        p_to = p_query_scaled + b1 * stride_qsb1 + b2 * stride_qsb2 + o_n * stride_qsn
     if OF_QUERIES:
         p_norm = p_query_norm + b * N + o_n
         _prepare_queries(p_q, p_to, p_norm, m_n, D, METRIC, RESCALE, BLOCK_D)
@@ -440,7 +444,7 @@ def sweep_kernel(
         p_q = p_to
     o_d = tl.arange(0, BLOCK_D)
     b_q = tl.load(p_q[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
-    p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+    p_k = p_key + b1 * stride_kb1 + b2 * stride_kb2
     p_f = p_factor if p_factor is None else p_factor + b * tiles * BLOCK_M
     p_l = p_low if p_low is None else p_low + b * tiles * BLOCK_M
 
