@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import Live
 from test_peak import SHAPES, WORKSPACE, Shape
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools import aot_table
 from tools.aot_table import ARCHITECTURES, RESULTS, VERSIONS, Row, Table
@@ -351,29 +350,6 @@ def test_which_sums_of_tensor_cores_are_returned(metric: str, D: int, small: boo
     launches = aot.record(90, torch.float16, [functools.partial(aot.run_both_ways, **options)])
     names = {launch["kernel"] for launch in launches}
     assert ("select_small_kernel" in names, "exact_topk_kernel" in names) == (small, not small)
-
-
-class Live(TorchDispatchMode):
-    """The bytes of tensors that operators have made and that are still there, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self.seen: Any = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for X in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(X, torch.Tensor) and X.untyped_storage() not in self.seen:
-                storage = X.untyped_storage()
-                self.seen.add(storage)
-                self.bytes += storage.nbytes()
-                weakref.finalize(storage, self.free, storage.nbytes())
-        self.peak = max(self.peak, self.bytes)
-        return result
-
-    def free(self, size: int) -> None:
-        self.bytes -= size
 
 
 # 33 to 45 bytes for a pair are more than the contract allows where k exceeds the channels.

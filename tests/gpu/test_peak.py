@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Peak memory on the GPU: of a forward by a formula, of a backward by an upper bound."""
+"""Peak memory on the GPU: of a forward what its tensors take, and of all an upper bound."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from allocations import Live
 
 ops = torch.ops.convnn
 pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.cuda_only]
@@ -47,35 +48,35 @@ SHAPES = [
 ]
 
 
-def forward_bytes(shape: Shape, backend: str) -> int:
-    """One forward above its inputs: similarities and indices, and then either the output or the
-    memory of the selection: norms, scaled rows of query and key, and its workspace.
+def cuda_forward_bytes(shape: Shape) -> int:
+    """One forward of the CUDA backend above its inputs: similarities and indices, and then either
+    the output or the memory of the selection: scaled rows of query and key, a power of two and an
+    inverse norm of each, and its workspace.
     """
     B, N, M, C, k = shape.B, shape.N, shape.M, shape.C, shape.k
     size = shape.dtype.itemsize
     scaled = 0 if shape.dtype == F16 else size * C
-    # A norm, a power of two and an inverse norm of each row, or only the last two.
-    work = B * (N + M) * (scaled + (12 if backend == "triton" else 8))
+    work = B * (N + M) * (scaled + 8)
     group = 8 if M < 4096 else 16 if M < 16384 else 32 if M < 2**18 else 64
-    listed = 1 << (k - 1).bit_length() if backend == "triton" else k
-    is_small = backend == "triton" and size == 2 and M <= 1024 and k <= 32
-    if k <= 256 and max(256, 2 * listed * group) < M and not is_small:
-        block = 128 if backend == "triton" else 64
-        row_blocks = B * -(-N // block)
-        groups = -(-M // group)
-        if backend == "triton":
-            groups = 16 * -(-groups // 16)
-        of_block = 4 * block * (groups + listed)
-        work += of_block * max(1, min(row_blocks, WORKSPACE // of_block))
-    elif k > 256 and backend == "triton":
-        work += 8 * B * N
-    output = B * N * C * size
+    if k <= 256 and max(256, 2 * k * group) < M:
+        of_block = 4 * 64 * (-(-M // group) + k)
+        work += of_block * max(1, min(B * -(-N // 64), WORKSPACE // of_block))
+    # rho of each neighbor, and a dense weight in the order of the kernel.
+    output = B * N * (C * size + 4 * k)
     if shape.weight == "dense":
-        # The weight in the order of the kernel, and in CUDA C++ rho of each neighbor.
         output += C * C * k * size
-    if backend == "cuda":
-        output += 4 * B * N * k
     return B * N * k * 12 + max(work, output)
+
+
+def triton_forward_bytes(arguments: tuple[torch.Tensor, ...], k: int) -> int:
+    """One forward of the Triton backend above its inputs: the tensors that it makes."""
+    from convnn_kernels.triton import backend
+
+    forward = backend.operators()["convnn::forward"]
+    options = (None, None, None, None, "cosine", "softmax", 1.0, "similarity")
+    with Live() as live:
+        forward(*arguments[:3], k, arguments[3], *options)
+    return live.peak
 
 
 def rise(run: Callable[[], object]) -> int:
@@ -100,9 +101,17 @@ def test_forward(
 ) -> None:
     tensors = [X.detach() for X in shape.inputs(device)]
     measured = rise(lambda: ops.forward(*tensors[:3], shape.k, tensors[3]))
-    expected = forward_bytes(shape, backend)
+    expected = (
+        triton_forward_bytes(tuple(tensors), shape.k)
+        if backend == "triton"
+        else cuda_forward_bytes(shape)
+    )
     record_property("forward bytes", measured)
     assert measured == pytest.approx(expected, rel=0.02), f"{measured / expected:.3f} of it"
+    B, N, M, C, k = shape.B, shape.N, shape.M, shape.C, shape.k
+    results = B * N * (12 * k + C * shape.dtype.itemsize)
+    bound = results + 8 * B * (N * k + N * C + M * 2 * C) + WORKSPACE
+    assert measured <= bound, f"{measured / bound:.3f} of the bound"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
