@@ -134,11 +134,13 @@ def run_both_ways(
     M: int = 0,
     itself: bool = False,
     backward: bool = True,
+    of_similarities: bool = False,
     only: torch.dtype | None = None,
 ) -> None:
     """`forward` and its backward, or else `select`, of which only the launches matter.
 
-    M is N if it is 0. `itself`: key is query.
+    M is N if it is 0. `itself`: key is query. `of_similarities`: they have a gradient, too, or with
+    `select` their only one.
     """
     if only not in (None, dtype):
         return
@@ -155,13 +157,27 @@ def run_both_ways(
         rows, keys = (torch.empty(n, dtype=torch.int64) for n in (N, M))
     rows_or_none = keys if candidates else None, rows if with_self else None
     if not backward:
-        operator("select")(query, key, k, *rows_or_none, mask, metric, order)
+        s, I = operator("select")(query, key, k, *rows_or_none, mask, metric, order)
+        if of_similarities:
+            operator("select_backward")(s, query, key, s, I, metric, True, True)
         return
     Y, s, I = operator("forward")(
         query, key, value, k, W, bias, *rows_or_none, mask, metric, rho, 1.0, order
     )
     operator("forward_backward")(
-        Y, None, query, key, value, W, s, I, True, metric, rho, 1.0, *[True] * 5
+        Y,
+        s if of_similarities else None,
+        query,
+        key,
+        value,
+        W,
+        s,
+        I,
+        True,
+        metric,
+        rho,
+        1.0,
+        *[True] * 5,
     )
 
 
@@ -178,6 +194,8 @@ def configurations(quick: bool) -> list[Any]:
         return calls
     select = {**plain, "weight": "none", "backward": False}
     calls += [call(**plain | {"D": 256, "k": 40}, weight="none", metric="dot")]
+    calls += [call(**select, of_similarities=True)]
+    calls += [call(**plain | {"k": 3}, weight="depthwise", of_similarities=True)]
     calls += [call(**select | {"D": 3}, only=torch.float32)]
     calls += [call(**select, itself=True)]
     options = {"candidates": True, "with_self": True, "masked": True, "order": "index"}
