@@ -193,7 +193,16 @@ _SWEEP: dict[int, dict[str, Config]] = {
         "32": _config(BLOCK_N=64, BLOCK_M=32, QUEUES=4, PAIR=2, num_warps=4, num_stages=2),
     },
     90: {
-        "16": _config(BLOCK_N=256, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=16, num_stages=2),
+        # With 16 warps, and half of the registers, some variants spill.
+        "16": _config(
+            BLOCK_N=256,
+            BLOCK_M=128,
+            QUEUES=4,
+            PAIR=2,
+            num_warps=8,
+            num_stages=2,
+            maxnreg=MOST_REGISTERS,
+        ),
         "16, groups": _config(
             BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2
         ),
@@ -203,7 +212,15 @@ _SWEEP: dict[int, dict[str, Config]] = {
     },
     100: {
         "16": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=2, PAIR=32, num_warps=8, num_stages=3),
-        "32": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=2, PAIR=32, num_warps=8, num_stages=2),
+        "32": _config(
+            BLOCK_N=128,
+            BLOCK_M=64,
+            QUEUES=2,
+            PAIR=32,
+            num_warps=8,
+            num_stages=2,
+            maxnreg=MOST_REGISTERS,
+        ),
     },
 }
 # Channels in a step of the sweep: all of them up to the first number, else the second.
@@ -248,10 +265,10 @@ def queue_length(CAP: int, splits: int) -> int:
     return CAP if splits == 1 else max(16, CAP // 2)
 
 
-def column_splits(arch: int, num_warps: int, row_blocks: int, tiles: int) -> int:
+def column_splits(arch: int, BLOCK_N: int, row_blocks: int, tiles: int) -> int:
     """Into how many ranges the columns of a row block are divided: enough programs to fill a chip
-    twice, each with several tiles. A multiprocessor has room for 16 warps."""
-    programs = 4 if arch == INTERPRETER else 264 * 16 // num_warps
+    twice, each with several tiles. A multiprocessor has room for 256 rows."""
+    programs = 4 if arch == INTERPRETER else 264 * 256 // BLOCK_N
     return max(1, min(programs // row_blocks, tiles // 8, 8))
 
 

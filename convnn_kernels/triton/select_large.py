@@ -99,7 +99,7 @@ def sweep_of(search: Search) -> Sweep:
     config = configs.sweep(search.arch, bits, Q.D, search.columns, search.k)
     tiles = _tiles(search.columns, config)
     row_blocks = Q.B * cdiv(Q.N, config["BLOCK_N"])
-    splits = configs.column_splits(search.arch, config.get("num_warps", 4), row_blocks, tiles)
+    splits = configs.column_splits(search.arch, config["BLOCK_N"], row_blocks, tiles)
     # No range without tiles.
     splits = cdiv(tiles, cdiv(tiles, splits))
     config["CAP"] = configs.queue_length(config["CAP"], splits)
