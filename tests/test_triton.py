@@ -7,6 +7,8 @@ They need a process of their own, started with ``TRITON_INTERPRET=1``: `make tes
 import dataclasses
 import math
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from itertools import islice, product
@@ -466,16 +468,69 @@ def test_strides(layout: str) -> None:
     assert_forward(ops.forward, make(0), make(1), make(2), 3, normal(8, 1, 3, seed=3))
 
 
-def test_several_launches_and_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize(("dtype", "D"), [(F16, 16), (F32, 8), (F32, 40)])
+@pytest.mark.parametrize("what", ["keys", "itself", "candidates", "shared"])
+def test_several_launches_and_splits(
+    what: str, dtype: torch.dtype, D: int, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A workspace for one block of rows at a time, and two ranges of columns."""
-    query, key = normal(2, 70, 8), normal(2, 300, 8, seed=1)
-    whole = ops.select(query, key, 4)
+    query, key = normal(2, 20, D, dtype=dtype), normal(2, 300, D, seed=1, dtype=dtype)
+    key[:, 7], query[:, 3] = 0, 0
+    if what == "itself":
+        query = key = key[:, :160]
+    if what == "shared":
+        query = query[:1].expand(2, 20, D)
+    options = {"metric": metric}
+    if what == "candidates":
+        options["candidates"] = torch.arange(299, 40, -1)
+    whole = ops.select(query, key, 4, **options)
     monkeypatch.setattr(configs, "WORKSPACE", 1)
     monkeypatch.setattr(configs, "allowed_memory", lambda *_: 0)
     monkeypatch.setattr(configs, "column_splits", lambda *_: 2)
     forget_plans()
-    parts = ops.select(query, key, 4)
+    parts = ops.select(query, key, 4, **options)
     assert all(map(torch.equal, whole, parts))
+
+
+def test_candidates_of_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their values are not looked at on a GPU."""
+    from convnn_kernels.triton.select import select
+
+    candidates = torch.arange(200)
+    s, I = select(normal(3, 8), normal(0, 8), 2, candidates, None, None, "dot", "similarity")
+    assert torch.equal(s, torch.full((3, 2), -math.inf))
+    assert not I.any()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("M", [40, 300])
+def test_nothing_beyond_the_tensors_is_read(M: int, metric: str) -> None:
+    """A page behind query and key that must not be touched: a process of its own, as it would be
+    ended."""
+    code = f"""
+import ctypes, mmap, torch
+from convnn_kernels.triton.select import select
+keep = []
+def guarded(X):
+    page, size = mmap.PAGESIZE, X.numel() * X.element_size()
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + page)
+    keep.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + pages), page, 0) == 0
+    Y = torch.frombuffer(memory, dtype=X.dtype, count=X.numel(), offset=pages - size)
+    return Y.view(X.shape).copy_(X)
+query, key = guarded(torch.randn(5, 32)), guarded(torch.randn({M}, 32))
+for dtype in (torch.float32, torch.float16):
+    tensors = (guarded(query.to(dtype)), guarded(key.to(dtype)))
+    s, I = select(*tensors, 2, None, torch.arange(5), None, "{metric}", "similarity")
+    assert s.isfinite().all()
+print("nothing was touched")
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "nothing was touched" in done.stdout, done.stderr
 
 
 def test_the_same_from_run_to_run() -> None:

@@ -98,4 +98,8 @@ def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch: pytest.Monkey
     assert not checked
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert self_check.passes(device, torch.float32)
-    assert checked
+    assert checked == [1]
+    # Another product is another check.
+    assert self_check.passes(device, torch.float32, tf32=True)
+    assert self_check.passes(device, torch.float32, tf32=True)
+    assert checked == [1, 1]

@@ -105,7 +105,8 @@ class Hits:
         B = sweep.search.Q.B
         listed = pointers.tensor("p_listed").view(-1, B)[number]
         rows = pointers.tensor("p_rows").view(B, -1)
-        self.listed += [(b, n) for b in range(B) for n in set(rows[b, : int(listed[b])].tolist())]
+        self.listed += [(b, n) for b in range(B) for n in rows[b, : int(listed[b])].tolist()]
+        assert len(set(self.listed)) == len(self.listed), "listed twice"
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:

@@ -154,9 +154,11 @@ def columns_kernel(
     p_high,  # [B, tiles, BLOCK_M] float32, or None
     p_valid,  # [B, tiles, QUEUES] int32: the first column of a queue in the highest bit
     p_listed,  # [lists, B] int32: set to 0
+    p_is_listed,  # [B, N] int32: set to 0; or None
     p_weight,  # [C, 1, k] contiguous, or None
     p_weight_rows,  # [k, C] contiguous: the weight for `finish_kernel`; or None
     key_programs,  # how many have rows of key: none without candidates
+    N,
     M,
     D,
     columns,
@@ -241,6 +243,10 @@ def columns_kernel(
         if tile == 0:
             for i in range(0, lists):
                 tl.store(p_listed + as_int64(i) * B + b, 0)
+        if p_is_listed is not None:
+            for start in range(tile.to(tl.int32) * BLOCK_M, N, tiles.to(tl.int32) * BLOCK_M):
+                o_n = start + tl.arange(0, BLOCK_M)
+                tl.store(p_is_listed + b * N + o_n, 0, o_n < N)
         if p_weight is not None:
             # The tiles of the first batch element share the weight.
             size = C * k * (b == 0).to(tl.int32)

@@ -82,7 +82,7 @@ def exact_topk_kernel(
     p_mask,  # [B, M] bool, or None
     p_self,  # [N] int64, or None
     p_listed,  # [lists, B] int32: how many rows are listed; or None: all rows
-    p_rows,  # [B, rows_each] int32: these rows, or None
+    p_rows,  # [B, N] int32: these rows, or None
     p_bound,  # [B, N] int64, or None
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
@@ -95,7 +95,6 @@ def exact_topk_kernel(
     B,
     B2,
     list_number,
-    rows_each,
     slots,  # programs of a batch element
     stride_qb1,
     stride_qb2,
@@ -147,7 +146,10 @@ def exact_topk_kernel(
         o_n = block * ROWS + tl.arange(0, ROWS)
         m_n = o_n < count
         if p_listed is not None:
-            o_n = tl.load(p_rows + b * rows_each + o_n, m_n, 0)
+            o_n = tl.load(p_rows + b * N + o_n, m_n, 0)
+        else:
+            # Loads of queries have no mask.
+            o_n = tl.where(m_n, o_n, 0)
         p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + o_n * stride_qn
         if METRIC == COSINE:
             inverse_q = _inverse(tl.load(p_query_norm + b * N + o_n, m_n, 0.0))
@@ -257,11 +259,9 @@ def prepare_exact_topk(
     search: Search,
     names: dict[str, str | None],
     list_number: int | None = None,
-    splits: int = 1,
     first_rank: int = 0,
 ) -> Launch:
-    """For all rows, or those that a sweep with `splits` ranges of columns has put into a list; and
-    neighbors from `first_rank` on."""
+    """For all rows, or those that a sweep has listed; and neighbors from `first_rank` on."""
     Q, k = search.Q, search.k
     config = configs.exact_topk(search.arch, search.bits, Q.D, k, search.metric)
     slots = cdiv(Q.N, config["ROWS"])
@@ -283,7 +283,6 @@ def prepare_exact_topk(
         B=Q.B,
         list_number=list_number or 0,
         first_rank=first_rank,
-        rows_each=splits * Q.N,
         slots=slots,
         ONE_BLOCK_D=0 < Q.D <= config["BLOCK_D"],
         WHOLE_D=Q.D % config["BLOCK_D"] == 0,

@@ -49,16 +49,12 @@ def norms_of_rows(
         exponent = tl.minimum(tl.maximum(exponent, 1), 253)
         scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
-    b_sum = tl.zeros([ROWS], tl.float32)
-    for d in range(0, D, BLOCK_D):
+    b_x = b_first.to(tl.float32) * scale[:, None]
+    b_sum = tl.sum(b_x * b_x, 1)
+    for d in range(BLOCK_D, D, BLOCK_D):
         m_x = m_r[:, None] & (d + o_d < D)[None, :]
-        b_x = b_first
-        if d > 0:
-            b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0)
-        b_x = b_x.to(tl.float32) * scale[:, None]
-        if p_to is not None:
-            m_out = m_to[:, None] & m_x
-            tl.store(p_to[:, None] + (d + o_d)[None, :], b_x.to(p_to.dtype.element_ty), m_out)
+        b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0).to(tl.float32)
+        b_x = b_x * scale[:, None]
         b_sum += tl.sum(b_x * b_x, 1)
     norm = tl.sqrt_rn(b_sum)
     # Not finite: the unit vector is NaN.
@@ -66,13 +62,14 @@ def norms_of_rows(
     norm = tl.where(norm <= 1e-12 * scale, 0.0, norm)
     if p_to is not None:
         # Products of a row that counts as zero are zero.
-        m_zero = m_to & (norm == 0.0)
-        if tl.max(m_zero.to(tl.int32), 0) > 0:
-            tl.debug_barrier()
-            for d in range(0, D, BLOCK_D):
-                m_out = m_zero[:, None] & (d + o_d < D)[None, :]
-                b_zero = tl.zeros([ROWS, BLOCK_D], p_to.dtype.element_ty)
-                tl.store(p_to[:, None] + (d + o_d)[None, :], b_zero, m_out)
+        b_scale = tl.where(norm == 0.0, 0.0, scale)[:, None]
+        for d in range(0, D, BLOCK_D):
+            m_x = m_r[:, None] & (d + o_d < D)[None, :]
+            b_x = b_first
+            if d > 0:
+                b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0)
+            b_x = (b_x.to(tl.float32) * b_scale).to(p_to.dtype.element_ty)
+            tl.store(p_to[:, None] + (d + o_d)[None, :], b_x, m_to[:, None] & m_x)
     return norm, scale
 
 

@@ -80,6 +80,9 @@ def prepare(
 ) -> tuple[Search, dict[str, Tensor | None]]:
     """The search that the arguments of `select` ask for, and its tensors by parameter."""
     K, K_layout = rows_of(key)
+    if K_layout.N == 0:
+        # There is nothing that a candidate could be.
+        candidates = None
     one_tensor = is_same(query, key)
     Q, Q_layout = (K, K_layout) if one_tensor else rows_of(query)
     mask, mask_layout = (None, None) if key_mask is None else rows_of(key_mask.unsqueeze(-2))

@@ -10,6 +10,8 @@ S is never stored. This file chooses among four strategies, which return the sam
 | exact_topk.py | all columns, in one launch | fewer than 512 columns, or k <= 256 |
 | exact_topk.py | a pass for each 256 neighbors | k > 256 |
 
+Some blocks of select_large.py allow only k <= 48 or 24 (`configs.allows_sweep`).
+
 Shapes in all of them: query [B, N, D], key [B, M, D], columns [R] or None, mask [B, M] or None,
 self [N] or None. The batch B is two dimensions of any strides, b = b1 * B2 + b2.
 """
@@ -73,5 +75,5 @@ def is_large(search: Search, device: torch.device) -> bool:
     """Whether `select_large` takes a search."""
     D, columns, k = search.Q.D, search.columns, search.k
     return configs.allows_sweep(search.arch, search.bits, D, columns, k) and self_check.passes(
-        device, search.dtype
+        device, search.dtype, search.tf32
     )

@@ -46,13 +46,13 @@ class Sweep(NamedTuple):
         return self.splits * (of_threshold + of_queues)
 
     @property
-    def of_queries(self) -> bool:
+    def needs_query_norms(self) -> bool:
         """Whether norms of the queries are needed, and are not those of the keys."""
         is_cosine = self.search.metric == "cosine"
         return (is_cosine and not self.search.one_tensor) or (self.needs_bounds and not is_cosine)
 
     @property
-    def rows(self) -> tuple[Layout, Layout]:
+    def layouts(self) -> tuple[Layout, Layout]:
         """The queries and keys that the first kernel of the sweep reads."""
         Q, K = self.search.Q, self.search.K
         scaled = self.search.scales_rows
@@ -68,7 +68,8 @@ class Sweep(NamedTuple):
     @property
     def tolerance(self) -> float:
         """A bound of the error of a product of D channels and of a sum of squared differences,
-        relative to ||q||^2 + ||k||^2; see `configs.screen_precision`."""
+        relative to ||q||^2 + ||k||^2: for each channel a unit of 2^-24 of either, and 32 for what
+        else is rounded; see `configs.screen_precision` and `needs_bounds`."""
         return (2 * self.search.Q.D + 32) * 2.0**-24 if self.needs_bounds else 0.0
 
     def numbers(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def sweep_of(search: Search) -> Sweep:
     # No range without tiles.
     splits = cdiv(tiles, cdiv(tiles, splits))
     config["CAP"] = configs.queue_length(config["CAP"], splits)
-    precision = configs.screen_precision(bits, search.tf32)
+    precision = configs.screen_precision(bits, search.tf32, metric)
     needs_bounds = configs.needs_bounds(bits, Q.D, metric, search.tf32)
     return Sweep(search, config, precision, needs_bounds, splits)
 
@@ -121,21 +122,22 @@ def columns_of(sweep: Sweep, aggregation: Aggregation | None = None) -> Columns:
     search = sweep.search
     Q, K, is_cosine = search.Q, search.K, search.metric == "cosine"
     f32, per_column = torch.float32, Q.B * sweep.tiles * sweep.config["BLOCK_M"]
-    splits = sweep.precision == "split"
+    splits, scales = sweep.precision == "split", search.scales_rows
     piece = torch.float32 if hardware.interpreted() else torch.bfloat16
     by_bounds = sweep.needs_bounds and not is_cosine
     buffers: dict[str, Buffer] = {
         "p_valid": (Q.B * sweep.tiles * sweep.config["QUEUES"], torch.int32),
-        "p_rows": (Q.B * Q.N * sweep.splits, torch.int32),
+        "p_rows": (Q.B * Q.N, torch.int32),
     }
     wanted = {
+        "p_is_listed": (sweep.splits > 1, (Q.B * Q.N, torch.int32)),
         "p_factor": (not by_bounds, (per_column, f32)),
         "p_low": (by_bounds, (per_column, f32)),
         "p_high": (by_bounds, (per_column, f32)),
-        "p_query_norm": (sweep.of_queries, (Q.B * Q.N, f32)),
+        "p_query_norm": (sweep.needs_query_norms, (Q.B * Q.N, f32)),
         "p_key_norm": (is_cosine, (K.B * K.N, f32)),
-        "p_query_scaled": (search.scales_rows and sweep.of_queries, (_rows(Q), search.dtype)),
-        "p_key_scaled": (search.scales_rows, (_rows(K), search.dtype)),
+        "p_query_scaled": (sweep.needs_query_norms and scales, (_rows(Q), search.dtype)),
+        "p_key_scaled": (scales, (_rows(K), search.dtype)),
         "p_key_pieces": (splits, (3 * sweep.stride_piece, piece)),
     }
     own_names: dict[str, str | None] = {}
@@ -233,7 +235,7 @@ def prepare_sweep(
     sweep: Sweep, part: Part, list_number: int, names: dict[str, str | None]
 ) -> list[Launch]:
     """The hits of some queries."""
-    Q, K = sweep.rows
+    Q, K = sweep.layouts
     scaled = Q.contiguous()
     numbers = part_numbers(sweep, part) | {
         "list_number": list_number,
@@ -244,7 +246,7 @@ def prepare_sweep(
     }
     blocks = part.count_b * cdiv(part.rows_n, sweep.config["BLOCK_N"])
     own_names = dict(names)
-    if sweep.of_queries:
+    if sweep.needs_query_norms:
         own_names.pop("p_query", None)
     if sweep.splits == 1:
         own_names["p_maxima"] = None
@@ -257,7 +259,7 @@ def prepare_sweep(
             sweep.config,
             own_names,
             **numbers,
-            OF_QUERIES=sweep.of_queries and number == 0,
+            OF_QUERIES=sweep.needs_query_norms and number == 0,
         )
         for number, kernel in enumerate((*kernels, sweep_kernel))
     ]
@@ -289,7 +291,7 @@ def plan_select_large(search: Search, aggregation: Aggregation | None) -> Plan:
         numbers = part_numbers(sweep, part)
         launches += [
             *prepare_sweep(sweep, part, number, columns.names),
-            prepare_exact_topk(search, columns.names, number, sweep.splits),
+            prepare_exact_topk(search, columns.names, number),
             prepare_finish(search, sweep.needs_bounds, numbers, columns.names, aggregation),
         ]
     return Plan(launches, **buffers)

@@ -141,7 +141,7 @@ def _group_maxima(
     p_tile = p_k + _tile_start(first, columns, BLOCK_M, ADVANCE) * stride_km
     # From the tile before it to the last one, which ends with the last column.
     last_step = (columns - BLOCK_M - (tiles - 1 - sample_step) * ADVANCE) * stride_km
-    p_f = p_factor if p_factor is None else p_factor + first * BLOCK_M
+    p_f = p_factor if p_factor is None else p_factor + as_int64(first) * BLOCK_M
     for tile in range(first, last, sample_step):
         b_x = _multiply(
             b_q,
@@ -160,7 +160,8 @@ def _group_maxima(
             b_x = b_x * load_columns(p_f, QUEUES, PAIR, BLOCK_M)[None, :]
             p_f += sample_step * BLOCK_M
         else:
-            b_x = b_x + load_columns(p_low + tile * BLOCK_M, QUEUES, PAIR, BLOCK_M)[None, :]
+            p_l = p_low + as_int64(tile) * BLOCK_M
+            b_x = b_x + load_columns(p_l, QUEUES, PAIR, BLOCK_M)[None, :]
         if INTERPRETED:
             # Its maximum of NaN and a number is NaN.
             b_x = tl.where(b_x == b_x, b_x, float("-inf"))
@@ -368,8 +369,9 @@ def sweep_kernel(
     p_maxima,  # [queries of the launch, splits, GROUPS] float32; or None: there is one range
     p_queue,  # [queries of the launch, splits, QUEUES, CAP] int64: product and number of a hit
     p_count,  # [queries of the launch, splits, QUEUES] int32: hits, of which CAP are stored
-    p_listed,  # [B] int32 from number `list` on: how many rows of a batch element are listed
-    p_rows,  # [B, splits * N] int32: which, in any order, and perhaps twice
+    p_listed,  # [lists, B] int32: how many rows of a batch element are listed
+    p_rows,  # [B, N] int32: which, in any order
+    p_is_listed,  # [B, N] int32, 0 at first: whether one of the ranges has listed a row; or None
     list_number,
     first_b,
     first_n,
@@ -500,8 +502,8 @@ def sweep_kernel(
     p_tile = p_k + _tile_start(first, columns, BLOCK_M, ADVANCE) * stride_km
     last_step = (columns - BLOCK_M - (tiles - 2) * ADVANCE) * stride_km
     if p_f is not None:
-        p_f += first * BLOCK_M
-    p_v += first * QUEUES
+        p_f += as_int64(first) * BLOCK_M
+    p_v += as_int64(first) * QUEUES
     for tile in range(first, last):
         b_s = _multiply(
             b_q,
@@ -538,6 +540,9 @@ def sweep_kernel(
 
     m_short = m_n & (tl.max(b_count, 1) > CAP)
     if tl.max(m_short.to(tl.int32), 0) > 0:
+        if p_is_listed is not None:
+            listed = tl.atomic_xchg(p_is_listed + b * N + o_n, 1, m_short, sem="relaxed")
+            m_short = m_short & (listed == 0)
         p_number = p_listed + as_int64(list_number) * B + b + tl.zeros([BLOCK_N], tl.int64)
         place = tl.atomic_add(p_number, 1, m_short, sem="relaxed")
-        tl.store(p_rows + b * splits * N + place, o_n.to(tl.int32), m_short)
+        tl.store(p_rows + b * N + place, o_n.to(tl.int32), m_short)
