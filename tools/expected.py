@@ -232,11 +232,11 @@ EXPECTED = {
         | {
             "for split in range(splits)": lambda n: n.splits,
             "for start in range(LIST, end, LIST)": lambda n: 1,
-            "for j in range(k)": lambda n: n.k,
+            "for start in range(0, k, 2)": lambda n: cdiv(n.k, 2),
             "for j in range(0, k, AT_ONCE)": lambda n: cdiv(n.k, n.AT_ONCE),
             "for c in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C),
         },
-        {"if end > LIST": _has_more},
+        {"if end > LIST": _has_more, "if complete": lambda n: 1, "if not complete": lambda n: 0},
         {"b_w = tl.load": lambda n: 0},  # C rows, which all programs read
     ),
     "query_side_kernel": Expected(

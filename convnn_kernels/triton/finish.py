@@ -30,6 +30,8 @@ from .order import (
     NO_ORDER,
     NOTHING,
     ORDER_OF_SELF,
+    from_orderable,
+    index_of,
     largest,
     merge,
     order_of,
@@ -124,29 +126,26 @@ def _keys(
     if METRIC == COSINE:
         b_s = cosine(b_s, norm_q[:, None] * tl.load(p_norm + b_row, m, 1.0))
     b_key = tl.where(m, pack(orderable(b_s), b_row.to(tl.int64)), NOTHING)
-    return b_key, tl.max(b_total, 1), tl.max(b_most, 1)
+    return b_key, b_total, b_most
 
 
 @triton.jit
-def _best(b_list, k, LOG_LIST: tl.constexpr):
-    """The k largest of each row of b_list [rows, 2**LOG_LIST], descending, then NOTHING.
+def _ranks(b_order, k):
+    """The place of each entry of b_order [rows, n] in its row's descending order, from k on any
+    number. Whether all are right: each row has k entries, and no two of them are equal.
 
-    One after another: the largest order, and the lowest index that has it. Where fewer than k are
-    left, there is an empty entry, whose 0 is larger than what stands for an index.
+    What is equal gets one place, and then more than k entries have one. So do the entries of a row
+    with too few neighbors, as all of its n > k entries are NO_ORDER at the end.
     """
-    o_l = tl.arange(0, 1 << LOG_LIST)[None, :]
-    b_order = order_of(b_list)
-    # Of lower indices, these are larger.
-    b_low = b_list.to(tl.int32)
-    b_best_order = tl.full(b_list.shape, NO_ORDER, tl.int32)
-    b_best_low = tl.zeros(b_list.shape, tl.int32)
-    for j in range(k):
-        order = tl.max(b_order, 1)
-        low = tl.max(tl.where(b_order == order[:, None], b_low, NO_ORDER), 1)
-        b_order = tl.where(b_low == low[:, None], NO_ORDER, b_order)
-        b_best_order = tl.where(o_l == j, order[:, None], b_best_order)
-        b_best_low = tl.where(o_l == j, low[:, None], b_best_low)
-    return (b_best_order.to(tl.int64) << 32) | (b_best_low.to(tl.int64) & 0xFFFFFFFF)
+    ROWS: tl.constexpr = b_order.shape[0]
+    b_rank = tl.full(b_order.shape, 2**31 - 1, tl.int32)
+    for start in range(0, k, 2):
+        for i in tl.static_range(2):
+            m = b_order == tl.max(b_order, 1)[:, None]
+            b_rank = tl.where(m, start + i, b_rank)
+            b_order = tl.where(m, NO_ORDER, b_order)
+    ranked = tl.sum(tl.sum((b_rank < k).to(tl.int32), 1), 0)
+    return b_rank, ranked == ROWS * k
 
 
 @triton.jit
@@ -179,7 +178,7 @@ def _store_terms(
 
 @triton.jit
 def _aggregate(
-    p_v,  # a pointer, or [rows * AT_ONCE, 1]: V of the batch element of a row
+    p_v,  # a pointer, or [rows // GROUP, GROUP * AT_ONCE, 1]: V of the batch element of a row
     p_terms,  # of the program's rows: [rows, k] int64
     p_weight_rows,  # [k, C] contiguous: the weight; or None
     p_bias,  # [C] contiguous, or None
@@ -189,35 +188,53 @@ def _aggregate(
     stride_vm,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE_C: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Stores the output of rows, from AT_ONCE neighbors of each at a time.
 
-    Blocks of the weight and bias have all rows, too: then each thread has the same channels of V,
-    of them and of y.
+    Blocks of the weight have the GROUP rows that a load of the warp has: then each thread has the
+    same channels of V, of them and of y. MASKED: there may be missing neighbors.
     """
-    o_x = tl.arange(0, ROWS * AT_ONCE)[:, None]
-    o_i, o_j = o_x // AT_ONCE, o_x % AT_ONCE
-    o_c = tl.arange(0, BLOCK_C)[None, :] + tl.zeros([ROWS * AT_ONCE, 1], tl.int32)
+    o_g = tl.arange(0, ROWS // GROUP)[:, None, None]
+    o_x = tl.arange(0, GROUP * AT_ONCE)[None, :, None]
+    o_i, o_j = o_g * GROUP + o_x // AT_ONCE, o_x % AT_ONCE
+    o_c = tl.arange(0, BLOCK_C)[None, None, :]
+    o_w = o_j * C + o_c  # [1, GROUP * AT_ONCE, BLOCK_C]
+    o_w += tl.zeros([1, GROUP * AT_ONCE, 1], tl.int32)
     for c in range(0, C, BLOCK_C):
         m_c = o_c < C - c
-        b_y = tl.zeros([ROWS * AT_ONCE, BLOCK_C], tl.float32)
+        b_y = tl.zeros([ROWS // GROUP, GROUP * AT_ONCE, BLOCK_C], tl.float32)
         for j in range(0, k, AT_ONCE):
-            if AT_ONCE == 1:
-                b_term = tl.load(p_terms + o_i * k + j)
+            m_j = o_j < k - j
+            if MASKED:
+                b_term = tl.load(p_terms + (o_i * k + o_j) + j, m_j, 0xFFFFFFFF)
             else:
-                b_term = tl.load(p_terms + (o_i * k + o_j) + j, o_j < k - j, 0xFFFFFFFF)
+                b_term = tl.load(p_terms + o_i * k + j)
             b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
             b_row = b_term.to(tl.int32)
             # Products of 32 bits to 64 are single instructions.
             b_offset = b_row.to(tl.int64) * tl.cast(stride_vm // ALIGN, tl.int64) * ALIGN
-            b_v = tl.load(p_v + c + b_offset + o_c, (b_row >= 0) & m_c, 0.0).to(tl.float32)
+            p = p_v + c + b_offset + o_c
+            if MASKED:
+                b_v = tl.load(p, (b_row >= 0) & m_c, 0.0)
+            elif WHOLE_C:
+                b_v = tl.load(p)
+            else:
+                b_v = tl.load(p, m_c, 0.0)
             if p_weight_rows is not None:
-                m_w = m_c & (o_j < k - j)
-                b_w = tl.load(p_weight_rows + (as_int64(j) * C + c) + (o_j * C + o_c), m_w, 0.0)
+                p_w = p_weight_rows + (as_int64(j) * C + c) + o_w
+                if MASKED:
+                    b_w = tl.load(p_w, m_j & m_c, 0.0)
+                elif WHOLE_C:
+                    b_w = tl.load(p_w)
+                else:
+                    b_w = tl.load(p_w, m_c, 0.0)
                 b_rho = b_rho * b_w.to(tl.float32)
-            b_y += b_rho * b_v
+            b_y += b_rho * b_v.to(tl.float32)
         b_y = tl.sum(tl.reshape(b_y, [ROWS, AT_ONCE, BLOCK_C]), 1)
         o_y = c + tl.arange(0, BLOCK_C)[None, :]
         if p_bias is not None:
@@ -289,6 +306,7 @@ def finish_kernel(
     AT_ONCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE_C: tl.constexpr,
 ):
     """s and I of ROWS queries, and with AGGREGATE their output.
 
@@ -366,7 +384,7 @@ def finish_kernel(
     if HAS_SELF:
         key_of_self = pack(tl.full([ROWS], ORDER_OF_SELF, tl.int32), self_row)
         b_list = tl.where((o_l == 0) & has_self[:, None], key_of_self[:, None], b_list)
-    end = tl.max(total, 0) + HAS_SELF
+    end = tl.max(tl.max(total, 1), 0) + HAS_SELF
     if end > LIST:
         b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)
         for start in range(LIST, end, LIST):
@@ -405,53 +423,75 @@ def finish_kernel(
             norm = norm_q * tl.load(p_norm + self_row, has_self, 1.0)
             b_s = cosine(b_s, norm[:, None])
         b_s_self = tl.sum(b_s, 1)
-    m_found = most <= CAP
+    complete = False
     if ONE_BY_ONE:
-        b_list = _best(b_list, k, LOG_LIST)
+        b_rank, complete = _ranks(order_of(b_list), k)
+        if complete:
+            b_order = order_of(b_list)
+            if HAS_SELF:
+                b_order = tl.where(b_order == ORDER_OF_SELF, orderable(b_s_self)[:, None], b_order)
+            o = o_i[:, None] * k + b_rank
+            tl.store(p_s + o, from_orderable(b_order), b_rank < k)
+            tl.store(p_i + o, index_of(b_list), b_rank < k)
+    if not complete:
+        b_first = largest(b_list, LOG_LIST, LOG_K, 0)
+        m_found = tl.max(most, 1) <= CAP
+        p_s_rows = p_s + o_i * k
+        p_i_rows = p_i + o_i * k
         store_list(
-            b_list,
-            b_s_self,
-            p_s + o_i * k,
-            p_i + o_i * k,
-            m_found,
-            k,
-            0,
-            HAS_SELF,
-            BY_INDEX,
-            LOG_LIST,
-        )
-    else:
-        b_list = largest(b_list, LOG_LIST, LOG_K, 0)
-        store_list(
-            b_list, b_s_self, p_s + o_i * k, p_i + o_i * k, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K
+            b_first, b_s_self, p_s_rows, p_i_rows, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K
         )
 
     if AGGREGATE:
         # Every thread may read what another one has stored.
         tl.debug_barrier()
+        GROUP: tl.constexpr = min(ROWS, max(1, 512 // (p_value.dtype.element_ty.primitive_bitwidth // 8) // BLOCK_C))
         b_value = b
         if FOLDED:
             o_x = tl.arange(0, ROWS * AT_ONCE)[:, None] // AT_ONCE
             b_value = b * (N // N_value) + (n + o_x) // N_value
+            b_value = tl.reshape(b_value, [ROWS // GROUP, GROUP * AT_ONCE, 1])
         p_v = p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
         p_y = p_output + first * C
         p_t = p_terms + first * k
         _store_terms(p_s, p_i, p_t, k, scale, RHO, ROWS, LOG_K)
         tl.debug_barrier()
-        _aggregate(
-            p_v,
-            p_t,
-            p_weight_rows,
-            p_bias,
-            p_y,
-            C,
-            k,
-            stride_vm,
-            ALIGN_VALUE,
-            ROWS,
-            AT_ONCE,
-            BLOCK_C,
-        )
+        if complete:
+            _aggregate(
+                p_v,
+                p_t,
+                p_weight_rows,
+                p_bias,
+                p_y,
+                C,
+                k,
+                stride_vm,
+                ALIGN_VALUE,
+                ROWS,
+                GROUP,
+                AT_ONCE,
+                BLOCK_C,
+                WHOLE_C,
+                AT_ONCE > 1,
+            )
+        else:
+            _aggregate(
+                p_v,
+                p_t,
+                p_weight_rows,
+                p_bias,
+                p_y,
+                C,
+                k,
+                stride_vm,
+                ALIGN_VALUE,
+                ROWS,
+                GROUP,
+                AT_ONCE,
+                BLOCK_C,
+                WHOLE_C,
+                True,
+            )
 
 
 def prepare_finish(
@@ -480,6 +520,7 @@ def prepare_finish(
         "stride_vm": 0,
         "ALIGN_VALUE": 1,
         "RESCORE": rescore,
+        "WHOLE_C": C % config["BLOCK_C"] == 0,
         "AGGREGATE": aggregation is not None,
         "FOLDED": False,
         "RHO": 0,
