@@ -145,7 +145,7 @@ def _ranks(b_order, k):
             b_rank = tl.where(m, start + i, b_rank)
             b_order = tl.where(m, NO_ORDER, b_order)
     ranked = tl.sum(tl.sum((b_rank < k).to(tl.int32), 1), 0)
-    return b_rank, ranked == ROWS * k
+    return b_rank, ranked == k * ROWS
 
 
 @triton.jit
@@ -177,6 +177,23 @@ def _store_terms(
 
 
 @triton.jit
+def wide(x):
+    """An integer that is not negative, in 64 bits."""
+    x = tl.to_tensor(x)
+    return (x.to(tl.uint32) if x.dtype == tl.int32 else x).to(tl.uint64)
+
+
+@triton.jit
+def float32(b_x):
+    if b_x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [b_x], tl.float32, True, 2
+        )
+    else:
+        return b_x.to(tl.float32)
+
+
+@triton.jit
 def _aggregate(
     p_v,  # a pointer, or [rows // GROUP, GROUP * AT_ONCE, 1]: V of the batch element of a row
     p_terms,  # of the program's rows: [rows, k] int64
@@ -203,8 +220,10 @@ def _aggregate(
     o_x = tl.arange(0, GROUP * AT_ONCE)[None, :, None]
     o_i, o_j = o_g * GROUP + o_x // AT_ONCE, o_x % AT_ONCE
     o_c = tl.arange(0, BLOCK_C)[None, None, :]
-    o_w = o_j * C + o_c  # [1, GROUP * AT_ONCE, BLOCK_C]
-    o_w += tl.zeros([1, GROUP * AT_ONCE, 1], tl.int32)
+    # Offsets of rows are in bytes and unsigned: then an address is one instruction.
+    BYTES: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth // 8
+    V_BYTES: tl.constexpr = ALIGN * BYTES
+    o_w = o_j * C + o_c + tl.zeros([1, GROUP * AT_ONCE, 1], tl.int32)
     for c in range(0, C, BLOCK_C):
         m_c = o_c < C - c
         b_y = tl.zeros([ROWS // GROUP, GROUP * AT_ONCE, BLOCK_C], tl.float32)
@@ -216,9 +235,9 @@ def _aggregate(
                 b_term = tl.load(p_terms + o_i * k + j)
             b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
             b_row = b_term.to(tl.int32)
-            # Products of 32 bits to 64 are single instructions.
-            b_offset = b_row.to(tl.int64) * tl.cast(stride_vm // ALIGN, tl.int64) * ALIGN
-            p = p_v + c + b_offset + o_c
+            b_offset = tl.multiple_of(wide(b_row) * wide(stride_vm * BYTES), [1, 1, V_BYTES])
+            p = p_v.to(tl.pointer_type(tl.int8)) + b_offset
+            p = p.to(tl.pointer_type(p_y.dtype.element_ty)) + c + o_c
             if MASKED:
                 b_v = tl.load(p, (b_row >= 0) & m_c, 0.0)
             elif WHOLE_C:
@@ -226,15 +245,16 @@ def _aggregate(
             else:
                 b_v = tl.load(p, m_c, 0.0)
             if p_weight_rows is not None:
-                p_w = p_weight_rows + (as_int64(j) * C + c) + o_w
+                p_w = p_weight_rows.to(tl.pointer_type(tl.int8)) + wide(j) * wide(C * BYTES)
+                p_w = p_w.to(tl.pointer_type(p_y.dtype.element_ty)) + c + o_w
                 if MASKED:
                     b_w = tl.load(p_w, m_j & m_c, 0.0)
                 elif WHOLE_C:
                     b_w = tl.load(p_w)
                 else:
                     b_w = tl.load(p_w, m_c, 0.0)
-                b_rho = b_rho * b_w.to(tl.float32)
-            b_y += b_rho * b_v.to(tl.float32)
+                b_rho = b_rho * float32(b_w)
+            b_y += b_rho * float32(b_v)
         b_y = tl.sum(tl.reshape(b_y, [ROWS, AT_ONCE, BLOCK_C]), 1)
         o_y = c + tl.arange(0, BLOCK_C)[None, :]
         if p_bias is not None:
