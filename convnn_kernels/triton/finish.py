@@ -177,9 +177,8 @@ def _store_terms(
 
 
 @triton.jit
-def wide(x):
-    """An integer that is not negative, in 64 bits."""
-    x = tl.to_tensor(x)
+def _wide(x):
+    """An integer that is not negative, in 64 bits: those that had 32 have single products."""
     return (x.to(tl.uint32) if x.dtype == tl.int32 else x).to(tl.uint64)
 
 
@@ -202,7 +201,7 @@ def _aggregate(
     p_y,  # of the program's rows: [rows, C]
     C,
     k,
-    stride_vm,
+    bytes_vm,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -220,9 +219,7 @@ def _aggregate(
     o_x = tl.arange(0, GROUP * AT_ONCE)[None, :, None]
     o_i, o_j = o_g * GROUP + o_x // AT_ONCE, o_x % AT_ONCE
     o_c = tl.arange(0, BLOCK_C)[None, None, :]
-    # Offsets of rows are in bytes and unsigned: then an address is one instruction.
     BYTES: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth // 8
-    V_BYTES: tl.constexpr = ALIGN * BYTES
     o_w = o_j * C + o_c + tl.zeros([1, GROUP * AT_ONCE, 1], tl.int32)
     for c in range(0, C, BLOCK_C):
         m_c = o_c < C - c
@@ -235,8 +232,8 @@ def _aggregate(
                 b_term = tl.load(p_terms + o_i * k + j)
             b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
             b_row = b_term.to(tl.int32)
-            b_offset = tl.multiple_of(wide(b_row) * wide(stride_vm * BYTES), [1, 1, V_BYTES])
-            p = p_v.to(tl.pointer_type(tl.int8)) + b_offset
+            b_bytes = tl.multiple_of(_wide(b_row) * _wide(bytes_vm), [1, 1, ALIGN * BYTES])
+            p = p_v.to(tl.pointer_type(tl.int8)) + b_bytes
             p = p.to(tl.pointer_type(p_y.dtype.element_ty)) + c + o_c
             if MASKED:
                 b_v = tl.load(p, (b_row >= 0) & m_c, 0.0)
@@ -245,8 +242,7 @@ def _aggregate(
             else:
                 b_v = tl.load(p, m_c, 0.0)
             if p_weight_rows is not None:
-                p_w = p_weight_rows.to(tl.pointer_type(tl.int8)) + wide(j) * wide(C * BYTES)
-                p_w = p_w.to(tl.pointer_type(p_y.dtype.element_ty)) + c + o_w
+                p_w = p_weight_rows + (as_int64(j) * C + c) + o_w
                 if MASKED:
                     b_w = tl.load(p_w, m_j & m_c, 0.0)
                 elif WHOLE_C:
@@ -305,7 +301,7 @@ def finish_kernel(
     stride_mb2,
     stride_vb1,
     stride_vb2,
-    stride_vm,
+    bytes_vm,  # from row to row of value
     ALIGN: tl.constexpr,
     ALIGN_VALUE: tl.constexpr,
     METRIC: tl.constexpr,
@@ -485,7 +481,7 @@ def finish_kernel(
                 p_y,
                 C,
                 k,
-                stride_vm,
+                bytes_vm,
                 ALIGN_VALUE,
                 ROWS,
                 GROUP,
@@ -503,7 +499,7 @@ def finish_kernel(
                 p_y,
                 C,
                 k,
-                stride_vm,
+                bytes_vm,
                 ALIGN_VALUE,
                 ROWS,
                 GROUP,
@@ -537,7 +533,7 @@ def prepare_finish(
         "B2_value": 1,
         "stride_vb1": 0,
         "stride_vb2": 0,
-        "stride_vm": 0,
+        "bytes_vm": 0,
         "ALIGN_VALUE": 1,
         "RESCORE": rescore,
         "WHOLE_C": C % config["BLOCK_C"] == 0,
@@ -553,6 +549,7 @@ def prepare_finish(
             "N_value": aggregation.N,
             "B2_value": aggregation.V.B2,
             **aggregation.V.strides("v"),
+            "bytes_vm": aggregation.V.strides("v")["stride_vm"] * aggregation.dtype.itemsize,
             "ALIGN_VALUE": alignment(aggregation.V),
             "FOLDED": aggregation.N != Q.N,
             "RHO": RHOS[aggregation.rho],
