@@ -44,6 +44,15 @@ from .tensors import alignment, cdiv
 
 
 @triton.jit
+def _gather(p, b_o, m, other):
+    """p[b_o] of a block [rows, n]. As one row: where neither dimension of addresses is contiguous,
+    Triton 3.6 would have consecutive lanes take consecutive rows."""
+    ALL: tl.constexpr = b_o.shape[0] * b_o.shape[1]
+    b_x = tl.load(p + tl.reshape(b_o, [ALL]), tl.reshape(m, [ALL]), other)
+    return tl.reshape(b_x, b_o.shape)
+
+
+@triton.jit
 def _find(p_counts, o_e, splits, ROWS: tl.constexpr, QUEUES: tl.constexpr, CAP: tl.constexpr):
     """Where entry o_e [1, n] is in the queues of the program's rows; all of [rows, n].
 
@@ -102,7 +111,7 @@ def _keys(
     # A row that has been listed is not this kernel's.
     b_total = tl.where(b_most > CAP, 0, b_total)
     m = (o_e >= 0) & (o_e < b_total)
-    b_hit = tl.load(p_queues + b_place, m, 0)
+    b_hit = _gather(p_queues, b_place, m, 0)
     # The column: sweep.py says which of the BLOCK_M columns of a tile a queue has.
     b_x = b_hit.to(tl.int32).to(tl.uint32, bitcast=True)
     b_leaf = b_x % LEAVES
@@ -111,20 +120,20 @@ def _keys(
     b_row += ((b_leaf // PAIR) * (QUEUES * PAIR) + b_leaf % PAIR).to(tl.int32)
     b_row = b_row + (b_place.to(tl.uint32) // CAP % QUEUES).to(tl.int32) * PAIR
     if p_columns is not None:
-        row = tl.load(p_columns + b_row, m, -1)
+        row = _gather(p_columns, b_row, m, -1)
         m = m & (row >= 0) & (row < M)
         b_row = row.to(tl.int32)
     if self_row is not None:
         m = m & (b_row != self_row.to(tl.int32)[:, None])
     if p_mask is not None:
-        m = m & (tl.load(p_mask + b_row, m, 0) != 0)
+        m = m & (_gather(p_mask, b_row, m, 0) != 0)
     if RESCORE:
         p = p_k + b_row.to(tl.int64) * stride_km
         b_s = sums_of_pairs(p_q[:, None], p, m, D, METRIC, BLOCK_D)
     else:
         b_s = (b_hit >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     if METRIC == COSINE:
-        b_s = cosine(b_s, norm_q[:, None] * tl.load(p_norm + b_row, m, 1.0))
+        b_s = cosine(b_s, norm_q[:, None] * _gather(p_norm, b_row, m, 1.0))
     b_key = tl.where(m, pack(orderable(b_s), b_row.to(tl.int64)), NOTHING)
     return b_key, b_total, b_most
 
@@ -194,7 +203,7 @@ def float32(b_x):
 
 @triton.jit
 def _aggregate(
-    p_v,  # a pointer, or [rows // GROUP, GROUP * AT_ONCE, 1]: V of the batch element of a row
+    p_v,  # a pointer, or [rows * AT_ONCE, 1]: V of the batch element of a row
     p_terms,  # of the program's rows: [rows, k] int64
     p_weight_rows,  # [k, C] contiguous: the weight; or None
     p_bias,  # [C] contiguous, or None
@@ -204,7 +213,6 @@ def _aggregate(
     bytes_vm,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WHOLE_C: tl.constexpr,
@@ -212,27 +220,28 @@ def _aggregate(
 ):
     """Stores the output of rows, from AT_ONCE neighbors of each at a time.
 
-    Blocks of the weight have the GROUP rows that a load of the warp has: then each thread has the
-    same channels of V, of them and of y. MASKED: there may be missing neighbors.
+    Blocks of the weight have the GROUP rows that one load of a warp has of V: then each thread has
+    the same channels of both, once for all rows. MASKED: there may be missing neighbors.
     """
-    o_g = tl.arange(0, ROWS // GROUP)[:, None, None]
-    o_x = tl.arange(0, GROUP * AT_ONCE)[None, :, None]
-    o_i, o_j = o_g * GROUP + o_x // AT_ONCE, o_x % AT_ONCE
-    o_c = tl.arange(0, BLOCK_C)[None, None, :]
     BYTES: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth // 8
-    o_w = o_j * C + o_c + tl.zeros([1, GROUP * AT_ONCE, 1], tl.int32)
+    ALL: tl.constexpr = ROWS * AT_ONCE
+    GROUP: tl.constexpr = min(ALL, max(AT_ONCE, 512 // BYTES // BLOCK_C))
+    o_x = tl.arange(0, ALL)[:, None]
+    o_i, o_j = o_x // AT_ONCE, o_x % AT_ONCE
+    o_c = tl.arange(0, BLOCK_C)[None, :]
+    o_g = tl.arange(0, GROUP)[None, :, None] % AT_ONCE
+    o_d = tl.arange(0, BLOCK_C)[None, None, :]
     for c in range(0, C, BLOCK_C):
         m_c = o_c < C - c
-        b_y = tl.zeros([ROWS // GROUP, GROUP * AT_ONCE, BLOCK_C], tl.float32)
+        b_y = tl.zeros([ALL, BLOCK_C], tl.float32)
         for j in range(0, k, AT_ONCE):
-            m_j = o_j < k - j
             if MASKED:
-                b_term = tl.load(p_terms + (o_i * k + o_j) + j, m_j, 0xFFFFFFFF)
+                b_term = tl.load(p_terms + (o_i * k + o_j) + j, o_j < k - j, 0xFFFFFFFF)
             else:
                 b_term = tl.load(p_terms + o_i * k + j)
             b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
             b_row = b_term.to(tl.int32)
-            b_bytes = tl.multiple_of(_wide(b_row) * _wide(bytes_vm), [1, 1, ALIGN * BYTES])
+            b_bytes = tl.multiple_of(_wide(b_row) * _wide(bytes_vm), [1, ALIGN * BYTES])
             p = p_v.to(tl.pointer_type(tl.int8)) + b_bytes
             p = p.to(tl.pointer_type(p_y.dtype.element_ty)) + c + o_c
             if MASKED:
@@ -241,16 +250,18 @@ def _aggregate(
                 b_v = tl.load(p)
             else:
                 b_v = tl.load(p, m_c, 0.0)
+            b_v = b_rho * float32(b_v)
             if p_weight_rows is not None:
-                p_w = p_weight_rows + (as_int64(j) * C + c) + o_w
+                p_w = p_weight_rows + (as_int64(j) * C + c) + (o_g * C + o_d)
                 if MASKED:
-                    b_w = tl.load(p_w, m_j & m_c, 0.0)
+                    b_w = tl.load(p_w, (o_g < k - j) & (o_d < C - c), 0.0)
                 elif WHOLE_C:
                     b_w = tl.load(p_w)
                 else:
-                    b_w = tl.load(p_w, m_c, 0.0)
-                b_rho = b_rho * float32(b_w)
-            b_y += b_rho * float32(b_v)
+                    b_w = tl.load(p_w, o_d < C - c, 0.0)
+                b_w = tl.broadcast_to(float32(b_w), [ALL // GROUP, GROUP, BLOCK_C])
+                b_v *= tl.reshape(b_w, [ALL, BLOCK_C])
+            b_y += b_v
         b_y = tl.sum(tl.reshape(b_y, [ROWS, AT_ONCE, BLOCK_C]), 1)
         o_y = c + tl.arange(0, BLOCK_C)[None, :]
         if p_bias is not None:
@@ -446,9 +457,11 @@ def finish_kernel(
             b_order = order_of(b_list)
             if HAS_SELF:
                 b_order = tl.where(b_order == ORDER_OF_SELF, orderable(b_s_self)[:, None], b_order)
-            o = o_i[:, None] * k + b_rank
-            tl.store(p_s + o, from_orderable(b_order), b_rank < k)
-            tl.store(p_i + o, index_of(b_list), b_rank < k)
+            ALL: tl.constexpr = ROWS * LIST
+            o = tl.reshape(o_i[:, None] * k + b_rank, [ALL])
+            m = tl.reshape(b_rank < k, [ALL])
+            tl.store(p_s + o, tl.reshape(from_orderable(b_order), [ALL]), m)
+            tl.store(p_i + o, tl.reshape(index_of(b_list), [ALL]), m)
     if not complete:
         b_first = largest(b_list, LOG_LIST, LOG_K, 0)
         m_found = tl.max(most, 1) <= CAP
@@ -461,12 +474,10 @@ def finish_kernel(
     if AGGREGATE:
         # Every thread may read what another one has stored.
         tl.debug_barrier()
-        GROUP: tl.constexpr = min(ROWS, max(1, 512 // (p_value.dtype.element_ty.primitive_bitwidth // 8) // BLOCK_C))
         b_value = b
         if FOLDED:
             o_x = tl.arange(0, ROWS * AT_ONCE)[:, None] // AT_ONCE
             b_value = b * (N // N_value) + (n + o_x) // N_value
-            b_value = tl.reshape(b_value, [ROWS // GROUP, GROUP * AT_ONCE, 1])
         p_v = p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
         p_y = p_output + first * C
         p_t = p_terms + first * k
@@ -484,7 +495,6 @@ def finish_kernel(
                 bytes_vm,
                 ALIGN_VALUE,
                 ROWS,
-                GROUP,
                 AT_ONCE,
                 BLOCK_C,
                 WHOLE_C,
@@ -502,7 +512,6 @@ def finish_kernel(
                 bytes_vm,
                 ALIGN_VALUE,
                 ROWS,
-                GROUP,
                 AT_ONCE,
                 BLOCK_C,
                 WHOLE_C,
