@@ -6,7 +6,9 @@ queues, in no order. A program has ROWS queries of one batch element:
 
 - it reads the hits of a row, LIST at a time, and computes their similarities s from the products
   and norms, or (RESCORE) from the rows of query and key, by one float32 sum over D;
-- it takes the k best in the total order (order.py), the token itself first, and stores s and I;
+- it takes the k best in the total order (order.py), the token itself first, and stores s and I. As
+  similarities seldom tie, it ranks hits by similarity alone; where that is not enough, for ties or
+  missing neighbors in one of the rows, a network sorts them;
 - with AGGREGATE it reads them back and computes rho and, depthwise or without a weight,
   y_i[c] = b[c] + sum_j rho_ij W[c, 0, j] V[I_ij, c]; no row of V is stored.
 
@@ -29,6 +31,7 @@ from .modulate import SOFTMAX, modulate
 from .order import (
     NO_ORDER,
     NOTHING,
+    ORDER_OF_MINUS_INFINITY,
     ORDER_OF_SELF,
     from_orderable,
     index_of,
@@ -41,6 +44,12 @@ from .order import (
 )
 from .search import Search
 from .tensors import alignment, cdiv
+
+
+@triton.jit
+def _quotient(a, b):
+    """a // b of int32 that are not negative: fewer instructions than with signs."""
+    return (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit
@@ -103,8 +112,8 @@ def _keys(
     ADVANCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Hits as keys of the total order (order.py), [rows, n]; and, [rows], how many there are, and
-    the most that a queue had.
+    """Hits as keys of the total order (order.py), how many a row has, and the most that one of its
+    queues had; all of [rows, n].
     """
     LEAVES: tl.constexpr = BLOCK_M // QUEUES
     b_place, b_total, b_most = _find(p_counts, o_e, splits, norm_q.shape[0], QUEUES, CAP)
@@ -141,20 +150,18 @@ def _keys(
 @triton.jit
 def _ranks(b_order, k):
     """The place of each entry of b_order [rows, n] in its row's descending order, from k on any
-    number. Whether all are right: each row has k entries, and no two of them are equal.
+    number.
 
-    What is equal gets one place, and then more than k entries have one. So do the entries of a row
-    with too few neighbors, as all of its n > k entries are NO_ORDER at the end.
+    What is equal has one place: then more than k entries of a row have one below k. Where a row
+    has less than k neighbors, the last place is that of all its entries: n > k or none have one.
     """
-    ROWS: tl.constexpr = b_order.shape[0]
     b_rank = tl.full(b_order.shape, 2**31 - 1, tl.int32)
     for start in range(0, k, 2):
         for i in tl.static_range(2):
             m = b_order == tl.max(b_order, 1)[:, None]
             b_rank = tl.where(m, start + i, b_rank)
             b_order = tl.where(m, NO_ORDER, b_order)
-    ranked = tl.sum(tl.sum((b_rank < k).to(tl.int32), 1), 0)
-    return b_rank, ranked == k * ROWS
+    return b_rank
 
 
 @triton.jit
@@ -192,7 +199,8 @@ def _wide(x):
 
 
 @triton.jit
-def float32(b_x):
+def _as_float32(b_x):
+    """Of bfloat16 in pairs, as they are loaded: Triton takes them apart first."""
     if b_x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [b_x], tl.float32, True, 2
@@ -210,7 +218,7 @@ def _aggregate(
     p_y,  # of the program's rows: [rows, C]
     C,
     k,
-    bytes_vm,
+    bytes_vm,  # from row to row of V, so that an address is one product and sum
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -250,7 +258,7 @@ def _aggregate(
                 b_v = tl.load(p)
             else:
                 b_v = tl.load(p, m_c, 0.0)
-            b_v = b_rho * float32(b_v)
+            b_v = b_rho * _as_float32(b_v)
             if p_weight_rows is not None:
                 p_w = p_weight_rows + (as_int64(j) * C + c) + (o_g * C + o_d)
                 if MASKED:
@@ -259,7 +267,7 @@ def _aggregate(
                     b_w = tl.load(p_w)
                 else:
                     b_w = tl.load(p_w, o_d < C - c, 0.0)
-                b_w = tl.broadcast_to(float32(b_w), [ALL // GROUP, GROUP, BLOCK_C])
+                b_w = tl.broadcast_to(_as_float32(b_w), [ALL // GROUP, GROUP, BLOCK_C])
                 b_v *= tl.reshape(b_w, [ALL, BLOCK_C])
             b_y += b_v
         b_y = tl.sum(tl.reshape(b_y, [ROWS, AT_ONCE, BLOCK_C]), 1)
@@ -351,13 +359,15 @@ def finish_kernel(
     LIST: tl.constexpr = 1 << LOG_LIST
     row_blocks = tl.cdiv(rows_n, ROWS)
     pid = tl.program_id(0)
-    b = first_b + pid // row_blocks
-    b1, b2 = b // B2, b % B2
+    block = _quotient(pid, row_blocks)
+    b = first_b + block
+    b1 = _quotient(b, B2)
+    b2 = b - b1 * B2
     # Whole blocks: the last one may have rows of the one before, which are the same again.
-    n = tl.minimum((pid % row_blocks) * ROWS, rows_n - ROWS)
+    n = tl.minimum((pid - block * row_blocks) * ROWS, rows_n - ROWS)
     o_i = tl.arange(0, ROWS)
     # The first row is a scalar of 64 bits; to the others, there are offsets of 32.
-    queue = (pid // row_blocks).to(tl.int64) * rows_n + n
+    queue = block.to(tl.int64) * rows_n + n
     n += first_n
     first = b.to(tl.int64) * N + n
     p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + n * stride_qn + o_i * stride_qn
@@ -410,7 +420,9 @@ def finish_kernel(
     )
     if HAS_SELF:
         key_of_self = pack(tl.full([ROWS], ORDER_OF_SELF, tl.int32), self_row)
-        b_list = tl.where((o_l == 0) & has_self[:, None], key_of_self[:, None], b_list)
+        # A row that has been listed has no entries.
+        m = (o_l == 0) & has_self[:, None] & (most <= CAP)
+        b_list = tl.where(m, key_of_self[:, None], b_list)
     end = tl.max(tl.max(total, 1), 0) + HAS_SELF
     if end > LIST:
         b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)
@@ -450,13 +462,17 @@ def finish_kernel(
             norm = norm_q * tl.load(p_norm + self_row, has_self, 1.0)
             b_s = cosine(b_s, norm[:, None])
         b_s_self = tl.sum(b_s, 1)
+    # Whether all rows have k neighbors, no two of them equally near, none infinitely far.
     complete = False
-    if ONE_BY_ONE:
-        b_rank, complete = _ranks(order_of(b_list), k)
+    if ONE_BY_ONE and not BY_INDEX:
+        b_order = order_of(b_list)
+        b_rank = _ranks(b_order, k)
+        if HAS_SELF:
+            b_order = tl.where(b_order == ORDER_OF_SELF, orderable(b_s_self)[:, None], b_order)
+        b_count = tl.where(b_order == ORDER_OF_MINUS_INFINITY, 2**16, 1)
+        b_count = tl.where(b_rank < k, b_count, 0)
+        complete = tl.sum(tl.sum(b_count, 1), 0) == k * ROWS
         if complete:
-            b_order = order_of(b_list)
-            if HAS_SELF:
-                b_order = tl.where(b_order == ORDER_OF_SELF, orderable(b_s_self)[:, None], b_order)
             ALL: tl.constexpr = ROWS * LIST
             o = tl.reshape(o_i[:, None] * k + b_rank, [ALL])
             m = tl.reshape(b_rank < k, [ALL])
@@ -465,11 +481,8 @@ def finish_kernel(
     if not complete:
         b_first = largest(b_list, LOG_LIST, LOG_K, 0)
         m_found = tl.max(most, 1) <= CAP
-        p_s_rows = p_s + o_i * k
-        p_i_rows = p_i + o_i * k
-        store_list(
-            b_first, b_s_self, p_s_rows, p_i_rows, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K
-        )
+        p_s_rows, p_i_rows = p_s + o_i * k, p_i + o_i * k
+        store_list(b_first, b_s_self, p_s_rows, p_i_rows, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K)
 
     if AGGREGATE:
         # Every thread may read what another one has stored.
@@ -477,8 +490,9 @@ def finish_kernel(
         b_value = b
         if FOLDED:
             o_x = tl.arange(0, ROWS * AT_ONCE)[:, None] // AT_ONCE
-            b_value = b * (N // N_value) + (n + o_x) // N_value
-        p_v = p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
+            b_value = b * _quotient(N, N_value) + _quotient(n + o_x, N_value)
+        v1 = _quotient(b_value, B2_value)
+        p_v = p_value + v1 * stride_vb1 + (b_value - v1 * B2_value) * stride_vb2
         p_y = p_output + first * C
         p_t = p_terms + first * k
         _store_terms(p_s, p_i, p_t, k, scale, RHO, ROWS, LOG_K)
