@@ -421,8 +421,8 @@ def finish_kernel(
     if HAS_SELF:
         key_of_self = pack(tl.full([ROWS], ORDER_OF_SELF, tl.int32), self_row)
         # A row that has been listed has no entries.
-        m = (o_l == 0) & has_self[:, None] & (most <= CAP)
-        b_list = tl.where(m, key_of_self[:, None], b_list)
+        m_self = (o_l == 0) & has_self[:, None] & (most <= CAP)
+        b_list = tl.where(m_self, key_of_self[:, None], b_list)
     end = tl.max(tl.max(total, 1), 0) + HAS_SELF
     if end > LIST:
         b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)
