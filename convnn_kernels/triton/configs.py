@@ -129,7 +129,7 @@ def finish(arch: int, N: int, C: int, k: int, sample_step: int, rescore: bool) -
         BLOCK_D=16,
         BLOCK_C=min(128, max(16, power_of_two(C))),
         num_warps=1,
-        maxnreg=96 if log_list == 5 and not rescore else MOST_REGISTERS,
+        maxnreg=(96 if arch >= 90 else 112) if log_list == 5 and not rescore else MOST_REGISTERS,
     )
 
 
