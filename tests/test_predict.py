@@ -133,6 +133,47 @@ def test_an_unrolled_loop(trips: int) -> None:
     assert found["R1"] == found["R6"] == 1
 
 
+# What is left of the trips is a loop, too. R7 is for a number of trips that there is not.
+REST_IS_A_LOOP = """
+    1: MOV R1
+    1: @P0 BRA .L_x_9
+    1: @P1 BRA .L_x_1
+    1: MOV R7
+    .L_x_1:
+    1: @P2 BRA .L_x_3
+    .L_x_2:
+    1: MOV R2
+    1: MOV R8
+    1: MOV R9
+    1: MOV R10
+    1: MOV R11
+    1: MOV R12
+    1: MOV R13
+    1: @P3 BRA .L_x_2
+    .L_x_3:
+    1: @P4 BRA .L_x_4
+    1: MOV R4
+    .L_x_4:
+    1: @P5 BRA .L_x_9
+    .L_x_5:
+    1: MOV R5
+    1: @P6 BRA .L_x_5
+    .L_x_9:
+    1: MOV R6
+    1: EXIT
+"""
+
+
+@pytest.mark.parametrize("trips", range(12))
+def test_an_unrolled_loop_with_a_loop_for_the_rest(trips: int) -> None:
+    found = walk(REST_IS_A_LOOP, {"for i in": trips})
+    assert 4 * found["R2"] + 2 * found["R4"] + found["R5"] == trips
+    assert found["R4"] <= 1
+    assert found["R5"] <= 1
+    assert found["R7"] == 0
+    assert found["R1"] == found["R6"] == 1
+
+
 def test_a_condition_that_comes_first() -> None:
     text = """
         1: MOV R1

@@ -293,6 +293,42 @@ def test_columns_of_queues(queues: int, pair: int, block_m: int) -> None:
     assert torch.equal(s[:, 0], torch.ones(6))
 
 
+# Scores of 40 columns, by how some of them are equal.
+EQUAL = {
+    "none": torch.arange(40.0),
+    "within": torch.arange(40.0).clamp(max=38),
+    "first_and_last": torch.arange(40.0).clamp(max=36),
+    "last_place": torch.arange(40.0) // 2,
+    "all": torch.ones(40),
+}
+
+
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize("k", [3, 4])
+@pytest.mark.parametrize("equal", EQUAL)
+def test_a_row_with_equal_similarities(equal: str, k: int, order: str) -> None:
+    """Beside others without, of a program that ranks its rows together; the columns in ascending
+    order and in another one."""
+    query, weight = 10 * torch.eye(4, 16), normal(16, 1, k, seed=3)
+    value = normal(40, 16, seed=2)
+    value[37] = math.nan
+    for columns in (torch.arange(40), torch.arange(40) * 7 % 40):
+        key = EQUAL["none"][:, None].repeat(1, 16)
+        key[:, 1] = EQUAL[equal][columns]
+        options: dict[str, Any] = {"metric": "dot", "scale": 0.01, "order": order}
+        assert_forward(Finish().forward, query, key, value, k, weight, **options, backward=False)
+
+
+def test_a_neighbor_infinitely_far_has_no_part() -> None:
+    """Though none of k is missing, and no two are equally near."""
+    query, key, value = 10 * torch.eye(4, 16), normal(40, 16), normal(40, 6, seed=2)
+    key[3, 1], value[3] = -3e38, math.nan
+    options: dict[str, Any] = {"metric": "dot", "key_mask": torch.arange(40) < 4}
+    Y, s, _ = assert_forward(Finish().forward, query, key, value, 4, **options, backward=False)
+    assert s[1, 3] == -math.inf
+    assert bool(Y[1].isfinite().all())
+
+
 def test_more_neighbors_than_hits() -> None:
     query, key = integers(5, 18), integers(20, 18, seed=1)
     for k, order in ((21, "similarity"), (40, "index"), (9, "similarity")):

@@ -234,12 +234,21 @@ EXPECTED = {
         | {
             "for split in range(splits)": lambda n: n.splits,
             "for start in range(LIST, end, LIST)": lambda n: 1,
-            "for j in range(k)": lambda n: n.k,
+            "for start in range(0, k, 2)": lambda n: cdiv(n.k, 2),
             "for j in range(0, k, AT_ONCE)": lambda n: cdiv(n.k, n.AT_ONCE),
             "for c in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C),
         },
-        {"if end > LIST": _has_more},
-        {"b_w = tl.load": lambda n: 0},  # C rows, which all programs read
+        {"if end > LIST": _has_more, "if complete": lambda n: 1, "if not complete": lambda n: 0},
+        {
+            "b_w = tl.load": lambda n: 0,  # C rows, which all programs read
+            **dict.fromkeys(
+                ("tl.store(p_s + o", "tl.store(p_i + o"), lambda n: n.k / (1 << n.LOG_LIST)
+            ),
+            **dict.fromkeys(
+                ("b_s = tl.load(p_s + o", "b_row = tl.where(m, tl.load(p_i", "tl.store(p_terms"),
+                lambda n: filled(n.k, 1 << n.LOG_K),
+            ),
+        },
     ),
     "query_side_kernel": Expected(
         {

@@ -14,6 +14,7 @@ the path that is a subroutine.
 
 import collections
 import graphlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -76,6 +77,8 @@ class Loop:
     times: float = 0.0  # how often its first block is executed for each time that it is entered
     entered: float = 0.0
     copies: int = 1  # of the source's loop, where it is unrolled
+    before: "Loop | None" = None  # the unrolled loop of which this one has the rest
+    rest: "Loop | None" = None
 
 
 def blocks_of(program: Program) -> list[Block]:
@@ -162,8 +165,17 @@ class Walk:
         # Of a branch, the share of what is behind it.
         self._shares = self._told(branches)
         for loop in self.loops:
+            if loop.before:
+                self._shares |= self._pieces(loop.before, loop)
             self._shares |= self._guards(loop)
         self.executed = self._flow()
+
+    def _copies(self, loop: Loop, rest: Loop) -> int:
+        """How many copies an unrolled loop has of the next one, which has the rest of its trips."""
+        if loop.line != rest.line or rest.header not in self._reaches[loop.latch]:
+            return 1
+        sizes = [sum(len(self.blocks[a].instructions) for a in each.body) for each in (loop, rest)]
+        return 2 ** max(0, round(math.log2(sizes[0] / sizes[1])))
 
     def _branch(self, block: int) -> Instruction:
         return self.code[self.blocks[block].instructions[-1]]
@@ -203,6 +215,11 @@ class Walk:
             loop.trips = loop.times = trips or 0.0
             if trips is None:
                 unknown.append(self._text(loop.line) or str(loop.line))
+        for loop, rest in itertools.pairwise(self.loops):
+            copies = self._copies(loop, rest)
+            if copies > 1:
+                rest.before, loop.rest, loop.copies = loop, rest, copies
+                loop.trips, rest.trips = divmod(loop.trips, copies)
         if unknown:
             raise KeyError(f"no number of trips of the loops {'; '.join(dict.fromkeys(unknown))}")
 
@@ -254,6 +271,8 @@ class Walk:
         later = {a.header for a in self.loops if a.line == loop.line and a.header > loop.header}
         same = [each for each in self._two_ways() if self._branch(each).line == loop.line]
         same = [each for each in same if each not in loop.body]
+        if loop.before:
+            same = [each for each in same if each in self._reaches[loop.before.latch]]
 
         def leads_in(block: int) -> bool:
             return loop.header in self._reaches[block]
@@ -261,7 +280,8 @@ class Walk:
         entry = [a for a in same if sum(map(leads_in, self.blocks[a].next)) == 1]
         rest = sorted(a for a in same if a in self._reaches[loop.latch])
         rest = [a for a in rest if not self._reaches[a] & later]
-        copies = loop.copies = 2 ** len(rest)
+        copies = 2 ** len(rest)
+        loop.copies = max(loop.copies, copies)
         left = round(loop.trips) % copies
         shares = {a: float(bool(left & copies >> i + 1)) for i, a in enumerate(rest)}
         if loop.end == loop.header != loop.latch:
@@ -275,7 +295,29 @@ class Walk:
             outside = target if leads_in(behind) else behind
             # Either no trip at all, or too few for all the copies.
             inside = min(1.0, loop.times if rest and outside <= rest[0] else loop.trips)
+            if loop.rest and loop.rest.header not in self._reaches[outside]:
+                inside = min(1.0, loop.trips * loop.copies + loop.rest.trips)
             shares[each] = inside if leads_in(behind) else 1 - inside
+        return shares
+
+    def _pieces(self, loop: Loop, rest: Loop) -> dict[int, float]:
+        """The branches over pieces of half the size, ... between a loop and its rest, and over what
+        comes before it, which is for no number of trips. What they have is not left for the rest.
+        """
+        shares, copies = {}, loop.copies
+        for each in sorted(self._two_ways()):
+            behind, target = self.blocks[each].next
+            both = self._reaches[behind] & self._reaches[target]
+            if self._branch(each).line != loop.line or rest.header not in both:
+                continue
+            taken = 0.0
+            if each in self._reaches[loop.latch]:
+                copies //= 2
+                taken = float(rest.trips >= copies)
+                rest.trips -= taken * copies
+            elif loop.header not in both:
+                continue
+            shares[each] = taken if target in self._reaches[behind] else 1 - taken
         return shares
 
     def _share(self, block: int) -> float:

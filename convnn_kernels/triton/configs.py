@@ -129,11 +129,11 @@ def finish(arch: int, N: int, C: int, k: int, sample_step: int, rescore: bool) -
         AT_ONCE=max(1, 4 // rows),
         LOG_LIST=log_list,
         LOG_K=log_k,
-        ONE_BY_ONE=k <= 16,
+        ONE_BY_ONE=k <= 32,
         BLOCK_D=16,
         BLOCK_C=min(128, max(16, power_of_two(C))),
         num_warps=1,
-        maxnreg=96 if log_list == 5 and not rescore else MOST_REGISTERS,
+        maxnreg=(96 if arch >= 90 else 112) if log_list == 5 and not rescore else MOST_REGISTERS,
     )
 
 

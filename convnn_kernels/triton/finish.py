@@ -6,7 +6,9 @@ queues, in no order. A program has ROWS queries of one batch element:
 
 - it reads the hits of a row, LIST at a time, and computes their similarities s from the products
   and norms, or (RESCORE) from the rows of query and key, by one float32 sum over D;
-- it takes the k best in the total order (order.py), the token itself first, and stores s and I;
+- it takes the k best in the total order (order.py), the token itself first, and stores s and I. As
+  similarities seldom tie, it ranks hits by similarity alone; where that is not enough, for ties or
+  missing neighbors in one of the rows, a network sorts them;
 - with AGGREGATE it reads them back and computes rho and, depthwise or without a weight,
   y_i[c] = b[c] + sum_j rho_ij W[c, 0, j] V[I_ij, c]; no row of V is stored.
 
@@ -29,7 +31,10 @@ from .modulate import SOFTMAX, modulate
 from .order import (
     NO_ORDER,
     NOTHING,
+    ORDER_OF_MINUS_INFINITY,
     ORDER_OF_SELF,
+    from_orderable,
+    index_of,
     largest,
     merge,
     order_of,
@@ -39,6 +44,21 @@ from .order import (
 )
 from .search import Search
 from .tensors import alignment, cdiv
+
+
+@triton.jit
+def _quotient(a, b):
+    """a // b of int32 that are not negative: fewer instructions than with signs."""
+    return (a.to(tl.uint32) // b.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _gather(p, b_o, m, other):
+    """p[b_o] of a block [rows, n]. As one row: where neither dimension of addresses is contiguous,
+    Triton 3.6 would have consecutive lanes take consecutive rows."""
+    ALL: tl.constexpr = b_o.shape[0] * b_o.shape[1]
+    b_x = tl.load(p + tl.reshape(b_o, [ALL]), tl.reshape(m, [ALL]), other)
+    return tl.reshape(b_x, b_o.shape)
 
 
 @triton.jit
@@ -92,15 +112,15 @@ def _keys(
     ADVANCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Hits as keys of the total order (order.py), [rows, n]; and, [rows], how many there are, and
-    the most that a queue had.
+    """Hits as keys of the total order (order.py), how many a row has, and the most that one of its
+    queues had; all of [rows, n].
     """
     LEAVES: tl.constexpr = BLOCK_M // QUEUES
     b_place, b_total, b_most = _find(p_counts, o_e, splits, norm_q.shape[0], QUEUES, CAP)
     # A row that has been listed is not this kernel's.
     b_total = tl.where(b_most > CAP, 0, b_total)
     m = (o_e >= 0) & (o_e < b_total)
-    b_hit = tl.load(p_queues + b_place, m, 0)
+    b_hit = _gather(p_queues, b_place, m, 0)
     # The column: sweep.py says which of the BLOCK_M columns of a tile a queue has.
     b_x = b_hit.to(tl.int32).to(tl.uint32, bitcast=True)
     b_leaf = b_x % LEAVES
@@ -109,44 +129,39 @@ def _keys(
     b_row += ((b_leaf // PAIR) * (QUEUES * PAIR) + b_leaf % PAIR).to(tl.int32)
     b_row = b_row + (b_place.to(tl.uint32) // CAP % QUEUES).to(tl.int32) * PAIR
     if p_columns is not None:
-        row = tl.load(p_columns + b_row, m, -1)
+        row = _gather(p_columns, b_row, m, -1)
         m = m & (row >= 0) & (row < M)
         b_row = row.to(tl.int32)
     if self_row is not None:
         m = m & (b_row != self_row.to(tl.int32)[:, None])
     if p_mask is not None:
-        m = m & (tl.load(p_mask + b_row, m, 0) != 0)
+        m = m & (_gather(p_mask, b_row, m, 0) != 0)
     if RESCORE:
         p = p_k + b_row.to(tl.int64) * stride_km
         b_s = sums_of_pairs(p_q[:, None], p, m, D, METRIC, BLOCK_D)
     else:
         b_s = (b_hit >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     if METRIC == COSINE:
-        b_s = cosine(b_s, norm_q[:, None] * tl.load(p_norm + b_row, m, 1.0))
+        b_s = cosine(b_s, norm_q[:, None] * _gather(p_norm, b_row, m, 1.0))
     b_key = tl.where(m, pack(orderable(b_s), b_row.to(tl.int64)), NOTHING)
-    return b_key, tl.max(b_total, 1), tl.max(b_most, 1)
+    return b_key, b_total, b_most
 
 
 @triton.jit
-def _best(b_list, k, LOG_LIST: tl.constexpr):
-    """The k largest of each row of b_list [rows, 2**LOG_LIST], descending, then NOTHING.
+def _ranks(b_order, k):
+    """The place of each entry of b_order [rows, n] in its row's descending order, from k on any
+    number.
 
-    One after another: the largest order, and the lowest index that has it. Where fewer than k are
-    left, there is an empty entry, whose 0 is larger than what stands for an index.
+    What is equal has one place: then more than k entries of a row have one below k. Where a row
+    has less than k neighbors, the last place is that of all its entries: n > k or none have one.
     """
-    o_l = tl.arange(0, 1 << LOG_LIST)[None, :]
-    b_order = order_of(b_list)
-    # Of lower indices, these are larger.
-    b_low = b_list.to(tl.int32)
-    b_best_order = tl.full(b_list.shape, NO_ORDER, tl.int32)
-    b_best_low = tl.zeros(b_list.shape, tl.int32)
-    for j in range(k):
-        order = tl.max(b_order, 1)
-        low = tl.max(tl.where(b_order == order[:, None], b_low, NO_ORDER), 1)
-        b_order = tl.where(b_low == low[:, None], NO_ORDER, b_order)
-        b_best_order = tl.where(o_l == j, order[:, None], b_best_order)
-        b_best_low = tl.where(o_l == j, low[:, None], b_best_low)
-    return (b_best_order.to(tl.int64) << 32) | (b_best_low.to(tl.int64) & 0xFFFFFFFF)
+    b_rank = tl.full(b_order.shape, 2**31 - 1, tl.int32)
+    for start in range(0, k, 2):
+        for i in tl.static_range(2):
+            m = b_order == tl.max(b_order, 1)[:, None]
+            b_rank = tl.where(m, start + i, b_rank)
+            b_order = tl.where(m, NO_ORDER, b_order)
+    return b_rank
 
 
 @triton.jit
@@ -178,6 +193,23 @@ def _store_terms(
 
 
 @triton.jit
+def _wide(x):
+    """An integer that is not negative, in 64 bits: those that had 32 have single products."""
+    return (x.to(tl.uint32) if x.dtype == tl.int32 else x).to(tl.uint64)
+
+
+@triton.jit
+def _as_float32(b_x):
+    """Of bfloat16 in pairs, as they are loaded: Triton takes them apart first."""
+    if b_x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [b_x], tl.float32, True, 2
+        )
+    else:
+        return b_x.to(tl.float32)
+
+
+@triton.jit
 def _aggregate(
     p_v,  # a pointer, or [rows * AT_ONCE, 1]: V of the batch element of a row
     p_terms,  # of the program's rows: [rows, k] int64
@@ -186,38 +218,58 @@ def _aggregate(
     p_y,  # of the program's rows: [rows, C]
     C,
     k,
-    stride_vm,
+    bytes_vm,  # from row to row of V, so that an address is one product and sum
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE_C: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Stores the output of rows, from AT_ONCE neighbors of each at a time.
 
-    Blocks of the weight and bias have all rows, too: then each thread has the same channels of V,
-    of them and of y.
+    Blocks of the weight have the GROUP rows that one load of a warp has of V: then each thread has
+    the same channels of both, once for all rows. MASKED: there may be missing neighbors.
     """
-    o_x = tl.arange(0, ROWS * AT_ONCE)[:, None]
+    BYTES: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth // 8
+    ALL: tl.constexpr = ROWS * AT_ONCE
+    GROUP: tl.constexpr = min(ALL, max(AT_ONCE, 512 // BYTES // BLOCK_C))
+    o_x = tl.arange(0, ALL)[:, None]
     o_i, o_j = o_x // AT_ONCE, o_x % AT_ONCE
-    o_c = tl.arange(0, BLOCK_C)[None, :] + tl.zeros([ROWS * AT_ONCE, 1], tl.int32)
+    o_c = tl.arange(0, BLOCK_C)[None, :]
+    o_g = tl.arange(0, GROUP)[None, :, None] % AT_ONCE
+    o_d = tl.arange(0, BLOCK_C)[None, None, :]
     for c in range(0, C, BLOCK_C):
         m_c = o_c < C - c
-        b_y = tl.zeros([ROWS * AT_ONCE, BLOCK_C], tl.float32)
+        b_y = tl.zeros([ALL, BLOCK_C], tl.float32)
         for j in range(0, k, AT_ONCE):
-            if AT_ONCE == 1:
-                b_term = tl.load(p_terms + o_i * k + j)
-            else:
+            if MASKED:
                 b_term = tl.load(p_terms + (o_i * k + o_j) + j, o_j < k - j, 0xFFFFFFFF)
+            else:
+                b_term = tl.load(p_terms + o_i * k + j)
             b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
             b_row = b_term.to(tl.int32)
-            # Products of 32 bits to 64 are single instructions.
-            b_offset = b_row.to(tl.int64) * tl.cast(stride_vm // ALIGN, tl.int64) * ALIGN
-            b_v = tl.load(p_v + c + b_offset + o_c, (b_row >= 0) & m_c, 0.0).to(tl.float32)
+            b_bytes = tl.multiple_of(_wide(b_row) * _wide(bytes_vm), [1, ALIGN * BYTES])
+            p = p_v.to(tl.pointer_type(tl.int8)) + b_bytes
+            p = p.to(tl.pointer_type(p_y.dtype.element_ty)) + c + o_c
+            if MASKED:
+                b_v = tl.load(p, (b_row >= 0) & m_c, 0.0)
+            elif WHOLE_C:
+                b_v = tl.load(p)
+            else:
+                b_v = tl.load(p, m_c, 0.0)
+            b_v = b_rho * _as_float32(b_v)
             if p_weight_rows is not None:
-                m_w = m_c & (o_j < k - j)
-                b_w = tl.load(p_weight_rows + (as_int64(j) * C + c) + (o_j * C + o_c), m_w, 0.0)
-                b_rho = b_rho * b_w.to(tl.float32)
-            b_y += b_rho * b_v
+                p_w = p_weight_rows + (as_int64(j) * C + c) + (o_g * C + o_d)
+                if MASKED:
+                    b_w = tl.load(p_w, (o_g < k - j) & (o_d < C - c), 0.0)
+                elif WHOLE_C:
+                    b_w = tl.load(p_w)
+                else:
+                    b_w = tl.load(p_w, o_d < C - c, 0.0)
+                b_w = tl.broadcast_to(_as_float32(b_w), [ALL // GROUP, GROUP, BLOCK_C])
+                b_v *= tl.reshape(b_w, [ALL, BLOCK_C])
+            b_y += b_v
         b_y = tl.sum(tl.reshape(b_y, [ROWS, AT_ONCE, BLOCK_C]), 1)
         o_y = c + tl.arange(0, BLOCK_C)[None, :]
         if p_bias is not None:
@@ -268,7 +320,7 @@ def finish_kernel(
     stride_mb2,
     stride_vb1,
     stride_vb2,
-    stride_vm,
+    bytes_vm,  # from row to row of value
     ALIGN: tl.constexpr,
     ALIGN_VALUE: tl.constexpr,
     METRIC: tl.constexpr,
@@ -289,6 +341,7 @@ def finish_kernel(
     AT_ONCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE_C: tl.constexpr,
 ):
     """s and I of ROWS queries, and with AGGREGATE their output.
 
@@ -306,13 +359,15 @@ def finish_kernel(
     LIST: tl.constexpr = 1 << LOG_LIST
     row_blocks = tl.cdiv(rows_n, ROWS)
     pid = tl.program_id(0)
-    b = first_b + pid // row_blocks
-    b1, b2 = b // B2, b % B2
+    block = _quotient(pid, row_blocks)
+    b = first_b + block
+    b1 = _quotient(b, B2)
+    b2 = b - b1 * B2
     # Whole blocks: the last one may have rows of the one before, which are the same again.
-    n = tl.minimum((pid % row_blocks) * ROWS, rows_n - ROWS)
+    n = tl.minimum((pid - block * row_blocks) * ROWS, rows_n - ROWS)
     o_i = tl.arange(0, ROWS)
     # The first row is a scalar of 64 bits; to the others, there are offsets of 32.
-    queue = (pid // row_blocks).to(tl.int64) * rows_n + n
+    queue = block.to(tl.int64) * rows_n + n
     n += first_n
     first = b.to(tl.int64) * N + n
     p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + n * stride_qn + o_i * stride_qn
@@ -365,8 +420,10 @@ def finish_kernel(
     )
     if HAS_SELF:
         key_of_self = pack(tl.full([ROWS], ORDER_OF_SELF, tl.int32), self_row)
-        b_list = tl.where((o_l == 0) & has_self[:, None], key_of_self[:, None], b_list)
-    end = tl.max(total, 0) + HAS_SELF
+        # A row that has been listed has no entries.
+        m_self = (o_l == 0) & has_self[:, None] & (most <= CAP)
+        b_list = tl.where(m_self, key_of_self[:, None], b_list)
+    end = tl.max(tl.max(total, 1), 0) + HAS_SELF
     if end > LIST:
         b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)
         for start in range(LIST, end, LIST):
@@ -405,26 +462,27 @@ def finish_kernel(
             norm = norm_q * tl.load(p_norm + self_row, has_self, 1.0)
             b_s = cosine(b_s, norm[:, None])
         b_s_self = tl.sum(b_s, 1)
-    m_found = most <= CAP
-    if ONE_BY_ONE:
-        b_list = _best(b_list, k, LOG_LIST)
-        store_list(
-            b_list,
-            b_s_self,
-            p_s + o_i * k,
-            p_i + o_i * k,
-            m_found,
-            k,
-            0,
-            HAS_SELF,
-            BY_INDEX,
-            LOG_LIST,
-        )
-    else:
-        b_list = largest(b_list, LOG_LIST, LOG_K, 0)
-        store_list(
-            b_list, b_s_self, p_s + o_i * k, p_i + o_i * k, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K
-        )
+    # Whether all rows have k neighbors, no two of them equally near, none infinitely far.
+    complete = False
+    if ONE_BY_ONE and not BY_INDEX:
+        b_order = order_of(b_list)
+        b_rank = _ranks(b_order, k)
+        if HAS_SELF:
+            b_order = tl.where(b_order == ORDER_OF_SELF, orderable(b_s_self)[:, None], b_order)
+        b_count = tl.where(b_order == ORDER_OF_MINUS_INFINITY, 2**16, 1)
+        b_count = tl.where(b_rank < k, b_count, 0)
+        complete = tl.sum(tl.sum(b_count, 1), 0) == k * ROWS
+        if complete:
+            ALL: tl.constexpr = ROWS * LIST
+            o = tl.reshape(o_i[:, None] * k + b_rank, [ALL])
+            m = tl.reshape(b_rank < k, [ALL])
+            tl.store(p_s + o, tl.reshape(from_orderable(b_order), [ALL]), m)
+            tl.store(p_i + o, tl.reshape(index_of(b_list), [ALL]), m)
+    if not complete:
+        b_first = largest(b_list, LOG_LIST, LOG_K, 0)
+        m_found = tl.max(most, 1) <= CAP
+        p_s_rows, p_i_rows = p_s + o_i * k, p_i + o_i * k
+        store_list(b_first, b_s_self, p_s_rows, p_i_rows, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K)
 
     if AGGREGATE:
         # Every thread may read what another one has stored.
@@ -432,26 +490,47 @@ def finish_kernel(
         b_value = b
         if FOLDED:
             o_x = tl.arange(0, ROWS * AT_ONCE)[:, None] // AT_ONCE
-            b_value = b * (N // N_value) + (n + o_x) // N_value
-        p_v = p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
+            b_value = b * _quotient(N, N_value) + _quotient(n + o_x, N_value)
+        v1 = _quotient(b_value, B2_value)
+        p_v = p_value + v1 * stride_vb1 + (b_value - v1 * B2_value) * stride_vb2
         p_y = p_output + first * C
         p_t = p_terms + first * k
         _store_terms(p_s, p_i, p_t, k, scale, RHO, ROWS, LOG_K)
         tl.debug_barrier()
-        _aggregate(
-            p_v,
-            p_t,
-            p_weight_rows,
-            p_bias,
-            p_y,
-            C,
-            k,
-            stride_vm,
-            ALIGN_VALUE,
-            ROWS,
-            AT_ONCE,
-            BLOCK_C,
-        )
+        if complete:
+            _aggregate(
+                p_v,
+                p_t,
+                p_weight_rows,
+                p_bias,
+                p_y,
+                C,
+                k,
+                bytes_vm,
+                ALIGN_VALUE,
+                ROWS,
+                AT_ONCE,
+                BLOCK_C,
+                WHOLE_C,
+                AT_ONCE > 1,
+            )
+        else:
+            _aggregate(
+                p_v,
+                p_t,
+                p_weight_rows,
+                p_bias,
+                p_y,
+                C,
+                k,
+                bytes_vm,
+                ALIGN_VALUE,
+                ROWS,
+                AT_ONCE,
+                BLOCK_C,
+                WHOLE_C,
+                True,
+            )
 
 
 def prepare_finish(
@@ -477,9 +556,10 @@ def prepare_finish(
         "B2_value": 1,
         "stride_vb1": 0,
         "stride_vb2": 0,
-        "stride_vm": 0,
+        "bytes_vm": 0,
         "ALIGN_VALUE": 1,
         "RESCORE": rescore,
+        "WHOLE_C": C % config["BLOCK_C"] == 0,
         "AGGREGATE": aggregation is not None,
         "FOLDED": False,
         "RHO": 0,
@@ -492,6 +572,7 @@ def prepare_finish(
             "N_value": aggregation.N,
             "B2_value": aggregation.V.B2,
             **aggregation.V.strides("v"),
+            "bytes_vm": aggregation.V.strides("v")["stride_vm"] * aggregation.dtype.itemsize,
             "ALIGN_VALUE": alignment(aggregation.V),
             "FOLDED": aggregation.N != Q.N,
             "RHO": RHOS[aggregation.rho],

@@ -15,6 +15,7 @@ NOTHING = tl.constexpr(-(2**63))
 # The orderable of NaN, and that of the token itself, which comes before even a NaN.
 ORDER_OF_NAN = tl.constexpr(0x7FFFFFFE)
 ORDER_OF_SELF = tl.constexpr(0x7FFFFFFF)
+ORDER_OF_MINUS_INFINITY = tl.constexpr(-0x7F800001)
 # Below the orderable of every number.
 NO_ORDER = tl.constexpr(-(2**31))
 # Above every neighbor: an entry of a list that is not to be replaced.
