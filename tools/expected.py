@@ -246,12 +246,30 @@ EXPECTED = {
             **_OVER_D,
             "for d0 in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
             "for start in range(0, key_blocks, 128)": lambda n: cdiv(n.key_blocks, 128),
-            "for start in range(0, rows_each, ROWS)": lambda n: cdiv(n.rows_each, n.ROWS),
-            "for start in range(0, rows_each, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N),
+            "for begin in range(0, rows_each, ROWS)": lambda n: cdiv(n.rows_each, n.ROWS),
+            "for start in range(begin, begin + ROWS, BLOCK_N)": lambda n: n.ROWS / n.BLOCK_N,
             "for start in range(0, rows, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N),
             "for j in range(0, k)": lambda n: n.k,
-            "for j in range(program, k, tl.num_programs(0))": lambda n: n.k / n.programs,
-        }
+        },
+        {
+            "if tl.max(b_sum, 0) > _LARGE": lambda n: 0,
+        },
+        {
+            "b_drho += tl.load(": lambda n: 1 - 1 / cdiv(n.C, n.BLOCK_C),
+            # W, and the tile's part of its gradient, of C k elements.
+            **dict.fromkeys(("b_w = tl.load(", "b_dw += tl.load("), lambda n: 0),
+            # What the same lanes have just loaded or stored for these ROWS queries.
+            **dict.fromkeys(
+                (
+                    "m = tl.load(",
+                    "b_s = tl.load(p_similarities + o_s + j, m",
+                    "b_rho = modulate(tl.load(",
+                    "b_ds = tl.load(",
+                    "b_ds = scale * tl.load(",
+                ),
+                lambda n: 0,
+            ),
+        },
     ),
     "sort_pairs_kernel": Expected(
         {

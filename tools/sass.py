@@ -5,7 +5,7 @@ instruction is executed, and what it occupies.
 A loop of the machine code is one of the source, named by the text of its line, such as
 `for d in range(0, D, BLOCK_D):`, because the branch back has that line. Where the compiler has
 unrolled a loop, what is left of its trips follows it in pieces of half the size each, behind
-branches of the same line.
+branches of the same line, or in a loop of that line with one copy.
 
 What a warp does at other branches, unless it is told otherwise: it goes where loops are; else it
 executes what an `if` might skip; and numbers are ordinary, so that divisions and roots never take
@@ -14,6 +14,7 @@ the path that is a subroutine.
 
 import collections
 import graphlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -203,8 +204,19 @@ class Walk:
             loop.trips = loop.times = trips or 0.0
             if trips is None:
                 unknown.append(self._text(loop.line) or str(loop.line))
+        for loop, rest in itertools.pairwise(sorted(self.loops, key=lambda loop: loop.header)):
+            copies = self._accesses(loop) / max(1, self._accesses(rest))
+            if loop.line == rest.line and not loop.body & rest.body and copies in (2, 4, 8):
+                loop.copies, trips = int(copies), round(loop.trips)
+                loop.trips = loop.times = trips // loop.copies
+                rest.trips = rest.times = trips % loop.copies
         if unknown:
             raise KeyError(f"no number of trips of the loops {'; '.join(dict.fromkeys(unknown))}")
+
+    def _accesses(self, loop: Loop) -> int:
+        """Instructions of a loop that access global memory."""
+        places = (i for block in loop.body for i in self.blocks[block].instructions)
+        return sum(self.code[i].opcode.split(".")[0] in _GLOBAL for i in places)
 
     def _two_ways(self) -> list[int]:
         """The blocks after which there is a choice, but for the branches back of loops."""
@@ -261,7 +273,9 @@ class Walk:
         entry = [a for a in same if sum(map(leads_in, self.blocks[a].next)) == 1]
         rest = sorted(a for a in same if a in self._reaches[loop.latch])
         rest = [a for a in rest if not self._reaches[a] & later]
-        copies = loop.copies = 2 ** len(rest)
+        rest = rest if loop.copies == 1 else []
+        copies = 2 ** len(rest)
+        loop.copies *= copies
         left = round(loop.trips) % copies
         shares = {a: float(bool(left & copies >> i + 1)) for i, a in enumerate(rest)}
         if loop.end == loop.header != loop.latch:

@@ -178,7 +178,7 @@ def _unneeded(call: Backward, several_blocks: bool) -> dict[str, str | None]:
         "p_bias_part": "bias" in needs,
         "p_weight_grad": "weight" in needs,
         "p_bias_grad": "bias" in needs,
-        "p_weight_rows": call.has_weight and of_value,
+        "p_weight_rows": call.has_weight and (of_value or call.through_rho),
         "p_counts": call.sorts,
         "p_next": call.sorts,
         "p_pairs": call.sorts,

@@ -359,18 +359,23 @@ def sort() -> Config:
 
 
 def query_side(arch: int, bits: int, C: int, D: int, k: int, rows_each: int) -> Config:
-    """Blocks of `query_side_kernel`: one warp, in which sums over channels are shuffles."""
+    """Blocks of `query_side_kernel`: one warp, in which sums over channels are shuffles.
+
+    Of ROWS queries, both the rows of the output's gradient and one neighbor each are in registers.
+    """
     largest = 64 if arch == INTERPRETER else 256
     block_c, block_d = (min(largest, max(16, power_of_two(X))) for X in (C, D))
+    elements = 2048 if bits == 16 else 1024
+    rows = 32 if arch == INTERPRETER else elements // max(64, block_c, block_d)
     return _config(
-        ROWS=min(128, rows_each),
-        BLOCK_N=32 if arch == INTERPRETER else 1024 // max(64, block_c, block_d),
+        ROWS=rows,
+        BLOCK_N=rows // 2,
         BLOCK_K=block_k(k),
         BLOCK_C=block_c,
         BLOCK_D=block_d,
         num_warps=1,
-        # 12 warps on a multiprocessor, where that does not spill.
-        maxnreg=168
+        # 10 warps on a multiprocessor, where that does not spill.
+        maxnreg=200
         if arch >= 90 and bits == 16 and 64 <= max(block_c, block_d) <= 128
         else MOST_REGISTERS,
     )
@@ -383,7 +388,7 @@ def rows_each(arch: int, B: int, N: int, k: int, key_blocks: int) -> int:
     a few for each query, and all programs that sort pairs read all counts of a batch element. Each
     tile has a part of dW of k rows: with at least k queries, these are no more than the output has.
     """
-    rows = 32 if arch == INTERPRETER else power_of_two(min(128, max(32, B * N // 2048)))
+    rows = 64 if arch == INTERPRETER else power_of_two(min(128, max(32, B * N // 2048)))
     rows = max(rows, key_blocks // 4, N // 256, k)
     return power_of_two(rows) if rows <= 128 else -(-rows // 128) * 128
 
