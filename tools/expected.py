@@ -289,12 +289,12 @@ EXPECTED = {
         {
             "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK),
             "for start in range(first, last - (end - begin), PAIRS)": lambda n: (
-                0 if n.OF_CHUNKS else n.KEYS * n.k * n.N / n.M / n.PAIRS + 0.5
+                0 if n.OF_CHUNKS else n.KEYS * n.pairs / n.M / n.PAIRS + 0.5
             ),
             "for start in range(0, key_blocks, BINS)": lambda n: cdiv(n.key_blocks, 128),
             "for chunk in range(begin // CHUNK, end // CHUNK)": lambda n: 0,
         },
-        {"if test != 0.0": lambda n: 0},
+        {"if test != 0.0": lambda n: 0, "if tl.max(b_sum, 0) > _LARGE": lambda n: 0},
         {"b_x = b_x * tl.load(p_weight_rows": lambda n: 0},  # k rows, which all programs read
     ),
 }

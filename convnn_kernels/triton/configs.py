@@ -393,6 +393,11 @@ def rows_each(arch: int, B: int, N: int, k: int, key_blocks: int) -> int:
     return power_of_two(rows) if rows <= 128 else -(-rows // 128) * 128
 
 
+def allowed_backward(B: int, N: int, M: int, C: int, D: int, k: int) -> int:
+    """Bytes of temporary memory of the depthwise backward: what the README promises."""
+    return 8 * B * (N * (k + max(C, D)) + M * (C + D)) + WORKSPACE
+
+
 def sort_pairs(arch: int) -> Config:
     """Blocks of `sort_pairs_kernel`."""
     return _config(PAIRS=32, TILES=8, BINS=128, PARTS=64, COLUMNS=16, num_warps=1)

@@ -12,7 +12,7 @@ computes rho; then drho and dW, for which rows of G stay in registers while it g
 neighbors; then ds; and dq, BLOCK_N queries at a time. rho, drho and ds go through memory, where
 the key side needs rho and ds anyway. All products are float32. What ROWS queries add to dW is
 summed first, and then added to the part of dW that the tile has. Parts of dW and of db are added up
-in pairs.py.
+in pairs.py. Where queries are divided (backward.py), a tile of the next ones adds to the same part.
 
 For the key side it also stores the rows of key, -1 for a missing neighbor, counts the pairs of each
 block of keys in the tile, and transposes W, which it reads by j itself.
@@ -103,7 +103,7 @@ def _differentiate_output(
     p_grad_s,
     p_part,  # [k, C] of this tile, or None
     o_t,  # [BLOCK_N]: where a query has its slot 0 in a tile
-    is_first,  # whether these queries are the first of the tile
+    is_first,  # whether nothing has been added to the tile's part of dW
     C,
     k,
     rows_each,
@@ -146,11 +146,12 @@ def _sum_grad(
     p_grad,  # the rows of G of this tile
     p_bias_part,
     rows,
+    is_first,  # whether there is no sum of an earlier part of the queries
     C,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """This tile's part of db, the sum of G."""
+    """Adds G to this tile's part of db."""
     o_b = tl.arange(0, BLOCK_N).to(tl.int64)
     for c0 in range(0, C, BLOCK_C):
         o_c = c0 + tl.arange(0, BLOCK_C)
@@ -160,7 +161,8 @@ def _sum_grad(
             m = (start + o_b < rows)[:, None] & m_c[None, :]
             b_g = tl.load(p_grad + (start + o_b)[:, None] * C + o_c[None, :], m, 0.0)
             b_db += b_g.to(tl.float32)
-        tl.store(p_bias_part + o_c, tl.sum(b_db, 0), m_c)
+        b_db = tl.sum(b_db, 0) + tl.load(p_bias_part + o_c, m_c & (is_first == 0), 0.0)
+        tl.store(p_bias_part + o_c, b_db, m_c)
 
 
 @triton.jit
@@ -322,6 +324,7 @@ def query_side_kernel(
     k,
     scale,
     B2,
+    first_n,
     tiles,
     rows_each,
     key_blocks,
@@ -346,7 +349,7 @@ def query_side_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of `rows_each` queries of a batch element."""
+    """One tile of `rows_each` queries of a batch element, from the query first_n on."""
     stride_qb1 = aligned(stride_qb1, ALIGN)
     stride_qb2 = aligned(stride_qb2, ALIGN)
     stride_qn = aligned(stride_qn, ALIGN)
@@ -358,7 +361,7 @@ def query_side_kernel(
     stride_vm = aligned(stride_vm, ALIGN)
     tile = tl.program_id(0).to(tl.int64)
     b = tile // tiles
-    first = (tile % tiles) * rows_each
+    first = first_n + (tile % tiles) * rows_each
     rows = tl.minimum(rows_each, N - first).to(tl.int32)
     first += b * N
     p_count = None
@@ -368,7 +371,8 @@ def query_side_kernel(
     if p_weight_rows is not None:
         _transpose_weight(p_weight, p_weight_rows, C, k, BLOCK_C)
     if p_bias_part is not None:
-        _sum_grad(p_grad + first * C, p_bias_part + tile * C, rows, C, BLOCK_N, BLOCK_C)
+        p = p_bias_part + tile * C
+        _sum_grad(p_grad + first * C, p, rows, first_n == 0, C, BLOCK_N, BLOCK_C)
     tl.debug_barrier()
     o_r = tl.arange(0, ROWS)
     o_b = tl.arange(0, BLOCK_N)
@@ -409,7 +413,7 @@ def query_side_kernel(
                 p_grad_s,
                 p_part,
                 tile * k * rows_each + begin + o_r,
-                begin == 0,
+                (begin == 0) & (first_n == 0),
                 C,
                 k,
                 rows_each,
