@@ -405,7 +405,10 @@ def test_pairs_are_sorted_by_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> 
     run(call)
     I, M = call["indices"], call["key"].shape[1]
     B, N, k = I.shape
-    keys, each = configs.key_side(0, 32, 7, 10, N, M, k)["KEYS"], configs.rows_each(0, B, N, k, 3)
+    keys, each = (
+        configs.key_side(0, 32, 7, 10, N, M, k)["KEYS"],
+        configs.rows_each(0, B, N, 7, k, 3),
+    )
     blocks, tiles = -(-M // keys), -(-N // each)
     ends = made["p_next"].view(B, tiles, blocks)[:, -1]
     pairs = made["p_pairs"].view(B, N * k)
@@ -436,7 +439,7 @@ def test_buffers_of_many_sizes_are_bounded(arch: int) -> None:
     ):
         keys = configs.key_side(arch, 16, C, C, N, M, k)
         blocks = -(-M // keys["KEYS"])
-        rows = configs.rows_each(arch, B, N, k, blocks)
+        rows = configs.rows_each(arch, B, N, C, k, blocks)
         bound = 8 * (N * k + N * C + M * C)
         assert -(-N // rows) * blocks <= bound
         if arch != configs.INTERPRETER:

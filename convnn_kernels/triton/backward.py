@@ -141,7 +141,7 @@ def plan_backward(call: Backward) -> Plan:
                 for of_chunks, count in ((True, chunks), (False, key_blocks))
                 if count
             ]
-    return Plan(launches, **_buffers(call, keys, rows_each, tiles, query_parts > 1))
+    return Plan(launches, _workspace(call, keys, rows_each, tiles, query_parts > 1))
 
 
 def _divide(call: Backward, keys: configs.Config) -> tuple[int, int, int]:
@@ -150,11 +150,11 @@ def _divide(call: Backward, keys: configs.Config) -> tuple[int, int, int]:
     All at once if their pairs fit in the memory that is allowed; else as many tiles as fit.
     """
     B, N, M, k, C, D = call.B, call.N, call.M, call.k, call.V.D, call.Q.D
-    rows = configs.rows_each(call.arch, B, N, k, cdiv(M, keys["KEYS"]))
+    rows = configs.rows_each(call.arch, B, N, C, k, cdiv(M, keys["KEYS"]))
     allowed = configs.allowed_backward(B, N, M, C, D, k)
 
     def taken(rows: int, tiles: int, several: bool = True) -> int:
-        return Workspace(**_buffers(call, keys, rows, tiles, several)).bytes
+        return _workspace(call, keys, rows, tiles, several).bytes
 
     all_tiles = cdiv(N, rows)
     if taken(rows, all_tiles, several=False) <= allowed:
@@ -171,9 +171,9 @@ def _divide(call: Backward, keys: configs.Config) -> tuple[int, int, int]:
     return rows, tiles, cdiv(all_tiles, tiles)
 
 
-def _buffers(
+def _workspace(
     call: Backward, keys: configs.Config, rows_each: int, tiles: int, several_parts: bool
-) -> dict[str, Buffer]:
+) -> Workspace:
     """The temporary memory for so many tiles of queries of each batch element."""
     B, N, M, k, C, D = call.B, call.N, call.M, call.k, call.V.D, call.Q.D
     query = configs.query_side(call.arch, call.bits, C, D, k, rows_each)
@@ -182,31 +182,39 @@ def _buffers(
     counts = (B * tiles * cdiv(M, keys["KEYS"]), torch.int32 if pairs < 2**31 else torch.int64)
     parts = B * (pairs // keys["CHUNK"]) * keys["KEYS"]
     channel_blocks = max(cdiv(C, keys["BLOCK"]), cdiv(D, keys["BLOCK"]))
-    buffers: dict[str, Buffer] = {
-        "p_rows": (of_tiles[0], torch.int32),
-        "p_rho": of_tiles,
-        "p_grad_s": of_tiles,
-        "p_unit": of_tiles,
-        "p_along": (B * rows, _F32),
-        "p_inverse": (B * N, _F32),
-        "p_weight_part": (B * tiles * k * C, _F32),
-        "p_bias_part": (B * tiles * C, _F32),
-        "p_weight_rows": (k * C, call.value_dtype),
-        "p_counts": counts,
-        "p_next": counts,
-        "p_pairs": (of_list[0], torch.int64),
-        "p_pair_rho": of_list,
-        "p_pair_ds": of_list,
-        "p_pair_along": of_list,
-        "p_value_part": (parts * C, _F32),
-        "p_key_part": (parts * D, _F32),
-        "p_along_part": (parts, _F32),
-        "p_value_sum": (B * M * C, _F32),
-        "p_key_sum": (B * M * D, _F32),
-        "p_along_sum": (B * channel_blocks * M, _F32),
-    }
     names = _unneeded(call, query["BLOCK_D"] < D, several_parts)
-    return {name: size for name, size in buffers.items() if name not in names}
+
+    def needed(**sizes: Buffer) -> dict[str, Buffer]:
+        return {name: size for name, size in sizes.items() if name not in names}
+
+    until_sorted = needed(
+        p_rows=(of_tiles[0], torch.int32),
+        p_rho=of_tiles,
+        p_grad_s=of_tiles,
+        p_unit=of_tiles,
+        p_along=(B * rows, _F32),
+        p_inverse=(B * N, _F32),
+        p_counts=counts,
+    )
+    of_chunks = needed(
+        p_value_part=(parts * C, _F32),
+        p_key_part=(parts * D, _F32),
+        p_along_part=(parts, _F32),
+    )
+    throughout = needed(
+        p_weight_part=(B * tiles * k * C, _F32),
+        p_bias_part=(B * tiles * C, _F32),
+        p_weight_rows=(k * C, call.value_dtype),
+        p_next=counts,
+        p_pairs=(of_list[0], torch.int64),
+        p_pair_rho=of_list,
+        p_pair_ds=of_list,
+        p_pair_along=of_list,
+        p_value_sum=(B * M * C, _F32),
+        p_key_sum=(B * M * D, _F32),
+        p_along_sum=(B * channel_blocks * M, _F32),
+    )
+    return Workspace(until_sorted, of_chunks, **throughout)
 
 
 def _unneeded(call: Backward, several_blocks: bool, several_parts: bool) -> dict[str, str | None]:

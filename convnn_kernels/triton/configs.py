@@ -381,15 +381,15 @@ def query_side(arch: int, bits: int, C: int, D: int, k: int, rows_each: int) -> 
     )
 
 
-def rows_each(arch: int, B: int, N: int, k: int, key_blocks: int) -> int:
+def rows_each(arch: int, B: int, N: int, C: int, k: int, key_blocks: int) -> int:
     """The queries in a tile of `query_side_kernel`: 32, 64, or a multiple of 128.
 
     Enough tiles to fill a chip; but their counts of pairs, tiles * key_blocks, must be no more than
     a few for each query, and all programs that sort pairs read all counts of a batch element. Each
-    tile has a part of dW of k rows: with at least k queries, these are no more than the output has.
+    tile has a part of dW of k C numbers: no more than the output has, or four for each pair.
     """
     rows = 64 if arch == INTERPRETER else power_of_two(min(128, max(32, B * N // 2048)))
-    rows = max(rows, key_blocks // 4, N // 256, k)
+    rows = max(rows, key_blocks // 4, N // 256, min(k, C // 4))
     return power_of_two(rows) if rows <= 128 else -(-rows // 128) * 128
 
 
