@@ -59,6 +59,10 @@ class Backward(NamedTuple):
     arch: int
 
     @property
+    def align(self) -> int:
+        return alignment(self.Q, self.K, self.V)
+
+    @property
     def bits(self) -> int:
         return 8 * max(self.query_dtype.itemsize, self.value_dtype.itemsize)
 
@@ -84,7 +88,7 @@ def plan_backward(call: Backward) -> Plan:
     C, D = V.D, Q.D
     keys = configs.key_side(call.arch, call.bits, C, D, N, M, k)
     rows_each, tiles, query_parts = _divide(call, keys)
-    query = configs.query_side(call.arch, call.bits, C, D, k, rows_each)
+    query = configs.query_side(call.arch, call.bits, C, D, k, call.align)
     sort = configs.sort_pairs(call.arch)
     key_blocks, pairs = cdiv(M, keys["KEYS"]), min(N, tiles * rows_each) * k
     chunks = pairs // keys["CHUNK"] if call.sorts else 0
@@ -114,7 +118,7 @@ def plan_backward(call: Backward) -> Plan:
         **Q.strides("q"),
         **K.strides("k"),
         **V.strides("v"),
-        "ALIGN": alignment(Q, K, V),
+        "ALIGN": call.align,
         "RHO": RHOS[call.rho],
         "METRIC": METRICS[call.metric],
         "RESCALE": rescales(call.query_dtype),
@@ -176,7 +180,7 @@ def _workspace(
 ) -> Workspace:
     """The temporary memory for so many tiles of queries of each batch element."""
     B, N, M, k, C, D = call.B, call.N, call.M, call.k, call.V.D, call.Q.D
-    query = configs.query_side(call.arch, call.bits, C, D, k, rows_each)
+    query = configs.query_side(call.arch, call.bits, C, D, k, call.align)
     rows, pairs = tiles * rows_each, min(N, tiles * rows_each) * k
     of_tiles, of_list = (B * rows * k, _F32), (B * pairs, _F32)
     counts = (B * tiles * cdiv(M, keys["KEYS"]), torch.int32 if pairs < 2**31 else torch.int64)

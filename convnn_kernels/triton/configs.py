@@ -358,14 +358,16 @@ def sort() -> Config:
     return _config(PAIRS=64, num_warps=2)
 
 
-def query_side(arch: int, bits: int, C: int, D: int, k: int, rows_each: int) -> Config:
+def query_side(arch: int, bits: int, C: int, D: int, k: int, align: int) -> Config:
     """Blocks of `query_side_kernel`: one warp, in which sums over channels are shuffles.
 
     Of ROWS queries, both the rows of the output's gradient and one neighbor each are in registers.
+    float32, and loads of single elements, take more of them.
     """
     largest = 64 if arch == INTERPRETER else 256
     block_c, block_d = (min(largest, max(16, power_of_two(X))) for X in (C, D))
-    elements = 2048 if bits == 16 else 1024
+    packed = bits == 16 and C % 16 == D % 16 == align % 16 == 0
+    elements = 2048 if packed else 1024
     rows = 32 if arch == INTERPRETER else elements // max(64, block_c, block_d)
     return _config(
         ROWS=rows,
@@ -376,7 +378,7 @@ def query_side(arch: int, bits: int, C: int, D: int, k: int, rows_each: int) -> 
         num_warps=1,
         # 10 warps on a multiprocessor, where that does not spill.
         maxnreg=200
-        if arch >= 90 and bits == 16 and 64 <= max(block_c, block_d) <= 128
+        if arch >= 90 and packed and 64 <= max(block_c, block_d) <= 128
         else MOST_REGISTERS,
     )
 
