@@ -84,49 +84,17 @@ class Backward(NamedTuple):
 @cache_plans
 def plan_backward(call: Backward) -> Plan:
     """All gradients, from pointers that have the tensors of the call."""
-    Q, K, V, B, N, M, k = call.Q, call.K, call.V, call.B, call.N, call.M, call.k
-    C, D = V.D, Q.D
-    keys = configs.key_side(call.arch, call.bits, C, D, N, M, k)
-    rows_each, tiles, query_parts = _divide(call, keys)
-    query = configs.query_side(call.arch, call.bits, C, D, k, call.align)
+    B, C, D = call.B, call.V.D, call.Q.D
+    keys = configs.key_side(call.arch, call.bits, C, D, call.N, call.M, call.k)
+    query = configs.query_side(call.arch, call.bits, C, D, call.k, call.align)
     sort = configs.sort_pairs(call.arch)
-    key_blocks, pairs = cdiv(M, keys["KEYS"]), min(N, tiles * rows_each) * k
-    chunks = pairs // keys["CHUNK"] if call.sorts else 0
-    channel_blocks = max(cdiv(C, keys["BLOCK"]), cdiv(D, keys["BLOCK"]))
+    rows_each, tiles, query_parts = _divide(call, keys)
     of_weight, of_bias = (
         cdiv(size, sort["COLUMNS"]) if name in call.needed else 0
-        for name, size in (("weight", C * k), ("bias", C))
+        for name, size in (("weight", C * call.k), ("bias", C))
     )
-    shared: dict[str, Any] = {
-        "N": N,
-        "M": M,
-        "C": C,
-        "D": D,
-        "k": k,
-        "scale": call.scale,
-        "B2": call.B2,
-        "pairs": pairs,
-        "query_parts": query_parts,
-        "tiles": tiles,
-        "rows_each": rows_each,
-        "key_blocks": key_blocks,
-        "parts": B * tiles,
-        "sort_programs": B * tiles if call.sorts else 0,
-        "weight_programs": of_weight,
-        "chunks": chunks,
-        "channel_blocks": channel_blocks,
-        **Q.strides("q"),
-        **K.strides("k"),
-        **V.strides("v"),
-        "ALIGN": call.align,
-        "RHO": RHOS[call.rho],
-        "METRIC": METRICS[call.metric],
-        "RESCALE": rescales(call.query_dtype),
-        "RHO_GRAD": call.through_rho,
-        "KEYS": keys["KEYS"],
-        "PRECISION_V": hardware.product_precision(call.value_dtype),
-        "PRECISION_K": hardware.product_precision(call.query_dtype),
-    }
+    shared = _numbers(call, keys, rows_each, tiles)
+    shared |= {"query_parts": query_parts, "weight_programs": of_weight}
     names = _unneeded(call, query["BLOCK_D"] < D, query_parts > 1)
     launches = []
     for part in range(query_parts):
@@ -140,12 +108,52 @@ def plan_backward(call: Backward) -> Plan:
         if call.sorts:
             launches += [
                 key_side_kernel.prepare(
-                    B * count * channel_blocks, keys, names, **numbers, OF_CHUNKS=of_chunks
+                    B * count * numbers["channel_blocks"],
+                    keys,
+                    names,
+                    **numbers,
+                    OF_CHUNKS=of_chunks,
                 )
-                for of_chunks, count in ((True, chunks), (False, key_blocks))
+                for of_chunks, count in (
+                    (True, numbers["chunks"]),
+                    (False, numbers["key_blocks"]),
+                )
                 if count
             ]
     return Plan(launches, _workspace(call, keys, rows_each, tiles, query_parts > 1))
+
+
+def _numbers(call: Backward, keys: configs.Config, rows_each: int, tiles: int) -> dict[str, Any]:
+    """Numbers and constants that the kernels share, by parameter."""
+    Q, K, V, pairs = call.Q, call.K, call.V, min(call.N, tiles * rows_each) * call.k
+    return {
+        "N": call.N,
+        "M": call.M,
+        "C": V.D,
+        "D": Q.D,
+        "k": call.k,
+        "scale": call.scale,
+        "B2": call.B2,
+        "pairs": pairs,
+        "tiles": tiles,
+        "rows_each": rows_each,
+        "key_blocks": cdiv(call.M, keys["KEYS"]),
+        "parts": call.B * tiles,
+        "sort_programs": call.B * tiles if call.sorts else 0,
+        "chunks": pairs // keys["CHUNK"] if call.sorts else 0,
+        "channel_blocks": max(cdiv(V.D, keys["BLOCK"]), cdiv(Q.D, keys["BLOCK"])),
+        **Q.strides("q"),
+        **K.strides("k"),
+        **V.strides("v"),
+        "ALIGN": call.align,
+        "RHO": RHOS[call.rho],
+        "METRIC": METRICS[call.metric],
+        "RESCALE": rescales(call.query_dtype),
+        "RHO_GRAD": call.through_rho,
+        "KEYS": keys["KEYS"],
+        "PRECISION_V": hardware.product_precision(call.value_dtype),
+        "PRECISION_K": hardware.product_precision(call.query_dtype),
+    }
 
 
 def _divide(call: Backward, keys: configs.Config) -> tuple[int, int, int]:

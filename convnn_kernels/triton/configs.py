@@ -376,9 +376,9 @@ def query_side(arch: int, bits: int, C: int, D: int, k: int, align: int) -> Conf
         BLOCK_C=block_c,
         BLOCK_D=block_d,
         num_warps=1,
-        # 10 warps on a multiprocessor, where that does not spill.
-        maxnreg=200
-        if arch >= 90 and packed and 64 <= max(block_c, block_d) <= 128
+        # 10 warps on a multiprocessor, or 9, where that does not spill.
+        maxnreg={64: 200, 128: 224}.get(max(block_c, block_d), MOST_REGISTERS)
+        if arch >= 90 and packed
         else MOST_REGISTERS,
     )
 
