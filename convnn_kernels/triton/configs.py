@@ -368,7 +368,12 @@ def query_side(arch: int, bits: int, C: int, D: int, k: int, align: int) -> Conf
     block_c, block_d = (min(largest, max(16, power_of_two(X))) for X in (C, D))
     packed = bits == 16 and C % 16 == D % 16 == align % 16 == 0
     elements = 2048 if packed else 1024
-    rows = 32 if arch == INTERPRETER else elements // max(64, block_c, block_d)
+    widest = max(64, block_c, block_d)
+    registers = MOST_REGISTERS
+    if arch >= 90 and packed and widest <= 128:
+        # 10 warps on a multiprocessor, or 9, where that does not spill.
+        registers = 200 if arch < 100 and widest == 64 else 224
+    rows = 32 if arch == INTERPRETER else elements // widest
     return _config(
         ROWS=rows,
         BLOCK_N=rows // 2,
@@ -376,10 +381,7 @@ def query_side(arch: int, bits: int, C: int, D: int, k: int, align: int) -> Conf
         BLOCK_C=block_c,
         BLOCK_D=block_d,
         num_warps=1,
-        # 10 warps on a multiprocessor, or 9, where that does not spill.
-        maxnreg={64: 200, 128: 224}.get(max(block_c, block_d), MOST_REGISTERS)
-        if arch >= 90 and packed
-        else MOST_REGISTERS,
+        maxnreg=registers,
     )
 
 
