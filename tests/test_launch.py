@@ -280,6 +280,17 @@ def test_temporary_memory() -> None:
     assert [part.unique().tolist() for part in parts.values()] == [[0], [], [2], [3]]
 
 
+def test_temporary_memory_that_is_used_twice() -> None:
+    from convnn_kernels.triton.launch import Workspace
+
+    small, large = (10, torch.float32), (1000, torch.float32)
+    for earlier, later in ((small, large), (large, small)):
+        workspace = Workspace({"p_a": small, "p_b": earlier}, {"p_c": later}, p_d=large)
+        assert workspace.offsets == {"p_d": 0, "p_a": 4096, "p_b": 4352, "p_c": 4096}
+        assert workspace.bytes == (8192 if later == large else 8448)
+        assert set(workspace.sizes) == {"p_a", "p_b", "p_c", "p_d"}
+
+
 def test_a_kind_is_what_the_pointers_are() -> None:
     from convnn_kernels.triton.launch import Pointers, Workspace
 

@@ -174,6 +174,34 @@ def test_an_unrolled_loop_with_a_loop_for_the_rest(trips: int) -> None:
     assert found["R1"] == found["R6"] == 1
 
 
+UNROLLED_WITH_A_LOOP = """
+    1: MOV R1
+    1: @P0 BRA .L_x_1
+    .L_x_0:
+    2: LDG R2
+    2: LDG R3
+    2: LDG R4
+    2: LDG R5
+    1: @P1 BRA .L_x_0
+    .L_x_1:
+    1: @P2 BRA .L_x_9
+    .L_x_2:
+    2: LDG R6
+    1: @P3 BRA .L_x_2
+    .L_x_9:
+    1: MOV R7
+    1: EXIT
+"""
+
+
+@pytest.mark.parametrize("trips", range(12))
+def test_an_unrolled_loop_with_a_loop_for_all_of_the_rest(trips: int) -> None:
+    found = walk(UNROLLED_WITH_A_LOOP, {"for i in": trips})
+    assert found["R2"] == found["R5"] == trips // 4
+    assert found["R6"] == trips % 4
+    assert found["R1"] == found["R7"] == 1
+
+
 def test_a_condition_that_comes_first() -> None:
     text = """
         1: MOV R1

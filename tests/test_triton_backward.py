@@ -215,6 +215,16 @@ def test_what_is_not_finite_stays_with_its_keys() -> None:
     assert torch.allclose(dirty["key"][far], clean["key"][far], atol=1e-5)
 
 
+def test_queries_without_neighbors_add_nothing() -> None:
+    """Not even where the gradient of their output is not finite."""
+    call = make_call()
+    clean = run(call)
+    call["grad_output"][0, 5:9] = math.nan
+    dirty = run(call)
+    for name in NEEDS[:4]:
+        assert torch.equal(clean[name], dirty[name]), name
+
+
 @pytest.mark.parametrize("size", [1e25, 1e-10, 3e37])
 @pytest.mark.parametrize("D", [10, 70])
 def test_norms_neither_overflow_nor_vanish(size: float, D: int) -> None:
@@ -282,6 +292,103 @@ def test_four_launches_and_nothing_else(weight: bool, monkeypatch: pytest.Monkey
     assert launched == ["query_side_kernel", "sort_pairs_kernel"][: 1 + weight]
 
 
+def divide(monkeypatch: pytest.MonkeyPatch, rows: int, tiles: int) -> list[str]:
+    """Divides queries into parts of so many tiles; the names of the kernels that are launched."""
+    from convnn_kernels.triton import backward
+    from convnn_kernels.triton.launch import Plan, forget_plans
+
+    def parts(call: Any, keys: Any) -> tuple[int, int, int]:
+        return rows, tiles, -(-call.N // (rows * tiles))
+
+    launched: list[str] = []
+    launch = Plan.launch
+
+    def record(plan: Plan, pointers: Any) -> None:
+        launched.extend(each.kernel.name for each in plan.launches)
+        launch(plan, pointers)
+
+    forget_plans()
+    monkeypatch.setattr(backward, "_divide", parts)
+    monkeypatch.setattr(Plan, "launch", record)
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles", "metric", "rho", "dtype"),
+    [
+        (32, 1, "cosine", "softmax", F32),
+        # The last part has a tile without queries.
+        (32, 2, "cosine", "similarity", F16),
+        (64, 1, "euclidean", "softmax", F32),
+        (32, 3, "dot", "ones", F16),
+    ],
+    ids=str,
+)
+def test_parts_of_the_queries(
+    rows: int,
+    tiles: int,
+    metric: str,
+    rho: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    N = 150
+    launched = divide(monkeypatch, rows, tiles)
+    assert_close(make_call(metric=metric, rho=rho, dtype=dtype, N=N))
+    parts = -(-N // (rows * tiles))
+    assert parts > 1
+    assert launched == parts * ["query_side_kernel", "sort_pairs_kernel", *["key_side_kernel"] * 2]
+
+
+def test_parts_of_a_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of channels, each with its own sum of what is projected out."""
+    query, key = normal(70, 70), normal(20, 70, seed=1)
+    s, I = ops.select(query, key, 3)
+    call = (normal(70, 3, seed=2), query, key, s, I, "cosine", True, True)
+    backward = backend.operators()["convnn::select_backward"]
+    dq, dk = backward(*call)
+    launched = divide(monkeypatch, 32, 1)
+    dq_of_parts, dk_of_parts = backward(*call)
+    assert len(launched) == 12
+    assert torch.equal(dq, dq_of_parts)
+    assert torch.allclose(dk, dk_of_parts, rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, backward(*call), (dq, dk_of_parts)))
+
+
+def test_only_the_last_part_adds_up_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = divide(monkeypatch, 32, 1)
+    assert_close(make_call(), ("query", "weight", "bias"))
+    assert launched == ["query_side_kernel"] * 3 + ["sort_pairs_kernel"]
+
+
+@pytest.mark.parametrize("allowed", [0, 2**17, 2**19, 2**26])
+def test_parts_fit_and_have_all_queries(allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convnn_kernels.triton import backward
+    from convnn_kernels.triton.launch import Plan
+
+    sizes: list[tuple[int, int]] = []
+
+    def keep(plan: Plan, pointers: Any) -> None:
+        sizes.append((len(plan.launches) // 4, plan.workspace.bytes))
+
+    monkeypatch.setattr(Plan, "launch", keep)
+    monkeypatch.setattr(configs, "allowed_backward", lambda *_: allowed)
+    divide, found = backward._divide, []
+    monkeypatch.setattr(backward, "_divide", lambda *args: found.append(divide(*args)) or found[-1])
+    run(make_call(N=1000, k=9))
+    ((rows, tiles, parts),) = found
+    assert rows * tiles * (parts - 1) < 1000 <= rows * tiles * parts
+    ((launched, taken),) = sizes
+    assert launched == parts
+    if allowed == 2**26:
+        assert parts == 1
+    elif allowed:
+        assert parts > 1
+        assert allowed // 3 < taken <= allowed
+    else:
+        assert parts == 32  # of 32 queries
+
+
 def test_pairs_are_sorted_by_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pair that is present once, in its block, by tiles, slots and queries."""
     from convnn_kernels.triton.launch import Plan
@@ -298,7 +405,10 @@ def test_pairs_are_sorted_by_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> 
     run(call)
     I, M = call["indices"], call["key"].shape[1]
     B, N, k = I.shape
-    keys, each = configs.key_side(0, 32, 7, 10, N, M, k)["KEYS"], configs.rows_each(0, B, N, k, 3)
+    keys, each = (
+        configs.key_side(0, 32, 7, 10, N, M, k)["KEYS"],
+        configs.rows_each(0, B, N, 7, k, 3),
+    )
     blocks, tiles = -(-M // keys), -(-N // each)
     ends = made["p_next"].view(B, tiles, blocks)[:, -1]
     pairs = made["p_pairs"].view(B, N * k)
@@ -329,7 +439,7 @@ def test_buffers_of_many_sizes_are_bounded(arch: int) -> None:
     ):
         keys = configs.key_side(arch, 16, C, C, N, M, k)
         blocks = -(-M // keys["KEYS"])
-        rows = configs.rows_each(arch, B, N, k, blocks)
+        rows = configs.rows_each(arch, B, N, C, k, blocks)
         bound = 8 * (N * k + N * C + M * C)
         assert -(-N // rows) * blocks <= bound
         if arch != configs.INTERPRETER:

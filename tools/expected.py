@@ -81,7 +81,7 @@ _OVER_D = {
     "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
     "for d in range(BLOCK_D, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D) - 1,
 }
-_NO_ZEROS = {"if tl.max(m_zero.to(tl.int32), 0) > 0": lambda n: 0}
+_LATER_BLOCKS = {"if d > 0": lambda n: 1 - 1 / cdiv(n.D, min(64, n.BLOCK_D))}
 _OVER_K = {"for j in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K)}
 _OVER_C = {"for c0 in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C)}
 _OVER_O = {"for o0 in range(0, O, BLOCK_O)": lambda n: cdiv(n.O, n.BLOCK_O)}
@@ -147,7 +147,7 @@ _OF_RANGE = {
 
 _ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")}
 EXPECTED = {
-    "norms_kernel": Expected(_OVER_D, _NO_ZEROS),
+    "norms_kernel": Expected(_OVER_D, _LATER_BLOCKS),
     "exact_topk_kernel": Expected(
         _OVER_D
         | {
@@ -208,6 +208,9 @@ EXPECTED = {
         _OVER_D
         | {
             "for i in range(0, lists)": lambda n: n.lists,
+            "for start in range(tile.to(tl.int32) * BLOCK_M, N": lambda n: (
+                cdiv(n.N, n.BLOCK_M) / _tiles(n)
+            ),
             "for start in range(tile.to(tl.int32) * BLOCK_M, size": lambda n: (
                 cdiv(n.C * n.k, n.BLOCK_M) / (_tiles(n) * n.B)
             ),
@@ -215,10 +218,10 @@ EXPECTED = {
         {
             "if pid < of_columns": _share_of_tiles,
             "if tile == 0": lambda n: 1 / _tiles(n),
-            **_NO_ZEROS,
+            **_LATER_BLOCKS,
         },
     ),
-    "threshold_kernel": Expected(_OF_RANGE, _NO_ZEROS),
+    "threshold_kernel": Expected(_OF_RANGE, _LATER_BLOCKS),
     "sweep_kernel": Expected(
         _OF_RANGE
         | {
@@ -227,7 +230,7 @@ EXPECTED = {
             "for tile in range(first, last):": _tiles_each,
             "b_count = tl.inline_asm_elementwise": _turns_of_word,
         },
-        {"if tl.max(m_short.to(tl.int32), 0) > 0": lambda n: 0, **_NO_ZEROS},
+        {"if tl.max(m_short.to(tl.int32), 0) > 0": lambda n: 0, **_LATER_BLOCKS},
     ),
     "finish_kernel": Expected(
         _OVER_D
@@ -257,12 +260,30 @@ EXPECTED = {
             **_OVER_D,
             "for d0 in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
             "for start in range(0, key_blocks, 128)": lambda n: cdiv(n.key_blocks, 128),
-            "for start in range(0, rows_each, ROWS)": lambda n: cdiv(n.rows_each, n.ROWS),
-            "for start in range(0, rows_each, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N),
+            "for begin in range(0, rows_each, ROWS)": lambda n: cdiv(n.rows_each, n.ROWS),
+            "for start in range(begin, begin + ROWS, BLOCK_N)": lambda n: n.ROWS / n.BLOCK_N,
             "for start in range(0, rows, BLOCK_N)": lambda n: cdiv(n.rows_each, n.BLOCK_N),
             "for j in range(0, k)": lambda n: n.k,
-            "for j in range(program, k, tl.num_programs(0))": lambda n: n.k / n.programs,
-        }
+        },
+        {
+            "if tl.max(b_sum, 0) > _LARGE": lambda n: 0,
+        },
+        {
+            "b_drho += tl.load(": lambda n: 1 - 1 / cdiv(n.C, n.BLOCK_C),
+            # W, and the tile's part of its gradient, of C k elements.
+            **dict.fromkeys(("b_w = tl.load(", "b_dw += tl.load("), lambda n: 0),
+            # What the same lanes have just loaded or stored for these ROWS queries.
+            **dict.fromkeys(
+                (
+                    "m = tl.load(",
+                    "b_s = tl.load(p_similarities + o_s + j, m",
+                    "b_rho = modulate(tl.load(",
+                    "b_ds = tl.load(",
+                    "b_ds = scale * tl.load(",
+                ),
+                lambda n: 0,
+            ),
+        },
     ),
     "sort_pairs_kernel": Expected(
         {
@@ -282,12 +303,12 @@ EXPECTED = {
         {
             "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK),
             "for start in range(first, last - (end - begin), PAIRS)": lambda n: (
-                0 if n.OF_CHUNKS else n.KEYS * n.k * n.N / n.M / n.PAIRS + 0.5
+                0 if n.OF_CHUNKS else n.KEYS * n.pairs / n.M / n.PAIRS + 0.5
             ),
             "for start in range(0, key_blocks, BINS)": lambda n: cdiv(n.key_blocks, 128),
             "for chunk in range(begin // CHUNK, end // CHUNK)": lambda n: 0,
         },
-        {"if test != 0.0": lambda n: 0},
+        {"if test != 0.0": lambda n: 0, "if tl.max(b_sum, 0) > _LARGE": lambda n: 0},
         {"b_x = b_x * tl.load(p_weight_rows": lambda n: 0},  # k rows, which all programs read
     ),
 }

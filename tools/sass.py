@@ -5,7 +5,7 @@ instruction is executed, and what it occupies.
 A loop of the machine code is one of the source, named by the text of its line, such as
 `for d in range(0, D, BLOCK_D):`, because the branch back has that line. Where the compiler has
 unrolled a loop, what is left of its trips follows it in pieces of half the size each, behind
-branches of the same line.
+branches of the same line, or in a loop of that line with one copy.
 
 What a warp does at other branches, unless it is told otherwise: it goes where loops are; else it
 executes what an `if` might skip; and numbers are ordinary, so that divisions and roots never take
@@ -174,8 +174,18 @@ class Walk:
         """How many copies an unrolled loop has of the next one, which has the rest of its trips."""
         if loop.line != rest.line or rest.header not in self._reaches[loop.latch]:
             return 1
-        sizes = [sum(len(self.blocks[a].instructions) for a in each.body) for each in (loop, rest)]
-        return 2 ** max(0, round(math.log2(sizes[0] / sizes[1])))
+        sizes = self._accesses(loop), self._accesses(rest)
+        if not sizes[1]:
+            sizes = self._size(loop), self._size(rest)
+        return 2 ** max(0, round(math.log2(sizes[0] / sizes[1]))) if sizes[0] else 1
+
+    def _size(self, loop: Loop) -> int:
+        return sum(len(self.blocks[block].instructions) for block in loop.body)
+
+    def _accesses(self, loop: Loop) -> int:
+        """Instructions of a loop that access global memory."""
+        places = (i for block in loop.body for i in self.blocks[block].instructions)
+        return sum(self.code[i].opcode.split(".")[0] in _GLOBAL for i in places)
 
     def _branch(self, block: int) -> Instruction:
         return self.code[self.blocks[block].instructions[-1]]

@@ -10,6 +10,10 @@
 
 The backward of `aggregate` or of `select` alone is the same without the other part. What is not
 needed is not computed: its pointers are None.
+
+Where k is large, the temporaries of all pairs would be more than is allowed. Then the queries are
+divided, and these launches follow for each part of them: tiles add to the same parts of dW and db,
+and the key side to float32 sums of dV and dk, always in the same order.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +24,7 @@ from torch import Tensor
 from . import configs, hardware
 from .aggregation import RHOS
 from .key_side import key_side_kernel
-from .launch import Buffer, Plan, Pointers, cache_plans
+from .launch import Buffer, Plan, Pointers, Workspace, cache_plans
 from .metrics import METRICS
 from .norms import rescales
 from .pairs import sort_pairs_kernel
@@ -55,6 +59,14 @@ class Backward(NamedTuple):
     arch: int
 
     @property
+    def align(self) -> int:
+        return alignment(self.Q, self.K, self.V)
+
+    @property
+    def bits(self) -> int:
+        return 8 * max(self.query_dtype.itemsize, self.value_dtype.itemsize)
+
+    @property
     def through_rho(self) -> bool:
         """Whether ds depends on the gradient of the output."""
         search = self.has_search or "similarities" in self.needed
@@ -72,41 +84,68 @@ class Backward(NamedTuple):
 @cache_plans
 def plan_backward(call: Backward) -> Plan:
     """All gradients, from pointers that have the tensors of the call."""
-    Q, K, V, B, N, M, k = call.Q, call.K, call.V, call.B, call.N, call.M, call.k
-    C, D = V.D, Q.D
-    bits = 8 * max(call.query_dtype.itemsize, call.value_dtype.itemsize)
-    keys = configs.key_side(call.arch, bits, C, D, N, M, k)
-    key_blocks = cdiv(M, keys["KEYS"])
-    rows_each = configs.rows_each(call.arch, B, N, k, key_blocks)
-    query = configs.query_side(call.arch, bits, C, D, k, rows_each)
-    tiles = cdiv(N, rows_each)
+    B, C, D = call.B, call.V.D, call.Q.D
+    keys = configs.key_side(call.arch, call.bits, C, D, call.N, call.M, call.k)
+    query = configs.query_side(call.arch, call.bits, C, D, call.k, call.align)
     sort = configs.sort_pairs(call.arch)
-    chunks = N * k // keys["CHUNK"] if call.sorts else 0
-    channel_blocks = max(cdiv(C, keys["BLOCK"]), cdiv(D, keys["BLOCK"]))
+    rows_each, tiles, query_parts = _divide(call, keys)
     of_weight, of_bias = (
         cdiv(size, sort["COLUMNS"]) if name in call.needed else 0
-        for name, size in (("weight", C * k), ("bias", C))
+        for name, size in (("weight", C * call.k), ("bias", C))
     )
-    numbers: dict[str, Any] = {
-        "N": N,
-        "M": M,
-        "C": C,
-        "D": D,
-        "k": k,
+    shared = _numbers(call, keys, rows_each, tiles)
+    shared |= {"query_parts": query_parts, "weight_programs": of_weight}
+    names = _unneeded(call, query["BLOCK_D"] < D, query_parts > 1)
+    launches = []
+    for part in range(query_parts):
+        numbers = shared | {"query_part": part, "first_n": part * tiles * rows_each}
+        launches.append(query_side_kernel.prepare(B * tiles, query, names, **numbers))
+        # What the tiles add up of dW and db is complete after the last part.
+        of_tiles = of_weight + of_bias if part + 1 == query_parts else 0
+        programs = numbers["sort_programs"] + of_tiles
+        if programs:
+            launches.append(sort_pairs_kernel.prepare(programs, sort, names, **numbers))
+        if call.sorts:
+            launches += [
+                key_side_kernel.prepare(
+                    B * count * numbers["channel_blocks"],
+                    keys,
+                    names,
+                    **numbers,
+                    OF_CHUNKS=of_chunks,
+                )
+                for of_chunks, count in (
+                    (True, numbers["chunks"]),
+                    (False, numbers["key_blocks"]),
+                )
+                if count
+            ]
+    return Plan(launches, _workspace(call, keys, rows_each, tiles, query_parts > 1))
+
+
+def _numbers(call: Backward, keys: configs.Config, rows_each: int, tiles: int) -> dict[str, Any]:
+    """Numbers and constants that the kernels share, by parameter."""
+    Q, K, V, pairs = call.Q, call.K, call.V, min(call.N, tiles * rows_each) * call.k
+    return {
+        "N": call.N,
+        "M": call.M,
+        "C": V.D,
+        "D": Q.D,
+        "k": call.k,
         "scale": call.scale,
         "B2": call.B2,
+        "pairs": pairs,
         "tiles": tiles,
         "rows_each": rows_each,
-        "key_blocks": key_blocks,
-        "parts": B * tiles,
-        "sort_programs": B * tiles if call.sorts else 0,
-        "weight_programs": of_weight,
-        "chunks": chunks,
-        "channel_blocks": channel_blocks,
+        "key_blocks": cdiv(call.M, keys["KEYS"]),
+        "parts": call.B * tiles,
+        "sort_programs": call.B * tiles if call.sorts else 0,
+        "chunks": pairs // keys["CHUNK"] if call.sorts else 0,
+        "channel_blocks": max(cdiv(V.D, keys["BLOCK"]), cdiv(Q.D, keys["BLOCK"])),
         **Q.strides("q"),
         **K.strides("k"),
         **V.strides("v"),
-        "ALIGN": alignment(Q, K, V),
+        "ALIGN": call.align,
         "RHO": RHOS[call.rho],
         "METRIC": METRICS[call.metric],
         "RESCALE": rescales(call.query_dtype),
@@ -115,47 +154,82 @@ def plan_backward(call: Backward) -> Plan:
         "PRECISION_V": hardware.product_precision(call.value_dtype),
         "PRECISION_K": hardware.product_precision(call.query_dtype),
     }
-    names = _unneeded(call, query["BLOCK_D"] < D)
-    launches = [query_side_kernel.prepare(B * tiles, query, names, **numbers)]
-    programs = numbers["sort_programs"] + of_weight + of_bias
-    if programs:
-        launches.append(sort_pairs_kernel.prepare(programs, sort, names, **numbers))
-    if call.sorts:
-        launches += [
-            key_side_kernel.prepare(
-                B * count * channel_blocks, keys, names, **numbers, OF_CHUNKS=of_chunks
-            )
-            for of_chunks, count in ((True, chunks), (False, key_blocks))
-            if count
-        ]
-    pairs, padded = B * N * k, B * tiles * rows_each * k
-    integer = torch.int32 if N * k < 2**31 else torch.int64
-    counts = (B * tiles * key_blocks, integer)
-    parts = B * chunks * keys["KEYS"]
-    buffers: dict[str, Buffer] = {
-        "p_rows": (padded, torch.int32),
-        "p_rho": (padded, _F32),
-        "p_grad_s": (padded, _F32),
-        "p_unit": (padded, _F32),
-        "p_along": (B * tiles * rows_each, _F32),
-        "p_inverse": (B * N, _F32),
-        "p_weight_part": (B * tiles * k * C, _F32),
-        "p_bias_part": (B * tiles * C, _F32),
-        "p_weight_rows": (k * C, call.value_dtype),
-        "p_counts": counts,
-        "p_next": counts,
-        "p_pairs": (pairs, torch.int64),
-        "p_pair_rho": (pairs, _F32),
-        "p_pair_ds": (pairs, _F32),
-        "p_pair_along": (pairs, _F32),
-        "p_value_part": (parts * C, _F32),
-        "p_key_part": (parts * D, _F32),
-        "p_along_part": (parts, _F32),
-    }
-    return Plan(launches, **{name: size for name, size in buffers.items() if name not in names})
 
 
-def _unneeded(call: Backward, several_blocks: bool) -> dict[str, str | None]:
+def _divide(call: Backward, keys: configs.Config) -> tuple[int, int, int]:
+    """The queries in a tile, the tiles of a batch element at a time, and how many times.
+
+    All at once if their pairs fit in the memory that is allowed; else as many tiles as fit.
+    """
+    B, N, M, k, C, D = call.B, call.N, call.M, call.k, call.V.D, call.Q.D
+    rows = configs.rows_each(call.arch, B, N, C, k, cdiv(M, keys["KEYS"]))
+    allowed = configs.allowed_backward(B, N, M, C, D, k)
+
+    def taken(rows: int, tiles: int, several: bool = True) -> int:
+        return _workspace(call, keys, rows, tiles, several).bytes
+
+    all_tiles = cdiv(N, rows)
+    if taken(rows, all_tiles, several=False) <= allowed:
+        return rows, all_tiles, 1
+    while rows > 32 and taken(rows, 1) > allowed:
+        rows = 128 if rows > 128 else rows // 2
+    # The fewest parts that fit; with the fewest tiles in them if none do.
+    all_tiles = cdiv(N, rows)
+    query_parts = next(
+        (parts for parts in range(2, all_tiles) if taken(rows, cdiv(all_tiles, parts)) <= allowed),
+        all_tiles,
+    )
+    tiles = cdiv(all_tiles, query_parts)
+    return rows, tiles, cdiv(all_tiles, tiles)
+
+
+def _workspace(
+    call: Backward, keys: configs.Config, rows_each: int, tiles: int, several_parts: bool
+) -> Workspace:
+    """The temporary memory for so many tiles of queries of each batch element."""
+    B, N, M, k, C, D = call.B, call.N, call.M, call.k, call.V.D, call.Q.D
+    query = configs.query_side(call.arch, call.bits, C, D, k, call.align)
+    rows, pairs = tiles * rows_each, min(N, tiles * rows_each) * k
+    of_tiles, of_list = (B * rows * k, _F32), (B * pairs, _F32)
+    counts = (B * tiles * cdiv(M, keys["KEYS"]), torch.int32 if pairs < 2**31 else torch.int64)
+    parts = B * (pairs // keys["CHUNK"]) * keys["KEYS"]
+    channel_blocks = max(cdiv(C, keys["BLOCK"]), cdiv(D, keys["BLOCK"]))
+    names = _unneeded(call, query["BLOCK_D"] < D, several_parts)
+
+    def needed(**sizes: Buffer) -> dict[str, Buffer]:
+        return {name: size for name, size in sizes.items() if name not in names}
+
+    until_sorted = needed(
+        p_rows=(of_tiles[0], torch.int32),
+        p_rho=of_tiles,
+        p_grad_s=of_tiles,
+        p_unit=of_tiles,
+        p_along=(B * rows, _F32),
+        p_inverse=(B * N, _F32),
+        p_counts=counts,
+    )
+    of_chunks = needed(
+        p_value_part=(parts * C, _F32),
+        p_key_part=(parts * D, _F32),
+        p_along_part=(parts, _F32),
+    )
+    throughout = needed(
+        p_weight_part=(B * tiles * k * C, _F32),
+        p_bias_part=(B * tiles * C, _F32),
+        p_weight_rows=(k * C, call.value_dtype),
+        p_next=counts,
+        p_pairs=(of_list[0], torch.int64),
+        p_pair_rho=of_list,
+        p_pair_ds=of_list,
+        p_pair_along=of_list,
+        p_value_sum=(B * M * C, _F32),
+        p_key_sum=(B * M * D, _F32),
+        p_along_sum=(B * channel_blocks * M, _F32),
+    )
+    return Workspace(until_sorted, of_chunks, **throughout)
+
+
+def _unneeded(call: Backward, several_blocks: bool, several_parts: bool) -> dict[str, str | None]:
     """The pointers that the kernels do without."""
     needs, of_search = call.needed, call.has_search
     cosine = call.metric == "cosine" and of_search
@@ -178,7 +252,7 @@ def _unneeded(call: Backward, several_blocks: bool) -> dict[str, str | None]:
         "p_bias_part": "bias" in needs,
         "p_weight_grad": "weight" in needs,
         "p_bias_grad": "bias" in needs,
-        "p_weight_rows": call.has_weight and of_value,
+        "p_weight_rows": call.has_weight and (of_value or call.through_rho),
         "p_counts": call.sorts,
         "p_next": call.sorts,
         "p_pairs": call.sorts,
@@ -188,6 +262,9 @@ def _unneeded(call: Backward, several_blocks: bool) -> dict[str, str | None]:
         "p_value_part": of_value,
         "p_key_part": of_key,
         "p_along_part": cosine and of_key,
+        "p_value_sum": of_value and several_parts,
+        "p_key_sum": of_key and several_parts,
+        "p_along_sum": cosine and of_key and several_parts,
         "p_value_grad": of_value,
         "p_key_grad": of_key,
     }

@@ -377,34 +377,48 @@ def sort() -> Config:
     return _config(PAIRS=64, num_warps=2)
 
 
-def query_side(arch: int, bits: int, C: int, D: int, k: int, rows_each: int) -> Config:
-    """Blocks of `query_side_kernel`: one warp, in which sums over channels are shuffles."""
+def query_side(arch: int, bits: int, C: int, D: int, k: int, align: int) -> Config:
+    """Blocks of `query_side_kernel`: one warp, in which sums over channels are shuffles.
+
+    Of ROWS queries, both the rows of the output's gradient and one neighbor each are in registers.
+    float32, and loads of single elements, take more of them.
+    """
     largest = 64 if arch == INTERPRETER else 256
     block_c, block_d = (min(largest, max(16, power_of_two(X))) for X in (C, D))
+    packed = bits == 16 and C % 16 == D % 16 == align % 16 == 0
+    elements = 2048 if packed else 1024
+    widest = max(64, block_c, block_d)
+    registers = MOST_REGISTERS
+    if arch >= 90 and packed and widest <= 128:
+        # 10 warps on a multiprocessor, or 9, where that does not spill.
+        registers = 200 if arch < 100 and widest == 64 else 224
+    rows = 32 if arch == INTERPRETER else elements // widest
     return _config(
-        ROWS=min(128, rows_each),
-        BLOCK_N=32 if arch == INTERPRETER else 1024 // max(64, block_c, block_d),
+        ROWS=rows,
+        BLOCK_N=rows // 2,
         BLOCK_K=block_k(k),
         BLOCK_C=block_c,
         BLOCK_D=block_d,
         num_warps=1,
-        # 12 warps on a multiprocessor, where that does not spill.
-        maxnreg=168
-        if arch >= 90 and bits == 16 and 64 <= max(block_c, block_d) <= 128
-        else MOST_REGISTERS,
+        maxnreg=registers,
     )
 
 
-def rows_each(arch: int, B: int, N: int, k: int, key_blocks: int) -> int:
+def rows_each(arch: int, B: int, N: int, C: int, k: int, key_blocks: int) -> int:
     """The queries in a tile of `query_side_kernel`: 32, 64, or a multiple of 128.
 
     Enough tiles to fill a chip; but their counts of pairs, tiles * key_blocks, must be no more than
     a few for each query, and all programs that sort pairs read all counts of a batch element. Each
-    tile has a part of dW of k rows: with at least k queries, these are no more than the output has.
+    tile has a part of dW of k C numbers: no more than the output has, or four for each pair.
     """
-    rows = 32 if arch == INTERPRETER else power_of_two(min(128, max(32, B * N // 2048)))
-    rows = max(rows, key_blocks // 4, N // 256, k)
+    rows = 64 if arch == INTERPRETER else power_of_two(min(128, max(32, B * N // 2048)))
+    rows = max(rows, key_blocks // 4, N // 256, min(k, C // 4))
     return power_of_two(rows) if rows <= 128 else -(-rows // 128) * 128
+
+
+def allowed_backward(B: int, N: int, M: int, C: int, D: int, k: int) -> int:
+    """Bytes of temporary memory of the depthwise backward: what the README promises."""
+    return 8 * B * (N * (k + max(C, D)) + M * (C + D)) + WORKSPACE
 
 
 def sort_pairs(arch: int) -> Config:

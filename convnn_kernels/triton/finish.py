@@ -362,7 +362,7 @@ def finish_kernel(
     block = _quotient(pid, row_blocks)
     b = first_b + block
     b1 = _quotient(b, B2)
-    b2 = b - b1 * B2
+    b2 = (b - as_int64(b1) * B2).to(tl.int32)
     # Whole blocks: the last one may have rows of the one before, which are the same again.
     n = tl.minimum((pid - block * row_blocks) * ROWS, rows_n - ROWS)
     o_i = tl.arange(0, ROWS)

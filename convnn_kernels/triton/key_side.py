@@ -21,6 +21,9 @@ A block of keys that many queries chose has a long list, on which one program wo
 So lists are divided, without regard to blocks, into chunks of CHUNK pairs. A first launch sums each
 chunk that lies within one block; a second one adds to these sums the pairs before the first chunk
 of a block and after its last: always the same terms in the same order.
+
+Where queries are divided (backward.py), the launches for a part of them add to sums in float32, and
+the last ones finish.
 """
 
 import triton
@@ -146,6 +149,14 @@ def _find_block(
     return block
 
 
+@triton.jit
+def _add_to_sum(p_sum, b_x, m, m_before, m_after):
+    """b_x and the sum so far, if there is one; stores it if more is to come."""
+    b_x += tl.load(p_sum, m & m_before, 0.0)
+    tl.store(p_sum, b_x, m & m_after)
+    return b_x
+
+
 @Kernel
 def key_side_kernel(
     p_grad,  # [B, N, C] contiguous, or None
@@ -153,20 +164,25 @@ def key_side_kernel(
     p_query,  # [B, N, D], or None
     p_key,  # [B, M, D], or None
     p_next,  # [B, tiles, key_blocks]: of the last tile, where the pairs of a block of keys end
-    p_pairs,  # [B, N * k] int64, as pairs.py has them; so the three below
-    p_pair_rho,  # [B, N * k] float32
-    p_pair_ds,  # [B, N * k] float32
-    p_pair_along,  # [B, N * k] float32, or None
+    p_pairs,  # [B, pairs] int64, as pairs.py has them; so the three below
+    p_pair_rho,  # [B, pairs] float32
+    p_pair_ds,  # [B, pairs] float32
+    p_pair_along,  # [B, pairs] float32, or None
     p_value_part,  # [B * chunks, KEYS, C] float32: sums over the chunks within one block
     p_key_part,  # [B * chunks, KEYS, D] float32
     p_along_part,  # [B * chunks, KEYS] float32
+    p_value_sum,  # [B, M, C] float32: sums of the parts of queries so far; None if there is one
+    p_key_sum,  # [B, M, D] float32, or None
+    p_along_sum,  # [B, channel_blocks, M] float32, or None
     p_value_grad,  # [B, M, C] contiguous, or None
     p_key_grad,  # [B, M, D] contiguous, or None
     N,
     M,
     C,
     D,
-    k,
+    pairs,  # room for those of a batch element
+    query_part,  # of the parts of the queries, from 0 on
+    query_parts,
     B2,
     tiles,
     key_blocks,
@@ -198,6 +214,7 @@ def key_side_kernel(
     stride_km = aligned(stride_km, ALIGN)
     VALUE: tl.constexpr = p_value_grad is not None
     KEY: tl.constexpr = p_key_grad is not None
+    SEVERAL: tl.constexpr = p_value_sum is not None or p_key_sum is not None
     pid = tl.program_id(0).to(tl.int64)
     c0 = (pid % channel_blocks) * BLOCK
     pid = pid // channel_blocks
@@ -223,23 +240,23 @@ def key_side_kernel(
     m_m = row < M
     o_c = c0 + tl.arange(0, BLOCK)
     p_g, p_q, p_k, p_ds, p_along = p_grad, p_query, p_key, p_pair_ds, p_pair_along
-    pairs = b * N * k
+    first_pair = b * pairs
     p_rho = p_pair_rho
     if VALUE:
         p_g = p_grad + b * N * C
-        p_rho = p_pair_rho + pairs
+        p_rho = p_pair_rho + first_pair
     if KEY:
         p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2
         p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2 + block * KEYS * stride_km
-        p_ds = p_pair_ds + pairs
+        p_ds = p_pair_ds + first_pair
         if METRIC == COSINE:
-            p_along = p_pair_along + pairs
+            p_along = p_pair_along + first_pair
     b_dv, b_dk, b_columns = _sum_pairs(
         p_g,
         p_weight_rows,
         p_q,
         p_k,
-        p_pairs + pairs,
+        p_pairs + first_pair,
         p_rho,
         p_ds,
         p_along,
@@ -270,7 +287,7 @@ def key_side_kernel(
             p_weight_rows,
             p_q,
             p_k,
-            p_pairs + pairs,
+            p_pairs + first_pair,
             p_rho,
             p_ds,
             p_along,
@@ -315,6 +332,19 @@ def key_side_kernel(
                 if METRIC == COSINE:
                     b_along += tl.load(p_along_part + o_part, m_m, 0.0)
         o_out = b * M + row
+        if SEVERAL:
+            m_before, m_after = query_part > 0, query_part + 1 < query_parts
+            if VALUE:
+                p = p_value_sum + o_out[:, None] * C + o_c[None, :]
+                b_dv = _add_to_sum(p, b_dv, m_v, m_before, m_after)
+                m_v = m_v & (m_after == 0)
+            if KEY:
+                p = p_key_sum + o_out[:, None] * D + o_c[None, :]
+                b_dk = _add_to_sum(p, b_dk, m_k, m_before, m_after)
+                if METRIC == COSINE:
+                    p = p_along_sum + (b * channel_blocks + c0 // BLOCK) * M + row
+                    b_along = _add_to_sum(p, b_along, m_m, m_before, m_after)
+                m_k = m_k & (m_after == 0)
         if VALUE:
             p = p_value_grad + o_out[:, None] * C + o_c[None, :]
             tl.store(p, b_dv.to(p_value_grad.dtype.element_ty), m_v)

@@ -134,22 +134,41 @@ class Launch:
 
 
 class Workspace:
-    """The temporary memory of some kernels, by parameter: contiguous buffers in one allocation."""
+    """The temporary memory of some kernels, by parameter: contiguous buffers in one allocation.
 
-    def __init__(self, **sizes: Buffer) -> None:
-        self.sizes = sizes
-        self.offsets, self.bytes = {}, 0
+    Those of `later` take the place of those of `earlier`, which nobody reads any more when they are
+    written first.
+    """
+
+    def __init__(
+        self,
+        earlier: Mapping[str, Buffer] | None = None,
+        later: Mapping[str, Buffer] | None = None,
+        /,
+        **sizes: Buffer,
+    ) -> None:
+        earlier, later = earlier or {}, later or {}
+        self.sizes = {**sizes, **earlier, **later}
+        self.offsets: dict[str, int] = {}
+        end = self._place(sizes, 0)
+        self.bytes = max(self._place(earlier, end), self._place(later, end))
+        self.kind = tuple((name, dtype) for name, (_, dtype) in self.sizes.items())
+
+    def _place(self, sizes: Mapping[str, Buffer], begin: int) -> int:
+        """Puts buffers one behind the other, and returns where they end."""
         for name, (count, dtype) in sizes.items():
-            self.offsets[name] = self.bytes
-            self.bytes += -(-count * dtype.itemsize // _GRANULE) * _GRANULE
-        self.kind = tuple((name, dtype) for name, (_, dtype) in sizes.items())
+            self.offsets[name] = begin
+            begin += -(-count * dtype.itemsize // _GRANULE) * _GRANULE
+        return begin
 
 
 class Plan:
     """Launches that follow one another, and their temporary memory."""
 
-    def __init__(self, launches: Iterable[Launch], **workspace: Buffer) -> None:
-        self.launches, self.workspace = tuple(launches), Workspace(**workspace)
+    def __init__(
+        self, launches: Iterable[Launch], workspace: Workspace | None = None, /, **sizes: Buffer
+    ) -> None:
+        self.launches, self.workspace = tuple(launches), workspace or Workspace(**sizes)
 
     def __call__(self, pointers: "Pointers") -> None:
         """Launches on the current device, in its current stream."""

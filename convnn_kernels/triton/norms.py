@@ -65,11 +65,11 @@ def norms_of_rows(
         b_scale = tl.where(norm == 0.0, 0.0, scale)[:, None]
         for d in range(0, D, BLOCK_D):
             m_x = m_r[:, None] & (d + o_d < D)[None, :]
-            b_x = b_first
+            b_row = b_first
             if d > 0:
-                b_x = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0)
-            b_x = (b_x.to(tl.float32) * b_scale).to(p_to.dtype.element_ty)
-            tl.store(p_to[:, None] + (d + o_d)[None, :], b_x, m_to[:, None] & m_x)
+                b_row = tl.load(p_row[:, None] + (d + o_d)[None, :], m_x, 0.0)
+            b_row = (b_row.to(tl.float32) * b_scale).to(p_to.dtype.element_ty)
+            tl.store(p_to[:, None] + (d + o_d)[None, :], b_row, m_to[:, None] & m_x)
     return norm, scale
 
 

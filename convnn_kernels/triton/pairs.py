@@ -5,7 +5,7 @@ A counting sort, stable: the pairs of a block of keys keep the order of the tile
 that of (j, i). The query side
 (query_side.py) has counted the pairs of each block in each tile of queries. A program here has one
 such tile. It adds up the counts to find where its pairs of each block go, and puts them there,
-PAIRS at a time. A batch element has the part of the list from b * N * k on, without missing
+PAIRS at a time. A batch element has the part of the list from b * pairs on, without missing
 neighbors.
 
 The remaining programs add up the parts of the gradients of weight and bias, always in one order.
@@ -78,10 +78,10 @@ def sort_pairs_kernel(
     p_similarities,  # [B, N, k] float32
     p_counts,  # [B, tiles, key_blocks], or None
     p_next,  # [B, tiles, key_blocks]: where the next pair of each goes; in the end, where it ends
-    p_pairs,  # [B, N * k] int64: i in the high 32 bits, j * KEYS + key % KEYS in the low ones
-    p_pair_rho,  # [B, N * k] float32: rho_ij; or None
-    p_pair_ds,  # [B, N * k] float32: ds_ij, cosine: ds_ij / ||q_i||; or None
-    p_pair_along,  # [B, N * k] float32: ds_ij s_ij; None without ds or cosine
+    p_pairs,  # [B, pairs] int64: i in the high 32 bits, j * KEYS + key % KEYS in the low ones
+    p_pair_rho,  # [B, pairs] float32: rho_ij; or None
+    p_pair_ds,  # [B, pairs] float32: ds_ij, cosine: ds_ij / ||q_i||; or None
+    p_pair_along,  # [B, pairs] float32: ds_ij s_ij; None without ds or cosine
     p_weight_part,  # [B * tiles, k, C] float32, or None
     p_bias_part,  # [B * tiles, C] float32, or None
     p_weight_grad,  # [C, 1, k] contiguous, or None
@@ -89,6 +89,8 @@ def sort_pairs_kernel(
     N,
     C,
     k,
+    pairs,  # room for those of a batch element
+    first_n,  # the first query of the tiles
     tiles,
     rows_each,
     key_blocks,
@@ -119,7 +121,7 @@ def sort_pairs_kernel(
         _find_begins(
             p_counts + b * tiles * key_blocks, p_begin, tile, tiles, key_blocks, TILES, BINS
         )
-        first = tile * rows_each
+        first = first_n + tile * rows_each
         o_l = tl.arange(0, PAIRS)
         for step in range(0, k * rows_each, PAIRS):
             j = step // rows_each
@@ -134,7 +136,7 @@ def sort_pairs_kernel(
             # The largest place of a block of keys, whatever the order.
             tl.debug_barrier()
             tl.atomic_max(p_begin + b_block, place + 1, m, sem="relaxed")
-            place = b * N * k + place
+            place = b * pairs + place
             tl.store(p_pairs + place, (i << 32) | (j * KEYS + b_row % KEYS), m)
             if p_pair_rho is not None:
                 tl.store(p_pair_rho + place, tl.load(p_rho + o_t), m)

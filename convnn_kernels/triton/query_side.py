@@ -7,14 +7,15 @@
     euclidean  dq_i = sum_j -2 ds_ij (q_i - k_j)
     cosine     dq_i = (sum_j ds_ij (u_j - s_ij u_i)) / ||q_i||, with u the unit vectors
 
-A program has a tile of `rows_each` queries, BLOCK_N at a time, and needs no other program. It goes
-through the tile once for rho, once for each j and block of channels for drho and dW, so that the
-sum of one dW[:, j] stays in registers, and once for ds and dq. rho and ds go through memory, where
-the key side needs them anyway. All products are float32. Parts of dW and of db, one for each tile,
-are added up in pairs.py.
+A program has a tile of `rows_each` queries and needs no other program. ROWS queries at a time, it
+computes rho; then drho and dW, for which rows of G stay in registers while it goes through the
+neighbors; then ds; and dq, BLOCK_N queries at a time. rho, drho and ds go through memory, where
+the key side needs rho and ds anyway. All products are float32. What ROWS queries add to dW is
+summed first, and then added to the part of dW that the tile has. Parts of dW and of db are added up
+in pairs.py. Where queries are divided (backward.py), a tile of the next ones adds to the same part.
 
 For the key side it also stores the rows of key, -1 for a missing neighbor, counts the pairs of each
-block of keys in the tile, and transposes W.
+block of keys in the tile, and transposes W, which it reads by j itself.
 """
 
 import triton
@@ -53,12 +54,15 @@ def _modulate_rows(
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Rows of key and rho of ROWS queries, of which each thread has its own."""
+    """Rows of key and rho of ROWS queries, of which each thread has its own; which of them have a
+    neighbor."""
+    m_any = m_n & False
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     for j in range(0, k):
         b_s, b_row, m = load_neighbors(p_similarities, p_indices, o_s + j, m_n, M)
         b_row = b_row.to(tl.int32)
         tl.store(p_rows + o_t + as_int64(j) * rows_each, tl.where(m, b_row, -1))
+        m_any |= m
         if p_count is not None:
             # Integers: one result in any order.
             tl.atomic_add(p_count + b_row // KEYS, 1, m, sem="relaxed")
@@ -75,18 +79,31 @@ def _modulate_rows(
             m = tl.load(p_rows + o_t + as_int64(j) * rows_each) >= 0
             b_rho = modulate(tl.load(p_similarities + o_s + j, m, 0.0), m, b_max, b_sum, scale, RHO)
             tl.store(p_rho + o_t + as_int64(j) * rows_each, b_rho)
+    return m_any
+
+
+@triton.jit
+def _transpose_weight(p_weight, p_weight_rows, C, k, BLOCK_C: tl.constexpr):
+    """All of W: every program stores the same, and needs none of the others."""
+    for j in range(0, k):
+        for c0 in range(0, C, BLOCK_C):
+            o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
+            b_w = tl.load(p_weight + o_c * k + j, o_c < C, 0.0)
+            tl.store(p_weight_rows + as_int64(j) * C + o_c, b_w, o_c < C)
 
 
 @triton.jit
 def _differentiate_output(
-    p_grad,  # the rows of G of this tile
+    p_grad,  # [BLOCK_N]: rows of G
+    m_n,
     p_v,  # the rows of V of this batch element
-    p_weight,
+    p_weight_rows,  # [k, C], or None
     p_rows,
     p_rho,
     p_grad_s,
-    p_weight_part,
-    tile,
+    p_part,  # [k, C] of this tile, or None
+    o_t,  # [BLOCK_N]: where a query has its slot 0 in a tile
+    is_first,  # whether nothing has been added to the tile's part of dW
     C,
     k,
     rows_each,
@@ -95,46 +112,33 @@ def _differentiate_output(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """drho, in the place of ds, and this tile's part of dW."""
-    o_b = tl.arange(0, BLOCK_N)
+    """drho of BLOCK_N queries, in the place of ds, and what they add to this tile's part of dW."""
     for c0 in range(0, C, BLOCK_C):
         o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         m_c = o_c < C
+        b_g = tl.load(p_grad[:, None] + o_c[None, :], m_n[:, None] & m_c[None, :], 0.0)
+        b_g = b_g.to(tl.float32)
         for j in range(0, k):
-            if p_weight is not None:
-                b_w = tl.load(p_weight + o_c * k + j, m_c, 0.0).to(tl.float32)
-            b_dw = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-            for start in range(0, rows_each, BLOCK_N):
-                o_p = (tile * k + j) * rows_each + start + o_b
-                b_row = tl.load(p_rows + o_p)
-                m = (b_row >= 0)[:, None] & m_c[None, :]
-                b_v = tl.load(p_v + b_row[:, None] * stride_vm + o_c[None, :], m, 0.0)
-                p_g = p_grad + as_int64(start) * C
-                b_g = tl.load(p_g + o_b[:, None] * as_int64(C) + o_c[None, :], m, 0.0)
-                b_x = b_v.to(tl.float32) * b_g.to(tl.float32)
-                if RHO_GRAD:
-                    b_p = b_x
-                    if p_weight is not None:
-                        b_p = b_x * b_w[None, :]
-                    b_drho = tl.sum(b_p, 1)
-                    if c0 > 0:
-                        b_drho += tl.load(p_grad_s + o_p)
-                    tl.store(p_grad_s + o_p, b_drho)
-                if p_weight_part is not None:
-                    b_dw += tl.load(p_rho + o_p)[:, None] * b_x
-            if p_weight_part is not None:
-                tl.store(p_weight_part + (tile * k + j) * C + o_c, tl.sum(b_dw, 0), m_c)
+            o_p = o_t + as_int64(j) * rows_each
+            b_row = tl.load(p_rows + o_p)
+            m = (b_row >= 0)[:, None] & m_c[None, :]
+            b_v = tl.load(p_v + b_row[:, None] * stride_vm + o_c[None, :], m, 0.0)
+            b_x = b_v.to(tl.float32) * b_g
+            if RHO_GRAD:
+                b_p = b_x
+                if p_weight_rows is not None:
+                    b_w = tl.load(p_weight_rows + as_int64(j) * C + o_c, m_c, 0.0)
+                    b_p = b_x * b_w.to(tl.float32)[None, :]
+                b_drho = tl.sum(b_p, 1)
+                if c0 > 0:
+                    b_drho += tl.load(p_grad_s + o_p)
+                tl.store(p_grad_s + o_p, b_drho)
+            if p_part is not None:
+                b_dw = tl.sum(tl.load(p_rho + o_p)[:, None] * b_x, 0)
+                p = p_part + as_int64(j) * C + o_c
+                b_dw += tl.load(p, m_c & (is_first == 0), 0.0)
+                tl.store(p, b_dw, m_c)
         tl.debug_barrier()
-
-
-@triton.jit
-def _transpose_weight(p_weight, p_weight_rows, program, C, k, BLOCK_C: tl.constexpr):
-    """One j for each program, or several if k is more."""
-    for j in range(program, k, tl.num_programs(0)):
-        for c0 in range(0, C, BLOCK_C):
-            o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
-            b_w = tl.load(p_weight + o_c * k + j, o_c < C, 0.0)
-            tl.store(p_weight_rows + j * C + o_c, b_w, o_c < C)
 
 
 @triton.jit
@@ -142,11 +146,12 @@ def _sum_grad(
     p_grad,  # the rows of G of this tile
     p_bias_part,
     rows,
+    is_first,  # whether there is no sum of an earlier part of the queries
     C,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """This tile's part of db, the sum of G."""
+    """Adds G to this tile's part of db."""
     o_b = tl.arange(0, BLOCK_N).to(tl.int64)
     for c0 in range(0, C, BLOCK_C):
         o_c = c0 + tl.arange(0, BLOCK_C)
@@ -156,7 +161,8 @@ def _sum_grad(
             m = (start + o_b < rows)[:, None] & m_c[None, :]
             b_g = tl.load(p_grad + (start + o_b)[:, None] * C + o_c[None, :], m, 0.0)
             b_db += b_g.to(tl.float32)
-        tl.store(p_bias_part + o_c, tl.sum(b_db, 0), m_c)
+        b_db = tl.sum(b_db, 0) + tl.load(p_bias_part + o_c, m_c & (is_first == 0), 0.0)
+        tl.store(p_bias_part + o_c, b_db, m_c)
 
 
 @triton.jit
@@ -248,7 +254,7 @@ def _differentiate_query(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dq of BLOCK_N queries."""
+    """dq of BLOCK_N queries; inverse_q, which is given for several blocks of channels."""
     if p_unit is not None:
         _scale_by_keys(
             p_k, p_rows, p_grad_s, p_unit, o_t, k, D, rows_each, stride_km, RESCALE, BLOCK_D
@@ -281,9 +287,12 @@ def _differentiate_query(
             b_dq += b_part
         if METRIC == COSINE:
             b_q = tl.load(p_q[:, None] + o_d[None, :], m_q, 0.0).to(tl.float32)
+            if p_unit is None:
+                inverse_q = inverse_norm(b_q, RESCALE)
             b_dq = inverse_q[:, None] * (b_dq - b_along[:, None] * (inverse_q[:, None] * b_q))
             b_dq = tl.where(inverse_q[:, None] == 0.0, 0.0, b_dq)
         tl.store(p_dq[:, None] + o_d[None, :], b_dq.to(p_dq.dtype.element_ty), m_q)
+    return inverse_q
 
 
 @Kernel
@@ -315,6 +324,7 @@ def query_side_kernel(
     k,
     scale,
     B2,
+    first_n,
     tiles,
     rows_each,
     key_blocks,
@@ -339,7 +349,7 @@ def query_side_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of `rows_each` queries of a batch element."""
+    """One tile of `rows_each` queries of a batch element, from the query first_n on."""
     stride_qb1 = aligned(stride_qb1, ALIGN)
     stride_qb2 = aligned(stride_qb2, ALIGN)
     stride_qn = aligned(stride_qn, ALIGN)
@@ -351,18 +361,26 @@ def query_side_kernel(
     stride_vm = aligned(stride_vm, ALIGN)
     tile = tl.program_id(0).to(tl.int64)
     b = tile // tiles
-    first = (tile % tiles) * rows_each
+    first = first_n + (tile % tiles) * rows_each
     rows = tl.minimum(rows_each, N - first).to(tl.int32)
     first += b * N
     p_count = None
     if p_counts is not None:
         p_count = p_counts + tile * key_blocks
         _count_no_pairs(p_count, key_blocks)
+    if p_weight_rows is not None:
+        _transpose_weight(p_weight, p_weight_rows, C, k, BLOCK_C)
+    if p_bias_part is not None:
+        p = p_bias_part + tile * C
+        _sum_grad(p_grad + first * C, p, rows, first_n == 0, C, BLOCK_N, BLOCK_C)
+    tl.debug_barrier()
     o_r = tl.arange(0, ROWS)
-    for start in range(0, rows_each, ROWS):
-        o_s = (first + start + o_r) * k
-        o_t = tile * k * rows_each + start + o_r
-        _modulate_rows(
+    o_b = tl.arange(0, BLOCK_N)
+    for begin in range(0, rows_each, ROWS):
+        m_r = begin + o_r < rows
+        o_s = (first + begin + o_r) * k
+        o_t = tile * k * rows_each + begin + o_r
+        m_any = _modulate_rows(
             p_similarities,
             p_indices,
             p_rows,
@@ -370,7 +388,7 @@ def query_side_kernel(
             p_count,
             o_s,
             o_t,
-            start + o_r < rows,
+            m_r,
             M,
             k,
             scale,
@@ -379,35 +397,33 @@ def query_side_kernel(
             KEYS,
             ROWS,
         )
-    tl.debug_barrier()
-    if p_value is not None:
-        p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
-        _differentiate_output(
-            p_grad + first * C,
-            p_v,
-            p_weight,
-            p_rows,
-            p_rho,
-            p_grad_s,
-            p_weight_part,
-            tile,
-            C,
-            k,
-            rows_each,
-            stride_vm,
-            RHO_GRAD,
-            BLOCK_N,
-            BLOCK_C,
-        )
-    if p_weight_rows is not None:
-        _transpose_weight(p_weight, p_weight_rows, tile, C, k, BLOCK_C)
-    if p_bias_part is not None:
-        _sum_grad(p_grad + first * C, p_bias_part + tile * C, rows, C, BLOCK_N, BLOCK_C)
-    if p_grad_s is not None:
-        for start in range(0, rows_each, ROWS):
-            o_s = (first + start + o_r) * k
-            o_t = tile * k * rows_each + start + o_r
-            b_along = _differentiate_rho(
+        tl.debug_barrier()
+        if p_value is not None:
+            p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
+            p_part = None
+            if p_weight_part is not None:
+                p_part = p_weight_part + tile * k * C
+            _differentiate_output(
+                p_grad + (first + begin + o_r) * C,
+                m_any,
+                p_v,
+                p_weight_rows,
+                p_rows,
+                p_rho,
+                p_grad_s,
+                p_part,
+                tile * k * rows_each + begin + o_r,
+                (begin == 0) & (first_n == 0),
+                C,
+                k,
+                rows_each,
+                stride_vm,
+                RHO_GRAD,
+                ROWS,
+                BLOCK_C,
+            )
+        if p_grad_s is not None:
+            b_sum = _differentiate_rho(
                 p_similarities,
                 p_direct,
                 p_similarities_grad,
@@ -416,7 +432,7 @@ def query_side_kernel(
                 p_grad_s,
                 o_s,
                 o_t,
-                start + o_r < rows,
+                m_r,
                 k,
                 scale,
                 rows_each,
@@ -425,42 +441,42 @@ def query_side_kernel(
                 ROWS,
             )
             if p_along is not None:
-                tl.store(p_along + tile * rows_each + start + o_r, b_along)
-        tl.debug_barrier()
-    if p_query is not None:
-        p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2
-        p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
-        o_b = tl.arange(0, BLOCK_N)
-        for start in range(0, rows_each, BLOCK_N):
-            o_n = first + start + o_b
-            m_n = start + o_b < rows
-            o_t = tile * k * rows_each + start + o_b
-            b_along = tl.zeros([BLOCK_N], tl.float32)
-            inverse_q = tl.zeros([BLOCK_N], tl.float32)
-            p_row = p_q + (o_n - b * N) * stride_qn
-            if METRIC == COSINE:
-                b_along = tl.load(p_along + tile * rows_each + start + o_b)
-                inverse_q = inverse_norm_at(p_row, m_n, D, RESCALE, BLOCK_D)
-                tl.store(p_inverse + o_n, inverse_q, m_n)
-            if p_query_grad is not None:
-                _differentiate_query(
-                    p_row,
-                    p_query_grad + o_n * D,
-                    m_n,
-                    p_k,
-                    p_rows,
-                    p_grad_s,
-                    p_unit,
-                    o_t,
-                    inverse_q,
-                    b_along,
-                    k,
-                    D,
-                    rows_each,
-                    stride_km,
-                    METRIC,
-                    RESCALE,
-                    BLOCK_N,
-                    BLOCK_K,
-                    BLOCK_D,
-                )
+                tl.store(p_along + tile * rows_each + begin + o_r, b_sum)
+            tl.debug_barrier()
+        if p_query is not None:
+            p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2
+            p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2
+            for start in range(begin, begin + ROWS, BLOCK_N):
+                o_n = first + start + o_b
+                m_n = start + o_b < rows
+                b_along = tl.zeros([BLOCK_N], tl.float32)
+                inverse_q = tl.zeros([BLOCK_N], tl.float32)
+                p_row = p_q + (o_n - b * N) * stride_qn
+                if METRIC == COSINE:
+                    b_along = tl.load(p_along + tile * rows_each + start + o_b)
+                    if p_query_grad is None or p_unit is not None:
+                        inverse_q = inverse_norm_at(p_row, m_n, D, RESCALE, BLOCK_D)
+                if p_query_grad is not None:
+                    inverse_q = _differentiate_query(
+                        p_row,
+                        p_query_grad + o_n * D,
+                        m_n,
+                        p_k,
+                        p_rows,
+                        p_grad_s,
+                        p_unit,
+                        tile * k * rows_each + start + o_b,
+                        inverse_q,
+                        b_along,
+                        k,
+                        D,
+                        rows_each,
+                        stride_km,
+                        METRIC,
+                        RESCALE,
+                        BLOCK_N,
+                        BLOCK_K,
+                        BLOCK_D,
+                    )
+                if METRIC == COSINE:
+                    tl.store(p_inverse + o_n, inverse_q, m_n)
