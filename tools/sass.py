@@ -174,10 +174,10 @@ class Walk:
         """How many copies an unrolled loop has of the next one, which has the rest of its trips."""
         if loop.line != rest.line or rest.header not in self._reaches[loop.latch]:
             return 1
-        sizes = self._accesses(loop), self._accesses(rest)
-        if not sizes[1]:
-            sizes = self._size(loop), self._size(rest)
-        return 2 ** max(0, round(math.log2(sizes[0] / sizes[1]))) if sizes[0] else 1
+        if self._accesses(rest):
+            copies = self._accesses(loop) / self._accesses(rest)
+            return int(copies) if copies in (2, 4, 8) else 1
+        return 2 ** max(0, round(math.log2(self._size(loop) / self._size(rest))))
 
     def _size(self, loop: Loop) -> int:
         return sum(len(self.blocks[block].instructions) for block in loop.body)
