@@ -202,6 +202,14 @@ def test_an_unrolled_loop_with_a_loop_for_all_of_the_rest(trips: int) -> None:
     assert found["R1"] == found["R7"] == 1
 
 
+def test_two_loops_of_one_line_that_are_not_one() -> None:
+    """A function in two places: loads of three and of two tensors."""
+    two = UNROLLED_WITH_A_LOOP.replace("    2: LDG R5\n", "")
+    two = two.replace("    2: LDG R6\n", "    2: LDG R6\n    2: LDG R8\n")
+    found = walk(two, {"for i in": 6})
+    assert found["R2"] == found["R6"] == 6
+
+
 def test_a_condition_that_comes_first() -> None:
     text = """
         1: MOV R1

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from convnn_kernels.triton import configs
 
 from .token_sets import EXTREMES, Cifar, token_sets, train
 
@@ -35,7 +36,7 @@ KS = (9, 16, 32, 64)
 SIDES = (32, 64, 128)  # of the map of tokens
 # Warp instructions on sm_90, counted from machine code: per element of a thread, per turn of the
 # loop that appends a hit of every lane, per row, per hit beyond 32, and per row of the exact path.
-SAMPLED, SWEPT, TURN, FINISH, HIT, EXACT = 3.1, 3.48, 35, 380, 8, 20_000
+SAMPLED, SWEPT, TURN, FINISH, HIT, EXACT = 2.8, 3.2, 35, 366, 8, 20_000
 
 
 @dataclass(frozen=True)
@@ -194,17 +195,21 @@ def summary(case: Case, parts: list[Counts], caps: tuple[int, ...] = CAPS) -> di
     }
 
 
-LAYOUTS = {
-    80: Layout(tile=128, queues=8, pair=2, rows=8, advance=126),
-    90: Layout(tile=128, queues=4, pair=2, rows=8, advance=126),
-    100: Layout(tile=64, queues=2, pair=32, rows=32, advance=62),
-}
+def _layout(arch: int, rows: int) -> Layout:
+    """That of a sweep in 16 bits, of which a warp appends hits of `rows` rows at a time."""
+    blocks = configs.sweep(arch, 16, 64, 4096, 9)
+    return Layout(
+        blocks["BLOCK_M"], blocks["QUEUES"], blocks["PAIR"], rows, advance=blocks["ADVANCE"]
+    )
+
+
+LAYOUTS = {80: _layout(80, 8), 90: _layout(90, 8), 100: _layout(100, 32)}
 
 
 def chosen(columns: int, k: int) -> tuple[Sample, int]:
     """The sample of configs.py, and CAP for four queues."""
-    stride = max(1, min(8, math.isqrt(columns // (100 * k))))
-    return Sample(stride, 0, 128 if k > 32 else 64, False), 32 if k <= 16 else 64
+    blocks = configs.sweep(90, 16, 64, columns, k)
+    return Sample(blocks["sample_step"], 0, blocks["GROUPS"], False), blocks["CAP"]
 
 
 def cases(columns: int, k: int) -> dict[str, Case]:
