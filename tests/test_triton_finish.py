@@ -97,7 +97,7 @@ class Finish:
         if self.listed:
             self._list(search, pointers)
             count[list(self.listed), -1] = queue.shape[-1] + 1
-            Plan([prepare_exact_topk(search, norms.names, 0, self.splits)])(pointers)
+            Plan([prepare_exact_topk(search, norms.names, 0)])(pointers)
             written = (I != -7).all(-1).flatten().nonzero().flatten().tolist()
             assert written == sorted(self.listed)
         aggregation = None
@@ -126,13 +126,12 @@ class Finish:
         return output, s, I
 
     def _list(self, search: Any, pointers: Any) -> None:
-        """Lists rows for `exact_topk_kernel`, with several splits the first one twice."""
+        """Lists rows for `exact_topk_kernel`."""
         B, N = search.Q.B, search.Q.N
-        rows = torch.full((B, self.splits * N), 2**30, dtype=torch.int32)
+        rows = torch.full((B, N), 2**30, dtype=torch.int32)
         count = torch.zeros(B, dtype=torch.int32)
         for b in range(B):
             mine = [row % N for row in self.listed if row // N == b]
-            mine = (mine[:1] if self.splits > 1 else []) + mine
             rows[b, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
             count[b] = len(mine)
         pointers.add(p_listed=count, p_rows=rows)
