@@ -225,6 +225,32 @@ def test_queries_without_neighbors_add_nothing() -> None:
         assert torch.equal(clean[name], dirty[name]), name
 
 
+@pytest.mark.parametrize("rho", ["softmax", "ones"])
+def test_a_missing_neighbor_adds_nothing_to_the_weight(rho: str) -> None:
+    """Not even where the gradient of the output is infinite."""
+    query, key, value = normal(4, 6), normal(3, 6, seed=1), normal(3, 6, seed=2)
+    W = normal(6, 1, 4, seed=3).requires_grad_()
+    Y, _, _ = ops.forward(query, key, value, 4, W, rho=rho)
+    grad = normal(4, 6, seed=4)
+    grad[2, 1] = math.inf
+    (dW,) = torch.autograd.grad(Y, W, grad)
+    assert not dW[:, :, 3].any()
+
+
+def test_products_as_the_switch_has_them_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from convnn_kernels.triton import backward as module
+    from convnn_kernels.triton import hardware
+
+    plans = []
+    plan = module.plan_backward
+    monkeypatch.setattr(module, "plan_backward", lambda call: plans.append(call) or plan(call))
+    for precision in ("tf32x3", "tf32"):
+        monkeypatch.setattr(hardware, "product_precision", lambda _, p=precision: p)
+        run(make_call())
+    assert [call.value_precision for call in plans] == ["tf32x3", "tf32"]
+    assert plans[0] != plans[1]
+
+
 @pytest.mark.parametrize("size", [1e25, 1e-10, 3e37])
 @pytest.mark.parametrize("D", [10, 70])
 def test_norms_neither_overflow_nor_vanish(size: float, D: int) -> None:

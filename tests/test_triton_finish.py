@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 F32, F16 = torch.float32, torch.float16
-LIST = 32  # of a row with k <= 12
+LIST = 32  # of a row with k <= 9
 
 
 def integers(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
@@ -316,6 +316,32 @@ def test_a_row_with_equal_similarities(equal: str, k: int, order: str) -> None:
         key[:, 1] = EQUAL[equal][columns]
         options: dict[str, Any] = {"metric": "dot", "scale": 0.01, "order": order}
         assert_forward(Finish().forward, query, key, value, k, weight, **options, backward=False)
+
+
+def test_rows_are_ranked_each_by_itself() -> None:
+    """What a row has too few of, with all its hits equal, others have too many of, with ties."""
+    query, key = torch.eye(4, 32), torch.zeros(64, 32)
+    key[:, 0] = -5
+    key[:8, 0] = 5
+    for row in (1, 2, 3):
+        key[:, row] = -torch.arange(64.0)
+        key[10 * row, row] = key[10 * row + 5, row] = 9
+        key[1, row], key[2, row] = 8, 7
+    finish = Finish(hits=6)
+    options: dict[str, Any] = {"metric": "dot", "exact": True, "backward": False}
+    assert_select(finish.select, query, key, 3, **options)
+    value, weight = normal(64, 16, seed=2), normal(16, 1, 3, seed=3)
+    options["scale"] = 0.1
+    assert_forward(Finish(hits=6).forward, query, key, value, 3, weight, **options)
+
+
+def test_an_index_of_self_beyond_32_bits_is_no_row() -> None:
+    query, key = integers(3, 18), integers(60, 18, seed=1)
+    own = torch.tensor([5, 7, 9]) + 2**32
+    options = (None, own, None, "dot", "similarity")
+    s, I = Finish().select(query, key, 60, *options)
+    assert (I.sort(1).values == torch.arange(60)).all()
+    assert s.isfinite().all()
 
 
 def test_a_neighbor_infinitely_far_has_no_part() -> None:

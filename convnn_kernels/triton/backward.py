@@ -56,6 +56,8 @@ class Backward(NamedTuple):
     needed: frozenset[str]
     query_dtype: torch.dtype
     value_dtype: torch.dtype
+    query_precision: str  # of products with rows of query; so that of value
+    value_precision: str
     arch: int
 
     @property
@@ -151,8 +153,8 @@ def _numbers(call: Backward, keys: configs.Config, rows_each: int, tiles: int) -
         "RESCALE": rescales(call.query_dtype),
         "RHO_GRAD": call.through_rho,
         "KEYS": keys["KEYS"],
-        "PRECISION_V": hardware.product_precision(call.value_dtype),
-        "PRECISION_K": hardware.product_precision(call.query_dtype),
+        "PRECISION_V": call.value_precision,
+        "PRECISION_K": call.query_precision,
     }
 
 
@@ -316,6 +318,7 @@ def backward(
         V, V_layout = _rows(value if of_output else None)
         direct = grad_similarities if of_search else None
         batch = V_layout if of_output else K_layout
+        query_dtype = rows.dtype if query is None else query.dtype
         call = Backward(
             Q=Q_layout,
             K=K_layout,
@@ -331,8 +334,10 @@ def backward(
             has_weight=weight is not None and of_output,
             has_direct=direct is not None,
             needed=needed,
-            query_dtype=rows.dtype if query is None else query.dtype,
+            query_dtype=query_dtype,
             value_dtype=rows.dtype,
+            query_precision=hardware.product_precision(query_dtype),
+            value_precision=hardware.product_precision(rows.dtype),
             arch=hardware.architecture(similarities),
         )
         results = {f"p_{name}_grad": grads.get(name) for name in (*tensors, "bias")}

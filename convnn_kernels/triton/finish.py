@@ -152,8 +152,9 @@ def _ranks(b_order, k):
     """The place of each entry of b_order [rows, n] in its row's descending order, from k on any
     number.
 
-    What is equal has one place: then more than k entries of a row have one below k. Where a row
-    has less than k neighbors, the last place is that of all its entries: n > k or none have one.
+    What is equal has one place: then more than k entries of a row have one below k, as long as
+    there are different ones left. After these, all its entries take each place, the last of which
+    is k for odd k: n > k or none have one below k.
     """
     b_rank = tl.full(b_order.shape, 2**31 - 1, tl.int32)
     for start in range(0, k, 2):
@@ -229,7 +230,7 @@ def _aggregate(
     """Stores the output of rows, from AT_ONCE neighbors of each at a time.
 
     Blocks of the weight have the GROUP rows that one load of a warp has of V: then each thread has
-    the same channels of both, once for all rows. MASKED: there may be missing neighbors.
+    the same channels of both, once for all rows. MASKED: there may be missing neighbors, or fewer than AT_ONCE in the last step.
     """
     BYTES: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth // 8
     ALL: tl.constexpr = ROWS * AT_ONCE
@@ -389,6 +390,8 @@ def finish_kernel(
         # The token itself is the first entry of its row.
         self_row = tl.load(p_self + n + o_i)
         has_self = (self_row >= 0) & (self_row < M)
+        # Of an index that is out of range, the lower half may be a row.
+        self_row = tl.where(has_self, self_row, -1)
         if p_mask is not None:
             has_self = has_self & (tl.load(p_m + self_row, has_self, 0) != 0)
 
@@ -471,7 +474,8 @@ def finish_kernel(
             b_order = tl.where(b_order == ORDER_OF_SELF, orderable(b_s_self)[:, None], b_order)
         b_count = tl.where(b_order == ORDER_OF_MINUS_INFINITY, 2**16, 1)
         b_count = tl.where(b_rank < k, b_count, 0)
-        complete = tl.sum(tl.sum(b_count, 1), 0) == k * ROWS
+        # Row by row: where one has too few, another may have too many.
+        complete = tl.max((tl.sum(b_count, 1) != k).to(tl.int32), 0) == 0
         if complete:
             ALL: tl.constexpr = ROWS * LIST
             o = tl.reshape(o_i[:, None] * k + b_rank, [ALL])

@@ -58,7 +58,7 @@ def cache_plans(function: Function) -> Function:
 
 
 def forget_plans() -> None:
-    """Has everything be planned anew, with configurations as they are now."""
+    """Has everything planned anew, with configurations as they are now."""
     for cached in _plans:
         cached.cache_clear()
 
@@ -136,8 +136,8 @@ class Launch:
 class Workspace:
     """The temporary memory of some kernels, by parameter: contiguous buffers in one allocation.
 
-    Those of `later` take the place of those of `earlier`, which nobody reads any more when they are
-    written first.
+    Those of `later` take the place of those of `earlier`: whoever writes one of them must not leave
+    it to be read after one of the others has been written.
     """
 
     def __init__(

@@ -2,11 +2,10 @@
 """The pairs (i, j) of queries and neighbors, sorted by blocks of KEYS keys, for the key side.
 
 A counting sort, stable: the pairs of a block of keys keep the order of the tiles, and within one
-that of (j, i). The query side
-(query_side.py) has counted the pairs of each block in each tile of queries. A program here has one
-such tile. It adds up the counts to find where its pairs of each block go, and puts them there,
-PAIRS at a time. A batch element has the part of the list from b * pairs on, without missing
-neighbors.
+that of (j, i). The query side (query_side.py) has counted the pairs of each block in each tile of
+queries. A program here has one such tile. It adds up the counts to find where its pairs of each
+block go, and puts them there, PAIRS at a time. A batch element has the part of the list from
+b * pairs on, without missing neighbors.
 
 The remaining programs add up the parts of the gradients of weight and bias, always in one order.
 """

@@ -54,8 +54,7 @@ def _modulate_rows(
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Rows of key and rho of ROWS queries, of which each thread has its own; which of them have a
-    neighbor."""
+    """Rows of key and rho of ROWS queries, and which of them have a neighbor."""
     m_any = m_n & False
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     for j in range(0, k):
@@ -68,6 +67,8 @@ def _modulate_rows(
             tl.atomic_add(p_count + b_row // KEYS, 1, m, sem="relaxed")
         # A maximum over NaN does not matter: the sum is NaN.
         b_max = tl.maximum(b_max, tl.where(m & (b_s == b_s), scale * b_s, float("-inf")))
+    # Every thread may read what another one has stored.
+    tl.debug_barrier()
     if p_rho is not None:
         b_sum = tl.zeros([ROWS], tl.float32)
         if RHO == SOFTMAX:
@@ -94,7 +95,7 @@ def _transpose_weight(p_weight, p_weight_rows, C, k, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _differentiate_output(
-    p_grad,  # [BLOCK_N]: rows of G
+    p_grad,  # [ROWS]: rows of G
     m_n,
     p_v,  # the rows of V of this batch element
     p_weight_rows,  # [k, C], or None
@@ -102,17 +103,17 @@ def _differentiate_output(
     p_rho,
     p_grad_s,
     p_part,  # [k, C] of this tile, or None
-    o_t,  # [BLOCK_N]: where a query has its slot 0 in a tile
+    o_t,  # [ROWS]: where a query has its slot 0 in a tile
     is_first,  # whether nothing has been added to the tile's part of dW
     C,
     k,
     rows_each,
     stride_vm,
     RHO_GRAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """drho of BLOCK_N queries, in the place of ds, and what they add to this tile's part of dW."""
+    """drho of ROWS queries, in the place of ds, and what they add to this tile's part of dW."""
     for c0 in range(0, C, BLOCK_C):
         o_c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         m_c = o_c < C
@@ -123,7 +124,8 @@ def _differentiate_output(
             b_row = tl.load(p_rows + o_p)
             m = (b_row >= 0)[:, None] & m_c[None, :]
             b_v = tl.load(p_v + b_row[:, None] * stride_vm + o_c[None, :], m, 0.0)
-            b_x = b_v.to(tl.float32) * b_g
+            # Of a missing neighbor nothing is added, also where G is not finite.
+            b_x = tl.where(m, b_v.to(tl.float32) * b_g, 0.0)
             if RHO_GRAD:
                 b_p = b_x
                 if p_weight_rows is not None:
