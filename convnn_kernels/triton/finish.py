@@ -230,7 +230,8 @@ def _aggregate(
     """Stores the output of rows, from AT_ONCE neighbors of each at a time.
 
     Blocks of the weight have the GROUP rows that one load of a warp has of V: then each thread has
-    the same channels of both, once for all rows. MASKED: there may be missing neighbors, or fewer than AT_ONCE in the last step.
+    the same channels of both, once for all rows. MASKED: there may be missing neighbors, or fewer
+    than AT_ONCE in the last step.
     """
     BYTES: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth // 8
     ALL: tl.constexpr = ROWS * AT_ONCE
