@@ -7,6 +7,7 @@ They need a process of their own, started with ``TRITON_INTERPRET=1``, as those 
 import dataclasses
 import math
 import os
+import re
 from typing import Any
 
 import pytest
@@ -316,6 +317,22 @@ def test_a_row_with_equal_similarities(equal: str, k: int, order: str) -> None:
         key[:, 1] = EQUAL[equal][columns]
         options: dict[str, Any] = {"metric": "dot", "scale": 0.01, "order": order}
         assert_forward(Finish().forward, query, key, value, k, weight, **options, backward=False)
+
+
+def test_pairs_of_bfloat16_are_widened() -> None:
+    """By the PTX of the kernel, which the interpreter does not reach: the first is the low half."""
+    import inspect
+
+    from convnn_kernels.triton import finish, ptx_interpreter
+
+    found = re.search(r'"(shl\..*?)"', inspect.getsource(finish._as_float32.fn))
+    assert found is not None
+    x = torch.cat([normal(62), torch.tensor([math.inf, -0.0])]).bfloat16()
+    pairs = x.view(torch.int32).numpy().view("uint32")
+    registers = ptx_interpreter.run(found[1], {"$2": pairs}, len(pairs))
+    for i in (0, 1):
+        wide = torch.from_numpy(registers[f"${i}"].view("float32").copy())
+        assert torch.equal(wide, x[i::2].float())
 
 
 def test_rows_are_ranked_each_by_itself() -> None:

@@ -54,6 +54,7 @@ _FUNCTIONS: dict[str, Callable[..., Array]] = {
     "and.b32": np.bitwise_and,
     "xor.b32": np.bitwise_xor,
     "add.u32": np.add,
+    "shl.b32": np.left_shift,
     "shr.u32": _shr,
     "prmt.b32": _prmt,
     "selp.b32": _selp,
