@@ -366,7 +366,7 @@ def finish_kernel(
     b1 = _quotient(b, B2)
     b2 = (b - as_int64(b1) * B2).to(tl.int32)
     # Whole blocks: the last one may have rows of the one before, which are the same again.
-    n = tl.minimum((pid - block * row_blocks) * ROWS, rows_n - ROWS)
+    n = tl.minimum((pid - as_int64(block) * row_blocks).to(tl.int32) * ROWS, rows_n - ROWS)
     o_i = tl.arange(0, ROWS)
     # The first row is a scalar of 64 bits; to the others, there are offsets of 32.
     queue = block.to(tl.int64) * rows_n + n
@@ -497,7 +497,8 @@ def finish_kernel(
             o_x = tl.arange(0, ROWS * AT_ONCE)[:, None] // AT_ONCE
             b_value = b * _quotient(N, N_value) + _quotient(n + o_x, N_value)
         v1 = _quotient(b_value, B2_value)
-        p_v = p_value + v1 * stride_vb1 + (b_value - v1 * B2_value) * stride_vb2
+        v2 = (b_value - v1.to(tl.int64) * B2_value).to(tl.int32)
+        p_v = p_value + v1 * stride_vb1 + v2 * stride_vb2
         p_y = p_output + first * C
         p_t = p_terms + first * k
         _store_terms(p_s, p_i, p_t, k, scale, RHO, ROWS, LOG_K)
