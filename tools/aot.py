@@ -204,6 +204,8 @@ def configurations(quick: bool) -> list[Any]:
     # Columns that are not divided, and many of them; lists of many lengths.
     calls += [call(**select | {"N": 4096, "D": 128, "k": 40}, lead=(64,))]
     calls += [call(**select | {"N": 2**18, "k": 16})]
+    # A backward that is divided.
+    calls += [call(**plain | {"N": 4096, "k": 300}, weight="depthwise", lead=(4,))]
     # Few columns: all in one launch, and all columns scored; passes of many neighbors.
     for N, k, lead in ((197, 9, (512,)), (500, 32, (64,))):
         calls += [call(**select | {"N": N, "k": k}, lead=lead)]
