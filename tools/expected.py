@@ -81,7 +81,7 @@ _OVER_D = {
     "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
     "for d in range(BLOCK_D, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D) - 1,
 }
-_LATER_BLOCKS = {"if d > 0": lambda n: 1 - 1 / cdiv(n.D, min(64, n.BLOCK_D))}
+_LATER_BLOCKS = {"if d > 0": lambda n: 1 - 1 / max(1, cdiv(n.D, min(64, n.BLOCK_D)))}
 _OVER_K = {"for j in range(0, k, BLOCK_K)": lambda n: cdiv(n.k, n.BLOCK_K)}
 _OVER_C = {"for c0 in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C)}
 _OVER_O = {"for o0 in range(0, O, BLOCK_O)": lambda n: cdiv(n.O, n.BLOCK_O)}
@@ -269,7 +269,7 @@ EXPECTED = {
             "if tl.max(b_sum, 0) > _LARGE": lambda n: 0,
         },
         {
-            "b_drho += tl.load(": lambda n: 1 - 1 / cdiv(n.C, n.BLOCK_C),
+            "b_drho += tl.load(": lambda n: 1 - 1 / max(1, cdiv(n.C, n.BLOCK_C)),
             # W, and the tile's part of its gradient, of C k elements.
             **dict.fromkeys(("b_w = tl.load(", "b_dw += tl.load("), lambda n: 0),
             # What the same lanes have just loaded or stored for these ROWS queries.
