@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import configs, self_check
 from .exact_topk import select_all_columns, select_in_passes
-from .launch import Pointers
+from .launch import Pointers, cache_plans
 from .search import Search, prepare
 from .select_large import select_large
 from .select_small import select_small
@@ -73,7 +73,10 @@ def select_otherwise(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -
 
 def is_large(search: Search, device: torch.device) -> bool:
     """Whether `select_large` takes a search."""
+    return _has_many_columns(search) and self_check.passes(device, search.dtype, search.tf32)
+
+
+@cache_plans
+def _has_many_columns(search: Search) -> bool:
     D, columns, k = search.Q.D, search.columns, search.k
-    return configs.allows_sweep(search.arch, search.bits, D, columns, k) and self_check.passes(
-        device, search.dtype, search.tf32
-    )
+    return configs.allows_sweep(search.arch, search.bits, D, columns, k)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Tensors as kernels read them: two batch dimensions of any strides, rows, adjacent channels."""
 
+import functools
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # The letter of a tensor in kernels, and that of its rows.
@@ -52,19 +55,30 @@ def rows_of(X: Tensor) -> tuple[Tensor, Layout]:
     memory for each channel, or if more than two leading dimensions cannot be merged into two. An
     expanded dimension is not copied out, unless it stands among others that are not to be merged.
     """
-    shape, strides = X.shape, X.stride()
-    if (strides[-1] != 1 and shape[-1] > 1) or not _merge(shape[:-3], strides):
+    layout = _layout_in_place(X.shape, X.stride())
+    if layout is None:
         X = _copy_of_distinct(X)
-        shape, strides = X.shape, X.stride()
-    dim = len(shape)
-    if dim == 3:
-        return X, _layout(shape[0], 1, shape[1], shape[2], strides[0], 0, strides[1])
-    if dim == 4:
-        B1, B2, N, D = shape
-        return X, _layout(B1, B2, N, D, strides[0], strides[1], strides[2])
-    if dim == 2:
-        return X, _layout(1, 1, shape[0], shape[1], 0, 0, strides[0])
-    return rows_of(X.reshape(shape[:-3].numel(), *shape[-3:]))
+        if X.dim() > 4:
+            X = X.reshape(X.shape[:-3].numel(), *X.shape[-3:])
+        layout = _layout_in_place(X.shape, X.stride())
+        assert layout is not None
+    return X, layout
+
+
+# A call asks for every tensor, and most have shapes and strides of the call before.
+@functools.lru_cache(maxsize=4096)
+def _layout_in_place(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
+    """The layout of a tensor that kernels can read where it lies; None if it must be copied."""
+    if (strides[-1] != 1 and shape[-1] > 1) or not _merge(shape[:-3], strides):
+        return None
+    *lead, N, D = shape
+    if not lead:
+        return _layout(1, 1, N, D, 0, 0, strides[-2])
+    if len(lead) == 1:
+        return _layout(lead[0], 1, N, D, strides[0], 0, strides[-2])
+    outer = [stride for size, stride in zip(lead[:-1], strides, strict=False) if size > 1]
+    B1 = math.prod(lead[:-1])
+    return _layout(B1, lead[-1], N, D, outer[-1] if outer else 0, strides[-3], strides[-2])
 
 
 def _layout(B1: int, B2: int, N: int, D: int, b1: int, b2: int, n: int) -> Layout:
