@@ -212,29 +212,49 @@ def _kth_largest(b_x, k, QUEUES: tl.constexpr):
 
 
 @triton.jit
-def _prepare_queries(
-    p_row,  # [BLOCK_N]: rows of query
-    p_to,  # [BLOCK_N]: where the scaled rows go; or None
-    p_norm,  # [BLOCK_N]
+def _load_queries(
+    p_query,  # [B, N, D]
+    p_query_scaled,  # [B, N, D] contiguous, or None
+    p_norm,  # [BLOCK_N], or None
+    b1,
+    b2,
+    o_n,  # [BLOCK_N]
     m_n,  # [BLOCK_N]
     D,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_qsb1,
+    stride_qsb2,
+    stride_qsn,
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
+    OF_QUERIES: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Norms, for cosine those of scaled rows, else sums of squares; and the scaled rows.
+    """Pointers to the rows, [BLOCK_N], and their first channels, [BLOCK_N, BLOCK_D].
 
-    All programs with the same queries store the same.
+    OF_QUERIES: stores norms, for cosine those of scaled rows, else sums of squares; and the scaled
+    rows, which are then those that are read. All programs with the same queries store the same.
     """
-    BLOCK_N: tl.constexpr = p_row.shape[0]
-    BLOCK: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
-    if METRIC == COSINE:
-        norm, _ = norms_of_rows(p_row, p_to, m_n, m_n, D, RESCALE, BLOCK_N, BLOCK)
-    else:
-        norm = sums_of_squares(p_row, m_n, D, BLOCK_N, BLOCK)
-    tl.store(p_norm, norm, m_n)
-    # Every thread may read what another one has stored.
-    tl.debug_barrier()
+    p_row = p_query + b1 * stride_qb1 + b2 * stride_qb2 + o_n * stride_qn
+    p_scaled = p_query_scaled
+    if p_query_scaled is not None:
+        p_scaled = p_query_scaled + b1 * stride_qsb1 + b2 * stride_qsb2 + o_n * stride_qsn
+    if OF_QUERIES:
+        BLOCK_N: tl.constexpr = m_n.shape[0]
+        BLOCK: tl.constexpr = BLOCK_D if BLOCK_D < 64 else 64
+        if METRIC == COSINE:
+            norm, _ = norms_of_rows(p_row, p_scaled, m_n, m_n, D, RESCALE, BLOCK_N, BLOCK)
+        else:
+            norm = sums_of_squares(p_row, m_n, D, BLOCK_N, BLOCK)
+        tl.store(p_norm, norm, m_n)
+        # Every thread may read what another one has stored.
+        tl.debug_barrier()
+    if p_query_scaled is not None:
+        p_row = p_scaled
+    o_d = tl.arange(0, BLOCK_D)
+    return p_row, tl.load(p_row[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
 
 
 @triton.jit
@@ -296,12 +316,6 @@ def threshold_kernel(
     WHOLE_D: tl.constexpr,
 ):
     """The maxima of groups, of one range of columns; where columns are divided among programs."""
-    stride_qb1 = aligned(stride_qb1, ALIGN)
-    stride_qb2 = aligned(stride_qb2, ALIGN)
-    stride_qn = aligned(stride_qn, ALIGN)
-    stride_qsb1 = aligned(stride_qsb1, ALIGN)
-    stride_qsb2 = aligned(stride_qsb2, ALIGN)
-    stride_qsn = aligned(stride_qsn, ALIGN)
     stride_kb1 = aligned(stride_kb1, ALIGN)
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
@@ -313,17 +327,26 @@ def threshold_kernel(
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
     first = ((pid % splits).to(tl.int64) * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
-    p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + o_n * stride_qn
-    p_to = p_query_scaled
-    if p_query_scaled is not None:
-        p_to = p_query_scaled + b1 * stride_qsb1 + b2 * stride_qsb2 + o_n * stride_qsn
-    if OF_QUERIES:
-        p_norm = p_query_norm + b * N + o_n
-        _prepare_queries(p_q, p_to, p_norm, m_n, D, METRIC, RESCALE, BLOCK_D)
-    if p_query_scaled is not None:
-        p_q = p_to
-    o_d = tl.arange(0, BLOCK_D)
-    b_q = tl.load(p_q[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+    p_q, b_q = _load_queries(
+        p_query,
+        p_query_scaled,
+        p_query_norm if p_query_norm is None else p_query_norm + b * N + o_n,
+        b1,
+        b2,
+        o_n,
+        m_n,
+        D,
+        aligned(stride_qb1, ALIGN),
+        aligned(stride_qb2, ALIGN),
+        aligned(stride_qn, ALIGN),
+        aligned(stride_qsb1, ALIGN),
+        aligned(stride_qsb2, ALIGN),
+        aligned(stride_qsn, ALIGN),
+        METRIC,
+        RESCALE,
+        OF_QUERIES,
+        BLOCK_D,
+    )
     b_max = _group_maxima(
         b_q,
         p_q,
@@ -416,12 +439,6 @@ def sweep_kernel(
     WHOLE_D: tl.constexpr,
 ):
     """The hits of BLOCK_N queries in all columns, or in one range of them."""
-    stride_qb1 = aligned(stride_qb1, ALIGN)
-    stride_qb2 = aligned(stride_qb2, ALIGN)
-    stride_qn = aligned(stride_qn, ALIGN)
-    stride_qsb1 = aligned(stride_qsb1, ALIGN)
-    stride_qsb2 = aligned(stride_qsb2, ALIGN)
-    stride_qsn = aligned(stride_qsn, ALIGN)
     stride_kb1 = aligned(stride_kb1, ALIGN)
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
@@ -435,17 +452,26 @@ def sweep_kernel(
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
     first = (split.to(tl.int64) * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
-    p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + o_n * stride_qn
-    p_to = p_query_scaled
-    if p_query_scaled is not None:
-        p_to = p_query_scaled + b1 * stride_qsb1 + b2 * stride_qsb2 + o_n * stride_qsn
-    if OF_QUERIES:
-        p_norm = p_query_norm + b * N + o_n
-        _prepare_queries(p_q, p_to, p_norm, m_n, D, METRIC, RESCALE, BLOCK_D)
-    if p_query_scaled is not None:
-        p_q = p_to
-    o_d = tl.arange(0, BLOCK_D)
-    b_q = tl.load(p_q[:, None] + o_d[None, :], m_n[:, None] & (o_d < D)[None, :], 0.0)
+    p_q, b_q = _load_queries(
+        p_query,
+        p_query_scaled,
+        p_query_norm if p_query_norm is None else p_query_norm + b * N + o_n,
+        b1,
+        b2,
+        o_n,
+        m_n,
+        D,
+        aligned(stride_qb1, ALIGN),
+        aligned(stride_qb2, ALIGN),
+        aligned(stride_qn, ALIGN),
+        aligned(stride_qsb1, ALIGN),
+        aligned(stride_qsb2, ALIGN),
+        aligned(stride_qsn, ALIGN),
+        METRIC,
+        RESCALE,
+        OF_QUERIES,
+        BLOCK_D,
+    )
     p_k = p_key + b1 * stride_kb1 + b2 * stride_kb2
     p_f = p_factor if p_factor is None else p_factor + b * tiles * BLOCK_M
     p_l = p_low if p_low is None else p_low + b * tiles * BLOCK_M
