@@ -21,8 +21,9 @@ from .hardware import interpreted
 
 OLDEST = (3, 6)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Row numbers are packed into 31 bits where neighbors are sorted by them.
-_MOST_ROWS = 2**31 - 1
+# Kernels count rows in 32 bits, and in blocks of up to 1,024, the last of which may be in part
+# beyond the last row.
+_MOST_ROWS = 2**31 - 2**10
 
 
 class CannotCompile(RuntimeError):
