@@ -67,14 +67,18 @@ def missing_files(text: str) -> list[str]:
     return missing
 
 
+def _is_program(module: Path) -> bool:
+    return module.exists() and 'if __name__ == "__main__":' in module.read_text()
+
+
 def missing_modules(text: str) -> list[str]:
-    """Modules of this repository that a command runs and that do not exist."""
+    """Modules of this repository that a command runs and that do not exist, or do nothing then."""
     names = re.findall(r"python3? -m ([\w.]+)", text)
     files = [ROOT / name.replace(".", "/") for name in names if name.split(".")[0] in FOLDERS]
     return [
         file.relative_to(ROOT).as_posix().replace("/", ".")
         for file in files
-        if not file.with_suffix(".py").exists() and not (file / "__main__.py").exists()
+        if not (file / "__main__.py").exists() and not _is_program(file.with_suffix(".py"))
     ]
 
 

@@ -300,7 +300,9 @@ def count_all(cifar: Cifar | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.count_hits", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--cifar10", type=Path, help="archive of CIFAR-10 as class folders")
     parser.add_argument("--train-images", type=int, default=20_000, help="that VGG-11 is shown")
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -314,3 +316,7 @@ def main() -> None:
     if cifar is not None:
         result["vgg"] = {"images": options.train_images, "accuracy": cifar.accuracy}
     options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
