@@ -242,6 +242,34 @@ def test_nothing_is_lost_of_special_values(k: int) -> None:
                 assert 5 in found, "NaN is above every number"
 
 
+def test_products_may_be_wrong_by_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A neighbor is a hit though its product is too small and those of all others too large."""
+    import triton.language as tl
+
+    from convnn_kernels.triton import sweep
+
+    k, D = 3, 32
+    query, key = torch.zeros(1, D), torch.zeros(600, D)
+    query[:, 0] = 1
+    good = torch.arange(0, 600, 117)
+    key[:, 0], key[good, 0] = 0.1, 0.9 - torch.arange(len(good)) * 2**-23
+    key[:, 1] = (1 - key[:, 0] ** 2).sqrt()
+    check(query, key, k, metric="euclidean")
+
+    tolerance = (2 * D + 32) * 2.0**-24
+    error = 0.8 * tolerance * 2  # relative to ||q||^2 + ||k||^2 = 2
+    multiply = sweep._multiply
+
+    def wrong(*args: Any) -> Any:
+        b_s = multiply(*args)
+        return b_s + tl.where(b_s > 0.9 - 2**-24, -error, error)
+
+    monkeypatch.setattr(sweep, "_multiply", wrong)
+    found, count = Hits(query, key, k, metric="euclidean").found[0]
+    assert set(good[:k].tolist()) <= found.keys()
+    assert count == len(good)
+
+
 def test_queries_that_do_not_fit_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch elements, and rows of one, after another."""
     query, key = normal(2, 18, 16, dtype=F16), normal(2, 520, 16, seed=1, dtype=F16)
