@@ -73,7 +73,7 @@ def select_otherwise(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -
 
 def is_large(search: Search, device: torch.device) -> bool:
     """Whether `select_large` takes a search."""
-    return _has_many_columns(search) and self_check.passes(device, search.dtype, search.tf32)
+    return _has_many_columns(search) and self_check.passes(device, search)
 
 
 @cache_plans

@@ -2,9 +2,9 @@
 """Whether the kernels of select_large.py are right on a device, found out before their first use.
 
 They contain PTX that Triton does not check, and expect that the product of a pair has the same bits
-in every tile. So on each device, for each dtype, they first run on small searches whose results are
-known. If one is wrong, one line is logged, and the strategies for few columns take their place,
-more slowly.
+in every tile. So on each device, for each `Kind` of search, they first run on small searches whose
+results are known. If one is wrong, one line is logged, and for this kind the strategies for few
+columns take their place, more slowly.
 """
 
 import logging
@@ -16,35 +16,56 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from .aggregation import prepare as prepare_aggregation
-from .launch import Pointers
+from .configs import power_of_two
+from .launch import Pointers, cache_plans
+from .search import Search
 from .search import prepare as prepare_search
-from .select_large import select_large
+from .select_large import select_large, sweep_of
 
 _log = logging.getLogger("convnn_kernels")
-_right: dict[tuple[torch.device, torch.dtype, bool], bool] = {}
 
 
-def passes(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> bool:
-    """Whether searches may be left to `select_large`. The first call for a device waits for it.
+class Kind(NamedTuple):
+    """Searches with the same tiles, and the sizes of a search that stands for them."""
 
-    Products of float32 may be those of tf32 (PyTorch's switch), which are checked for themselves.
+    dtype: torch.dtype
+    tf32: bool  # whether products of float32 are those of tf32 (PyTorch's switch)
+    D: int  # a power of two
+    k: int
+    divided: bool  # whether columns are divided among programs
 
-    False, for this time, while a CUDA graph is captured on a device that was not checked before.
+
+@cache_plans
+def kind_of(search: Search) -> Kind:
+    D = min(256, max(16, power_of_two(search.Q.D)))
+    divided = sweep_of(search).splits > 1
+    return Kind(search.dtype, search.tf32, D, 9 if search.k <= 32 else 40, divided)
+
+
+_right: dict[tuple[torch.device, Kind], bool] = {}
+
+
+def passes(device: torch.device, search: Search) -> bool:
+    """Whether a search may be left to `select_large`. The first call of a kind waits for it.
+
+    False, for this time, while a CUDA graph is captured and the kind was not checked before.
     """
     if device.type != "cuda":
         return True
-    right = _right.get((device, dtype, tf32))
+    kind = kind_of(search)
+    right = _right.get((device, kind))
     if right is None:
         if torch.cuda.is_current_stream_capturing():
             return False
-        wrong = faults(device, dtype)
-        right = _right[device, dtype, tf32] = not wrong
+        wrong = faults(device, kind)
+        right = _right[device, kind] = not wrong
         if wrong:
             _log.warning(
-                "%s: the Triton kernels for many columns are wrong in %s (%s), and are not used",
+                "%s: the Triton kernels for many columns are wrong (%s), and are not used for "
+                "searches of this kind: %s",
                 device,
-                str(dtype).removeprefix("torch."),
                 ", ".join(wrong),
+                kind,
             )
     return right
 
@@ -57,40 +78,41 @@ class _Case(NamedTuple):
     is_exact: bool  # whether every similarity is exact, so that neighbors are unique
 
 
-def _cases(device: torch.device, dtype: torch.dtype, rows: int) -> Iterator[_Case]:
+def cases(device: torch.device, kind: Kind, rows: int) -> Iterator[_Case]:
     generator = torch.Generator().manual_seed(0)
 
     def integers(*shape: int) -> Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).to(device, dtype)
+        return torch.randint(-2, 3, shape, generator=generator).to(device, kind.dtype)
 
-    D, M = 64, 1111
+    # Columns are divided where there are enough tiles.
+    D, M = kind.D, 2222 if kind.divided else 777
     query, few, key = integers(200, D), integers(40, D), integers(M, D)
-    yield _Case("40 distinct keys", query, few.repeat(28, 1)[:M], "dot", True)
+    yield _Case("40 distinct keys", query, few.repeat(56, 1)[:M], "dot", True)
     # Two of three keys are copies of others, 43 and 86 columns before.
     apart = torch.arange(M, device=device)
     yield _Case("pairs of equal keys", query, key[apart - apart % 3 * 43], "dot", True)
     yield _Case("equal keys", query, key[:1].repeat(M, 1), "dot", True)
     key = key.clone()
-    key[700], key[1110], query[3], query[4] = float("nan"), float("nan"), 0, float("nan")
+    key[700], key[M - 1], query[3], query[4] = float("nan"), float("nan"), 0, float("nan")
     yield _Case("NaN and a zero query", query, key, "dot", True)
-    query, key = (torch.randn(n, D, generator=generator).to(device, dtype) for n in (rows, M))
+    query, key = (torch.randn(n, D, generator=generator).to(device, kind.dtype) for n in (rows, M))
     query[5] = 0
     yield _Case("random rows", query, key, "cosine", False)
 
 
-def faults(device: torch.device, dtype: torch.dtype, rows: int = 4096) -> list[str]:
+def faults(device: torch.device, kind: Kind, rows: int = 4096) -> list[str]:
     """The names of the cases that come out wrong."""
     wrong = []
-    for case in _cases(device, dtype, rows):
+    for case in cases(device, kind, rows):
         try:
-            if not _is_right(case):
+            if not _is_right(case, kind.k):
                 wrong.append(case.name)
         except TritonError as error:
             wrong.append(f"{case.name}: {type(error).__name__}")
     return wrong
 
 
-def _is_right(case: _Case, k: int = 9) -> bool:
+def _is_right(case: _Case, k: int) -> bool:
     query, key = case.query, case.key
     value = key.nan_to_num(1.0)
     s = query.new_empty((len(query), k), dtype=torch.float32)
