@@ -352,6 +352,44 @@ def test_rows_are_ranked_each_by_itself() -> None:
     assert_forward(Finish(hits=6).forward, query, key, value, 3, weight, **options)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize(
+    "case", ["plain", "candidates", "self", "mask", "by index", "distinct", "constant"]
+)
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_both_paths_are_bit_equal_where_sums_are_exact(
+    case: str, metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of many columns and that of few, over rows whose norms are powers of two."""
+    from convnn_kernels.triton import select
+
+    signs = [integers(n, 16, seed=n, dtype=dtype).sign() for n in (5, 300)]
+    query, key = (torch.where(X == 0, 1, X) * 2 for X in signs)
+    if case == "distinct":
+        key = key[torch.arange(len(key)) % 40]
+    if case == "constant":
+        key[:] = key[0]
+    everything = torch.arange(len(key))
+    options = (
+        everything.flip(0)[::2] if case == "candidates" else None,
+        everything[: len(query)] * 50 + 5 if case == "self" else None,
+        everything % 3 > 0 if case == "mask" else None,
+        metric,
+        "index" if case == "by index" else "similarity",
+    )
+    run = backend.operators()["convnn::select"]
+    taken = []
+    by_sweep = select.select_large
+    monkeypatch.setattr(select, "select_large", lambda *a: (taken.append(1), by_sweep(*a)))
+    s, I = run(query, key, 9, *options)
+    assert taken == [1]
+    monkeypatch.setattr(select, "is_large", lambda *_: False)
+    other_s, other_I = run(query, key, 9, *options)
+    assert taken == [1]
+    assert torch.equal(I, other_I)
+    assert torch.equal(s.view(torch.int32), other_s.view(torch.int32))
+
+
 @pytest.mark.parametrize("kernel", ["finish", "exact_topk"])
 def test_an_index_of_self_beyond_32_bits_is_no_row(kernel: str) -> None:
     query, key = integers(3, 18), integers(60, 18, seed=1)
