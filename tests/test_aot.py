@@ -329,6 +329,31 @@ def test_rows_with_channels_apart_are_copied() -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
+    "shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0), (0, 2, 3, 5, 8), (0, 8), (5, 0)]
+)
+def test_an_empty_tensor_is_laid_out_as_any_other(shape: tuple[int, ...]) -> None:
+    """Though a copy of it keeps strides that rows cannot have."""
+    from convnn_kernels.triton.tensors import rows_of
+
+    X = torch.empty(shape)
+    for Y in (X, X.mT.contiguous().mT):
+        assert rows_of(Y)[1] == rows_of(X)[1]
+    assert rows_of(X)[1].B * rows_of(X)[1].N * rows_of(X)[1].D == 0
+
+
+@needs_triton
+def test_batch_elements_are_not_folded_beyond_the_rows_that_kernels_count() -> None:
+    from convnn_kernels.triton.search import prepare
+
+    for B, N in ((30_000, 30_000 * 32_768), (40_000, 32_768)):
+        query = torch.empty(B, 32_768, 1, device="meta")
+        key = torch.empty(9, 1, device="meta").expand(B, 9, 1)
+        search, _ = prepare(query, key, 2, None, None, None, "dot", "similarity")
+        assert search.Q.N == N
+
+
+@needs_triton
+@pytest.mark.parametrize(
     "shape", [(5, 8), (2, 5, 8), (2, 3, 5, 8), (2, 3, 4, 5, 8), (2, 1, 3, 1, 5, 8)]
 )
 def test_a_layout_reaches_every_row(shape: tuple[int, ...]) -> None:

@@ -196,14 +196,14 @@ def test_cuda_takes_more_rows_than_triton(
     monkeypatch.setattr(triton, "refuses", lambda device, *rest: refuses(OnDevice.device, *rest))
     monkeypatch.setattr(triton, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    most = x[:1].expand(2**31 - 2**10, 3)
+    most = x[:1].expand(10**9, 3)
     with caplog.at_level(logging.INFO, "convnn_kernels"):
         assert run(most, most, 2) == "convnn::select on triton"
-        more = x[:1].expand(2**31 - 2**10 + 1, 3)
+        more = x[:1].expand(10**9 + 1, 3)
         assert run(x, more, 2) == "convnn::select on cuda"
         assert run(x, x, 2) == "convnn::select on triton"
     assert messages(caplog)[1:] == [
-        "convnn::select runs on cuda: triton cannot: it takes up to 2147482624 rows"
+        "convnn::select runs on cuda: triton cannot: it takes up to 1,000,000,000 rows"
     ]
 
 

@@ -35,49 +35,70 @@ def _fresh_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_plans()
 
 
-def faults(dtype: torch.dtype, D: int = 64, k: int = 9) -> list[str]:
+def faults(metric: str, dtype: torch.dtype, D: int = 64, k: int = 9) -> list[str]:
     from convnn_kernels.triton import self_check
 
-    return self_check.faults(CPU, self_check.Kind(dtype, False, D, k, False), rows=20)
+    return self_check.faults(CPU, self_check.Kind(metric, dtype, False, D, k, False), rows=20)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("D", "k"), [(64, 9), (16, 40)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_kernels_are_right(dtype: torch.dtype, D: int, k: int) -> None:
-    assert faults(dtype, D, k) == []
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize(
+    ("dtype", "D", "k"), [(torch.float16, 64, 9), (torch.float16, 8, 40), (torch.float32, 24, 24)]
+)
+def test_kernels_are_right(metric: str, dtype: torch.dtype, D: int, k: int) -> None:
+    assert faults(metric, dtype, D, k) == []
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_a_kind_is_checked_by_searches_of_its_kind(
-    arch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the tiles of the search that is to be checked, and divided as it is."""
-    from convnn_kernels.triton import configs, hardware, self_check
+def search_of(metric: str, query: torch.Tensor, key: torch.Tensor, k: int) -> Any:
     from convnn_kernels.triton.search import prepare
+
+    return prepare(query, key, k, None, None, None, metric, "similarity")[0]
+
+
+def tiles_of(search: Any) -> dict[str, Any]:
+    """What its kernels are compiled for; the sample is a number."""
     from convnn_kernels.triton.select_large import sweep_of
 
-    def search_of(query: torch.Tensor, key: torch.Tensor, k: int) -> Any:
-        return prepare(query, key, k, None, None, None, "cosine", "similarity")[0]
+    sweep = sweep_of(search)
+    return sweep.config | {
+        "sample_step": None,
+        "precision": sweep.precision,
+        "needs_bounds": sweep.needs_bounds,
+        "divided": sweep.splits > 1,
+    }
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_kind_is_checked_with_the_tiles_of_its_searches(
+    arch: int, tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convnn_kernels.triton import configs, hardware, self_check
 
     monkeypatch.setattr(hardware, "architecture", lambda X: arch)
-    kinds = set()
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for D, k, (B, N) in itertools.product((9, 64, 100, 200), (5, 40), ((1, 50), (64, 2048))):
-            number = torch.empty(1, dtype=dtype)
-            search = search_of(number.expand(B, N, D), number.expand(B, 4096, D), k)
-            if not configs.allows_sweep(arch, search.bits, D, search.columns, k):
-                continue
-            kind, sweep = self_check.kind_of(search), sweep_of(search)
-            kinds.add(kind)
-            if sweep.config["BLOCK_M"] == 32 and not kind.divided:
-                continue  # a search as small as those of the check is always divided
-            for case in self_check.cases(CPU, kind, rows=4096):
-                checked = sweep_of(search_of(case.query, case.key, kind.k))
-                assert {**checked.config, "sample_step": 0} == {**sweep.config, "sample_step": 0}
-                assert (checked.splits > 1) == kind.divided == (sweep.splits > 1)
-    assert {kind.divided for kind in kinds} == {False, True}
-    assert {kind.k for kind in kinds} == {9, 40}
+    monkeypatch.setattr(hardware, "allows_tf32", lambda: tf32)
+    checked: dict[Any, list[Any]] = {}
+    for dtype, metric, D, k, (B, N) in itertools.product(
+        (torch.float32,) if tf32 else (torch.float32, torch.float16),
+        ("dot", "euclidean"),
+        (9, 20, 64, 200, 300),
+        (5, 20, 40),
+        ((1, 50), (256, 2048)),
+    ):
+        number = torch.empty(1, dtype=dtype)
+        search = search_of(metric, number.expand(B, N, D), number.expand(B, 4096, D), k)
+        if not configs.allows_sweep(arch, search.bits, D, search.columns, k):
+            continue
+        kind = self_check.kind_of(search)
+        if kind not in checked:
+            checked[kind] = [
+                tiles_of(search_of(case.metric, case.query, case.key, kind.k))
+                for case in self_check.cases(CPU, kind, rows=4096)
+            ]
+        assert checked[kind] == [tiles_of(search)] * 5, (search, kind)
+    assert {kind.divided for kind in checked} == {False, True}
+    assert {kind.k for kind in checked} >= {9, 24}
 
 
 def test_columns_that_are_decoded_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +111,7 @@ def test_columns_that_are_decoded_wrongly_are_found(monkeypatch: pytest.MonkeyPa
         return prepare(search, rescore, numbers | {"PAIR": 2 * numbers["PAIR"]}, *rest)
 
     monkeypatch.setattr(select_large, "prepare_finish", wrong)
-    assert "random rows" in faults(torch.float16)
+    assert "random rows" in faults("cosine", torch.float16)
 
 
 def test_a_device_that_fails_is_not_used(
@@ -98,11 +119,10 @@ def test_a_device_that_fails_is_not_used(
 ) -> None:
     """One line is logged, and the search goes to the exact kernel."""
     from convnn_kernels.triton import select, self_check
-    from convnn_kernels.triton.search import prepare
 
     device = torch.device("cuda", 0)
     query, key = torch.randn(3, 16).half(), torch.randn(1100, 16).half()
-    search, _ = prepare(query, key, 2, None, None, None, "dot", "similarity")
+    search = search_of("dot", query, key, 2)
     monkeypatch.setattr(self_check, "_right", {})
     monkeypatch.setattr(self_check, "faults", lambda *_: ["equal keys"])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -110,7 +130,7 @@ def test_a_device_that_fails_is_not_used(
         assert not self_check.passes(device, search)
         assert not self_check.passes(device, search)
     assert len(caplog.records) == 1
-    for part in ("cuda:0", "float16", "D=16", "equal keys"):
+    for part in ("cuda:0", "dot in float16, D about 16, k about 9", "equal keys"):
         assert part in caplog.text
 
     taken = []
@@ -122,18 +142,23 @@ def test_a_device_that_fails_is_not_used(
     assert taken == ["exact"]
 
 
-def test_nothing_is_checked_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_checked_while_a_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from convnn_kernels.triton import self_check
-    from convnn_kernels.triton.search import prepare
 
-    query, key = torch.randn(3, 16), torch.randn(600, 16)
-    search, _ = prepare(query, key, 2, None, None, None, "dot", "similarity")
+    search = search_of("dot", torch.randn(3, 16), torch.randn(600, 16), 2)
     checked = []
     monkeypatch.setattr(self_check, "_right", {})
     monkeypatch.setattr(self_check, "faults", lambda *_: checked.append(1) or [])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     device = torch.device("cuda", 0)
-    assert not self_check.passes(device, search)
+    monkeypatch.setattr(self_check, "_captured", set())
+    with caplog.at_level(logging.WARNING, "convnn_kernels"):
+        assert not self_check.passes(device, search)
+        assert not self_check.passes(device, search)
+    assert len(caplog.records) == 1
+    assert "captured before it was checked" in caplog.text
     assert not checked
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert self_check.passes(device, search)

@@ -35,8 +35,9 @@ CAPS = (8, 16, 32, 64, 128)
 KS = (9, 16, 32, 64)
 SIDES = (32, 64, 128)  # of the map of tokens
 # Warp instructions on sm_90, counted from machine code: per element of a thread, per turn of the
-# loop that appends a hit of every lane, per row, per hit beyond 32, and per row of the exact path.
-SAMPLED, SWEPT, TURN, FINISH, HIT, EXACT = 2.8, 3.2, 35, 366, 8, 20_000
+# loop that appends a hit of every lane, per row, per hit beyond 32, and per column of a row in the
+# exact path.
+SAMPLED, SWEPT, TURN, FINISH, HIT, EXACT = 2.8, 3.2, 35, 369, 8, 4.9
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ def summary(case: Case, parts: list[Counts], caps: tuple[int, ...] = CAPS) -> di
     overflow = {cap: (longest > cap).double().mean().item() for cap in caps}
     stored = {cap: queues.clamp(max=cap).sum(1).sub(32).clamp(min=0).double() for cap in caps}
     swept = layout.tile * SWEPT + layout.queues * TURN * turns
+    exact = EXACT * tiles * layout.advance
     fixed = (sampled * layout.tile * SAMPLED + tiles * swept) / 32 + rounds + FINISH
     return {
         "hits": round(hits.mean().item(), 2),
@@ -189,7 +191,7 @@ def summary(case: Case, parts: list[Counts], caps: tuple[int, ...] = CAPS) -> di
         "turns": round(turns, 2),
         "overflow": {cap: round(share, 5) for cap, share in overflow.items()},
         "instructions": {
-            cap: round(fixed + HIT * stored[cap].mean().item() + EXACT * overflow[cap])
+            cap: round(fixed + HIT * stored[cap].mean().item() + exact * overflow[cap])
             for cap in caps
         },
     }

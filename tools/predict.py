@@ -338,7 +338,9 @@ def summary(rows: Iterable[Row]) -> str:
         beside = f"{row['beside']} {us:,.0f}" if us else row["beside"]
         cells = [row["work"], f"{sum(kernel['launches'] for kernel in row['kernels'])}"]
         cells += [f"{row['least']:,.0f}", f"{row['good']:,.0f}", beside]
-        cells += [f"{row['good'] / us:.2f}" if us else "", f"≤ {goal:g}" if goal else ""]
+        is_missed = us and goal and row["good"] > goal * us
+        cells += [f"{row['good'] / us:.2f}" if us else ""]
+        cells += [f"≤ {goal:g}{', missed' if is_missed else ''}" if us and goal else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -382,6 +384,8 @@ def main() -> int:
         if options.only in work.title:
             rows.append(predict_work(work, options.explain))
             print(f"{work.title}: predicted {rows[-1]['least']:,.0f} µs, not measured", flush=True)
+    if not rows:
+        parser.error(f"--only: no work has {options.only!r} in its name")
     finish(rows)
     print(f"{summary(rows)}\n\n{details(rows)}")
     if options.write:

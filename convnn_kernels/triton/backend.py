@@ -18,12 +18,10 @@ import torch
 from torch import Tensor
 
 from .hardware import interpreted
+from .tensors import MOST_ROWS
 
 OLDEST = (3, 6)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Kernels count rows in 32 bits, and in blocks of up to 1,024, the last of which may be in part
-# beyond the last row.
-_MOST_ROWS = 2**31 - 2**10
 
 
 class CannotCompile(RuntimeError):
@@ -65,7 +63,7 @@ def refuses(
     if device.type != ("cpu" if interpreted() else "cuda"):
         return f"it cannot run tensors on {device}"
     if is_huge:
-        return f"it takes up to {_MOST_ROWS} rows"
+        return f"it takes up to {MOST_ROWS:,} rows"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs compute capability 8.0, {device} is older"
     return None
@@ -74,7 +72,7 @@ def refuses(
 def is_huge(tensors: list[Tensor]) -> bool:
     """Whether a dimension of a tensor is more than kernels can count."""
     return any(
-        not 0 < X.numel() <= _MOST_ROWS and max(X.shape, default=0) > _MOST_ROWS for X in tensors
+        not 0 < X.numel() <= MOST_ROWS and max(X.shape, default=0) > MOST_ROWS for X in tensors
     )
 
 

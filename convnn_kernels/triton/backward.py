@@ -165,6 +165,8 @@ def _divide(call: Backward, keys: configs.Config) -> tuple[int, int, int]:
     """
     B, N, M, k, C, D = call.B, call.N, call.M, call.k, call.V.D, call.Q.D
     rows = configs.rows_each(call.arch, B, N, C, k, cdiv(M, keys["KEYS"]))
+    if rows * k >= 2**31:
+        rows = 128  # kernels count the pairs of a tile in 32 bits
     allowed = configs.allowed_backward(B, N, M, C, D, k)
 
     def taken(rows: int, tiles: int, several: bool = True) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import hardware
 from .metrics import METRICS
 from .norms import Norms, prepare_norms, rescales
-from .tensors import Layout, alignment, is_same, rows_of
+from .tensors import MOST_ROWS, Layout, alignment, is_same, rows_of
 
 
 class Search(NamedTuple):
@@ -123,6 +123,8 @@ def _fold(Q: Layout, K: Layout, mask_strides: tuple[int, int]) -> tuple[Layout, 
 
     Norms of keys are then computed once, and a tile of S has queries of several batch elements.
     """
+    if Q.B * Q.N > MOST_ROWS:
+        return Q, K
     if Q.B2 > 1 and K.stride_b2 == mask_strides[1] == 0 and Q.stride_b2 == Q.N * Q.stride_n:
         Q, K = Q._replace(B2=1, N=Q.B2 * Q.N, stride_b2=0), K._replace(B2=1)
     if Q.B2 == 1 and K.stride_b1 == mask_strides[0] == 0 and Q.stride_b1 == Q.N * Q.stride_n:

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from .aggregation import prepare as prepare_aggregation
-from .configs import power_of_two
+from .configs import needs_bounds, power_of_two
 from .launch import Pointers, cache_plans
 from .search import Search
 from .search import prepare as prepare_search
@@ -26,23 +26,35 @@ _log = logging.getLogger("convnn_kernels")
 
 
 class Kind(NamedTuple):
-    """Searches with the same tiles, and the sizes of a search that stands for them."""
+    """Searches with the same tiles, and the sizes of small searches that stand for them: the same
+    kernels run but for the channels that fill their blocks, `rho` and the weight."""
 
+    metric: str
     dtype: torch.dtype
     tf32: bool  # whether products of float32 are those of tf32 (PyTorch's switch)
-    D: int  # a power of two
+    D: int
     k: int
     divided: bool  # whether columns are divided among programs
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.") + " in TF32" * self.tf32
+        of_few = ", few queries" * self.divided
+        return f"{self.metric} in {dtype}, D about {self.D}, k about {self.k}{of_few}"
 
 
 @cache_plans
 def kind_of(search: Search) -> Kind:
-    D = min(256, max(16, power_of_two(search.Q.D)))
-    divided = sweep_of(search).splits > 1
-    return Kind(search.dtype, search.tf32, D, 9 if search.k <= 32 else 40, divided)
+    """The kind of a search; sizes follow the steps of `configs.sweep` and `needs_bounds`."""
+    metric, D = search.metric, min(512, max(16, power_of_two(search.Q.D)))
+    has_few_terms = needs_bounds(search.bits, search.Q.D, metric, search.tf32)
+    if has_few_terms and metric != "euclidean":
+        D -= 8
+    k = 9 if search.k <= 16 else 24 if search.k <= 32 else 40
+    return Kind(metric, search.dtype, search.tf32, D, k, sweep_of(search).splits > 1)
 
 
 _right: dict[tuple[torch.device, Kind], bool] = {}
+_captured: set[tuple[torch.device, Kind]] = set()
 
 
 def passes(device: torch.device, search: Search) -> bool:
@@ -52,20 +64,21 @@ def passes(device: torch.device, search: Search) -> bool:
     """
     if device.type != "cuda":
         return True
-    kind = kind_of(search)
-    right = _right.get((device, kind))
+    key = device, kind_of(search)
+    right = _right.get(key)
     if right is None:
         if torch.cuda.is_current_stream_capturing():
+            if key not in _captured:
+                _captured.add(key)
+                _log.warning("%s: captured before it was checked, and slower for it: %s", *key)
             return False
-        wrong = faults(device, kind)
-        right = _right[device, kind] = not wrong
+        wrong = faults(*key)
+        right = _right[key] = not wrong
         if wrong:
             _log.warning(
-                "%s: the Triton kernels for many columns are wrong (%s), and are not used for "
-                "searches of this kind: %s",
-                device,
+                "%s: the Triton kernels for many columns are wrong and not used for %s (%s)",
+                *key,
                 ", ".join(wrong),
-                kind,
             )
     return right
 
@@ -80,24 +93,33 @@ class _Case(NamedTuple):
 
 def cases(device: torch.device, kind: Kind, rows: int) -> Iterator[_Case]:
     generator = torch.Generator().manual_seed(0)
-
-    def integers(*shape: int) -> Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).to(device, kind.dtype)
-
     # Columns are divided where there are enough tiles.
-    D, M = kind.D, 2222 if kind.divided else 777
-    query, few, key = integers(200, D), integers(40, D), integers(M, D)
-    yield _Case("40 distinct keys", query, few.repeat(56, 1)[:M], "dot", True)
+    D, M = kind.D, 2222 if kind.divided else 450
+    # So many channels that a norm is a power of two.
+    nonzero = 4 ** ((D.bit_length() - 1) // 2)
+
+    def signs(n: int) -> Tensor:
+        """Rows of 1, -1 and 0."""
+        first = torch.randint(0, D, (n, 1), generator=generator)
+        where = (first + torch.arange(nonzero)) % D
+        which = torch.randint(0, 2, (n, nonzero), generator=generator) * 2.0 - 1.0
+        return torch.zeros(n, D).scatter(1, where, which).to(device, kind.dtype)
+
+    def case(name: str, query: Tensor, key: Tensor, is_exact: bool = True) -> _Case:
+        return _Case(name, query, key, kind.metric, is_exact)
+
+    query, few, key = signs(200), signs(40), signs(M)
+    yield case("40 distinct keys", query, few.repeat(56, 1)[:M])
     # Two of three keys are copies of others, 43 and 86 columns before.
     apart = torch.arange(M, device=device)
-    yield _Case("pairs of equal keys", query, key[apart - apart % 3 * 43], "dot", True)
-    yield _Case("equal keys", query, key[:1].repeat(M, 1), "dot", True)
+    yield case("pairs of equal keys", query, key[apart - apart % 3 * 43])
+    yield case("equal keys", query, key[:1].repeat(M, 1))
     key = key.clone()
-    key[700], key[M - 1], query[3], query[4] = float("nan"), float("nan"), 0, float("nan")
-    yield _Case("NaN and a zero query", query, key, "dot", True)
+    key[M // 2], key[M - 1], query[3], query[4] = float("nan"), float("nan"), 0, float("nan")
+    yield case("NaN and a zero query", query, key)
     query, key = (torch.randn(n, D, generator=generator).to(device, kind.dtype) for n in (rows, M))
     query[5] = 0
-    yield _Case("random rows", query, key, "cosine", False)
+    yield case("random rows", query, key, is_exact=False)
 
 
 def faults(device: torch.device, kind: Kind, rows: int = 4096) -> list[str]:
@@ -125,20 +147,20 @@ def _is_right(case: _Case, k: int) -> bool:
 
     if bool(((I < 0) | (len(key) <= I)).any()):
         return False
-    S = _similarities(query, key, case.metric)
+    S, size = _similarities(query, key, case.metric)
     chosen = S.gather(1, I)
+    bound = torch.zeros_like(chosen)
     if case.is_exact:
         # A stable sort of what has NaN above every number is the total order.
         order = S.nan_to_num(nan=torch.inf).sort(dim=1, descending=True, stable=True).indices
         neighbors_are_right = torch.equal(I, order[:, :k])
-        bound = 0.0
     else:
-        bound = (query.shape[1] + 8) * 2.0**-22
-        if search.tf32:
-            bound = 2.0**-9
-        rest = S.scatter(1, I, -torch.inf).amax(1)
+        in_tf32 = search.tf32 and case.metric != "euclidean"
+        size *= 2.0**-9 if in_tf32 else (query.shape[1] + 8) * 2.0**-22
+        bound = size.gather(1, I)
+        rest = (S - size).scatter(1, I, -torch.inf).amax(1)
         distinct = bool((I.sort(1).values.diff(dim=1) > 0).all())
-        neighbors_are_right = distinct and bool((rest <= s[:, -1] + bound).all())
+        neighbors_are_right = distinct and bool((rest <= s[:, -1] + bound[:, -1]).all())
     error = (s - chosen).abs()
     both_nan = s.isnan() & chosen.isnan()
     similarities_are_right = bool(((error <= bound) | both_nan).all())
@@ -148,9 +170,12 @@ def _is_right(case: _Case, k: int) -> bool:
     return neighbors_are_right and similarities_are_right and bool(close.all())
 
 
-def _similarities(query: Tensor, key: Tensor, metric: str) -> Tensor:
-    """All of S, in float64."""
+def _similarities(query: Tensor, key: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """All of S in float64, and of each similarity the size to which its error is relative."""
     query, key = query.double(), key.double()
+    if metric == "euclidean":
+        S = -torch.stack([(row - key).square().sum(1) for row in query])
+        return S, S.abs()
     if metric == "cosine":
         query, key = (torch.nn.functional.normalize(X, dim=1) for X in (query, key))
-    return query @ key.mT
+    return query @ key.mT, query.norm(dim=1)[:, None] * key.norm(dim=1)

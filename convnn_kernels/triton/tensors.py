@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Kernels count rows in 32 bits, and some count those of query and key one behind the other.
+MOST_ROWS = 10**9
 # The letter of a tensor in kernels, and that of its rows.
 _ROWS = {"q": "n", "k": "m", "v": "m", "x": "n"}
 
@@ -69,6 +71,8 @@ def rows_of(X: Tensor) -> tuple[Tensor, Layout]:
 @functools.lru_cache(maxsize=4096)
 def _layout_in_place(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
     """The layout of a tensor that kernels can read where it lies; None if it must be copied."""
+    if 0 in shape:  # there is nothing to read
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     if (strides[-1] != 1 and shape[-1] > 1) or not _merge(shape[:-3], strides):
         return None
     *lead, N, D = shape
