@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
@@ -17,6 +18,10 @@ class Live(TorchDispatchMode):
         self.seen: Any = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for X in tree_leaves((args, kwargs)):
+            if isinstance(X, torch.Tensor):
+                # Of what there was before, views may be made.
+                self.seen.add(X.untyped_storage())
         result = func(*args, **(kwargs or {}))
         for X in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(X, torch.Tensor) and X.untyped_storage() not in self.seen:

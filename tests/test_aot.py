@@ -390,6 +390,10 @@ MANY = [
     Shape(1000, 200, 200, 64, 150, torch.bfloat16),
     Shape(2000, 100, 300, 64, 100, torch.float32),
     Shape(1, 16384, 100_000, 32, 300, torch.bfloat16),
+    # Windows of which every token has all others.
+    Shape(8192, 49, 49, 32, 49, torch.float16),
+    Shape(20_000, 16, 16, 8, 16, torch.bfloat16),
+    Shape(3000, 17, 200, 16, 200, torch.float32),
 ]
 
 

@@ -550,8 +550,8 @@ def test_what_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert text.startswith(f"before\n{begin}\n| work |")
     assert text.endswith("<!-- end -->\nafter\n<!-- end -->\n")
     assert "old" not in text
-    assert "| select, D = 64 | 2 | 65 | 100 | S written 50 | 2.00 | ≤ 1, missed |" in text
-    assert "| select, D = 64, float32 | 2 | 130 | 200 | bfloat16 100 | 2.00 | ≤ 2.5 |" in text
+    assert "| select, D = 64 | 2 | 65 | 100 | S written 50 | 2 | ≤ 1, missed |" in text
+    assert "| select, D = 64, float32 | 2 | 130 | 200 | bfloat16 100 | 2 | ≤ 2.5 |" in text
     assert "all, forward+backward | 4 | 39 | 60 |  |  |  |" in text
     assert "| select, D = 64 | `a_kernel` × 2 | 65.0 |" in text
     written = json.loads(result.read_text())

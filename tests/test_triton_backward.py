@@ -56,11 +56,12 @@ def make_call(
     weight: bool = True,
     dtype: torch.dtype = F32,
     N: int = 70,
+    B: int = 2,
 ) -> dict[str, Any]:
     """The arguments of forward_backward, but for the needed gradients: several tiles of queries and
     blocks of keys, the last ones not full; missing neighbors of both kinds, a hub, and keys that
     nobody chose."""
-    B, D, C = 2, 10, 7
+    D, C = 10, 7
     query, key, value = (
         normal(B, n, size, seed=seed, dtype=dtype)
         for seed, (n, size) in enumerate([(N, D), (M, D), (M, C)])
@@ -399,6 +400,7 @@ def test_parts_fit_and_have_all_queries(allowed: int, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Plan, "launch", keep)
     monkeypatch.setattr(configs, "allowed_backward", lambda *_: allowed)
+    monkeypatch.setattr(backward, "elements_at_a_time", lambda call: call.batch)
     divide, found = backward._divide, []
     monkeypatch.setattr(backward, "_divide", lambda *args: found.append(divide(*args)) or found[-1])
     run(make_call(N=1000, k=9))
@@ -413,6 +415,69 @@ def test_parts_fit_and_have_all_queries(allowed: int, monkeypatch: pytest.Monkey
         assert allowed // 3 < taken <= allowed
     else:
         assert parts == 32  # of 32 queries
+
+
+@pytest.mark.parametrize(
+    ("lead", "each", "parts"), [((5,), 2, 3), ((2, 3), 3, 2), ((2, 3), 2, 4), ((3, 2), 4, 2)]
+)
+@pytest.mark.parametrize(
+    ("metric", "weight", "dtype"), [("cosine", True, F16), ("euclidean", False, F32)], ids=str
+)
+def test_parts_of_the_batch(
+    lead: tuple[int, ...],
+    each: int,
+    parts: int,
+    metric: str,
+    weight: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with all batch elements at once, but for the rounding of sums over the batch."""
+    from convnn_kernels.triton import backward
+
+    call = make_call(B=math.prod(lead), metric=metric, weight=weight, dtype=dtype)
+    for name in ("grad_output", "grad_similarities", "similarities", "indices"):
+        call[name] = call[name].unflatten(0, lead)
+    for name in ("query", "key", "value"):
+        # As heads lie in memory: neither dimension of the batch is contiguous.
+        rows = call[name].unflatten(0, lead)
+        call[name] = rows.transpose(-3, -2).contiguous().transpose(-3, -2)
+    launched = divide(monkeypatch, 128, 1)
+    at_once = run(call)
+    assert len(launched) == 4
+    launched.clear()
+    monkeypatch.setattr(backward, "elements_at_a_time", lambda call: each)
+    results = run(call)
+    assert launched == parts * ["query_side_kernel", "sort_pairs_kernel", *["key_side_kernel"] * 2]
+    for name in NEEDS:
+        if name in ("weight", "bias"):
+            epsilon = torch.finfo(dtype).eps
+            assert torch.allclose(results[name], at_once[name], rtol=4 * epsilon, atol=4 * epsilon)
+        else:
+            assert torch.equal(results[name], at_once[name]), name
+    selection = run(call, ("query",))
+    assert torch.equal(selection["query"], at_once["query"])
+
+
+def test_batch_elements_are_divided_where_queries_do_not_suffice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from convnn_kernels.triton import backward
+    from convnn_kernels.triton.launch import Plan
+
+    taken: list[int] = []
+    monkeypatch.setattr(Plan, "launch", lambda plan, _: taken.append(plan.workspace.bytes))
+    monkeypatch.setattr(configs, "allowed_backward", lambda *_: 2**19)
+    call = make_call(B=100, N=32, k=9)
+    run(call)
+    assert len(taken) > 1
+    assert 2**17 < taken[0] <= 2**19
+    taken.clear()
+    monkeypatch.setattr(configs, "allowed_backward", lambda *_: 2**26)
+    backward.plan_backward.cache_clear()
+    backward.elements_at_a_time.cache_clear()
+    run(call)
+    assert len(taken) == 1
 
 
 def test_pairs_are_sorted_by_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:

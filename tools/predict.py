@@ -339,7 +339,7 @@ def summary(rows: Iterable[Row]) -> str:
         cells = [row["work"], f"{sum(kernel['launches'] for kernel in row['kernels'])}"]
         cells += [f"{row['least']:,.0f}", f"{row['good']:,.0f}", beside]
         is_missed = us and goal and row["good"] > goal * us
-        cells += [f"{row['good'] / us:.2f}" if us else ""]
+        cells += [f"{row['good'] / us:.3g}" if us else ""]
         cells += [f"≤ {goal:g}{', missed' if is_missed else ''}" if us and goal else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -13,7 +13,8 @@ needed is not computed: its pointers are None.
 
 Where k is large, the temporaries of all pairs would be more than is allowed. Then the queries are
 divided, and these launches follow for each part of them: tiles add to the same parts of dW and db,
-and the key side to float32 sums of dV and dk, always in the same order.
+and the key side to float32 sums of dV and dk, always in the same order. Where batch elements are so
+many that this is not enough, they are divided, too (batch_parts.py).
 """
 
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from . import configs, hardware
 from .aggregation import RHOS
+from .batch_parts import batch_parts, new_sums
 from .key_side import key_side_kernel
 from .launch import Buffer, Plan, Pointers, Workspace, cache_plans
 from .metrics import METRICS
@@ -43,7 +45,8 @@ class Backward(NamedTuple):
     Q: Layout  # [B, N, D]; without elements, as K, where there is only V
     K: Layout  # [B, M, D]
     V: Layout  # [B, M, C]; without elements where there is only Q and K
-    B: int
+    batch: int  # batch elements in all
+    B: int  # those of a plan
     B2: int
     N: int
     M: int
@@ -163,11 +166,11 @@ def _divide(call: Backward, keys: configs.Config) -> tuple[int, int, int]:
 
     All at once if their pairs fit in the memory that is allowed; else as many tiles as fit.
     """
-    B, N, M, k, C, D = call.B, call.N, call.M, call.k, call.V.D, call.Q.D
+    B, N, M, k, C = call.B, call.N, call.M, call.k, call.V.D
     rows = configs.rows_each(call.arch, B, N, C, k, cdiv(M, keys["KEYS"]))
     if rows * k >= 2**31:
         rows = 128  # kernels count the pairs of a tile in 32 bits
-    allowed = configs.allowed_backward(B, N, M, C, D, k)
+    allowed = _allowed(call)
 
     def taken(rows: int, tiles: int, several: bool = True) -> int:
         return _workspace(call, keys, rows, tiles, several).bytes
@@ -185,6 +188,25 @@ def _divide(call: Backward, keys: configs.Config) -> tuple[int, int, int]:
     )
     tiles = cdiv(all_tiles, query_parts)
     return rows, tiles, cdiv(all_tiles, tiles)
+
+
+def _allowed(call: Backward) -> int:
+    return configs.allowed_backward(call.batch, call.N, call.M, call.V.D, call.Q.D, call.k)
+
+
+@cache_plans
+def elements_at_a_time(call: Backward) -> int:
+    """How many batch elements' temporaries fit in the memory that is allowed for all of them."""
+    each = call.batch
+    while each > 1:
+        workspace = plan_backward(call._replace(B=each)).workspace
+        if workspace.bytes <= _allowed(call):
+            break
+        each = cdiv(each, 2)
+    # Other addresses are aligned as the first one is, and no other kernels are compiled.
+    each -= each % 16 if each > 16 and each < call.batch else 0
+    # Whole dimensions, or a part of the inner one.
+    return each - each % call.B2 if each > call.B2 else each
 
 
 def _workspace(
@@ -325,6 +347,7 @@ def backward(
             Q=Q_layout,
             K=K_layout,
             V=V_layout,
+            batch=batch.B,
             B=batch.B,
             B2=batch.B2,
             N=indices.shape[-2],
@@ -342,22 +365,54 @@ def backward(
             value_precision=hardware.product_precision(rows.dtype),
             arch=hardware.architecture(similarities),
         )
-        results = {f"p_{name}_grad": grads.get(name) for name in (*tensors, "bias")}
-        pointers = Pointers(
-            similarities.device,
-            p_similarities=similarities.contiguous(),
-            p_indices=indices.contiguous(),
-            p_query=Q,
-            p_key=K,
-            p_value=V,
-            p_weight=None if weight is None else weight.contiguous(),
+        arguments = {
+            "p_similarities": similarities.contiguous(),
+            "p_indices": indices.contiguous(),
+            "p_query": Q,
+            "p_key": K,
+            "p_value": V,
+            "p_weight": None if weight is None else weight.contiguous(),
             # What is compiled does not depend on how a loss made it.
-            p_grad=None if grad_output is None else grad_output.contiguous(),
-            p_direct=None if direct is None else direct.contiguous(),
-            **results,
-        )
-        plan_backward(call)(pointers)
+            "p_grad": None if grad_output is None else grad_output.contiguous(),
+            "p_direct": None if direct is None else direct.contiguous(),
+        }
+        arguments |= {f"p_{name}_grad": grads.get(name) for name in (*tensors, "bias")}
+        each = elements_at_a_time(call)
+        if each == call.batch:
+            plan_backward(call)(Pointers(similarities.device, **arguments))
+        else:
+            in_batch_parts(call, each, arguments)
     return tuple(grads.values())
+
+
+def in_batch_parts(call: Backward, each: int, arguments: dict[str, Tensor | None]) -> None:
+    """The gradients of `each` batch elements after the other; see batch_parts.py."""
+    parts = batch_parts(call.batch, call.B2, each)
+    sums = {
+        name: new_sums(len(parts), arguments[name]) for name in ("p_weight_grad", "p_bias_grad")
+    }
+    for number, part in enumerate(parts):
+        of_part = call._replace(
+            Q=part.layout(call.Q),
+            K=part.layout(call.K),
+            V=part.layout(call.V),
+            B=part.elements,
+            B2=part.B2,
+        )
+        own = {
+            "p_query": part.rows(arguments["p_query"], call.Q),
+            "p_key": part.rows(arguments["p_key"], call.K),
+            "p_value": part.rows(arguments["p_value"], call.V),
+            "p_weight": arguments["p_weight"],
+        }
+        own |= {name: X if X is None else X[number] for name, X in sums.items()}
+        own |= {name: part.slice(X) for name, X in arguments.items() if name not in own}
+        some = next(X for X in own.values() if X is not None)
+        plan_backward(of_part)(Pointers(some.device, **own))
+    for name, X in sums.items():
+        grad = arguments[name]
+        if X is not None and grad is not None:
+            grad.copy_(X.sum(0))
 
 
 def _rows(X: Tensor | None) -> tuple[Tensor | None, Layout]:

@@ -244,7 +244,7 @@ def allows_sweep(arch: int, bits: int, D: int, columns: int, k: int) -> bool:
 def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
     """Blocks of `sweep_kernel` and `threshold_kernel`, groups, sample and queues.
 
-    Groups, sample and length of the queues are those with the lowest cost on real features in
+    Groups, sample and length of the queues follow from the cost on real features in
     benchmarks/results/hits.json, which ``python -m tools.count_hits`` writes.
     """
     rows = row(_SWEEP, arch)
