@@ -244,6 +244,7 @@ def test_products_as_the_switch_has_them_at_the_call(monkeypatch: pytest.MonkeyP
 
     plans = []
     plan = module.plan_backward
+    monkeypatch.setattr(module, "elements_at_a_time", lambda call: call.batch)
     monkeypatch.setattr(module, "plan_backward", lambda call: plans.append(call) or plan(call))
     for precision in ("tf32x3", "tf32"):
         monkeypatch.setattr(hardware, "product_precision", lambda _, p=precision: p)

@@ -316,16 +316,14 @@ def backward(
 
     query and key may be absent, or value and grad_output.
     """
+    tensors = {"query": query, "key": key, "value": value, "weight": weight}
+    tensors["similarities"] = similarities
     rows = key if value is None else value
     assert rows is not None
-    tensors = {"query": query, "key": key, "value": value, "weight": weight}
-    shapes = {name: X.shape for name, X in tensors.items() if X is not None}
-    shapes |= {"similarities": similarities.shape, "bias": rows.shape[-1:]}
-    tensors["similarities"] = similarities
-    grads = {}
-    for name, is_needed in needs.items():
-        X = tensors.get(name)
-        grads[name] = (rows if X is None else X).new_empty(shapes[name] if is_needed else 0)
+    grads = {
+        name: _empty_gradient(tensors.get(name), rows, is_needed)
+        for name, is_needed in needs.items()
+    }
     of_output = value is not None and value.shape[-1] > 0
     if grad_similarities is None and (rho == "ones" or not of_output):
         # Nothing depends on the similarities.
@@ -336,56 +334,81 @@ def backward(
     if indices.numel() == 0 or rows.shape[-2] == 0:
         _without_pairs(grads, grad_output)
     elif needed:
-        of_search = bool(needed & {"query", "key"})
-        Q, Q_layout = _rows(query if of_search else None)
-        K, K_layout = _rows(key if of_search else None)
-        V, V_layout = _rows(value if of_output else None)
-        direct = grad_similarities if of_search else None
-        batch = V_layout if of_output else K_layout
-        query_dtype = rows.dtype if query is None else query.dtype
-        call = Backward(
-            Q=Q_layout,
-            K=K_layout,
-            V=V_layout,
-            batch=batch.B,
-            B=batch.B,
-            B2=batch.B2,
-            N=indices.shape[-2],
-            M=batch.N,
-            k=indices.shape[-1],
-            metric=metric,
-            rho=rho,
-            scale=scale,
-            has_weight=weight is not None and of_output,
-            has_direct=direct is not None,
-            needed=needed,
-            query_dtype=query_dtype,
-            value_dtype=rows.dtype,
-            query_precision=hardware.product_precision(query_dtype),
-            value_precision=hardware.product_precision(rows.dtype),
-            arch=hardware.architecture(similarities),
-        )
-        arguments = {
-            "p_similarities": similarities.contiguous(),
-            "p_indices": indices.contiguous(),
-            "p_query": Q,
-            "p_key": K,
-            "p_value": V,
-            "p_weight": None if weight is None else weight.contiguous(),
-            # What is compiled does not depend on how a loss made it.
-            "p_grad": None if grad_output is None else grad_output.contiguous(),
-            "p_direct": None if direct is None else direct.contiguous(),
-        }
-        arguments |= {f"p_{name}_grad": grads.get(name) for name in (*tensors, "bias")}
-        each = elements_at_a_time(call)
-        if each == call.batch:
-            plan_backward(call)(Pointers(similarities.device, **arguments))
-        else:
-            in_batch_parts(call, each, arguments)
+        tensors |= {"indices": indices, "grad": grad_output, "direct": grad_similarities}
+        _launch(grads, tensors, rows, needed, metric, rho, scale)
     return tuple(grads.values())
 
 
-def in_batch_parts(call: Backward, each: int, arguments: dict[str, Tensor | None]) -> None:
+def _empty_gradient(X: Tensor | None, rows: Tensor, is_needed: bool) -> Tensor:
+    """That of X, or without X that of bias."""
+    like, shape = (rows, rows.shape[-1:]) if X is None else (X, X.shape)
+    return like.new_empty(shape if is_needed else 0)
+
+
+def _launch(
+    grads: dict[str, Tensor],
+    tensors: dict[str, Tensor | None],
+    rows: Tensor,
+    needed: frozenset[str],
+    metric: str,
+    rho: str,
+    scale: float,
+) -> None:
+    """The needed gradients, of which there are some, from pairs, of which there are some."""
+    of_output = tensors["value"] is not None and tensors["value"].shape[-1] > 0
+    if not needed & {"query", "key"}:
+        tensors = tensors | {"query": None, "key": None, "direct": None}
+    if not of_output:
+        tensors = tensors | {"value": None}
+    (Q, Q_layout), (K, K_layout), (V, V_layout) = (
+        _rows(tensors[name]) for name in ("query", "key", "value")
+    )
+    similarities, indices = tensors["similarities"], tensors["indices"]
+    assert similarities is not None
+    assert indices is not None
+    batch = V_layout if of_output else K_layout
+    query_dtype = rows.dtype if Q is None else Q.dtype
+    call = Backward(
+        Q=Q_layout,
+        K=K_layout,
+        V=V_layout,
+        batch=batch.B,
+        B=batch.B,
+        B2=batch.B2,
+        N=indices.shape[-2],
+        M=batch.N,
+        k=indices.shape[-1],
+        metric=metric,
+        rho=rho,
+        scale=scale,
+        has_weight=tensors["weight"] is not None and of_output,
+        has_direct=tensors["direct"] is not None,
+        needed=needed,
+        query_dtype=query_dtype,
+        value_dtype=rows.dtype,
+        query_precision=hardware.product_precision(query_dtype),
+        value_precision=hardware.product_precision(rows.dtype),
+        arch=hardware.architecture(similarities),
+    )
+    arguments: dict[str, Tensor | None] = {"p_query": Q, "p_key": K, "p_value": V}
+    for name in ("similarities", "indices", "weight", "grad", "direct"):
+        X = tensors[name]
+        # What is compiled does not depend on how a loss made a gradient.
+        arguments[f"p_{name}"] = None if X is None else X.contiguous()
+    arguments |= {
+        f"p_{name}_grad": grads.get(name)
+        for name in ("query", "key", "value", "weight", "similarities", "bias")
+    }
+    each = elements_at_a_time(call)
+    if each == call.batch:
+        plan_backward(call)(Pointers(rows.device, **arguments))
+    else:
+        _launch_in_parts(call, each, arguments, rows.device)
+
+
+def _launch_in_parts(
+    call: Backward, each: int, arguments: dict[str, Tensor | None], device: torch.device
+) -> None:
     """The gradients of `each` batch elements after the other; see batch_parts.py."""
     parts = batch_parts(call.batch, call.B2, each)
     sums = {
@@ -407,12 +430,11 @@ def in_batch_parts(call: Backward, each: int, arguments: dict[str, Tensor | None
         }
         own |= {name: X if X is None else X[number] for name, X in sums.items()}
         own |= {name: part.slice(X) for name, X in arguments.items() if name not in own}
-        some = next(X for X in own.values() if X is not None)
-        plan_backward(of_part)(Pointers(some.device, **own))
+        plan_backward(of_part)(Pointers(device, **own))
     for name, X in sums.items():
         grad = arguments[name]
         if X is not None and grad is not None:
-            grad.copy_(X.sum(0))
+            grad.copy_(X.sum(0).view_as(grad))
 
 
 def _rows(X: Tensor | None) -> tuple[Tensor | None, Layout]:

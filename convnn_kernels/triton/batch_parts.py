@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tensors import Layout
+from .tensors import Layout, cdiv
 
 
 class BatchPart(NamedTuple):
@@ -65,7 +65,8 @@ def batch_parts(batch: int, B2: int, each: int) -> list[BatchPart]:
 
 
 def new_sums(parts: int, grad: Tensor | None) -> Tensor | None:
-    """Memory for the sums of each part, [parts, ...], whose total is `grad`."""
+    """Memory for the sums of each part, [parts, numbers], whose total is `grad`; each aligned."""
     if grad is None or grad.numel() == 0:
         return None
-    return grad.new_empty((parts, *grad.shape), dtype=torch.float32)
+    numbers = grad.numel()
+    return grad.new_empty((parts, 4 * cdiv(numbers, 4)), dtype=torch.float32)[:, :numbers]
