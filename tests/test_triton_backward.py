@@ -30,6 +30,7 @@ pytestmark = [
 
 ops = torch.ops.convnn
 F32, F16 = torch.float32, torch.float16
+TENSORS = ("grad_output", "grad_similarities", "query", "key", "value", "similarities", "indices")
 NEEDS = ("query", "key", "value", "weight", "bias")
 
 
@@ -443,6 +444,7 @@ def test_parts_of_the_batch(
         # As heads lie in memory: neither dimension of the batch is contiguous.
         rows = call[name].unflatten(0, lead)
         call[name] = rows.transpose(-3, -2).contiguous().transpose(-3, -2)
+    call["key"] = call["key"][..., :1, :, :].expand(call["key"].shape)
     launched = divide(monkeypatch, 128, 1)
     at_once = run(call)
     assert len(launched) == 4
@@ -458,6 +460,70 @@ def test_parts_of_the_batch(
             assert torch.equal(results[name], at_once[name]), name
     selection = run(call, ("query",))
     assert torch.equal(selection["query"], at_once["query"])
+
+
+def test_parts_of_the_batch_of_other_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of five dimensions."""
+    from convnn_kernels.triton import backward
+
+    call = make_call(B=8)
+    x = {name: X.unflatten(0, (2, 2, 2)) for name, X in call.items() if name in TENSORS}
+    neighbors = x["similarities"], x["indices"]
+    calls = {
+        "select_backward": (
+            *(x["grad_similarities"], x["query"], x["key"], *neighbors, "cosine"),
+            *(True, True),
+        ),
+        "aggregate_backward": (
+            *(x["grad_output"], x["value"], *neighbors, call["weight"], True, "softmax", 0.7),
+            *(True, True, False, True),
+        ),
+    }
+    for name, arguments in calls.items():
+        run_operator = backend.operators()[f"convnn::{name}"]
+        with monkeypatch.context() as patch:
+            launched = divide(patch, 128, 1)
+            at_once = run_operator(*arguments)
+            patch.setattr(backward, "elements_at_a_time", lambda call: 4)
+            launched.clear()
+            results = run_operator(*arguments)
+        assert launched.count("query_side_kernel") == 2
+        for X, other in zip(results, at_once, strict=True):
+            assert X.shape == other.shape
+            assert torch.allclose(X, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "B2", "N", "M", "k"),
+    [
+        (8192, 1, 49, 49, 49),
+        (20_000, 1, 16, 16, 16),
+        (3000, 3, 17, 200, 200),
+        (98, 49, 64, 144, 144),
+    ],
+)
+def test_as_few_parts_of_the_batch_as_fit(batch: int, B2: int, N: int, M: int, k: int) -> None:
+    from convnn_kernels.triton import backward
+    from convnn_kernels.triton.batch_parts import batch_parts
+    from convnn_kernels.triton.tensors import Layout
+
+    C = 8
+    Q, K = (Layout(batch // B2, B2, n, C, B2 * n * C, n * C, C) for n in (N, M))
+    needed = frozenset(NEEDS)
+    of_call = ("cosine", "softmax", 1.0, True, False, needed, F16, F16, "tf32", "tf32", 90)
+    call = backward.Backward(Q, K, K, batch, batch, B2, N, M, k, *of_call)
+    allowed = configs.allowed_backward(batch, N, M, C, C, k)
+    each = backward.elements_at_a_time(call)
+    parts = batch_parts(batch, B2, each)
+    assert [part.first for part in parts[1:]] == [part.first + part.elements for part in parts[:-1]]
+    assert sum(part.elements for part in parts) == batch
+    most = max(part.elements for part in parts)
+    assert backward.plan_backward(call._replace(B=most)).workspace.bytes <= allowed
+    if len(parts) > 1:
+        assert each % 16 == 0
+        larger = -(-batch // (len(parts) - 1))
+        assert backward.plan_backward(call._replace(B=larger)).workspace.bytes > 0.99 * allowed
+    assert (len(parts) > 1) == (batch > 98)
 
 
 def test_batch_elements_are_divided_where_queries_do_not_suffice(

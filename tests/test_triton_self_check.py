@@ -101,6 +101,36 @@ def test_a_kind_is_checked_with_the_tiles_of_its_searches(
     assert {kind.k for kind in checked} >= {9, 24}
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("D", [64, 512])
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_device_that_multiplies_in_tf32_is_right(
+    metric: str, D: int, is_right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its factors have 10 bits; with 6 it is wrong. Products of many channels are large, and so are
+    the errors that exponentials magnify."""
+    from convnn_kernels.triton import hardware, self_check
+
+    mask = -(2 ** (13 if is_right else 17))
+
+    def run(search: Any, pointers: Any, aggregation: Any) -> None:
+        names = ("query", "key", "value", "similarities", "indices", "output")
+        query, key, value, s, I, Y = (pointers.tensor(f"p_{name}") for name in names)
+        if metric == "cosine":
+            query, key = (torch.nn.functional.normalize(X, dim=1) for X in (query, key))
+        query, key = ((X.view(torch.int32) & mask).view(torch.float32) for X in (query, key))
+        S = (query.double() @ key.double().mT).float()
+        order = S.nan_to_num(nan=torch.inf).sort(dim=1, descending=True, stable=True).indices
+        I.copy_(order[:, : I.shape[1]])
+        s.copy_(S.gather(1, I))
+        Y.copy_((s.softmax(1)[:, :, None] * value[I]).sum(1))
+
+    monkeypatch.setattr(hardware, "allows_tf32", lambda: True)
+    monkeypatch.setattr(self_check, "select_large", run)
+    kind = self_check.Kind(metric, torch.float32, True, D, 40, False)
+    assert self_check.faults(CPU, kind, rows=600) == ([] if is_right else ["random rows"])
+
+
 def test_columns_that_are_decoded_wrongly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a device has columns in another order than the finish expects."""
     from convnn_kernels.triton import select_large
@@ -158,7 +188,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(
         assert not self_check.passes(device, search)
         assert not self_check.passes(device, search)
     assert len(caplog.records) == 1
-    assert "captured before it was checked" in caplog.text
+    assert "captured in a CUDA graph before its kernels were checked" in caplog.text
     assert not checked
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert self_check.passes(device, search)

@@ -17,6 +17,7 @@ and the key side to float32 sums of dV and dk, always in the same order. Where b
 many that this is not enough, they are divided, too (batch_parts.py).
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -197,16 +198,22 @@ def _allowed(call: Backward) -> int:
 @cache_plans
 def elements_at_a_time(call: Backward) -> int:
     """How many batch elements' temporaries fit in the memory that is allowed for all of them."""
-    each = call.batch
-    while each > 1:
-        workspace = plan_backward(call._replace(B=each)).workspace
-        if workspace.bytes <= _allowed(call):
-            break
-        each = cdiv(each, 2)
-    # Other addresses are aligned as the first one is, and no other kernels are compiled.
-    each -= each % 16 if each > 16 and each < call.batch else 0
-    # Whole dimensions, or a part of the inner one.
-    return each - each % call.B2 if each > call.B2 else each
+    parts, each = 1, call.batch
+    while each > 1 and _temporary_bytes(call._replace(B=each), parts) > _allowed(call):
+        parts = max(parts + 1, parts * 5 // 4)
+        each = cdiv(call.batch, parts)
+        # Whole inner dimensions, or a part of one; and addresses as well aligned as the first.
+        step = next((n for n in (math.lcm(16, call.B2), call.B2, 16) if n <= each), 1)
+        each = step * cdiv(each, step)
+    return each
+
+
+def _temporary_bytes(call: Backward, parts: int) -> int:
+    """Of a plan for one of so many parts of the batch, and of the sums of all parts."""
+    keys = configs.key_side(call.arch, call.bits, call.V.D, call.Q.D, call.N, call.M, call.k)
+    rows_each, tiles, query_parts = _divide(call, keys)
+    sums = 4 * parts * call.V.D * (call.k + 1) if parts > 1 else 0
+    return _workspace(call, keys, rows_each, tiles, query_parts > 1).bytes + sums
 
 
 def _workspace(

@@ -28,7 +28,7 @@ class BatchPart(NamedTuple):
         return self.B1 * self.B2
 
     def layout(self, X: Layout) -> Layout:
-        """That of a part; rows that there are not have none."""
+        """That of a part; absent rows keep their empty layout."""
         if X.N == 0:
             return X
         stride_b1 = X.stride_b1 if self.B1 > 1 else 0

@@ -26,8 +26,7 @@ _log = logging.getLogger("convnn_kernels")
 
 
 class Kind(NamedTuple):
-    """Searches with the same tiles, and the sizes of small searches that stand for them: the same
-    kernels run but for the channels that fill their blocks, `rho` and the weight."""
+    """Searches whose sweep has the same tiles, and the sizes of those that stand for them."""
 
     metric: str
     dtype: torch.dtype
@@ -70,7 +69,11 @@ def passes(device: torch.device, search: Search) -> bool:
         if torch.cuda.is_current_stream_capturing():
             if key not in _captured:
                 _captured.add(key)
-                _log.warning("%s: captured before it was checked, and slower for it: %s", *key)
+                _log.warning(
+                    "%s: a search is captured in a CUDA graph before its kernels were checked, so "
+                    "that it takes the slower exact kernel: %s",
+                    *key,
+                )
             return False
         wrong = faults(*key)
         right = _right[key] = not wrong
@@ -147,7 +150,21 @@ def _is_right(case: _Case, k: int) -> bool:
 
     if bool(((I < 0) | (len(key) <= I)).any()):
         return False
-    S, size = _similarities(query, key, case.metric)
+    in_tf32 = search.tf32 and case.metric != "euclidean"
+    # Some rows at a time: all of S in float64 would take more memory than a search.
+    blocks = (X.split(256) for X in (query, s, I, Y))
+    return all(
+        _rows_are_right(case._replace(query=rows), value, s_rows, I_rows, Y_rows, in_tf32)
+        for rows, s_rows, I_rows, Y_rows in zip(*blocks, strict=True)
+    )
+
+
+def _rows_are_right(
+    case: _Case, value: Tensor, s: Tensor, I: Tensor, Y: Tensor, in_tf32: bool
+) -> bool:
+    """Whether s, I and Y [n, ...] are those of the queries of a case."""
+    k, D = I.shape[1], value.shape[1]
+    S, size = _similarities(case.query, case.key, case.metric)
     chosen = S.gather(1, I)
     bound = torch.zeros_like(chosen)
     if case.is_exact:
@@ -155,8 +172,7 @@ def _is_right(case: _Case, k: int) -> bool:
         order = S.nan_to_num(nan=torch.inf).sort(dim=1, descending=True, stable=True).indices
         neighbors_are_right = torch.equal(I, order[:, :k])
     else:
-        in_tf32 = search.tf32 and case.metric != "euclidean"
-        size *= 2.0**-9 if in_tf32 else (query.shape[1] + 8) * 2.0**-22
+        size *= 2.0**-9 if in_tf32 else (D + 8) * 2.0**-22
         bound = size.gather(1, I)
         rest = (S - size).scatter(1, I, -torch.inf).amax(1)
         distinct = bool((I.sort(1).values.diff(dim=1) > 0).all())
@@ -164,7 +180,8 @@ def _is_right(case: _Case, k: int) -> bool:
     error = (s - chosen).abs()
     both_nan = s.isnan() & chosen.isnan()
     similarities_are_right = bool(((error <= bound) | both_nan).all())
-    rho = chosen.softmax(1)[:, :, None]
+    # Of the returned similarities, since an exponential magnifies their errors.
+    rho = s.double().softmax(1)[:, :, None]
     expected = (rho * value.double()[I]).sum(1)
     close = torch.isclose(Y.double(), expected, rtol=2**-6, atol=2**-6, equal_nan=True)
     return neighbors_are_right and similarities_are_right and bool(close.all())
