@@ -15,7 +15,7 @@ from .tensors import Layout, cdiv
 
 
 class BatchPart(NamedTuple):
-    """Batch elements [first, first + count), which are B1 x B2."""
+    """Batch elements [first, first + elements), which are B1 x B2."""
 
     b1: int
     b2: int
