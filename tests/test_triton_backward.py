@@ -450,6 +450,7 @@ def test_parts_of_the_batch(
     assert len(launched) == 4
     launched.clear()
     monkeypatch.setattr(backward, "elements_at_a_time", lambda call: each)
+    backward.plan_at_once.cache_clear()
     results = run(call)
     assert launched == parts * ["query_side_kernel", "sort_pairs_kernel", *["key_side_kernel"] * 2]
     for name in NEEDS:
@@ -485,6 +486,7 @@ def test_parts_of_the_batch_of_other_operators(monkeypatch: pytest.MonkeyPatch) 
             launched = divide(patch, 128, 1)
             at_once = run_operator(*arguments)
             patch.setattr(backward, "elements_at_a_time", lambda call: 4)
+            backward.plan_at_once.cache_clear()
             launched.clear()
             results = run_operator(*arguments)
         assert launched.count("query_side_kernel") == 2
@@ -529,8 +531,7 @@ def test_as_few_parts_of_the_batch_as_fit(batch: int, B2: int, N: int, M: int, k
 def test_batch_elements_are_divided_where_queries_do_not_suffice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from convnn_kernels.triton import backward
-    from convnn_kernels.triton.launch import Plan
+    from convnn_kernels.triton.launch import Plan, forget_plans
 
     taken: list[int] = []
     monkeypatch.setattr(Plan, "launch", lambda plan, _: taken.append(plan.workspace.bytes))
@@ -541,8 +542,7 @@ def test_batch_elements_are_divided_where_queries_do_not_suffice(
     assert 2**17 < taken[0] <= 2**19
     taken.clear()
     monkeypatch.setattr(configs, "allowed_backward", lambda *_: 2**26)
-    backward.plan_backward.cache_clear()
-    backward.elements_at_a_time.cache_clear()
+    forget_plans()
     run(call)
     assert len(taken) == 1
 

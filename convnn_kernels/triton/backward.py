@@ -208,6 +208,12 @@ def elements_at_a_time(call: Backward) -> int:
     return each
 
 
+@cache_plans
+def plan_at_once(call: Backward) -> Plan | None:
+    """The plan for all batch elements; None if they are to be divided."""
+    return plan_backward(call) if elements_at_a_time(call) == call.batch else None
+
+
 def _temporary_bytes(call: Backward, parts: int) -> int:
     """Of a plan for one of so many parts of the batch, and of the sums of all parts."""
     keys = configs.key_side(call.arch, call.bits, call.V.D, call.Q.D, call.N, call.M, call.k)
@@ -406,18 +412,18 @@ def _launch(
         f"p_{name}_grad": grads.get(name)
         for name in ("query", "key", "value", "weight", "similarities", "bias")
     }
-    each = elements_at_a_time(call)
-    if each == call.batch:
-        plan_backward(call)(Pointers(rows.device, **arguments))
+    plan = plan_at_once(call)
+    if plan is not None:
+        plan(Pointers(rows.device, **arguments))
     else:
-        _launch_in_parts(call, each, arguments, rows.device)
+        _launch_in_parts(call, arguments, rows.device)
 
 
 def _launch_in_parts(
-    call: Backward, each: int, arguments: dict[str, Tensor | None], device: torch.device
+    call: Backward, arguments: dict[str, Tensor | None], device: torch.device
 ) -> None:
-    """The gradients of `each` batch elements after the other; see batch_parts.py."""
-    parts = batch_parts(call.batch, call.B2, each)
+    """The gradients of some batch elements after the other; see batch_parts.py."""
+    parts = batch_parts(call.batch, call.B2, elements_at_a_time(call))
     sums = {
         name: new_sums(len(parts), arguments[name]) for name in ("p_weight_grad", "p_bias_grad")
     }
