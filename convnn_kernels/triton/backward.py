@@ -32,7 +32,7 @@ from .metrics import METRICS
 from .norms import rescales
 from .pairs import sort_pairs_kernel
 from .query_side import query_side_kernel
-from .tensors import Layout, alignment, cdiv, rows_of
+from .tensors import Layout, alignment, cdiv, empty_gradient, rows_of
 
 _F32 = torch.float32
 # How many bfloat16 numbers hold the bits of a float.
@@ -333,8 +333,11 @@ def backward(
     tensors["similarities"] = similarities
     rows = key if value is None else value
     assert rows is not None
+    # The bias itself is not an argument: its gradient has the channels of value.
     grads = {
-        name: _empty_gradient(tensors.get(name), rows, is_needed)
+        name: rows.new_empty(rows.shape[-1:] if is_needed else 0)
+        if (X := tensors.get(name)) is None
+        else empty_gradient(X, is_needed)
         for name, is_needed in needs.items()
     }
     of_output = value is not None and value.shape[-1] > 0
@@ -350,12 +353,6 @@ def backward(
         tensors |= {"indices": indices, "grad": grad_output, "direct": grad_similarities}
         _launch(grads, tensors, rows, needed, metric, rho, scale)
     return tuple(grads.values())
-
-
-def _empty_gradient(X: Tensor | None, rows: Tensor, is_needed: bool) -> Tensor:
-    """That of X, or without X that of bias."""
-    like, shape = (rows, rows.shape[-1:]) if X is None else (X, X.shape)
-    return like.new_empty(shape if is_needed else 0)
 
 
 def _launch(

@@ -164,7 +164,7 @@ def exact_topk_kernel(
         if HAS_SELF:
             self_row = tl.load(p_self + o_n, m_n, -1)
             has_self = (self_row >= 0) & (self_row < M) & m_n
-            # Tiles compare rows in 32 bits, in which no other number is to look like one.
+            # Rows are compared in 32 bits below, where a larger index must not look like one.
             self_row = tl.where(has_self, self_row, -1)
             if p_mask is not None:
                 has_self = has_self & (tl.load(p_m + self_row, has_self, 0) != 0)

@@ -36,9 +36,9 @@ class Kind(NamedTuple):
     divided: bool  # whether columns are divided among programs
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.") + " in TF32" * self.tf32
-        of_few = ", few queries" * self.divided
-        return f"{self.metric} in {dtype}, D about {self.D}, k about {self.k}{of_few}"
+        dtype = "TF32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        sizes = f"D about {self.D}, k about {self.k}"
+        return f"{self.metric} in {dtype}, {sizes}{', few queries' if self.divided else ''}"
 
 
 @cache_plans
