@@ -146,6 +146,9 @@ _OF_RANGE = {
 
 
 _ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")}
+_FLAT_ROWS = {
+    begin: lambda n: filled(n.rows, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")
+}
 EXPECTED = {
     "norms_kernel": Expected(_OVER_D, _LATER_BLOCKS),
     "exact_topk_kernel": Expected(
@@ -177,14 +180,16 @@ EXPECTED = {
         },
     ),
     "aggregate_dense_kernel": Expected(
-        _OVER_K
-        | {"for step in range(0, k * channel_blocks)": lambda n: n.k * cdiv(n.C, n.BLOCK_C)},
-        masks=_ROWS,
+        {
+            "for step in range(0, k * channel_blocks)": lambda n: n.k * cdiv(n.C, n.BLOCK_C),
+            "for t0 in range(0, k * C, BLOCK_C)": lambda n: cdiv(n.k * n.C, n.BLOCK_C),
+        },
+        masks=_FLAT_ROWS,
     ),
     "aggregate_depthwise_kernel": Expected(_OVER_K | _OVER_NEIGHBORS, masks=_ROWS),
     "modulate_kernel": Expected(_OVER_K),
     "softmax_backward_kernel": Expected(_OVER_K),
-    "rho_grad_dense_kernel": Expected(_OVER_C | _OVER_O, masks=_ROWS),
+    "rho_grad_dense_kernel": Expected(_OVER_C | _OVER_O, masks=_FLAT_ROWS),
     "value_grad_dense_kernel": Expected(
         _OVER_O
         | {
@@ -199,7 +204,7 @@ EXPECTED = {
     "value_grad_chunks_kernel": Expected(
         {"for start in range(0, CHUNK, PAIRS)": lambda n: n.CHUNK / n.PAIRS},
         # Hardly any chunk is of one key and j.
-        masks={begin: lambda n: 0 for begin in ("b_pair = tl.load", "b_rho = tl.load", "b_h +=")},
+        masks={begin: lambda n: 0 for begin in ("b_pair = tl.load", "b_g = tl.load")},
     ),
     "weight_grad_dense_kernel": Expected(_OVER_ROWS),
     "count_pairs_kernel": Expected(_OVER_PAIRS),

@@ -186,6 +186,8 @@ class Work:
     weight: str = "depthwise"
     backward: bool = False
     candidates: bool = False
+    rho: str = "softmax"
+    of_value: bool = True  # whether value needs a gradient
     beside: str = ""
     beside_us: float | None = None
     goal: float | None = None  # at most so many times that
@@ -232,13 +234,15 @@ def _call(work: Work) -> None:
         return
     shape = (outputs, w.channels, w.k) if work.weight == "dense" else (w.channels, 1, w.k)
     weight = torch.empty(shape, dtype=dtype)
-    options = ("cosine", "softmax", 1.0)
+    options = ("cosine", work.rho, 1.0)
+    of_search = work.rho != "ones"
     Y, s, I = aot.operator("forward")(
         query, key, value, w.k, weight, None, *given, *options, "similarity"
     )
     if work.backward:
+        needs = (of_search, of_search, work.of_value, True, False)
         aot.operator("forward_backward")(
-            Y, None, query, key, value, weight, s, I, False, *options, *[True] * 4, False
+            Y, None, query, key, value, weight, s, I, False, *options, *needs
         )
 
 
@@ -278,8 +282,10 @@ def goals() -> list[Work]:
             found.append(Work("depthwise", w, backward=backward, **attention))
     found.append(Work("ViT-Tiny", GPU_VIT, backward=True))
     found.append(Work("ViT-Tiny, random candidates", GPU_VIT, backward=True, candidates=True))
-    for w in GPU_VGG11:
-        found.append(Work(_VGG, w, weight="dense", backward=True))
+    for layer, w in enumerate(GPU_VGG11):
+        # As in the paper: neighbors enter as they are, and the images need no gradient.
+        of = {"rho": "ones", "of_value": layer > 0}
+        found.append(Work(_VGG, w, weight="dense", backward=True, **of))
     found.append(Work("select", replace(GPU_FLOAT32, dtype="bfloat16"), "select"))
     found.append(Work("select", GPU_FLOAT32, "select", beside="bfloat16", goal=2.5))
     return found

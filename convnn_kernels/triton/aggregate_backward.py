@@ -82,6 +82,7 @@ def _dense_backward(
     pointers = Pointers(
         value.device,
         **tensors,
+        p_rho=None,
         # Rows of G are gathered; and what is compiled does not depend on how a loss made it.
         p_grad=grad_output.contiguous(),
         p_rho_grad=grad_s,
@@ -109,7 +110,8 @@ def plan_by_query(
     call: Aggregation, through_rho: bool, need_weight: bool
 ) -> tuple[Plan, tuple[int, ...]]:
     """rho, and the gradients that are computed query by query; the shape of p_part."""
-    launches = [prepare_modulate(call)]
+    launch, buffers = prepare_modulate(call)
+    launches = [launch]
     shape: tuple[int, ...] = ()
     if through_rho:
         launches.append(prepare_rho_grad(call))
@@ -118,7 +120,7 @@ def plan_by_query(
     if need_weight:
         launch, shape = prepare_weight_grad(call)
         launches.append(launch)
-    return Plan(launches, p_rho=(call.rows * call.k, torch.float32)), shape
+    return Plan(launches, **buffers), shape
 
 
 def _bias_grad(grad_output: Tensor, value: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ class Aggregation(NamedTuple):
         """The queries of all batch elements."""
         return self.V.B * self.N
 
+    @property
+    def has_rho(self) -> bool:
+        """Whether rho is a number of each neighbor, not 1 of all."""
+        return self.rho != "ones"
+
     def numbers(self) -> dict[str, Any]:
         """Numbers and constants that the kernels share, by parameter."""
         return {

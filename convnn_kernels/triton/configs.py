@@ -22,6 +22,9 @@ SMALL_WORKSPACE = 2**21
 # Per-thread register cap. Without it ptxas targets higher occupancy and may spill inside loops.
 MOST_REGISTERS = 255
 
+# Programs that keep most of a chip busy.
+_FULL_CHIP = 108
+
 Config = dict[str, Any]
 
 
@@ -297,17 +300,31 @@ def block_k(k: int) -> int:
     return min(32, power_of_two(k))
 
 
-def aggregate_dense(arch: int, bits: int, C: int, O: int, k: int) -> Config:
-    """Blocks of `aggregate_dense_kernel`."""
-    largest = 64 if bits == 16 else 32
-    largest_o = 128 if bits == 16 and arch != INTERPRETER else 64
-    return _config(
+def has_few_channels(C: int) -> bool:
+    """Whether a block of C channels of a neighbor is too narrow for tensor cores."""
+    return C < 16
+
+
+def aggregate_dense(arch: int, bits: int, rows: int, C: int, O: int) -> Config:
+    """Blocks of `aggregate_dense_kernel` for `rows` queries of all batch elements.
+
+    Wide blocks read V less often, but should be enough to fill a chip.
+    """
+    block_o = max(16, power_of_two(O))
+    if arch == INTERPRETER:
+        block_n, most_o, warps = 32, 64, 4
+    elif bits == 32 or arch < 90:
         # Before sm_90 sums and products of tensor cores take more registers.
-        BLOCK_N=32 if arch == INTERPRETER else 64 if arch < 90 else 128,
-        BLOCK_O=min(largest_o, max(16, power_of_two(O))),
-        BLOCK_C=min(largest, max(16, power_of_two(C))),
-        BLOCK_K=block_k(k),
-        num_warps=8,
+        block_n, most_o, warps = (64 if arch < 90 else 128), (64 if bits == 32 else 128), 8
+    else:
+        tiles = ((128, 256, 8), (128, 128, 8), (64, 64, 4))
+        fill = (t for t in tiles if -(-rows // t[0]) * -(-O // min(t[1], block_o)) >= _FULL_CHIP)
+        block_n, most_o, warps = next(fill, tiles[-1])
+    return _config(
+        BLOCK_N=block_n,
+        BLOCK_O=min(most_o, block_o),
+        BLOCK_C=min(64 if bits == 16 else 32, max(16, power_of_two(C))),
+        num_warps=warps,
         num_stages=3,
     )
 
@@ -445,24 +462,28 @@ def key_side(arch: int, bits: int, C: int, D: int, N: int, M: int, k: int) -> Co
     )
 
 
-def weight_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
+def weight_grad_dense(arch: int, bits: int, C: int, O: int, has_rho: bool) -> Config:
     """Blocks of `weight_grad_dense_kernel`."""
+    # Products of float32, as which rho V enters, take more registers.
+    largest = 128 if bits == 16 and not has_rho and arch >= 90 else 64
     return _config(
-        BLOCK_N=32,
-        BLOCK_O=min(64, max(16, power_of_two(O))),
-        BLOCK_C=min(64, max(16, power_of_two(C))),
-        num_warps=4,
-        num_stages=2,
+        BLOCK_N=64 if largest == 128 else 32,
+        BLOCK_O=min(largest, max(16, power_of_two(O))),
+        BLOCK_C=min(largest, max(16, power_of_two(C))),
+        num_warps=8 if largest == 128 else 4,
+        num_stages=3 if largest == 128 else 2,
     )
 
 
-def parts(rows: int, size: int, bound: int) -> tuple[int, int]:
+def parts(rows: int, size: int, bound: int, programs: int) -> tuple[int, int]:
     """In how many parts the gradient of a weight of `size` elements is summed; rows of each.
 
     Depends on shapes only: the same sums on every device and in every run. All parts together
-    have fewer than `bound` elements, or fit in a small workspace, unless it is one.
+    have fewer than `bound` elements, or fit in a small workspace, unless it is one. No more of them
+    than let `programs` for each fill a chip several times.
     """
     most = max(1, min(64, max(SMALL_WORKSPACE // 4, bound - 1) // max(1, size)))
+    most = min(most, max(1, 4 * _FULL_CHIP // programs))
     each = max(256, -(-rows // most))
-    each = -(-each // 32) * 32
+    each = -(-each // 64) * 64
     return -(-rows // each), each

@@ -4,16 +4,16 @@
     P_ij[c]  = sum_o G_i[o] W[o, c, j]
     drho_ij  = sum_c P_ij[c] V[I_ij, c]
 
-A program has BLOCK_N queries and one j. P is never stored.
+A program has BLOCK_N queries of the flattened [B, N] and one j. P is never stored.
 """
 
 import triton.language as tl
 
 from . import configs
+from .aggregate import rows_of_value
 from .aggregation import Aggregation
 from .integers import aligned
 from .launch import Kernel, Launch
-from .modulate import load_neighbors
 from .tensors import cdiv
 
 
@@ -21,12 +21,11 @@ from .tensors import cdiv
 def rho_grad_dense_kernel(
     p_grad,  # [B, N, O] contiguous
     p_value,  # [B, M, C]
-    p_similarities,  # [B, N, k] float32, contiguous
-    p_indices,  # [B, N, k] int64, contiguous
+    p_rows,  # [k, B * N] int32: rows of V within their batch elements; -1 if missing
     p_weight,  # [k, C, O] contiguous
     p_rho_grad,  # [B, N, k] float32
+    rows,
     N,
-    M,
     C,
     O,
     k,
@@ -45,16 +44,16 @@ def rho_grad_dense_kernel(
     stride_vb2 = aligned(stride_vb2, ALIGN)
     stride_vm = aligned(stride_vm, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
-    row_blocks = tl.cdiv(N, BLOCK_N)
     j = pid % k
-    block = pid // k
-    b = block // row_blocks
-    o_n = (block % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_n = o_n < N
-    o_r = b * N + o_n
+    first = (pid // k) * BLOCK_N
+    o_n = tl.arange(0, BLOCK_N)
+    o_r = first + o_n
+    m_r = o_r < rows
     p_g = p_grad + o_r * O
-    p_v = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2
-    _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_n, M)
+    p_v = rows_of_value(p_value, first, o_n, N, B2, stride_vb1, stride_vb2)
+    b_row = tl.load(p_rows + j * rows + o_r, m_r, -1)
+    p_v += b_row.to(tl.int64) * stride_vm
+    m = b_row >= 0
     b_drho = tl.zeros([BLOCK_N], tl.float32)
     for c0 in range(0, C, BLOCK_C):
         o_c = c0 + tl.arange(0, BLOCK_C)
@@ -68,13 +67,13 @@ def rho_grad_dense_kernel(
             p = p_weight + (j * C + o_c)[None, :] * O + o_o[:, None]
             b_w = tl.load(p, m_o[:, None] & m_c[None, :], 0.0)
             b_p = tl.dot(b_g, b_w, b_p, input_precision=PRECISION)
-        p = p_v + b_row[:, None] * stride_vm + o_c[None, :]
+        p = p_v[:, None] + o_c[None, :]
         b_v = tl.load(p, m[:, None] & m_c[None, :], 0.0).to(tl.float32)
         b_drho += tl.sum(b_p * b_v, 1)
-    tl.store(p_rho_grad + o_r * k + j, b_drho, m_n)
+    tl.store(p_rho_grad + o_r * k + j, b_drho, m_r)
 
 
 def prepare_rho_grad(call: Aggregation) -> Launch:
     config = configs.rho_grad_dense(call.arch, call.bits, call.V.D, call.O)
-    programs = call.V.B * cdiv(call.N, config["BLOCK_N"]) * call.k
+    programs = cdiv(call.rows, config["BLOCK_N"]) * call.k
     return rho_grad_dense_kernel.prepare(programs, config, **call.numbers())

@@ -27,7 +27,7 @@ from .tensors import cdiv
 @Kernel
 def value_grad_dense_kernel(
     p_grad,  # [B, N, O] contiguous
-    p_rho,  # [B, N, k] float32
+    p_rho,  # [B, N, k] float32, or None: 1
     p_weight,  # [k, C, O] contiguous
     p_pairs,  # [pairs], sorted by key and j
     p_keys,  # [pairs]: (b * M + key) * k + j of each
@@ -78,12 +78,13 @@ def value_grad_dense_kernel(
                 m_chunk = m_chunk & (tl.load(p_keys + end - 1, m_chunk, -1) == key)
                 m_pair = m & (m_chunk == 0)
                 pair = tl.load(p_pairs + cursor, m_pair, 0)
-                b_rho = tl.load(p_rho + pair, m_pair, 0.0)
                 p = p_grad + (pair // k).to(tl.int64)[:, None] * O + o_o[None, :]
                 b_g = tl.load(p, m_pair[:, None] & m_o[None, :], 0.0).to(tl.float32)
+                if p_rho is not None:
+                    b_g = tl.load(p_rho + pair, m_pair, 0.0)[:, None] * b_g
                 p = p_part + (cursor // CHUNK)[:, None] * O + o_o[None, :]
                 b_part = tl.load(p, m_chunk[:, None] & m_o[None, :], 0.0)
-                b_h += b_rho[:, None] * b_g + b_part
+                b_h += b_g + b_part
                 cursor = tl.where(m_chunk, end, cursor + m.to(tl.int64))
                 m = m & (tl.load(p_keys + cursor, m & (cursor < pairs), -1) == key)
             p = p_weight + (o_c + j * C)[None, :] * O + o_o[:, None]
@@ -97,7 +98,7 @@ def value_grad_dense_kernel(
 @Kernel
 def value_grad_chunks_kernel(
     p_grad,  # [B, N, O] contiguous
-    p_rho,  # [B, N, k] float32
+    p_rho,  # [B, N, k] float32, or None: 1
     p_pairs,  # [pairs], sorted by key and j
     p_keys,  # [pairs]: (b * M + key) * k + j of each
     p_part,  # [pairs // CHUNK, O] float32
@@ -127,8 +128,10 @@ def value_grad_chunks_kernel(
         b_pair = tl.load(p_pairs + o_p, m_one[:, None], 0)
         m = m_one[:, None, None] & m_o[None, None, :]
         p = p_grad + (b_pair // k).to(tl.int64)[:, :, None] * O + o_o[None, None, :]
-        b_rho = tl.load(p_rho + b_pair, m_one[:, None], 0.0)
-        b_h += tl.sum(b_rho[:, :, None] * tl.load(p, m, 0.0).to(tl.float32), 1)
+        b_g = tl.load(p, m, 0.0).to(tl.float32)
+        if p_rho is not None:
+            b_g = tl.load(p_rho + b_pair, m_one[:, None], 0.0)[:, :, None] * b_g
+        b_h += tl.sum(b_g, 1)
     tl.store(p_part + o_r[:, None] * O + o_o[None, :], b_h, m_r[:, None] & m_o[None, :])
 
 

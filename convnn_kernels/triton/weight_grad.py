@@ -5,7 +5,7 @@
 
 It is summed in parts of a fixed number of queries, which are then added: no atomics, and the same
 result in any order of programs. rho V is not rounded to 16 bits: it enters the product as the sum
-of two tf32 numbers.
+of two tf32 numbers. Where rho is 1, V goes to the tensor cores as it is.
 """
 
 import torch
@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .aggregate import rows_of_value
 from .aggregation import Aggregation
 from .dot_of_float import dot_of_float
 from .integers import aligned
 from .launch import Kernel, Launch
-from .modulate import load_neighbors
 from .tensors import cdiv
 
 
@@ -25,71 +25,86 @@ from .tensors import cdiv
 def weight_grad_dense_kernel(
     p_grad,  # [B, N, O] contiguous
     p_value,  # [B, M, C]
-    p_rho,  # [B, N, k] float32
-    p_similarities,  # [B, N, k] float32, contiguous
-    p_indices,  # [B, N, k] int64, contiguous
+    p_rows,  # [k, B * N] int32: rows of V within their batch elements; -1 if missing
+    p_rho,  # [B, N, k] float32, or None: 1
     p_part,  # [parts, k, C, O] float32
     rows,
     N,
-    M,
     C,
     O,
     k,
     B2,
     rows_each,
+    channel_blocks,
     stride_vb1,
     stride_vb2,
     stride_vm,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    FEW_CHANNELS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dW of one j, BLOCK_C channels and BLOCK_O outputs, over `rows_each` of the B * N queries."""
+    """dW of BLOCK_C channels of one j and BLOCK_O outputs, over `rows_each` of the B * N queries.
+
+    With FEW_CHANNELS, of BLOCK_C of all k C, and rho must be 1.
+    """
     stride_vb1 = aligned(stride_vb1, ALIGN)
     stride_vb2 = aligned(stride_vb2, ALIGN)
     stride_vm = aligned(stride_vm, ALIGN)
     pid = tl.program_id(0).to(tl.int64)
     output_blocks = tl.cdiv(O, BLOCK_O)
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    o_o = (pid % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
-    pid = pid // output_blocks
-    o_c = (pid % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    pid = pid // channel_blocks
-    j = pid % k
-    part = pid // k
+    o_o = (pid % output_blocks).to(tl.int32) * BLOCK_O + tl.arange(0, BLOCK_O)
+    block = pid // output_blocks % channel_blocks
+    part = pid // (output_blocks * channel_blocks)
+    first = part * rows_each
+    if FEW_CHANNELS:
+        o_t = block.to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+        m_t = o_t < k * C
+        j = (o_t // C).to(tl.int64)[None, :]
+        o_c = (o_t % C)[None, :]
+    else:
+        of_slot = tl.cdiv(C, BLOCK_C)
+        j = block // of_slot
+        o_c = (block % of_slot).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+        m_t = o_c < C
+        o_t = j * C + o_c
+        o_c = o_c[None, :]
     m_o = o_o < O
-    m_c = o_c < C
+    o_n = tl.arange(0, BLOCK_N)
     b_dw = tl.zeros([BLOCK_C, BLOCK_O], tl.float32)
     for start in range(0, rows_each, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        o_r = part * rows_each + o_n
-        m_r = (o_n < rows_each) & (o_r < rows)
-        # Of fewer batch elements than programs, so that divisions by B2 may have 32 bits.
-        b = (o_r // N).to(tl.int32)
-        b_rho = tl.load(p_rho + o_r * k + j, m_r, 0.0)
-        _, b_row, m = load_neighbors(p_similarities, p_indices, o_r * k + j, m_r, M)
-        p = p_value + (b // B2) * stride_vb1 + (b % B2) * stride_vb2 + b_row * stride_vm
-        p = p[None, :] + o_c[:, None]
-        b_v = tl.load(p, m_c[:, None] & m[None, :], 0.0)
-        p = p_grad + o_r[:, None] * O + o_o[None, :]
-        b_g = tl.load(p, m[:, None] & m_o[None, :], 0.0)
-        b_x = b_rho[None, :] * b_v.to(tl.float32)
-        b_dw = dot_of_float(b_x, b_g, b_dw, PRECISION)
-    p = p_part + ((part * k + j) * C + o_c)[:, None] * O + o_o[None, :]
-    tl.store(p, b_dw, m_c[:, None] & m_o[None, :])
+        o_r = first + start + o_n
+        m_r = (start + o_n < rows_each) & (o_r < rows)
+        p_v = rows_of_value(p_value, first, start + o_n, N, B2, stride_vb1, stride_vb2)
+        # [BLOCK_N, BLOCK_C], or [BLOCK_N, 1] of one j.
+        b_row = tl.load(p_rows + j * rows + o_r[:, None], m_r[:, None], -1)
+        p = p_v[:, None] + b_row.to(tl.int64) * stride_vm + o_c
+        b_v = tl.load(p, (b_row >= 0) & m_t[None, :], 0.0)
+        b_g = tl.load(p_grad + o_r[:, None] * O + o_o[None, :], m_r[:, None] & m_o[None, :], 0.0)
+        if p_rho is None:
+            b_dw = tl.dot(tl.trans(b_v), b_g, b_dw, input_precision=PRECISION)
+        else:
+            b_rho = tl.load(p_rho + o_r * k + j, m_r, 0.0)
+            b_x = b_rho[:, None] * b_v.to(tl.float32)
+            b_dw = dot_of_float(tl.trans(b_x), b_g, b_dw, PRECISION)
+    p = p_part + (part * k * C + o_t)[:, None] * O + o_o[None, :]
+    tl.store(p, b_dw, m_t[:, None] & m_o[None, :])
 
 
 def prepare_weight_grad(call: Aggregation) -> tuple[Launch, tuple[int, ...]]:
     """The launch, and the shape of all parts, which it writes to p_part."""
     C, O, k = call.V.D, call.O, call.k
+    few = configs.has_few_channels(C) and not call.has_rho
+    config = configs.weight_grad_dense(call.arch, call.bits, k * C if few else C, O, call.has_rho)
+    blocks = cdiv(k * C, config["BLOCK_C"]) if few else k * cdiv(C, config["BLOCK_C"])
+    programs = blocks * cdiv(O, config["BLOCK_O"])
     bound = call.rows * min(call.V.N, k * C)
-    parts, rows_each = configs.parts(call.rows, k * C * O, bound)
-    numbers = call.numbers() | {"rows_each": rows_each}
-    config = configs.weight_grad_dense(call.arch, call.bits, C, O)
-    programs = parts * k * cdiv(C, config["BLOCK_C"]) * cdiv(O, config["BLOCK_O"])
-    launch = weight_grad_dense_kernel.prepare(programs, config, **numbers)
+    parts, rows_each = configs.parts(call.rows, k * C * O, bound, programs)
+    numbers = call.numbers() | {"rows_each": rows_each, "channel_blocks": blocks}
+    numbers |= {"FEW_CHANNELS": few}
+    launch = weight_grad_dense_kernel.prepare(parts * programs, config, **numbers)
     return launch, (parts, k, C, O)
 
 
