@@ -207,6 +207,7 @@ EXPECTED = {
         masks={begin: lambda n: 0 for begin in ("b_pair = tl.load", "b_g = tl.load")},
     ),
     "weight_grad_dense_kernel": Expected(_OVER_ROWS),
+    "add_parts_kernel": Expected({"for _ in range(0, parts)": lambda n: n.parts}),
     "count_pairs_kernel": Expected(_OVER_PAIRS),
     "store_pairs_kernel": Expected(_OVER_PAIRS),
     "columns_kernel": Expected(

@@ -22,7 +22,7 @@ from .modulate import prepare_modulate, prepare_softmax_backward
 from .rho_grad import prepare_rho_grad
 from .tensors import empty_gradient
 from .value_grad import plan_value_grad
-from .weight_grad import add_parts, prepare_weight_grad
+from .weight_grad import plan_weight_grad
 
 
 def aggregate_backward(
@@ -77,8 +77,7 @@ def _dense_backward(
     s, I = similarities.contiguous(), indices.contiguous()
     call, tensors = prepare(value, s, I, weight, rho, scale)
     through_rho = needs["similarities"] and rho != "ones"
-    plan, shape = plan_by_query(call, through_rho, needs["weight"])
-    part = value.new_empty(shape, dtype=torch.float32) if needs["weight"] else None
+    grad_weight = empty_gradient(weight, needs["weight"])
     pointers = Pointers(
         value.device,
         **tensors,
@@ -86,14 +85,12 @@ def _dense_backward(
         # Rows of G are gathered; and what is compiled does not depend on how a loss made it.
         p_grad=grad_output.contiguous(),
         p_rho_grad=grad_s,
-        p_part=part,
+        p_weight_grad=grad_weight,
         p_value_grad=grad_value,
     )
-    plan(pointers)
-    grad_weight = value.new_empty(0)
-    if part is not None:
-        grad_weight = add_parts(part, value.dtype)
-        del part
+    plan_by_query(call, through_rho)(pointers)
+    if needs["weight"]:
+        plan_weight_grad(call)(pointers)
         pointers.add(p_part=None)
     if not through_rho:
         grad_s.zero_()
@@ -106,21 +103,15 @@ def _dense_backward(
 
 
 @cache_plans
-def plan_by_query(
-    call: Aggregation, through_rho: bool, need_weight: bool
-) -> tuple[Plan, tuple[int, ...]]:
-    """rho, and the gradients that are computed query by query; the shape of p_part."""
+def plan_by_query(call: Aggregation, through_rho: bool) -> Plan:
+    """The neighbors and rho as other kernels read them, and the gradient of similarities."""
     launch, buffers = prepare_modulate(call)
     launches = [launch]
-    shape: tuple[int, ...] = ()
     if through_rho:
         launches.append(prepare_rho_grad(call))
         if call.rho == "softmax":
             launches.append(prepare_softmax_backward(call))
-    if need_weight:
-        launch, shape = prepare_weight_grad(call)
-        launches.append(launch)
-    return Plan(launches, **buffers), shape
+    return Plan(launches, **buffers)
 
 
 def _bias_grad(grad_output: Tensor, value: Tensor) -> Tensor:

@@ -17,13 +17,11 @@ INTERPRETER = 0
 LONGEST_LIST = 256
 # Bytes of the workspace for the hits of queries, in any case: with more, the launches are several.
 WORKSPACE = 2**26
-# Bytes that the partial sums of a weight's gradient may take in any case.
-SMALL_WORKSPACE = 2**21
 # Per-thread register cap. Without it ptxas targets higher occupancy and may spill inside loops.
 MOST_REGISTERS = 255
 
-# Programs that keep most of a chip busy.
-_FULL_CHIP = 108
+# Of an H100; programs that are a little fewer, or many, keep a chip of any size busy.
+_MULTIPROCESSORS = 132
 
 Config = dict[str, Any]
 
@@ -318,7 +316,8 @@ def aggregate_dense(arch: int, bits: int, rows: int, C: int, O: int) -> Config:
         block_n, most_o, warps = (64 if arch < 90 else 128), (64 if bits == 32 else 128), 8
     else:
         tiles = ((128, 256, 8), (128, 128, 8), (64, 64, 4))
-        fill = (t for t in tiles if -(-rows // t[0]) * -(-O // min(t[1], block_o)) >= _FULL_CHIP)
+        busy = 0.8 * _MULTIPROCESSORS
+        fill = (t for t in tiles if -(-rows // t[0]) * -(-O // min(t[1], block_o)) >= busy)
         block_n, most_o, warps = next(fill, tiles[-1])
     return _config(
         BLOCK_N=block_n,
@@ -475,15 +474,21 @@ def weight_grad_dense(arch: int, bits: int, C: int, O: int, has_rho: bool) -> Co
     )
 
 
+def add_parts(k: int, C: int) -> Config:
+    """Blocks of `add_parts_kernel`."""
+    return _config(BLOCK=min(64, power_of_two(k * C)), BLOCK_O=32, num_warps=4)
+
+
 def parts(rows: int, size: int, bound: int, programs: int) -> tuple[int, int]:
     """In how many parts the gradient of a weight of `size` elements is summed; rows of each.
 
     Depends on shapes only: the same sums on every device and in every run. All parts together
-    have fewer than `bound` elements, or fit in a small workspace, unless it is one. No more of them
-    than let `programs` for each fill a chip several times.
+    have fewer than `bound` elements, or fit in half of the workspace, unless it is one. There are
+    as few as let `programs` for each keep the last multiprocessors busy to the end.
     """
-    most = max(1, min(64, max(SMALL_WORKSPACE // 4, bound - 1) // max(1, size)))
-    most = min(most, max(1, 4 * _FULL_CHIP // programs))
-    each = max(256, -(-rows // most))
+    most = max(1, min(128, max(WORKSPACE // 8, bound - 1) // max(1, size), rows // 256))
+    waves = [count * programs / _MULTIPROCESSORS for count in range(1, most + 1)]
+    enough = (i for i, w in enumerate(waves, 1) if w >= 0.8 * math.ceil(w))
+    each = -(-rows // next(enough, most))
     each = -(-each // 64) * 64
     return -(-rows // each), each

@@ -10,14 +10,13 @@ of two tf32 numbers. Where rho is 1, V goes to the tensor cores as it is.
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
 from . import configs
 from .aggregate import rows_of_value
 from .aggregation import Aggregation
 from .dot_of_float import dot_of_float
-from .integers import aligned
-from .launch import Kernel, Launch
+from .integers import aligned, as_int64
+from .launch import Kernel, Plan, cache_plans
 from .tensors import cdiv
 
 
@@ -93,8 +92,35 @@ def weight_grad_dense_kernel(
     tl.store(p, b_dw, m_t[:, None] & m_o[None, :])
 
 
-def prepare_weight_grad(call: Aggregation) -> tuple[Launch, tuple[int, ...]]:
-    """The launch, and the shape of all parts, which it writes to p_part."""
+@Kernel
+def add_parts_kernel(
+    p_part,  # [parts, k, C, O] float32
+    p_weight_grad,  # [O, C, k] contiguous
+    C,
+    O,
+    k,
+    parts,
+    BLOCK: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """dW of BLOCK of the C k weights of each of BLOCK_O outputs: its parts, in their order."""
+    pid = tl.program_id(0).to(tl.int64)
+    output_blocks = tl.cdiv(O, BLOCK_O)
+    o_o = (pid % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_t = (pid // output_blocks) * BLOCK + tl.arange(0, BLOCK)
+    m = (o_t < C * k)[:, None] & (o_o < O)[None, :]
+    p = p_part + ((o_t % k) * C + o_t // k)[:, None] * O + o_o[None, :]
+    b_dw = tl.zeros([BLOCK, BLOCK_O], tl.float32)
+    for _ in range(0, parts):
+        b_dw += tl.load(p, m, 0.0)
+        p += as_int64(k) * C * O
+    p = p_weight_grad + o_o[None, :] * (C * k) + o_t[:, None]
+    tl.store(p, b_dw.to(p_weight_grad.dtype.element_ty), m)
+
+
+@cache_plans
+def plan_weight_grad(call: Aggregation) -> Plan:
+    """dW, from pointers that have p_rows and p_rho."""
     C, O, k = call.V.D, call.O, call.k
     few = configs.has_few_channels(C) and not call.has_rho
     config = configs.weight_grad_dense(call.arch, call.bits, k * C if few else C, O, call.has_rho)
@@ -102,13 +128,10 @@ def prepare_weight_grad(call: Aggregation) -> tuple[Launch, tuple[int, ...]]:
     programs = blocks * cdiv(O, config["BLOCK_O"])
     bound = call.rows * min(call.V.N, k * C)
     parts, rows_each = configs.parts(call.rows, k * C * O, bound, programs)
-    numbers = call.numbers() | {"rows_each": rows_each, "channel_blocks": blocks}
+    numbers = call.numbers() | {"rows_each": rows_each, "channel_blocks": blocks, "parts": parts}
     numbers |= {"FEW_CHANNELS": few}
-    launch = weight_grad_dense_kernel.prepare(parts * programs, config, **numbers)
-    return launch, (parts, k, C, O)
-
-
-def add_parts(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """dW [O, C, k], of parts [parts, k, C, O]."""
-    grad = part.sum(dim=0).permute(2, 1, 0)
-    return grad.to(dtype, memory_format=torch.contiguous_format)
+    sums = weight_grad_dense_kernel.prepare(parts * programs, config, **numbers)
+    config = configs.add_parts(k, C)
+    programs = cdiv(k * C, config["BLOCK"]) * cdiv(O, config["BLOCK_O"])
+    total = add_parts_kernel.prepare(programs, config, **numbers)
+    return Plan([sums, total], p_part=(parts * k * C * O, torch.float32))
