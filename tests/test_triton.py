@@ -802,7 +802,7 @@ def test_neighbors_as_they_are(C: int) -> None:
     )
     tensors = [X.requires_grad_() for X in (v, W)]
     options = (None, None, None, None, "cosine", "ones", 1.0, "similarity")
-    Y, s, I = ops.forward(q, q, v, 4, W, *options)
+    Y, _, I = ops.forward(q, q, v, 4, W, *options)
     gradients = torch.autograd.grad(Y, tensors, G)
     wide = [X.detach().double().requires_grad_() for X in tensors]
     X_nn = wide[0][torch.arange(3)[:, None, None], I]

@@ -187,7 +187,13 @@ EXPECTED = {
         masks=_FLAT_ROWS,
     ),
     "aggregate_depthwise_kernel": Expected(_OVER_K | _OVER_NEIGHBORS, masks=_ROWS),
-    "modulate_kernel": Expected(_OVER_K),
+    "modulate_kernel": Expected(
+        _OVER_K,
+        masks=dict.fromkeys(
+            ("b_s = tl.load(", "b_row = tl.load(", "tl.store("),
+            lambda n: filled(n.k, n.BLOCK_K),
+        ),
+    ),
     "softmax_backward_kernel": Expected(_OVER_K),
     "rho_grad_dense_kernel": Expected(_OVER_C | _OVER_O, masks=_FLAT_ROWS),
     "value_grad_dense_kernel": Expected(

@@ -284,7 +284,7 @@ def goals() -> list[Work]:
     found.append(Work("ViT-Tiny, random candidates", GPU_VIT, backward=True, candidates=True))
     for layer, w in enumerate(GPU_VGG11):
         # As in the paper: neighbors enter as they are, and the images need no gradient.
-        of = {"rho": "ones", "of_value": layer > 0}
+        of: dict[str, Any] = {"rho": "ones", "of_value": layer > 0}
         found.append(Work(_VGG, w, weight="dense", backward=True, **of))
     found.append(Work("select", replace(GPU_FLOAT32, dtype="bfloat16"), "select"))
     found.append(Work("select", GPU_FLOAT32, "select", beside="bfloat16", goal=2.5))
