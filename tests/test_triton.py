@@ -793,23 +793,32 @@ def test_parts_of_a_weight_gradient_are_bounded() -> None:
         assert count == 1 or count * size < max(bound, configs.WORKSPACE // 8 + 1)
 
 
+@pytest.mark.parametrize("rho", ["ones", "softmax", "similarity"])
 @pytest.mark.parametrize("C", [3, 16, 40])
-def test_neighbors_as_they_are(C: int) -> None:
-    """Under a dense weight and without rho, 16 bits go from memory to tensor cores unchanged."""
+def test_dense_products_of_16_bits(C: int, rho: str) -> None:
+    """Blocks of queries of several batch elements, and of neighbors of few channels."""
     q, v, W, G = (
         normal(*shape, seed=seed, dtype=torch.float16)
         for seed, shape in enumerate(((3, 5, 8), (3, 5, C), (24, C, 4), (3, 5, 24)))
     )
     tensors = [X.requires_grad_() for X in (v, W)]
-    options = (None, None, None, None, "cosine", "ones", 1.0, "similarity")
-    Y, _, I = ops.forward(q, q, v, 4, W, *options)
+    scale = 2.0 if rho == "softmax" else 1.0
+    options = (None, None, None, None, "cosine", rho, scale, "similarity")
+    Y, s, I = ops.forward(q, q, v, 4, W, *options)
     gradients = torch.autograd.grad(Y, tensors, G)
-    wide = [X.detach().double().requires_grad_() for X in tensors]
-    X_nn = wide[0][torch.arange(3)[:, None, None], I]
-    expected = torch.einsum("bnjc,ocj->bno", X_nn, wide[1])
-    of_reference = torch.autograd.grad(expected, wide, G.double())
-    for found, right in zip((Y, *gradients), (expected, *of_reference), strict=True):
-        assert (found - right).abs().max() <= 2**-11 * right.abs().max()
+
+    def eager(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        V, weight = (X.detach().to(dtype).requires_grad_() for X in tensors)
+        of_s = {"ones": torch.ones_like(s), "softmax": (scale * s).softmax(-1), "similarity": s}
+        X_nn = of_s[rho].to(dtype)[..., None] * V[torch.arange(3)[:, None, None], I]
+        Y = torch.einsum("bnjc,ocj->bno", X_nn, weight)
+        return Y, *torch.autograd.grad(Y, (V, weight), G.to(dtype))
+
+    for found, right, same in zip(
+        (Y, *gradients), eager(torch.float64), eager(torch.float16), strict=True
+    ):
+        error, of_eager = ((X.double() - right).abs().max() for X in (found, same))
+        assert error <= 2 * of_eager + 2**-10 * right.abs().max()
 
 
 @pytest.mark.parametrize("parts", [1, 64])

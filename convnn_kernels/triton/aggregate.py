@@ -6,10 +6,12 @@
     no weight  y_i[c] = b[c] + sum_j rho_ij V[I_ij, c]
 
 A program has BLOCK_N queries and a block of outputs, whose sums stay in registers. It gathers rows
-of V as it needs them: X_nn [N, k, C] is never stored. Where the weight is dense, rho is applied in
-float32 to the product of a block of rows with W_j rather than to the rows, which go from memory to
-the tensor cores unchanged; queries of all batch elements are one after the other, so that blocks
-are full however few a batch element has.
+of V as it needs them: X_nn [N, k, C] is never stored.
+
+With a dense weight, queries of all batch elements are one after the other, so that blocks are full
+however few a batch element has. rho is applied in float32 to the product of a block of rows with
+W_j rather than to the rows, which go from memory to the tensor cores unchanged. Only rows of few
+channels are multiplied by rho before, where one product has several neighbors.
 """
 
 import triton
@@ -66,9 +68,8 @@ def aggregate_dense_kernel(
 ):
     """BLOCK_N queries of the flattened [B, N] and BLOCK_O outputs.
 
-    One step of the loop has one j and BLOCK_C channels. With FEW_CHANNELS, it has BLOCK_C of the
-    k C products of a neighbor and a channel, and rho must be 1: a block of channels would be
-    almost empty.
+    One step of the loop has one j and BLOCK_C channels. With FEW_CHANNELS, of which a block would
+    be almost empty, it has BLOCK_C of the k C channels of all neighbors; rho V is rounded.
     """
     stride_vb1 = aligned(stride_vb1, ALIGN)
     stride_vb2 = aligned(stride_vb2, ALIGN)
@@ -92,6 +93,10 @@ def aggregate_dense_kernel(
             b_row = tl.load(p, m_r[:, None] & m_t[None, :], -1)
             p = p_v[:, None] + b_row.to(tl.int64) * stride_vm + (o_t % C)[None, :]
             b_v = tl.load(p, b_row >= 0, 0.0)
+            if p_rho is not None:
+                p = p_rho + (o_r * k)[:, None] + (o_t // C)[None, :]
+                b_rho = tl.load(p, b_row >= 0, 0.0)
+                b_v = (b_rho * b_v.to(tl.float32)).to(b_v.dtype)
             p = p_weight + o_t[:, None] * O + o_o[None, :]
             b_w = tl.load(p, m_t[:, None] & m_o[None, :], 0.0)
             b_y = tl.dot(b_v, b_w, b_y, input_precision=PRECISION)
@@ -180,7 +185,7 @@ def aggregate_depthwise_kernel(
 def plan_aggregate(call: Aggregation) -> Plan:
     V, N, O = call.V, call.N, call.O
     if call.is_dense:
-        few = configs.has_few_channels(V.D) and not call.has_rho
+        few = configs.has_few_channels(V.D, call.rho)
         numbers = call.numbers() | {"FEW_CHANNELS": few}
         channels = V.D * call.k if few else V.D
         config = configs.aggregate_dense(call.arch, call.bits, call.rows, channels, O)

@@ -298,9 +298,12 @@ def block_k(k: int) -> int:
     return min(32, power_of_two(k))
 
 
-def has_few_channels(C: int) -> bool:
-    """Whether a block of C channels of a neighbor is too narrow for tensor cores."""
-    return C < 16
+def has_few_channels(C: int, rho: str) -> bool:
+    """Whether products have channels of several neighbors, because C are too few for tensor cores.
+
+    Their sums have any rho already, as which a similarity may be beyond the range of float16.
+    """
+    return C < 16 and rho != "similarity"
 
 
 def aggregate_dense(arch: int, bits: int, rows: int, C: int, O: int) -> Config:
@@ -343,11 +346,12 @@ def modulate(arch: int, k: int) -> Config:
 
 def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     """Blocks of `rho_grad_dense_kernel`."""
+    large = bits == 16 and arch >= 90
     return _config(
-        BLOCK_N=64,
+        BLOCK_N=128 if large else 64,
         BLOCK_O=min(64 if bits == 16 else 32, max(16, power_of_two(O))),
-        BLOCK_C=min(64, max(16, power_of_two(C))),
-        num_warps=4,
+        BLOCK_C=min(128 if large else 64, max(16, power_of_two(C))),
+        num_warps=8 if large else 4,
         num_stages=3,
     )
 
@@ -461,10 +465,10 @@ def key_side(arch: int, bits: int, C: int, D: int, N: int, M: int, k: int) -> Co
     )
 
 
-def weight_grad_dense(arch: int, bits: int, C: int, O: int, has_rho: bool) -> Config:
-    """Blocks of `weight_grad_dense_kernel`."""
-    # Products of float32, as which rho V enters, take more registers.
-    largest = 128 if bits == 16 and not has_rho and arch >= 90 else 64
+def weight_grad_dense(arch: int, bits: int, C: int, O: int, in_float: bool) -> Config:
+    """Blocks of `weight_grad_dense_kernel`. `in_float`: products of float32 at any dtype."""
+    # Products of float32 take more registers.
+    largest = 128 if bits == 16 and not in_float and arch >= 90 else 64
     return _config(
         BLOCK_N=64 if largest == 128 else 32,
         BLOCK_O=min(largest, max(16, power_of_two(O))),

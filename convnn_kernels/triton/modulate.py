@@ -15,6 +15,7 @@ from .tensors import cdiv
 
 SOFTMAX = tl.constexpr(0)
 ONES = tl.constexpr(1)
+SIMILARITY = tl.constexpr(2)
 
 
 @triton.jit

@@ -4,8 +4,9 @@
     dW[:, :, j] = sum_i G_i (rho_ij V[I_ij])^T
 
 It is summed in parts of a fixed number of queries, which are then added: no atomics, and the same
-result in any order of programs. rho V is not rounded to 16 bits: it enters the product as the sum
-of two tf32 numbers. Where rho is 1, V goes to the tensor cores as it is.
+result in any order of programs. Where rho is 1, V goes to the tensor cores as it is; of a softmax,
+rho V is rounded to the dtype of V. A similarity may be beyond the range of float16: there, rho V
+enters the product as the sum of two tf32 numbers.
 """
 
 import torch
@@ -17,6 +18,7 @@ from .aggregation import Aggregation
 from .dot_of_float import dot_of_float
 from .integers import aligned, as_int64
 from .launch import Kernel, Plan, cache_plans
+from .modulate import SIMILARITY
 from .tensors import cdiv
 
 
@@ -39,6 +41,7 @@ def weight_grad_dense_kernel(
     stride_vb2,
     stride_vm,
     ALIGN: tl.constexpr,
+    RHO: tl.constexpr,
     PRECISION: tl.constexpr,
     FEW_CHANNELS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -47,7 +50,7 @@ def weight_grad_dense_kernel(
 ):
     """dW of BLOCK_C channels of one j and BLOCK_O outputs, over `rows_each` of the B * N queries.
 
-    With FEW_CHANNELS, of BLOCK_C of all k C, and rho must be 1.
+    With FEW_CHANNELS, of BLOCK_C of all k C.
     """
     stride_vb1 = aligned(stride_vb1, ALIGN)
     stride_vb2 = aligned(stride_vb2, ALIGN)
@@ -77,17 +80,19 @@ def weight_grad_dense_kernel(
         o_r = first + start + o_n
         m_r = (start + o_n < rows_each) & (o_r < rows)
         p_v = rows_of_value(p_value, first, start + o_n, N, B2, stride_vb1, stride_vb2)
-        # [BLOCK_N, BLOCK_C], or [BLOCK_N, 1] of one j.
+        # [BLOCK_N, 1], or [BLOCK_N, BLOCK_C] of few channels.
         b_row = tl.load(p_rows + j * rows + o_r[:, None], m_r[:, None], -1)
         p = p_v[:, None] + b_row.to(tl.int64) * stride_vm + o_c
         b_v = tl.load(p, (b_row >= 0) & m_t[None, :], 0.0)
         b_g = tl.load(p_grad + o_r[:, None] * O + o_o[None, :], m_r[:, None] & m_o[None, :], 0.0)
-        if p_rho is None:
-            b_dw = tl.dot(tl.trans(b_v), b_g, b_dw, input_precision=PRECISION)
-        else:
-            b_rho = tl.load(p_rho + o_r * k + j, m_r, 0.0)
-            b_x = b_rho[:, None] * b_v.to(tl.float32)
+        b_x = b_v
+        if p_rho is not None:
+            b_x = tl.load(p_rho + (o_r * k)[:, None] + j, m_r[:, None], 0.0) * b_v.to(tl.float32)
+        if RHO == SIMILARITY:
             b_dw = dot_of_float(tl.trans(b_x), b_g, b_dw, PRECISION)
+        else:
+            b_x = tl.trans(b_x.to(b_v.dtype))
+            b_dw = tl.dot(b_x, b_g, b_dw, input_precision=PRECISION)
     p = p_part + (part * k * C + o_t)[:, None] * O + o_o[None, :]
     tl.store(p, b_dw, m_t[:, None] & m_o[None, :])
 
@@ -122,8 +127,10 @@ def add_parts_kernel(
 def plan_weight_grad(call: Aggregation) -> Plan:
     """dW, from pointers that have p_rows and p_rho."""
     C, O, k = call.V.D, call.O, call.k
-    few = configs.has_few_channels(C) and not call.has_rho
-    config = configs.weight_grad_dense(call.arch, call.bits, k * C if few else C, O, call.has_rho)
+    few = configs.has_few_channels(C, call.rho)
+    config = configs.weight_grad_dense(
+        call.arch, call.bits, k * C if few else C, O, in_float=call.rho == "similarity"
+    )
     blocks = cdiv(k * C, config["BLOCK_C"]) if few else k * cdiv(C, config["BLOCK_C"])
     programs = blocks * cdiv(O, config["BLOCK_O"])
     bound = call.rows * min(call.V.N, k * C)
