@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """ConvNN1d, ConvNN2d and HybridBranch2d: options, and convolution as a special case."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -543,3 +545,23 @@ def test_settings_are_printed() -> None:
     text = repr(ConvNN2d(3, 4, order="index", candidates=RandomCandidates(20)))
     for part in ("3, 4, k=9", "order='index'", "RandomCandidates(20, include_self=True"):
         assert part in text
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_tokens_of_a_map_are_one_tensor(
+    monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format
+) -> None:
+    """Operators read rows of adjacent channels: each would copy those of a map for itself."""
+    given = []
+
+    def convnn(query: Any, key: Any, value: Any, *args: Any, **options: Any) -> torch.Tensor:
+        given.extend((query, key, value))
+        return value
+
+    monkeypatch.setattr(functional, "convnn", convnn)
+    x = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format)
+    ConvNN2d(3, 3, k=2, projections="identity")(x)
+    assert all(each.is_contiguous() for each in given)
+    assert len({each.data_ptr() for each in given}) == 1
+    if memory_format == torch.channels_last:
+        assert given[0].data_ptr() == x.data_ptr()

@@ -212,15 +212,15 @@ class _ConvNN(nn.Module):
             return symbolic_call(self, x)
         # The queries are N tokens of x [B, C, *shape]; the keys are the M of the padded map.
         shape = self._shape(x)
-        padded = self._pad(x)
-        value = self._value(padded, shape)  # [B, M, C]
+        tokens = self._tokens(x)
+        value = self._value(tokens, shape)  # [B, M, C]
         if self.projections == "coordinates":
             similarities, indices = self._neighbors_by_position(x, shape)  # [B, N, k]
             y = functional.aggregate_neighbors(
                 value, similarities, indices, self.weight, self.bias, self.rho, self.scale
             )
         else:
-            query, key = self._query_and_key(x, padded, shape)  # [B, N, D] and [B, M, D]
+            query, key = self._query_and_key(x, tokens, shape)  # [B, N, D] and [B, M, D]
             y = functional.convnn(
                 query,
                 key,
@@ -261,7 +261,7 @@ class _ConvNN(nn.Module):
         if self.projections == "coordinates":
             return self._neighbors_by_position(x, shape)
         return functional.select_neighbors(
-            *self._query_and_key(x, self._pad(x), shape),
+            *self._query_and_key(x, self._tokens(x), shape),
             self.k,
             *self._searched(shape, x.device),
             metric=self.metric,
@@ -280,17 +280,19 @@ class _ConvNN(nn.Module):
         """[N]: the rows of the queries among the padded map's tokens."""
         return positional.interior(shape, self.padding, device, self.stride)
 
-    def _pad(self, x: Tensor) -> Tensor:
-        return F.pad(x, (self.padding,) * (2 * self._dimensions)) if self.padding else x
+    def _tokens(self, x: Tensor) -> Tensor:
+        """[B, M, C] of the padded map, contiguous: each operator would copy them for itself."""
+        padded = F.pad(x, (self.padding,) * (2 * self._dimensions)) if self.padding else x
+        return padded.flatten(2).mT.contiguous()
 
     def _encodes(self, role: str) -> bool:
         return self.positional_encoding in (role, "both")
 
     def _query_and_key(
-        self, x: Tensor, padded: Tensor, shape: Sequence[int]
+        self, x: Tensor, tokens: Tensor, shape: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """[B, N, D] and [B, M, D]."""
-        key = query = padded.flatten(2).mT  # [B, M, C]
+        key = query = tokens  # [B, M, C]
         if self._encodes("similarity"):
             # Padding tokens have zero features, but they do have coordinates.
             key = query = self._with_coordinates(key, shape)  # [B, M, C + dimensions]
@@ -303,11 +305,11 @@ class _ConvNN(nn.Module):
             query, key = self.query_projection(query), self.key_projection(key)
         return query, key
 
-    def _value(self, padded: Tensor, shape: Sequence[int]) -> Tensor:
+    def _value(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
         """[B, M, C]."""
-        value = padded.flatten(2).mT
+        value = tokens
         if self._encodes("aggregation"):
-            value = self._with_coordinates(value, shape)
+            value = self._with_coordinates(tokens, shape)
         return value if self.value_projection is None else self.value_projection(value)
 
     def _with_coordinates(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
