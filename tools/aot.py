@@ -221,6 +221,11 @@ def configurations(quick: bool) -> list[Any]:
     calls += [call(**plain | ones | {"N": 197}, weight="none", only=torch.float16)]
     for C, O in ((1, 64), (64, 1)):
         calls += [call(**plain | {"C": C, "O": O}, weight="dense", only=torch.float16)]
+    # Of images: blocks of three sizes, and few channels.
+    images: dict[str, Any] = {"weight": "dense", "rho": "ones", "lead": (256,)}
+    for N, C, O in ((256, 3, 64), (64, 128, 256), (16, 512, 512), (4, 512, 512)):
+        calls += [call(**plain | images | {"N": N, "D": C, "C": C, "O": O, "k": min(9, N)})]
+    calls += [call(**plain | images | {"N": 64, "rho": "softmax", "C": 256, "O": 256})]
     # Pairs, rows and strides beyond 32 bits. Tiles do not depend on them.
     huge = {"N": 2**18, "k": 64, "lead": (3, 100), "only": torch.float16}
     calls += [call(**plain | huge, weight="dense")]

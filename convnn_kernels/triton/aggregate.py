@@ -97,7 +97,7 @@ def aggregate_dense_kernel(
                 p = p_rho + (o_r * k)[:, None] + (o_t // C)[None, :]
                 b_rho = tl.load(p, b_row >= 0, 0.0)
                 b_v = (b_rho * b_v.to(tl.float32)).to(b_v.dtype)
-            p = p_weight + o_t[:, None] * O + o_o[None, :]
+            p = p_weight + o_t.to(tl.int64)[:, None] * O + o_o[None, :]
             b_w = tl.load(p, m_t[:, None] & m_o[None, :], 0.0)
             b_y = tl.dot(b_v, b_w, b_y, input_precision=PRECISION)
     else:
@@ -188,7 +188,7 @@ def plan_aggregate(call: Aggregation) -> Plan:
         few = configs.has_few_channels(V.D, call.rho)
         numbers = call.numbers() | {"FEW_CHANNELS": few}
         channels = V.D * call.k if few else V.D
-        config = configs.aggregate_dense(call.arch, call.bits, call.rows, channels, O)
+        config = configs.aggregate_dense(call.arch, call.bits, call.rows, channels, O, call.has_rho)
         programs = cdiv(call.rows, config["BLOCK_N"]) * cdiv(O, config["BLOCK_O"])
         launch = aggregate_dense_kernel.prepare(programs, config, **numbers)
         neighbors, buffers = prepare_modulate(call)

@@ -306,10 +306,11 @@ def has_few_channels(C: int, rho: str) -> bool:
     return C < 16 and rho != "similarity"
 
 
-def aggregate_dense(arch: int, bits: int, rows: int, C: int, O: int) -> Config:
+def aggregate_dense(arch: int, bits: int, rows: int, C: int, O: int, has_rho: bool) -> Config:
     """Blocks of `aggregate_dense_kernel` for `rows` queries of all batch elements.
 
-    Wide blocks read V less often, but should be enough to fill a chip.
+    Wide blocks read V less often, but should be enough to fill a chip. With rho, products and their
+    sum are both in registers, which has no room for the widest.
     """
     block_o = max(16, power_of_two(O))
     if arch == INTERPRETER:
@@ -318,7 +319,7 @@ def aggregate_dense(arch: int, bits: int, rows: int, C: int, O: int) -> Config:
         # Before sm_90 sums and products of tensor cores take more registers.
         block_n, most_o, warps = (64 if arch < 90 else 128), (64 if bits == 32 else 128), 8
     else:
-        tiles = ((128, 256, 8), (128, 128, 8), (64, 64, 4))
+        tiles = ((128, 256, 8), (128, 128, 8), (64, 64, 4))[has_rho:]
         busy = 0.8 * _MULTIPROCESSORS
         fill = (t for t in tiles if -(-rows // t[0]) * -(-O // min(t[1], block_o)) >= busy)
         block_n, most_o, warps = next(fill, tiles[-1])

@@ -119,7 +119,7 @@ def add_parts_kernel(
     for _ in range(0, parts):
         b_dw += tl.load(p, m, 0.0)
         p += as_int64(k) * C * O
-    p = p_weight_grad + o_o[None, :] * (C * k) + o_t[:, None]
+    p = p_weight_grad + o_o[None, :] * C * k + o_t[:, None]
     tl.store(p, b_dw.to(p_weight_grad.dtype.element_ty), m)
 
 
