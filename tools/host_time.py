@@ -29,10 +29,15 @@ import torch
 
 _SOURCE = Path(__file__).parent / "null_driver" / "libcuda.c"
 _ARCH = 90
+# Of compiled kernels, for those who have not chosen another one.
+CACHE = str(Path(tempfile.gettempdir()) / "convnn-host-time")
 
 
-def install_null_driver() -> None:
-    """Has Triton launch through the driver that does nothing. To be called before any launch."""
+def install_null_driver() -> ctypes.CDLL:
+    """Has Triton launch through the driver that does nothing. To be called before any launch.
+
+    Returns the driver. Its `convnn_launches()` is the number of launches so far.
+    """
     folder = Path(tempfile.mkdtemp(prefix="convnn-null-driver-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = folder / "libcuda.so.1"
@@ -41,7 +46,7 @@ def install_null_driver() -> None:
     (folder / "libcuda.so").symlink_to(library)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
     # Triton asks the loader for it by name, and gets the one that is loaded.
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime.driver import driver
@@ -57,6 +62,7 @@ def install_null_driver() -> None:
     made.get_current_device = lambda: 0
     made.get_current_stream = lambda device: 0
     driver.set_active(made)
+    return loaded
 
 
 def take_cpu_tensors() -> None:
@@ -123,7 +129,7 @@ def main() -> int:
     profiled = ("forward, no_grad", "forward", "backward")
     parser.add_argument("--profile", choices=profiled, help="a call of which to show the parts")
     options = parser.parse_args()
-    os.environ.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir()) / "convnn-host-time"))
+    os.environ.setdefault("TRITON_CACHE_DIR", CACHE)
     install_null_driver()
     take_cpu_tensors()
     torch.set_num_threads(1)

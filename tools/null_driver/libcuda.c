@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The functions of the CUDA driver that Triton calls, doing nothing: with it a launch takes the time
-// of the host alone, on a machine without a GPU. Queries answer with a number that suits all of
-// them.
+// The functions of the CUDA driver that Triton calls, doing nothing but counting launches: with it a
+// launch takes the time of the host alone, on a machine without a GPU. Queries answer with a number
+// that suits all of them.
 #include <stddef.h>
 
 #define IGNORES(name) \
@@ -9,6 +9,13 @@
 
 enum { kAnswer = 1024 };
 
+static int launches;
+
+int convnn_launches(void) { return launches; }
+int cuLaunchKernelEx(void) {
+  ++launches;
+  return 0;
+}
 int cuCtxGetCurrent(void** context) {
   *context = (void*)8;
   return 0;
@@ -47,7 +54,6 @@ IGNORES(cuDriverGetVersion)
 IGNORES(cuFuncSetAttribute)
 IGNORES(cuFuncSetCacheConfig)
 IGNORES(cuGetErrorString)
-IGNORES(cuLaunchKernelEx)
 IGNORES(cuLaunchKernelExHandle)
 IGNORES(cuOccupancyMaxActiveClusters)
 IGNORES(cuTensorMapEncodeIm2col)
