@@ -187,8 +187,11 @@ EXPECTED = {
         masks=_FLAT_ROWS,
     ),
     "aggregate_depthwise_kernel": Expected(_OVER_K | _OVER_NEIGHBORS, masks=_ROWS),
-    "modulate_kernel": Expected(
+    "dense_inputs_kernel": Expected(
         _OVER_K,
+        {
+            "if pid < row_programs": lambda n: n.row_programs / n.programs,
+        },
         masks=dict.fromkeys(
             ("b_s = tl.load(", "b_row = tl.load(", "tl.store("),
             lambda n: filled(n.k, n.BLOCK_K),

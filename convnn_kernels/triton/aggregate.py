@@ -20,9 +20,10 @@ from torch import Tensor
 
 from . import configs
 from .aggregation import Aggregation, prepare
+from .dense_inputs import prepare_dense_inputs
 from .integers import aligned, as_int64
 from .launch import Kernel, Plan, Pointers, cache_plans
-from .modulate import load_neighbors, modulate, prepare_modulate, softmax_terms
+from .modulate import load_neighbors, modulate, softmax_terms
 from .tensors import cdiv
 
 
@@ -191,8 +192,8 @@ def plan_aggregate(call: Aggregation) -> Plan:
         config = configs.aggregate_dense(call.arch, call.bits, call.rows, channels, O, call.has_rho)
         programs = cdiv(call.rows, config["BLOCK_N"]) * cdiv(O, config["BLOCK_O"])
         launch = aggregate_dense_kernel.prepare(programs, config, **numbers)
-        neighbors, buffers = prepare_modulate(call)
-        return Plan([neighbors, launch], **buffers)
+        inputs, buffers = prepare_dense_inputs(call)
+        return Plan([inputs, launch], **buffers)
     config = configs.aggregate_depthwise(call.arch, V.D, call.k)
     programs = V.B * cdiv(N, config["BLOCK_N"]) * cdiv(V.D, config["BLOCK_C"])
     return Plan([aggregate_depthwise_kernel.prepare(programs, config, **call.numbers())])

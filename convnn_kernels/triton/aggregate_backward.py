@@ -11,14 +11,14 @@ The gradient of bias is a sum that PyTorch takes. Those of a depthwise weight, o
 in backward.py.
 """
 
-import torch
 from torch import Tensor
 
 from .aggregation import Aggregation, is_dense, prepare
 from .backward import backward
+from .dense_inputs import prepare_dense_inputs
 from .inverse_list import invert
 from .launch import Plan, Pointers, cache_plans
-from .modulate import prepare_modulate, prepare_softmax_backward
+from .modulate import prepare_softmax_backward
 from .rho_grad import prepare_rho_grad
 from .tensors import empty_gradient
 from .value_grad import plan_value_grad
@@ -104,9 +104,9 @@ def _dense_backward(
 
 @cache_plans
 def plan_by_query(call: Aggregation, through_rho: bool) -> Plan:
-    """The neighbors and rho as other kernels read them, and the gradient of similarities."""
-    launch, buffers = prepare_modulate(call)
-    launches = [launch]
+    """What other kernels read, and the gradient of similarities."""
+    inputs, buffers = prepare_dense_inputs(call)
+    launches = [inputs]
     if through_rho:
         launches.append(prepare_rho_grad(call))
         if call.rho == "softmax":
@@ -116,4 +116,4 @@ def plan_by_query(call: Aggregation, through_rho: bool) -> Plan:
 
 def _bias_grad(grad_output: Tensor, value: Tensor) -> Tensor:
     batch = tuple(range(grad_output.dim() - 1))
-    return grad_output.sum(dim=batch, dtype=torch.float32).to(value.dtype)
+    return grad_output.sum(dim=batch, dtype=value.dtype)  # of numbers of float32

@@ -74,8 +74,7 @@ def prepare(
 ) -> tuple[Aggregation, dict[str, Tensor | None]]:
     """The aggregation that the arguments of `aggregate` ask for, and its tensors by parameter.
 
-    The weight is [k, C, O] if it is dense, else [C, 1, k]; like similarities and indices,
-    contiguous.
+    A dense weight is given to dense_inputs.py.
     """
     V, layout = rows_of(value)
     N, k = indices.shape[-2:]
@@ -93,12 +92,10 @@ def prepare(
         precision=hardware.product_precision(value.dtype),
         arch=hardware.architecture(value),
     )
-    if weight is not None:
-        weight = (weight.permute(2, 1, 0) if dense else weight).contiguous()
     tensors = {
         "p_value": V,
         "p_similarities": similarities.contiguous(),
         "p_indices": indices.contiguous(),
-        "p_weight": weight,
+        "p_given_weight" if dense else "p_weight": None if weight is None else weight.contiguous(),
     }
     return aggregation, tensors

@@ -341,8 +341,13 @@ def aggregate_depthwise(arch: int, C: int, k: int) -> Config:
 
 
 def modulate(arch: int, k: int) -> Config:
-    """Blocks of `modulate_kernel` and `softmax_backward_kernel`."""
+    """Blocks of `softmax_backward_kernel`."""
     return _config(ROWS=128 if arch == INTERPRETER else 32, BLOCK_K=block_k(k), num_warps=4)
+
+
+def dense_inputs(arch: int, C: int, k: int) -> Config:
+    """Blocks of `dense_inputs_kernel`."""
+    return modulate(arch, k) | _config(BLOCK=min(64, power_of_two(C * k)), BLOCK_O=32)
 
 
 def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:

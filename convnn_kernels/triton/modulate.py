@@ -4,13 +4,12 @@
 A similarity of -inf, or an index outside of V, marks a missing neighbor: its rho is 0.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from . import configs
 from .aggregation import Aggregation
-from .launch import Buffer, Kernel, Launch
+from .launch import Kernel, Launch
 from .tensors import cdiv
 
 SOFTMAX = tl.constexpr(0)
@@ -72,39 +71,6 @@ def modulate(b_s, m, b_max, b_sum, scale, RHO: tl.constexpr):
 
 
 @Kernel
-def modulate_kernel(
-    p_similarities,  # [B, N, k] float32, contiguous
-    p_indices,  # [B, N, k] int64, contiguous
-    p_rows,  # [k, B * N] int32: the row of V, within its batch element; -1 if missing
-    p_rho,  # [B, N, k] float32; None if rho is 1 of every neighbor
-    rows,
-    M,
-    k,
-    scale,
-    RHO: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The neighbors as the kernels of a dense weight read them; ROWS queries for each program.
-
-    Those kernels take one j at a time of many queries, whose rows are therefore adjacent.
-    """
-    o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    m_r = o_r < rows
-    b_max, b_sum = softmax_terms(p_similarities, p_indices, o_r, m_r, M, k, scale, RHO, BLOCK_K)
-    o_k = tl.arange(0, BLOCK_K)
-    for j in range(0, k, BLOCK_K):
-        m_k = m_r[:, None] & (j + o_k < k)[None, :]
-        o = o_r[:, None] * k + (j + o_k)[None, :]
-        b_s, b_row, m = load_neighbors(p_similarities, p_indices, o, m_k, M)
-        p = p_rows + (j + o_k).to(tl.int64)[None, :] * rows + o_r[:, None]
-        tl.store(p, tl.where(m, b_row, -1).to(tl.int32), m_k)
-        if p_rho is not None:
-            b_rho = modulate(b_s, m, b_max[:, None], b_sum[:, None], scale, RHO)
-            tl.store(p_rho + o, b_rho, m_k)
-
-
-@Kernel
 def softmax_backward_kernel(
     p_rho,  # [B, N, k] float32
     p_rho_grad,  # [B, N, k] float32: the gradient of rho, replaced by that of the similarities
@@ -129,18 +95,6 @@ def softmax_backward_kernel(
         b_rho = tl.load(p_rho + o, m, 0.0)
         b_grad = tl.load(p_rho_grad + o, m, 0.0)
         tl.store(p_rho_grad + o, scale * b_rho * (b_grad - b_sum[:, None]), m)
-
-
-def prepare_modulate(call: Aggregation) -> tuple[Launch, dict[str, Buffer]]:
-    """The launch, and what it writes."""
-    config = configs.modulate(call.arch, call.k)
-    programs = cdiv(call.rows, config["ROWS"])
-    launch = modulate_kernel.prepare(programs, config, **call.numbers())
-    pairs = call.rows * call.k
-    buffers: dict[str, Buffer] = {"p_rows": (pairs, torch.int32)}
-    if call.has_rho:
-        buffers["p_rho"] = (pairs, torch.float32)
-    return launch, buffers
 
 
 def prepare_softmax_backward(call: Aggregation) -> Launch:
