@@ -821,6 +821,19 @@ def test_dense_products_of_16_bits(C: int, rho: str) -> None:
         assert error <= 2 * of_eager + 2**-10 * right.abs().max()
 
 
+def test_an_infinite_gradient_of_a_missing_neighbor() -> None:
+    value, G = normal(1, 2, 16), torch.ones(1, 2, 3)
+    G[0, 0] = math.inf
+    s, I = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)
+    s[0, 0, 1] = -math.inf
+    weight = torch.ones(3, 16, 2)
+    backward = torch.ops.convnn.aggregate_backward
+    needs = (False, False, True, False)
+    grad = backward(G, value, s, I, weight, False, "ones", 1.0, *needs)[2]
+    assert torch.equal(grad[:, :, 1], value[0, 0].expand(3, 16))
+    assert grad[:, :, 0].isinf().all()
+
+
 @pytest.mark.parametrize("parts", [1, 64])
 def test_a_buffer_of_all_pairs_is_seen(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
     """As many parts of a weight's gradient as there were once; and a buffer in any tensor made."""

@@ -84,7 +84,9 @@ def weight_grad_dense_kernel(
         b_row = tl.load(p_rows + j * rows + o_r[:, None], m_r[:, None], -1)
         p = p_v[:, None] + b_row.to(tl.int64) * stride_vm + o_c
         b_v = tl.load(p, (b_row >= 0) & m_t[None, :], 0.0)
-        b_g = tl.load(p_grad + o_r[:, None] * O + o_o[None, :], m_r[:, None] & m_o[None, :], 0.0)
+        # Of a missing neighbor, not what may be infinite; in a product with others it is.
+        m_g = m_r[:, None] if FEW_CHANNELS else b_row >= 0
+        b_g = tl.load(p_grad + o_r[:, None] * O + o_o[None, :], m_g & m_o[None, :], 0.0)
         b_x = b_v
         if p_rho is not None:
             b_x = tl.load(p_rho + (o_r * k)[:, None] + j, m_r[:, None], 0.0) * b_v.to(tl.float32)
