@@ -270,6 +270,23 @@ def test_an_else(lines: tuple[str, str]) -> None:
     assert found == pytest.approx({"R1": 1, first: 0.2, second: 0.8, "R4": 1})
 
 
+def test_an_if_that_calls_a_function() -> None:
+    """Which is above it in the source, and in the machine code behind what stands for an `else`."""
+    text = """
+        4: @P0 BRA .L_x_0
+        4: MOV R1
+        4: BRA .L_x_1
+        .L_x_0:
+        1: MOV R2
+        1: @P1 BRA .L_x_0
+        .L_x_1:
+        4: MOV R3
+        4: EXIT
+    """
+    found = walk(text, {"for i in": 5}, {"if wanted": 0.2})
+    assert found == pytest.approx({"R1": 0.8, "R2": 1, "R3": 1})
+
+
 def test_lanes_that_have_parted() -> None:
     """Nothing that is told is about their branch, though it has the same line."""
     text = FAR_BRANCH.replace("@P0 BRA", "BRA.DIV UR4,")

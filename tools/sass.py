@@ -261,14 +261,12 @@ class Walk:
         if one in self._reaches[other] or other in self._reaches[one]:
             return other in self._reaches[one]
 
-        def begin(of: int, without: int) -> int:
-            places = (
-                self.code[i].line
-                for each in self._reaches[of] - self._reaches[without]
-                for i in self.blocks[each].instructions
-            )
+        def begin(of: int, without: int) -> tuple[int, int]:
+            blocks = self._reaches[of] - self._reaches[without]
+            places = (self.code[i].line for a in blocks for i in self.blocks[a].instructions)
             later = (number for file, number in places if file == line[0] and number > line[1])
-            return min(later, default=2**31)
+            # Without such lines, what has loops is a function that it calls.
+            return min(later, default=2**31), -len(self._headers & blocks)
 
         return begin(one, other) <= begin(other, one)
 
