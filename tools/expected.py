@@ -215,6 +215,20 @@ EXPECTED = {
         # Hardly any chunk is of one key and j.
         masks={begin: lambda n: 0 for begin in ("b_pair = tl.load", "b_g = tl.load")},
     ),
+    "value_grad_one_hot_kernel": Expected(
+        {
+            "for block in range(0, tl.cdiv(queries, BLOCK_N)": lambda n: (
+                cdiv(n.elements * n.N, n.BLOCK_N) * cdiv(n.O, n.BLOCK_O)
+            ),
+            "for step in range(0, k)": lambda n: n.k,
+            "while tl.max(m.to(tl.int32), 0) > 0": lambda n: 0,
+        },
+        {"if test != 0.0": lambda n: 0},
+        {
+            "b_g = tl.load": lambda n: filled(n.elements * n.N, n.BLOCK_N),
+            "tl.store(p, b_dv": lambda n: filled(n.elements * n.M, n.BLOCK_M),
+        },
+    ),
     "weight_grad_dense_kernel": Expected(_OVER_ROWS),
     "add_parts_kernel": Expected({"for _ in range(0, parts)": lambda n: n.parts}),
     "count_pairs_kernel": Expected(_OVER_PAIRS),

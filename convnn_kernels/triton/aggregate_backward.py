@@ -5,6 +5,7 @@
 |---|---|
 | similarities: first of rho, then through the softmax | rho_grad.py, modulate.py |
 | weight | weight_grad.py |
+| value, where there are few keys | value_grad_one_hot.py |
 | value, over the inverse neighbor list | value_grad.py, inverse_list.py |
 
 The gradient of bias is a sum that PyTorch takes. Those of a depthwise weight, or without one, are
@@ -13,6 +14,7 @@ in backward.py.
 
 from torch import Tensor
 
+from . import configs
 from .aggregation import Aggregation, is_dense, prepare
 from .backward import backward
 from .dense_inputs import prepare_dense_inputs
@@ -22,6 +24,7 @@ from .modulate import prepare_softmax_backward
 from .rho_grad import prepare_rho_grad
 from .tensors import empty_gradient
 from .value_grad import plan_value_grad
+from .value_grad_one_hot import prepare_value_grad_one_hot
 from .weight_grad import plan_weight_grad
 
 
@@ -88,14 +91,15 @@ def _dense_backward(
         p_weight_grad=grad_weight,
         p_value_grad=grad_value,
     )
-    plan_by_query(call, through_rho)(pointers)
+    few_keys = configs.allows_one_hot(call.bits, call.N, call.V.N)
+    plan_by_query(call, through_rho, needs["value"] and few_keys)(pointers)
     if needs["weight"]:
         plan_weight_grad(call)(pointers)
         pointers.add(p_part=None)
     if not through_rho:
         grad_s.zero_()
     # Last, because the inverse list takes most memory.
-    if needs["value"]:
+    if needs["value"] and not few_keys:
         pairs = invert(s, I, value.shape[-2])
         pointers.take(pairs, "p_pairs", "p_keys", "p_offsets")
         plan_value_grad(call)(pointers)
@@ -103,14 +107,16 @@ def _dense_backward(
 
 
 @cache_plans
-def plan_by_query(call: Aggregation, through_rho: bool) -> Plan:
-    """What other kernels read, and the gradient of similarities."""
+def plan_by_query(call: Aggregation, through_rho: bool, with_value: bool) -> Plan:
+    """What other kernels read, and the gradients of similarities and, with few keys, of value."""
     inputs, buffers = prepare_dense_inputs(call)
     launches = [inputs]
     if through_rho:
         launches.append(prepare_rho_grad(call))
         if call.rho == "softmax":
             launches.append(prepare_softmax_backward(call))
+    if with_value:
+        launches.append(prepare_value_grad_one_hot(call))
     return Plan(launches, **buffers)
 
 

@@ -374,6 +374,40 @@ def value_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     )
 
 
+def allows_one_hot(bits: int, N: int, M: int) -> bool:
+    """Whether the gradient of value multiplies all keys of a batch element with all of its queries:
+    where keys are so few that this takes less than finding the pairs of each.
+
+    By `tools.predict` it takes a fifth of the time with M = 256 and O = 128. A program has all
+    queries of its keys, which should not be many.
+    """
+    return bits == 16 and M <= 256 and N <= 1024
+
+
+def value_grad_one_hot(arch: int, M: int, C: int, O: int) -> Config:
+    """Blocks of `value_grad_one_hot_kernel`: what fits in registers.
+
+    The product of all keys with all queries is taken for each block of outputs, that with the
+    weight for each block of keys.
+    """
+    block_n, most_o = (128, 256) if 90 <= arch < 100 else (64, 128)
+    if O % 16:
+        # Single elements are loaded, which takes registers.
+        block_n, most_o = 64, 64
+    if arch == INTERPRETER:
+        block_n, most_o = 16, 32
+    block_o = min(most_o, max(16, power_of_two(O)))
+    wide = block_n == 128 and block_o <= 128 < M
+    return _config(
+        BLOCK_M=32 if arch == INTERPRETER else 256 if wide else 128,
+        BLOCK_N=block_n,
+        BLOCK_O=block_o,
+        BLOCK_C=min(32 if arch == INTERPRETER else 64, max(16, power_of_two(C))),
+        num_warps=8,
+        num_stages=2 if block_o == 256 else 3,
+    )
+
+
 def value_grad_chunks(arch: int, O: int) -> Config:
     """Blocks of `value_grad_chunks_kernel`.
 
