@@ -90,7 +90,7 @@ def aggregate_dense_kernel(
         for t0 in range(0, k * C, BLOCK_C):
             o_t = t0 + o_c
             m_t = o_t < k * C
-            p = p_rows + (o_t // C).to(tl.int64)[None, :] * rows + o_r[:, None]
+            p = p_rows + (o_t // C)[None, :].to(tl.int64) * rows + o_r[:, None]
             b_row = tl.load(p, m_r[:, None] & m_t[None, :], -1)
             p = p_v[:, None] + b_row.to(tl.int64) * stride_vm + (o_t % C)[None, :]
             b_v = tl.load(p, b_row >= 0, 0.0)
@@ -188,8 +188,9 @@ def plan_aggregate(call: Aggregation) -> Plan:
     if call.is_dense:
         few = configs.has_few_channels(V.D, call.rho)
         numbers = call.numbers() | {"FEW_CHANNELS": few}
-        channels = V.D * call.k if few else V.D
-        config = configs.aggregate_dense(call.arch, call.bits, call.rows, channels, O, call.has_rho)
+        config = configs.aggregate_dense(
+            call.arch, call.bits, call.rows, V.D, O, few_channels=few, has_rho=call.has_rho
+        )
         programs = cdiv(call.rows, config["BLOCK_N"]) * cdiv(O, config["BLOCK_O"])
         launch = aggregate_dense_kernel.prepare(programs, config, **numbers)
         inputs, buffers = prepare_dense_inputs(call)

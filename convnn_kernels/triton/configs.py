@@ -298,6 +298,10 @@ def block_k(k: int) -> int:
     return min(32, power_of_two(k))
 
 
+# Channels of several neighbors in a product of few: those of 9 neighbors with 3 each.
+_FEW_CHANNELS = 32
+
+
 def has_few_channels(C: int, rho: str) -> bool:
     """Whether products have channels of several neighbors, because C are too few for tensor cores.
 
@@ -306,13 +310,15 @@ def has_few_channels(C: int, rho: str) -> bool:
     return C < 16 and rho != "similarity"
 
 
-def aggregate_dense(arch: int, bits: int, rows: int, C: int, O: int, has_rho: bool) -> Config:
+def aggregate_dense(
+    arch: int, bits: int, rows: int, C: int, O: int, few_channels: bool, has_rho: bool
+) -> Config:
     """Blocks of `aggregate_dense_kernel` for `rows` queries of all batch elements.
 
     Wide blocks read V less often, but should be enough to fill a chip. With rho, products and their
     sum are both in registers, which has no room for the widest.
     """
-    block_o = max(16, power_of_two(O))
+    block_o, largest = max(16, power_of_two(O)), 64 if bits == 16 else 32
     if arch == INTERPRETER:
         block_n, most_o, warps = 32, 64, 4
     elif bits == 32 or arch < 90:
@@ -326,7 +332,7 @@ def aggregate_dense(arch: int, bits: int, rows: int, C: int, O: int, has_rho: bo
     return _config(
         BLOCK_N=block_n,
         BLOCK_O=min(most_o, block_o),
-        BLOCK_C=min(64 if bits == 16 else 32, max(16, power_of_two(C))),
+        BLOCK_C=_FEW_CHANNELS if few_channels else min(largest, max(16, power_of_two(C))),
         num_warps=warps,
         num_stages=3,
     )
@@ -345,9 +351,9 @@ def modulate(arch: int, k: int) -> Config:
     return _config(ROWS=128 if arch == INTERPRETER else 32, BLOCK_K=block_k(k), num_warps=4)
 
 
-def dense_inputs(arch: int, C: int, k: int) -> Config:
+def dense_inputs(arch: int, k: int) -> Config:
     """Blocks of `dense_inputs_kernel`."""
-    return modulate(arch, k) | _config(BLOCK=min(64, power_of_two(C * k)), BLOCK_O=32)
+    return modulate(arch, k) | _config(BLOCK=64, BLOCK_O=32)
 
 
 def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
@@ -505,22 +511,24 @@ def key_side(arch: int, bits: int, C: int, D: int, N: int, M: int, k: int) -> Co
     )
 
 
-def weight_grad_dense(arch: int, bits: int, C: int, O: int, in_float: bool) -> Config:
+def weight_grad_dense(
+    arch: int, bits: int, C: int, O: int, few_channels: bool, in_float: bool
+) -> Config:
     """Blocks of `weight_grad_dense_kernel`. `in_float`: products of float32 at any dtype."""
     # Products of float32 take more registers.
     largest = 128 if bits == 16 and not in_float and arch >= 90 else 64
     return _config(
         BLOCK_N=64 if largest == 128 else 32,
         BLOCK_O=min(largest, max(16, power_of_two(O))),
-        BLOCK_C=min(largest, max(16, power_of_two(C))),
+        BLOCK_C=_FEW_CHANNELS if few_channels else min(largest, max(16, power_of_two(C))),
         num_warps=8 if largest == 128 else 4,
         num_stages=3 if largest == 128 else 2,
     )
 
 
-def add_parts(k: int, C: int) -> Config:
+def add_parts() -> Config:
     """Blocks of `add_parts_kernel`."""
-    return _config(BLOCK=min(64, power_of_two(k * C)), BLOCK_O=32, num_warps=4)
+    return _config(BLOCK=64, BLOCK_O=32, num_warps=4)
 
 
 def parts(rows: int, size: int, bound: int, programs: int) -> tuple[int, int]:

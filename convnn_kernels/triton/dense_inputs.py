@@ -68,7 +68,7 @@ def dense_inputs_kernel(
 def prepare_dense_inputs(call: Aggregation) -> tuple[Launch, dict[str, Buffer]]:
     """The launch, and what it writes."""
     C, O, k = call.V.D, call.O, call.k
-    config = configs.dense_inputs(call.arch, C, k)
+    config = configs.dense_inputs(call.arch, k)
     row_programs = cdiv(call.rows, config["ROWS"])
     programs = row_programs + cdiv(C * k, config["BLOCK"]) * cdiv(O, config["BLOCK_O"])
     numbers = call.numbers() | {"row_programs": row_programs}

@@ -64,7 +64,7 @@ def weight_grad_dense_kernel(
     if FEW_CHANNELS:
         o_t = block.to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
         m_t = o_t < k * C
-        j = (o_t // C).to(tl.int64)[None, :]
+        j = (o_t // C)[None, :].to(tl.int64)
         o_c = (o_t % C)[None, :]
     else:
         of_slot = tl.cdiv(C, BLOCK_C)
@@ -131,7 +131,7 @@ def plan_weight_grad(call: Aggregation) -> Plan:
     C, O, k = call.V.D, call.O, call.k
     few = configs.has_few_channels(C, call.rho)
     config = configs.weight_grad_dense(
-        call.arch, call.bits, k * C if few else C, O, in_float=call.rho == "similarity"
+        call.arch, call.bits, C, O, few_channels=few, in_float=call.rho == "similarity"
     )
     blocks = cdiv(k * C, config["BLOCK_C"]) if few else k * cdiv(C, config["BLOCK_C"])
     programs = blocks * cdiv(O, config["BLOCK_O"])
@@ -140,7 +140,7 @@ def plan_weight_grad(call: Aggregation) -> Plan:
     numbers = call.numbers() | {"rows_each": rows_each, "channel_blocks": blocks, "parts": parts}
     numbers |= {"FEW_CHANNELS": few}
     sums = weight_grad_dense_kernel.prepare(parts * programs, config, **numbers)
-    config = configs.add_parts(k, C)
+    config = configs.add_parts()
     programs = cdiv(k * C, config["BLOCK"]) * cdiv(O, config["BLOCK_O"])
     total = add_parts_kernel.prepare(programs, config, **numbers)
     return Plan([sums, total], p_part=(parts * k * C * O, torch.float32))
