@@ -249,11 +249,11 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 # Sizes of one class each: hits of columns that are not divided, or are; all in one launch, all
 # columns, and passes over them.
 CLASSES = {
-    "sweep": {"M": (512, 640, 701), "k": (9, 12, 16), "metric": "euclidean"},
+    "sweep": {"M": (513, 640, 701), "k": (9, 12, 16), "metric": "euclidean"},
     "sweep_of_parts": {"M": (2101, 2500, 3001), "k": (9, 10, 11)},
     "one_launch": {"M": (257, 400, 511), "k": (9, 12, 16)},
     "all_columns": {"M": (130, 192, 255), "k": (17, 24, 32), "metric": "euclidean"},
-    "passes": {"M": (400, 576, 701), "k": (257, 300, 304), "order": "index"},
+    "passes": {"M": (513, 576, 701), "k": (257, 300, 304), "order": "index"},
 }
 BATCHES: list[tuple[int, ...]] = [(), (1,), (2,), (5,), (1, 1), (2, 3), (16, 1), (3, 16)]
 EXTRAS = [{}, {"masked": True}, {"candidates": True, "masked": True}, {"with_self": True}]

@@ -248,8 +248,8 @@ def test_one_launch_and_no_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("bits", "N", "M", "allowed"),
     [
-        *((16, 4, 4, True), (16, 256, 256, True), (16, 1024, 64, True)),
-        *((32, 4, 4, False), (16, 64, 257, False), (16, 1025, 64, False)),
+        *((16, 4, 4, True), (16, 256, 324, True), (16, 1024, 64, True)),
+        *((32, 4, 4, False), (16, 64, 513, False), (16, 1025, 64, False)),
     ],
 )
 def test_where_keys_are_few(bits: int, N: int, M: int, allowed: bool) -> None:
