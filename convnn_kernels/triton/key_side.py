@@ -29,6 +29,7 @@ the last ones finish.
 import triton
 import triton.language as tl
 
+from .float16 import near_power
 from .integers import aligned
 from .inverse_norms import inverse_norm_at
 from .launch import Kernel
@@ -36,7 +37,7 @@ from .metrics import COSINE, EUCLIDEAN
 
 
 @triton.jit
-def _add_terms(
+def add_terms(
     b_sum,  # [KEYS, channels] float32
     b_hit,  # [KEYS, pairs]: whether the pair belongs to the key
     b_factor,  # [pairs] float32
@@ -48,13 +49,9 @@ def _add_terms(
     if ONE:
         b_sum += tl.where(b_hit, b_factor[None, :] * b_x.to(tl.float32), 0.0)
     elif b_x.dtype == tl.float16:
-        # The largest factor is brought to 2^14, so that none is too large for float16, and only
-        # what is below 2^-28 of it loses bits.
-        exponent = tl.max(tl.abs(b_factor), 0).to(tl.int32, bitcast=True) >> 23
-        exponent = tl.minimum(tl.maximum(exponent, 15), 254)
-        b_factor = b_factor * ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-        b_a = tl.where(b_hit, b_factor[None, :], 0.0).to(tl.float16)
-        b_sum += tl.dot(b_a, b_x) * ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+        b_factor, unit = near_power(b_factor, tl.float16, 14)
+        b_a = tl.where(b_hit, b_factor[None, :], 0.0)
+        b_sum += tl.dot(b_a, b_x) * unit
     else:
         b_a = tl.where(b_hit, b_factor[None, :], 0.0).to(b_x.dtype)
         b_sum = tl.dot(b_a, b_x, b_sum, input_precision=PRECISION)
@@ -115,7 +112,7 @@ def _sum_pairs(
                 j = (b_low // KEYS).to(tl.int64)
                 b_x = b_x * tl.load(p_weight_rows + j[:, None] * C + o_c[None, :], m, 0.0)
             b_rho = tl.load(p_pair_rho + o_p, m_p, 0.0)
-            b_dv = _add_terms(b_dv, b_hit, b_rho, b_x, PRECISION_V, ONE)
+            b_dv = add_terms(b_dv, b_hit, b_rho, b_x, PRECISION_V, ONE)
         if KEY:
             m = m_p[:, None] & (o_c < D)[None, :]
             b_x = tl.load(p_q + i[:, None] * stride_qn + o_c[None, :], m, 0.0)
@@ -125,7 +122,7 @@ def _sum_pairs(
                 b_difference = b_x.to(tl.float32) - b_k.to(tl.float32)
                 b_x = b_difference if ONE else b_difference.to(b_x.dtype)
                 b_ds = 2.0 * b_ds
-            b_dk = _add_terms(b_dk, b_hit, b_ds, b_x, PRECISION_K, ONE)
+            b_dk = add_terms(b_dk, b_hit, b_ds, b_x, PRECISION_K, ONE)
             if METRIC == COSINE:
                 b_a = tl.load(p_pair_along + o_p, m_p, 0.0)
                 b_along += tl.where(b_hit, b_a[None, :], 0.0)

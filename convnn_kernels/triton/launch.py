@@ -280,7 +280,15 @@ def settle_cache_keys() -> None:
     Otherwise, in Triton 3.6 and 3.7, keys depend on which kernel happens to run first.
     """
     # A module with kernels is imported after those that it uses.
-    functions = ("integers", "metrics", "order", "dot_of_float", "inverse_norms", "products")
+    functions = (
+        "integers",
+        "metrics",
+        "order",
+        "dot_of_float",
+        "float16",
+        "inverse_norms",
+        "products",
+    )
     names = [f"{__package__}.{name}" for name in (*functions, "append")]
     for name in (*names, *(kernel.module for kernel in KERNELS.values())):
         for function in vars(sys.modules[name]).values():

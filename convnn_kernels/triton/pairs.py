@@ -46,7 +46,7 @@ def _find_begins(
 
 
 @triton.jit
-def _add_parts(
+def add_parts(
     p_part,  # [parts, J, C] float32
     p_sum,  # [C, J]
     program,
@@ -109,10 +109,10 @@ def sort_pairs_kernel(
         program = pid - sort_programs
         if program < weight_programs:
             if p_weight_part is not None:
-                _add_parts(p_weight_part, p_weight_grad, program, parts, k, C, PARTS, COLUMNS)
+                add_parts(p_weight_part, p_weight_grad, program, parts, k, C, PARTS, COLUMNS)
         elif p_bias_part is not None:
             program -= weight_programs
-            _add_parts(p_bias_part, p_bias_grad, program, parts, 1, C, PARTS, COLUMNS)
+            add_parts(p_bias_part, p_bias_grad, program, parts, 1, C, PARTS, COLUMNS)
     elif p_counts is not None:
         b = pid // tiles
         tile = pid % tiles

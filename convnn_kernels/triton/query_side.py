@@ -94,7 +94,7 @@ def _transpose_weight(p_weight, p_weight_rows, C, k, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _differentiate_output(
+def differentiate_output(
     p_grad,  # [ROWS]: rows of G
     m_n,
     p_v,  # the rows of V of this batch element
@@ -405,7 +405,7 @@ def query_side_kernel(
             p_part = None
             if p_weight_part is not None:
                 p_part = p_weight_part + tile * k * C
-            _differentiate_output(
+            differentiate_output(
                 p_grad + (first + begin + o_r) * C,
                 m_any,
                 p_v,
