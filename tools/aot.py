@@ -47,6 +47,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int16: "*i16",
     torch.int8: "*i8",
     torch.bool: "*i1",
 }
@@ -211,6 +212,10 @@ def configurations(quick: bool) -> list[Any]:
         calls += [call(**select | {"N": N, "k": k}, lead=lead)]
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
     calls += [call(**plain | {"N": 197}, weight="depthwise")]
+    # Few tokens: blocks of channels that are not full, and the longest rows of slots; other parts.
+    few = {"N": 49, "D": 40, "C": 24, "k": 16, "metric": "dot", "rho": "similarity"}
+    calls += [call(**plain | few, weight="none", of_similarities=True)]
+    calls += [call(**plain | {"N": 16, "k": 1}, weight="depthwise", rho="ones")]
     calls += [call(**select | {"N": 197, "k": 64}, only=torch.float16)]
     calls += [call(**select | {"N": 512, "k": 300}, with_self=True)]
     for C, O in ((3, 16), (128, 256)):

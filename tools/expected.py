@@ -77,6 +77,28 @@ def _turns_of_slot(n: Numbers) -> float:
     return largest(1.0, min(n.M, n.BLOCK_M))
 
 
+def _rows_drawn(draws: float, rows: int) -> float:
+    """How many rows are among so many random draws."""
+    return rows * (1 - (1 - 1 / rows) ** draws)
+
+
+def _once_in_program(n: Numbers) -> float:
+    """The share of gathers by ROWS queries that are the first ones of a row in a program."""
+    draws = n.ROWS * filled(n.N, n.ROWS) * n.K
+    return filled(n.N, n.ROWS) * _rows_drawn(draws, n.M) / draws
+
+
+def _once_by_keys(n: Numbers) -> float:
+    """The same by the queries of a program's keys; and of later gathers, what has left L1 again.
+
+    It has room for about 200 KiB, and 12 programs use it, each a block of channels of all rows.
+    """
+    draws = n.N * n.k / n.groups
+    first = _rows_drawn(draws, n.N) / draws
+    kept = min(1.0, 200 * 2**10 / (12 * n.N * 2 * n.BLOCK))
+    return first + (1 - first) * (1 - kept)
+
+
 _OVER_D = {
     "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
     "for d in range(BLOCK_D, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D) - 1,
@@ -312,6 +334,99 @@ EXPECTED = {
                 ),
                 lambda n: 0,
             ),
+        },
+    ),
+    "list_pairs_kernel": Expected(
+        {
+            **_OVER_D,
+            "for j in range(0, k)": lambda n: n.k,
+            "for row in range(0, KEYS + 1)": lambda n: n.KEYS + 1,
+            "for c0 in range(0, C, 128)": lambda n: cdiv(n.C, 128),
+        },
+        {
+            "if pid < B": lambda n: n.B / n.programs,
+            "elif pid < first_key": lambda n: (n.first_key - n.B) / max(1, n.programs - n.B),
+            "elif pid < first_other": lambda n: (
+                (n.first_other - n.first_key) / max(1, n.programs - n.first_key)
+            ),
+            "elif pid == first_other": lambda n: 1 / (n.programs - n.first_other),
+            "if tl.max(b_sum, 0) > _LARGE": lambda n: 0,
+        },
+        {
+            **dict.fromkeys(
+                ("b_s = tl.load(", "tl.store(p_rows", "tl.store(p_pairs"),
+                lambda n: filled(n.N, n.QUERIES),
+            ),
+            "b_x = tl.load(p_x": lambda n: filled(n.N, n.ROWS),
+            "b_row = tl.load(p_indices": lambda n: filled(n.N, n.QUERIES),
+            # What the program has just stored.
+            **dict.fromkeys(("b_row = tl.load(p_rows", "b_count = tl.load(p, m"), lambda n: 0),
+        },
+    ),
+    "query_side_small_kernel": Expected(
+        {
+            **_OVER_C,
+            "for d0 in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
+            "for j in range(0, K)": lambda n: n.K,
+            "for j in tl.range(0, K, loop_unroll_factor=3)": lambda n: n.K / 3,
+            # What is not finite is computed again.
+            "for begin in range(0, ROWS, 16)": lambda n: 0,
+            "for j in range(0, k)": lambda n: 0,
+        },
+        {"if test != 0.0": lambda n: 0},
+        {
+            # A block of channels of all rows of V, or of key, is in L1 when they have been read.
+            **dict.fromkeys(("return b_g * tl.load(", "b_k = tl.load("), _once_in_program),
+            **dict.fromkeys(
+                ("b_g = tl.load(", "b_q = tl.load(", "tl.store(p_dq"),
+                lambda n: filled(n.N, n.ROWS),
+            ),
+            "b_rho = _modulate_rows(tl.load(": lambda n: filled(n.N, n.ROWS) * n.K / n.SLOTS,
+            **dict.fromkeys(
+                (
+                    "b_row = tl.where(m_s, tl.load(p_rows + o_t",
+                    "tl.store(p_rho",
+                    "tl.store(p_factor",
+                    "tl.store(p_along",
+                    "tl.store(p_unit",
+                ),
+                lambda n: filled(n.N, n.ROWS),
+            ),
+            # What the program has just stored or loaded, or of C k elements.
+            **dict.fromkeys(
+                (
+                    "b_row = tl.load(p_rows",
+                    "b_along = b_ds * tl.load(",
+                    "b_unit = tl.load(p_unit + j",
+                    "b_w = tl.load(",
+                ),
+                lambda n: 0,
+            ),
+            "b_unit = b_ds * tl.load(": lambda n: 0,  # M numbers
+        },
+    ),
+    "key_side_small_kernel": Expected(
+        {
+            "for first_key in range(begin, end, KEYS)": lambda n: cdiv(n.M, n.KEYS) / n.groups,
+            "for start in range(first, last, PAIRS)": lambda n: (
+                n.KEYS * n.N * n.k / n.M / n.PAIRS + 0.5
+            ),
+            "for position in range(first, last)": lambda n: 0,
+            "for start in range(0, parts, PARTS)": lambda n: cdiv(n.parts, n.PARTS),
+        },
+        {
+            "if pid >= sum_programs": lambda n: 1 - n.sum_programs / n.programs,
+            "if program < weight_programs": lambda n: (
+                n.weight_programs / max(1, n.programs - n.sum_programs)
+            ),
+            "if block < value_blocks": lambda n: n.value_blocks / max(1, n.blocks),
+            "if test != 0.0": lambda n: 0,
+        },
+        {
+            # A block of channels of all rows of G, or of query, is in L1 when they have been read.
+            "b_x = tl.load(p_x": _once_by_keys,
+            # k rows, and some ones, which all programs read
+            **dict.fromkeys(("b_x = b_x * tl.load(p_weight_rows", "b_one = tl.load("), lambda n: 0),
         },
     ),
     "sort_pairs_kernel": Expected(

@@ -8,6 +8,8 @@
 | `key_side_kernel`, of chunks | key_side.py | sums over parts of long lists |
 | `key_side_kernel`, of keys | key_side.py | dV and dk |
 
+For few tokens and 16 bits there are three others, in backward_small.py.
+
 The backward of `aggregate` or of `select` alone is the same without the other part. What is not
 needed is not computed: its pointers are None.
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from . import configs, hardware
 from .aggregation import RHOS
+from .backward_small import plan_small
 from .batch_parts import batch_parts, new_sums
 from .key_side import key_side_kernel
 from .launch import Buffer, Plan, Pointers, Workspace, cache_plans
@@ -211,6 +214,9 @@ def elements_at_a_time(call: Backward) -> int:
 @cache_plans
 def plan_at_once(call: Backward) -> Plan | None:
     """The plan for all batch elements; None if they are to be divided."""
+    small = plan_small(call)
+    if small is not None:
+        return small
     return plan_backward(call) if elements_at_a_time(call) == call.batch else None
 
 

@@ -17,6 +17,8 @@ INTERPRETER = 0
 LONGEST_LIST = 256
 # Bytes of the workspace for the hits of queries, in any case: with more, the launches are several.
 WORKSPACE = 2**26
+# Of a query in the temporaries of backward_small.py.
+SLOTS = 16
 # Per-thread register cap. Without it ptxas targets higher occupancy and may spill inside loops.
 MOST_REGISTERS = 255
 
@@ -486,6 +488,63 @@ def rows_each(arch: int, B: int, N: int, C: int, k: int, key_blocks: int) -> int
 def allowed_backward(B: int, N: int, M: int, C: int, D: int, k: int) -> int:
     """Bytes of temporary memory of the depthwise backward: what the README promises."""
     return 8 * B * (N * (k + max(C, D)) + M * (C + D)) + WORKSPACE
+
+
+def allows_backward_small(bits: int, N: int, M: int, k: int, metric: str) -> bool:
+    """Whether sizes and metric allow the kernels of backward_small.py.
+
+    Queries and keys are numbers of 8 bits, and slots of 4; a program sorts the pairs of a batch
+    element.
+    """
+    return bits == 16 and N <= 256 and M <= 256 and k <= SLOTS and metric != "euclidean"
+
+
+def list_pairs(arch: int, N: int, D: int, rows: int) -> Config:
+    """Blocks of `list_pairs_kernel`, for tiles of so many queries in `query_side_small_kernel`."""
+    return _config(
+        QUERIES=max(rows, power_of_two(N)),
+        BLOCKS=16,
+        ROWS=32,
+        BLOCK_D=min(64, max(16, power_of_two(D))),
+        num_warps=4,
+    )
+
+
+def query_side_small(arch: int, C: int, D: int, align: int) -> Config:
+    """Blocks of `query_side_small_kernel`. Loads of single elements take more registers."""
+    packed = C % 16 == D % 16 == align % 16 == 0
+    block_c, block_d = (min(64 if packed else 32, max(16, power_of_two(X))) for X in (C, D))
+    return _config(
+        ROWS=16 if arch == INTERPRETER else 64,
+        BLOCK_C=block_c,
+        BLOCK_D=block_d,
+        num_warps=4 if packed else 8,
+        num_stages=1,
+        # 12 warps on a multiprocessor, where that does not spill.
+        maxnreg=168 if packed and arch >= 90 else MOST_REGISTERS,
+    )
+
+
+def key_side_small(arch: int, C: int, D: int) -> Config:
+    """Blocks of `key_side_small_kernel`.
+
+    With one warp, the blocks of channels of all programs on a multiprocessor would not fit in L1.
+    """
+    return _config(
+        KEYS=16,
+        PAIRS=16,
+        BLOCK=min(64, max(16, power_of_two(max(C, D)))),
+        PARTS=64,
+        COLUMNS=16,
+        num_warps=2,
+        num_stages=1,
+    )
+
+
+def keys_each(arch: int, programs: int) -> int:
+    """The keys of a program of `key_side_small_kernel`; so many programs could have all keys of a
+    batch element. With more of them, each row is read from L2 less often."""
+    return 32 if arch == INTERPRETER else 256 if programs >= 1024 else 64
 
 
 def sort_pairs(arch: int) -> Config:
