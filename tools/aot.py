@@ -232,10 +232,10 @@ def configurations(quick: bool) -> list[Any]:
         calls += [call(**plain | images | {"N": N, "D": C, "C": C, "O": O, "k": min(9, N)})]
     calls += [call(**plain | images | {"N": 64, "rho": "softmax", "C": 256, "O": 256})]
     # Few keys in 16 bits, in blocks of 256 of them; single elements; constants.
-    few: dict[str, Any] = {"N": 256, "weight": "dense", "lead": (64,)}
+    few_keys: dict[str, Any] = {"N": 256, "weight": "dense", "lead": (64,)}
     for O, rho in ((128, "ones"), (128, "softmax"), (40, "softmax")):
-        calls += [call(**plain | few | {"O": O, "rho": rho})]
-    calls += [call(**plain | few | ones, only=torch.float16)]
+        calls += [call(**plain | few_keys | {"O": O, "rho": rho})]
+    calls += [call(**plain | few_keys | ones, only=torch.float16)]
     # Pairs, rows and strides beyond 32 bits. Tiles do not depend on them.
     huge = {"N": 2**18, "k": 64, "lead": (3, 100), "only": torch.float16}
     calls += [call(**plain | huge, weight="dense")]
