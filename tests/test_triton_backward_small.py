@@ -259,7 +259,7 @@ def test_pairs_are_sorted_by_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> 
     assert pairs is not None
     assert ends is not None
     present = (call["similarities"] != -math.inf) & (I < M)
-    keys = configs.key_side_small(0, 7, 10)["KEYS"]
+    keys = configs.key_side_small(0, 37, 7, 10)["KEYS"]
     for b in range(B):
         wanted, numbers = [], []
         for block in range(-(-M // keys)):

@@ -47,7 +47,7 @@ def plan_small(call: "Backward") -> Plan | None:
         return None
     query_blocks = configs.query_side_small(call.arch, C, D, call.align)
     list_blocks = configs.list_pairs(call.arch, N, D, query_blocks["ROWS"])
-    key_blocks = configs.key_side_small(call.arch, C, D)
+    key_blocks = configs.key_side_small(call.arch, N, C, D)
     tiles = cdiv(N, query_blocks["ROWS"])
     rows = tiles * query_blocks["ROWS"]
     names = _unneeded(call, metric == "cosine")

@@ -525,18 +525,22 @@ def query_side_small(arch: int, C: int, D: int, align: int) -> Config:
     )
 
 
-def key_side_small(arch: int, C: int, D: int) -> Config:
+def key_side_small(arch: int, N: int, C: int, D: int) -> Config:
     """Blocks of `key_side_small_kernel`.
 
-    With one warp, the blocks of channels of all programs on a multiprocessor would not fit in L1.
+    16 warps on a multiprocessor go through as many blocks of channels of N rows, which L1 should
+    hold. If it does not, two share one.
     """
+    block = min(64, max(16, power_of_two(max(C, D))))
+    is_held = 16 * N * 2 * block <= 200 * 2**10
     return _config(
         KEYS=16,
         PAIRS=16,
-        BLOCK=min(64, max(16, power_of_two(max(C, D)))),
+        BLOCK=block,
         PARTS=64,
         COLUMNS=16,
-        num_warps=2,
+        # Loads of single elements take more instructions with two.
+        num_warps=1 if is_held or C % 16 or D % 16 else 2,
         num_stages=1,
     )
 
