@@ -219,9 +219,10 @@ def _backends(device: str) -> tuple[str, ...]:
     return ("triton", "cuda") if device == "cuda" else ("triton",)
 
 
-# Few columns in one launch; groups of columns; a dense convolution.
+# A row of S in one tile; in several tiles; groups of columns; a dense convolution.
 _RIGHT = {
     "small": Workload(16, 197, 64, 9, "random"),
+    "tiles": Workload(16, 400, 64, 9, "random"),
     "large": Workload(2, 4096, 64, 9, "random"),
     "dense": Workload(4, 1024, 64, 9, "random", outputs=128),
 }
@@ -231,6 +232,7 @@ def right(device: str) -> list[Group]:
     """Every operator, backend and dtype, checked and not timed; on a CPU only a few small ones."""
     peers = ("select", "aggregate", "convnn-all", "convnn-random")
     rows = [(name, w, each) for name, w in _RIGHT.items() for each in peers if name != "dense"]
+    rows = [row for row in rows if row[0] != "tiles" or row[2] == "select"]
     rows += [("dense", _RIGHT["dense"], each) for each in ("convnn-dense", "aggregate-dense")]
     dtypes: Sequence[str] = ("float32", "float16", "bfloat16")
     if device != "cuda":  # Triton's interpreter has no bfloat16

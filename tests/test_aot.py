@@ -62,11 +62,26 @@ def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     path.write_text(f"{path.read_text().replace(change[0], change[1], 1)}\n# a comment\n")
     changed = {name for name, digest in aot_table.source_hashes().items() if digest != before[name]}
     expected = {
-        "order.py": {"finish_kernel", "exact_topk_kernel", "select_small_kernel"},
+        "order.py": {
+            "finish_kernel",
+            "exact_topk_kernel",
+            "select_network_kernel",
+            "select_small_kernel",
+        },
         "configs.py": {"configs"},
         "query_side.py": {"query_side_kernel"},
     }.get(file, set())
     assert changed == expected
+
+
+SELECT_OF_16_BITS = {"select_network_kernel", "select_small_kernel"}
+OF_16_BITS = {
+    *SELECT_OF_16_BITS,
+    "value_grad_one_hot_kernel",
+    "list_pairs_kernel",
+    "query_side_small_kernel",
+    "key_side_small_kernel",
+}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -77,8 +92,7 @@ def test_every_launch_is_there(version: str) -> None:
         for dtype in DTYPES:
             rows = [row for row in table(version)["rows"] if row["arch"] == arch]
             found = {row["kernel"] for row in rows if dtype in row["dtype"].split("+")}
-            of_16_bits = {"select_small_kernel", "value_grad_one_hot_kernel"}
-            assert kernels - found <= (of_16_bits if dtype == "float32" else set())
+            assert kernels - found <= (OF_16_BITS if dtype == "float32" else set())
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -126,7 +140,7 @@ def settings(row: Row) -> dict[str, str]:
 def needs_wgmma(row: Row) -> bool:
     """Whether the main loop of a kernel on sm_90 multiplies matrices that are large enough."""
     values = settings(row)
-    if row["kernel"] == "select_small_kernel":
+    if row["kernel"] in SELECT_OF_16_BITS:
         return int(values["BLOCK_N"]) >= 64
     if row["kernel"] == "weight_grad_dense_kernel":
         return int(values["BLOCK_C"]) >= 64
@@ -202,6 +216,7 @@ def launches() -> dict[str, Any]:
         {**plain, "weight": "depthwise", "metric": "euclidean"},
         {**plain, "N": 200, "weight": "none", "candidates": True},
         {**plain, "N": 200, "weight": "dense"},
+        {**plain, "N": 300, "weight": "none"},
     ]
     calls = [functools.partial(aot.run_both_ways, **each) for each in options]
     found: dict[str, Any] = {}
@@ -376,14 +391,17 @@ def test_a_layout_reaches_every_row(shape: tuple[int, ...]) -> None:
     ("metric", "D", "small"),
     [("dot", 15, False), ("dot", 16, True), ("cosine", 3, True), ("euclidean", 64, False)],
 )
-def test_which_sums_of_tensor_cores_are_returned(metric: str, D: int, small: bool) -> None:
+@pytest.mark.parametrize(("N", "kernel"), [(197, "select_network"), (257, "select_small")])
+def test_which_sums_of_tensor_cores_are_returned(
+    N: int, kernel: str, metric: str, D: int, small: bool
+) -> None:
     """Not those of `dot` over few columns, for which the certificate is stricter."""
     from tools import aot
 
-    options = {"N": 197, "D": D, "C": 8, "O": 8, "k": 9, "weight": "none", "metric": metric}
+    options = {"N": N, "D": D, "C": 8, "O": 8, "k": 9, "weight": "none", "metric": metric}
     launches = aot.record(90, torch.float16, [functools.partial(aot.run_both_ways, **options)])
     names = {launch["kernel"] for launch in launches}
-    assert ("select_small_kernel" in names, "exact_topk_kernel" in names) == (small, not small)
+    assert (f"{kernel}_kernel" in names, "exact_topk_kernel" in names) == (small, not small)
 
 
 # More neighbors than channels: one large batch element, and many small ones.

@@ -210,6 +210,9 @@ def configurations(quick: bool) -> list[Any]:
     # Few columns: all in one launch, and all columns scored; passes of many neighbors.
     for N, k, lead in ((197, 9, (512,)), (500, 32, (64,))):
         calls += [call(**select | {"N": N, "k": k}, lead=lead)]
+    of_dot = {"metric": "dot", "masked": True, "order": "index"}
+    calls += [call(**select | {"N": 64}, **of_dot, with_self=True)]
+    calls += [call(**select | {"N": 300, "k": 12}, candidates=True, itself=True, lead=(1,), M=200)]
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
     calls += [call(**plain | {"N": 197}, weight="depthwise")]
     # Few tokens: blocks of channels that are not full, and the longest rows of slots; other parts.

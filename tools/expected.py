@@ -72,6 +72,18 @@ def _share_that_enters(n: Numbers) -> float:
     return mean(lambda tile: 1 - math.exp(-n.ROWS * n.k / tile), cdiv(n.columns, 1 << n.LOG_TILE))
 
 
+def _share_with_ties(n: Numbers) -> float:
+    """The share of programs with a row of which two of k + 1 neighbors share their first 24 bits.
+
+    Similarities are normal, those of neighbors between one and three of their deviations. The first
+    24 bits leave 2^-16 of a number. The j-th largest of M numbers is about 1 / j of a deviation,
+    over sqrt(2 log M), above the next.
+    """
+    deviation = 1 / math.sqrt(2 * math.log(max(2, n.columns)))
+    of_row = sum(2.0**-15 * 2 * j / deviation for j in range(1, n.k + 1))
+    return 1 - math.exp(-min(n.N, n.BLOCK_N) * of_row)
+
+
 def _turns_of_slot(n: Numbers) -> float:
     """Keys advance through the pairs of a j together, as far as the one that has most of them."""
     return largest(1.0, min(n.M, n.BLOCK_M))
@@ -195,6 +207,23 @@ EXPECTED = {
             "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: _turns_of_tile(
                 n, cdiv(n.columns, n.BLOCK_M), n.BLOCK_N
             ),
+        },
+        masks={
+            "b_q = tl.load": lambda n: filled(n.N, n.BLOCK_N),
+            "b_k = tl.load": lambda n: filled(n.columns, n.BLOCK_M),
+        },
+    ),
+    "select_network_kernel": Expected(
+        _OVER_D
+        | {
+            "for start in range(0, columns, BLOCK_M)": lambda n: 0,
+            "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: 0,
+        },
+        {
+            "if columns > BLOCK_M": lambda n: float(n.columns > n.BLOCK_M),
+            "if tied > 0": _share_with_ties,
+            # Or with this line in the machine code.
+            **dict.fromkeys(("if again > 0", "m_tied = is_column"), lambda n: 0),
         },
         masks={
             "b_q = tl.load": lambda n: filled(n.N, n.BLOCK_N),

@@ -173,6 +173,27 @@ def select_small(arch: int, D: int, k: int, rows: int) -> Config:
     )
 
 
+def allows_select_network(bits: int, D: int, columns: int, k: int, metric: str) -> bool:
+    """Whether the sizes allow `select_network_kernel`, which sums as `select_small_kernel` does."""
+    return allows_select_small(bits, D, columns, k, metric) and columns <= 256 and k <= 15
+
+
+def select_network(arch: int, N: int, D: int, columns: int) -> Config:
+    """Blocks of `select_network_kernel` for N queries of a batch element.
+
+    A warp has 16 rows, so that no row is spread over warps.
+    """
+    largest = 32 if arch == INTERPRETER else 128
+    rows = min(largest, max(16, power_of_two(N)))
+    return _config(
+        BLOCK_N=rows,
+        BLOCK_M=64 if columns <= 64 else 128,
+        BLOCK_D=16 if 80 <= arch < 90 or D <= 16 else 32,
+        num_warps=rows // 16,
+        num_stages=2,
+    )
+
+
 # The sweep: how the columns of a tile are divided among the queues of a row follows from how tensor
 # cores leave a tile in registers, so that no product moves: column (a QUEUES + q) PAIR + p belongs
 # to queue q.

@@ -288,6 +288,7 @@ def settle_cache_keys() -> None:
         "float16",
         "inverse_norms",
         "products",
+        "networks",
     )
     names = [f"{__package__}.{name}" for name in (*functions, "append")]
     for name in (*names, *(kernel.module for kernel in KERNELS.values())):

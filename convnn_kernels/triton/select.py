@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The k nearest keys of every query: S = Q K^T (Eq. 3), s_i = k-max and I_i = k-argmax (Eq. 4, 5).
 
-S is never stored. This file chooses among four strategies, which return the same neighbors:
+S is never stored. This file chooses among five strategies, which return the same neighbors:
 
 | file | strategy | where |
 |---|---|---|
+| select_network.py | one launch, a row of S is one tile | 16 bits, up to 256 columns, k <= 15 |
 | select_small.py | one launch, tiles of S in registers | 16 bits, fewer than 512 columns, k <= 32 |
 | select_large.py | a threshold, the columns that reach it, and the best of these | k <= 64 |
 | exact_topk.py | all columns, in one launch | fewer than 512 columns, or k <= 256 |
@@ -24,6 +25,7 @@ from .exact_topk import select_all_columns, select_in_passes
 from .launch import Pointers, cache_plans
 from .search import Search, prepare
 from .select_large import select_large
+from .select_network import select_network
 from .select_small import select_small
 
 
@@ -59,9 +61,13 @@ def empty_results(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def select_otherwise(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -> None:
     """A search that `select_large` does not take; s and I are among the pointers."""
-    # `select_small` expects the token itself among the columns.
+    # These two expect the token itself among the columns.
     self_is_column = not (search.has_candidates and search.has_self)
-    if self_is_column and configs.allows_select_small(
+    if self_is_column and configs.allows_select_network(
+        search.bits, search.Q.D, search.columns, search.k, search.metric
+    ):
+        select_network(search, pointers)
+    elif self_is_column and configs.allows_select_small(
         search.bits, search.Q.D, search.columns, search.k, search.metric
     ):
         select_small(search, pointers)

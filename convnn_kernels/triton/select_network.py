@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: MIT
+"""Select where a row of S is one tile, by networks of comparators, in one launch.
+
+A program has BLOCK_N queries and all columns. Tensor cores leave S [BLOCK_N, BLOCK_M] in registers,
+and the norms of the cosine are sums over the same blocks of query and key. Networks (networks.py)
+then find the 16 largest numbers of a row, of which k, at most 15, are its neighbors.
+
+What they compare is one float32 with the similarity in its first 24 bits and the column in its last
+8: then no column has to be carried along. The 8 bits that the column takes the place of are kept
+aside, four to a word, and the 16 similarities of a row are put together again. They are in order
+already, but where two of them share their first 24 bits: then a program sorts its lists again, by
+the order of order.py.
+
+The networks do not do where the similarity in place k shares its 24 bits with the last one of the
+list, which then may lack others that do, too, and where a product is not finite or its rows should
+be scaled (norms.py). A program with such a row computes S again, exactly as it should be, and takes
+the neighbors of those rows out of it one by one, as in select_small.py.
+
+Shapes as in select.py. With candidates, self_indices must be None.
+"""
+
+import triton
+import triton.language as tl
+
+from . import configs, hardware
+from .integers import aligned
+from .launch import Kernel, Plan, Pointers, cache_plans
+from .metrics import COSINE
+from .networks import best_of_four, join_16, merge_16, merge_lists
+from .norms import norms_of_rows, rescales
+from .order import (
+    FIXED,
+    NO_ORDER,
+    NOTHING,
+    ORDER_OF_SELF,
+    insert,
+    largest,
+    orderable,
+    pack,
+    store_list,
+)
+from .search import Search
+from .tensors import alignment, cdiv
+
+_FIRST_24 = tl.constexpr(-256)
+# Beyond these, a product or a sum of squares is not to be relied on.
+_LARGEST_SUM = tl.constexpr(3e38)
+_LARGEST_SQUARES = tl.constexpr(1e36)
+# The largest sum of squares whose root is at most 1e-12 in float32.
+_ZERO = tl.constexpr(1e-24)
+# Beyond _LARGEST_SUM: the first 24 bits of a column that is none, and those of the token itself.
+_NONE = tl.constexpr(-0x800100)
+_SELF = tl.constexpr(0x7F7FFF00)
+_SELF_AS_FLOAT = tl.constexpr((2.0 - 2.0**-15) * 2.0**127)
+
+
+@triton.jit
+def _inverse_root(b_squares):
+    """1 / sqrt(b_squares) to a unit in the last place; 0 where the root is at most 1e-12."""
+    b_root = tl.rsqrt(b_squares)
+    b_root += b_root * (0.5 - 0.5 * b_squares * b_root * b_root)
+    return tl.where(b_squares <= _ZERO, 0.0, b_root)
+
+
+@triton.jit
+def _inverse(norm):
+    """1 / norm, 0 of 0."""
+    return tl.where(norm == 0.0, 0.0, tl.div_rn(1.0, tl.where(norm == 0.0, 1.0, norm)))
+
+
+@triton.jit
+def _through_memory(b_x):
+    """b_x [n] through shared memory, where each element is written and read by one thread.
+
+    What several threads would compute each for itself, before or behind it, is computed once.
+    """
+    return tl.gather(b_x, tl.arange(0, b_x.shape[0]), 0)
+
+
+@triton.jit
+def _columns(
+    start,
+    p_k,  # key of the batch element
+    p_columns,  # [R] int64, or None
+    p_m,  # [M] bool, or None
+    M,
+    columns,
+    stride_km,
+    BLOCK_M: tl.constexpr,
+):
+    """Of BLOCK_M columns from `start` on: the rows of key, their numbers, and which there are."""
+    o_c = start + tl.arange(0, BLOCK_M)
+    m_c, row = o_c < columns, o_c.to(tl.int64)
+    if p_columns is not None:
+        row = tl.load(p_columns + o_c, m_c, -1)
+        m_c = m_c & (row >= 0) & (row < M)
+    if p_m is not None:
+        m_c = m_c & (tl.load(p_m + row, m_c, 0) != 0)
+    return p_k + row * stride_km, row, m_c
+
+
+@triton.jit
+def _products(
+    p_q,  # [BLOCK_N]: rows of query
+    p_k,  # [BLOCK_M]: rows of key
+    m_n,  # [BLOCK_N]
+    m_c,  # [BLOCK_M]
+    scale_q,  # [BLOCK_N]: powers of two, or zero, by which rows are multiplied first; or None
+    scale_k,  # [BLOCK_M], or None
+    D,
+    OF_QUERIES: tl.constexpr,
+    OF_KEYS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """q k of each pair, [BLOCK_N, BLOCK_M]; and the sums of squares of queries and keys, or 0."""
+    o_d = tl.arange(0, BLOCK_D)
+    b_s = tl.zeros([p_q.shape[0], p_k.shape[0]], tl.float32)
+    squares_q = tl.zeros([p_q.shape[0]], tl.float32)
+    squares_k = tl.zeros([p_k.shape[0]], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        m_d = (d + o_d < D)[None, :]
+        b_q = tl.load(p_q[:, None] + (d + o_d)[None, :], m_n[:, None] & m_d, 0.0)
+        b_k = tl.load(p_k[:, None] + (d + o_d)[None, :], m_c[:, None] & m_d, 0.0)
+        if scale_q is not None:
+            b_q = (b_q.to(tl.float32) * scale_q[:, None]).to(b_q.dtype)
+            b_k = (b_k.to(tl.float32) * scale_k[:, None]).to(b_k.dtype)
+        b_s = tl.dot(b_q, tl.trans(b_k), b_s)
+        if OF_QUERIES:
+            b_x = b_q.to(tl.float32)
+            squares_q += tl.sum(b_x * b_x, 1)
+        if OF_KEYS:
+            b_x = b_k.to(tl.float32)
+            squares_k += tl.sum(b_x * b_x, 1)
+    return b_s, squares_q, squares_k
+
+
+@triton.jit
+def _last_8_bits(b_bits):
+    """The last 8 bits of b_bits [rows, n], four to a word: [n / 4 * rows].
+
+    A word has those of 4 columns that one thread has of 16; threads of a warp have adjacent words.
+    """
+    rows: tl.constexpr = b_bits.shape[0]
+    n: tl.constexpr = b_bits.shape[1]
+    # Column 16 a + 8 b + 2 c + d is byte 2 b + d of word (a, c).
+    b_x = tl.reshape(b_bits & 255, [rows, n // 16, 2, 4, 2])
+    b_x = b_x << (16 * tl.arange(0, 2)[:, None, None] + 8 * tl.arange(0, 2)[None, None, :])
+    b_word = tl.permute(tl.sum(tl.sum(b_x, 4), 2), [1, 0, 2])
+    return tl.reshape(b_word, [n // 4 * rows])
+
+
+@triton.jit
+def _with_last_8_bits(b_code, b_words, BLOCK_M: tl.constexpr):
+    """The float32 of entries b_code [rows, 16], which have the column in their last 8 bits."""
+    rows: tl.constexpr = b_code.shape[0]
+    b_column = 255 - (b_code & 255)
+    b_of_tile = b_column % BLOCK_M
+    b_place = ((b_of_tile // 16) * rows + tl.arange(0, rows)[:, None]) * 4 + b_of_tile // 2 % 4
+    b_place = 2 * b_place + b_column // BLOCK_M
+    b_word = tl.gather(b_words, tl.reshape(b_place, [rows * 16]), 0)
+    b_shift = (b_column // 8 % 2) * 16 + (b_column % 2) * 8
+    b_bits = (tl.reshape(b_word, [rows, 16]) >> b_shift) & 255
+    return ((b_code & _FIRST_24) | b_bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _best_of_tile(
+    start: tl.constexpr,
+    p_q,  # [BLOCK_N]: rows of query
+    m_n,  # [BLOCK_N]
+    self_row,  # [BLOCK_N] int64
+    inverse_q,  # [BLOCK_N]: 1 / norm of the queries, if it is known
+    p_k,  # key of the batch element
+    p_columns,  # [R] int64, or None
+    p_m,  # [M] bool, or None
+    M,
+    D,
+    columns,
+    stride_km,
+    METRIC: tl.constexpr,
+    HAS_SELF: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of BLOCK_M columns: the 16 largest codes of a row, in four lists; the last 8 bits of all its
+    similarities, that of the token itself, or 0, and 1 if not all of them can be relied on. And
+    1 / norm of the queries.
+    """
+    p_rows, row, m_c = _columns(start, p_k, p_columns, p_m, M, columns, stride_km, BLOCK_M)
+    OF_KEYS: tl.constexpr = METRIC == COSINE
+    OF_QUERIES: tl.constexpr = OF_KEYS and start == 0
+    b_s, squares_q, squares_k = _products(
+        p_q, p_rows, m_n, m_c, None, None, D, OF_QUERIES, OF_KEYS, BLOCK_D
+    )
+    # Comparisons with NaN are false.
+    if OF_KEYS:
+        unfit = tl.max(tl.where(squares_k < _LARGEST_SQUARES, 0, 1), 0)
+        unfit = tl.where(squares_q < _LARGEST_SQUARES, unfit, 1)
+    else:
+        unfit = tl.where(tl.sum(tl.abs(b_s), 1) < _LARGEST_SUM, 0, 1)
+    if OF_QUERIES:
+        inverse_q = _inverse_root(squares_q)
+    if OF_KEYS:
+        b_s = b_s * inverse_q[:, None] * _inverse_root(squares_k)[None, :]
+    b_s = b_s + 0.0  # -0 becomes 0
+    b_s_self = tl.zeros(m_n.shape, tl.float32)
+    if HAS_SELF:
+        is_self = m_c[None, :] & (row[None, :] == self_row[:, None])
+        b_s_self = tl.sum(tl.where(is_self, b_s, 0.0), 1)
+        b_s = tl.where(is_self, _SELF_AS_FLOAT, b_s)
+
+    b_bits = b_s.to(tl.int32, bitcast=True)
+    b_words = _last_8_bits(b_bits)
+    # Of a column that is none, the similarity is 0.
+    b_last = 255 - (start + tl.arange(0, BLOCK_M))
+    b_last = _through_memory(tl.where(m_c, b_last, b_last | _NONE))
+    b_code = (b_bits & _FIRST_24) | b_last[None, :]
+    lists = best_of_four(b_code.to(tl.float32, bitcast=True), INTERPRETED)
+    return lists, b_words, b_s_self, unfit, inverse_q
+
+
+@triton.jit
+def _list_of_codes(
+    lists,  # 16 blocks [BLOCK_N, 1]: codes, descending
+    b_words,  # the last 8 bits of all similarities
+    p_columns,  # [R] int64, or None
+    m_n,  # [BLOCK_N]
+    k,
+    BLOCK_M: tl.constexpr,
+):
+    """The list of each row (order.py), [BLOCK_N, 16], and which rows may lack a neighbor."""
+    BLOCK_N: tl.constexpr = m_n.shape[0]
+    ALL: tl.constexpr = BLOCK_N * 16
+    # Four threads have the same lists.
+    b_code = _through_memory(tl.reshape(join_16(*lists), [ALL])).to(tl.int32, bitcast=True)
+    b_next = _through_memory(tl.reshape(join_16(*lists[1:], lists[15]), [ALL]))
+    b_code = tl.reshape(b_code, [BLOCK_N, 16])
+    b_first = b_code & _FIRST_24
+    b_next = tl.reshape(b_next.to(tl.int32, bitcast=True) & _FIRST_24, [BLOCK_N, 16])
+    is_column = b_first != _NONE
+    o_l = tl.arange(0, 16)[None, :]
+    m_tied = is_column & (o_l < k) & (b_first == b_next)
+    last = tl.sum(tl.where(o_l == 15, b_first, 0), 1)[:, None]
+    m_lacks = is_column & (o_l == k - 1) & (b_first == last)
+
+    b_order = orderable(_with_last_8_bits(b_code, b_words, BLOCK_M))
+    b_order = tl.where(b_first == _SELF, ORDER_OF_SELF, b_order)
+    b_row = (255 - (b_code & 255)).to(tl.int64)
+    if p_columns is not None:
+        b_row = tl.load(p_columns + b_row, is_column, 0)
+    b_list = tl.where(is_column, pack(b_order, b_row), NOTHING)
+    tied = tl.max(tl.max(m_tied.to(tl.int32), 1) * m_n, 0)
+    if tied > 0:
+        b_list = largest(b_list, 4, 4, 0)
+    return b_list, tl.max(m_lacks.to(tl.int32), 1) > 0
+
+
+@triton.jit
+def _one_by_one(
+    p_q,  # [BLOCK_N]: rows of query
+    m_n,  # [BLOCK_N]
+    self_row,  # [BLOCK_N] int64
+    p_k,  # key of the batch element
+    p_columns,  # [R] int64, or None
+    p_m,  # [M] bool, or None
+    M,
+    D,
+    columns,
+    k,
+    stride_km,
+    METRIC: tl.constexpr,
+    RESCALE: tl.constexpr,
+    HAS_SELF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The lists of all rows, whatever they have, and the similarities of the tokens themselves."""
+    BLOCK_N: tl.constexpr = m_n.shape[0]
+    inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
+    if METRIC == COSINE:
+        norm_q, scale_q = norms_of_rows(p_q, None, m_n, m_n, D, RESCALE, BLOCK_N, BLOCK_D)
+        inverse_q = _inverse(norm_q)
+        # Products of a row that counts as zero are zero.
+        scale_q = tl.where(norm_q == 0.0, 0.0, scale_q)
+    b_s_self = tl.zeros([BLOCK_N], tl.float32)
+    # Empty entries differ, so that each can be found as the lowest one.
+    o_l = tl.arange(0, 16)[None, :]
+    b_list = tl.full([BLOCK_N, 16], NOTHING, tl.int64) + o_l
+    b_list = tl.where(o_l < k, b_list, FIXED)
+    b_lowest = tl.min(b_list, 1)
+    for start in range(0, columns, BLOCK_M):
+        p_rows, row, m_c = _columns(start, p_k, p_columns, p_m, M, columns, stride_km, BLOCK_M)
+        if METRIC == COSINE:
+            norm_k, scale_k = norms_of_rows(p_rows, None, m_c, m_c, D, RESCALE, BLOCK_M, BLOCK_D)
+            scale_k = tl.where(norm_k == 0.0, 0.0, scale_k)
+            b_s, _, _ = _products(p_q, p_rows, m_n, m_c, scale_q, scale_k, D, False, False, BLOCK_D)
+            b_s = b_s * inverse_q[:, None] * _inverse(norm_k)[None, :]
+        else:
+            b_s, _, _ = _products(p_q, p_rows, m_n, m_c, None, None, D, False, False, BLOCK_D)
+        m = m_n[:, None] & m_c[None, :]
+        b_order = tl.where(m, orderable(b_s), NO_ORDER)
+        if HAS_SELF:
+            is_self = m & (row[None, :] == self_row[:, None])
+            b_s_self += tl.sum(tl.where(is_self, b_s, 0.0), 1)
+            b_order = tl.where(is_self, ORDER_OF_SELF, b_order)
+        b_list, b_lowest = insert(b_list, b_lowest, b_order, row.to(tl.int32))
+    b_list = tl.where((o_l < k) & (b_list >= NOTHING + 16), b_list, NOTHING)
+    return largest(b_list, 4, 4, 0), b_s_self
+
+
+@Kernel
+def select_network_kernel(
+    p_query,  # [B, N, D]
+    p_key,  # [B, M, D]
+    p_columns,  # [R] int64, or None
+    p_mask,  # [B, M] bool, or None
+    p_self,  # [N] int64, or None
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    N,
+    M,
+    D,
+    columns,
+    k,
+    B2,
+    stride_qb1,
+    stride_qb2,
+    stride_qn,
+    stride_kb1,
+    stride_kb2,
+    stride_km,
+    stride_mb1,
+    stride_mb2,
+    ALIGN: tl.constexpr,
+    METRIC: tl.constexpr,
+    BY_INDEX: tl.constexpr,
+    RESCALE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """All of `select` for BLOCK_N queries."""
+    stride_qb1 = aligned(stride_qb1, ALIGN)
+    stride_qb2 = aligned(stride_qb2, ALIGN)
+    stride_qn = aligned(stride_qn, ALIGN)
+    stride_kb1 = aligned(stride_kb1, ALIGN)
+    stride_kb2 = aligned(stride_kb2, ALIGN)
+    stride_km = aligned(stride_km, ALIGN)
+    HAS_SELF: tl.constexpr = p_self is not None
+    pid = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    b = pid // row_blocks
+    b1, b2 = b // B2, b % B2
+    o_n = (pid % row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + o_n * stride_qn
+    p_k = p_key + b1 * stride_kb1 + b2 * stride_kb2
+    p_m = p_mask
+    if p_mask is not None:
+        p_m = p_mask + b1 * stride_mb1 + b2 * stride_mb2
+    self_row = tl.full([BLOCK_N], -1, tl.int64)
+    if HAS_SELF:
+        self_row = tl.load(p_self + o_n, m_n, -1)
+    inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
+
+    lists, b_words, b_s_self, unfit, inverse_q = _best_of_tile(
+        0,
+        p_q,
+        m_n,
+        self_row,
+        inverse_q,
+        p_k,
+        p_columns,
+        p_m,
+        M,
+        D,
+        columns,
+        stride_km,
+        METRIC,
+        HAS_SELF,
+        INTERPRETED,
+        BLOCK_M,
+        BLOCK_D,
+    )
+    b_more_words = b_words
+    if columns > BLOCK_M:
+        more, b_more_words, b_more_self, more_unfit, _ = _best_of_tile(
+            BLOCK_M,
+            p_q,
+            m_n,
+            self_row,
+            inverse_q,
+            p_k,
+            p_columns,
+            p_m,
+            M,
+            D,
+            columns,
+            stride_km,
+            METRIC,
+            HAS_SELF,
+            INTERPRETED,
+            BLOCK_M,
+            BLOCK_D,
+        )
+        lists = merge_16(*lists, *more)
+        b_s_self += b_more_self
+        unfit = unfit | more_unfit
+    b_words = tl.reshape(tl.join(b_words, b_more_words), [2 * b_words.shape[0]])
+    lists = merge_lists(lists, 1, INTERPRETED)
+    b_list, m_lacks = _list_of_codes(lists, b_words, p_columns, m_n, k, BLOCK_M)
+    m_again = m_n & (m_lacks | (unfit > 0))
+    again = tl.max(m_again.to(tl.int32), 0)
+    if again > 0:
+        # It is 1; the compiler, which does not know that, keeps no addresses until here.
+        o_n = o_n + (again - 1)
+        p_q = p_query + b1 * stride_qb1 + b2 * stride_qb2 + o_n * stride_qn
+        m_n = o_n < N
+        b_new, b_new_self = _one_by_one(
+            p_q,
+            m_n,
+            self_row,
+            p_k,
+            p_columns,
+            p_m,
+            M,
+            D,
+            columns,
+            k,
+            stride_km,
+            METRIC,
+            RESCALE,
+            HAS_SELF,
+            64,
+            BLOCK_D,
+        )
+        b_list = tl.where(m_again[:, None], b_new, b_list)
+        b_s_self = tl.where(m_again, b_new_self, b_s_self)
+    o_r = b * N + o_n
+    p_s, p_i = p_similarities + o_r * k, p_indices + o_r * k
+    store_list(b_list, b_s_self, p_s, p_i, m_n, k, 0, HAS_SELF, BY_INDEX, 4)
+
+
+@cache_plans
+def plan_select_network(search: Search) -> Plan:
+    Q, K = search.Q, search.K
+    config = configs.select_network(search.arch, Q.N, Q.D, search.columns)
+    launch = select_network_kernel.prepare(
+        Q.B * cdiv(Q.N, config["BLOCK_N"]),
+        config,
+        # Rows are read where they lie, not scaled.
+        **search.numbers() | Q.strides("q") | K.strides("k") | {"ALIGN": alignment(Q, K)},
+        RESCALE=rescales(search.dtype),
+        INTERPRETED=hardware.interpreted(),
+    )
+    return Plan([launch])
+
+
+def select_network(search: Search, pointers: Pointers) -> None:
+    plan_select_network(search)(pointers)

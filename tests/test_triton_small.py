@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""`select_network_kernel`, for few columns of 16 bits, in Triton's interpreter.
+
+They need a process of their own, started with ``TRITON_INTERPRET=1``, as those of test_triton.py.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import convnn_kernels
+from convnn_kernels.triton import backend, configs
+from python_ref import assert_select
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
+        reason="needs TRITON_INTERPRET=1 and Triton",
+    ),
+    # What NumPy says of NaN and infinity within the interpreter.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+ops = torch.ops.convnn
+F16 = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> Iterator[None]:
+    with convnn_kernels.backend("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No plan that was made with configurations of another test, and no sweep of 128 columns."""
+    monkeypatch.setattr(configs, "allows_sweep", lambda *_: False)
+    forget_plans()
+    yield
+    monkeypatch.undo()
+    forget_plans()
+
+
+def forget_plans() -> None:
+    from convnn_kernels.triton.launch import forget_plans
+
+    forget_plans()
+
+
+class Watch:
+    """How many programs took neighbors out of their rows one by one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from convnn_kernels.triton import select_network
+
+        self.programs = 0
+        one_by_one = select_network._one_by_one
+
+        def count(*arguments: object) -> object:
+            self.programs += 1
+            return one_by_one(*arguments)
+
+        monkeypatch.setattr(select_network, "_one_by_one", count)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+def integers(*shape: int, most: int = 3, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-most, most + 1, shape, generator=generator).to(F16)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(F16)
+
+
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize(
+    ("B", "N", "M", "k", "most"),
+    [
+        (3, 5, 5, 5, 60),
+        (1, 37, 37, 15, 60),
+        (2, 3, 130, 9, 60),
+        (1, 34, 197, 9, 1),
+        (1, 2, 256, 1, 3),
+    ],
+)
+def test_the_same_bits_as_the_other_strategies(
+    B: int,
+    N: int,
+    M: int,
+    k: int,
+    most: int,
+    order: str,
+    watch: Watch,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sums are exact. Numbers of up to 1 tie in every place, larger ones hardly."""
+    query, key = integers(B, N, 21, most=most), integers(B, M, 21, most=most, seed=1)
+    options = {"metric": "dot", "order": order}
+    s, I = assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
+    assert (watch.programs > 0) == (most == 1)
+    for left_out in ("allows_select_network", "allows_select_small"):
+        monkeypatch.setattr(configs, left_out, lambda *_: False)
+        forget_plans()
+        other = ops.select(query, key, k, **options)
+        assert torch.equal(s, other[0])
+        assert torch.equal(I, other[1])
+
+
+def with_common_bits(share: int) -> tuple[Tensor, Tensor]:
+    """Query [2, 16] and key [150, 16] with dot products 2^n + 0, ..., 149 in some order, and the
+    opposite ones. So many of them share their first 24 bits, which leave units of 2^(n - 15).
+    """
+    n = 15 + share.bit_length() - 1
+    query, key = torch.zeros(2, 16), torch.zeros(150, 16)
+    query[0, 3], query[0, 7] = 256.0, 1.0
+    query[1] = -query[0]
+    key[:, 3] = 2.0 ** (n - 8)
+    key[:, 7] = torch.randperm(150, generator=torch.Generator().manual_seed(0))
+    return query.to(F16), key.to(F16)
+
+
+def assert_in_order(query: Tensor, key: Tensor, k: int) -> None:
+    """Sums of these products are exact, though larger than `assert_select` allows."""
+    s, I = ops.select(query, key, k, metric="dot")
+    S = query.double() @ key.double().mT
+    expected = S.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(I, expected)
+    assert torch.equal(s.double(), S.gather(1, expected))
+
+
+@pytest.mark.parametrize("share", [2, 4])
+def test_neighbors_that_share_their_first_24_bits(share: int, watch: Watch) -> None:
+    """A list has all that do, in the order of the columns or the opposite one."""
+    query, key = with_common_bits(share)
+    assert_in_order(query, key, 9)
+    assert watch.programs == 0
+
+
+@pytest.mark.parametrize("k", [2, 9, 15])
+def test_more_that_share_them_than_a_list_holds(k: int, watch: Watch) -> None:
+    query, key = with_common_bits(32)
+    assert_in_order(query, key, k)
+    assert watch.programs == 1
+    # Or all their bits: the first columns are the nearest.
+    assert_in_order(query, key[:1].expand(200, 16), k)
+    assert watch.programs == 2
+
+
+def test_a_row_does_not_depend_on_what_others_of_its_program_are(watch: Watch) -> None:
+    query, key = normal(32, 24), normal(70, 24, seed=1)
+    s, I = ops.select(query, key, 7)
+    assert watch.programs == 0
+    query = query.clone()
+    query[3], query[20] = math.nan, 0.0
+    changed_s, changed_I = ops.select(query, key, 7)
+    assert watch.programs == 1
+    others = (torch.arange(32) != 3) & (torch.arange(32) != 20)
+    assert torch.equal(s[others], changed_s[others])
+    assert torch.equal(I[others], changed_I[others])
+
+
+SPECIAL = {
+    "nan_rows": lambda X: X.index_fill_(0, torch.tensor([5, 101]), math.nan),
+    "infinite_rows": lambda X: X.index_fill_(0, torch.tensor([7, 120]), -math.inf),
+    "one_infinite_column": lambda X: X[100:120, 2:3].fill_(-math.inf),
+    "zero_rows": lambda X: X.index_fill_(0, torch.arange(0, 140, 2), 0.0),
+    "negative_zero": lambda X: X.index_fill_(0, torch.arange(40, 140), -0.0),
+    "constant": lambda X: X.fill_(0.3),
+    "largest": lambda X: X[5:140:3].fill_(torch.finfo(F16).max),
+}
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("special", SPECIAL)
+def test_special_values(special: str, metric: str) -> None:
+    query, key = normal(6, 21), normal(140, 21, seed=1)
+    SPECIAL[special](key)
+    query[1], query[2, 3], query[3] = 0.0, math.nan, -0.0
+    query[4, 0] = math.inf
+    assert_select(ops.select, query, key, 6, metric=metric, backward=False)
+
+
+OPTIONS = {
+    "mask": {"key_mask": torch.arange(140) % 7 == 3},
+    "few_left": {"key_mask": (torch.arange(140) == 3) | (torch.arange(140) == 139)},
+    "none_left": {"key_mask": torch.zeros(140, dtype=torch.bool)},
+    "candidates": {"candidates": torch.arange(139, 0, -2)},
+    "few_candidates_and_mask": {
+        "candidates": (torch.arange(9) * 17) % 140,
+        "key_mask": torch.arange(140) % 3 == 0,
+    },
+    "self": {"self_indices": torch.tensor([0, 130, 139, 7, 8])},
+    "self_and_mask": {
+        "self_indices": torch.tensor([0, 130, 139, 7, 8]),
+        "key_mask": torch.arange(140) % 2 == 0,
+    },
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize("most", [1, 60])
+def test_options(option: str, order: str, most: int) -> None:
+    """With ties and hardly any. All similarities of a query are negative."""
+    query, key = integers(5, 18, most=most), integers(140, 18, most=most, seed=1)
+    key, query[4] = key.abs(), -query[4].abs() - 1
+    options = OPTIONS[option] | {"metric": "dot", "order": order}
+    assert_select(ops.select, query, key, 4, **options, exact=True, backward=False)
+
+
+def test_missing_neighbors_are_no_ties(watch: Watch) -> None:
+    query, key = integers(5, 18, most=60), integers(140, 18, most=60, seed=1)
+    options = OPTIONS["few_left"] | {"metric": "dot"}
+    assert_select(ops.select, query, key, 4, **options, exact=True, backward=False)
+    assert watch.programs == 0
+
+
+@pytest.mark.parametrize("option", ["self", "mask"])
+def test_options_of_the_cosine(option: str) -> None:
+    """What is masked is NaN."""
+    query, key = normal(5, 18), normal(140, 18, seed=1)
+    options = OPTIONS[option]
+    if "key_mask" in options:
+        key[~options["key_mask"]] = math.nan
+    assert_select(ops.select, query, key, 15, **options, backward=False)
+
+
+def test_rows_of_any_strides() -> None:
+    query = normal(2, 3, 40, seed=2)[:, :, 8:29].transpose(0, 1)
+    key = normal(1, 90, 25, seed=3)[:, ::2, 4:].expand(3, 45, 21).unsqueeze(1)
+    key = key.expand(3, 2, 45, 21)
+    assert_select(ops.select, query.unsqueeze(2), key, 9)
+
+
+@pytest.mark.parametrize("what", ["all", "queries", "last keys"])
+def test_rows_that_are_scaled_first(
+    what: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if float16 had the range of bfloat16, and rows were large that are not."""
+    import triton.language as tl
+
+    from convnn_kernels.triton import select_network
+
+    largest = {"all": 0.0, "queries": 21.0, "last keys": 1000.0}[what]
+    monkeypatch.setattr(select_network, "_LARGEST_SQUARES", tl.constexpr(largest))
+    monkeypatch.setattr(select_network, "rescales", lambda _: True)
+    query, key = normal(20, 21), normal(140, 21, seed=1) * 2.0**-6
+    key[135] *= 2.0**12 if what == "last keys" else 1
+    assert_select(ops.select, query, key, 9, backward=False)
+    assert watch.programs == 1
