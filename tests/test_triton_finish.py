@@ -325,7 +325,7 @@ def test_pairs_of_bfloat16_are_widened() -> None:
 
     from convnn_kernels.triton import finish, ptx_interpreter
 
-    found = re.search(r'"(shl\..*?)"', inspect.getsource(finish._as_float32.fn))
+    found = re.search(r'"(shl\..*?)"', inspect.getsource(finish.as_float32.fn))
     assert found is not None
     x = torch.cat([normal(62), torch.tensor([math.inf, -0.0])]).bfloat16()
     pairs = x.view(torch.int32).numpy().view("uint32")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import convnn_kernels
 from convnn_kernels.triton import backend, configs
-from python_ref import assert_select
+from python_ref import assert_forward, assert_select
 
 pytestmark = [
     pytest.mark.triton,
@@ -258,3 +258,72 @@ def test_rows_that_are_scaled_first(
     key[135] *= 2.0**12 if what == "last keys" else 1
     assert_select(ops.select, query, key, 9, backward=False)
     assert watch.programs == 1
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels of a call."""
+    from convnn_kernels.triton.launch import Launch
+
+    names: list[str] = []
+    by_triton = Launch.by_triton
+
+    def note(launch: Launch, pointers: object) -> object:
+        names.append(launch.kernel.name)
+        return by_triton(launch, pointers)
+
+    monkeypatch.setattr(Launch, "by_triton", note)
+    return names
+
+
+@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize(
+    ("N", "M", "C", "k", "rho", "has_weight", "metric"),
+    [
+        (37, 37, 20, 9, "softmax", True, "cosine"),
+        (5, 130, 80, 15, "softmax", False, "dot"),
+        (33, 70, 64, 1, "ones", True, "cosine"),
+        (4, 4, 1, 4, "similarity", False, "dot"),
+        (18, 60, 66, 9, "similarity", True, "cosine"),
+    ],
+)
+def test_forward_in_one_launch(
+    N: int,
+    M: int,
+    C: int,
+    k: int,
+    rho: str,
+    has_weight: bool,
+    metric: str,
+    order: str,
+    launched: list[str],
+) -> None:
+    query, key, value = normal(3, N, 21), normal(3, M, 21, seed=1), normal(3, M, C, seed=2)
+    weight = normal(C, 1, k, seed=3) / 8 if has_weight else None
+    bias = normal(C, seed=4) if has_weight else None
+    scale = 0.7 if rho == "softmax" else 1.0
+    options = {"rho": rho, "metric": metric, "order": order, "scale": scale}
+    with torch.no_grad():
+        ops.forward(query, key, value, k, weight, bias, **options)
+    assert launched == ["select_network_kernel"]
+    assert_forward(ops.forward, query, key, value, k, weight, bias, **options, backward=False)
+
+
+@pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])
+def test_values_of_missing_neighbors_do_not_matter(rho: str) -> None:
+    """Nor do those of rows behind the last query: the first value, which no mask allows, is NaN."""
+    query, key, value = normal(2, 19, 21), normal(2, 30, 21, seed=1), normal(2, 30, 20, seed=2)
+    mask = torch.arange(60).view(2, 30) % 30 > 3
+    mask[0, 7:] = False
+    value[~mask] = math.nan
+    weight = normal(20, 1, 5, seed=3)
+    assert_forward(
+        ops.forward, query, key, value, 5, weight, key_mask=mask, rho=rho, backward=False
+    )
+
+
+def test_values_of_batch_elements_that_share_their_keys() -> None:
+    """Value and strides of its own. The queries of all are those of one batch element."""
+    query, value = normal(2, 3, 7, 21), normal(3, 2, 30, 24, seed=2).transpose(0, 1)[..., 2:22]
+    key = normal(30, 21, seed=1).expand(2, 3, 30, 21)
+    assert_forward(ops.forward, query, key, value, 5, normal(20, 1, 5, seed=3))

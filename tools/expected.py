@@ -217,17 +217,24 @@ EXPECTED = {
         _OVER_D
         | {
             "for start in range(0, columns, BLOCK_M)": lambda n: 0,
+            "for start in range(0, C * k, BLOCK)": lambda n: cdiv(n.C * n.k, 8 * n.BLOCK_N),
+            "for c in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C),
+            "for j in range(0, k)": lambda n: n.k,
             "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: 0,
         },
         {
             "if columns > BLOCK_M": lambda n: float(n.columns > n.BLOCK_M),
             "if tied > 0": _share_with_ties,
+            "if missing > 0": lambda n: 0,
             # Or with this line in the machine code.
             **dict.fromkeys(("if again > 0", "m_tied = is_column"), lambda n: 0),
         },
         masks={
             "b_q = tl.load": lambda n: filled(n.N, n.BLOCK_N),
             "b_k = tl.load": lambda n: filled(n.columns, n.BLOCK_M),
+            # Rows of V of a batch element, each by the first of those that gather it.
+            "b_v = tl.load": lambda n: min(1.0, n.M / (n.BLOCK_N * n.k)),
+            "b_v *= as_float32(tl.load": lambda n: 0,  # C rows, which all programs read
         },
     ),
     "aggregate_dense_kernel": Expected(

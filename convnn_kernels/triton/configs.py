@@ -194,6 +194,11 @@ def select_network(arch: int, N: int, D: int, columns: int) -> Config:
     )
 
 
+def aggregate_small(C: int, k: int) -> Config:
+    """Blocks of `select_network_kernel` for the convolution."""
+    return _config(LOG_K=max(1, _log2(k)), BLOCK_C=min(64, max(16, power_of_two(C))))
+
+
 # The sweep: how the columns of a tile are divided among the queues of a row follows from how tensor
 # cores leave a tile in registers, so that no product moves: column (a QUEUES + q) PAIR + p belongs
 # to queue q.

@@ -166,22 +166,27 @@ def _ranks(b_order, k):
 
 
 @triton.jit
-def _store_terms(
+def store_terms(
     p_s,  # of the program's rows: similarities [rows, k]
     p_i,  # [rows, k] int64
     p_terms,  # [rows, k] int64: rho, and the row of value or -1, 32 bits each
+    left,  # how many rows there are
     k,
     scale,
     RHO: tl.constexpr,
     ROWS: tl.constexpr,
     LOG_K: tl.constexpr,
 ):
-    """rho of all neighbors at once. A missing one has the similarity -inf."""
+    """rho of all neighbors at once. A missing one has the similarity -inf; if there is one, the
+    result is 1."""
+    o_i = tl.arange(0, ROWS)[:, None]
+    if ROWS > 16:
+        o_i = o_i.to(tl.int64)
     o_k = tl.arange(0, 1 << LOG_K)[None, :]
-    o = tl.arange(0, ROWS)[:, None] * k + o_k
-    b_s = tl.load(p_s + o, o_k < k, float("-inf"))
+    o, m_k = o_i * k + o_k, (o_k < k) & (o_i < left)
+    b_s = tl.load(p_s + o, m_k, float("-inf"))
     m = b_s != float("-inf")
-    b_row = tl.where(m, tl.load(p_i + o, o_k < k, 0), 0xFFFFFFFF)
+    b_row = tl.where(m, tl.load(p_i + o, m_k, 0), 0xFFFFFFFF)
     b_max, b_sum = 0.0, 1.0
     if RHO == SOFTMAX:
         # A maximum over NaN does not matter: the sum is NaN.
@@ -190,17 +195,18 @@ def _store_terms(
         b_sum = tl.sum(tl.where(m, tl.exp(scale * b_s - b_max), 0.0), 1)[:, None]
     b_rho = modulate(b_s, m, b_max, b_sum, scale, RHO)
     b_term = (b_rho.to(tl.int32, bitcast=True).to(tl.int64) << 32) | b_row
-    tl.store(p_terms + o, b_term, o_k < k)
+    tl.store(p_terms + o, b_term, m_k)
+    return tl.max(tl.max((m_k & (b_s == float("-inf"))).to(tl.int32), 1), 0)
 
 
 @triton.jit
-def _wide(x):
+def wide(x):
     """An integer that is not negative, in 64 bits: those that had 32 have single products."""
     return (x.to(tl.uint32) if x.dtype == tl.int32 else x).to(tl.uint64)
 
 
 @triton.jit
-def _as_float32(b_x):
+def as_float32(b_x):
     """Of bfloat16 in pairs, as they are loaded: Triton takes them apart first."""
     if b_x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
@@ -251,7 +257,7 @@ def _aggregate(
                 b_term = tl.load(p_terms + o_i * k + j)
             b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
             b_row = b_term.to(tl.int32)
-            b_bytes = tl.multiple_of(_wide(b_row) * _wide(bytes_vm), [1, ALIGN * BYTES])
+            b_bytes = tl.multiple_of(wide(b_row) * wide(bytes_vm), [1, ALIGN * BYTES])
             p = p_v.to(tl.pointer_type(tl.int8)) + b_bytes
             p = p.to(tl.pointer_type(p_y.dtype.element_ty)) + c + o_c
             if MASKED:
@@ -260,7 +266,7 @@ def _aggregate(
                 b_v = tl.load(p)
             else:
                 b_v = tl.load(p, m_c, 0.0)
-            b_v = b_rho * _as_float32(b_v)
+            b_v = b_rho * as_float32(b_v)
             if p_weight_rows is not None:
                 p_w = p_weight_rows + (as_int64(j) * C + c) + (o_g * C + o_d)
                 if MASKED:
@@ -269,7 +275,7 @@ def _aggregate(
                     b_w = tl.load(p_w)
                 else:
                     b_w = tl.load(p_w, o_d < C - c, 0.0)
-                b_w = tl.broadcast_to(_as_float32(b_w), [ALL // GROUP, GROUP, BLOCK_C])
+                b_w = tl.broadcast_to(as_float32(b_w), [ALL // GROUP, GROUP, BLOCK_C])
                 b_v *= tl.reshape(b_w, [ALL, BLOCK_C])
             b_y += b_v
         b_y = tl.sum(tl.reshape(b_y, [ROWS, AT_ONCE, BLOCK_C]), 1)
@@ -501,7 +507,7 @@ def finish_kernel(
         p_v = p_value + v1 * stride_vb1 + v2 * stride_vb2
         p_y = p_output + first * C
         p_t = p_terms + first * k
-        _store_terms(p_s, p_i, p_t, k, scale, RHO, ROWS, LOG_K)
+        store_terms(p_s, p_i, p_t, ROWS, k, scale, RHO, ROWS, LOG_K)
         tl.debug_barrier()
         if complete:
             _aggregate(
@@ -539,6 +545,27 @@ def finish_kernel(
             )
 
 
+def numbers_of_value(aggregation: Aggregation | None, N: int) -> dict[str, Any]:
+    """Numbers and constants of a kernel that may aggregate, for N queries of a batch element."""
+    if aggregation is None:
+        zeros = ("C", "stride_vb1", "stride_vb2", "bytes_vm", "RHO")
+        ones = {"scale": 1.0, "B2_value": 1, "ALIGN_VALUE": 1}
+        return dict.fromkeys(zeros, 0) | ones | {"N_value": N, "AGGREGATE": False, "FOLDED": False}
+    V = aggregation.V
+    return {
+        "C": V.D,
+        "scale": aggregation.scale,
+        "N_value": aggregation.N,
+        "B2_value": V.B2,
+        **V.strides("v"),
+        "bytes_vm": V.strides("v")["stride_vm"] * aggregation.dtype.itemsize,
+        "ALIGN_VALUE": alignment(V),
+        "AGGREGATE": True,
+        "FOLDED": aggregation.N != N,
+        "RHO": RHOS[aggregation.rho],
+    }
+
+
 def prepare_finish(
     search: Search,
     rescore: bool,
@@ -555,33 +582,9 @@ def prepare_finish(
     config = configs.finish(
         search.arch, numbers["rows_n"], C, search.k, numbers["sample_step"], rescore
     )
-    numbers = numbers | {
-        "C": C,
-        "scale": 1.0,
-        "N_value": Q.N,
-        "B2_value": 1,
-        "stride_vb1": 0,
-        "stride_vb2": 0,
-        "bytes_vm": 0,
-        "ALIGN_VALUE": 1,
-        "RESCORE": rescore,
-        "WHOLE_C": C % config["BLOCK_C"] == 0,
-        "AGGREGATE": aggregation is not None,
-        "FOLDED": False,
-        "RHO": 0,
-    }
+    numbers = numbers | numbers_of_value(aggregation, Q.N)
+    numbers |= {"RESCORE": rescore, "WHOLE_C": C % config["BLOCK_C"] == 0}
     if aggregation is None:
         names = names | dict.fromkeys(("p_value", "p_weight_rows", "p_bias", "p_terms", "p_output"))
-    else:
-        numbers |= {
-            "scale": aggregation.scale,
-            "N_value": aggregation.N,
-            "B2_value": aggregation.V.B2,
-            **aggregation.V.strides("v"),
-            "bytes_vm": aggregation.V.strides("v")["stride_vm"] * aggregation.dtype.itemsize,
-            "ALIGN_VALUE": alignment(aggregation.V),
-            "FOLDED": aggregation.N != Q.N,
-            "RHO": RHOS[aggregation.rho],
-        }
     programs = numbers["count_b"] * cdiv(numbers["rows_n"], config["ROWS"])
     return finish_kernel.prepare(programs, config, names, **numbers)

@@ -10,8 +10,9 @@ from .aggregation import prepare as prepare_aggregation
 from .backward import backward
 from .launch import Pointers
 from .search import prepare as prepare_search
-from .select import empty_results, is_large, select_otherwise
+from .select import empty_results, is_large, is_tile, select_otherwise
 from .select_large import select_large
+from .select_network import select_network
 
 
 def forward(
@@ -37,12 +38,13 @@ def forward(
     search, tensors = prepare_search(query, key, k, *options)
     pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
     large = is_large(search, query.device)
-    if large and value.numel() and not is_dense(weight, value.shape[-1]):
+    in_one_plan = large or is_tile(search)
+    if in_one_plan and value.numel() and not is_dense(weight, value.shape[-1]):
         aggregation, more = prepare_aggregation(value, s, I, weight, rho, scale)
         output = value.new_empty((*query.shape[:-1], value.shape[-1]))
         bias = None if bias is None else bias.contiguous()
         pointers.add(**more, p_bias=bias, p_output=output)
-        select_large(search, pointers, aggregation)
+        (select_large if large else select_network)(search, pointers, aggregation)
         return output, s, I
     if large:
         select_large(search, pointers, None)

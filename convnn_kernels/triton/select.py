@@ -61,20 +61,28 @@ def empty_results(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def select_otherwise(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -> None:
     """A search that `select_large` does not take; s and I are among the pointers."""
-    # These two expect the token itself among the columns.
-    self_is_column = not (search.has_candidates and search.has_self)
-    if self_is_column and configs.allows_select_network(
-        search.bits, search.Q.D, search.columns, search.k, search.metric
-    ):
+    if is_tile(search):
         select_network(search, pointers)
-    elif self_is_column and configs.allows_select_small(
-        search.bits, search.Q.D, search.columns, search.k, search.metric
-    ):
+    elif _self_is_column(search) and configs.allows_select_small(*_sizes(search)):
         select_small(search, pointers)
     elif search.k > configs.LONGEST_LIST:
         select_in_passes(search, pointers, s, I)
     else:
         select_all_columns(search, pointers)
+
+
+def is_tile(search: Search) -> bool:
+    """Whether `select_network` takes a search that `select_large` does not take."""
+    return _self_is_column(search) and configs.allows_select_network(*_sizes(search))
+
+
+def _self_is_column(search: Search) -> bool:
+    """Whether the token itself, if it is a neighbor, is among the columns."""
+    return not (search.has_candidates and search.has_self)
+
+
+def _sizes(search: Search) -> tuple[int, int, int, int, str]:
+    return search.bits, search.Q.D, search.columns, search.k, search.metric
 
 
 def is_large(search: Search, device: torch.device) -> bool:

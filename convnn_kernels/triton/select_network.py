@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Select where a row of S is one tile, by networks of comparators, in one launch.
+"""Select where a row of S is one tile, by networks of comparators, in one launch. With an
+aggregation, depthwise or without a weight, it is all of the forward (Eq. 3 to 6).
 
 A program has BLOCK_N queries and all columns. Tensor cores leave S [BLOCK_N, BLOCK_M] in registers,
 and the norms of the cosine are sums over the same blocks of query and key. Networks (networks.py)
@@ -16,15 +17,22 @@ list, which then may lack others that do, too, and where a product is not finite
 be scaled (norms.py). A program with such a row computes S again, exactly as it should be, and takes
 the neighbors of those rows out of it one by one, as in select_small.py.
 
+With AGGREGATE the program then reads s and I back, computes rho as finish.py does, and sums over
+the neighbors of all its rows at once, BLOCK_C channels at a time: the rows of V are those of one
+batch element, so that most are in L1. Neither X_nn nor S is stored.
+
 Shapes as in select.py. With candidates, self_indices must be None.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from . import configs, hardware
-from .integers import aligned
-from .launch import Kernel, Plan, Pointers, cache_plans
+from .aggregation import Aggregation
+from .finish import as_float32, numbers_of_value, store_terms, wide
+from .integers import aligned, as_int64
+from .launch import Buffer, Kernel, Plan, Pointers, cache_plans
 from .metrics import COSINE
 from .networks import best_of_four, join_16, merge_16, merge_lists
 from .norms import norms_of_rows, rescales
@@ -309,6 +317,141 @@ def _one_by_one(
     return largest(b_list, 4, 4, 0), b_s_self
 
 
+@triton.jit
+def _convolve(
+    p_v,  # a pointer, or [ROWS]: V of the batch element of a row
+    p_terms,  # of the program's rows: [rows, k] int64
+    p_weight_rows,  # [k, C]: the weight, or None
+    p_bias,  # [C] contiguous, or None
+    p_y,  # of the program's rows: [rows, C]
+    left,  # how many rows there are
+    C,
+    k,
+    bytes_vm,  # from row to row of V
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WHOLE_C: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Stores the output of rows. MASKED: there may be missing neighbors."""
+    BYTES: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth // 8
+    o_r = tl.arange(0, ROWS).to(tl.int64)
+    m_r = o_r < left
+    for c in range(0, C, BLOCK_C):
+        o_c = c + tl.arange(0, BLOCK_C)
+        m_c = o_c < C
+        b_y = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        for j in range(0, k):
+            # Rows that there are not have a product of 0 and row 0 of V.
+            b_term = tl.load(p_terms + o_r * k + j, m_r, 0)
+            b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+            b_row = b_term.to(tl.int32)
+            b_bytes = tl.multiple_of(wide(b_row) * wide(bytes_vm), ALIGN * BYTES)
+            p = (p_v.to(tl.pointer_type(tl.int8)) + b_bytes).to(
+                tl.pointer_type(p_y.dtype.element_ty)
+            )
+            p = p[:, None] + o_c[None, :]
+            if MASKED:
+                b_v = tl.load(p, (b_row >= 0)[:, None] & m_c[None, :], 0.0)
+            elif WHOLE_C:
+                b_v = tl.load(p)
+            else:
+                b_v = tl.load(p, m_c[None, :], 0.0)
+            b_v = as_float32(b_v)
+            if p_weight_rows is not None:
+                b_v *= as_float32(tl.load(p_weight_rows + as_int64(j) * C + o_c, m_c, 0.0))[None, :]
+            b_y += b_rho[:, None] * b_v
+        if p_bias is not None:
+            b_y += tl.load(p_bias + o_c, m_c, 0.0).to(tl.float32)[None, :]
+        p = p_y + o_r[:, None] * C + o_c[None, :]
+        tl.store(p, b_y.to(p_y.dtype.element_ty), m_r[:, None] & m_c[None, :])
+
+
+@triton.jit
+def _aggregate(
+    p_value,  # [B, M, C]
+    p_weight,  # [C, 1, k] contiguous, or None
+    p_bias,  # [C] contiguous, or None
+    p_weight_rows,  # [k, C]: the weight, or None
+    p_terms,  # [B, N, k] int64
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
+    p_output,  # [B, N, C] contiguous
+    b,
+    n,  # the first row
+    N,
+    C,
+    k,
+    scale,
+    N_value,
+    B2_value,
+    stride_vb1,
+    stride_vb2,
+    bytes_vm,
+    ALIGN: tl.constexpr,
+    FOLDED: tl.constexpr,
+    RHO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOG_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WHOLE_C: tl.constexpr,
+):
+    """Stores the output of rows whose s and I the program has stored."""
+    if p_weight is not None:
+        # Each program stores all of it, and all the same, so that none waits for another.
+        for start in range(0, C * k, BLOCK):
+            o_w = start + tl.arange(0, BLOCK)
+            b_w = tl.load(p_weight + (o_w % C).to(tl.int64) * k + o_w // C, o_w < C * k, 0.0)
+            tl.store(p_weight_rows + o_w, b_w, o_w < C * k)
+    b_value = b
+    if FOLDED:
+        b_value = b * (N // N_value) + (n + tl.arange(0, ROWS)) // N_value
+    p_v = p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
+    first, left = b * N + n, N - n
+    p_s, p_i = p_similarities + first * k, p_indices + first * k
+    p_t, p_y = p_terms + first * k, p_output + first * C
+    # Every thread may read what another one has stored.
+    tl.debug_barrier()
+    missing = store_terms(p_s, p_i, p_t, left, k, scale, RHO, ROWS, LOG_K)
+    tl.debug_barrier()
+    if missing > 0:
+        _convolve(
+            p_v,
+            p_t,
+            p_weight_rows,
+            p_bias,
+            p_y,
+            left,
+            C,
+            k,
+            bytes_vm,
+            ALIGN,
+            ROWS,
+            BLOCK_C,
+            WHOLE_C,
+            True,
+        )
+    else:
+        _convolve(
+            p_v,
+            p_t,
+            p_weight_rows,
+            p_bias,
+            p_y,
+            left,
+            C,
+            k,
+            bytes_vm,
+            ALIGN,
+            ROWS,
+            BLOCK_C,
+            WHOLE_C,
+            False,
+        )
+
+
 @Kernel
 def select_network_kernel(
     p_query,  # [B, N, D]
@@ -316,14 +459,24 @@ def select_network_kernel(
     p_columns,  # [R] int64, or None
     p_mask,  # [B, M] bool, or None
     p_self,  # [N] int64, or None
+    p_value,  # [B, M, C], or None
+    p_weight,  # [C, 1, k] contiguous, or None
+    p_bias,  # [C] contiguous, or None
+    p_weight_rows,  # [k, C]: the weight, or None
+    p_terms,  # [B, N, k] int64: what is multiplied by rows of value, or None
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
+    p_output,  # [B, N, C] contiguous, or None
     N,
     M,
     D,
+    C,
     columns,
     k,
+    scale,
     B2,
+    N_value,  # the queries of a batch element of value, several of which may be one of query
+    B2_value,
     stride_qb1,
     stride_qb2,
     stride_qn,
@@ -332,16 +485,26 @@ def select_network_kernel(
     stride_km,
     stride_mb1,
     stride_mb2,
+    stride_vb1,
+    stride_vb2,
+    bytes_vm,  # from row to row of value
     ALIGN: tl.constexpr,
+    ALIGN_VALUE: tl.constexpr,
     METRIC: tl.constexpr,
     BY_INDEX: tl.constexpr,
     RESCALE: tl.constexpr,
+    AGGREGATE: tl.constexpr,
+    FOLDED: tl.constexpr,
+    RHO: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LOG_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WHOLE_C: tl.constexpr,
 ):
-    """All of `select` for BLOCK_N queries."""
+    """All of `select` for BLOCK_N queries, and with AGGREGATE their output."""
     stride_qb1 = aligned(stride_qb1, ALIGN)
     stride_qb2 = aligned(stride_qb2, ALIGN)
     stride_qn = aligned(stride_qn, ALIGN)
@@ -441,22 +604,72 @@ def select_network_kernel(
     o_r = b * N + o_n
     p_s, p_i = p_similarities + o_r * k, p_indices + o_r * k
     store_list(b_list, b_s_self, p_s, p_i, m_n, k, 0, HAS_SELF, BY_INDEX, 4)
+    if AGGREGATE:
+        n = (pid % row_blocks) * BLOCK_N
+        _aggregate(
+            p_value,
+            p_weight,
+            p_bias,
+            p_weight_rows,
+            p_terms,
+            p_similarities,
+            p_indices,
+            p_output,
+            b,
+            n,
+            N,
+            C,
+            k,
+            scale,
+            N_value,
+            B2_value,
+            aligned(stride_vb1, ALIGN_VALUE),
+            aligned(stride_vb2, ALIGN_VALUE),
+            bytes_vm,
+            ALIGN_VALUE,
+            FOLDED,
+            RHO,
+            8 * BLOCK_N,
+            BLOCK_N,
+            LOG_K,
+            BLOCK_C,
+            WHOLE_C,
+        )
 
 
 @cache_plans
-def plan_select_network(search: Search) -> Plan:
+def plan_select_network(search: Search, aggregation: Aggregation | None) -> Plan:
+    """`select`; with an aggregation, depthwise or without a weight, all of `forward`."""
     Q, K = search.Q, search.K
     config = configs.select_network(search.arch, Q.N, Q.D, search.columns)
+    names: dict[str, str | None] = {}
+    buffers: dict[str, Buffer] = {}
+    # Rows are read where they lie, not scaled.
+    numbers = search.numbers() | Q.strides("q") | K.strides("k") | {"ALIGN": alignment(Q, K)}
+    C = 0 if aggregation is None else aggregation.V.D
+    config |= configs.aggregate_small(C, search.k)
+    if aggregation is None:
+        names |= dict.fromkeys(("p_value", "p_bias", "p_terms", "p_output"))
+    else:
+        buffers["p_terms"] = (Q.B * Q.N * search.k, torch.int64)
+    if aggregation is None or not aggregation.has_weight:
+        names |= {"p_weight": None, "p_weight_rows": None}
+    else:
+        buffers["p_weight_rows"] = (C * search.k, aggregation.dtype)
     launch = select_network_kernel.prepare(
         Q.B * cdiv(Q.N, config["BLOCK_N"]),
         config,
-        # Rows are read where they lie, not scaled.
-        **search.numbers() | Q.strides("q") | K.strides("k") | {"ALIGN": alignment(Q, K)},
+        names,
+        **numbers | numbers_of_value(aggregation, Q.N),
         RESCALE=rescales(search.dtype),
         INTERPRETED=hardware.interpreted(),
+        WHOLE_C=C % config["BLOCK_C"] == 0,
     )
-    return Plan([launch])
+    return Plan([launch], **buffers)
 
 
-def select_network(search: Search, pointers: Pointers) -> None:
-    plan_select_network(search)(pointers)
+def select_network(
+    search: Search, pointers: Pointers, aggregation: Aggregation | None = None
+) -> None:
+    """Select where there are few columns; see `plan_select_network`."""
+    plan_select_network(search, aggregation)(pointers)
