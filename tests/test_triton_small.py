@@ -199,6 +199,19 @@ OPTIONS = {
         "candidates": (torch.arange(9) * 17) % 140,
         "key_mask": torch.arange(140) % 3 == 0,
     },
+    "self_outside_candidates": {
+        "self_indices": torch.tensor([0, 131, 138, 6, 8]),
+        "candidates": torch.arange(139, 12, -2),
+    },
+    "self_few_candidates_and_mask": {
+        "self_indices": torch.tensor([0, 17, 34, 6, 8]),
+        "candidates": (torch.arange(4) * 17) % 140,
+        "key_mask": torch.arange(140) % 3 == 0,
+    },
+    "self_no_candidates": {
+        "self_indices": torch.tensor([0, 17, 34, 6, 8]),
+        "candidates": torch.arange(0),
+    },
     "self": {"self_indices": torch.tensor([0, 130, 139, 7, 8])},
     "self_and_mask": {
         "self_indices": torch.tensor([0, 130, 139, 7, 8]),
@@ -209,12 +222,21 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("order", ["similarity", "index"])
-@pytest.mark.parametrize("most", [1, 60])
-def test_options(option: str, order: str, most: int) -> None:
-    """With ties and hardly any. All similarities of a query are negative."""
+@pytest.mark.parametrize("way", ["ties", "hardly any", "one by one"])
+def test_options(option: str, order: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All similarities of a query are negative; tokens are near themselves."""
+    import triton.language as tl
+
+    from convnn_kernels.triton import select_network
+
+    if way == "one by one":
+        monkeypatch.setattr(select_network, "_LARGEST_SUM", tl.constexpr(0.0))
+    most = 1 if way == "ties" else 60
     query, key = integers(5, 18, most=most), integers(140, 18, most=most, seed=1)
     key, query[4] = key.abs(), -query[4].abs() - 1
     options = OPTIONS[option] | {"metric": "dot", "order": order}
+    if "self_indices" in options:
+        query[:4] = key[options["self_indices"][:4]]
     assert_select(ops.select, query, key, 4, **options, exact=True, backward=False)
 
 
@@ -225,7 +247,7 @@ def test_missing_neighbors_are_no_ties(watch: Watch) -> None:
     assert watch.programs == 0
 
 
-@pytest.mark.parametrize("option", ["self", "mask"])
+@pytest.mark.parametrize("option", ["self", "mask", "self_outside_candidates"])
 def test_options_of_the_cosine(option: str) -> None:
     """What is masked is NaN."""
     query, key = normal(5, 18), normal(140, 18, seed=1)
@@ -242,7 +264,7 @@ def test_rows_of_any_strides() -> None:
     assert_select(ops.select, query.unsqueeze(2), key, 9)
 
 
-@pytest.mark.parametrize("what", ["all", "queries", "last keys"])
+@pytest.mark.parametrize("what", ["all", "queries", "last keys", "own keys"])
 def test_rows_that_are_scaled_first(
     what: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,12 +273,15 @@ def test_rows_that_are_scaled_first(
 
     from convnn_kernels.triton import select_network
 
-    largest = {"all": 0.0, "queries": 21.0, "last keys": 1000.0}[what]
+    largest = {"all": 0.0, "queries": 21.0}.get(what, 1000.0)
     monkeypatch.setattr(select_network, "_LARGEST_SQUARES", tl.constexpr(largest))
     monkeypatch.setattr(select_network, "rescales", lambda _: True)
     query, key = normal(20, 21), normal(140, 21, seed=1) * 2.0**-6
-    key[135] *= 2.0**12 if what == "last keys" else 1
-    assert_select(ops.select, query, key, 9, backward=False)
+    key[135] *= 2.0**12 if what in ("last keys", "own keys") else 1
+    options = {}
+    if what == "own keys":
+        options = {"candidates": torch.arange(30), "self_indices": 116 + torch.arange(20)}
+    assert_select(ops.select, query, key, 9, **options, backward=False)
     assert watch.programs == 1
 
 

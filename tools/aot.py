@@ -214,6 +214,7 @@ def configurations(quick: bool) -> list[Any]:
     calls += [call(**select | {"N": 64}, **of_dot, with_self=True)]
     calls += [call(**select | {"N": 300, "k": 12}, candidates=True, itself=True, lead=(1,), M=200)]
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
+    calls += [call(**select | {"N": 300}, rho="ones", **options, M=40)]
     calls += [call(**plain | {"N": 197}, weight="depthwise")]
     # Few tokens: blocks of channels that are not full, and the longest rows of slots; other parts.
     few = {"N": 49, "D": 40, "C": 24, "k": 16, "metric": "dot", "rho": "similarity"}

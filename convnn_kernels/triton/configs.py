@@ -173,9 +173,15 @@ def select_small(arch: int, D: int, k: int, rows: int) -> Config:
     )
 
 
-def allows_select_network(bits: int, D: int, columns: int, k: int, metric: str) -> bool:
-    """Whether the sizes allow `select_network_kernel`, which sums as `select_small_kernel` does."""
-    return allows_select_small(bits, D, columns, k, metric) and columns <= 256 and k <= 15
+def allows_select_network(
+    bits: int, D: int, columns: int, k: int, metric: str, self_is_column: bool
+) -> bool:
+    """Whether the sizes allow `select_network_kernel`, which sums as `select_small_kernel` does.
+
+    Beside a tile of 128 columns, the token itself takes more registers than there are.
+    """
+    most = 256 if self_is_column else 64
+    return allows_select_small(bits, D, columns, k, metric) and columns <= most and k <= 15
 
 
 def select_network(arch: int, N: int, D: int, columns: int) -> Config:

@@ -73,7 +73,7 @@ def select_otherwise(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -
 
 def is_tile(search: Search) -> bool:
     """Whether `select_network` takes a search that `select_large` does not take."""
-    return _self_is_column(search) and configs.allows_select_network(*_sizes(search))
+    return configs.allows_select_network(*_sizes(search), _self_is_column(search))
 
 
 def _self_is_column(search: Search) -> bool:

@@ -21,7 +21,9 @@ With AGGREGATE the program then reads s and I back, computes rho as finish.py do
 the neighbors of all its rows at once, BLOCK_C channels at a time: the rows of V are those of one
 batch element, so that most are in L1. Neither X_nn nor S is stored.
 
-Shapes as in select.py. With candidates, self_indices must be None.
+With candidates, the token itself need not be a column: its similarity is a sum in float32.
+
+Shapes as in select.py.
 """
 
 import torch
@@ -58,6 +60,7 @@ _LARGEST_SQUARES = tl.constexpr(1e36)
 _ZERO = tl.constexpr(1e-24)
 # Beyond _LARGEST_SUM: the first 24 bits of a column that is none, and those of the token itself.
 _NONE = tl.constexpr(-0x800100)
+_NONE_AS_FLOAT = tl.constexpr(-(2.0 - 2.0**-15) * 2.0**127)
 _SELF = tl.constexpr(0x7F7FFF00)
 _SELF_AS_FLOAT = tl.constexpr((2.0 - 2.0**-15) * 2.0**127)
 
@@ -172,6 +175,43 @@ def _with_last_8_bits(b_code, b_words, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def _own_products(
+    p_q,  # [BLOCK_N]: rows of query
+    p_own,  # [BLOCK_N]: a row of key for each
+    m_n,  # [BLOCK_N]
+    scale_q,  # [BLOCK_N], as in `_products`
+    scale_own,  # [BLOCK_N]
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    """q k of each query and its own row, and the sums of squares of these rows, in float32."""
+    o_d = tl.arange(0, BLOCK_D)
+    b_s = tl.zeros(m_n.shape, tl.float32)
+    squares = tl.zeros(m_n.shape, tl.float32)
+    for d in range(0, D, BLOCK_D):
+        m = m_n[:, None] & (d + o_d < D)[None, :]
+        b_q = tl.load(p_q[:, None] + (d + o_d)[None, :], m, 0.0).to(tl.float32)
+        b_k = tl.load(p_own[:, None] + (d + o_d)[None, :], m, 0.0).to(tl.float32)
+        if scale_q is not None:
+            b_q, b_k = b_q * scale_q[:, None], b_k * scale_own[:, None]
+        b_s += tl.sum(b_q * b_k, 1)
+        squares += tl.sum(b_k * b_k, 1)
+    return b_s, squares
+
+
+@triton.jit
+def _with_self_first(lists, has_self):
+    """The token itself before the others, of which the last one is dropped."""
+    b_before = tl.full(lists[0].shape, _SELF | 255, tl.int32).to(tl.float32, bitcast=True)
+    with_self = ()
+    for i in tl.static_range(16):
+        b_x = tl.where(has_self[:, None], b_before, lists[i])
+        with_self += (b_x,)  # type: ignore[assignment]
+        b_before = lists[i]
+    return with_self
+
+
+@triton.jit
 def _best_of_tile(
     start: tl.constexpr,
     p_q,  # [BLOCK_N]: rows of query
@@ -215,8 +255,11 @@ def _best_of_tile(
     b_s_self = tl.zeros(m_n.shape, tl.float32)
     if HAS_SELF:
         is_self = m_c[None, :] & (row[None, :] == self_row[:, None])
-        b_s_self = tl.sum(tl.where(is_self, b_s, 0.0), 1)
-        b_s = tl.where(is_self, _SELF_AS_FLOAT, b_s)
+        if p_columns is None:
+            b_s_self = tl.sum(tl.where(is_self, b_s, 0.0), 1)
+            b_s = tl.where(is_self, _SELF_AS_FLOAT, b_s)
+        else:
+            b_s = tl.where(is_self, _NONE_AS_FLOAT, b_s)
 
     b_bits = b_s.to(tl.int32, bitcast=True)
     b_words = _last_8_bits(b_bits)
@@ -232,6 +275,7 @@ def _best_of_tile(
 def _list_of_codes(
     lists,  # 16 blocks [BLOCK_N, 1]: codes, descending
     b_words,  # the last 8 bits of all similarities
+    self_row,  # [BLOCK_N] int64
     p_columns,  # [R] int64, or None
     m_n,  # [BLOCK_N]
     k,
@@ -256,7 +300,8 @@ def _list_of_codes(
     b_order = tl.where(b_first == _SELF, ORDER_OF_SELF, b_order)
     b_row = (255 - (b_code & 255)).to(tl.int64)
     if p_columns is not None:
-        b_row = tl.load(p_columns + b_row, is_column, 0)
+        b_row = tl.load(p_columns + b_row, is_column & (b_first != _SELF), 0)
+        b_row = tl.where(b_first == _SELF, self_row[:, None], b_row)
     b_list = tl.where(is_column, pack(b_order, b_row), NOTHING)
     tied = tl.max(tl.max(m_tied.to(tl.int32), 1) * m_n, 0)
     if tied > 0:
@@ -268,7 +313,7 @@ def _list_of_codes(
 def _one_by_one(
     p_q,  # [BLOCK_N]: rows of query
     m_n,  # [BLOCK_N]
-    self_row,  # [BLOCK_N] int64
+    self_row,  # [BLOCK_N] int64; -1: none
     p_k,  # key of the batch element
     p_columns,  # [R] int64, or None
     p_m,  # [M] bool, or None
@@ -296,6 +341,18 @@ def _one_by_one(
     o_l = tl.arange(0, 16)[None, :]
     b_list = tl.full([BLOCK_N, 16], NOTHING, tl.int64) + o_l
     b_list = tl.where(o_l < k, b_list, FIXED)
+    if HAS_SELF and p_columns is not None:
+        has_self = self_row >= 0
+        p_own = p_k + tl.where(has_self, self_row, 0) * stride_km
+        if METRIC == COSINE:
+            norm, scale = norms_of_rows(p_own, None, has_self, m_n, D, RESCALE, BLOCK_N, BLOCK_D)
+            scale = tl.where(norm == 0.0, 0.0, scale)
+            b_s_self, _squares = _own_products(p_q, p_own, has_self, scale_q, scale, D, BLOCK_D)
+            b_s_self = b_s_self * inverse_q * _inverse(norm)
+        else:
+            b_s_self, _squares = _own_products(p_q, p_own, has_self, None, None, D, BLOCK_D)
+        b_self = pack(tl.full([BLOCK_N], ORDER_OF_SELF, tl.int32), self_row)[:, None]
+        b_list = tl.where((o_l == 0) & has_self[:, None], b_self, b_list)
     b_lowest = tl.min(b_list, 1)
     for start in range(0, columns, BLOCK_M):
         p_rows, row, m_c = _columns(start, p_k, p_columns, p_m, M, columns, stride_km, BLOCK_M)
@@ -310,8 +367,11 @@ def _one_by_one(
         b_order = tl.where(m, orderable(b_s), NO_ORDER)
         if HAS_SELF:
             is_self = m & (row[None, :] == self_row[:, None])
-            b_s_self += tl.sum(tl.where(is_self, b_s, 0.0), 1)
-            b_order = tl.where(is_self, ORDER_OF_SELF, b_order)
+            if p_columns is None:
+                b_s_self += tl.sum(tl.where(is_self, b_s, 0.0), 1)
+                b_order = tl.where(is_self, ORDER_OF_SELF, b_order)
+            else:
+                b_order = tl.where(is_self, NO_ORDER, b_order)
         b_list, b_lowest = insert(b_list, b_lowest, b_order, row.to(tl.int32))
     b_list = tl.where((o_l < k) & (b_list >= NOTHING + 16), b_list, NOTHING)
     return largest(b_list, 4, 4, 0), b_s_self
@@ -526,6 +586,10 @@ def select_network_kernel(
     self_row = tl.full([BLOCK_N], -1, tl.int64)
     if HAS_SELF:
         self_row = tl.load(p_self + o_n, m_n, -1)
+        has_self = (self_row >= 0) & (self_row < M)
+        if p_mask is not None:
+            has_self = has_self & (tl.load(p_m + self_row, has_self, 0) != 0)
+        self_row = tl.where(has_self, self_row, -1)
     inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
 
     lists, b_words, b_s_self, unfit, inverse_q = _best_of_tile(
@@ -573,7 +637,16 @@ def select_network_kernel(
         unfit = unfit | more_unfit
     b_words = tl.reshape(tl.join(b_words, b_more_words), [2 * b_words.shape[0]])
     lists = merge_lists(lists, 1, INTERPRETED)
-    b_list, m_lacks = _list_of_codes(lists, b_words, p_columns, m_n, k, BLOCK_M)
+    if HAS_SELF and p_columns is not None:
+        # It need not be among the candidates.
+        has_self = self_row >= 0
+        p_own = p_k + tl.where(has_self, self_row, 0) * stride_km
+        b_s_self, squares = _own_products(p_q, p_own, has_self, None, None, D, BLOCK_D)
+        if METRIC == COSINE:
+            unfit = tl.where(squares < _LARGEST_SQUARES, unfit, 1)
+            b_s_self = b_s_self * inverse_q * _inverse_root(squares)
+        lists = _with_self_first(lists, has_self)
+    b_list, m_lacks = _list_of_codes(lists, b_words, self_row, p_columns, m_n, k, BLOCK_M)
     m_again = m_n & (m_lacks | (unfit > 0))
     again = tl.max(m_again.to(tl.int32), 0)
     if again > 0:
