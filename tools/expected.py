@@ -251,7 +251,7 @@ EXPECTED = {
             "if pid < row_programs": lambda n: n.row_programs / n.programs,
         },
         masks=dict.fromkeys(
-            ("b_s = tl.load(", "b_row = tl.load(", "tl.store("),
+            ("b_s = tl.load(", "b_row = tl.load(", "tl.store(p, tl.where", "tl.store(p_rho"),
             lambda n: filled(n.k, n.BLOCK_K),
         ),
     ),
@@ -275,9 +275,8 @@ EXPECTED = {
     ),
     "value_grad_one_hot_kernel": Expected(
         {
-            "for block in range(0, tl.cdiv(queries, BLOCK_N)": lambda n: (
-                cdiv(n.elements * n.N, n.BLOCK_N) * cdiv(n.O, n.BLOCK_O)
-            ),
+            **_OVER_O,
+            "for start in range(0, queries, BLOCK_N)": lambda n: cdiv(n.elements * n.N, n.BLOCK_N),
             "for step in range(0, k)": lambda n: n.k,
             "while tl.max(m.to(tl.int32), 0) > 0": lambda n: 0,
         },

@@ -359,7 +359,9 @@ def aggregate_dense(
         # Before sm_90 sums and products of tensor cores take more registers.
         block_n, most_o, warps = (64 if arch < 90 else 128), (64 if bits == 32 else 128), 8
     else:
-        tiles = ((128, 256, 8), (128, 128, 8), (64, 64, 4))[has_rho:]
+        tiles = [(128, 128, 8), (64, 64, 4)]
+        if not has_rho:
+            tiles.insert(0, (128, 256, 8))
         busy = 0.8 * _MULTIPROCESSORS
         fill = (t for t in tiles if -(-rows // t[0]) * -(-O // min(t[1], block_o)) >= busy)
         block_n, most_o, warps = next(fill, tiles[-1])
@@ -420,30 +422,30 @@ def allows_one_hot(bits: int, N: int, M: int) -> bool:
 
     By `tools.predict` it takes a fifth of the time with M = 256 and O = 128, and a third with 484;
     with 784 and O = 64 it takes longer. A program has all queries of its keys, which should not be
-    many.
+    many: of a single image, it takes as long as the pairs.
     """
     return bits == 16 and M <= 512 and N <= 1024
 
 
 def value_grad_one_hot(arch: int, M: int, C: int, O: int) -> Config:
-    """Blocks of `value_grad_one_hot_kernel`: what fits in registers.
-
-    The product of all keys with all queries is taken for each block of outputs, that with the
-    weight for each block of keys.
-    """
+    """Blocks of `value_grad_one_hot_kernel`: what fits in registers."""
     block_n, most_o = (128, 256) if 90 <= arch < 100 else (64, 128)
     if O % 16:
         # Single elements are loaded, which takes registers.
         block_n, most_o = 64, 64
     if arch == INTERPRETER:
         block_n, most_o = 16, 32
-    block_o = min(most_o, max(16, power_of_two(O)))
-    wide = block_n == 128 and block_o <= 128 < M
+    one_block_o = most_o >= O
+    block_o = max(16, power_of_two(O)) if one_block_o else min(most_o, 64)
+    # G is then read for every j, and half as often with blocks of 128 channels.
+    most_c = 128 if block_n == 128 and not one_block_o else 64
+    wide = M > 128 and block_n == 128 and one_block_o and block_o <= 128
     return _config(
         BLOCK_M=32 if arch == INTERPRETER else 256 if wide else 128,
         BLOCK_N=block_n,
         BLOCK_O=block_o,
-        BLOCK_C=min(32 if arch == INTERPRETER else 64, max(16, power_of_two(C))),
+        BLOCK_C=min(32 if arch == INTERPRETER else most_c, max(16, power_of_two(C))),
+        ONE_BLOCK_O=one_block_o,
         num_warps=8,
         num_stages=2 if block_o == 256 else 3,
     )
@@ -630,7 +632,7 @@ def add_parts() -> Config:
 def parts(rows: int, size: int, bound: int, programs: int) -> tuple[int, int]:
     """In how many parts the gradient of a weight of `size` elements is summed; rows of each.
 
-    Depends on shapes only: the same sums on every device and in every run. All parts together
+    Depends on shapes and the architecture: the same sums in every run. All parts together
     have fewer than `bound` elements, or fit in half of the workspace, unless it is one. There are
     as few as let `programs` for each keep the last multiprocessors busy to the end.
     """

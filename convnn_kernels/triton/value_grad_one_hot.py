@@ -10,8 +10,8 @@ its queries, most of them by 0; with few keys, that takes less than finding the 
 
 A program has the keys of one or several whole batch elements, or a block of those of one, and a
 block of channels. dV stays in registers, in float32. The program goes over all queries of its batch
-elements and all outputs, a block of both at a time, whose G is read once for all j. P_j and T_j
-never leave the chip. P_j is rounded to 16 bits, once for each block of outputs.
+elements, a block at a time, whose G is read once for all j if one block has all outputs. P_j and
+T_j never leave the chip. P_j is rounded to 16 bits once, as the sum over all outputs.
 
 0 times what is not finite is NaN. Where dV has become NaN or infinite, the program starts again and
 adds rows of P_j that are not finite, also because they have left the range of float16, one by one,
@@ -67,6 +67,7 @@ def _sum_pairs(
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ONE_BLOCK_O: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
 ):
     """dV [BLOCK_M, BLOCK_C] float32. ONE_BY_ONE: what is not finite is added without a product."""
@@ -74,26 +75,33 @@ def _sum_pairs(
     o_m = tl.arange(0, BLOCK_M)
     m_c = o_c < C
     b_dv = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    output_blocks = tl.cdiv(O, BLOCK_O)
-    # One loop over blocks of both: in two, offsets of rows would take registers in all of them.
-    for block in range(0, tl.cdiv(queries, BLOCK_N) * output_blocks):
-        o_n = (block // output_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for start in range(0, queries, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
         m_n = o_n < queries
         o_r = first_row + o_n
         # Where the keys of a query's batch element begin.
         begin = o_n // N * M - first_key
-        o_o = (block % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
-        m_o = o_o < O
-        p_g = p_grad + o_r[:, None] * O + o_o[None, :]
-        b_g = tl.load(p_g, m_n[:, None] & m_o[None, :], 0.0)
+        p_g = p_grad + o_r[:, None] * O
+        if ONE_BLOCK_O:
+            o_o = tl.arange(0, BLOCK_O)
+            b_g = tl.load(p_g + o_o[None, :], m_n[:, None] & (o_o < O)[None, :], 0.0)
         for step in range(0, k):
             j = as_int64(step)
             b_row = tl.load(p_rows + j * rows + o_r, m_n, -1)
             b_key = tl.where(b_row >= 0, begin + b_row, -1)
             b_t = tl.where(o_m[:, None] == b_key[None, :], 1.0, 0.0).to(dtype)
-            p_w = p_weight + (o_c + j * C)[None, :] * O + o_o[:, None]
-            b_w = tl.load(p_w, m_o[:, None] & m_c[None, :], 0.0)
-            b_p = tl.dot(b_g, b_w)
+            p_w = p_weight + (o_c + j * C)[None, :] * O
+            if ONE_BLOCK_O:
+                m_w = (o_o < O)[:, None] & m_c[None, :]
+                b_p = tl.dot(b_g, tl.load(p_w + o_o[:, None], m_w, 0.0))
+            else:
+                b_p = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+                for o0 in range(0, O, BLOCK_O):
+                    o_o = o0 + tl.arange(0, BLOCK_O)
+                    m_o = o_o < O
+                    b_g = tl.load(p_g + o_o[None, :], m_n[:, None] & m_o[None, :], 0.0)
+                    b_w = tl.load(p_w + o_o[:, None], m_o[:, None] & m_c[None, :], 0.0)
+                    b_p = tl.dot(b_g, b_w, b_p)
             if p_rho is not None:
                 b_p *= tl.load(p_rho + o_r * k + j, m_n, 0.0)[:, None]
             b_x = b_p.to(dtype)
@@ -125,6 +133,7 @@ def value_grad_one_hot_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ONE_BLOCK_O: tl.constexpr,
 ):
     """dV of BLOCK_M keys of `elements` batch elements, which are all of them unless it is one, and
     BLOCK_C channels."""
@@ -156,6 +165,7 @@ def value_grad_one_hot_kernel(
         BLOCK_N,
         BLOCK_O,
         BLOCK_C,
+        ONE_BLOCK_O,
         False,
     )
     # 0, or NaN where a sum is not finite.
@@ -180,6 +190,7 @@ def value_grad_one_hot_kernel(
             BLOCK_N,
             BLOCK_O,
             BLOCK_C,
+            ONE_BLOCK_O,
             True,
         )
     o_m = first_key + tl.arange(0, BLOCK_M)

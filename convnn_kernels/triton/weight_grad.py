@@ -81,15 +81,16 @@ def weight_grad_dense_kernel(
         m_r = (start + o_n < rows_each) & (o_r < rows)
         p_v = rows_of_value(p_value, first, start + o_n, N, B2, stride_vb1, stride_vb2)
         # [BLOCK_N, 1], or [BLOCK_N, BLOCK_C] of few channels.
-        b_row = tl.load(p_rows + j * rows + o_r[:, None], m_r[:, None], -1)
+        m = m_r[:, None] & m_t[None, :] if FEW_CHANNELS else m_r[:, None]
+        b_row = tl.load(p_rows + j * rows + o_r[:, None], m, -1)
         p = p_v[:, None] + b_row.to(tl.int64) * stride_vm + o_c
         b_v = tl.load(p, (b_row >= 0) & m_t[None, :], 0.0)
-        # Of a missing neighbor, not what may be infinite; in a product with others it is.
+        # 0 of a missing neighbor, lest an infinite G make it NaN; not where others share the row.
         m_g = m_r[:, None] if FEW_CHANNELS else b_row >= 0
         b_g = tl.load(p_grad + o_r[:, None] * O + o_o[None, :], m_g & m_o[None, :], 0.0)
         b_x = b_v
         if p_rho is not None:
-            b_x = tl.load(p_rho + (o_r * k)[:, None] + j, m_r[:, None], 0.0) * b_v.to(tl.float32)
+            b_x = tl.load(p_rho + (o_r * k)[:, None] + j, m, 0.0) * b_v.to(tl.float32)
         if RHO == SIMILARITY:
             b_dw = dot_of_float(tl.trans(b_x), b_g, b_dw, PRECISION)
         else:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: MIT
+"""What Triton kernels read and write lies within their tensors and buffers: every access of every
+kernel is checked, in Triton's interpreter.
+
+It needs a process of its own, started with ``TRITON_INTERPRET=1``, as those of test_triton.py.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import convnn_kernels
+from convnn_kernels.triton import backend
+from convnn_kernels.triton.launch import Launch, Pointers, forget_plans
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
+        reason="needs TRITON_INTERPRET=1 and Triton",
+    ),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+def extent(X: Tensor) -> tuple[int, int]:
+    """The addresses from the first element to behind the last one."""
+    last = sum((size - 1) * stride for size, stride in zip(X.shape, X.stride(), strict=True))
+    begin = X.data_ptr()
+    return begin, begin + (last + 1) * X.element_size() if X.numel() else begin
+
+
+class Accesses:
+    """Notes which kernels access what is not theirs."""
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+        self.outside: set[str] = set()
+        self._name, self._extents = "", np.empty((0, 2), np.int64)
+
+    def begin(self, launch: Launch, pointers: Pointers) -> None:
+        self._name = launch.kernel.name
+        self.kernels.add(self._name)
+        tensors = map(pointers.tensor, launch.pointers)
+        found = [extent(X) for X in tensors if X is not None]
+        self._extents = np.array(found, np.int64).reshape(-1, 2)
+
+    def check(self, addresses: Any, mask: Any, size: int) -> None:
+        of_all = np.broadcast_arrays(addresses, mask)
+        used = of_all[0][of_all[1].astype(bool)].astype(np.int64)[:, None]
+        inside = (used >= self._extents[:, 0]) & (used + size <= self._extents[:, 1])
+        if not inside.any(1).all():
+            self.outside.add(self._name)
+
+
+@pytest.fixture
+def accesses(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accesses]:
+    """Of what runs in the test."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    found = Accesses()
+    by_triton, load, store = (
+        Launch.by_triton,
+        Builder.create_masked_load,
+        Builder.create_masked_store,
+    )
+
+    def launch(self: Launch, pointers: Pointers) -> Any:
+        found.begin(self, pointers)
+        return by_triton(self, pointers)
+
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
+        found.check(pointers.data, mask.data, size)
+        return load(self, pointers, mask, *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
+        found.check(pointers.data, mask.data, size)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(Launch, "by_triton", launch)
+    monkeypatch.setattr(Builder, "create_masked_load", masked_load)
+    monkeypatch.setattr(Builder, "create_masked_store", masked_store)
+    forget_plans()
+    with convnn_kernels.backend("triton"):
+        yield found
+    monkeypatch.undo()
+    forget_plans()
+
+
+def run(
+    weight: str,
+    dtype: torch.dtype,
+    rho: str = "softmax",
+    metric: str = "cosine",
+    N: int = 5,
+    M: int = 7,
+    C: int = 3,
+    O: int = 18,
+    k: int = 4,
+    candidates: bool = False,
+) -> None:
+    """`forward` and all gradients, of which one batch element has fewer keys than neighbors."""
+    shapes = {"dense": (O, C, k), "depthwise": (C, 1, k)}
+    q, key, value = (torch.randn(2, n, c).to(dtype) for n, c in ((N, 20), (M, 20), (M, C)))
+    W = torch.randn(shapes[weight]).to(dtype) if weight != "none" else None
+    bias = torch.randn(O if weight == "dense" else C).to(dtype)
+    mask = torch.ones(2, M, dtype=torch.bool)
+    mask[1, 3:] = False
+    rows = (
+        (torch.arange(M).flip(0)[: max(k, M - 2)], torch.arange(N) % M)
+        if candidates
+        else (None, None)
+    )
+    tensors = [X.requires_grad_() for X in (q, key, value, W, bias) if X is not None]
+    Y, s, _ = torch.ops.convnn.forward(q, key, value, k, W, bias, *rows, mask, metric, rho)
+    outputs = [Y] if rho == "ones" else [Y, s]
+    torch.autograd.grad(outputs, tensors, [*map(torch.ones_like, outputs)], allow_unused=True)
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "few_channels": {"weight": "dense"},
+    "few_channels_as_they_are": {"weight": "dense", "rho": "ones"},
+    "dense": {"weight": "dense", "rho": "similarity", "C": 33, "M": 40, "N": 37},
+    "few_tokens": {"weight": "depthwise", "C": 37, "N": 21, "M": 19, "k": 9},
+    "one_channel": {"weight": "none", "C": 1, "N": 2, "M": 2, "k": 3, "metric": "dot"},
+    "candidates": {"weight": "depthwise", "N": 21, "M": 19, "candidates": True},
+    "many_neighbors": {"weight": "depthwise", "C": 20, "M": 30, "k": 20, "metric": "euclidean"},
+    "sweep": {"weight": "none", "N": 35, "M": 201},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_accesses_are_inside(call: str, dtype: torch.dtype, accesses: Accesses) -> None:
+    run(dtype=dtype, **CALLS[call])
+    assert accesses.kernels
+    assert accesses.outside == set()
+
+
+def test_an_access_outside_is_seen(accesses: Accesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the last element of everything were not there."""
+
+    whole = extent
+
+    def shorter(X: Tensor) -> tuple[int, int]:
+        begin, end = whole(X)
+        return begin, end - X.element_size()
+
+    monkeypatch.setitem(globals(), "extent", shorter)
+    run(dtype=torch.float16, **CALLS["few_tokens"])
+    assert accesses.outside == accesses.kernels
