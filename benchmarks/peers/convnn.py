@@ -203,9 +203,6 @@ PEERS = {
     "convnn-random": _convnn("random candidates", _ours("forward", "random"), "eager-random"),
     "convnn-spatial": _convnn("spatial candidates", _ours("forward", "spatial"), "eager-spatial"),
     "convnn-dense": _convnn("all candidates, dense", _ours("forward", dense=True), "eager-dense"),
-    "convnn-dense-random": _convnn(
-        "random candidates, dense", _ours("forward", "random", dense=True)
-    ),
     "convnn-vgg": _convnn("all candidates, dense, ρ = 1", _vgg_layer),
     "eager": _eager_convnn("all candidates", _eager("forward"), (2, 3)),
     "eager-random": _eager_convnn("random candidates", _eager("forward", "random")),

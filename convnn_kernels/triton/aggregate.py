@@ -28,7 +28,7 @@ from .tensors import cdiv
 
 
 @triton.jit
-def rows_of_value(
+def begin_of_value(
     p_value,  # [B, M, C]
     first,  # scalar: a row of the flattened [B, N]
     o_n,  # [BLOCK]: rows after it
@@ -84,11 +84,11 @@ def aggregate_dense_kernel(
     o_o = (pid % output_blocks).to(tl.int32) * BLOCK_O + tl.arange(0, BLOCK_O)
     m_o = o_o < O
     o_c = tl.arange(0, BLOCK_C)
-    p_v = rows_of_value(p_value, first, o_n, N, B2, stride_vb1, stride_vb2)
+    p_v = begin_of_value(p_value, first, o_n, N, B2, stride_vb1, stride_vb2)
     b_y = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     if FEW_CHANNELS:
         for t0 in range(0, k * C, BLOCK_C):
-            o_t = t0 + o_c
+            o_t = t0 + o_c  # j * C + c
             m_t = o_t < k * C
             p = p_rows + (o_t // C)[None, :].to(tl.int64) * rows + o_r[:, None]
             b_row = tl.load(p, m_r[:, None] & m_t[None, :], -1)

@@ -59,10 +59,10 @@ def dense_inputs_kernel(
         output_blocks = tl.cdiv(O, BLOCK_O)
         block = pid - row_programs
         o_o = (block % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
-        o_t = (block // output_blocks) * BLOCK + tl.arange(0, BLOCK)
-        m = (o_t < as_int64(C) * k)[:, None] & (o_o < O)[None, :]
-        b_w = tl.load(p_given_weight + o_o[None, :] * C * k + o_t[:, None], m)
-        tl.store(p_weight + ((o_t % k) * C + o_t // k)[:, None] * O + o_o[None, :], b_w, m)
+        o_w = (block // output_blocks) * BLOCK + tl.arange(0, BLOCK)  # c * k + j
+        m = (o_w < as_int64(C) * k)[:, None] & (o_o < O)[None, :]
+        b_w = tl.load(p_given_weight + o_o[None, :] * C * k + o_w[:, None], m)
+        tl.store(p_weight + ((o_w % k) * C + o_w // k)[:, None] * O + o_o[None, :], b_w, m)
 
 
 def prepare_dense_inputs(call: Aggregation) -> tuple[Launch, dict[str, Buffer]]:

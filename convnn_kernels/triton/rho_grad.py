@@ -10,7 +10,7 @@ A program has BLOCK_N queries of the flattened [B, N] and one j. P is never stor
 import triton.language as tl
 
 from . import configs
-from .aggregate import rows_of_value
+from .aggregate import begin_of_value
 from .aggregation import Aggregation
 from .integers import aligned
 from .launch import Kernel, Launch
@@ -50,7 +50,7 @@ def rho_grad_dense_kernel(
     o_r = first + o_n
     m_r = o_r < rows
     p_g = p_grad + o_r * O
-    p_v = rows_of_value(p_value, first, o_n, N, B2, stride_vb1, stride_vb2)
+    p_v = begin_of_value(p_value, first, o_n, N, B2, stride_vb1, stride_vb2)
     b_row = tl.load(p_rows + j * rows + o_r, m_r, -1)
     p_v += b_row.to(tl.int64) * stride_vm
     m = b_row >= 0

@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 
 from . import configs
-from .aggregate import rows_of_value
+from .aggregate import begin_of_value
 from .aggregation import Aggregation
 from .dot_of_float import dot_of_float
 from .integers import aligned, as_int64
@@ -62,7 +62,7 @@ def weight_grad_dense_kernel(
     part = pid // (output_blocks * channel_blocks)
     first = part * rows_each
     if FEW_CHANNELS:
-        o_t = block.to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+        o_t = block.to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)  # j * C + c
         m_t = o_t < k * C
         j = (o_t // C)[None, :].to(tl.int64)
         o_c = (o_t % C)[None, :]
@@ -79,7 +79,7 @@ def weight_grad_dense_kernel(
     for start in range(0, rows_each, BLOCK_N):
         o_r = first + start + o_n
         m_r = (start + o_n < rows_each) & (o_r < rows)
-        p_v = rows_of_value(p_value, first, start + o_n, N, B2, stride_vb1, stride_vb2)
+        p_v = begin_of_value(p_value, first, start + o_n, N, B2, stride_vb1, stride_vb2)
         # [BLOCK_N, 1], or [BLOCK_N, BLOCK_C] of few channels.
         m = m_r[:, None] & m_t[None, :] if FEW_CHANNELS else m_r[:, None]
         b_row = tl.load(p_rows + j * rows + o_r[:, None], m, -1)
@@ -115,14 +115,14 @@ def add_parts_kernel(
     pid = tl.program_id(0).to(tl.int64)
     output_blocks = tl.cdiv(O, BLOCK_O)
     o_o = (pid % output_blocks) * BLOCK_O + tl.arange(0, BLOCK_O)
-    o_t = (pid // output_blocks) * BLOCK + tl.arange(0, BLOCK)
-    m = (o_t < C * k)[:, None] & (o_o < O)[None, :]
-    p = p_part + ((o_t % k) * C + o_t // k)[:, None] * O + o_o[None, :]
+    o_w = (pid // output_blocks) * BLOCK + tl.arange(0, BLOCK)  # c * k + j
+    m = (o_w < C * k)[:, None] & (o_o < O)[None, :]
+    p = p_part + ((o_w % k) * C + o_w // k)[:, None] * O + o_o[None, :]
     b_dw = tl.zeros([BLOCK, BLOCK_O], tl.float32)
     for _ in range(0, parts):
         b_dw += tl.load(p, m, 0.0)
         p += as_int64(k) * C * O
-    p = p_weight_grad + o_o[None, :] * C * k + o_t[:, None]
+    p = p_weight_grad + o_o[None, :] * C * k + o_w[:, None]
     tl.store(p, b_dw.to(p_weight_grad.dtype.element_ty), m)
 
 
