@@ -120,8 +120,12 @@ def assert_as_otherwise(call: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("rho", ["softmax", "ones"])
-def test_what_is_not_finite_stays_where_it_belongs(rho: str) -> None:
-    """In rows of G, V, query and key, of a tile that is not full."""
+def test_what_is_not_finite_stays_where_it_belongs(
+    rho: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rows of G, V, query and key, of a tile that is not full and has two groups of queries."""
+    blocks = configs.query_side_small
+    monkeypatch.setattr(configs, "query_side_small", lambda *sizes: blocks(*sizes) | {"ROWS": 32})
     call = make_call(dtype=F16, N=37, rho=rho)
     call["grad_output"][0, 20, 3], call["query"][0, 30, 2] = math.nan, math.inf
     call["grad_output"][1, 35, 0] = math.inf
@@ -159,29 +163,56 @@ def test_no_pair_at_all() -> None:
     assert not any(results[name].any() for name in NEEDS[:4])
 
 
-@pytest.mark.parametrize(
-    ("of_grad", "of_value", "of_similarities", "of_query"),
-    [
-        (1e-7, 1.0, 1e-8, 1e3),
-        (1e4, 1e-3, 1e6, 1e-4),
-        # Products of V and G beyond float16, but neither of the gradients.
-        (3e3, 3e3, 1.0, 1.0),
-    ],
-)
-def test_float16_of_any_size(
-    of_grad: float, of_value: float, of_similarities: float, of_query: float
-) -> None:
-    call = make_call(dtype=F16, rho="ones", metric="dot", N=37)
-    sizes = {"grad_output": of_grad, "value": of_value, "query": of_query}
+SIZES: dict[str, tuple[str, dict[str, float], set[str]]] = {
+    # rho; sizes of tensors; which gradients leave the range of float16.
+    "small": ("ones", {"grad_output": 1e-7, "grad_similarities": 1e-8, "query": 1e3}, set()),
+    "large": (
+        "ones",
+        {"grad_output": 1e4, "value": 1e-3, "grad_similarities": 1e6, "query": 1e-4},
+        {"query", "bias"},
+    ),
+    "products_beyond": ("softmax", {"grad_output": 1 / 16, "value": 3e3}, set()),
+    "large_rho": (
+        "similarity",
+        {"query": 1e4, "key": 10, "similarities": 1e5, "grad_output": 1e-3, "value": 1e-2},
+        set(),
+    ),
+    "small_rho": (
+        "similarity",
+        {"query": 1e-4, "key": 1e-3, "similarities": 1e-7, "grad_output": 1e3, "value": 1e2},
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_float16_of_any_size(case: str) -> None:
+    """Where products within a kernel leave its range; also without the gradients of value."""
+    rho, sizes, beyond = SIZES[case]
+    call = make_call(dtype=F16, rho=rho, metric="dot", N=37)
+    if "grad_similarities" not in sizes:
+        call["grad_similarities"] = None
     for name, size in sizes.items():
-        call[name] = (size * call[name]).to(F16)
-    call["grad_similarities"] *= of_similarities
+        call[name] = (size * call[name]).to(call[name].dtype)
     call["weight"] = (call["weight"] / 64).to(F16)
-    results, references = run(call), expected(call)
-    for name in NEEDS:
-        if references[name].abs().amax() < 65504:
+    references = expected(call)
+    assert {name for name in NEEDS if references[name].abs().amax() > 65504} == beyond
+    for needed in (NEEDS, ("query", "key")):
+        results = run(call, needed)
+        for name in set(needed) - beyond:
             error = (results[name].double() - references[name]).abs().amax()
             assert error <= 2**-9 * references[name].abs().amax() + 2**-24, name
+
+
+def test_a_row_keeps_its_bits_beside_a_large_one() -> None:
+    call = make_call(dtype=F16, N=37)
+    call["grad_similarities"] = None
+    call["grad_output"] *= 1e-2
+    alone = run(call)["query"].double()
+    call["grad_output"][:, 0] *= 1e6
+    beside = run(call)["query"].double()
+    error = (alone - beside)[:, 1:].abs().amax(-1)
+    assert (error <= 2**-10 * alone[:, 1:].abs().amax(-1) + 2**-24).all()
 
 
 def test_strides() -> None:

@@ -11,7 +11,8 @@ divided by the rates of a whole chip:
 - pipes: the clocks of the busiest pipe; integer, logic, compares and selects take two, conversions
   and exponentials eight;
 - tensor: the products of tensor cores;
-- L2: bytes of loads and stores, each element of a tensor once;
+- L2: bytes of loads and stores, each element of a tensor once; what a program has just read, or
+  expected.py says that others have, comes from L1 and costs nothing;
 - shared: bytes of shared memory, without bank conflicts, and shuffles.
 
 No kernel is faster than the largest of them; one that takes it divided by 0.65 does well. Launches

@@ -20,13 +20,14 @@ many that this is not enough, they are divided, too (batch_parts.py).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import configs, hardware
 from .aggregation import RHOS
+from .backward_call import Backward
 from .backward_small import plan_small
 from .batch_parts import batch_parts, new_sums
 from .key_side import key_side_kernel
@@ -35,59 +36,10 @@ from .metrics import METRICS
 from .norms import rescales
 from .pairs import sort_pairs_kernel
 from .query_side import query_side_kernel
-from .tensors import Layout, alignment, cdiv, empty_gradient, rows_of
+from .tensors import Layout, cdiv, empty_gradient, rows_of
 
 _F32 = torch.float32
-# How many bfloat16 numbers hold the bits of a float.
-_PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 _NO_ROWS = Layout(1, 1, 0, 0, 0, 0, 0)
-
-
-class Backward(NamedTuple):
-    """The gradients of a call, but for the tensors."""
-
-    Q: Layout  # [B, N, D]; without elements, as K, where there is only V
-    K: Layout  # [B, M, D]
-    V: Layout  # [B, M, C]; without elements where there is only Q and K
-    batch: int  # batch elements in all
-    B: int  # those of a plan
-    B2: int
-    N: int
-    M: int
-    k: int
-    metric: str
-    rho: str
-    scale: float
-    has_weight: bool
-    has_direct: bool  # whether there is a gradient of the returned similarities
-    needed: frozenset[str]
-    query_dtype: torch.dtype
-    value_dtype: torch.dtype
-    query_precision: str  # of products with rows of query; so that of value
-    value_precision: str
-    arch: int
-
-    @property
-    def align(self) -> int:
-        return alignment(self.Q, self.K, self.V)
-
-    @property
-    def bits(self) -> int:
-        return 8 * max(self.query_dtype.itemsize, self.value_dtype.itemsize)
-
-    @property
-    def through_rho(self) -> bool:
-        """Whether ds depends on the gradient of the output."""
-        search = self.has_search or "similarities" in self.needed
-        return search and self.V.N > 0 and self.rho != "ones"
-
-    @property
-    def has_search(self) -> bool:
-        return bool(self.needed & {"query", "key"})
-
-    @property
-    def sorts(self) -> bool:
-        return bool(self.needed & {"value", "key"})
 
 
 @cache_plans

@@ -11,12 +11,13 @@ launches.
 As in backward.py, which chooses between the two, what is not needed is not computed.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import configs
 from .aggregation import RHOS
+from .backward_call import Backward
 from .key_side_small import key_side_small_kernel
 from .launch import Buffer, Plan, Workspace
 from .list_pairs import list_pairs_kernel
@@ -25,13 +26,10 @@ from .norms import rescales
 from .query_side_small import query_side_small_kernel
 from .tensors import cdiv
 
-if TYPE_CHECKING:
-    from .backward import Backward
-
 _F32, _I32 = torch.float32, torch.int32
 
 
-def plan_small(call: "Backward") -> Plan | None:
+def plan_small(call: Backward) -> Plan | None:
     """All gradients; None where sizes or metric do not allow it.
 
     A gradient of similarities that is returned has float32, and no number in it is rounded to 16
@@ -69,7 +67,7 @@ def plan_small(call: "Backward") -> Plan | None:
 
 
 def _numbers(
-    call: "Backward",
+    call: Backward,
     metric: str,
     tiles: int,
     rows: int,
@@ -80,7 +78,7 @@ def _numbers(
     """Numbers and constants that the kernels share, by parameter."""
     B, N, M, k, C, D = call.B, call.N, call.M, call.k, call.V.D, call.Q.D
     of_query, of_key = (
-        0 if "p_inverse_q" in names else B * cdiv(rows, list_blocks["ROWS"]) for rows in (N, M)
+        0 if "p_inverse_q" in names else B * cdiv(count, list_blocks["ROWS"]) for count in (N, M)
     )
     of_value, of_search = (
         cdiv(size, key_blocks["BLOCK"]) if name in call.needed else 0
@@ -132,7 +130,7 @@ def _numbers(
 
 
 def _workspace(
-    call: "Backward",
+    call: Backward,
     tiles: int,
     rows: int,
     list_blocks: configs.Config,
@@ -163,7 +161,7 @@ def _workspace(
     return Workspace(**{name: size for name, size in sizes.items() if name not in names})
 
 
-def _unneeded(call: "Backward", cosine: bool) -> dict[str, str | None]:
+def _unneeded(call: Backward, cosine: bool) -> dict[str, str | None]:
     """The pointers that the kernels do without."""
     needs, of_search = call.needed, call.has_search
     of_query, of_key, of_value = (name in needs for name in ("query", "key", "value"))

@@ -581,8 +581,11 @@ def key_side_small(arch: int, N: int, C: int, D: int) -> Config:
 
 def keys_each(arch: int, programs: int) -> int:
     """The keys of a program of `key_side_small_kernel`; so many programs could have all keys of a
-    batch element. With more of them, each row is read from L2 less often."""
-    return 32 if arch == INTERPRETER else 256 if programs >= 1024 else 64
+    batch element. With more of them, each row is read from L2 less often; of few batch elements,
+    programs would be too few, and each would take long."""
+    if arch == INTERPRETER:
+        return 32
+    return 256 if programs >= 1024 else 64 if programs >= 32 else 16
 
 
 def sort_pairs(arch: int) -> Config:

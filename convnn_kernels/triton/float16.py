@@ -6,16 +6,17 @@ import triton.language as tl
 
 
 @triton.jit
-def near_power(b_x, dtype: tl.constexpr, EXPONENT: tl.constexpr):
-    """b_x in 16 bits, and by what to multiply it afterwards.
+def near_power(b_x, dtype: tl.constexpr, EXPONENT: tl.constexpr, OF_ROWS: tl.constexpr = False):
+    """b_x in 16 bits, and by what to multiply it afterwards, which is [rows, 1] if OF_ROWS.
 
-    In float16 the largest number is brought to 2^EXPONENT by a power of two, so that none is too
-    large, and only what is below 2^(-14 - EXPONENT) of it loses bits.
+    In float16 the largest number, or that of each row, is brought to 2^EXPONENT by a power of two,
+    so that none is too large, and only what is below 2^(-14 - EXPONENT) of it loses bits.
     """
     unit = 1.0
     if dtype == tl.float16:
         b_x = b_x.to(tl.float32)
-        exponent = tl.max(tl.abs(b_x)).to(tl.int32, bitcast=True) >> 23
+        b_max = tl.max(tl.abs(b_x), 1, keep_dims=True) if OF_ROWS else tl.max(tl.abs(b_x))
+        exponent = b_max.to(tl.int32, bitcast=True) >> 23
         exponent = tl.minimum(tl.maximum(exponent, EXPONENT + 1), 254)
         b_x = b_x * ((254 + EXPONENT - exponent) << 23).to(tl.float32, bitcast=True)
         unit = ((exponent - EXPONENT) << 23).to(tl.float32, bitcast=True)

@@ -13,8 +13,9 @@ A program has ROWS queries and needs no other one. It takes a block of channels 
 before the next block: of few tokens, such a block of V or of key stays in L1, from which rows are
 gathered.
 
-t, and rho and W in products, have 16 bits, once rounded. In float16, rows of G and rho are first
-brought near a power of two, so that neither large nor small ones leave its range. Where a sum of
+t, and rho in products, are rounded to 16 bits once. In float16, each row of G, and rho times what
+that has taken from the row, are first brought near a power of two, so that neither large nor small
+ones leave its range. Where a sum of
 products is not finite, also because t has left that range, the program computes drho and dW again
 in float32, each neighbor by itself.
 """
@@ -70,7 +71,6 @@ def _differentiate_output(
     o_j = tl.arange(0, SLOTS)
     b_drho = tl.zeros([ROWS, SLOTS], tl.float32)
     b_test = tl.zeros([BLOCK_C, SLOTS], tl.float32)
-    b_factor, unit_rho = near_power(b_rho, dtype, 14)
     for c0 in range(0, C, BLOCK_C):
         o_c = c0 + tl.arange(0, BLOCK_C)
         m_c = o_c < C
@@ -79,7 +79,8 @@ def _differentiate_output(
         if p_weight is not None:
             b_w = tl.load(p_weight + o_c[:, None] * K + o_j[None, :], m_w, 0.0)
         b_g = tl.load(p_g[:, None] + o_c[None, :], m_n[:, None] & m_c[None, :], 0.0)
-        b_g, unit = near_power(b_g, dtype, 4)
+        b_g, unit = near_power(b_g, dtype, 4, OF_ROWS=True)
+        b_factor, unit_of_dw = near_power(b_rho * unit, dtype, 14)
         b_p = tl.zeros([ROWS, SLOTS], tl.float32)
         b_dw = tl.zeros([BLOCK_C, SLOTS], tl.float32)
         # t is a variable of the loop: so both products take the same t from shared memory.
@@ -94,7 +95,7 @@ def _differentiate_output(
             b_x = _products(p_rows + following, p_v, b_g, o_c, m_c, M, stride_vm)
         b_drho += b_p * unit
         if p_part is not None:
-            b_dw = b_dw * unit * unit_rho
+            b_dw = b_dw * unit_of_dw
             b_test += b_dw * 0.0
             tl.store(p_part + o_j[None, :] * C + o_c[:, None], b_dw, m_w)
     test = tl.sum(tl.sum(b_drho * 0.0, 1), 0) + tl.sum(tl.sum(b_test, 1), 0)
@@ -223,7 +224,7 @@ def query_side_small_kernel(
     # In the temporaries, where the pairs of each query begin.
     o_r = (tile * ROWS + tl.arange(0, ROWS)) * SLOTS
     o_t = o_r[:, None] + o_j[None, :]
-    b_row = tl.where(m_s, tl.load(p_rows + o_t), -1)
+    b_row = tl.load(p_rows + o_t, m_s, -1)
     m = b_row >= 0
     b_rho = _modulate_rows(tl.load(p_similarities + o_s, m, 0.0), m, scale, RHO)
     if p_rho is not None:
