@@ -167,7 +167,8 @@ def select_small(arch: int, D: int, k: int, rows: int) -> Config:
         LOG_LIST=log_list,
         BLOCK_N=16 * warps,
         BLOCK_M=64,
-        BLOCK_D=min(64, max(16, power_of_two(D))),
+        # Loads of single elements take more registers.
+        BLOCK_D=min(16 if D % 16 else 64, max(16, power_of_two(D))),
         num_warps=warps,
         num_stages=2,
     )
@@ -395,10 +396,11 @@ def dense_inputs(arch: int, k: int) -> Config:
 def rho_grad_dense(arch: int, bits: int, C: int, O: int) -> Config:
     """Blocks of `rho_grad_dense_kernel`."""
     large = bits == 16 and arch >= 90
+    most_c = 128 if large else 32 if bits == 32 and 80 <= arch < 90 else 64
     return _config(
         BLOCK_N=128 if large else 64,
         BLOCK_O=min(64 if bits == 16 else 32, max(16, power_of_two(O))),
-        BLOCK_C=min(128 if large else 64, max(16, power_of_two(C))),
+        BLOCK_C=min(most_c, max(16, power_of_two(C))),
         num_warps=8 if large else 4,
         num_stages=3,
     )
