@@ -93,8 +93,8 @@ def measure(call: Callable[[], Any], rounds: int = 300, calls: int = 10) -> tupl
     return 1e6 * min(times), 1e6 * statistics.median(times)
 
 
-# Small, because PyTorch's own operations do run: queries, keys, and how neighbors are selected.
-_SHAPES = {"select_small": (32, 32), "select_large": (32, 1100)}
+# Queries and keys; small, because PyTorch's own operations do run.
+_SHAPES = {"few tokens": (32, 32), "many keys": (32, 1100)}
 
 
 def calls(N: int, M: int, weight: str) -> dict[str, Callable[[], Any]]:
@@ -133,11 +133,11 @@ def main() -> int:
     install_null_driver()
     take_cpu_tensors()
     torch.set_num_threads(1)
-    for strategy, (N, M) in _SHAPES.items():
+    for shape, (N, M) in _SHAPES.items():
         for weight in ("depthwise", "dense"):
             for name, call in calls(N, M, weight).items():
                 least, median = measure(call)
-                what = f"{strategy:<14} {weight:<10} {name:<17}"
+                what = f"{shape:<14} {weight:<10} {name:<17}"
                 print(f"{what} {least:6.0f} us, median {median:.0f}", flush=True)
                 if name == options.profile:
                     _profile(call)
