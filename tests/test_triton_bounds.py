@@ -144,6 +144,17 @@ def test_accesses_are_inside(call: str, dtype: torch.dtype, accesses: Accesses) 
     assert accesses.outside == set()
 
 
+@pytest.mark.parametrize("weight", ["depthwise", "none"])
+def test_accesses_of_shared_keys_are_inside(weight: str, accesses: Accesses) -> None:
+    """Queries of three batch elements in one block, and rows of no batch element behind them."""
+    query, value = torch.randn(2, 3, 7, 21).half(), torch.randn(2, 3, 30, 20).half()
+    key = torch.randn(30, 21).half().expand(2, 3, 30, 21)
+    W = torch.randn(20, 1, 4).half() if weight == "depthwise" else None
+    torch.ops.convnn.forward(query, key, value, 4, W)
+    assert accesses.kernels == {"select_network_kernel"}
+    assert accesses.outside == set()
+
+
 def test_an_access_outside_is_seen(accesses: Accesses, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the last element of everything were not there."""
 

@@ -109,7 +109,7 @@ def test_the_same_bits_as_the_other_strategies(
     s, I = assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
     assert (watch.programs > 0) == (most == 1)
     for left_out in ("allows_select_network", "allows_select_small"):
-        monkeypatch.setattr(configs, left_out, lambda *_: False)
+        monkeypatch.setattr(configs, left_out, lambda *_, **__: False)
         forget_plans()
         other = ops.select(query, key, k, **options)
         assert torch.equal(s, other[0])
@@ -332,6 +332,17 @@ def test_forward_in_one_launch(
         ops.forward(query, key, value, k, weight, bias, **options)
     assert launched == ["select_network_kernel"]
     assert_forward(ops.forward, query, key, value, k, weight, bias, **options, backward=False)
+
+
+def test_candidates_self_and_a_mask_in_one_launch(launched: list[str]) -> None:
+    query, key, value = normal(2, 19, 21), normal(2, 40, 21, seed=1), normal(2, 40, 20, seed=2)
+    mask = torch.arange(40).expand(2, 40) % 3 != torch.tensor([[0], [1]])
+    options = {"candidates": torch.arange(39, 4, -2), "self_indices": torch.arange(19) + 7}
+    arguments = (query, key, value, 5, normal(20, 1, 5, seed=3))
+    with torch.no_grad():
+        ops.forward(*arguments, **options, key_mask=mask)
+    assert launched == ["select_network_kernel"]
+    assert_forward(ops.forward, *arguments, **options, key_mask=mask, backward=False)
 
 
 @pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])

@@ -216,6 +216,12 @@ def configurations(quick: bool) -> list[Any]:
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
     calls += [call(**select | {"N": 300}, rho="ones", **options, M=40)]
     calls += [call(**plain | {"N": 197}, weight="depthwise")]
+    # Few queries; single elements; every option at once.
+    for N, M in ((25, 197), (16, 40)):
+        calls += [call(**plain | {"N": N}, weight="depthwise", M=M)]
+    calls += [call(**plain | {"N": 197, "D": 40, "C": 40, "k": 15}, weight="depthwise")]
+    everything = {"with_self": True, "masked": True, "order": "index", "weight": "depthwise"}
+    calls += [call(**plain | {"N": 197, "k": 15}, **everything)]
     # Few tokens: blocks of channels that are not full, and the longest rows of slots; other parts.
     few = {"N": 49, "D": 40, "C": 24, "k": 16, "metric": "dot", "rho": "similarity"}
     calls += [call(**plain | few, weight="none", of_similarities=True)]

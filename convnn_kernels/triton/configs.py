@@ -175,27 +175,42 @@ def select_small(arch: int, D: int, k: int, rows: int) -> Config:
 
 
 def allows_select_network(
-    bits: int, D: int, columns: int, k: int, metric: str, self_is_column: bool
+    arch: int,
+    bits: int,
+    D: int,
+    columns: int,
+    k: int,
+    metric: str,
+    has_self: bool,
+    has_candidates: bool,
+    has_mask: bool,
 ) -> bool:
     """Whether the sizes allow `select_network_kernel`, which sums as `select_small_kernel` does.
 
-    Beside a tile of 128 columns, the token itself takes more registers than there are.
+    With a tile of 128 columns, some options take more registers than there are: the token itself
+    beside candidates; before sm_90 also a mask beside the token, and loads of single elements.
     """
-    most = 256 if self_is_column else 64
+    narrow = has_self and has_candidates
+    if 80 <= arch < 90:
+        narrow = narrow or (has_self and has_mask) or D % 16 != 0
+    most = 64 if narrow else 256
     return allows_select_small(bits, D, columns, k, metric) and columns <= most and k <= 15
 
 
 def select_network(arch: int, N: int, D: int, columns: int) -> Config:
     """Blocks of `select_network_kernel` for N queries of a batch element.
 
-    A warp has 16 rows, so that no row is spread over warps.
+    A warp has 16 rows. With `wgmma`, of 64 rows and more, no row is spread over warps.
     """
-    largest = 32 if arch == INTERPRETER else 128
-    rows = min(largest, max(16, power_of_two(N)))
+    narrow = columns <= 64
+    if arch == INTERPRETER:
+        rows = min(32, max(16, power_of_two(N)))
+    else:
+        rows = min(128, max(16 if narrow else 64, power_of_two(N)))
     return _config(
         BLOCK_N=rows,
-        BLOCK_M=64 if columns <= 64 else 128,
-        BLOCK_D=16 if 80 <= arch < 90 or D <= 16 else 32,
+        BLOCK_M=64 if narrow else 128,
+        BLOCK_D=16 if 80 <= arch < 90 or D <= 16 or D % 16 else 32,
         num_warps=rows // 16,
         num_stages=2,
     )
@@ -203,7 +218,9 @@ def select_network(arch: int, N: int, D: int, columns: int) -> Config:
 
 def aggregate_small(C: int, k: int) -> Config:
     """Blocks of `select_network_kernel` for the convolution."""
-    return _config(LOG_K=max(1, _log2(k)), BLOCK_C=min(64, max(16, power_of_two(C))))
+    # Loads of single elements take more registers.
+    widest = 32 if C % 16 else 64
+    return _config(LOG_K=max(1, _log2(k)), BLOCK_C=min(widest, max(16, power_of_two(C))))
 
 
 # The sweep: how the columns of a tile are divided among the queues of a row follows from how tensor

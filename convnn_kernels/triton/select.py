@@ -73,7 +73,13 @@ def select_otherwise(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -
 
 def is_tile(search: Search) -> bool:
     """Whether `select_network` takes a search that `select_large` does not take."""
-    return configs.allows_select_network(*_sizes(search), _self_is_column(search))
+    return configs.allows_select_network(
+        search.arch,
+        *_sizes(search),
+        has_self=search.has_self,
+        has_candidates=search.has_candidates,
+        has_mask=search.has_mask,
+    )
 
 
 def _self_is_column(search: Search) -> bool:

@@ -251,7 +251,7 @@ def _best_of_tile(
         inverse_q = _inverse_root(squares_q)
     if OF_KEYS:
         b_s = b_s * inverse_q[:, None] * _inverse_root(squares_k)[None, :]
-    b_s = b_s + 0.0  # -0 becomes 0
+    b_s = b_s + 0.0  # -0 becomes 0, but for products below the range of float32
     b_s_self = tl.zeros(m_n.shape, tl.float32)
     if HAS_SELF:
         is_self = m_c[None, :] & (row[None, :] == self_row[:, None])
@@ -467,7 +467,8 @@ def _aggregate(
             tl.store(p_weight_rows + o_w, b_w, o_w < C * k)
     b_value = b
     if FOLDED:
-        b_value = b * (N // N_value) + (n + tl.arange(0, ROWS)) // N_value
+        # Rows beyond the last one are as the last one: V is read for all.
+        b_value = b * (N // N_value) + tl.minimum(n + tl.arange(0, ROWS), N - 1) // N_value
     p_v = p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
     first, left = b * N + n, N - n
     p_s, p_i = p_similarities + first * k, p_indices + first * k
