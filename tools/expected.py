@@ -419,7 +419,7 @@ EXPECTED = {
             "b_rho = _modulate_rows(tl.load(": lambda n: filled(n.N, n.ROWS) * n.K / n.SLOTS,
             **dict.fromkeys(
                 (
-                    "b_row = tl.where(m_s, tl.load(p_rows + o_t",
+                    "b_row = tl.load(p_rows + o_t, m_s",
                     "tl.store(p_rho",
                     "tl.store(p_factor",
                     "tl.store(p_along",
