@@ -43,7 +43,8 @@ def plan_small(call: Backward) -> Plan | None:
         return None
     if not configs.allows_backward_small(bits, N, M, k, metric):
         return None
-    query_blocks = configs.query_side_small(call.arch, C, D, call.align)
+    float16 = call.value_dtype == torch.float16
+    query_blocks = configs.query_side_small(call.arch, C, D, call.align, float16)
     list_blocks = configs.list_pairs(call.arch, N, D, query_blocks["ROWS"])
     key_blocks = configs.key_side_small(call.arch, N, C, D)
     tiles = cdiv(N, query_blocks["ROWS"])

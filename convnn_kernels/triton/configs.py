@@ -563,7 +563,7 @@ def list_pairs(arch: int, N: int, D: int, rows: int) -> Config:
     )
 
 
-def query_side_small(arch: int, C: int, D: int, align: int) -> Config:
+def query_side_small(arch: int, C: int, D: int, align: int, float16: bool) -> Config:
     """Blocks of `query_side_small_kernel`. Loads of single elements take more registers."""
     packed = C % 16 == D % 16 == align % 16 == 0
     block_c, block_d = (min(64 if packed else 32, max(16, power_of_two(X))) for X in (C, D))
@@ -573,8 +573,8 @@ def query_side_small(arch: int, C: int, D: int, align: int) -> Config:
         BLOCK_D=block_d,
         num_warps=4 if packed else 8,
         num_stages=1,
-        # 12 warps on a multiprocessor, where that does not spill.
-        maxnreg=168 if packed and arch >= 90 else MOST_REGISTERS,
+        # 12 warps on a multiprocessor, or 8, where that does not spill.
+        maxnreg=(224 if float16 else 168) if packed and arch >= 90 else MOST_REGISTERS,
     )
 
 

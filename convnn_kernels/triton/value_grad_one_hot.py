@@ -80,7 +80,7 @@ def _sum_pairs(
         m_n = o_n < queries
         o_r = first_row + o_n
         # Where the keys of a query's batch element begin.
-        begin = o_n // N * M - first_key
+        begin = (o_n // N * M.to(tl.int64)).to(tl.int32) - first_key
         p_g = p_grad + o_r[:, None] * O
         if ONE_BLOCK_O:
             o_o = tl.arange(0, BLOCK_O)
