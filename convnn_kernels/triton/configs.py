@@ -456,14 +456,12 @@ def value_grad_one_hot(arch: int, M: int, C: int, O: int) -> Config:
         block_n, most_o = 16, 32
     one_block_o = most_o >= O
     block_o = max(16, power_of_two(O)) if one_block_o else min(most_o, 64)
-    # G is then read for every j, and half as often with blocks of 128 channels.
-    most_c = 128 if block_n == 128 and not one_block_o else 64
     wide = M > 128 and block_n == 128 and one_block_o and block_o <= 128
     return _config(
         BLOCK_M=32 if arch == INTERPRETER else 256 if wide else 128,
         BLOCK_N=block_n,
         BLOCK_O=block_o,
-        BLOCK_C=min(32 if arch == INTERPRETER else most_c, max(16, power_of_two(C))),
+        BLOCK_C=min(32 if arch == INTERPRETER else 64, max(16, power_of_two(C))),
         ONE_BLOCK_O=one_block_o,
         num_warps=8,
         num_stages=2 if block_o == 256 else 3,
@@ -637,10 +635,11 @@ def weight_grad_dense(
     """Blocks of `weight_grad_dense_kernel`. `in_float`: products of float32 at any dtype."""
     # Products of float32 take more registers.
     largest = 128 if bits == 16 and not in_float and arch >= 90 else 64
+    most_c = 32 if bits == 32 and 80 <= arch < 90 else largest
     return _config(
         BLOCK_N=64 if largest == 128 else 32,
         BLOCK_O=min(largest, max(16, power_of_two(O))),
-        BLOCK_C=_FEW_CHANNELS if few_channels else min(largest, max(16, power_of_two(C))),
+        BLOCK_C=_FEW_CHANNELS if few_channels else min(most_c, max(16, power_of_two(C))),
         num_warps=8 if largest == 128 else 4,
         num_stages=3 if largest == 128 else 2,
     )
