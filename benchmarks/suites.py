@@ -164,7 +164,7 @@ def _gpu_vit() -> Group:
 
 
 def _gpu_vgg(layer: int, workload: Workload) -> Group:
-    ours = ("convnn-vgg", "convnn-dense")
+    ours = ("convnn-dense", "convnn-dense-random")
     cases = _cases(workload, ("mm", "conv2d", *ours, "aggregate-dense"))
     cases += _on_random_features(workload, *ours)
     return Group(f"gpu VGG-11 layer {layer} {workload.shape}", cases, Effort(2, 5, 30))
@@ -258,7 +258,7 @@ def time(device: str) -> list[Group]:
         (GPU_LAYERS[0], ("convnn-all", *_SDPA[1:])),
         *((w, ("select", "matmul")) for w in GPU_SELECT),
         (GPU_VIT, ("convnn-all", "convnn-random", *_SDPA[1:])),
-        *((w, ("convnn-vgg", "conv2d")) for w in dict.fromkeys(GPU_VGG11)),
+        *((w, ("convnn-dense", "conv2d")) for w in dict.fromkeys(GPU_VGG11)),
         (TINY, ()),
         *((w, ("convnn-all", *_SDPA[1:])) for w in (half, GPU_FLOAT32, *GPU_LAYERS[1:4])),
         *((w, ("select",)) for w in SEARCH),

@@ -98,11 +98,6 @@ class Workload:
         return getattr(torch, self.dtype)
 
     @property
-    def is_image(self) -> bool:
-        """Whether the tokens are the pixels of an image, which has no gradient."""
-        return self.outputs is not None and self.channels == 3
-
-    @property
     def shape(self) -> str:
         """(B, N, C, k), with the number of keys where it differs from N."""
         keys = "" if self.keys is None else f" of {self.keys}"

@@ -242,7 +242,7 @@ def test_rows_of_the_gpu_suite_have_their_references():
         assert "÷ SDPA" in titles("gpu layer", "convnn-all", both, source)
         assert "÷ SDPA" in titles("gpu ViT-Tiny", "convnn-random", both, source)
         assert "÷ flashlib" in titles("gpu search", "select", "forward", source)
-        assert titles("gpu VGG-11 layer", "convnn-vgg", both, source) == {"÷ Conv2d"}
+        assert titles("gpu VGG-11 layer", "convnn-dense", both, source) == {"÷ Conv2d"}
     # Eager is a product and its topk.
     assert titles("gpu select", "select", "forward", "random") == {"÷ eager", "÷ matmul"}
     assert "÷ SDPA" in titles("gpu host", "host-triton", both, "random")
@@ -251,7 +251,7 @@ def test_rows_of_the_gpu_suite_have_their_references():
     # All of them fit the summary, beside some failures.
     assert text.count("\n") < gpu.LINES - 40
     assert len(text) < gpu.CHARACTERS - 2000
-    assert "all layers of VGG-11 ÷ Conv2d, convnn-vgg: photographs " in text
+    assert "all layers of VGG-11 ÷ Conv2d, convnn-dense: photographs " in text
 
 
 def test_sums_of_layers():

@@ -91,30 +91,14 @@ def _restriction(
 
 def _forward(operation: Any, w: Workload, inputs: Inputs, kind: str, dense: bool) -> Call:
     candidates, itself = _restriction(kind, w, inputs)
-    query, key = inputs.query, inputs.key
-    value = inputs.value.detach() if w.is_image else inputs.value
+    query, key, value = inputs.query, inputs.key, inputs.value
     weight = inputs.dense_weight if dense else inputs.weight
 
     def forward() -> Any:
         return operation(query, key, value, w.k, weight, None, candidates, itself)
 
     leaves = {"query": query, "key": key, "value": value, "weight": weight}
-    if w.is_image:
-        del leaves["value"]
     return Call(forward, leaves, inputs.grad_dense if dense else inputs.grad_output, candidates)
-
-
-def _vgg_layer(w: Workload, inputs: Inputs) -> Call:
-    """A layer of the paper's VGG-11: neighbors enter as they are, and images need no gradient."""
-    value = inputs.value.detach() if w.is_image else inputs.value
-    weight = inputs.dense_weight
-    options = (None, None, None, None, "cosine", "ones")
-
-    def forward() -> Any:
-        return operators().forward(inputs.query, inputs.key, value, w.k, weight, *options)
-
-    leaves = {"weight": weight} if w.is_image else {"value": value, "weight": weight}
-    return Call(forward, leaves, inputs.grad_dense)
 
 
 def _select(operation: Any, w: Workload, inputs: Inputs, kind: str, dense: bool) -> Call:
@@ -203,7 +187,9 @@ PEERS = {
     "convnn-random": _convnn("random candidates", _ours("forward", "random"), "eager-random"),
     "convnn-spatial": _convnn("spatial candidates", _ours("forward", "spatial"), "eager-spatial"),
     "convnn-dense": _convnn("all candidates, dense", _ours("forward", dense=True), "eager-dense"),
-    "convnn-vgg": _convnn("all candidates, dense, ρ = 1", _vgg_layer),
+    "convnn-dense-random": _convnn(
+        "random candidates, dense", _ours("forward", "random", dense=True)
+    ),
     "eager": _eager_convnn("all candidates", _eager("forward"), (2, 3)),
     "eager-random": _eager_convnn("random candidates", _eager("forward", "random")),
     "eager-spatial": _eager_convnn("spatial candidates", _eager("forward", "spatial")),

@@ -21,15 +21,14 @@ def _convolution(workload: Workload, inputs: Inputs) -> Call:
         return tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
     needs_gradient = inputs.value.requires_grad
-    image = as_map(inputs.value.detach()).requires_grad_(needs_gradient and not workload.is_image)
+    image = as_map(inputs.value.detach()).requires_grad_(needs_gradient)
     weight = inputs.conv_weight.detach().contiguous(memory_format=torch.channels_last)
     weight.requires_grad_(needs_gradient)
 
     def forward() -> tuple[Tensor, ...]:
         return (F.conv2d(image, weight, padding=1),)
 
-    leaves = {"weight": weight} if workload.is_image else {"image": image, "weight": weight}
-    return Call(forward, leaves, as_map(inputs.grad_dense))
+    return Call(forward, {"image": image, "weight": weight}, as_map(inputs.grad_dense))
 
 
 PEERS = {"conv2d": Peer("Conv2d 3×3, channels_last", "convolution", _convolution, TRAINING)}

@@ -17,9 +17,10 @@ extern "C" int64_t products_of_tiles() { return amx_emulation::products; }
 extern "C" void select_bfloat16(int64_t batch, int64_t n, int64_t m, int64_t d, int64_t k,
                                 int metric, const void* query, const void* key, float* similarities,
                                 int64_t* indices) {
+  const StridedRows queries = {query, d, n * d}, keys = {key, d, m * d};
   const SelectParams params = {
-      batch, n,   m,       d, k,       DType::bfloat16, Metric(metric), Order::similarity,
-      query, key, nullptr, 0, nullptr, nullptr,         similarities,   indices};
+      batch,   n,    m,       d, k,       DType::bfloat16, Metric(metric), Order::similarity,
+      queries, keys, nullptr, 0, nullptr, nullptr,         similarities,   indices};
   const SelectKernel kernel = amx::select_kernel<amx::bfloat16>();
   const auto allocate = [](size_t bytes) {
     return std::unique_ptr<void, decltype(&std::free)>(
