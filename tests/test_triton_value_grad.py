@@ -151,6 +151,44 @@ def test_both_ways_are_equal(
     assert not dv[:, 0].any()
 
 
+@pytest.mark.parametrize("rho", ["softmax", "similarity"])
+@pytest.mark.parametrize(
+    ("B", "N", "M", "C"),
+    [
+        (5, 7, 6, 9),
+        # Several blocks of keys, of channels, or of both.
+        (2, 40, 70, 9),
+        (3, 12, 10, 80),
+        (1, 33, 70, 40),
+    ],
+)
+def test_gradient_of_similarities_both_ways(
+    monkeypatch: pytest.MonkeyPatch, rho: str, B: int, N: int, M: int, C: int
+) -> None:
+    """Of whole numbers, from the products of the gradient of value and by a kernel of its own."""
+    call = make_call(B, N, M, C, rho=rho, whole=True)
+    operator = backend.operators()["convnn::aggregate_backward"]
+    names = launched(monkeypatch)
+    ds = operator(*call.values(), True, True, False, False)[1]
+    assert "rho_grad_dense_kernel" not in names
+    names.clear()
+    alone = operator(*call.values(), False, True, False, False)[1]
+    assert "rho_grad_dense_kernel" in names
+    assert torch.equal(ds, alone)
+    assert ds.any()
+    missing = call["similarities"].isinf() | (call["indices"] < 0) | (call["indices"] >= M)
+    assert missing.any()
+    assert not ds[missing].any()
+
+
+def test_parts_of_rho_that_take_too_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "WORKSPACE", 2**11)
+    names = launched(monkeypatch)
+    call = make_call(C=80)
+    run(call, "similarities")
+    assert "rho_grad_dense_kernel" in names
+
+
 @pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_with_its_keys(what: float) -> None:
     """Other keys have the bits that they have without it, also those of its batch element."""

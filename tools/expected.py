@@ -255,7 +255,9 @@ EXPECTED = {
             lambda n: filled(n.k, n.BLOCK_K),
         ),
     ),
-    "softmax_backward_kernel": Expected(_OVER_K),
+    "modulate_backward_kernel": Expected(
+        _OVER_K | {"for part in range(1, parts)": lambda n: n.parts - 1}
+    ),
     "rho_grad_dense_kernel": Expected(_OVER_C | _OVER_O, masks=_FLAT_ROWS),
     "value_grad_dense_kernel": Expected(
         _OVER_O
@@ -283,6 +285,10 @@ EXPECTED = {
         {"if test != 0.0": lambda n: 0},
         {
             "b_g = tl.load": lambda n: filled(n.elements * n.N, n.BLOCK_N),
+            "b_block = tl.load": lambda n: filled(n.elements * n.N, n.BLOCK_N),
+            # From L1, but for the first row of each key.
+            "b_v = tl.load": lambda n: n.M / (n.N * n.k) / n.key_blocks,
+            "tl.store(p_part": lambda n: 1 / n.key_blocks,
             "tl.store(p, b_dv": lambda n: filled(n.elements * n.M, n.BLOCK_M),
         },
     ),

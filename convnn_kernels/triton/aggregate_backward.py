@@ -5,13 +5,14 @@
 |---|---|
 | similarities: first of rho, then through the softmax | rho_grad.py, modulate.py |
 | weight | weight_grad.py |
-| value, where there are few keys | value_grad_one_hot.py |
+| value, where there are few keys, and rho from the same products | value_grad_one_hot.py |
 | value, over the inverse neighbor list | value_grad.py, inverse_list.py |
 
 The gradient of bias is a sum that PyTorch takes. Those of a depthwise weight, or without one, are
 in backward.py.
 """
 
+import torch
 from torch import Tensor
 
 from . import configs
@@ -20,11 +21,11 @@ from .backward import backward
 from .dense_inputs import prepare_dense_inputs
 from .inverse_list import invert
 from .launch import Plan, Pointers, cache_plans
-from .modulate import prepare_softmax_backward
+from .modulate import prepare_modulate_backward
 from .rho_grad import prepare_rho_grad
 from .tensors import empty_gradient
 from .value_grad import plan_value_grad
-from .value_grad_one_hot import prepare_value_grad_one_hot
+from .value_grad_one_hot import prepare_value_grad_one_hot, rho_parts
 from .weight_grad import plan_weight_grad
 
 
@@ -111,12 +112,16 @@ def plan_by_query(call: Aggregation, through_rho: bool, with_value: bool) -> Pla
     """What other kernels read, and the gradients of similarities and, with few keys, of value."""
     inputs, buffers = prepare_dense_inputs(call)
     launches = [inputs]
-    if through_rho:
-        launches.append(prepare_rho_grad(call))
-        if call.rho == "softmax":
-            launches.append(prepare_softmax_backward(call))
+    parts = rho_parts(call) if through_rho and with_value else 0
+    if parts > 1:
+        buffers["p_rho_part"] = (parts * call.rows * call.k, torch.float32)
     if with_value:
-        launches.append(prepare_value_grad_one_hot(call))
+        launches.append(prepare_value_grad_one_hot(call, parts))
+    if through_rho:
+        if parts == 0:
+            launches.append(prepare_rho_grad(call))
+        if parts > 1 or call.rho == "softmax":
+            launches.append(prepare_modulate_backward(call, max(1, parts)))
     return Plan(launches, **buffers)
 
 

@@ -401,7 +401,7 @@ def aggregate_depthwise(arch: int, C: int, k: int) -> Config:
 
 
 def modulate(arch: int, k: int) -> Config:
-    """Blocks of `softmax_backward_kernel`."""
+    """Blocks of `modulate_backward_kernel`."""
     return _config(ROWS=128 if arch == INTERPRETER else 32, BLOCK_K=block_k(k), num_warps=4)
 
 
@@ -446,8 +446,9 @@ def allows_one_hot(bits: int, N: int, M: int) -> bool:
     return bits == 16 and M <= 512 and N <= 1024
 
 
-def value_grad_one_hot(arch: int, M: int, C: int, O: int) -> Config:
-    """Blocks of `value_grad_one_hot_kernel`: what fits in registers."""
+def value_grad_one_hot(arch: int, M: int, C: int, O: int, with_rho: bool) -> Config:
+    """Blocks of `value_grad_one_hot_kernel`: what fits in registers. `with_rho`: which the gradient
+    of rho takes, too."""
     block_n, most_o = (128, 256) if 90 <= arch < 100 else (64, 128)
     if O % 16:
         # Single elements are loaded, which takes registers.
@@ -457,6 +458,9 @@ def value_grad_one_hot(arch: int, M: int, C: int, O: int) -> Config:
     one_block_o = most_o >= O
     block_o = max(16, power_of_two(O)) if one_block_o else min(most_o, 64)
     wide = M > 128 and block_n == 128 and one_block_o and block_o <= 128
+    if wide and with_rho:
+        block_o = min(block_o, 64)
+        one_block_o = block_o >= O
     return _config(
         BLOCK_M=32 if arch == INTERPRETER else 256 if wide else 128,
         BLOCK_N=block_n,
@@ -464,7 +468,7 @@ def value_grad_one_hot(arch: int, M: int, C: int, O: int) -> Config:
         BLOCK_C=min(32 if arch == INTERPRETER else 64, max(16, power_of_two(C))),
         ONE_BLOCK_O=one_block_o,
         num_warps=8,
-        num_stages=2 if block_o == 256 else 3,
+        num_stages=3 if block_o < 256 else 1 if with_rho else 2,
     )
 
 

@@ -70,34 +70,56 @@ def modulate(b_s, m, b_max, b_sum, scale, RHO: tl.constexpr):
     return tl.where(m, b_rho, 0.0)
 
 
+@triton.jit
+def _add_parts(p_part, o, m, size, parts):
+    """The sum of parts [parts, size] at `o`."""
+    b_sum = tl.load(p_part + o, m, 0.0)
+    for part in range(1, parts):
+        b_sum += tl.load(p_part + part * size + o, m, 0.0)
+    return b_sum
+
+
 @Kernel
-def softmax_backward_kernel(
-    p_rho,  # [B, N, k] float32
-    p_rho_grad,  # [B, N, k] float32: the gradient of rho, replaced by that of the similarities
+def modulate_backward_kernel(
+    p_rho,  # [B, N, k] float32; None if rho is s
+    p_rho_part,  # [parts, B, N, k] float32: parts of the gradient of rho
+    p_similarities_grad,  # [B, N, k] float32; may be p_rho_part
     rows,
     k,
     scale,
+    parts,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """ds_j = scale rho_j (drho_j - sum_l rho_l drho_l), for ROWS queries."""
+    """ds_j = drho_j, which is a sum of parts, or, through the softmax,
+    ds_j = scale rho_j (drho_j - sum_l rho_l drho_l), for ROWS queries."""
+    size = rows.to(tl.int64) * k
     o_r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     m_r = o_r < rows
     o_k = tl.arange(0, BLOCK_K)
     b_sum = tl.zeros([ROWS], tl.float32)
+    if p_rho is not None:
+        for j in range(0, k, BLOCK_K):
+            m = m_r[:, None] & (j + o_k < k)[None, :]
+            o = o_r[:, None] * k + (j + o_k)[None, :]
+            b_grad = _add_parts(p_rho_part, o, m, size, parts)
+            b_sum += tl.sum(tl.load(p_rho + o, m, 0.0) * b_grad, 1)
     for j in range(0, k, BLOCK_K):
         m = m_r[:, None] & (j + o_k < k)[None, :]
         o = o_r[:, None] * k + (j + o_k)[None, :]
-        b_sum += tl.sum(tl.load(p_rho + o, m, 0.0) * tl.load(p_rho_grad + o, m, 0.0), 1)
-    for j in range(0, k, BLOCK_K):
-        m = m_r[:, None] & (j + o_k < k)[None, :]
-        o = o_r[:, None] * k + (j + o_k)[None, :]
-        b_rho = tl.load(p_rho + o, m, 0.0)
-        b_grad = tl.load(p_rho_grad + o, m, 0.0)
-        tl.store(p_rho_grad + o, scale * b_rho * (b_grad - b_sum[:, None]), m)
+        b_grad = _add_parts(p_rho_part, o, m, size, parts)
+        if p_rho is not None:
+            b_grad = scale * tl.load(p_rho + o, m, 0.0) * (b_grad - b_sum[:, None])
+        tl.store(p_similarities_grad + o, b_grad, m)
 
 
-def prepare_softmax_backward(call: Aggregation) -> Launch:
+def prepare_modulate_backward(call: Aggregation, parts: int) -> Launch:
+    """From so many parts of drho; 1: it is in the place of the gradient of similarities."""
     config = configs.modulate(call.arch, call.k)
     programs = cdiv(call.rows, config["ROWS"])
-    return softmax_backward_kernel.prepare(programs, config, **call.numbers())
+    names: dict[str, str | None] = {"p_similarities_grad": "p_rho_grad"}
+    if parts == 1:
+        names["p_rho_part"] = "p_rho_grad"
+    if call.rho != "softmax":
+        names["p_rho"] = None
+    return modulate_backward_kernel.prepare(programs, config, names, **call.numbers(), parts=parts)
