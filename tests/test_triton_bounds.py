@@ -128,6 +128,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "few_channels": {"weight": "dense"},
     "few_channels_as_they_are": {"weight": "dense", "rho": "ones"},
     "dense": {"weight": "dense", "rho": "similarity", "C": 33, "M": 40, "N": 37},
+    "few_tokens_on_tensor_cores": {"weight": "depthwise", "C": 224, "N": 21, "M": 19, "k": 9},
     "few_tokens": {"weight": "depthwise", "C": 37, "N": 21, "M": 19, "k": 9},
     "one_channel": {"weight": "none", "C": 1, "N": 2, "M": 2, "k": 3, "metric": "dot"},
     "candidates": {"weight": "depthwise", "N": 21, "M": 19, "candidates": True},

@@ -6,7 +6,8 @@ They need a process of their own, started with ``TRITON_INTERPRET=1``, as those 
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -334,6 +335,77 @@ def test_forward_in_one_launch(
     assert_forward(ops.forward, query, key, value, k, weight, bias, **options, backward=False)
 
 
+class Convolutions:
+    """How many programs convolved on tensor cores, and how many row by row."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from convnn_kernels.triton import select_network
+
+        self.counts = {"convolve": 0, "_convolve": 0}
+        for name in self.counts:
+            monkeypatch.setattr(select_network, name, self._counted(name, select_network))
+
+    def _counted(self, name: str, module: ModuleType) -> Callable[..., object]:
+        function = getattr(module, name)
+
+        def count(*arguments: object) -> object:
+            self.counts[name] += 1
+            return function(*arguments)
+
+        return count
+
+
+@pytest.fixture
+def convolutions(monkeypatch: pytest.MonkeyPatch) -> Convolutions:
+    return Convolutions(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("N", "C", "k", "rho", "has_weight"),
+    [
+        (19, 32, 9, "softmax", True),
+        (33, 80, 3, "similarity", True),
+        (16, 192, 1, "ones", False),
+        (3, 224, 2, "softmax", True),
+    ],
+)
+def test_a_convolution_on_tensor_cores(
+    N: int, C: int, k: int, rho: str, has_weight: bool, convolutions: Convolutions
+) -> None:
+    """Blocks of channels that are full or not, passes of several of them."""
+    query, key, value = normal(2, N, 21), normal(2, 20, 21, seed=1), normal(2, 20, C, seed=2)
+    weight = normal(C, 1, k, seed=3) / 8 if has_weight else None
+    bias = normal(C, seed=4) if has_weight else None
+    options = {"rho": rho, "backward": False}
+    assert_forward(ops.forward, query, key, value, k, weight, bias, **options)
+    assert convolutions.counts["convolve"] > 0
+    assert convolutions.counts["_convolve"] == 0
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 65504.0])
+@pytest.mark.parametrize("channel", [0, 6, 21, 47])
+def test_a_number_that_is_not_finite_stays_in_its_channel(
+    channel: int, number: float, convolutions: Convolutions
+) -> None:
+    """Products with 0 would spread it to others. The largest one is a number like others."""
+    query, key, value = normal(2, 19, 21), normal(2, 20, 21, seed=1), normal(2, 20, 48, seed=2)
+    value[1, 7, channel] = number
+    weight = normal(48, 1, 5, seed=3) / 8
+    assert_forward(ops.forward, query, key, value, 5, weight, backward=False)
+    assert (convolutions.counts["_convolve"] > 0) == (not math.isfinite(number))
+
+
+@pytest.mark.parametrize("rho", ["softmax", "ones"])
+def test_missing_neighbors_of_aligned_rows(rho: str, convolutions: Convolutions) -> None:
+    query, key, value = normal(2, 19, 21), normal(2, 30, 21, seed=1), normal(2, 30, 32, seed=2)
+    mask = torch.arange(60).view(2, 30) % 30 > 3
+    mask[0, 7:] = False
+    value[~mask] = math.nan
+    options = {"key_mask": mask, "rho": rho, "backward": False}
+    assert_forward(ops.forward, query, key, value, 5, normal(32, 1, 5, seed=3), **options)
+    assert min(convolutions.counts.values()) > 0
+
+
 def test_candidates_self_and_a_mask_in_one_launch(launched: list[str]) -> None:
     query, key, value = normal(2, 19, 21), normal(2, 40, 21, seed=1), normal(2, 40, 20, seed=2)
     mask = torch.arange(40).expand(2, 40) % 3 != torch.tensor([[0], [1]])
@@ -358,8 +430,11 @@ def test_values_of_missing_neighbors_do_not_matter(rho: str) -> None:
     )
 
 
-def test_values_of_batch_elements_that_share_their_keys() -> None:
+@pytest.mark.parametrize("channels", [slice(2, 22), slice(0, 48)], ids=str)
+def test_values_of_batch_elements_that_share_their_keys(channels: slice) -> None:
     """Value and strides of its own. The queries of all are those of one batch element."""
-    query, value = normal(2, 3, 7, 21), normal(3, 2, 30, 24, seed=2).transpose(0, 1)[..., 2:22]
+    query, value = normal(2, 3, 7, 21), normal(3, 2, 30, 64, seed=2).transpose(0, 1)
+    value = value[..., channels]
     key = normal(30, 21, seed=1).expand(2, 3, 30, 21)
-    assert_forward(ops.forward, query, key, value, 5, normal(20, 1, 5, seed=3))
+    weight = normal(value.shape[-1], 1, 5, seed=3)
+    assert_forward(ops.forward, query, key, value, 5, weight)

@@ -217,15 +217,23 @@ EXPECTED = {
         _OVER_D
         | {
             "for start in range(0, columns, BLOCK_M)": lambda n: 0,
-            "for start in range(0, C * k, BLOCK)": lambda n: cdiv(n.C * n.k, 8 * n.BLOCK_N),
+            "for start in range(0, C * k, 4 * THREADS)": lambda n: cdiv(n.C * n.k, 8 * n.BLOCK_N),
             "for c in range(0, C, BLOCK_C)": lambda n: cdiv(n.C, n.BLOCK_C),
+            "for start in range(0, lanes, LANES)": lambda n: cdiv(
+                16 * cdiv(n.C, 32), min(128, 2 * n.BLOCK_N)
+            ),
+            "for begin in range(0, k + 1, BLOCK // LANES)": lambda n: cdiv(
+                n.k + 1, max(1, n.BLOCK_N // 64)
+            ),
+            "for _ in range(0, k)": lambda n: n.k,
+            "for c in range(0, C, 32 * BLOCKS)": lambda n: cdiv(n.C, 32 * n.BLOCKS),
             "for j in range(0, k)": lambda n: n.k,
             "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: 0,
         },
         {
             "if columns > BLOCK_M": lambda n: float(n.columns > n.BLOCK_M),
             "if tied > 0": _share_with_ties,
-            "if missing > 0": lambda n: 0,
+            "if test != 0.0": lambda n: 0,
             # Or with this line in the machine code.
             **dict.fromkeys(("if again > 0", "m_tied = is_column"), lambda n: 0),
         },
@@ -234,6 +242,10 @@ EXPECTED = {
             "b_k = tl.load": lambda n: filled(n.columns, n.BLOCK_M),
             # Rows of V of a batch element, each by the first of those that gather it.
             "b_v = tl.load": lambda n: min(1.0, n.M / (n.BLOCK_N * n.k)),
+            "b_x = tl.load": lambda n: min(1.0, n.M / (n.BLOCK_N * n.k)),
+            "b_x_second = tl.load": lambda n: min(1.0, n.M / (n.BLOCK_N * n.k)),
+            "b_w = tl.load": lambda n: 0,
+            "b_other_w = tl.load": lambda n: 0,
             "b_v *= as_float32(tl.load": lambda n: 0,  # C rows, which all programs read
         },
     ),

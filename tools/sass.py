@@ -88,6 +88,8 @@ def blocks_of(program: Program) -> list[Block]:
     starts = sorted({0, *labels.values(), *ends} - {len(code)})
     number = {start: i for i, start in enumerate(starts)}
     found = []
+    # Where a conditional EXIT leads.
+    over = len(starts)
     for start, end in zip(starts, [*starts[1:], len(code)], strict=True):
         block, last, name = Block(range(start, end)), code[end - 1], names[end - 1]
         target = re.search(r"`\(([.$\w]+)\)", last.operands)
@@ -100,8 +102,10 @@ def blocks_of(program: Program) -> list[Block]:
             block.next.append(number[end])
         if name == "BRA" and target:
             block.next.append(number[labels[target[1]]])
+        if name == "EXIT" and conditional:
+            block.next.append(over)
         found.append(block)
-    return found
+    return [*found, Block(range(0))]
 
 
 def _before(edges: Mapping[int, Iterable[int]]) -> dict[int, set[int]]:

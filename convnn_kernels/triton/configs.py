@@ -216,11 +216,18 @@ def select_network(arch: int, N: int, D: int, columns: int) -> Config:
     )
 
 
-def aggregate_small(C: int, k: int) -> Config:
-    """Blocks of `select_network_kernel` for the convolution."""
+def aggregate_small(bits: int, C: int, is_aligned: bool) -> Config:
+    """Blocks of `select_network_kernel` for the convolution; is_aligned: all rows of V are.
+
+    On tensor cores, BLOCKS blocks of 32 channels at a time, as many as there are registers for.
+    """
     # Loads of single elements take more registers.
     widest = 32 if C % 16 else 64
-    return _config(LOG_K=max(1, _log2(k)), BLOCK_C=min(widest, max(16, power_of_two(C))))
+    blocks = -(-C // 32) if bits == 16 and is_aligned and C % 16 == 0 else 0
+    return _config(
+        BLOCK_C=min(widest, max(16, power_of_two(C))),
+        BLOCKS=-(-blocks // max(1, -(-blocks // 6))),
+    )
 
 
 # The sweep: how the columns of a tile are divided among the queues of a row follows from how tensor

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from . import configs
 from .aggregation import RHOS, Aggregation
-from .integers import aligned, as_int64
+from .integers import aligned, as_int64, wide
 from .launch import Kernel, Launch
 from .metrics import COSINE, cosine, sums_of_pairs
 from .modulate import SOFTMAX, modulate
@@ -166,6 +166,18 @@ def _ranks(b_order, k):
 
 
 @triton.jit
+def rho_of_rows(b_s, m, scale, RHO: tl.constexpr):
+    """rho of all neighbors of rows b_s [rows, n], and 0 where m is false."""
+    b_max, b_sum = 0.0, 1.0
+    if RHO == SOFTMAX:
+        # A maximum over NaN does not matter: the sum is NaN.
+        b_logit = tl.where(m & (b_s == b_s), scale * b_s, float("-inf"))
+        b_max = tl.max(b_logit, 1)[:, None]
+        b_sum = tl.sum(tl.where(m, tl.exp(scale * b_s - b_max), 0.0), 1)[:, None]
+    return modulate(b_s, m, b_max, b_sum, scale, RHO)
+
+
+@triton.jit
 def store_terms(
     p_s,  # of the program's rows: similarities [rows, k]
     p_i,  # [rows, k] int64
@@ -187,22 +199,10 @@ def store_terms(
     b_s = tl.load(p_s + o, m_k, float("-inf"))
     m = b_s != float("-inf")
     b_row = tl.where(m, tl.load(p_i + o, m_k, 0), 0xFFFFFFFF)
-    b_max, b_sum = 0.0, 1.0
-    if RHO == SOFTMAX:
-        # A maximum over NaN does not matter: the sum is NaN.
-        b_logit = tl.where(m & (b_s == b_s), scale * b_s, float("-inf"))
-        b_max = tl.max(b_logit, 1)[:, None]
-        b_sum = tl.sum(tl.where(m, tl.exp(scale * b_s - b_max), 0.0), 1)[:, None]
-    b_rho = modulate(b_s, m, b_max, b_sum, scale, RHO)
+    b_rho = rho_of_rows(b_s, m, scale, RHO)
     b_term = (b_rho.to(tl.int32, bitcast=True).to(tl.int64) << 32) | b_row
     tl.store(p_terms + o, b_term, m_k)
     return tl.max(tl.max((m_k & (b_s == float("-inf"))).to(tl.int32), 1), 0)
-
-
-@triton.jit
-def wide(x):
-    """An integer that is not negative, in 64 bits: those that had 32 have single products."""
-    return (x.to(tl.uint32) if x.dtype == tl.int32 else x).to(tl.uint64)
 
 
 @triton.jit

@@ -19,3 +19,9 @@ def as_int64(i):
 def aligned(stride, ALIGN: tl.constexpr):
     """A stride, which is a multiple of ALIGN, in a form from which the compiler sees that."""
     return as_int64(stride) // ALIGN * ALIGN
+
+
+@triton.jit
+def wide(x):
+    """An integer that is not negative, in 64 bits: those that had 32 have single products."""
+    return (x.to(tl.uint32) if x.dtype == tl.int32 else x).to(tl.uint64)

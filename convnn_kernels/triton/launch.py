@@ -289,6 +289,7 @@ def settle_cache_keys() -> None:
         "inverse_norms",
         "products",
         "networks",
+        "convolve",
     )
     names = [f"{__package__}.{name}" for name in (*functions, "append")]
     for name in (*names, *(kernel.module for kernel in KERNELS.values())):

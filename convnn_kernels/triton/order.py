@@ -162,7 +162,10 @@ def store_list(
     BY_INDEX: tl.constexpr,
     LOG_LIST: tl.constexpr,
 ):
-    """Unpacks the first k of each list, in the order that is asked for."""
+    """Unpacks the first k of each list, in the order that is asked for.
+
+    The result is what has been stored, b_s and b_index [rows, 2**LOG_LIST].
+    """
     o_l = tl.arange(0, 1 << LOG_LIST)[None, :]
     m_l = o_l < k
     b_order = order_of(b_list)
@@ -180,4 +183,6 @@ def store_list(
     b_s = tl.where(b_missing, float("-inf"), from_orderable(b_order))
     m_out = m_r[:, None] & m_l
     tl.store(p_s[:, None] + o_l, b_s, m_out)
-    tl.store(p_i[:, None] + o_l, tl.where(b_missing, missing_index, b_index), m_out)
+    b_index = tl.where(b_missing, missing_index, b_index)
+    tl.store(p_i[:, None] + o_l, b_index, m_out)
+    return b_s, b_index

@@ -32,8 +32,9 @@ import triton.language as tl
 
 from . import configs, hardware
 from .aggregation import Aggregation
-from .finish import as_float32, numbers_of_value, store_terms, wide
-from .integers import aligned, as_int64
+from .convolve import convolve, elements_of_table, store_table
+from .finish import as_float32, numbers_of_value, rho_of_rows
+from .integers import aligned, as_int64, wide
 from .launch import Buffer, Kernel, Plan, Pointers, cache_plans
 from .metrics import COSINE
 from .networks import best_of_four, join_16, merge_16, merge_lists
@@ -380,8 +381,9 @@ def _one_by_one(
 @triton.jit
 def _convolve(
     p_v,  # a pointer, or [ROWS]: V of the batch element of a row
-    p_terms,  # of the program's rows: [rows, k] int64
-    p_weight_rows,  # [k, C]: the weight, or None
+    p_rho,  # of the program's rows: [k, ROWS] float32
+    p_rows,  # [k, ROWS] int32: rows of V; -1 if missing
+    p_weight,  # [C, k] if AS_GIVEN, else [k, C]; or None
     p_bias,  # [C] contiguous, or None
     p_y,  # of the program's rows: [rows, C]
     left,  # how many rows there are
@@ -393,20 +395,18 @@ def _convolve(
     BLOCK_C: tl.constexpr,
     WHOLE_C: tl.constexpr,
     MASKED: tl.constexpr,
+    AS_GIVEN: tl.constexpr,
 ):
     """Stores the output of rows. MASKED: there may be missing neighbors."""
     BYTES: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth // 8
-    o_r = tl.arange(0, ROWS).to(tl.int64)
-    m_r = o_r < left
+    o_r = tl.arange(0, ROWS)
     for c in range(0, C, BLOCK_C):
         o_c = c + tl.arange(0, BLOCK_C)
         m_c = o_c < C
         b_y = tl.zeros([ROWS, BLOCK_C], tl.float32)
         for j in range(0, k):
-            # Rows that there are not have a product of 0 and row 0 of V.
-            b_term = tl.load(p_terms + o_r * k + j, m_r, 0)
-            b_rho = (b_term >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-            b_row = b_term.to(tl.int32)
+            b_rho = tl.load(p_rho + as_int64(j) * ROWS + o_r)
+            b_row = tl.load(p_rows + as_int64(j) * ROWS + o_r)
             b_bytes = tl.multiple_of(wide(b_row) * wide(bytes_vm), ALIGN * BYTES)
             p = (p_v.to(tl.pointer_type(tl.int8)) + b_bytes).to(
                 tl.pointer_type(p_y.dtype.element_ty)
@@ -419,24 +419,67 @@ def _convolve(
             else:
                 b_v = tl.load(p, m_c[None, :], 0.0)
             b_v = as_float32(b_v)
-            if p_weight_rows is not None:
-                b_v *= as_float32(tl.load(p_weight_rows + as_int64(j) * C + o_c, m_c, 0.0))[None, :]
+            if p_weight is not None:
+                p_w = p_weight + as_int64(j) * C + o_c
+                if AS_GIVEN:
+                    p_w = p_weight + o_c.to(tl.int64) * k + j
+                b_v *= as_float32(tl.load(p_w, m_c, 0.0))[None, :]
             b_y += b_rho[:, None] * b_v
         if p_bias is not None:
             b_y += tl.load(p_bias + o_c, m_c, 0.0).to(tl.float32)[None, :]
-        p = p_y + o_r[:, None] * C + o_c[None, :]
-        tl.store(p, b_y.to(p_y.dtype.element_ty), m_r[:, None] & m_c[None, :])
+        p = p_y + o_r.to(tl.int64)[:, None] * C + o_c[None, :]
+        tl.store(p, b_y.to(p_y.dtype.element_ty), (o_r < left)[:, None] & m_c[None, :])
+
+
+@triton.jit
+def _store_terms(b_s, b_index, m_r, p_rho, p_rows, k, scale, RHO: tl.constexpr):
+    """rho and rows of V of all neighbors, for `_convolve`. 1 if one is missing: its similarity is
+    -inf. Rows that there are not have rho 0 of row 0.
+
+    b_s, b_index: as `store_list` returns them.
+    """
+    ROWS: tl.constexpr = b_s.shape[0]
+    o_k = tl.arange(0, b_s.shape[1])[None, :]
+    o, m = o_k * ROWS + tl.arange(0, ROWS)[:, None], (o_k < k) & m_r[:, None]
+    m_found = m & (b_s != float("-inf"))
+    b_row = tl.where(m_found, b_index.to(tl.int32), tl.where(m, -1, 0))
+    tl.store(p_rho + o, rho_of_rows(b_s, m_found, scale, RHO), o_k < k)
+    tl.store(p_rows + o, b_row, o_k < k)
+    return tl.max(tl.max((m & (m_found == 0)).to(tl.int32), 1), 0)
+
+
+@triton.jit
+def _value_of(
+    p_value,
+    b,
+    n,  # the first row
+    N,
+    N_value,
+    B2_value,
+    stride_vb1,
+    stride_vb2,
+    FOLDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Where V of the batch element of rows n, ... begins: a pointer, or [ROWS]."""
+    b_value = b
+    if FOLDED:
+        # Rows beyond the last one are as the last one: V is read for all.
+        o_n = tl.minimum(n + tl.arange(0, ROWS), N - 1)
+        b_value = b * (N // N_value) + o_n // N_value
+    return p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
 
 
 @triton.jit
 def _aggregate(
+    b_s,  # [ROWS, 16]: as `store_list` returns it
+    b_index,
+    m_r,  # [ROWS]
     p_value,  # [B, M, C]
     p_weight,  # [C, 1, k] contiguous, or None
     p_bias,  # [C] contiguous, or None
-    p_weight_rows,  # [k, C]: the weight, or None
-    p_terms,  # [B, N, k] int64
-    p_similarities,  # [B, N, k] float32, contiguous
-    p_indices,  # [B, N, k] int64, contiguous
+    p_weight_rows,  # the weight as the convolution takes it, or None
+    p_rho,  # of the program: [k, ROWS] float32
     p_output,  # [B, N, C] contiguous
     b,
     n,  # the first row
@@ -452,39 +495,62 @@ def _aggregate(
     ALIGN: tl.constexpr,
     FOLDED: tl.constexpr,
     RHO: tl.constexpr,
-    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
     ROWS: tl.constexpr,
-    LOG_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCKS: tl.constexpr,
     WHOLE_C: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """Stores the output of rows whose s and I the program has stored."""
+    """Stores the output of rows."""
     if p_weight is not None:
-        # Each program stores all of it, and all the same, so that none waits for another.
-        for start in range(0, C * k, BLOCK):
-            o_w = start + tl.arange(0, BLOCK)
-            b_w = tl.load(p_weight + (o_w % C).to(tl.int64) * k + o_w // C, o_w < C * k, 0.0)
-            tl.store(p_weight_rows + o_w, b_w, o_w < C * k)
-    b_value = b
-    if FOLDED:
-        # Rows beyond the last one are as the last one: V is read for all.
-        b_value = b * (N // N_value) + tl.minimum(n + tl.arange(0, ROWS), N - 1) // N_value
-    p_v = p_value + (b_value // B2_value) * stride_vb1 + (b_value % B2_value) * stride_vb2
-    first, left = b * N + n, N - n
-    p_s, p_i = p_similarities + first * k, p_indices + first * k
-    p_t, p_y = p_terms + first * k, p_output + first * C
+        if BLOCKS > 0:
+            store_table(p_weight, p_weight_rows, C, k, BLOCKS, min(THREADS, 128), THREADS)
+        else:
+            # Each program stores all of it, and all the same, so that none waits for another.
+            for start in range(0, C * k, 4 * THREADS):
+                o_w = start + tl.arange(0, 4 * THREADS)
+                b_w = tl.load(p_weight + (o_w % C).to(tl.int64) * k + o_w // C, o_w < C * k, 0.0)
+                tl.store(p_weight_rows + o_w, b_w, o_w < C * k)
+    p_rows = (p_rho + as_int64(k) * ROWS).to(tl.pointer_type(tl.int32))
+    missing = _store_terms(b_s, b_index, m_r, p_rho, p_rows, k, scale, RHO)
     # Every thread may read what another one has stored.
     tl.debug_barrier()
-    missing = store_terms(p_s, p_i, p_t, left, k, scale, RHO, ROWS, LOG_K)
-    tl.debug_barrier()
-    if missing > 0:
-        _convolve(
-            p_v,
-            p_t,
+    p_y = p_output + (b * N + n) * C
+    of_value = (N, N_value, B2_value, stride_vb1, stride_vb2)
+    test = missing.to(tl.float32)
+    if BLOCKS > 0 and missing == 0:
+        HALF: tl.constexpr = ROWS // 2
+        test = convolve(
+            _value_of(p_value, b, n, *of_value, FOLDED, HALF),
+            _value_of(p_value, b, n + HALF, *of_value, FOLDED, HALF),
+            p_rho,
+            p_rows,
             p_weight_rows,
             p_bias,
             p_y,
-            left,
+            N - n,
+            C,
+            k,
+            bytes_vm,
+            ALIGN,
+            ROWS,
+            BLOCKS,
+            WHOLE_C,
+            INTERPRETED,
+        )
+        # Before others store the same rows.
+        tl.debug_barrier()
+    p_v = _value_of(p_value, b, n, *of_value, FOLDED, ROWS)
+    if test != 0.0:
+        _convolve(
+            p_v,
+            p_rho,
+            p_rows,
+            p_weight if BLOCKS > 0 else p_weight_rows,
+            p_bias,
+            p_y,
+            N - n,
             C,
             k,
             bytes_vm,
@@ -493,15 +559,17 @@ def _aggregate(
             BLOCK_C,
             WHOLE_C,
             True,
+            BLOCKS > 0,
         )
-    else:
+    elif BLOCKS == 0:
         _convolve(
             p_v,
-            p_t,
+            p_rho,
+            p_rows,
             p_weight_rows,
             p_bias,
             p_y,
-            left,
+            N - n,
             C,
             k,
             bytes_vm,
@@ -509,6 +577,7 @@ def _aggregate(
             ROWS,
             BLOCK_C,
             WHOLE_C,
+            False,
             False,
         )
 
@@ -524,7 +593,7 @@ def select_network_kernel(
     p_weight,  # [C, 1, k] contiguous, or None
     p_bias,  # [C] contiguous, or None
     p_weight_rows,  # [k, C]: the weight, or None
-    p_terms,  # [B, N, k] int64: what is multiplied by rows of value, or None
+    p_terms,  # [programs, 2, k, BLOCK_N]: rho (float32) and rows of value (int32), or None
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
     p_output,  # [B, N, C] contiguous, or None
@@ -561,8 +630,8 @@ def select_network_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LOG_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCKS: tl.constexpr,
     WHOLE_C: tl.constexpr,
 ):
     """All of `select` for BLOCK_N queries, and with AGGREGATE their output."""
@@ -677,20 +746,20 @@ def select_network_kernel(
         b_s_self = tl.where(m_again, b_new_self, b_s_self)
     o_r = b * N + o_n
     p_s, p_i = p_similarities + o_r * k, p_indices + o_r * k
-    store_list(b_list, b_s_self, p_s, p_i, m_n, k, 0, HAS_SELF, BY_INDEX, 4)
+    b_s, b_index = store_list(b_list, b_s_self, p_s, p_i, m_n, k, 0, HAS_SELF, BY_INDEX, 4)
     if AGGREGATE:
-        n = (pid % row_blocks) * BLOCK_N
         _aggregate(
+            b_s,
+            b_index,
+            m_n,
             p_value,
             p_weight,
             p_bias,
             p_weight_rows,
-            p_terms,
-            p_similarities,
-            p_indices,
+            p_terms + pid * (2 * BLOCK_N * k),
             p_output,
             b,
-            n,
+            (pid % row_blocks) * BLOCK_N,
             N,
             C,
             k,
@@ -703,11 +772,12 @@ def select_network_kernel(
             ALIGN_VALUE,
             FOLDED,
             RHO,
-            8 * BLOCK_N,
+            2 * BLOCK_N,
             BLOCK_N,
-            LOG_K,
             BLOCK_C,
+            BLOCKS,
             WHOLE_C,
+            INTERPRETED,
         )
 
 
@@ -716,28 +786,34 @@ def plan_select_network(search: Search, aggregation: Aggregation | None) -> Plan
     """`select`; with an aggregation, depthwise or without a weight, all of `forward`."""
     Q, K = search.Q, search.K
     config = configs.select_network(search.arch, Q.N, Q.D, search.columns)
+    programs = Q.B * cdiv(Q.N, config["BLOCK_N"])
     names: dict[str, str | None] = {}
     buffers: dict[str, Buffer] = {}
     # Rows are read where they lie, not scaled.
     numbers = search.numbers() | Q.strides("q") | K.strides("k") | {"ALIGN": alignment(Q, K)}
-    C = 0 if aggregation is None else aggregation.V.D
-    config |= configs.aggregate_small(C, search.k)
+    of_value = numbers_of_value(aggregation, Q.N)
+    C = of_value["C"]
     if aggregation is None:
+        config |= configs.aggregate_small(search.bits, C, False)
         names |= dict.fromkeys(("p_value", "p_bias", "p_terms", "p_output"))
     else:
-        buffers["p_terms"] = (Q.B * Q.N * search.k, torch.int64)
+        is_aligned = of_value["ALIGN_VALUE"] > 1
+        config |= configs.aggregate_small(aggregation.bits, C, is_aligned)
+        buffers["p_terms"] = (2 * programs * config["BLOCK_N"] * search.k, torch.float32)
+    blocks = config["BLOCKS"]
     if aggregation is None or not aggregation.has_weight:
         names |= {"p_weight": None, "p_weight_rows": None}
     else:
-        buffers["p_weight_rows"] = (C * search.k, aggregation.dtype)
+        elements = elements_of_table(C, search.k, blocks) if blocks else C * search.k
+        buffers["p_weight_rows"] = (elements, aggregation.dtype)
     launch = select_network_kernel.prepare(
-        Q.B * cdiv(Q.N, config["BLOCK_N"]),
+        programs,
         config,
         names,
-        **numbers | numbers_of_value(aggregation, Q.N),
+        **numbers | of_value,
         RESCALE=rescales(search.dtype),
         INTERPRETED=hardware.interpreted(),
-        WHOLE_C=C % config["BLOCK_C"] == 0,
+        WHOLE_C=C % (32 * blocks or config["BLOCK_C"]) == 0,
     )
     return Plan([launch], **buffers)
 
