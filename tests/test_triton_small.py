@@ -406,6 +406,53 @@ def test_missing_neighbors_of_aligned_rows(rho: str, convolutions: Convolutions)
     assert min(convolutions.counts.values()) > 0
 
 
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A list with an entry for each block of products that were added on tensor cores."""
+    from convnn_kernels.triton import select_network
+
+    blocks: list[object] = []
+    add_products = select_network.add_products
+
+    def note(*arguments: object) -> object:
+        blocks.append(arguments[0])
+        return add_products(*arguments)
+
+    monkeypatch.setattr(select_network, "add_products", note)
+    return blocks
+
+
+@pytest.mark.parametrize("special", ["none", *SPECIAL])
+@pytest.mark.parametrize("option", ["all", "self_outside_candidates"])
+def test_squares_on_tensor_cores(option: str, special: str, added: list[object]) -> None:
+    """Blocks of channels that are full or not; the token itself, whose product is added there."""
+    query, key = normal(5, 48), normal(140, 48, seed=1)
+    SPECIAL.get(special, lambda X: X)(key)
+    options = {} if option == "all" else OPTIONS[option]
+    assert_select(ops.select, query, key, 6, **options, backward=False)
+    assert added
+
+
+def test_lanes_with_other_elements_than_expected(
+    monkeypatch: pytest.MonkeyPatch, watch: Watch, convolutions: Convolutions
+) -> None:
+    """As if Triton gave them some: all is computed in another way, and no row one by one."""
+    import triton.language as tl
+
+    from convnn_kernels.triton import convolve, select_network
+
+    for module in (select_network, convolve):
+        monkeypatch.setattr(
+            module, "checked", lambda b_x, *_: b_x * tl.full([1], math.nan, tl.float32)
+        )
+    query, key, value = normal(2, 19, 48), normal(2, 40, 48, seed=1), normal(2, 40, 32, seed=2)
+    options = {"candidates": torch.arange(39, 4, -2), "self_indices": torch.arange(19) + 7}
+    weight = normal(32, 1, 5, seed=3)
+    assert_forward(ops.forward, query, key, value, 5, weight, **options, backward=False)
+    assert watch.programs == 0
+    assert convolutions.counts["_convolve"] > 0
+
+
 def test_candidates_self_and_a_mask_in_one_launch(launched: list[str]) -> None:
     query, key, value = normal(2, 19, 21), normal(2, 40, 21, seed=1), normal(2, 40, 20, seed=2)
     mask = torch.arange(40).expand(2, 40) % 3 != torch.tensor([[0], [1]])

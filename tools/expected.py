@@ -233,9 +233,19 @@ EXPECTED = {
         {
             "if columns > BLOCK_M": lambda n: float(n.columns > n.BLOCK_M),
             "if tied > 0": _share_with_ties,
-            "if test != 0.0": lambda n: 0,
-            # Or with this line in the machine code.
-            **dict.fromkeys(("if again > 0", "m_tied = is_column"), lambda n: 0),
+            **dict.fromkeys(
+                ("if unfit_keys > 0", "if unfit_queries > 0", "if unfit_own > 0", "if test != 0.0"),
+                lambda n: 0,
+            ),
+            # Or with these lines in the machine code.
+            **dict.fromkeys(
+                (
+                    "if again > 0",
+                    "m_tied = is_column",
+                    "b_order = tl.where(b_order == ORDER_OF_SELF",
+                ),
+                lambda n: 0,
+            ),
         },
         masks={
             "b_q = tl.load": lambda n: filled(n.N, n.BLOCK_N),
@@ -473,7 +483,10 @@ EXPECTED = {
                 n.weight_programs / max(1, n.programs - n.sum_programs)
             ),
             "if block < value_blocks": lambda n: n.value_blocks / max(1, n.blocks),
-            "if test != 0.0": lambda n: 0,
+            **dict.fromkeys(
+                ("if unfit_keys > 0", "if unfit_queries > 0", "if unfit_own > 0", "if test != 0.0"),
+                lambda n: 0,
+            ),
         },
         {
             # A block of channels of all rows of G, or of query, is in L1 when they have been read.

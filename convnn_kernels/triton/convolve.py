@@ -15,42 +15,35 @@ the last of four words. The product has channels in other lanes: lane (g, q) has
 2 q + 1, and what it has of 8 channels, from 8 (g / 2) on, is every other one, from g % 2 on. So it
 takes rho of these rows; sums are put in order when all neighbors have been added.
 
-PTX does not say which elements Triton gives to a lane. So a lane compares their numbers with its
-own, and makes its products NaN where they differ, which they do in no version compiled so far. What
-is not finite in V makes NaN of 16 channels, too, by its products with 0. Either is seen in half of
-the channels, and the caller computes the rows in another way.
+Triton does not say which elements it gives to a lane. If they are others, which they are in no
+version compiled so far, sums become NaN (row_products.py). What is not finite in V makes NaN of 16
+channels, too, by its products with 0. Either is seen in half of the channels, and the caller
+computes the rows in another way.
 """
 
 import triton
 import triton.language as tl
 
 from .integers import as_int64, wide
+from .row_products import checked, numbers_of_elements, on_diagonal
 from .tensors import cdiv
 
 
-def _text(kind: str, checks: bool) -> str:
-    """PTX for operands $0... products, $8... words of a row, $12... and $16... those of the table,
-    $20... the numbers of the elements, which should be 8 lane, ..., 8 lane + 7."""
-    lines = ["{ .reg .pred p; .reg .b32 n, x; .reg .f32 c;", "mov.f32 c, 0f00000000;"]
-    if checks:
-        lines += ["mov.u32 n, %laneid; shl.b32 n, n, 3; setp.eq.u32 p, n, n;"]
-        for i in range(8):
-            lines += [f"add.u32 x, n, {i}; setp.eq.and.u32 p, ${20 + i}, x, p;"]
-        lines += ["selp.f32 c, 0f00000000, 0f7FFFFFFF, p;"]
+def _text(kind: str) -> str:
+    """PTX for operands $0... products, $8... words of a row, $12... and $16... of the table."""
+    lines = ["{ .reg .f32 z; mov.f32 z, 0f00000000;"]
     for step in (0, 4):
         results, table = (", ".join(f"${i + step + j}" for j in range(4)) for i in (0, 12))
         words = f"${8 + step // 2}, ${9 + step // 2}"
         lines += [
             f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-            f"{{{results}}}, {{{table}}}, {{{words}}}, {{c, c, c, c}};"
+            f"{{{results}}}, {{{table}}}, {{{words}}}, {{z, z, z, z}};"
         ]
     return "\n".join((*lines, "}"))
 
 
-_BFLOAT16, _FLOAT16 = (tl.constexpr(_text(kind, False)) for kind in ("bf16", "f16"))
-_BFLOAT16_CHECKED, _FLOAT16_CHECKED = (tl.constexpr(_text(kind, True)) for kind in ("bf16", "f16"))
+_BFLOAT16, _FLOAT16 = (tl.constexpr(_text(kind)) for kind in ("bf16", "f16"))
 _OPERANDS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 12))
-_OPERANDS_CHECKED = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 20))
 
 
 @triton.jit
@@ -75,22 +68,15 @@ def _products(
     b_x,  # [rows, 32]: of rows of V
     b_w,  # [rows, 32]: the table, for the first instruction
     b_other_w,  # for the second
-    b_number,  # [rows, 32]: that of an element of 8 rows, or None: not checked
     INTERPRETED: tl.constexpr,
 ):
     """w o x in float32, where instructions leave it; see `_in_order`."""
     if INTERPRETED:
         b_y = tl.join(_of_instruction(b_x, b_w, 0), _of_instruction(b_x, b_other_w, 1))
         return tl.reshape(tl.permute(b_y, [0, 1, 2, 5, 3, 4]), b_x.shape)
-    is_bfloat16: tl.constexpr = b_x.dtype == tl.bfloat16
-    if b_number is None:
-        TEXT: tl.constexpr = _BFLOAT16 if is_bfloat16 else _FLOAT16
-        operands = [b_x, b_w, b_other_w]
-        return tl.inline_asm_elementwise(TEXT, _OPERANDS, operands, tl.float32, True, 8)
-    else:
-        CHECKED: tl.constexpr = _BFLOAT16_CHECKED if is_bfloat16 else _FLOAT16_CHECKED
-        operands = [b_x, b_w, b_other_w, b_number]
-        return tl.inline_asm_elementwise(CHECKED, _OPERANDS_CHECKED, operands, tl.float32, True, 8)
+    TEXT: tl.constexpr = _BFLOAT16 if b_x.dtype == tl.bfloat16 else _FLOAT16
+    operands = [b_x, b_w, b_other_w]
+    return tl.inline_asm_elementwise(TEXT, _OPERANDS, operands, tl.float32, True, 8)
 
 
 @triton.jit
@@ -169,7 +155,6 @@ def _add_neighbor(
     b_w,  # that of ones, where there is none
     b_rho,
     b_rho_second,
-    b_number,
     o_c,  # [1, 32]
     C,
     BLOCKS: tl.constexpr,
@@ -190,11 +175,8 @@ def _add_neighbor(
             m_c = o_c < C - 32 * i
             b_x = tl.load(p + 32 * i, m_c, 0.0)
             b_x_second = tl.load(p_second + 32 * i, m_c, 0.0)
-        if i > 0:
-            # Triton treats all blocks alike.
-            b_number = None
-        b_x = _products(b_x, b_w, b_other_w, b_number, INTERPRETED)
-        b_x_second = _products(b_x_second, b_w, b_other_w, b_number, INTERPRETED)
+        b_x = _products(b_x, b_w, b_other_w, INTERPRETED)
+        b_x_second = _products(b_x_second, b_w, b_other_w, INTERPRETED)
         new += (first[i] + b_rho * b_x,)  # type: ignore[assignment]
         new_second += (second[i] + b_rho_second * b_x_second,)  # type: ignore[assignment]
     return new, new_second
@@ -246,15 +228,13 @@ def convolve(
     o_r = tl.arange(0, HALF)
     o_x = tl.arange(0, 32)[None, :]
     o_g = (o_r % 8)[:, None]
-    b_number = 32 * o_g + o_x
     p_y += o_r.to(tl.int64)[:, None] * C + o_x
     test = 0.0
     for c in range(0, C, 32 * BLOCKS):
         p_w, step = p_table, 0
         if p_table is not None:
             p_w, step = _where_table_is(p_table + 4 * c, o_g, o_x, C, k, BLOCKS)
-        is_one = (o_x // 8 == o_g // 2) & ((o_x % 8 == o_g % 2) | (o_x % 8 == 6 + o_g % 2))
-        b_ones = tl.where(is_one, 1.0, 0.0).to(dtype)
+        b_ones = tl.where(on_diagonal(numbers_of_elements(HALF)), 1.0, 0.0).to(dtype)
         p, p_second = p_v + c, p_v_second + c
         p_r, p_n = p_rho + o_r, p_rows + o_r
         first = ()
@@ -271,7 +251,6 @@ def convolve(
                 b_ones,
                 _of_rows(tl.load(p_r), HALF),
                 _of_rows(tl.load(p_r + HALF), HALF),
-                b_number,
                 c + o_x,
                 C,
                 BLOCKS,
@@ -289,7 +268,7 @@ def convolve(
         m_r = (HALF + o_r < left)[:, None]
         _store(second, p_y + (HALF * as_int64(C) + c), p_b, m_r, c + o_x, C, BLOCKS)
         for i in tl.static_range(BLOCKS):
-            test += _test(first[i] + second[i])
+            test += _test(checked(first[i] + second[i], INTERPRETED))
     return test
 
 

@@ -289,6 +289,7 @@ def settle_cache_keys() -> None:
         "inverse_norms",
         "products",
         "networks",
+        "row_products",
         "convolve",
     )
     names = [f"{__package__}.{name}" for name in (*functions, "append")]

@@ -50,6 +50,7 @@ from .order import (
     pack,
     store_list,
 )
+from .row_products import add_products, checked, numbers_of_elements, on_diagonal
 from .search import Search
 from .tensors import alignment, cdiv
 
@@ -112,6 +113,34 @@ def _columns(
 
 
 @triton.jit
+def _add_products(b_s, b_x, b_y, ON_CORES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """b_s [rows, n] and products of b_x and b_y, of which `_sums` is the sum of each row."""
+    if ON_CORES:
+        return add_products(b_s, b_x, b_y, INTERPRETED)
+    else:
+        return b_s + as_float32(b_x) * as_float32(b_y)
+
+
+@triton.jit
+def _sums(b_s, ON_CORES: tl.constexpr, INTERPRETED: tl.constexpr):
+    if ON_CORES:
+        b_s = checked(b_s, INTERPRETED)
+        b_s = tl.where(on_diagonal(numbers_of_elements(b_s.shape[0])), b_s, 0.0)
+    return tl.sum(b_s, 1)
+
+
+@triton.jit
+def _squares(p_x, m_x, D, BLOCK_D: tl.constexpr):
+    """Sums of squares of rows, however Triton loads them."""
+    b_s = tl.zeros([p_x.shape[0], BLOCK_D], tl.float32)
+    for d in range(0, D, BLOCK_D):
+        o_d = d + tl.arange(0, BLOCK_D)
+        b_x = tl.load(p_x[:, None] + o_d[None, :], m_x[:, None] & (o_d < D)[None, :], 0.0)
+        b_s += as_float32(b_x) * as_float32(b_x)
+    return tl.sum(b_s, 1)
+
+
+@triton.jit
 def _products(
     p_q,  # [BLOCK_N]: rows of query
     p_k,  # [BLOCK_M]: rows of key
@@ -123,12 +152,14 @@ def _products(
     OF_QUERIES: tl.constexpr,
     OF_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ON_CORES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """q k of each pair, [BLOCK_N, BLOCK_M]; and the sums of squares of queries and keys, or 0."""
     o_d = tl.arange(0, BLOCK_D)
     b_s = tl.zeros([p_q.shape[0], p_k.shape[0]], tl.float32)
-    squares_q = tl.zeros([p_q.shape[0]], tl.float32)
-    squares_k = tl.zeros([p_k.shape[0]], tl.float32)
+    squares_q = tl.zeros([p_q.shape[0], BLOCK_D], tl.float32)
+    squares_k = tl.zeros([p_k.shape[0], BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
         m_d = (d + o_d < D)[None, :]
         b_q = tl.load(p_q[:, None] + (d + o_d)[None, :], m_n[:, None] & m_d, 0.0)
@@ -138,12 +169,14 @@ def _products(
             b_k = (b_k.to(tl.float32) * scale_k[:, None]).to(b_k.dtype)
         b_s = tl.dot(b_q, tl.trans(b_k), b_s)
         if OF_QUERIES:
-            b_x = b_q.to(tl.float32)
-            squares_q += tl.sum(b_x * b_x, 1)
+            squares_q = _add_products(squares_q, b_q, b_q, ON_CORES, INTERPRETED)
         if OF_KEYS:
-            b_x = b_k.to(tl.float32)
-            squares_k += tl.sum(b_x * b_x, 1)
-    return b_s, squares_q, squares_k
+            squares_k = _add_products(squares_k, b_k, b_k, ON_CORES, INTERPRETED)
+    return (
+        b_s,
+        _sums(squares_q, ON_CORES and OF_QUERIES, INTERPRETED),
+        _sums(squares_k, ON_CORES and OF_KEYS, INTERPRETED),
+    )
 
 
 @triton.jit
@@ -184,20 +217,23 @@ def _own_products(
     scale_own,  # [BLOCK_N]
     D,
     BLOCK_D: tl.constexpr,
+    ON_CORES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """q k of each query and its own row, and the sums of squares of these rows, in float32."""
     o_d = tl.arange(0, BLOCK_D)
-    b_s = tl.zeros(m_n.shape, tl.float32)
-    squares = tl.zeros(m_n.shape, tl.float32)
+    b_s = tl.zeros([p_q.shape[0], BLOCK_D], tl.float32)
+    squares = tl.zeros([p_q.shape[0], BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
         m = m_n[:, None] & (d + o_d < D)[None, :]
-        b_q = tl.load(p_q[:, None] + (d + o_d)[None, :], m, 0.0).to(tl.float32)
-        b_k = tl.load(p_own[:, None] + (d + o_d)[None, :], m, 0.0).to(tl.float32)
+        b_q = tl.load(p_q[:, None] + (d + o_d)[None, :], m, 0.0)
+        b_k = tl.load(p_own[:, None] + (d + o_d)[None, :], m, 0.0)
         if scale_q is not None:
-            b_q, b_k = b_q * scale_q[:, None], b_k * scale_own[:, None]
-        b_s += tl.sum(b_q * b_k, 1)
-        squares += tl.sum(b_k * b_k, 1)
-    return b_s, squares
+            b_q = b_q.to(tl.float32) * scale_q[:, None]
+            b_k = b_k.to(tl.float32) * scale_own[:, None]
+        b_s = _add_products(b_s, b_q, b_k, ON_CORES, INTERPRETED)
+        squares = _add_products(squares, b_k, b_k, ON_CORES, INTERPRETED)
+    return _sums(b_s, ON_CORES, INTERPRETED), _sums(squares, ON_CORES, INTERPRETED)
 
 
 @triton.jit
@@ -210,6 +246,12 @@ def _with_self_first(lists, has_self):
         with_self += (b_x,)  # type: ignore[assignment]
         b_before = lists[i]
     return with_self
+
+
+@triton.jit
+def _unfit(squares):
+    """1 where a sum of squares is not to be relied on, or not a number."""
+    return tl.where(squares < _LARGEST_SQUARES, 0, 1)
 
 
 @triton.jit
@@ -231,6 +273,7 @@ def _best_of_tile(
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ON_CORES: tl.constexpr,
 ):
     """Of BLOCK_M columns: the 16 largest codes of a row, in four lists; the last 8 bits of all its
     similarities, that of the token itself, or 0, and 1 if not all of them can be relied on. And
@@ -240,18 +283,38 @@ def _best_of_tile(
     OF_KEYS: tl.constexpr = METRIC == COSINE
     OF_QUERIES: tl.constexpr = OF_KEYS and start == 0
     b_s, squares_q, squares_k = _products(
-        p_q, p_rows, m_n, m_c, None, None, D, OF_QUERIES, OF_KEYS, BLOCK_D
+        p_q,
+        p_rows,
+        m_n,
+        m_c,
+        None,
+        None,
+        D,
+        OF_QUERIES,
+        OF_KEYS,
+        BLOCK_D,
+        ON_CORES,
+        INTERPRETED,
     )
     # Comparisons with NaN are false.
     if OF_KEYS:
-        unfit = tl.max(tl.where(squares_k < _LARGEST_SQUARES, 0, 1), 0)
-        unfit = tl.where(squares_q < _LARGEST_SQUARES, unfit, 1)
+        unfit_keys = tl.max(_unfit(squares_k), 0)
+        if ON_CORES:
+            if unfit_keys > 0:
+                squares_k = _squares(p_rows, m_c, D, BLOCK_D)
+                unfit_keys = tl.max(_unfit(squares_k), 0)
+            if OF_QUERIES:
+                unfit_queries = tl.max(_unfit(squares_q), 0)
+                if unfit_queries > 0:
+                    squares_q = _squares(p_q, m_n, D, BLOCK_D)
+        unfit = _unfit(squares_q) | unfit_keys
     else:
         unfit = tl.where(tl.sum(tl.abs(b_s), 1) < _LARGEST_SUM, 0, 1)
     if OF_QUERIES:
         inverse_q = _inverse_root(squares_q)
     if OF_KEYS:
-        b_s = b_s * inverse_q[:, None] * _inverse_root(squares_k)[None, :]
+        inverse_k = _through_memory(_inverse_root(squares_k))
+        b_s = b_s * _through_memory(inverse_q)[:, None] * inverse_k[None, :]
     b_s = b_s + 0.0  # -0 becomes 0, but for products below the range of float32
     b_s_self = tl.zeros(m_n.shape, tl.float32)
     if HAS_SELF:
@@ -348,10 +411,14 @@ def _one_by_one(
         if METRIC == COSINE:
             norm, scale = norms_of_rows(p_own, None, has_self, m_n, D, RESCALE, BLOCK_N, BLOCK_D)
             scale = tl.where(norm == 0.0, 0.0, scale)
-            b_s_self, _squares = _own_products(p_q, p_own, has_self, scale_q, scale, D, BLOCK_D)
+            b_s_self, _squares = _own_products(
+                p_q, p_own, has_self, scale_q, scale, D, BLOCK_D, False, False
+            )
             b_s_self = b_s_self * inverse_q * _inverse(norm)
         else:
-            b_s_self, _squares = _own_products(p_q, p_own, has_self, None, None, D, BLOCK_D)
+            b_s_self, _squares = _own_products(
+                p_q, p_own, has_self, None, None, D, BLOCK_D, False, False
+            )
         b_self = pack(tl.full([BLOCK_N], ORDER_OF_SELF, tl.int32), self_row)[:, None]
         b_list = tl.where((o_l == 0) & has_self[:, None], b_self, b_list)
     b_lowest = tl.min(b_list, 1)
@@ -360,10 +427,14 @@ def _one_by_one(
         if METRIC == COSINE:
             norm_k, scale_k = norms_of_rows(p_rows, None, m_c, m_c, D, RESCALE, BLOCK_M, BLOCK_D)
             scale_k = tl.where(norm_k == 0.0, 0.0, scale_k)
-            b_s, _, _ = _products(p_q, p_rows, m_n, m_c, scale_q, scale_k, D, False, False, BLOCK_D)
+            b_s, _, _ = _products(
+                p_q, p_rows, m_n, m_c, scale_q, scale_k, D, False, False, BLOCK_D, False, False
+            )
             b_s = b_s * inverse_q[:, None] * _inverse(norm_k)[None, :]
         else:
-            b_s, _, _ = _products(p_q, p_rows, m_n, m_c, None, None, D, False, False, BLOCK_D)
+            b_s, _, _ = _products(
+                p_q, p_rows, m_n, m_c, None, None, D, False, False, BLOCK_D, False, False
+            )
         m = m_n[:, None] & m_c[None, :]
         b_order = tl.where(m, orderable(b_s), NO_ORDER)
         if HAS_SELF:
@@ -642,6 +713,8 @@ def select_network_kernel(
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
     HAS_SELF: tl.constexpr = p_self is not None
+    # Rows of 16 bits, as loads of 8 numbers leave them.
+    ON_CORES: tl.constexpr = BLOCK_D == 32 and ALIGN > 1 and p_key.dtype.element_ty != tl.float32
     pid = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(N, BLOCK_N)
     b = pid // row_blocks
@@ -680,6 +753,7 @@ def select_network_kernel(
         INTERPRETED,
         BLOCK_M,
         BLOCK_D,
+        ON_CORES,
     )
     b_more_words = b_words
     if columns > BLOCK_M:
@@ -701,6 +775,7 @@ def select_network_kernel(
             INTERPRETED,
             BLOCK_M,
             BLOCK_D,
+            ON_CORES,
         )
         lists = merge_16(*lists, *more)
         b_s_self += b_more_self
@@ -711,9 +786,16 @@ def select_network_kernel(
         # It need not be among the candidates.
         has_self = self_row >= 0
         p_own = p_k + tl.where(has_self, self_row, 0) * stride_km
-        b_s_self, squares = _own_products(p_q, p_own, has_self, None, None, D, BLOCK_D)
+        b_s_self, squares = _own_products(
+            p_q, p_own, has_self, None, None, D, BLOCK_D, ON_CORES, INTERPRETED
+        )
+        unfit_own = tl.max(_unfit(squares), 0)
+        if ON_CORES and unfit_own > 0:
+            b_s_self, squares = _own_products(
+                p_q, p_own, has_self, None, None, D, BLOCK_D, False, False
+            )
         if METRIC == COSINE:
-            unfit = tl.where(squares < _LARGEST_SQUARES, unfit, 1)
+            unfit = unfit | _unfit(squares)
             b_s_self = b_s_self * inverse_q * _inverse_root(squares)
         lists = _with_self_first(lists, has_self)
     b_list, m_lacks = _list_of_codes(lists, b_words, self_row, p_columns, m_n, k, BLOCK_M)
