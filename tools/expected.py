@@ -234,7 +234,12 @@ EXPECTED = {
             "if columns > BLOCK_M": lambda n: float(n.columns > n.BLOCK_M),
             "if tied > 0": _share_with_ties,
             **dict.fromkeys(
-                ("if unfit_keys > 0", "if unfit_queries > 0", "if unfit_own > 0", "if test != 0.0"),
+                (
+                    "if unfit_keys > 0",
+                    "if unfit_queries > 0",
+                    "if ON_CORES and unfit_own > 0",
+                    "if test != 0.0",
+                ),
                 lambda n: 0,
             ),
             # Or with these lines in the machine code.
@@ -484,7 +489,12 @@ EXPECTED = {
             ),
             "if block < value_blocks": lambda n: n.value_blocks / max(1, n.blocks),
             **dict.fromkeys(
-                ("if unfit_keys > 0", "if unfit_queries > 0", "if unfit_own > 0", "if test != 0.0"),
+                (
+                    "if unfit_keys > 0",
+                    "if unfit_queries > 0",
+                    "if ON_CORES and unfit_own > 0",
+                    "if test != 0.0",
+                ),
                 lambda n: 0,
             ),
         },
