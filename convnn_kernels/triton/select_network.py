@@ -113,31 +113,41 @@ def _columns(
 
 
 @triton.jit
-def _add_products(b_s, b_x, b_y, ON_CORES: tl.constexpr, INTERPRETED: tl.constexpr):
-    """b_s [rows, n] and products of b_x and b_y, of which `_sums` is the sum of each row."""
+def _no_sums(ROWS: tl.constexpr, ON_CORES: tl.constexpr):
+    """What `_add_products` adds to: [ROWS], or as tensor cores leave it [ROWS, 32]."""
     if ON_CORES:
-        return add_products(b_s, b_x, b_y, INTERPRETED)
+        return tl.zeros([ROWS, 32], tl.float32)
     else:
-        return b_s + as_float32(b_x) * as_float32(b_y)
+        return tl.zeros([ROWS], tl.float32)
 
 
 @triton.jit
-def _sums(b_s, ON_CORES: tl.constexpr, INTERPRETED: tl.constexpr):
+def _add_products(sums, b_x, b_y, ON_CORES: tl.constexpr, INTERPRETED: tl.constexpr):
     if ON_CORES:
-        b_s = checked(b_s, INTERPRETED)
-        b_s = tl.where(on_diagonal(numbers_of_elements(b_s.shape[0])), b_s, 0.0)
-    return tl.sum(b_s, 1)
+        return add_products(sums, b_x, b_y, INTERPRETED)
+    else:
+        return sums + tl.sum(as_float32(b_x) * as_float32(b_y), 1)
+
+
+@triton.jit
+def _sums(sums, ON_CORES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The sum of each row [ROWS]."""
+    if ON_CORES:
+        sums = checked(sums, INTERPRETED)
+        is_sum = on_diagonal(numbers_of_elements(sums.shape[0]))
+        sums = tl.sum(tl.where(is_sum, sums, 0.0), 1)
+    return sums
 
 
 @triton.jit
 def _squares(p_x, m_x, D, BLOCK_D: tl.constexpr):
     """Sums of squares of rows, however Triton loads them."""
-    b_s = tl.zeros([p_x.shape[0], BLOCK_D], tl.float32)
+    squares = _no_sums(p_x.shape[0], False)
     for d in range(0, D, BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         b_x = tl.load(p_x[:, None] + o_d[None, :], m_x[:, None] & (o_d < D)[None, :], 0.0)
-        b_s += as_float32(b_x) * as_float32(b_x)
-    return tl.sum(b_s, 1)
+        squares = _add_products(squares, b_x, b_x, False, False)
+    return squares
 
 
 @triton.jit
@@ -158,8 +168,8 @@ def _products(
     """q k of each pair, [BLOCK_N, BLOCK_M]; and the sums of squares of queries and keys, or 0."""
     o_d = tl.arange(0, BLOCK_D)
     b_s = tl.zeros([p_q.shape[0], p_k.shape[0]], tl.float32)
-    squares_q = tl.zeros([p_q.shape[0], BLOCK_D], tl.float32)
-    squares_k = tl.zeros([p_k.shape[0], BLOCK_D], tl.float32)
+    squares_q = _no_sums(p_q.shape[0], ON_CORES and OF_QUERIES)
+    squares_k = _no_sums(p_k.shape[0], ON_CORES and OF_KEYS)
     for d in range(0, D, BLOCK_D):
         m_d = (d + o_d < D)[None, :]
         b_q = tl.load(p_q[:, None] + (d + o_d)[None, :], m_n[:, None] & m_d, 0.0)
@@ -222,8 +232,8 @@ def _own_products(
 ):
     """q k of each query and its own row, and the sums of squares of these rows, in float32."""
     o_d = tl.arange(0, BLOCK_D)
-    b_s = tl.zeros([p_q.shape[0], BLOCK_D], tl.float32)
-    squares = tl.zeros([p_q.shape[0], BLOCK_D], tl.float32)
+    b_s = _no_sums(p_q.shape[0], ON_CORES)
+    squares = _no_sums(p_q.shape[0], ON_CORES)
     for d in range(0, D, BLOCK_D):
         m = m_n[:, None] & (d + o_d < D)[None, :]
         b_q = tl.load(p_q[:, None] + (d + o_d)[None, :], m, 0.0)
@@ -713,8 +723,9 @@ def select_network_kernel(
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
     HAS_SELF: tl.constexpr = p_self is not None
-    # Rows of 16 bits, as loads of 8 numbers leave them.
-    ON_CORES: tl.constexpr = BLOCK_D == 32 and ALIGN > 1 and p_key.dtype.element_ty != tl.float32
+    # Rows of 16 bits, as loads of 8 numbers leave them; few of them for each warp.
+    OF_16_BITS: tl.constexpr = p_key.dtype.element_ty.primitive_bitwidth == 16
+    ON_CORES: tl.constexpr = OF_16_BITS and ALIGN > 1 and BLOCK_D == 32 and BLOCK_M <= 2 * BLOCK_N
     pid = tl.program_id(0).to(tl.int64)
     row_blocks = tl.cdiv(N, BLOCK_N)
     b = pid // row_blocks
