@@ -139,12 +139,18 @@ def assert_in_order(query: Tensor, key: Tensor, k: int) -> None:
     assert torch.equal(s.double(), S.gather(1, expected))
 
 
-@pytest.mark.parametrize("share", [2, 4])
-def test_neighbors_that_share_their_first_24_bits(share: int, watch: Watch) -> None:
-    """A list has all that do, in the order of the columns or the opposite one."""
+@pytest.mark.parametrize(
+    ("share", "k", "programs"),
+    [(2, 9, 0), (2, 10, 0), (4, 8, 0), (4, 9, 1), (4, 11, 0), (4, 13, 1)],
+)
+def test_neighbors_that_share_their_first_24_bits(
+    share: int, k: int, programs: int, watch: Watch
+) -> None:
+    """A list of 12 or 16 has all that do, in the order of the columns or the opposite one, unless
+    the last ones do."""
     query, key = with_common_bits(share)
-    assert_in_order(query, key, 9)
-    assert watch.programs == 0
+    assert_in_order(query, key, k)
+    assert watch.programs == programs
 
 
 @pytest.mark.parametrize("k", [2, 9, 15])
@@ -423,12 +429,14 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @pytest.mark.parametrize("special", ["none", *SPECIAL])
-@pytest.mark.parametrize("option", ["all", "self_outside_candidates"])
-def test_squares_on_tensor_cores(option: str, special: str, added: list[object]) -> None:
+@pytest.mark.parametrize("with_self", [False, True])
+def test_squares_on_tensor_cores(with_self: bool, special: str, added: list[object]) -> None:
     """Blocks of channels that are full or not; the token itself, whose product is added there."""
-    query, key = normal(5, 48), normal(140, 48, seed=1)
+    query, key = normal(20, 48), normal(140, 48, seed=1)
     SPECIAL.get(special, lambda X: X)(key)
-    options = {} if option == "all" else OPTIONS[option]
+    options = {"candidates": torch.arange(139, 12, -2)}
+    if with_self:
+        options["self_indices"] = torch.arange(20) * 6
     assert_select(ops.select, query, key, 6, **options, backward=False)
     assert added
 

@@ -197,8 +197,10 @@ def allows_select_network(
     return allows_select_small(bits, D, columns, k, metric) and columns <= most and k <= 15
 
 
-def select_network(arch: int, N: int, D: int, columns: int) -> Config:
+def select_network(arch: int, N: int, D: int, columns: int, k: int) -> Config:
     """Blocks of `select_network_kernel` for N queries of a batch element.
+
+    Lists have some numbers more than a row has neighbors, so that few rows do without a network.
 
     A warp has 16 rows. With `wgmma`, of 64 rows and more, no row is spread over warps.
     """
@@ -208,6 +210,7 @@ def select_network(arch: int, N: int, D: int, columns: int) -> Config:
     else:
         rows = min(128, max(16 if narrow else 64, power_of_two(N)))
     return _config(
+        LIST=12 if k <= 10 else 16,
         BLOCK_N=rows,
         BLOCK_M=64 if narrow else 128,
         BLOCK_D=16 if 80 <= arch < 90 or D <= 16 or D % 16 else 32,

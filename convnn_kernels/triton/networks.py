@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The 16 largest of each row of many numbers, by networks of comparators, all in registers.
+"""The 16 or 12 largest of each row of many numbers, by networks of comparators, in registers.
 
-Lists are 16 blocks [rows, lists]; the first has the largest entry of each list. A comparator is two
+Lists are 16 or 12 blocks [rows, lists]; the first has the largest entry of each list. A comparator is two
 instructions for all lists that a thread has one of, and numbers move only between threads. Which
 numbers of a row meet follows from how tensor cores leave a product: four threads share a row, and
 of 8 adjacent columns each has 2. None may be NaN.
@@ -171,6 +171,80 @@ def merge_16(
 
 
 @triton.jit
+def merge_12(
+    a0,
+    a1,
+    a2,
+    a3,
+    a4,
+    a5,
+    a6,
+    a7,
+    a8,
+    a9,
+    a10,
+    a11,
+    b0,
+    b1,
+    b2,
+    b3,
+    b4,
+    b5,
+    b6,
+    b7,
+    b8,
+    b9,
+    b10,
+    b11,
+):
+    """The 12 largest of two descending lists, descending."""
+    a0 = tl.maximum(a0, b11)
+    a1 = tl.maximum(a1, b10)
+    a2 = tl.maximum(a2, b9)
+    a3 = tl.maximum(a3, b8)
+    a4 = tl.maximum(a4, b7)
+    a5 = tl.maximum(a5, b6)
+    a6 = tl.maximum(a6, b5)
+    a7 = tl.maximum(a7, b4)
+    a8 = tl.maximum(a8, b3)
+    a9 = tl.maximum(a9, b2)
+    a10 = tl.maximum(a10, b1)
+    a11 = tl.maximum(a11, b0)
+    # What is left falls and rises once, as do 16 of which the last 4 are infinite. The network for
+    # these, without the comparators of which one number is infinite:
+    a0, a8 = _exchange(a0, a8)
+    a1, a9 = _exchange(a1, a9)
+    a2, a10 = _exchange(a2, a10)
+    a3, a11 = _exchange(a3, a11)
+    a0, a2 = _exchange(a0, a2)
+    a1, a3 = _exchange(a1, a3)
+    a8, a4 = _exchange(a8, a4)
+    a9, a5 = _exchange(a9, a5)
+    a10, a6 = _exchange(a10, a6)
+    a11, a7 = _exchange(a11, a7)
+    a0, a1 = _exchange(a0, a1)
+    a2, a3 = _exchange(a2, a3)
+    a8, a10 = _exchange(a8, a10)
+    a9, a11 = _exchange(a9, a11)
+    a4, a6 = _exchange(a4, a6)
+    a5, a7 = _exchange(a5, a7)
+    a8, a9 = _exchange(a8, a9)
+    a10, a11 = _exchange(a10, a11)
+    a4, a5 = _exchange(a4, a5)
+    a6, a7 = _exchange(a6, a7)
+    return a0, a1, a2, a3, a8, a9, a10, a11, a4, a5, a6, a7
+
+
+@triton.jit
+def merge(first, second):
+    """Lists of 16 or 12 blocks: as many of the largest of both."""
+    if len(first) == 12:
+        return merge_12(*first, *second)
+    else:
+        return merge_16(*first, *second)
+
+
+@triton.jit
 def _split_16(b_x):
     """The 16 blocks b_x[:, :, i] of b_x [rows, lists, 16]."""
     rows: tl.constexpr = b_x.shape[0]
@@ -217,32 +291,36 @@ def _halves(a):
 
 @triton.jit
 def merge_lists(lists, COUNT: tl.constexpr, INTERPRETED: tl.constexpr):
-    """Each row's lists merged down to COUNT: 16 blocks [rows, COUNT]."""
+    """Each row's lists merged down to COUNT: blocks [rows, COUNT]."""
     rows: tl.constexpr = lists[0].shape[0]
     n: tl.constexpr = lists[0].shape[1]
     if INTERPRETED:
         # A reduction would merge the lists of one row after another.
         while lists[0].shape[1] > COUNT:
             first, second = (), ()
-            for i in tl.static_range(16):
+            for i in tl.static_range(len(lists)):
                 a, b = _halves(lists[i])
                 first += (a,)  # type: ignore[assignment]
                 second += (b,)  # type: ignore[assignment]
-            lists = merge_16(*first, *second)
+            lists = merge(first, second)
     elif n > COUNT:
         parts = ()
-        for i in tl.static_range(16):
+        for i in tl.static_range(len(lists)):
             part = tl.reshape(lists[i], [rows, COUNT, n // COUNT])
             parts += (part,)  # type: ignore[assignment]
-        lists = tl.reduce(parts, 2, merge_16)
+        if len(lists) == 12:
+            lists = tl.reduce(parts, 2, merge_12)
+        else:
+            lists = tl.reduce(parts, 2, merge_16)
     return lists
 
 
 @triton.jit
-def best_of_four(b_x, INTERPRETED: tl.constexpr):
-    """The 16 largest of each row of b_x [rows, n] in four lists, of what each thread has."""
+def best_of_four(b_x, LIST: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The LIST largest, 12 or 16, of each row of b_x [rows, n] in four lists, of what each thread
+    has."""
     rows: tl.constexpr = b_x.shape[0]
     n: tl.constexpr = b_x.shape[1]
     b_x = tl.permute(tl.reshape(b_x, [rows, n // 8, 4, 2]), [0, 2, 1, 3])
     lists = sort_16(*_split_16(tl.reshape(b_x, [rows, n // 16, 16])))
-    return merge_lists(lists, 4, INTERPRETED)
+    return merge_lists(lists[:LIST], 4, INTERPRETED)

@@ -4,7 +4,8 @@ aggregation, depthwise or without a weight, it is all of the forward (Eq. 3 to 6
 
 A program has BLOCK_N queries and all columns. Tensor cores leave S [BLOCK_N, BLOCK_M] in registers,
 and the norms of the cosine are sums over the same blocks of query and key. Networks (networks.py)
-then find the 16 largest numbers of a row, of which k, at most 15, are its neighbors.
+then find the 16 largest numbers of a row, of which k, at most 15, are its neighbors; or 12, where
+k is at most 10.
 
 What they compare is one float32 with the similarity in its first 24 bits and the column in its last
 8: then no column has to be carried along. The 8 bits that the column takes the place of are kept
@@ -17,9 +18,9 @@ list, which then may lack others that do, too, and where a product is not finite
 be scaled (norms.py). A program with such a row computes S again, exactly as it should be, and takes
 the neighbors of those rows out of it one by one, as in select_small.py.
 
-With AGGREGATE the program then reads s and I back, computes rho as finish.py does, and sums over
-the neighbors of all its rows at once, BLOCK_C channels at a time: the rows of V are those of one
-batch element, so that most are in L1. Neither X_nn nor S is stored.
+With AGGREGATE the program then computes rho as finish.py does, and sums over the neighbors of all
+its rows at once: the rows of V are those of one batch element, so that most are in L1. In 16 bits
+tensor cores multiply by the weight (convolve.py). Neither X_nn nor S is stored.
 
 With candidates, the token itself need not be a column: its similarity is a sum in float32.
 
@@ -37,7 +38,7 @@ from .finish import as_float32, numbers_of_value, rho_of_rows
 from .integers import aligned, as_int64, wide
 from .launch import Buffer, Kernel, Plan, Pointers, cache_plans
 from .metrics import COSINE
-from .networks import best_of_four, join_16, merge_16, merge_lists
+from .networks import best_of_four, join_16, merge, merge_lists
 from .norms import norms_of_rows, rescales
 from .order import (
     FIXED,
@@ -251,7 +252,7 @@ def _with_self_first(lists, has_self):
     """The token itself before the others, of which the last one is dropped."""
     b_before = tl.full(lists[0].shape, _SELF | 255, tl.int32).to(tl.float32, bitcast=True)
     with_self = ()
-    for i in tl.static_range(16):
+    for i in tl.static_range(len(lists)):
         b_x = tl.where(has_self[:, None], b_before, lists[i])
         with_self += (b_x,)  # type: ignore[assignment]
         b_before = lists[i]
@@ -281,11 +282,12 @@ def _best_of_tile(
     METRIC: tl.constexpr,
     HAS_SELF: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    LIST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ON_CORES: tl.constexpr,
 ):
-    """Of BLOCK_M columns: the 16 largest codes of a row, in four lists; the last 8 bits of all its
+    """Of BLOCK_M columns: the LIST largest codes of a row, in four lists; the last 8 bits of all its
     similarities, that of the token itself, or 0, and 1 if not all of them can be relied on. And
     1 / norm of the queries.
     """
@@ -341,13 +343,13 @@ def _best_of_tile(
     b_last = 255 - (start + tl.arange(0, BLOCK_M))
     b_last = _through_memory(tl.where(m_c, b_last, b_last | _NONE))
     b_code = (b_bits & _FIRST_24) | b_last[None, :]
-    lists = best_of_four(b_code.to(tl.float32, bitcast=True), INTERPRETED)
+    lists = best_of_four(b_code.to(tl.float32, bitcast=True), LIST, INTERPRETED)
     return lists, b_words, b_s_self, unfit, inverse_q
 
 
 @triton.jit
 def _list_of_codes(
-    lists,  # 16 blocks [BLOCK_N, 1]: codes, descending
+    lists,  # 12 or 16 blocks [BLOCK_N, 1]: codes, descending
     b_words,  # the last 8 bits of all similarities
     self_row,  # [BLOCK_N] int64
     p_columns,  # [R] int64, or None
@@ -358,6 +360,10 @@ def _list_of_codes(
     """The list of each row (order.py), [BLOCK_N, 16], and which rows may lack a neighbor."""
     BLOCK_N: tl.constexpr = m_n.shape[0]
     ALL: tl.constexpr = BLOCK_N * 16
+    LIST: tl.constexpr = len(lists)
+    b_none = tl.full(lists[0].shape, _NONE | 255, tl.int32).to(tl.float32, bitcast=True)
+    for _ in tl.static_range(16 - LIST):
+        lists += (b_none,)
     # Four threads have the same lists.
     b_code = _through_memory(tl.reshape(join_16(*lists), [ALL])).to(tl.int32, bitcast=True)
     b_next = _through_memory(tl.reshape(join_16(*lists[1:], lists[15]), [ALL]))
@@ -367,7 +373,7 @@ def _list_of_codes(
     is_column = b_first != _NONE
     o_l = tl.arange(0, 16)[None, :]
     m_tied = is_column & (o_l < k) & (b_first == b_next)
-    last = tl.sum(tl.where(o_l == 15, b_first, 0), 1)[:, None]
+    last = tl.sum(tl.where(o_l == LIST - 1, b_first, 0), 1)[:, None]
     m_lacks = is_column & (o_l == k - 1) & (b_first == last)
 
     b_order = orderable(_with_last_8_bits(b_code, b_words, BLOCK_M))
@@ -708,6 +714,7 @@ def select_network_kernel(
     FOLDED: tl.constexpr,
     RHO: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    LIST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -762,6 +769,7 @@ def select_network_kernel(
         METRIC,
         HAS_SELF,
         INTERPRETED,
+        LIST,
         BLOCK_M,
         BLOCK_D,
         ON_CORES,
@@ -784,11 +792,12 @@ def select_network_kernel(
             METRIC,
             HAS_SELF,
             INTERPRETED,
+            LIST,
             BLOCK_M,
             BLOCK_D,
             ON_CORES,
         )
-        lists = merge_16(*lists, *more)
+        lists = merge(lists, more)
         b_s_self += b_more_self
         unfit = unfit | more_unfit
     b_words = tl.reshape(tl.join(b_words, b_more_words), [2 * b_words.shape[0]])
@@ -878,7 +887,7 @@ def select_network_kernel(
 def plan_select_network(search: Search, aggregation: Aggregation | None) -> Plan:
     """`select`; with an aggregation, depthwise or without a weight, all of `forward`."""
     Q, K = search.Q, search.K
-    config = configs.select_network(search.arch, Q.N, Q.D, search.columns)
+    config = configs.select_network(search.arch, Q.N, Q.D, search.columns, search.k)
     programs = Q.B * cdiv(Q.N, config["BLOCK_N"])
     names: dict[str, str | None] = {}
     buffers: dict[str, Buffer] = {}
