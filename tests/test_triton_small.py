@@ -153,6 +153,16 @@ def test_neighbors_that_share_their_first_24_bits(
     assert watch.programs == programs
 
 
+@pytest.mark.parametrize("place", [0, 1, 4, 7, 8])
+def test_one_pair_that_shares_them(place: int, watch: Watch) -> None:
+    """Two entries of a list are out of order: the last column has the larger product."""
+    query, key = with_common_bits(1)
+    larger = key[key[:, 7].argsort(descending=True)[place]].clone()
+    larger[7] += 0.5
+    assert_in_order(query, torch.cat((key, larger[None])), 9)
+    assert watch.programs == 0
+
+
 @pytest.mark.parametrize("k", [2, 9, 15])
 def test_more_that_share_them_than_a_list_holds(k: int, watch: Watch) -> None:
     query, key = with_common_bits(32)

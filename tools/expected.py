@@ -72,16 +72,19 @@ def _share_that_enters(n: Numbers) -> float:
     return mean(lambda tile: 1 - math.exp(-n.ROWS * n.k / tile), cdiv(n.columns, 1 << n.LOG_TILE))
 
 
-def _share_with_ties(n: Numbers) -> float:
-    """The share of programs with a row of which two of k + 1 neighbors share their first 24 bits.
+def _shares_with_ties(n: Numbers) -> tuple[float, float]:
+    """The shares of programs with a row of which two of k + 2 neighbors share their first 24 bits,
+    and with one of which at least two pairs do.
 
     Similarities are normal, those of neighbors between one and three of their deviations. The first
     24 bits leave 2^-16 of a number. The j-th largest of M numbers is about 1 / j of a deviation,
     over sqrt(2 log M), above the next.
     """
     deviation = 1 / math.sqrt(2 * math.log(max(2, n.columns)))
-    of_row = sum(2.0**-15 * 2 * j / deviation for j in range(1, n.k + 1))
-    return 1 - math.exp(-min(n.N, n.BLOCK_N) * of_row)
+    pairs = sum(2.0**-15 * 2 * j / deviation for j in range(1, n.k + 2))
+    of_row = (1 - math.exp(-pairs), 1 - math.exp(-pairs) * (1 + pairs))
+    one, two = (1 - (1 - share) ** min(n.N, n.BLOCK_N) for share in of_row)
+    return one, two
 
 
 def _turns_of_slot(n: Numbers) -> float:
@@ -232,7 +235,8 @@ EXPECTED = {
         },
         {
             "if columns > BLOCK_M": lambda n: float(n.columns > n.BLOCK_M),
-            "if tied > 0": _share_with_ties,
+            "if tied > 0": lambda n: _shares_with_ties(n)[0],
+            "if tied > 1": lambda n: _shares_with_ties(n)[1],
             **dict.fromkeys(
                 (
                     "if unfit_keys > 0",

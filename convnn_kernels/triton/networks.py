@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The 16 or 12 largest of each row of many numbers, by networks of comparators, in registers.
 
-Lists are 16 or 12 blocks [rows, lists]; the first has the largest entry of each list. A comparator is two
-instructions for all lists that a thread has one of, and numbers move only between threads. Which
-numbers of a row meet follows from how tensor cores leave a product: four threads share a row, and
-of 8 adjacent columns each has 2. None may be NaN.
+Lists are 16 or 12 blocks [rows, lists]; the first has the largest entry of each list. A comparator
+is two instructions for all lists that a thread has one of, and numbers move only between threads.
+Which numbers of a row meet follows from how tensor cores leave a product: four threads share a row,
+and of 8 adjacent columns each has 2. None may be NaN.
 """
 
 import triton
@@ -308,10 +308,7 @@ def merge_lists(lists, COUNT: tl.constexpr, INTERPRETED: tl.constexpr):
         for i in tl.static_range(len(lists)):
             part = tl.reshape(lists[i], [rows, COUNT, n // COUNT])
             parts += (part,)  # type: ignore[assignment]
-        if len(lists) == 12:
-            lists = tl.reduce(parts, 2, merge_12)
-        else:
-            lists = tl.reduce(parts, 2, merge_16)
+        lists = tl.reduce(parts, 2, merge_12 if len(lists) == 12 else merge_16)
     return lists
 
 

@@ -107,6 +107,21 @@ def largest(
 
 
 @triton.jit
+def exchange_adjacent(b_x):
+    """Sorts rows b_x [rows, 16], descending, that are sorted but for pairs of adjacent entries."""
+    rows: tl.constexpr = b_x.shape[0]
+    a, b = tl.split(tl.reshape(b_x, [rows, 8, 2]))
+    b_x = tl.reshape(tl.join(tl.maximum(a, b), tl.minimum(a, b)), [rows, 16])
+    # Entries 1 and 2, ..., 13 and 14.
+    o_x = tl.arange(0, 16 * rows)
+    o_l = o_x % 16
+    o_x += tl.where(o_l % 2 == 1, tl.where(o_l < 15, 1, 0), tl.where(o_l > 0, -1, 0))
+    b_other = tl.reshape(tl.gather(tl.reshape(b_x, [16 * rows]), o_x, 0), [rows, 16])
+    is_first = tl.arange(0, 16)[None, :] % 2 == 1
+    return tl.where(is_first == (b_x < b_other), b_other, b_x)
+
+
+@triton.jit
 def merge(b_list, b_x, LOG_N: tl.constexpr, LOG_COUNT: tl.constexpr):
     """The largest of b_list [rows, 2**LOG_COUNT], descending, and b_x [rows, 2**LOG_N] together.
 

@@ -45,6 +45,7 @@ from .order import (
     NO_ORDER,
     NOTHING,
     ORDER_OF_SELF,
+    exchange_adjacent,
     insert,
     largest,
     orderable,
@@ -287,8 +288,8 @@ def _best_of_tile(
     BLOCK_D: tl.constexpr,
     ON_CORES: tl.constexpr,
 ):
-    """Of BLOCK_M columns: the LIST largest codes of a row, in four lists; the last 8 bits of all its
-    similarities, that of the token itself, or 0, and 1 if not all of them can be relied on. And
+    """Of BLOCK_M columns: the LIST largest codes of a row, in four lists; the last 8 bits of all
+    its similarities, that of the token itself, or 0, and 1 if not all of them can be relied on. And
     1 / norm of the queries.
     """
     p_rows, row, m_c = _columns(start, p_k, p_columns, p_m, M, columns, stride_km, BLOCK_M)
@@ -372,7 +373,8 @@ def _list_of_codes(
     b_next = tl.reshape(b_next.to(tl.int32, bitcast=True) & _FIRST_24, [BLOCK_N, 16])
     is_column = b_first != _NONE
     o_l = tl.arange(0, 16)[None, :]
-    m_tied = is_column & (o_l < k) & (b_first == b_next)
+    # Two of k + 1 entries that are the same.
+    m_tied = is_column & (o_l <= k) & (o_l < LIST - 1) & (b_first == b_next)
     last = tl.sum(tl.where(o_l == LIST - 1, b_first, 0), 1)[:, None]
     m_lacks = is_column & (o_l == k - 1) & (b_first == last)
 
@@ -383,8 +385,10 @@ def _list_of_codes(
         b_row = tl.load(p_columns + b_row, is_column & (b_first != _SELF), 0)
         b_row = tl.where(b_first == _SELF, self_row[:, None], b_row)
     b_list = tl.where(is_column, pack(b_order, b_row), NOTHING)
-    tied = tl.max(tl.max(m_tied.to(tl.int32), 1) * m_n, 0)
+    tied = tl.max(tl.sum(m_tied.to(tl.int32), 1) * m_n, 0)
     if tied > 0:
+        b_list = exchange_adjacent(b_list)
+    if tied > 1:
         b_list = largest(b_list, 4, 4, 0)
     return b_list, tl.max(m_lacks.to(tl.int32), 1) > 0
 
