@@ -216,6 +216,9 @@ def configurations(quick: bool) -> list[Any]:
     calls += [call(**select | {"N": 197}, rho="ones", **options)]
     calls += [call(**select | {"N": 300}, rho="ones", **options, M=40)]
     calls += [call(**plain | {"N": 197}, weight="depthwise")]
+    tiny = {"N": 197, "D": 192, "C": 192, "weight": "depthwise"}
+    calls += [call(**plain | tiny)]
+    calls += [call(**plain | tiny, M=32, candidates=True, with_self=True)]
     # Few queries; single elements; every option at once.
     for N, M in ((25, 197), (16, 40)):
         calls += [call(**plain | {"N": N}, weight="depthwise", M=M)]
