@@ -223,7 +223,9 @@ EXPECTED = {
             "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: 0,
         },
         {
-            "if columns > BLOCK_M": lambda n: float(n.columns > n.BLOCK_M),
+            "if columns > tile * BLOCK_M": lambda n: [
+                float(n.columns > tile * n.BLOCK_M) for tile in range(1, n.TILES)
+            ],
             "if tied > 0": _share_with_ties,
             "if missing > 0": lambda n: 0,
             # Or with this line in the machine code.
