@@ -15,8 +15,8 @@ the order of order.py.
 
 The networks do not do where the similarity in place k shares its 24 bits with the last one of the
 list, which then may lack others that do, too, and where a product is not finite or its rows should
-be scaled (norms.py). A program with such a row computes S again, exactly as it should be, and takes
-the neighbors of those rows out of it one by one, as in select_small.py, from AGAIN_M columns at a time.
+be scaled (norms.py). A program with such a row computes S again, AGAIN_M columns at a time, exactly
+as it should be, and takes the neighbors of those rows out of it one by one, as in select_small.py.
 
 With AGGREGATE the program then reads s and I back, computes rho as finish.py does, and sums over
 the neighbors of all its rows at once, BLOCK_C channels at a time: the rows of V are those of one
@@ -337,9 +337,9 @@ def _best_of_columns(
         BLOCK_M,
         BLOCK_D,
     )
-    # Of tiles that there are not, nothing is read.
+    # No code of the list leads to a tile that there is not.
     words = ()
-    for i in tl.static_range(TILES):
+    for _i in tl.static_range(TILES):
         words += (b_words,)  # type: ignore[assignment]
     for tile in tl.static_range(1, TILES):
         if columns > tile * BLOCK_M:
@@ -364,7 +364,7 @@ def _best_of_columns(
                 BLOCK_D,
             )
             lists = merge_16(*lists, *more)
-            words = words[:tile] + (b_more_words,) + words[tile + 1 :]
+            words = words[:tile] + (b_more_words,) + words[tile + 1 :]  # noqa: RUF005
             b_s_self += b_more_self
             unfit = unfit | more_unfit
     return lists, _in_turn(words, TILES), b_s_self, unfit, inverse_q
