@@ -391,16 +391,27 @@ def test_a_layout_reaches_every_row(shape: tuple[int, ...]) -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("D", "arch", "small"), [(32, 90, True), (31, 90, False), (32, 100, False)]
+    ("D", "arch", "tf32", "precision"),
+    [
+        (32, 90, False, "split"),
+        (31, 90, False, None),
+        (32, 100, False, None),
+        (3, 100, True, "tf32"),
+    ],
 )
-def test_where_few_columns_of_float32_take_one_launch(D: int, arch: int, small: bool) -> None:
+def test_where_few_columns_of_float32_take_one_launch(
+    D: int, arch: int, tf32: bool, precision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convnn_kernels.triton import hardware
     from tools import aot
 
+    monkeypatch.setattr(hardware, "allows_tf32", lambda: tf32)
     options = {"N": 197, "D": D, "C": 48, "O": 8, "k": 9, "weight": "depthwise"}
     launches = aot.record(arch, torch.float32, [functools.partial(aot.run_both_ways, **options)])
-    names = {launch["kernel"] for launch in launches}
-    assert ("select_network_kernel" in names, "exact_topk_kernel" in names) == (small, not small)
-    assert ("norms_kernel" in names, "aggregate_depthwise_kernel" in names) == (not small,) * 2
+    of = {launch["kernel"]: launch["constants"] for launch in launches}
+    assert of.get("select_network_kernel", {}).get("PRECISION") == precision
+    for other in ("norms_kernel", "exact_topk_kernel", "aggregate_depthwise_kernel"):
+        assert (other in of) == (precision is None)
 
 
 @needs_triton
