@@ -74,9 +74,9 @@ def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert changed == expected
 
 
-SELECT_OF_16_BITS = {"select_network_kernel", "select_small_kernel"}
+SELECT_OF_FEW = {"select_network_kernel", "select_small_kernel"}
 OF_16_BITS = {
-    *SELECT_OF_16_BITS,
+    "select_small_kernel",
     "value_grad_one_hot_kernel",
     "list_pairs_kernel",
     "query_side_small_kernel",
@@ -92,7 +92,10 @@ def test_every_launch_is_there(version: str) -> None:
         for dtype in DTYPES:
             rows = [row for row in table(version)["rows"] if row["arch"] == arch]
             found = {row["kernel"] for row in rows if dtype in row["dtype"].split("+")}
-            assert kernels - found <= (OF_16_BITS if dtype == "float32" else set())
+            missing = OF_16_BITS if dtype == "float32" else set()
+            if dtype == "float32" and arch >= 100:
+                missing = missing | {"select_network_kernel"}
+            assert kernels - found <= missing
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -140,7 +143,7 @@ def settings(row: Row) -> dict[str, str]:
 def needs_wgmma(row: Row) -> bool:
     """Whether the main loop of a kernel on sm_90 multiplies matrices that are large enough."""
     values = settings(row)
-    if row["kernel"] in SELECT_OF_16_BITS:
+    if row["kernel"] in SELECT_OF_FEW:
         return int(values["BLOCK_N"]) >= 64
     if row["kernel"] == "weight_grad_dense_kernel":
         return int(values["BLOCK_C"]) >= 64
@@ -384,6 +387,31 @@ def test_a_layout_reaches_every_row(shape: tuple[int, ...]) -> None:
         data, (B1, B2, N, D, b1, b2, n) = rows_of(Y)
         found = data.as_strided((B1, B2, N, D), (b1, b2, n, 1), data.storage_offset())
         assert torch.equal(found.reshape(shape), Y)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("D", "arch", "tf32", "precision"),
+    [
+        (32, 90, False, "split"),
+        (31, 90, False, None),
+        (32, 100, False, None),
+        (3, 100, True, "tf32"),
+    ],
+)
+def test_where_few_columns_of_float32_take_one_launch(
+    D: int, arch: int, tf32: bool, precision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convnn_kernels.triton import hardware
+    from tools import aot
+
+    monkeypatch.setattr(hardware, "allows_tf32", lambda: tf32)
+    options = {"N": 197, "D": D, "C": 48, "O": 8, "k": 9, "weight": "depthwise"}
+    launches = aot.record(arch, torch.float32, [functools.partial(aot.run_both_ways, **options)])
+    of = {launch["kernel"]: launch["constants"] for launch in launches}
+    assert of.get("select_network_kernel", {}).get("PRECISION") == precision
+    for other in ("norms_kernel", "exact_topk_kernel", "aggregate_depthwise_kernel"):
+        assert (other in of) == (precision is None)
 
 
 @needs_triton

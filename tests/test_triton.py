@@ -101,8 +101,9 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
 
 
 def leave_out_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few columns of 16 bits are then selected as many columns are."""
-    monkeypatch.setattr(configs, "allows_select_small", lambda *_: False)
+    """Few columns are then selected as many columns are."""
+    for name in ("allows_select_network", "allows_select_small"):
+        monkeypatch.setattr(configs, name, lambda *_, **__: False)
 
 
 @pytest.mark.parametrize("metric", ["dot", "euclidean"])

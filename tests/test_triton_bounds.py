@@ -101,6 +101,7 @@ def run(
     metric: str = "cosine",
     N: int = 5,
     M: int = 7,
+    D: int = 20,
     C: int = 3,
     O: int = 18,
     k: int = 4,
@@ -108,7 +109,7 @@ def run(
 ) -> None:
     """`forward` and all gradients, of which one batch element has fewer keys than neighbors."""
     shapes = {"dense": (O, C, k), "depthwise": (C, 1, k)}
-    q, key, value = (torch.randn(2, n, c).to(dtype) for n, c in ((N, 20), (M, 20), (M, C)))
+    q, key, value = (torch.randn(2, n, c).to(dtype) for n, c in ((N, D), (M, D), (M, C)))
     W = torch.randn(shapes[weight]).to(dtype) if weight != "none" else None
     bias = torch.randn(O if weight == "dense" else C).to(dtype)
     mask = torch.ones(2, M, dtype=torch.bool)
@@ -134,6 +135,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "candidates": {"weight": "depthwise", "N": 21, "M": 19, "candidates": True},
     "many_neighbors": {"weight": "depthwise", "C": 20, "M": 30, "k": 20, "metric": "euclidean"},
     "sweep": {"weight": "none", "N": 35, "M": 201},
+    "one_launch": {"weight": "depthwise", "C": 37, "D": 35, "N": 21, "M": 97},
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`select_network_kernel`, for few columns of 16 bits, in Triton's interpreter.
+"""`select_network_kernel`, for few columns, in Triton's interpreter.
 
 They need a process of their own, started with ``TRITON_INTERPRET=1``, as those of test_triton.py.
 """
@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from cases import whole_numbers
 from torch import Tensor
 
 import convnn_kernels
@@ -28,7 +29,7 @@ pytestmark = [
 ]
 
 ops = torch.ops.convnn
-F16 = torch.float16
+F16, F32 = torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +75,36 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return Watch(monkeypatch)
 
 
-def integers(*shape: int, most: int = 3, seed: int = 0) -> Tensor:
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels of a call."""
+    from convnn_kernels.triton.launch import Launch
+
+    names: list[str] = []
+    by_triton = Launch.by_triton
+
+    def note(launch: Launch, pointers: object) -> object:
+        names.append(launch.kernel.name)
+        return by_triton(launch, pointers)
+
+    monkeypatch.setattr(Launch, "by_triton", note)
+    return names
+
+
+def integers(*shape: int, most: int = 3, seed: int = 0, dtype: torch.dtype = F16) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-most, most + 1, shape, generator=generator).to(F16)
+    return torch.randint(-most, most + 1, shape, generator=generator).to(dtype)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(F16)
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+# Of float32, sums of fewer channels are not taken from tensor cores.
+FEWEST = {F16: 16, F32: 32}
+
+
+@pytest.mark.parametrize("dtype", [F16, F32])
 @pytest.mark.parametrize("order", ["similarity", "index"])
 @pytest.mark.parametrize(
     ("B", "N", "M", "k", "most"),
@@ -101,14 +123,22 @@ def test_the_same_bits_as_the_other_strategies(
     k: int,
     most: int,
     order: str,
+    dtype: torch.dtype,
     watch: Watch,
+    launched: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sums are exact. Numbers of up to 1 tie in every place, larger ones hardly."""
-    query, key = integers(B, N, 21, most=most), integers(B, M, 21, most=most, seed=1)
+    if dtype == F32 and most == 60:
+        most = 200
+    D = FEWEST[dtype] + 5
+    query, key = (
+        integers(B, rows, D, most=most, seed=seed, dtype=dtype) for seed, rows in enumerate((N, M))
+    )
     options = {"metric": "dot", "order": order}
     s, I = assert_select(ops.select, query, key, k, **options, exact=True, backward=False)
     assert (watch.programs > 0) == (most == 1)
+    assert launched == ["select_network_kernel"]
     for left_out in ("allows_select_network", "allows_select_small"):
         monkeypatch.setattr(configs, left_out, lambda *_, **__: False)
         forget_plans()
@@ -117,17 +147,17 @@ def test_the_same_bits_as_the_other_strategies(
         assert torch.equal(I, other[1])
 
 
-def with_common_bits(share: int) -> tuple[Tensor, Tensor]:
-    """Query [2, 16] and key [150, 16] with dot products 2^n + 0, ..., 149 in some order, and the
+def with_common_bits(share: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Query [2, D] and key [150, D] with dot products 2^n + 0, ..., 149 in some order, and the
     opposite ones. So many of them share their first 24 bits, which leave units of 2^(n - 15).
     """
     n = 15 + share.bit_length() - 1
-    query, key = torch.zeros(2, 16), torch.zeros(150, 16)
+    query, key = torch.zeros(2, FEWEST[dtype]), torch.zeros(150, FEWEST[dtype])
     query[0, 3], query[0, 7] = 256.0, 1.0
     query[1] = -query[0]
     key[:, 3] = 2.0 ** (n - 8)
     key[:, 7] = torch.randperm(150, generator=torch.Generator().manual_seed(0))
-    return query.to(F16), key.to(F16)
+    return query.to(dtype), key.to(dtype)
 
 
 def assert_in_order(query: Tensor, key: Tensor, k: int) -> None:
@@ -143,12 +173,13 @@ def assert_in_order(query: Tensor, key: Tensor, k: int) -> None:
     ("share", "k", "programs"),
     [(2, 9, 0), (2, 10, 0), (4, 8, 0), (4, 9, 1), (4, 11, 0), (4, 13, 1)],
 )
+@pytest.mark.parametrize("dtype", [F16, F32])
 def test_neighbors_that_share_their_first_24_bits(
-    share: int, k: int, programs: int, watch: Watch
+    dtype: torch.dtype, share: int, k: int, programs: int, watch: Watch
 ) -> None:
     """A list of 12 or 16 has all that do, in the order of the columns or the opposite one, unless
     the last ones do."""
-    query, key = with_common_bits(share)
+    query, key = with_common_bits(share, dtype)
     assert_in_order(query, key, k)
     assert watch.programs == programs
 
@@ -156,25 +187,29 @@ def test_neighbors_that_share_their_first_24_bits(
 @pytest.mark.parametrize("place", [0, 1, 4, 7, 8])
 def test_one_pair_that_shares_them(place: int, watch: Watch) -> None:
     """Two entries of a list are out of order: the last column has the larger product."""
-    query, key = with_common_bits(1)
+    query, key = with_common_bits(1, F16)
     larger = key[key[:, 7].argsort(descending=True)[place]].clone()
     larger[7] += 0.5
     assert_in_order(query, torch.cat((key, larger[None])), 9)
     assert watch.programs == 0
 
 
+@pytest.mark.parametrize("dtype", [F16, F32])
 @pytest.mark.parametrize("k", [2, 9, 15])
-def test_more_that_share_them_than_a_list_holds(k: int, watch: Watch) -> None:
-    query, key = with_common_bits(32)
+def test_more_that_share_them_than_a_list_holds(k: int, dtype: torch.dtype, watch: Watch) -> None:
+    query, key = with_common_bits(32, dtype)
     assert_in_order(query, key, k)
     assert watch.programs == 1
     # Or all their bits: the first columns are the nearest.
-    assert_in_order(query, key[:1].expand(200, 16), k)
+    assert_in_order(query, key[:1].expand(200, -1), k)
     assert watch.programs == 2
 
 
-def test_a_row_does_not_depend_on_what_others_of_its_program_are(watch: Watch) -> None:
-    query, key = normal(32, 24), normal(70, 24, seed=1)
+@pytest.mark.parametrize("dtype", [F16, F32])
+def test_a_row_does_not_depend_on_what_others_of_its_program_are(
+    dtype: torch.dtype, watch: Watch
+) -> None:
+    query, key = normal(32, 40, dtype=dtype), normal(70, 40, seed=1, dtype=dtype)
     s, I = ops.select(query, key, 7)
     assert watch.programs == 0
     query = query.clone()
@@ -193,14 +228,16 @@ SPECIAL = {
     "zero_rows": lambda X: X.index_fill_(0, torch.arange(0, 140, 2), 0.0),
     "negative_zero": lambda X: X.index_fill_(0, torch.arange(40, 140), -0.0),
     "constant": lambda X: X.fill_(0.3),
-    "largest": lambda X: X[5:140:3].fill_(torch.finfo(F16).max),
+    "largest": lambda X: X[5:140:3].fill_(torch.finfo(X.dtype).max),
+    "very small": lambda X: X[5:140:3].mul_(2.0**-16),
 }
 
 
+@pytest.mark.parametrize("dtype", [F16, F32])
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("special", SPECIAL)
-def test_special_values(special: str, metric: str) -> None:
-    query, key = normal(6, 21), normal(140, 21, seed=1)
+def test_special_values(special: str, metric: str, dtype: torch.dtype) -> None:
+    query, key = normal(6, 37, dtype=dtype), normal(140, 37, seed=1, dtype=dtype)
     SPECIAL[special](key)
     query[1], query[2, 3], query[3] = 0.0, math.nan, -0.0
     query[4, 0] = math.inf
@@ -237,10 +274,15 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [("ties", F16), ("hardly any", F16), ("one by one", F16), ("hardly any", F32)],
+)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("order", ["similarity", "index"])
-@pytest.mark.parametrize("way", ["ties", "hardly any", "one by one"])
-def test_options(option: str, order: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options(
+    option: str, order: str, way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All similarities of a query are negative; tokens are near themselves."""
     import triton.language as tl
 
@@ -249,7 +291,9 @@ def test_options(option: str, order: str, way: str, monkeypatch: pytest.MonkeyPa
     if way == "one by one":
         monkeypatch.setattr(select_network, "_LARGEST_SUM", tl.constexpr(0.0))
     most = 1 if way == "ties" else 60
-    query, key = integers(5, 18, most=most), integers(140, 18, most=most, seed=1)
+    query, key = (
+        integers(rows, 34, most=most, seed=seed, dtype=dtype) for seed, rows in enumerate((5, 140))
+    )
     key, query[4] = key.abs(), -query[4].abs() - 1
     options = OPTIONS[option] | {"metric": "dot", "order": order}
     if "self_indices" in options:
@@ -264,20 +308,24 @@ def test_missing_neighbors_are_no_ties(watch: Watch) -> None:
     assert watch.programs == 0
 
 
-@pytest.mark.parametrize("option", ["self", "mask", "self_outside_candidates"])
-def test_options_of_the_cosine(option: str) -> None:
+@pytest.mark.parametrize("dtype", [F16, F32])
+@pytest.mark.parametrize(
+    "option", ["self", "mask", "self_outside_candidates", "self_few_candidates_and_mask"]
+)
+def test_options_of_the_cosine(option: str, dtype: torch.dtype) -> None:
     """What is masked is NaN."""
-    query, key = normal(5, 18), normal(140, 18, seed=1)
+    query, key = normal(5, 34, dtype=dtype), normal(140, 34, seed=1, dtype=dtype)
     options = OPTIONS[option]
     if "key_mask" in options:
         key[~options["key_mask"]] = math.nan
     assert_select(ops.select, query, key, 15, **options, backward=False)
 
 
-def test_rows_of_any_strides() -> None:
-    query = normal(2, 3, 40, seed=2)[:, :, 8:29].transpose(0, 1)
-    key = normal(1, 90, 25, seed=3)[:, ::2, 4:].expand(3, 45, 21).unsqueeze(1)
-    key = key.expand(3, 2, 45, 21)
+@pytest.mark.parametrize("dtype", [F16, F32])
+def test_rows_of_any_strides(dtype: torch.dtype) -> None:
+    query = normal(2, 3, 50, seed=2, dtype=dtype)[:, :, 8:45].transpose(0, 1)
+    key = normal(1, 90, 41, seed=3, dtype=dtype)[:, ::2, 4:].expand(3, 45, 37).unsqueeze(1)
+    key = key.expand(3, 2, 45, 37)
     assert_select(ops.select, query.unsqueeze(2), key, 9)
 
 
@@ -302,23 +350,16 @@ def test_rows_that_are_scaled_first(
     assert watch.programs == 1
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels of a call."""
-    from convnn_kernels.triton.launch import Launch
-
-    names: list[str] = []
-    by_triton = Launch.by_triton
-
-    def note(launch: Launch, pointers: object) -> object:
-        names.append(launch.kernel.name)
-        return by_triton(launch, pointers)
-
-    monkeypatch.setattr(Launch, "by_triton", note)
-    return names
-
-
-@pytest.mark.parametrize("order", ["similarity", "index"])
+@pytest.mark.parametrize(
+    ("dtypes", "order"),
+    [
+        ((F16, F16), "similarity"),
+        ((F16, F16), "index"),
+        ((F32, F32), "similarity"),
+        ((F32, F16), "index"),
+        ((F16, F32), "similarity"),
+    ],
+)
 @pytest.mark.parametrize(
     ("N", "M", "C", "k", "rho", "has_weight", "metric"),
     [
@@ -338,11 +379,14 @@ def test_forward_in_one_launch(
     has_weight: bool,
     metric: str,
     order: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
     launched: list[str],
 ) -> None:
-    query, key, value = normal(3, N, 21), normal(3, M, 21, seed=1), normal(3, M, C, seed=2)
-    weight = normal(C, 1, k, seed=3) / 8 if has_weight else None
-    bias = normal(C, seed=4) if has_weight else None
+    dtype, of_value = dtypes
+    query, key = normal(3, N, 37, dtype=dtype), normal(3, M, 37, seed=1, dtype=dtype)
+    value = normal(3, M, C, seed=2, dtype=of_value)
+    weight = normal(C, 1, k, seed=3, dtype=of_value) / 8 if has_weight else None
+    bias = normal(C, seed=4, dtype=of_value) if has_weight else None
     scale = 0.7 if rho == "softmax" else 1.0
     options = {"rho": rho, "metric": metric, "order": order, "scale": scale}
     with torch.no_grad():
@@ -471,11 +515,15 @@ def test_lanes_with_other_elements_than_expected(
     assert convolutions.counts["_convolve"] > 0
 
 
-def test_candidates_self_and_a_mask_in_one_launch(launched: list[str]) -> None:
-    query, key, value = normal(2, 19, 21), normal(2, 40, 21, seed=1), normal(2, 40, 20, seed=2)
+@pytest.mark.parametrize("dtype", [F16, F32])
+def test_candidates_self_and_a_mask_in_one_launch(dtype: torch.dtype, launched: list[str]) -> None:
+    query, key, value = (
+        normal(2, *shape, seed=seed, dtype=dtype)
+        for seed, shape in enumerate(((19, 37), (40, 37), (40, 20)))
+    )
     mask = torch.arange(40).expand(2, 40) % 3 != torch.tensor([[0], [1]])
     options = {"candidates": torch.arange(39, 4, -2), "self_indices": torch.arange(19) + 7}
-    arguments = (query, key, value, 5, normal(20, 1, 5, seed=3))
+    arguments = (query, key, value, 5, normal(20, 1, 5, seed=3, dtype=dtype))
     with torch.no_grad():
         ops.forward(*arguments, **options, key_mask=mask)
     assert launched == ["select_network_kernel"]
@@ -503,3 +551,62 @@ def test_values_of_batch_elements_that_share_their_keys(channels: slice) -> None
     key = normal(30, 21, seed=1).expand(2, 3, 30, 21)
     weight = normal(value.shape[-1], 1, 5, seed=3)
     assert_forward(ops.forward, query, key, value, 5, weight)
+
+
+@pytest.mark.parametrize("bits", [2, 9, 11, 12, 17, 20])
+def test_whole_numbers_of_many_bits(bits: int, launched: list[str]) -> None:
+    query, key = whole_numbers(3, 200, 70, bits)
+    s, _ = ops.select(query, key, 4, metric="dot")
+    assert launched == ["select_network_kernel"]
+    assert torch.equal(s, torch.tensor([199.0, 198, 197, 196]).expand(3, 1, 4))
+
+
+def test_all_bits_of_float32_are_multiplied() -> None:
+    """Numbers of 24 bits, of which each product has one: the sums are exact."""
+    D = 32
+    generator = torch.Generator().manual_seed(0)
+    of_24_bits = torch.randint(2**23, 2**24, (150, D), generator=generator).to(F32)
+    ones = torch.eye(D)[:5]
+    assert_in_order(ones, of_24_bits, 9)
+    assert_in_order(of_24_bits[:5], torch.eye(D)[torch.arange(150) % D], 9)
+    # Products of 24 bits of two middle pieces, and of a first and a last one.
+    of_12_bits = torch.randint(2**11, 2**12, (150, D), generator=generator).to(F32)
+    assert_in_order(4095 * ones, of_12_bits, 9)
+    assert_in_order(of_12_bits[:5] * torch.eye(D)[:5], of_12_bits.flip(0), 9)
+
+
+def test_similarities_of_float32_are_as_accurate_as_its_sums() -> None:
+    """Without a bound that grows with D: nearer to float64 than the sums of PyTorch are."""
+    query, key = normal(20, 96, dtype=F32), normal(150, 96, seed=1, dtype=F32)
+    for metric in ("dot", "cosine"):
+        s, I = ops.select(query, key, 9, metric=metric)
+        rows = [query, key]
+        if metric == "cosine":
+            rows = [X.double() / X.double().norm(dim=1, keepdim=True) for X in rows]
+        S = (rows[0].double() @ rows[1].double().mT).gather(1, I)
+        assert (s - S).abs().max() <= 2.0**-22 * S.abs().max()
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-40, 2.0**-39, 2.0**60, 2.0**100])
+def test_rows_of_float32_of_any_size(size: float, watch: Watch) -> None:
+    """Of a norm about 2^-39.86 and below, rows count as zero; large ones are scaled."""
+    query, key = normal(5, 40, dtype=F32), normal(140, 40, seed=1, dtype=F32)
+    query[1:3] *= size / query[1:3].norm(dim=1, keepdim=True)
+    key[::3] *= size / key[::3].norm(dim=1, keepdim=True)
+    assert_select(ops.select, query, key, 9, backward=False)
+    assert (watch.programs > 0) == (size != 2.0**-39)
+
+
+@pytest.mark.parametrize(
+    ("D", "tf32", "small"), [(31, False, False), (32, False, True), (3, True, True)]
+)
+def test_which_sums_of_float32_are_returned(
+    D: int, tf32: bool, small: bool, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's switch for TF32 counts, as elsewhere."""
+    from convnn_kernels.triton import hardware
+
+    monkeypatch.setattr(hardware, "allows_tf32", lambda: tf32)
+    query, key = normal(5, D, dtype=F32), normal(40, D, seed=1, dtype=F32)
+    assert_select(ops.select, query, key, 5, backward=False)
+    assert (launched == ["select_network_kernel"]) == small

@@ -39,6 +39,8 @@ from tools import aot_table
 
 # Rows of a program that are so few that their offsets are of the order of one row's.
 FEW = 16
+# Columns that a program may use, on sm_100.
+TENSOR_MEMORY = 512
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _POINTERS = {
@@ -330,6 +332,9 @@ def compile_launch(variant: Variant, arch: int) -> dict[str, Any]:
         target=GPUTarget("cuda", arch, 32),
         options={name: variant[name] for name in OPTIONS if name in variant},
     )
+    if (columns := getattr(compiled.metadata, "tmem_size", 0)) > TENSOR_MEMORY:
+        # Triton has made a kernel that stops at once.
+        raise RuntimeError(f"{columns} columns of tensor memory")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

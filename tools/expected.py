@@ -234,7 +234,9 @@ EXPECTED = {
             "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: 0,
         },
         {
-            "if columns > BLOCK_M": lambda n: float(n.columns > n.BLOCK_M),
+            "if columns > tile * BLOCK_M": lambda n: [
+                float(n.columns > tile * n.BLOCK_M) for tile in range(1, n.TILES)
+            ],
             "if tied > 0": lambda n: _shares_with_ties(n)[0],
             "if tied > 1": lambda n: _shares_with_ties(n)[1],
             **dict.fromkeys(

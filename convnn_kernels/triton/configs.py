@@ -181,39 +181,48 @@ def allows_select_network(
     columns: int,
     k: int,
     metric: str,
+    tf32: bool,
     has_self: bool,
     has_candidates: bool,
     has_mask: bool,
 ) -> bool:
-    """Whether the sizes allow `select_network_kernel`, which sums as `select_small_kernel` does.
+    """Whether the sizes allow `select_network_kernel`, which returns sums of tensor cores.
 
     With a tile of 128 columns, some options take more registers than there are: the token itself
     beside candidates; before sm_90 also a mask beside the token, and loads of single elements.
+    For sm_100, Triton keeps a sum of split products in each place where it is added to, which is
+    more than there is room for.
     """
+    if needs_bounds(bits, D, metric, tf32) or (arch >= 100 and bits == 32 and not tf32):
+        return False
     narrow = has_self and has_candidates
     if 80 <= arch < 90:
         narrow = narrow or (has_self and has_mask) or D % 16 != 0
-    most = 64 if narrow else 256
-    return allows_select_small(bits, D, columns, k, metric) and columns <= most and k <= 15
+    return columns <= (64 if narrow else 256) and k <= 15
 
 
-def select_network(arch: int, N: int, D: int, columns: int, k: int) -> Config:
+def select_network(arch: int, bits: int, N: int, D: int, columns: int, k: int) -> Config:
     """Blocks of `select_network_kernel` for N queries of a batch element.
 
     Lists have some numbers more than a row has neighbors, so that few rows do without a network.
 
-    A warp has 16 rows. With `wgmma`, of 64 rows and more, no row is spread over warps.
+    A warp has 16 rows. With `wgmma`, of 64 rows and more, no row is spread over warps. float32 and
+    loads of single elements take more registers.
     """
-    narrow = columns <= 64
-    if arch == INTERPRETER:
-        rows = min(32, max(16, power_of_two(N)))
-    else:
-        rows = min(128, max(16 if narrow else 64, power_of_two(N)))
+    narrow, single = columns <= 64, D % 16 != 0
+    fewest = 64 if not narrow else 32 if bits == 32 and single else 16
+    rows = min(128, max(fewest, power_of_two(N)))
+    wide = bits == 16 or (90 <= arch < 100 and rows == 128 and not single)
+    tiles = 1 if narrow else 2 if wide else 4
+    if narrow and arch >= 100:
+        tiles = 2  # of which the compiler does not fail; the second one has no columns
     return _config(
         LIST=12 if k <= 10 else 16,
-        BLOCK_N=rows,
-        BLOCK_M=64 if narrow else 128,
-        BLOCK_D=16 if 80 <= arch < 90 or D <= 16 or D % 16 else 32,
+        BLOCK_N=min(32, max(16, power_of_two(N))) if arch == INTERPRETER else rows,
+        TILES=tiles,
+        BLOCK_M=64 if narrow else 256 // tiles,
+        BLOCK_D=16 if bits == 32 or 80 <= arch < 90 or D <= 16 or single else 32,
+        AGAIN_M=64 if bits == 16 else 32,
         num_warps=rows // 16,
         num_stages=2,
     )

@@ -5,13 +5,15 @@ S is never stored. This file chooses among five strategies, which return the sam
 
 | file | strategy | where |
 |---|---|---|
-| select_network.py | one launch, a row of S is one tile | 16 bits, up to 256 columns, k <= 15 |
+| select_network.py | one launch, networks of comparators | up to 256 columns, k <= 15 |
 | select_small.py | one launch, tiles of S in registers | 16 bits, fewer than 512 columns, k <= 32 |
 | select_large.py | a threshold, the columns that reach it, and the best of these | k <= 64 |
 | exact_topk.py | all columns, in one launch | fewer than 512 columns, or k <= 256 |
 | exact_topk.py | a pass for each 256 neighbors | k > 256 |
 
-Some blocks of select_large.py allow only k <= 48 or 24 (`configs.allows_sweep`).
+Some blocks of select_large.py allow only k <= 48 or 24 (`configs.allows_sweep`). What
+select_network.py leaves out, such as float32 with few channels, `configs.allows_select_network`
+says.
 
 Shapes in all of them: query [B, N, D], key [B, M, D], columns [R] or None, mask [B, M] or None,
 self [N] or None. The batch B is two dimensions of any strides, b = b1 * B2 + b2.
@@ -76,6 +78,7 @@ def is_tile(search: Search) -> bool:
     return configs.allows_select_network(
         search.arch,
         *_sizes(search),
+        tf32=search.tf32,
         has_self=search.has_self,
         has_candidates=search.has_candidates,
         has_mask=search.has_mask,

@@ -2,8 +2,9 @@
 """Select where a row of S is one tile, by networks of comparators, in one launch. With an
 aggregation, depthwise or without a weight, it is all of the forward (Eq. 3 to 6).
 
-A program has BLOCK_N queries and all columns. Tensor cores leave S [BLOCK_N, BLOCK_M] in registers,
-and the norms of the cosine are sums over the same blocks of query and key. Networks (networks.py)
+A program has BLOCK_N queries and all columns. Tensor cores leave a tile of S [BLOCK_N, BLOCK_M] in
+registers, one of at most TILES; of float32 they multiply three pieces of each number (products.py).
+The norms of the cosine are sums over the same blocks of query and key. Networks (networks.py)
 then find the 16 largest numbers of a row, of which k, at most 15, are its neighbors; or 12, where
 k is at most 10.
 
@@ -15,8 +16,8 @@ the order of order.py.
 
 The networks do not do where the similarity in place k shares its 24 bits with the last one of the
 list, which then may lack others that do, too, and where a product is not finite or its rows should
-be scaled (norms.py). A program with such a row computes S again, exactly as it should be, and takes
-the neighbors of those rows out of it one by one, as in select_small.py.
+be scaled (norms.py). A program with such a row computes S again, AGAIN_M columns at a time, exactly
+as it should be, and takes the neighbors of those rows out of it one by one, as in select_small.py.
 
 With AGGREGATE the program then computes rho as finish.py does, and sums over the neighbors of all
 its rows at once: the rows of V are those of one batch element, so that most are in L1. In 16 bits
@@ -52,6 +53,7 @@ from .order import (
     pack,
     store_list,
 )
+from .products import pieces, split_dot, sum_of_split
 from .row_products import add_products, checked, numbers_of_elements, on_diagonal
 from .search import Search
 from .tensors import alignment, cdiv
@@ -161,15 +163,17 @@ def _products(
     scale_q,  # [BLOCK_N]: powers of two, or zero, by which rows are multiplied first; or None
     scale_k,  # [BLOCK_M], or None
     D,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     OF_QUERIES: tl.constexpr,
     OF_KEYS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ON_CORES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """q k of each pair, [BLOCK_N, BLOCK_M]; and the sums of squares of queries and keys, or 0."""
     o_d = tl.arange(0, BLOCK_D)
     b_s = tl.zeros([p_q.shape[0], p_k.shape[0]], tl.float32)
+    b_rest = tl.zeros([p_q.shape[0], p_k.shape[0]], tl.float32)
     squares_q = _no_sums(p_q.shape[0], ON_CORES and OF_QUERIES)
     squares_k = _no_sums(p_k.shape[0], ON_CORES and OF_KEYS)
     for d in range(0, D, BLOCK_D):
@@ -179,11 +183,17 @@ def _products(
         if scale_q is not None:
             b_q = (b_q.to(tl.float32) * scale_q[:, None]).to(b_q.dtype)
             b_k = (b_k.to(tl.float32) * scale_k[:, None]).to(b_k.dtype)
-        b_s = tl.dot(b_q, tl.trans(b_k), b_s)
+        if PRECISION == "split":
+            k_high, k_middle, k_low = pieces(tl.trans(b_k), INTERPRETED)
+            b_s, b_rest = split_dot(b_q, k_high, k_middle, k_low, b_s, b_rest, INTERPRETED)
+        else:
+            b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
         if OF_QUERIES:
             squares_q = _add_products(squares_q, b_q, b_q, ON_CORES, INTERPRETED)
         if OF_KEYS:
             squares_k = _add_products(squares_k, b_k, b_k, ON_CORES, INTERPRETED)
+    if PRECISION == "split":
+        b_s = sum_of_split(b_s, b_rest, INTERPRETED)
     return (
         b_s,
         _sums(squares_q, ON_CORES and OF_QUERIES, INTERPRETED),
@@ -213,7 +223,8 @@ def _with_last_8_bits(b_code, b_words, BLOCK_M: tl.constexpr):
     b_column = 255 - (b_code & 255)
     b_of_tile = b_column % BLOCK_M
     b_place = ((b_of_tile // 16) * rows + tl.arange(0, rows)[:, None]) * 4 + b_of_tile // 2 % 4
-    b_place = 2 * b_place + b_column // BLOCK_M
+    TILES: tl.constexpr = b_words.shape[0] // (rows * BLOCK_M // 4)
+    b_place = TILES * b_place + b_column // BLOCK_M
     b_word = tl.gather(b_words, tl.reshape(b_place, [rows * 16]), 0)
     b_shift = (b_column // 8 % 2) * 16 + (b_column % 2) * 8
     b_bits = (tl.reshape(b_word, [rows, 16]) >> b_shift) & 255
@@ -281,6 +292,7 @@ def _best_of_tile(
     columns,
     stride_km,
     METRIC: tl.constexpr,
+    PRECISION: tl.constexpr,
     HAS_SELF: tl.constexpr,
     INTERPRETED: tl.constexpr,
     LIST: tl.constexpr,
@@ -303,11 +315,12 @@ def _best_of_tile(
         None,
         None,
         D,
+        PRECISION,
+        INTERPRETED,
         OF_QUERIES,
         OF_KEYS,
         BLOCK_D,
         ON_CORES,
-        INTERPRETED,
     )
     # Comparisons with NaN are false.
     if OF_KEYS:
@@ -346,6 +359,98 @@ def _best_of_tile(
     b_code = (b_bits & _FIRST_24) | b_last[None, :]
     lists = best_of_four(b_code.to(tl.float32, bitcast=True), LIST, INTERPRETED)
     return lists, b_words, b_s_self, unfit, inverse_q
+
+
+@triton.jit
+def _best_of_columns(
+    p_q,  # [BLOCK_N]: rows of query
+    m_n,  # [BLOCK_N]
+    self_row,  # [BLOCK_N] int64
+    p_k,  # key of the batch element
+    p_columns,  # [R] int64, or None
+    p_m,  # [M] bool, or None
+    M,
+    D,
+    columns,
+    stride_km,
+    METRIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_SELF: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    LIST: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ON_CORES: tl.constexpr,
+):
+    """As `_best_of_tile`, of all columns, which are in at most TILES tiles."""
+    inverse_q = tl.full(m_n.shape, 1.0, tl.float32)
+    lists, b_words, b_s_self, unfit, inverse_q = _best_of_tile(
+        0,
+        p_q,
+        m_n,
+        self_row,
+        inverse_q,
+        p_k,
+        p_columns,
+        p_m,
+        M,
+        D,
+        columns,
+        stride_km,
+        METRIC,
+        PRECISION,
+        HAS_SELF,
+        INTERPRETED,
+        LIST,
+        BLOCK_M,
+        BLOCK_D,
+        ON_CORES,
+    )
+    # No code of the list leads to a tile that there is not.
+    words = ()
+    for _i in tl.static_range(TILES):
+        words += (b_words,)  # type: ignore[assignment]
+    for tile in tl.static_range(1, TILES):
+        if columns > tile * BLOCK_M:
+            more, b_more_words, b_more_self, more_unfit, _ = _best_of_tile(
+                tile * BLOCK_M,
+                p_q,
+                m_n,
+                self_row,
+                inverse_q,
+                p_k,
+                p_columns,
+                p_m,
+                M,
+                D,
+                columns,
+                stride_km,
+                METRIC,
+                PRECISION,
+                HAS_SELF,
+                INTERPRETED,
+                LIST,
+                BLOCK_M,
+                BLOCK_D,
+                ON_CORES,
+            )
+            lists = merge(lists, more)
+            words = words[:tile] + (b_more_words,) + words[tile + 1 :]  # noqa: RUF005
+            b_s_self += b_more_self
+            unfit = unfit | more_unfit
+    return lists, _in_turn(words, TILES), b_s_self, unfit, inverse_q
+
+
+@triton.jit
+def _in_turn(words, TILES: tl.constexpr):
+    """TILES blocks [n], 1, 2 or 4, as one [n * TILES], of each in turn."""
+    b_words = words[0]
+    if TILES == 2:
+        b_words = tl.join(words[0], words[1])
+    elif TILES == 4:
+        b_words = tl.join(tl.join(words[0], words[2]), tl.join(words[1], words[3]))
+    return tl.reshape(b_words, [words[0].shape[0] * TILES])
 
 
 @triton.jit
@@ -408,13 +513,16 @@ def _one_by_one(
     stride_km,
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
     HAS_SELF: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The lists of all rows, whatever they have, and the similarities of the tokens themselves."""
     BLOCK_N: tl.constexpr = m_n.shape[0]
     inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
+    scale_q = None
     if METRIC == COSINE:
         norm_q, scale_q = norms_of_rows(p_q, None, m_n, m_n, D, RESCALE, BLOCK_N, BLOCK_D)
         inverse_q = _inverse(norm_q)
@@ -444,17 +552,27 @@ def _one_by_one(
     b_lowest = tl.min(b_list, 1)
     for start in range(0, columns, BLOCK_M):
         p_rows, row, m_c = _columns(start, p_k, p_columns, p_m, M, columns, stride_km, BLOCK_M)
+        scale_k = None
         if METRIC == COSINE:
             norm_k, scale_k = norms_of_rows(p_rows, None, m_c, m_c, D, RESCALE, BLOCK_M, BLOCK_D)
             scale_k = tl.where(norm_k == 0.0, 0.0, scale_k)
-            b_s, _, _ = _products(
-                p_q, p_rows, m_n, m_c, scale_q, scale_k, D, False, False, BLOCK_D, False, False
-            )
+        b_s, _, _ = _products(
+            p_q,
+            p_rows,
+            m_n,
+            m_c,
+            scale_q,
+            scale_k,
+            D,
+            PRECISION,
+            INTERPRETED,
+            False,
+            False,
+            BLOCK_D,
+            False,
+        )
+        if METRIC == COSINE:
             b_s = b_s * inverse_q[:, None] * _inverse(norm_k)[None, :]
-        else:
-            b_s, _, _ = _products(
-                p_q, p_rows, m_n, m_c, None, None, D, False, False, BLOCK_D, False, False
-            )
         m = m_n[:, None] & m_c[None, :]
         b_order = tl.where(m, orderable(b_s), NO_ORDER)
         if HAS_SELF:
@@ -714,14 +832,17 @@ def select_network_kernel(
     METRIC: tl.constexpr,
     BY_INDEX: tl.constexpr,
     RESCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
     AGGREGATE: tl.constexpr,
     FOLDED: tl.constexpr,
     RHO: tl.constexpr,
     INTERPRETED: tl.constexpr,
     LIST: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    AGAIN_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCKS: tl.constexpr,
     WHOLE_C: tl.constexpr,
@@ -755,14 +876,11 @@ def select_network_kernel(
         if p_mask is not None:
             has_self = has_self & (tl.load(p_m + self_row, has_self, 0) != 0)
         self_row = tl.where(has_self, self_row, -1)
-    inverse_q = tl.full([BLOCK_N], 1.0, tl.float32)
 
-    lists, b_words, b_s_self, unfit, inverse_q = _best_of_tile(
-        0,
+    lists, b_words, b_s_self, unfit, inverse_q = _best_of_columns(
         p_q,
         m_n,
         self_row,
-        inverse_q,
         p_k,
         p_columns,
         p_m,
@@ -771,40 +889,15 @@ def select_network_kernel(
         columns,
         stride_km,
         METRIC,
+        PRECISION,
         HAS_SELF,
         INTERPRETED,
         LIST,
+        TILES,
         BLOCK_M,
         BLOCK_D,
         ON_CORES,
     )
-    b_more_words = b_words
-    if columns > BLOCK_M:
-        more, b_more_words, b_more_self, more_unfit, _ = _best_of_tile(
-            BLOCK_M,
-            p_q,
-            m_n,
-            self_row,
-            inverse_q,
-            p_k,
-            p_columns,
-            p_m,
-            M,
-            D,
-            columns,
-            stride_km,
-            METRIC,
-            HAS_SELF,
-            INTERPRETED,
-            LIST,
-            BLOCK_M,
-            BLOCK_D,
-            ON_CORES,
-        )
-        lists = merge(lists, more)
-        b_s_self += b_more_self
-        unfit = unfit | more_unfit
-    b_words = tl.reshape(tl.join(b_words, b_more_words), [2 * b_words.shape[0]])
     lists = merge_lists(lists, 1, INTERPRETED)
     if HAS_SELF and p_columns is not None:
         # It need not be among the candidates.
@@ -844,8 +937,10 @@ def select_network_kernel(
             stride_km,
             METRIC,
             RESCALE,
+            PRECISION,
             HAS_SELF,
-            64,
+            INTERPRETED,
+            AGAIN_M,
             BLOCK_D,
         )
         b_list = tl.where(m_again[:, None], b_new, b_list)
@@ -891,7 +986,7 @@ def select_network_kernel(
 def plan_select_network(search: Search, aggregation: Aggregation | None) -> Plan:
     """`select`; with an aggregation, depthwise or without a weight, all of `forward`."""
     Q, K = search.Q, search.K
-    config = configs.select_network(search.arch, Q.N, Q.D, search.columns, search.k)
+    config = configs.select_network(search.arch, search.bits, Q.N, Q.D, search.columns, search.k)
     programs = Q.B * cdiv(Q.N, config["BLOCK_N"])
     names: dict[str, str | None] = {}
     buffers: dict[str, Buffer] = {}
@@ -918,6 +1013,7 @@ def plan_select_network(search: Search, aggregation: Aggregation | None) -> Plan
         names,
         **numbers | of_value,
         RESCALE=rescales(search.dtype),
+        PRECISION=configs.screen_precision(search.bits, search.tf32, search.metric),
         INTERPRETED=hardware.interpreted(),
         WHOLE_C=C % (32 * blocks or config["BLOCK_C"]) == 0,
     )
