@@ -229,7 +229,7 @@ EXPECTED = {
                 n.k + 1, max(1, n.BLOCK_N // 64)
             ),
             "for _ in range(0, k)": lambda n: n.k,
-            "for c in range(0, C, 32 * BLOCKS)": lambda n: cdiv(n.C, 32 * n.BLOCKS),
+            "for c in range(0, C, 32 * BLOCKS)": lambda n: cdiv(n.C, 32 * max(1, n.BLOCKS)),
             "for j in range(0, k)": lambda n: n.k,
             "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: 0,
         },

@@ -216,19 +216,21 @@ def select_network(arch: int, bits: int, N: int, D: int, columns: int, k: int) -
     tiles = 1 if narrow else 2 if wide else 4
     if narrow and arch >= 100:
         tiles = 2  # of which the compiler does not fail; the second one has no columns
+    # On sm_100, some options spill with a tile of 64 columns and more channels.
+    few_channels = bits == 32 or 80 <= arch < 90 or (arch >= 100 and narrow) or D <= 16 or single
     return _config(
         LIST=12 if k <= 10 else 16,
         BLOCK_N=min(32, max(16, power_of_two(N))) if arch == INTERPRETER else rows,
         TILES=tiles,
         BLOCK_M=64 if narrow else 256 // tiles,
-        BLOCK_D=16 if bits == 32 or 80 <= arch < 90 or D <= 16 or single else 32,
+        BLOCK_D=16 if few_channels else 32,
         AGAIN_M=64 if bits == 16 else 32,
         num_warps=rows // 16,
         num_stages=2,
     )
 
 
-def aggregate_small(bits: int, C: int, is_aligned: bool) -> Config:
+def aggregate_small(arch: int, bits: int, C: int, is_aligned: bool) -> Config:
     """Blocks of `select_network_kernel` for the convolution; is_aligned: all rows of V are.
 
     On tensor cores, BLOCKS blocks of 32 channels at a time, as many as there are registers for.
@@ -236,9 +238,10 @@ def aggregate_small(bits: int, C: int, is_aligned: bool) -> Config:
     # Loads of single elements take more registers.
     widest = 32 if C % 16 else 64
     blocks = -(-C // 32) if bits == 16 and is_aligned and C % 16 == 0 else 0
+    most = 4 if arch >= 100 else 6
     return _config(
         BLOCK_C=min(widest, max(16, power_of_two(C))),
-        BLOCKS=-(-blocks // max(1, -(-blocks // 6))),
+        BLOCKS=-(-blocks // max(1, -(-blocks // most))),
     )
 
 

@@ -110,8 +110,7 @@ def largest(
 def exchange_adjacent(b_x):
     """Sorts rows b_x [rows, 16], descending, that are sorted but for pairs of adjacent entries."""
     rows: tl.constexpr = b_x.shape[0]
-    a, b = tl.split(tl.reshape(b_x, [rows, 8, 2]))
-    b_x = tl.reshape(tl.join(tl.maximum(a, b), tl.minimum(a, b)), [rows, 16])
+    b_x = _exchange(b_x, 0, 4, 0)
     # Entries 1 and 2, ..., 13 and 14.
     o_x = tl.arange(0, 16 * rows)
     o_l = o_x % 16

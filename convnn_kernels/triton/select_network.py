@@ -490,7 +490,7 @@ def _list_of_codes(
         b_row = tl.load(p_columns + b_row, is_column & (b_first != _SELF), 0)
         b_row = tl.where(b_first == _SELF, self_row[:, None], b_row)
     b_list = tl.where(is_column, pack(b_order, b_row), NOTHING)
-    tied = tl.max(tl.sum(m_tied.to(tl.int32), 1) * m_n, 0)
+    tied = tl.max(tl.where(m_n, tl.sum(m_tied.to(tl.int32), 1), 0), 0)
     if tied > 0:
         b_list = exchange_adjacent(b_list)
     if tied > 1:
@@ -995,11 +995,11 @@ def plan_select_network(search: Search, aggregation: Aggregation | None) -> Plan
     of_value = numbers_of_value(aggregation, Q.N)
     C = of_value["C"]
     if aggregation is None:
-        config |= configs.aggregate_small(search.bits, C, False)
+        config |= configs.aggregate_small(search.arch, search.bits, C, False)
         names |= dict.fromkeys(("p_value", "p_bias", "p_terms", "p_output"))
     else:
         is_aligned = of_value["ALIGN_VALUE"] > 1
-        config |= configs.aggregate_small(aggregation.bits, C, is_aligned)
+        config |= configs.aggregate_small(search.arch, aggregation.bits, C, is_aligned)
         buffers["p_terms"] = (2 * programs * config["BLOCK_N"] * search.k, torch.float32)
     blocks = config["BLOCKS"]
     if aggregation is None or not aggregation.has_weight:
