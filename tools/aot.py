@@ -223,6 +223,8 @@ def configurations(quick: bool) -> list[Any]:
     everything = {"with_self": True, "masked": True, "order": "index", "weight": "depthwise"}
     calls += [call(**plain | {"N": 197, "k": 15}, **everything)]
     # Few tokens: blocks of channels that are not full, and the longest rows of slots; other parts.
+    image: dict[str, Any] = {"N": 197, "D": 192, "C": 192, "lead": (256,)}
+    calls += [call(**plain | image, weight="depthwise")]
     few = {"N": 49, "D": 40, "C": 24, "k": 16, "metric": "dot", "rho": "similarity"}
     calls += [call(**plain | few, weight="none", of_similarities=True)]
     calls += [call(**plain | {"N": 16, "k": 1}, weight="depthwise", rho="ones")]

@@ -289,6 +289,8 @@ def settle_cache_keys() -> None:
         "inverse_norms",
         "products",
         "networks",
+        "modulate",
+        "list_pairs",
     )
     names = [f"{__package__}.{name}" for name in (*functions, "append")]
     for name in (*names, *(kernel.module for kernel in KERNELS.values())):
