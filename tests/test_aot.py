@@ -78,9 +78,9 @@ SELECT_OF_FEW = {"select_network_kernel", "select_small_kernel"}
 OF_16_BITS = {
     "select_small_kernel",
     "value_grad_one_hot_kernel",
-    "list_pairs_kernel",
     "query_side_small_kernel",
     "key_side_small_kernel",
+    "search_grad_small_kernel",
 }
 
 

@@ -70,8 +70,10 @@ def make_call(
         normal(B, n, size, seed=seed, dtype=dtype)
         for seed, (n, size) in enumerate([(N, D), (M, D), (M, C)])
     )
-    I = torch.randint(M // 2, (B, N, k), generator=torch.Generator().manual_seed(3))
-    I[:, :, 0] = M - 1
+    # Distinct, as `forward` has them.
+    few = max(M // 2, k - 1)
+    I = torch.rand(B, N, few, generator=torch.Generator().manual_seed(3)).argsort(-1)
+    I = torch.cat([torch.full((B, N, 1), M - 1), I[:, :, : k - 1]], -1)
     similar = torch.nn.functional.cosine_similarity if metric == "cosine" else None
     rows = key.float().gather(1, I.view(B, -1, 1).expand(-1, -1, D)).view(B, N, k, D)
     q = query.float().unsqueeze(2)

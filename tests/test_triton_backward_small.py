@@ -17,7 +17,7 @@ from convnn_kernels.triton import backend, configs
 from python_ref import assert_aggregate, assert_forward, assert_select
 
 ops = torch.ops.convnn
-SMALL = ["list_pairs_kernel", "query_side_small_kernel", "key_side_small_kernel"]
+SMALL = ["query_side_small_kernel", "key_side_small_kernel", "search_grad_small_kernel"]
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +87,76 @@ def test_gradients(
     assert launched == SMALL
     if N < 100:
         assert_close({**call, "grad_similarities": None})
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_several_blocks_of_channels_at_once(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full ones, and of five the last one alone or beside an empty one."""
+    blocks = configs.key_side_small
+    several = {"BLOCK": 16, "CHUNKS": chunks, "WIDTH": 128}
+    monkeypatch.setattr(configs, "key_side_small", lambda *sizes: blocks(*sizes) | several)
+    for C in (16 * chunks, 70):
+        assert_close(make_call(dtype=F16, N=37, C=C), ("value",))
+    call = make_call(dtype=F16, N=37, C=70)
+    call["grad_output"][0, 20, 3] = math.nan
+    assert_as_otherwise(call)
+
+
+@pytest.fixture
+def exactly(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which sums are computed again, pair by pair."""
+    from convnn_kernels.triton import key_side_small, query_side_small, search_grad_small
+
+    names: list[str] = []
+    for module, name in (
+        (query_side_small, "differentiate_output"),
+        (key_side_small, "_sum_one_by_one"),
+        (search_grad_small, "_differentiate_query"),
+        (search_grad_small, "_differentiate_key"),
+    ):
+        function = getattr(module, name)
+
+        def again(*arguments: Any, function: Any = function, name: str = name) -> Any:
+            names.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, again)
+    return names
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_what_is_finite_is_computed_once(metric: str, exactly: list[str]) -> None:
+    """Also where neighbors are missing, in temporary memory of which all is NaN before."""
+    run(make_call(dtype=F16, N=37, metric=metric))
+    assert exactly == []
+
+
+def test_what_is_not_finite_is_computed_again(exactly: list[str]) -> None:
+    call = make_call(dtype=F16, N=37, C=40)
+    call["grad_output"][0, 20, 3] = math.inf
+    run(call)
+    assert set(exactly) == {
+        *("differentiate_output", "_sum_one_by_one"),
+        *("_differentiate_query", "_differentiate_key"),
+    }
+
+
+@pytest.mark.parametrize(("metric", "rho"), [("cosine", "softmax"), ("dot", "similarity")])
+def test_without_powers_of_two(
+    metric: str, rho: str, launched: list[str], monkeypatch: pytest.MonkeyPatch, exactly: list[str]
+) -> None:
+    """What bfloat16 has instead, in float32: the interpreter does not multiply bfloat16."""
+    monkeypatch.setattr(configs, "allows_backward_small", lambda *_: True)
+    call = make_call(dtype=F32, N=37, metric=metric, rho=rho, C=40)
+    results, references = run(call), expected(call)
+    assert launched == SMALL
+    assert exactly == []
+    for name in NEEDS:
+        error = (results[name].double() - references[name]).abs().amax()
+        assert error <= 2**-18 * references[name].abs().amax(), name
+    call["query"][0, 30, 2], call["key"][0, 7, 0] = math.inf, math.nan
+    call["value"][1, 4, 1] = math.inf
+    assert_as_otherwise(call)
 
 
 @pytest.mark.parametrize("rho", ["ones", "similarity"])
@@ -248,8 +318,8 @@ def test_three_launches_and_nothing_else(without_work: list[str]) -> None:
     assert kernels.names == []
     assert launched == SMALL
     launched.clear()
-    run(call, ("query",))
-    assert launched == SMALL[:2]
+    run({**call, "metric": "dot"}, ("query",))  # without norms
+    assert launched == SMALL[::2]
 
 
 @pytest.mark.parametrize(
@@ -290,12 +360,14 @@ def test_pairs_are_sorted_by_blocks_of_keys(monkeypatch: pytest.MonkeyPatch) -> 
     assert pairs is not None
     assert ends is not None
     present = (call["similarities"] != -math.inf) & (I < M)
-    keys = configs.key_side_small(0, 37, 7, 10)["KEYS"]
+    blocks = configs.key_side_small(0, 7, 10, 1, True)
+    keys, tile = blocks["KEYS"], blocks["TILE"]
     for b in range(B):
         wanted, numbers = [], []
         for block in range(-(-M // keys)):
             i, j = (present[b] & (I[b] // keys == block)).nonzero(as_tuple=True)
-            wanted += [(int(I[b, x, y]) << 12) | (x << 4) | y for x, y in zip(i, j, strict=True)]
+            of_keys = I[b, i, j] % tile
+            wanted += ((i << 12) | (j << 8) | of_keys).tolist()
             numbers.append(len(wanted))
         assert ends.view(B, -1)[b].tolist() == numbers
         assert pairs.view(B, -1)[b, : len(wanted)].tolist() == wanted
@@ -310,7 +382,7 @@ def test_the_certificate_of_operators(launched: list[str]) -> None:
     W, bias = normal(66, 1, 4, seed=3, dtype=F16), normal(66, seed=4, dtype=F16)
     assert_forward(ops.forward, query, key, value, 4, W, bias)
     assert_select(ops.select, query, key, 4)
-    assert launched.count("list_pairs_kernel") == 2
+    assert launched.count("search_grad_small_kernel") == 2
     # The gradient of similarities has float32.
     I = torch.randint(50, (40, 4), generator=torch.Generator().manual_seed(0))
     assert_aggregate(ops.aggregate, value, normal(40, 4), I, W)

@@ -228,6 +228,8 @@ def configurations(quick: bool) -> list[Any]:
     everything = {"with_self": True, "masked": True, "order": "index", "weight": "depthwise"}
     calls += [call(**plain | {"N": 197, "k": 15}, **everything)]
     # Few tokens: blocks of channels that are not full, and the longest rows of slots; other parts.
+    image: dict[str, Any] = {"N": 197, "D": 192, "C": 192, "lead": (256,)}
+    calls += [call(**plain | image, weight="depthwise")]
     few = {"N": 49, "D": 40, "C": 24, "k": 16, "metric": "dot", "rho": "similarity"}
     calls += [call(**plain | few, weight="none", of_similarities=True)]
     calls += [call(**plain | {"N": 16, "k": 1}, weight="depthwise", rho="ones")]
@@ -290,17 +292,29 @@ def narrow_offsets(text: str) -> list[str]:
     lines: dict[str, str] = {}
     operands: dict[str, set[str]] = {}
     roots = []
+    # Regions side by side may have the same names: each is known by how often it has been defined.
+    count: collections.Counter[str] = collections.Counter()
+
+    def names(text: str) -> list[str]:
+        return [f"{name} {count[name]}" for name in re.findall(r"%\w+", text)]
+
     for line in text.splitlines():
         line = line.split(" loc(")[0]
         found = re.match(r"\s*(%\w+)(?::\d+)? = (.*)", line)
         if not found:
             continue
-        name, rest = found.groups()
-        lines[name], operands[name] = line, set(re.findall(r"%\w+", rest))
-        for variable, begin in re.findall(r"(%\w+) = (%\w+)", rest):
-            operands.setdefault(variable, set()).add(begin)
+        rest = found[2]
+        begins = [
+            (variable, *names(begin)) for variable, begin in re.findall(r"(%\w+) = (%\w+)", rest)
+        ]
+        used = names(rest)
+        count.update([found[1], *(variable for variable, _ in begins)])
+        (name,) = names(found[1])
+        lines[name], operands[name] = line, set(used)
+        for variable, begin in begins:
+            operands.setdefault(names(variable)[0], set()).add(begin)
         if rest.startswith("tt.addptr"):
-            roots += re.findall(r"%\w+", rest)[1:]
+            roots += used[1:]
 
     def constant(name: str) -> bool:
         line = lines.get(name, "")

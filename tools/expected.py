@@ -106,12 +106,18 @@ def _once_in_program(n: Numbers) -> float:
 def _once_by_keys(n: Numbers) -> float:
     """The same by the queries of a program's keys; and of later gathers, what has left L1 again.
 
-    It has room for about 200 KiB, and 12 programs use it, each a block of channels of all rows.
+    It has room for about 200 KiB, and 4 programs of 4 warps use it, each a block of channels of all
+    rows.
     """
     draws = n.N * n.k / n.groups
     first = _rows_drawn(draws, n.N) / draws
-    kept = min(1.0, 200 * 2**10 / (12 * n.N * 2 * n.BLOCK))
+    kept = min(1.0, 190 * 2**10 / (2 * n.N * 2 * n.BLOCK * n.CHUNKS))
     return first + (1 - first) * (1 - kept)
+
+
+def _share_of(n: Numbers, first: int, end: int) -> float:
+    """Of the programs from `first` on, those before `end`."""
+    return (end - first) / max(1, n.programs - first)
 
 
 _OVER_D = {
@@ -410,105 +416,107 @@ EXPECTED = {
             ),
         },
     ),
-    "list_pairs_kernel": Expected(
-        {
-            **_OVER_D,
-            "for j in range(0, k)": lambda n: n.k,
-            "for row in range(0, KEYS + 1)": lambda n: n.KEYS + 1,
-            "for c0 in range(0, C, 128)": lambda n: cdiv(n.C, 128),
-        },
-        {
-            "if pid < B": lambda n: n.B / n.programs,
-            "elif pid < first_key": lambda n: (n.first_key - n.B) / max(1, n.programs - n.B),
-            "elif pid < first_other": lambda n: (
-                (n.first_other - n.first_key) / max(1, n.programs - n.first_key)
-            ),
-            "elif pid == first_other": lambda n: 1 / (n.programs - n.first_other),
-            "if tl.max(b_sum, 0) > _LARGE": lambda n: 0,
-        },
-        {
-            **dict.fromkeys(
-                ("b_s = tl.load(", "tl.store(p_rows", "tl.store(p_pairs"),
-                lambda n: filled(n.N, n.QUERIES),
-            ),
-            "b_x = tl.load(p_x": lambda n: filled(n.N, n.ROWS),
-            "b_row = tl.load(p_indices": lambda n: filled(n.N, n.QUERIES),
-            # What the program has just stored.
-            **dict.fromkeys(("b_row = tl.load(p_rows", "b_count = tl.load(p, m"), lambda n: 0),
-        },
-    ),
     "query_side_small_kernel": Expected(
         {
             **_OVER_C,
-            "for d0 in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
-            "for j in range(0, K)": lambda n: n.K,
-            "for j in tl.range(0, K, loop_unroll_factor=3)": lambda n: n.K / 3,
+            # Also those of lists of pairs, of programs of their own.
+            "for j in range(0, k)": lambda n: n.K,
+            "for j in range(0, K - 1)": lambda n: n.K - 1,
+            "for row in range(0, TILE + 1)": lambda n: n.TILE + 1,
+            "for c0 in range(0, WIDTH, 128)": lambda n: cdiv(n.WIDTH, 128),
             # What is not finite is computed again.
             "for begin in range(0, ROWS, 16)": lambda n: 0,
-            "for j in range(0, k)": lambda n: 0,
         },
-        {"if test != 0.0": lambda n: 0},
         {
-            # A block of channels of all rows of V, or of key, is in L1 when they have been read.
-            **dict.fromkeys(("return b_g * tl.load(", "b_k = tl.load("), _once_in_program),
-            **dict.fromkeys(
-                ("b_g = tl.load(", "b_q = tl.load(", "tl.store(p_dq"),
-                lambda n: filled(n.N, n.ROWS),
+            "if pid < lists": lambda n: n.lists / n.programs,
+            "elif pid < first_tile": lambda n: (
+                (n.first_tile - n.lists) / max(1, n.programs - n.lists)
             ),
-            "b_rho = _modulate_rows(tl.load(": lambda n: filled(n.N, n.ROWS) * n.K / n.SLOTS,
+            "if pid > lists": lambda n: 0.9,
+            "if test != 0.0": lambda n: 0,
+        },
+        {
+            # A block of channels of all rows of V is in L1 when they have been read.
+            "return tl.load(p) if WHOLE": _once_in_program,
+            "b_g = tl.load(": lambda n: filled(n.B * n.N, n.ROWS),
+            # Of lists and of tiles.
             **dict.fromkeys(
-                (
-                    "b_row = tl.load(p_rows + o_t, m_s",
-                    "tl.store(p_rho",
-                    "tl.store(p_factor",
-                    "tl.store(p_along",
-                    "tl.store(p_unit",
-                ),
-                lambda n: filled(n.N, n.ROWS),
+                ("b_s = tl.load(p_similarities", "b_row = tl.load(p_indices"),
+                lambda n: filled(n.N, n.QUERIES),
             ),
+            "tl.store(p, tl.zeros(p.shape, dtype)": lambda n: n.columns / n.COLUMNS,
+            # Each of the numbers takes a sector of 32 bytes.
+            "tl.store(p_row[:, None] + b_row": lambda n: 16 * n.K / n.SLOTS,
+            "tl.store(p_pairs": lambda n: filled(n.N, n.QUERIES),
             # What the program has just stored or loaded, or of C k elements.
             **dict.fromkeys(
                 (
-                    "b_row = tl.load(p_rows",
-                    "b_along = b_ds * tl.load(",
-                    "b_unit = tl.load(p_unit + j",
+                    "p = p_v + tl.load(p_offset",
                     "b_w = tl.load(",
+                    "b_count = tl.load(p, m",
+                    "b_rho = tl.load(p_rho + o_p",
                 ),
                 lambda n: 0,
             ),
-            "b_unit = b_ds * tl.load(": lambda n: 0,  # M numbers
         },
     ),
     "key_side_small_kernel": Expected(
         {
-            "for first_key in range(begin, end, KEYS)": lambda n: cdiv(n.M, n.KEYS) / n.groups,
+            "for first_key in range(begin, end, TILE)": lambda n: cdiv(n.M, n.TILE) / n.groups,
+            "for first_key in range(0, M, KEYS)": lambda n: cdiv(n.M, n.KEYS),
+            # Half a block of pairs is beyond the last one of a tile or block of keys.
             "for start in range(first, last, PAIRS)": lambda n: (
-                n.KEYS * n.N * n.k / n.M / n.PAIRS + 0.5
+                n.N * n.k / cdiv(n.M, n.TILE) / n.PAIRS + 0.5
             ),
+            "for start in range(first, last, MORE)": lambda n: (
+                n.N * n.k / cdiv(n.M, n.KEYS) / 32 + 0.5
+            ),
+            "for chunk in range(0, CHUNKS)": lambda n: 0,
             "for position in range(first, last)": lambda n: 0,
             "for start in range(0, parts, PARTS)": lambda n: cdiv(n.parts, n.PARTS),
+            "for d in range(0, D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
         },
         {
-            "if pid >= sum_programs": lambda n: 1 - n.sum_programs / n.programs,
-            "if program < weight_programs": lambda n: (
-                n.weight_programs / max(1, n.programs - n.sum_programs)
+            "if pid < first_norm": lambda n: n.first_norm / n.programs,
+            "elif pid < first_norm_k": lambda n: _share_of(n, n.first_norm, n.first_norm_k),
+            "elif pid < first_along": lambda n: _share_of(n, n.first_norm_k, n.first_along),
+            "elif pid < first_weight": lambda n: _share_of(n, n.first_along, n.first_weight),
+            "elif pid < first_bias": lambda n: _share_of(n, n.first_weight, n.first_bias),
+            "if test != 0.0": lambda n: 0,
+            # The machine code of `if tl.max(b_sum, 0) > _LARGE` bears either line.
+            **dict.fromkeys(
+                ("if tl.max(b_sum, 0) > _LARGE", "return tl.where(b_sum <= _ZERO"), lambda n: 0
             ),
-            "if block < value_blocks": lambda n: n.value_blocks / max(1, n.blocks),
+        },
+        {
+            # A block of channels of all rows of G is in L1 when they have been read.
+            # Of a line in CHUNKS places, one is counted.
+            "b_x = tl.load(p_x, m_c": lambda n: n.CHUNKS * _once_by_keys(n),
+            "tl.store(p_out, b_sum": lambda n: n.CHUNKS * n.M / (cdiv(n.M, n.TILE) * n.TILE),
+            "b_x = tl.load(p_x[:, None]": lambda n: filled(n.N, n.ROWS),
+            # k rows, and some ones, which all programs read
+            **dict.fromkeys(("b_x = b_x * tl.load(p_weight_row", "b_one = tl.load("), lambda n: 0),
+        },
+    ),
+    "search_grad_small_kernel": Expected(
+        {
+            "for begin in range(0, N, ROWS)": lambda n: cdiv(n.N, n.ROWS),
+            # What is not finite is computed again.
             **dict.fromkeys(
                 (
-                    "if unfit_keys > 0",
-                    "if unfit_queries > 0",
-                    "if ON_CORES and unfit_own > 0",
-                    "if test != 0.0",
+                    "for first in range(0, N, ROWS)",
+                    "for j in range(0, K)",
+                    "for first_key in range(0, M, KEYS)",
+                    "for position in range(first, last)",
                 ),
                 lambda n: 0,
             ),
         },
+        {"if test != 0.0": lambda n: 0},
         {
-            # A block of channels of all rows of G, or of query, is in L1 when they have been read.
-            "b_x = tl.load(p_x": _once_by_keys,
-            # k rows, and some ones, which all programs read
-            **dict.fromkeys(("b_x = b_x * tl.load(p_weight_rows", "b_one = tl.load("), lambda n: 0),
+            "b_e = tl.load(": lambda n: n.N / cdiv(n.N, n.ROWS) / n.ROWS * n.columns / n.COLUMNS,
+            **dict.fromkeys(("b_q = tl.load(", "tl.store(p_dq"), lambda n: filled(n.N, n.ROWS)),
+            **dict.fromkeys(("b_key = tl.load(", "tl.store(p_dk"), lambda n: n.M / n.COLUMNS),
         },
     ),
     "sort_pairs_kernel": Expected(

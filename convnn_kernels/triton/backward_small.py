@@ -4,13 +4,16 @@ launches.
 
 | launch | file | what |
 |---|---|---|
-| `list_pairs_kernel` | list_pairs.py | the pairs, sorted by key; inverse norms |
-| `query_side_small_kernel` | query_side_small.py | dq, ds, parts of dW and db |
-| `key_side_small_kernel` | key_side_small.py | dV and dk; dW and db |
+| `query_side_small_kernel` | query_side_small.py | ds, in rows of E; parts of dW and db; pairs |
+| `key_side_small_kernel` | key_side_small.py | dV; inverse norms and sums by key; dW and db |
+| `search_grad_small_kernel` | search_grad_small.py | dq = E K and dk = E^T Q |
 
-As in backward.py, which chooses between the two, what is not needed is not computed.
+E has ds in 16 bits, a row for each query and a column for each key: at most 512 bytes for a query,
+as temporary memory that counts towards what is allowed. As in backward.py, which chooses between
+the two, what is not needed is not computed.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -20,10 +23,10 @@ from .aggregation import RHOS
 from .backward_call import Backward
 from .key_side_small import key_side_small_kernel
 from .launch import Buffer, Plan, Workspace
-from .list_pairs import list_pairs_kernel
 from .metrics import METRICS
 from .norms import rescales
 from .query_side_small import query_side_small_kernel
+from .search_grad_small import search_grad_small_kernel
 from .tensors import cdiv
 
 _F32, _I32 = torch.float32, torch.int32
@@ -41,23 +44,25 @@ def plan_small(call: Backward) -> Plan | None:
     bits = max(8 * dtype.itemsize for dtype in dtypes)
     if len(dtypes) > 1 or "similarities" in call.needed:
         return None
-    if not configs.allows_backward_small(bits, N, M, k, metric):
+    if not configs.allows_backward_small(bits, N, M, k, metric, call.V.stride_n):
         return None
     float16 = call.value_dtype == torch.float16
-    query_blocks = configs.query_side_small(call.arch, C, D, call.align, float16)
-    list_blocks = configs.list_pairs(call.arch, N, D, query_blocks["ROWS"])
-    key_blocks = configs.key_side_small(call.arch, N, C, D)
-    tiles = cdiv(N, query_blocks["ROWS"])
-    rows = tiles * query_blocks["ROWS"]
-    names = _unneeded(call, metric == "cosine")
-    workspace = _workspace(call, tiles, rows, list_blocks, key_blocks["KEYS"], names)
+    rows = configs.query_side_small(call.arch, B, N, M, C, call.align, float16)
+    keys = configs.key_side_small(call.arch, C, D, call.align, float16)
+    search = configs.search_grad_small(call.arch, M, D, call.align)
+    tiles = cdiv(B * N, rows["ROWS"])
+    columns = 16 * cdiv(M, 16)
+    # Where drho is computed again, in places of what is not needed any more, or not yet.
+    names: dict[str, str | None] = {"p_rows": "p_offset", "p_drho": "p_ds"}
+    names |= _unneeded(call, metric == "cosine", float16)
+    workspace = _workspace(call, tiles * rows["ROWS"], tiles, columns, rows, keys, names)
     if workspace.bytes > configs.allowed_backward(call.batch, N, M, C, D, k):
         return None
-    numbers = _numbers(call, metric, tiles, rows, list_blocks, key_blocks, names)
+    numbers = _numbers(call, metric, tiles, columns, rows, keys, search, names)
     programs = {
-        list_pairs_kernel: (numbers["list_programs"], list_blocks),
-        query_side_small_kernel: (B * tiles, query_blocks),
-        key_side_small_kernel: (numbers["key_programs"], key_blocks),
+        query_side_small_kernel: (numbers["first_tile"] + tiles, rows),
+        key_side_small_kernel: (numbers["key_programs"], keys),
+        search_grad_small_kernel: (B * numbers["search_blocks"], search),
     }
     launches = [
         kernel.prepare(count, blocks, names, **numbers)
@@ -71,27 +76,34 @@ def _numbers(
     call: Backward,
     metric: str,
     tiles: int,
-    rows: int,
-    list_blocks: configs.Config,
-    key_blocks: configs.Config,
+    columns: int,
+    rows: configs.Config,
+    keys: configs.Config,
+    search: configs.Config,
     names: dict[str, str | None],
 ) -> dict[str, Any]:
     """Numbers and constants that the kernels share, by parameter."""
     B, N, M, k, C, D = call.B, call.N, call.M, call.k, call.V.D, call.Q.D
+    lists = B * call.sorts
+    value_blocks = cdiv(C, keys["BLOCK"] * keys["CHUNKS"]) if "value" in call.needed else 0
+    keys_each = configs.keys_each(call.arch, B * value_blocks)
+    groups = cdiv(M, keys_each)
     of_query, of_key = (
-        0 if "p_inverse_q" in names else B * cdiv(count, list_blocks["ROWS"]) for count in (N, M)
-    )
-    of_value, of_search = (
-        cdiv(size, key_blocks["BLOCK"]) if name in call.needed else 0
-        for name, size in (("value", C), ("key", D))
+        0 if "p_inverse_q" in names else B * cdiv(count, keys["ROWS"]) for count in (N, M)
     )
     of_weight, of_bias = (
-        cdiv(size, key_blocks["COLUMNS"]) if name in call.needed else 0
+        cdiv(size, keys["COLUMNS"]) if name in call.needed else 0
         for name, size in (("weight", C * k), ("bias", C))
     )
-    keys_each = configs.keys_each(call.arch, B * (of_value + of_search))
-    groups = cdiv(M, keys_each)
-    sums = B * groups * (of_value + of_search)
+    of_key_side = {
+        "first_norm": B * groups * value_blocks,
+        "first_norm_k": of_query,
+        "first_along": of_key,
+        "first_weight": 0 if "p_along_k" in names else B,
+        "first_bias": of_weight,
+        "key_programs": of_bias,
+    }
+    firsts = itertools.accumulate(of_key_side.values())
     return {
         "N": N,
         "M": M,
@@ -102,20 +114,16 @@ def _numbers(
         "scale": call.scale,
         "B": B,
         "B2": call.B2,
-        "key_blocks": cdiv(M, key_blocks["KEYS"]),
-        "first_key": B + of_query,
-        "first_other": B + of_query + of_key,
-        "list_programs": B + of_query + of_key + 1 + k * ("p_weight_rows" not in names),
-        "rows": rows,
-        "tiles": tiles,
-        "parts": B * tiles,
+        "columns": columns,
+        "key_blocks": cdiv(M, keys["KEYS"]),
+        "lists": lists,
+        "first_tile": lists + (1 + k * ("p_weight_rows" not in names) if call.sorts else 0),
+        "parts": tiles,
         "groups": groups,
         "keys_each": keys_each,
-        "value_blocks": of_value,
-        "blocks": of_value + of_search,
-        "sum_programs": sums,
-        "weight_programs": of_weight,
-        "key_programs": sums + of_weight + of_bias,
+        "value_blocks": value_blocks,
+        **dict(zip(of_key_side, firsts, strict=True)),
+        "search_blocks": cdiv(D, search["BLOCK_D"]) if call.has_search else 0,
         **call.Q.strides("q"),
         **call.K.strides("k"),
         **call.V.strides("v"),
@@ -125,44 +133,48 @@ def _numbers(
         "RESCALE": rescales(call.query_dtype),
         "RHO_GRAD": call.through_rho,
         "SLOTS": configs.SLOTS,
-        "KEYS": key_blocks["KEYS"],
-        "WHOLE": C % key_blocks["BLOCK"] == D % key_blocks["BLOCK"] == 0,
+        "KEYS": keys["KEYS"],
+        "TILE": keys["TILE"],
+        "WIDTH": keys["WIDTH"],
+        "WHOLE_C": C % rows["BLOCK_C"] == C % (keys["BLOCK"] * keys["CHUNKS"]) == 0,
     }
 
 
 def _workspace(
     call: Backward,
-    tiles: int,
     rows: int,
-    list_blocks: configs.Config,
-    keys: int,
+    tiles: int,
+    columns: int,
+    blocks: configs.Config,
+    keys: configs.Config,
     names: dict[str, str | None],
 ) -> Workspace:
-    """The temporary memory for so many tiles and rows of queries of each batch element."""
-    parts = call.B * tiles
+    """The temporary memory for so many rows and tiles of queries."""
     B, N, M, k, C = call.B, call.N, call.M, call.k, call.V.D
-    of_pairs = B * rows * configs.SLOTS
+    of_pairs = rows * configs.SLOTS
     sizes: dict[str, Buffer] = {
-        "p_rows": (of_pairs, _I32),
+        "p_offset": (of_pairs, _I32),
         "p_pairs": (B * N * k, _I32),
-        "p_next": (B * list_blocks["QUERIES"] * list_blocks["BLOCKS"], torch.int16),
-        "p_ends": (B * cdiv(M, keys), _I32),
-        "p_ones": ((keys + 1) * keys, call.value_dtype),
+        "p_next": (B * blocks["QUERIES"] * blocks["BLOCKS"], torch.int16),
+        "p_ends": (B * cdiv(M, keys["KEYS"]), _I32),
+        "p_ones": ((keys["TILE"] + 1) * keys["TILE"], call.value_dtype),
         "p_rho": (of_pairs, _F32),
-        "p_drho": (of_pairs, _F32),
-        "p_unit": (of_pairs, torch.int64),
-        "p_factor": (of_pairs, _F32),
-        "p_along": (of_pairs, _F32),
+        "p_ds": (of_pairs, _F32),
+        "p_matrix": (rows * columns, call.query_dtype),
+        "p_unit": (rows, _F32),
+        "p_along_q": (rows, _F32),
+        "p_along_k": (B * M, _F32),
         "p_inverse_q": (B * N, _F32),
         "p_inverse_k": (B * M, _F32),
-        "p_weight_rows": (k * C, call.value_dtype),
-        "p_weight_part": (parts * C * k, _F32),
-        "p_bias_part": (parts * C, _F32),
+        "p_weight_rows": (k * keys["WIDTH"], call.value_dtype),
+        "p_weight_again": (k * C, call.value_dtype),
+        "p_weight_part": (tiles * C * k, _F32),
+        "p_bias_part": (tiles * C, _F32),
     }
     return Workspace(**{name: size for name, size in sizes.items() if name not in names})
 
 
-def _unneeded(call: Backward, cosine: bool) -> dict[str, str | None]:
+def _unneeded(call: Backward, cosine: bool, float16: bool) -> dict[str, str | None]:
     """The pointers that the kernels do without."""
     needs, of_search = call.needed, call.has_search
     of_query, of_key, of_value = (name in needs for name in ("query", "key", "value"))
@@ -180,15 +192,20 @@ def _unneeded(call: Backward, cosine: bool) -> dict[str, str | None]:
         "p_ones": call.sorts,
         "p_rho": of_value or of_weight or call.through_rho,
         "p_drho": call.through_rho,
-        "p_unit": of_query,
-        "p_factor": of_key,
-        "p_along": cosine and of_key,
+        "p_offset": of_weight or call.through_rho,
+        "p_rows": of_weight or call.through_rho,
+        "p_ds": of_search,
+        "p_matrix": of_search,
+        "p_unit": of_search and float16,
+        "p_along_q": cosine and of_query,
+        "p_along_k": cosine and of_key,
         "p_inverse_q": cosine,
         "p_inverse_k": cosine,
         "p_query_grad": of_query,
         "p_key_grad": of_key,
         "p_value_grad": of_value,
-        "p_weight_rows": call.has_weight and (of_value or call.through_rho),
+        "p_weight_rows": call.has_weight and of_value,
+        "p_weight_again": call.has_weight and (of_weight or call.through_rho),
         "p_weight_part": of_weight,
         "p_weight_grad": of_weight,
         "p_bias_part": of_bias,

@@ -567,57 +567,81 @@ def allowed_backward(B: int, N: int, M: int, C: int, D: int, k: int) -> int:
     return 8 * B * (N * (k + max(C, D)) + M * (C + D)) + WORKSPACE
 
 
-def allows_backward_small(bits: int, N: int, M: int, k: int, metric: str) -> bool:
+def allows_backward_small(bits: int, N: int, M: int, k: int, metric: str, stride: int) -> bool:
     """Whether sizes and metric allow the kernels of backward_small.py.
 
     Queries and keys are numbers of 8 bits, and slots of 4; a program sorts the pairs of a batch
-    element.
+    element. Rows of V, which are so far apart, begin at offsets of 32 bits.
     """
-    return bits == 16 and N <= 256 and M <= 256 and k <= SLOTS and metric != "euclidean"
+    few = N <= 256 and 0 < M <= 256 and k <= SLOTS and stride < 2**22
+    return bits == 16 and few and metric != "euclidean"
 
 
-def list_pairs(arch: int, N: int, D: int, rows: int) -> Config:
-    """Blocks of `list_pairs_kernel`, for tiles of so many queries in `query_side_small_kernel`."""
+def query_side_small(
+    arch: int, B: int, N: int, M: int, C: int, align: int, float16: bool
+) -> Config:
+    """Blocks of `query_side_small_kernel`. Loads of single elements take more registers.
+
+    With 128 rows, those of V are read from L2 half as often; of few queries, programs would be too
+    few.
+    """
+    packed = C % 16 == align % 16 == 0
+    rows = 128 if packed and 90 <= arch < 100 and not float16 and B * N >= 2**15 else 64
+    registers = 168 if packed and arch >= 90 and not float16 and rows == 64 else MOST_REGISTERS
     return _config(
-        QUERIES=max(rows, power_of_two(N)),
+        QUERIES=max(16, power_of_two(N)),
         BLOCKS=16,
-        ROWS=32,
-        BLOCK_D=min(64, max(16, power_of_two(D))),
-        num_warps=4,
-    )
-
-
-def query_side_small(arch: int, C: int, D: int, align: int, float16: bool) -> Config:
-    """Blocks of `query_side_small_kernel`. Loads of single elements take more registers."""
-    packed = C % 16 == D % 16 == align % 16 == 0
-    block_c, block_d = (min(64 if packed else 32, max(16, power_of_two(X))) for X in (C, D))
-    return _config(
-        ROWS=16 if arch == INTERPRETER else 64,
-        BLOCK_C=block_c,
-        BLOCK_D=block_d,
+        COLUMNS=max(16, power_of_two(M)),
+        ROWS=16 if arch == INTERPRETER else rows,
+        BLOCK_C=min(64 if packed else 32, max(16, power_of_two(C))),
         num_warps=4 if packed else 8,
         num_stages=1,
-        # 12 warps on a multiprocessor, or 8, where that does not spill.
-        maxnreg=(224 if float16 else 168) if packed and arch >= 90 else MOST_REGISTERS,
+        maxnreg=registers,
     )
 
 
-def key_side_small(arch: int, N: int, C: int, D: int) -> Config:
+def key_side_small(arch: int, C: int, D: int, align: int, float16: bool) -> Config:
     """Blocks of `key_side_small_kernel`.
 
-    16 warps on a multiprocessor go through as many blocks of channels of N rows, which L1 should
-    hold. If it does not, two share one.
+    Pairs are sorted by KEYS keys, and those of TILE keys are taken together. Rows of W have WIDTH
+    channels, as many as all blocks.
     """
-    block = min(64, max(16, power_of_two(max(C, D))))
-    is_held = 16 * N * 2 * block <= 200 * 2**10
+    packed = C % 16 == D % 16 == align % 16 == 0
+    tile = 32 if arch == INTERPRETER else 64
+    # Loads of single elements, and powers of two, take more registers.
+    block = min(64 if packed else 32, max(16, power_of_two(C)))
+    blocks = -(-C // block)
+    # What belongs to a pair is found once for all blocks that are taken together: as many as leave
+    # the fewest of them empty.
+    most = (1,) if not packed or arch < 90 else (2, 1) if float16 else (3, 2, 1)
+    chunks = min(most, key=lambda count: -blocks % count)
     return _config(
         KEYS=16,
-        PAIRS=16,
+        TILE=tile,
+        PAIRS=tile if packed else 32,
         BLOCK=block,
+        CHUNKS=chunks,
+        WIDTH=power_of_two(-(-blocks // chunks) * chunks * block),
+        ROWS=64 if packed else 32,
+        BLOCK_D=min(64, max(16, power_of_two(D))),
         PARTS=64,
         COLUMNS=16,
-        # Loads of single elements take more instructions with two.
-        num_warps=1 if is_held or C % 16 or D % 16 else 2,
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def search_grad_small(arch: int, M: int, D: int, align: int) -> Config:
+    """Blocks of `search_grad_small_kernel`: what fits in registers.
+
+    All keys of a batch element, and a block of channels, whose sums are there.
+    """
+    packed = D % 16 == align % 16 == 0
+    return _config(
+        ROWS=16 if arch == INTERPRETER else 64,
+        COLUMNS=max(16, power_of_two(M)),
+        BLOCK_D=min(16 if not packed else 64 if arch >= 90 else 32, max(16, power_of_two(D))),
+        num_warps=8,
         num_stages=1,
     )
 
@@ -628,7 +652,7 @@ def keys_each(arch: int, programs: int) -> int:
     programs would be too few, and each would take long."""
     if arch == INTERPRETER:
         return 32
-    return 256 if programs >= 1024 else 64 if programs >= 32 else 16
+    return 256 if programs >= 256 else 64
 
 
 def sort_pairs(arch: int) -> Config:

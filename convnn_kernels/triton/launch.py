@@ -291,6 +291,8 @@ def settle_cache_keys() -> None:
         "networks",
         "row_products",
         "convolve",
+        "modulate",
+        "list_pairs",
     )
     names = [f"{__package__}.{name}" for name in (*functions, "append")]
     for name in (*names, *(kernel.module for kernel in KERNELS.values())):

@@ -84,7 +84,7 @@ def _modulate_rows(
 
 
 @triton.jit
-def _transpose_weight(p_weight, p_weight_rows, C, k, BLOCK_C: tl.constexpr):
+def transpose_weight(p_weight, p_weight_rows, C, k, BLOCK_C: tl.constexpr):
     """All of W: every program stores the same, and needs none of the others."""
     for j in range(0, k):
         for c0 in range(0, C, BLOCK_C):
@@ -371,7 +371,7 @@ def query_side_kernel(
         p_count = p_counts + tile * key_blocks
         _count_no_pairs(p_count, key_blocks)
     if p_weight_rows is not None:
-        _transpose_weight(p_weight, p_weight_rows, C, k, BLOCK_C)
+        transpose_weight(p_weight, p_weight_rows, C, k, BLOCK_C)
     if p_bias_part is not None:
         p = p_bias_part + tile * C
         _sum_grad(p_grad + first * C, p, rows, first_n == 0, C, BLOCK_N, BLOCK_C)
