@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
         "order.py": {
             "finish_kernel",
             "exact_topk_kernel",
+            "select_medium_kernel",
             "select_network_kernel",
             "select_small_kernel",
         },
@@ -74,8 +76,9 @@ def test_a_change_is_noticed(file: str, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert changed == expected
 
 
-SELECT_OF_FEW = {"select_network_kernel", "select_small_kernel"}
+SELECT_OF_FEW = {"select_medium_kernel", "select_network_kernel", "select_small_kernel"}
 OF_16_BITS = {
+    "select_medium_kernel",
     "select_small_kernel",
     "value_grad_one_hot_kernel",
     "query_side_small_kernel",
@@ -92,10 +95,12 @@ def test_every_launch_is_there(version: str) -> None:
         for dtype in DTYPES:
             rows = [row for row in table(version)["rows"] if row["arch"] == arch]
             found = {row["kernel"] for row in rows if dtype in row["dtype"].split("+")}
-            missing = OF_16_BITS if dtype == "float32" else set()
+            allowed = OF_16_BITS if dtype == "float32" else set()
+            if arch < 90:
+                allowed = allowed | {"select_medium_kernel"}
             if dtype == "float32" and arch >= 100:
-                missing = missing | {"select_network_kernel"}
-            assert kernels - found <= missing
+                allowed = allowed | {"select_network_kernel"}
+            assert kernels - found <= allowed
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -430,6 +435,40 @@ def test_which_sums_of_tensor_cores_are_returned(
     launches = aot.record(90, torch.float16, [functools.partial(aot.run_both_ways, **options)])
     names = {launch["kernel"] for launch in launches}
     assert (f"{kernel}_kernel" in names, "exact_topk_kernel" in names) == (small, not small)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("other", "one_launch"),
+    [
+        ({}, True),
+        ({"masked": True}, True),
+        ({"N": 257}, True),
+        ({"N": 1025}, False),
+        ({"D": 17}, False),
+        ({"lead": (31,)}, False),
+        ({"lead": (300,), "N": 127, "M": 1024}, False),
+        ({"with_self": True}, False),
+        ({"candidates": True}, False),
+        ({"metric": "dot"}, False),
+        ({"k": 16}, False),
+    ],
+)
+def test_a_layer_of_an_image_takes_three_launches(other: dict[str, Any], one_launch: bool) -> None:
+    """The first one of VGG-11: select, what is multiplied, and the convolution."""
+    from tools import aot
+
+    layer = {"N": 1024, "D": 3, "C": 3, "O": 64, "k": 9, "lead": (256,)}
+    options = {**layer, "weight": "dense", "rho": "ones", "itself": True, **other}
+    options["itself"] &= "M" not in other
+    found: list[Any] = []
+    record = functools.partial(aot.run_both_ways, **options)
+    with mock.patch.object(aot, "_variant", lambda launch, pointers: found.append(launch)):
+        aot.record(90, torch.bfloat16, [record])
+    names = [launch.kernel.name for launch in found]
+    forward = names[: names.index("aggregate_dense_kernel") + 1]
+    assert forward[-2:] == ["dense_inputs_kernel", "aggregate_dense_kernel"]
+    assert (forward[:-2] == ["select_medium_kernel"]) == one_launch
 
 
 # More neighbors than channels: one large batch element, and many small ones.

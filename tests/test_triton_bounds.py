@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import convnn_kernels
-from convnn_kernels.triton import backend
+from convnn_kernels.triton import backend, configs
 from convnn_kernels.triton.launch import Launch, Pointers, forget_plans
 
 pytestmark = [
@@ -155,6 +155,20 @@ def test_accesses_of_shared_keys_are_inside(weight: str, accesses: Accesses) -> 
     W = torch.randn(20, 1, 4).half() if weight == "depthwise" else None
     torch.ops.convnn.forward(query, key, value, 4, W)
     assert accesses.kernels == {"select_network_kernel"}
+    assert accesses.outside == set()
+
+
+@pytest.mark.parametrize("left", [1, 300])
+def test_accesses_of_some_hundred_columns_are_inside(
+    left: int, accesses: Accesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ties and rows that are not numbers; every program has rows of two batch elements."""
+    monkeypatch.setattr(configs, "BUSY", 1)
+    query, key = torch.randn(5, 37, 3).half(), torch.randn(5, 300, 3).half()
+    key[1], query[2, 7] = 1.0, torch.nan
+    mask = torch.arange(300).expand(5, 300) < left
+    torch.ops.convnn.select(query, key, 9, None, None, mask)
+    assert accesses.kernels == {"select_medium_kernel"}
     assert accesses.outside == set()
 
 

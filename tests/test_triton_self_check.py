@@ -50,6 +50,27 @@ def test_kernels_are_right(metric: str, dtype: torch.dtype, D: int, k: int) -> N
     assert faults(metric, dtype, D, k) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize("is_right", [True, False])
+def test_kernels_of_one_launch(
+    metric: str, is_right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that forgets what equals the threshold."""
+    from convnn_kernels.triton import select_medium, self_check
+
+    append_ties = select_medium._append_ties
+
+    def above_only(*arguments: Any) -> Any:
+        _, above = append_ties(*arguments)
+        return above, above
+
+    if not is_right:
+        monkeypatch.setattr(select_medium, "_append_ties", above_only)
+    kind = self_check.Kind(metric, torch.float16, False, 16, 9, False, is_medium=True)
+    assert (self_check.faults(CPU, kind, rows=20) == []) == is_right
+
+
 def search_of(metric: str, query: torch.Tensor, key: torch.Tensor, k: int) -> Any:
     from convnn_kernels.triton.search import prepare
 

@@ -248,6 +248,11 @@ def configurations(quick: bool) -> list[Any]:
     for N, C, O in ((256, 3, 64), (64, 128, 256), (16, 512, 512), (4, 512, 512)):
         calls += [call(**plain | images | {"N": N, "D": C, "C": C, "O": O, "k": min(9, N)})]
     calls += [call(**plain | images | {"N": 64, "rho": "softmax", "C": 256, "O": 256})]
+    # Some hundred columns in one launch, with each option.
+    many: dict[str, Any] = {"N": 1024, "D": 16, "lead": (256,)}
+    calls += [call(**plain | images | many | {"D": 3, "C": 3})]
+    calls += [call(**select | many | {"k": 15}, **of_dot)]
+    calls += [call(**select | many | {"N": 300}, masked=True)]
     # Few keys in 16 bits, in blocks of 256 of them; single elements; constants.
     few_keys: dict[str, Any] = {"N": 256, "weight": "dense", "lead": (64,)}
     for O, rho in ((128, "ones"), (128, "softmax"), (40, "softmax")):

@@ -9,6 +9,7 @@ depend on data, they are those of random features.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from convnn_kernels.triton import configs
@@ -167,6 +168,12 @@ def _has_more(n: Numbers) -> float:
     return 1 - (1 - min(1.0, of_row)) ** n.ROWS
 
 
+def _elements_of_blocks(n: Numbers) -> float:
+    """The batch elements of the row blocks of a program."""
+    of_element = cdiv(n.N, n.BLOCK_N)
+    return (n.blocks_each + of_element - math.gcd(n.blocks_each, of_element)) / of_element
+
+
 def _tiles(n: Numbers) -> int:
     return cdiv(n.columns - (n.BLOCK_M - n.ADVANCE), n.ADVANCE)
 
@@ -274,6 +281,29 @@ EXPECTED = {
             "b_w = tl.load": lambda n: 0,
             "b_other_w = tl.load": lambda n: 0,
             "b_v *= as_float32(tl.load": lambda n: 0,  # C rows, which all programs read
+        },
+    ),
+    "select_medium_kernel": Expected(
+        {
+            "for b in range(begin // row_blocks": _elements_of_blocks,
+            "for block in range(first": lambda n: n.blocks_each / _elements_of_blocks(n),
+            "for tile in range(0, tiles)": lambda n: cdiv(n.columns, n.BLOCK_M),
+            **_OVER_D,
+            "b_count = tl.inline_asm_elementwise": lambda n: _turns_of_word(
+                SimpleNamespace(**vars(n) | {"sample_step": 1})
+            ),
+            "for step in range(0, 2 * tiles)": lambda n: 0,
+            "for i in range(0, late * (BLOCK_N": lambda n: 0,
+            "for start in range(16, tl.max(total, 0), 16)": lambda n: 0,
+            "for start in range(0, columns, BLOCK_M)": lambda n: 0,
+            "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: 0,
+        },
+        {
+            "if i < k": lambda n: [float(i < n.k) for i in range(15)],
+            # Rows of random features have neither many ties nor huge numbers.
+            **dict.fromkeys(
+                ("if tl.max(m_short.to", "if tl.max(m_unfit.to", "if block >= 0"), lambda n: 0
+            ),
         },
     ),
     "aggregate_dense_kernel": Expected(

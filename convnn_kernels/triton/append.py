@@ -24,10 +24,11 @@ def _reversed_bits(i: int, levels: int) -> int:
 
 def _append_text(leaves: int) -> str:
     """PTX for operands $0 new count, $1 word, $2 address of the queue, $3 count, $4 number of the
-    first column, $5 length of the queue, $6... products in the order of `_leaves`."""
+    first column, $5 length of the queue, $6 bytes from entry to entry, $7... products in the order
+    of `_leaves`."""
     levels = leaves.bit_length() - 1
     tree: list[str] = []
-    nodes = [f"${6 + _reversed_bits(i, levels)}" for i in range(leaves)]
+    nodes = [f"${7 + _reversed_bits(i, levels)}" for i in range(leaves)]
     for level in range(levels):
         parents = []
         for even, odd in zip(nodes[::2], nodes[1::2], strict=True):
@@ -47,7 +48,7 @@ def _append_text(leaves: int) -> str:
         clz.b32 c, w;
         {bits}
         {" ".join(tree)}
-        mad.wide.u32 a, n, 8, $2;
+        mad.wide.u32 a, n, $6, $2;
         add.u32 x, $4, c;
         setp.lt.u32 q, n, $5;
         @q st.global.v2.b32 [a], {{x, {nodes[0]}}};
@@ -64,9 +65,9 @@ def _append_text(leaves: int) -> str:
 _APPEND_8 = tl.constexpr(_append_text(8))
 _APPEND_16 = tl.constexpr(_append_text(16))
 _APPEND_32 = tl.constexpr(_append_text(32))
-_OPERANDS_8 = tl.constexpr("=r,r,l,r,r,r" + ",r" * 8)
-_OPERANDS_16 = tl.constexpr("=r,r,l,r,r,r" + ",r" * 16)
-_OPERANDS_32 = tl.constexpr("=r,r,l,r,r,r" + ",r" * 32)
+_OPERANDS_8 = tl.constexpr("=r,r,l,r,r,r,r" + ",r" * 8)
+_OPERANDS_16 = tl.constexpr("=r,r,l,r,r,r,r" + ",r" * 16)
+_OPERANDS_32 = tl.constexpr("=r,r,l,r,r,r,r" + ",r" * 32)
 # The sign of each of two numbers, 16 times: of the first in the high half.
 _SIGNS = tl.constexpr("prmt.b32 $0, $1, $2, 0xbbff;")
 
@@ -150,16 +151,19 @@ def append_hits(
     b_s,  # [rows, queues, LEAVES] float32: the products
     p_queue,  # [rows, queues]: addresses of queues, of int64
     b_count,  # [rows, queues] int32: how many hits there were so far
-    first,  # the number of the first column
+    first,  # the number of the first column, for all or [1, queues]
     CAP: tl.constexpr,
+    STEP: tl.constexpr = 1,
 ):
     """Appends (number of the column, product) of every hit to its queue; returns the new counts.
 
-    What is beyond the CAP entries of a queue is counted, and not stored.
+    What is beyond the CAP entries of a queue is counted, and not stored. Entries are STEP numbers
+    of 64 bits apart.
     """
     LEAVES: tl.constexpr = b_s.shape[2]
     products = _leaves(b_s.to(tl.int32, bitcast=True))
-    operands = (b_word, p_queue.to(tl.int64, bitcast=True), b_count, first, CAP) + products  # noqa: RUF005
+    queue = p_queue.to(tl.int64, bitcast=True)
+    operands = (b_word, queue, b_count, first, CAP, 8 * STEP) + products  # noqa: RUF005
     if LEAVES == 8:
         b_count = tl.inline_asm_elementwise(_APPEND_8, _OPERANDS_8, operands, tl.int32, False, 1)
     elif LEAVES == 16:

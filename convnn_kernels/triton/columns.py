@@ -52,7 +52,7 @@ def load_columns(p, QUEUES: tl.constexpr, PAIR: tl.constexpr, BLOCK_M: tl.conste
 
 
 @triton.jit
-def _store_columns(p, b_x, QUEUES: tl.constexpr, PAIR: tl.constexpr):
+def store_columns(p, b_x, QUEUES: tl.constexpr, PAIR: tl.constexpr):
     """b_x [BLOCK_M] for `load_columns`."""
     b_x = in_order_of_queues(b_x[None, :], QUEUES, PAIR)
     BLOCK_M: tl.constexpr = b_x.shape[1] * b_x.shape[2]
@@ -228,15 +228,15 @@ def columns_kernel(
             _store_pieces(p_row, p_to, scale, m_to, D, stride_piece, INTERPRETED, BLOCK_D)
         if p_factor is not None:
             factor = tl.where(m_valid, factor, float("nan"))
-            _store_columns(p_factor + pid * BLOCK_M, factor, QUEUES, PAIR)
+            store_columns(p_factor + pid * BLOCK_M, factor, QUEUES, PAIR)
         else:
             squares = sums_of_squares(p_row, m_row, D, BLOCK_M, BLOCK_D)
             middle = tl.zeros([BLOCK_M], tl.float32)
             if METRIC == EUCLIDEAN:
                 middle = -0.5 * squares
             low = tl.where(m_valid, middle - tolerance * squares, float("nan"))
-            _store_columns(p_low + pid * BLOCK_M, low, QUEUES, PAIR)
-            _store_columns(p_high + pid * BLOCK_M, middle + tolerance * squares, QUEUES, PAIR)
+            store_columns(p_low + pid * BLOCK_M, low, QUEUES, PAIR)
+            store_columns(p_high + pid * BLOCK_M, middle + tolerance * squares, QUEUES, PAIR)
         b_bit = in_order_of_queues(m_valid.to(tl.int32)[None, :], QUEUES, PAIR)
         b_word = tl.sum(b_bit << (31 - tl.arange(0, LEAVES))[None, None, :], 2)
         tl.store(p_valid + pid * QUEUES + tl.arange(0, QUEUES)[None, :], b_word)

@@ -338,6 +338,42 @@ def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
     return config
 
 
+# The fewest queries in all that keep a chip busy with `select_medium_kernel`.
+BUSY = 2**15
+# As in _SWEEP; and as many programs as a chip has room for at a time.
+_MEDIUM: dict[int, Config] = {
+    INTERPRETER: _config(BLOCK_N=16, BLOCK_M=64, GROUPS=64, QUEUES=4, PAIR=2, programs=4),
+    90: _config(BLOCK_N=128, BLOCK_M=128, GROUPS=64, QUEUES=4, PAIR=2, programs=264, num_warps=4),
+    100: _config(BLOCK_N=128, BLOCK_M=64, GROUPS=64, QUEUES=2, PAIR=32, programs=148, num_warps=8),
+}
+
+
+def allows_select_medium(
+    arch: int, bits: int, D: int, columns: int, k: int, metric: str, B: int, N: int
+) -> bool:
+    """Whether the sizes allow `select_medium_kernel`, which sums as `select_small_kernel` does, and
+    whether there are enough queries to keep a chip busy.
+
+    With more than one step of tensor cores, registers do not hold the queries, too, and before
+    sm_90 some options spill in any case.
+    """
+    if INTERPRETER < arch < 90:
+        return False
+    sums = allows_select_small(bits, D, columns, k, metric)
+    fits = columns > 256 and k <= 15 and D <= 16 and select_medium(arch)["BLOCK_N"] <= N
+    return sums and fits and B * N >= BUSY
+
+
+def select_medium(arch: int) -> Config:
+    """Blocks of `select_medium_kernel`."""
+    config = row(_MEDIUM, arch).copy()
+    config |= {"ROTATE": 6, "CAP": max(16, 64 // config["QUEUES"]), "BLOCK_D": 16}
+    config["LATE"] = min(64, config["BLOCK_N"])
+    if arch != INTERPRETER:
+        config |= {"num_stages": 2, "maxnreg": MOST_REGISTERS}
+    return config
+
+
 def queue_length(CAP: int, splits: int) -> int:
     """Entries of a queue where the columns are divided, each range with a part of the hits."""
     return CAP if splits == 1 else max(16, CAP // 2)

@@ -10,7 +10,7 @@ from .aggregation import prepare as prepare_aggregation
 from .backward import backward
 from .launch import Pointers
 from .search import prepare as prepare_search
-from .select import empty_results, is_large, is_tile, select_otherwise
+from .select import empty_results, is_large, is_tile, select_alone
 from .select_large import select_large
 from .select_network import select_network
 
@@ -46,10 +46,7 @@ def forward(
         pointers.add(**more, p_bias=bias, p_output=output)
         (select_large if large else select_network)(search, pointers, aggregation)
         return output, s, I
-    if large:
-        select_large(search, pointers, None)
-    else:
-        select_otherwise(search, pointers, s, I)
+    select_alone(search, pointers, s, I)
     return aggregate(value, s, I, weight, bias, rho, scale), s, I
 
 

@@ -245,7 +245,7 @@ def merge(first, second):
 
 
 @triton.jit
-def _split_16(b_x):
+def split_16(b_x):
     """The 16 blocks b_x[:, :, i] of b_x [rows, lists, 16]."""
     rows: tl.constexpr = b_x.shape[0]
     lists: tl.constexpr = b_x.shape[1]
@@ -319,5 +319,5 @@ def best_of_four(b_x, LIST: tl.constexpr, INTERPRETED: tl.constexpr):
     rows: tl.constexpr = b_x.shape[0]
     n: tl.constexpr = b_x.shape[1]
     b_x = tl.permute(tl.reshape(b_x, [rows, n // 8, 4, 2]), [0, 2, 1, 3])
-    lists = sort_16(*_split_16(tl.reshape(b_x, [rows, n // 16, 16])))
+    lists = sort_16(*split_16(tl.reshape(b_x, [rows, n // 16, 16])))
     return merge_lists(lists[:LIST], 4, INTERPRETED)

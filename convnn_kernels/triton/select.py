@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
 """The k nearest keys of every query: S = Q K^T (Eq. 3), s_i = k-max and I_i = k-argmax (Eq. 4, 5).
 
-S is never stored. This file chooses among five strategies, which return the same neighbors:
+S is never stored. This file chooses among six strategies, which return the same neighbors:
 
 | file | strategy | where |
 |---|---|---|
 | select_network.py | one launch, networks of comparators | up to 256 columns, k <= 15 |
+| select_medium.py | one launch, a threshold and the columns that reach it | see below |
 | select_small.py | one launch, tiles of S in registers | 16 bits, fewer than 512 columns, k <= 32 |
 | select_large.py | a threshold, the columns that reach it, and the best of these | k <= 64 |
 | exact_topk.py | all columns, in one launch | fewer than 512 columns, or k <= 256 |
 | exact_topk.py | a pass for each 256 neighbors | k > 256 |
 
-Some blocks of select_large.py allow only k <= 48 or 24 (`configs.allows_sweep`). What
-select_network.py leaves out, such as float32 with few channels, `configs.allows_select_network`
-says.
+select_medium.py is for 16 bits, 257 to 1,024 columns, D <= 16 and k <= 15, and for many queries,
+without candidates and self. Some blocks of select_large.py allow only k <= 48 or 24
+(`configs.allows_sweep`). What select_network.py leaves out, such as float32 with few channels,
+`configs.allows_select_network` says.
 
 Shapes in all of them: query [B, N, D], key [B, M, D], columns [R] or None, mask [B, M] or None,
 self [N] or None. The batch B is two dimensions of any strides, b = b1 * B2 + b2.
@@ -27,6 +29,7 @@ from .exact_topk import select_all_columns, select_in_passes
 from .launch import Pointers, cache_plans
 from .search import Search, prepare
 from .select_large import select_large
+from .select_medium import select_medium
 from .select_network import select_network
 from .select_small import select_small
 
@@ -48,10 +51,7 @@ def select(
     options = (candidates, self_indices, key_mask, metric, order)
     search, tensors = prepare(query, key, k, *options)
     pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
-    if is_large(search, query.device):
-        select_large(search, pointers, None)
-    else:
-        select_otherwise(search, pointers, s, I)
+    select_alone(search, pointers, s, I)
     return s, I
 
 
@@ -61,9 +61,13 @@ def empty_results(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
 
 
-def select_otherwise(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -> None:
-    """A search that `select_large` does not take; s and I are among the pointers."""
-    if is_tile(search):
+def select_alone(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -> None:
+    """A search without an aggregation; s and I are among the pointers."""
+    if is_medium(search, s.device):
+        select_medium(search, pointers)
+    elif is_large(search, s.device):
+        select_large(search, pointers, None)
+    elif is_tile(search):
         select_network(search, pointers)
     elif _self_is_column(search) and configs.allows_select_small(*_sizes(search)):
         select_small(search, pointers)
@@ -83,6 +87,18 @@ def is_tile(search: Search) -> bool:
         has_candidates=search.has_candidates,
         has_mask=search.has_mask,
     )
+
+
+def is_medium(search: Search, device: torch.device) -> bool:
+    """Whether `select_medium` takes a search of more columns than a tile has."""
+    return _has_some_columns(search) and self_check.passes(device, search, is_medium=True)
+
+
+@cache_plans
+def _has_some_columns(search: Search) -> bool:
+    sizes = (*_sizes(search), search.Q.B, search.Q.N)
+    allowed = configs.allows_select_medium(search.arch, *sizes)
+    return allowed and not (search.has_self or search.has_candidates)
 
 
 def _self_is_column(search: Search) -> bool:

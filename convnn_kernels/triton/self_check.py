@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Whether the kernels of select_large.py are right on a device, found out before their first use.
+"""Whether the kernels of select_large.py and select_medium.py are right on a device, found out
+before their first use.
 
 They contain PTX that Triton does not check, and expect that the product of a pair has the same bits
 in every tile. So on each device, for each `Kind` of search, they first run on small searches whose
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
+from .aggregate import aggregate
 from .aggregation import prepare as prepare_aggregation
 from .configs import needs_bounds, power_of_two
 from .launch import Pointers, cache_plans
 from .search import Search
 from .search import prepare as prepare_search
 from .select_large import select_large, sweep_of
+from .select_medium import select_medium
 
 _log = logging.getLogger("convnn_kernels")
 
@@ -34,6 +37,7 @@ class Kind(NamedTuple):
     D: int
     k: int
     divided: bool  # whether columns are divided among programs
+    is_medium: bool = False  # whether they are those of select_medium.py
 
     def __str__(self) -> str:
         dtype = "TF32" if self.tf32 else str(self.dtype).removeprefix("torch.")
@@ -42,28 +46,30 @@ class Kind(NamedTuple):
 
 
 @cache_plans
-def kind_of(search: Search) -> Kind:
+def kind_of(search: Search, is_medium: bool = False) -> Kind:
     """The kind of a search; sizes follow the steps of `configs.sweep` and `needs_bounds`."""
     metric, D = search.metric, min(512, max(16, power_of_two(search.Q.D)))
     has_few_terms = needs_bounds(search.bits, search.Q.D, metric, search.tf32)
     if has_few_terms and metric != "euclidean":
         D -= 8
     k = 9 if search.k <= 16 else 24 if search.k <= 32 else 40
-    return Kind(metric, search.dtype, search.tf32, D, k, sweep_of(search).splits > 1)
+    divided = not is_medium and sweep_of(search).splits > 1
+    return Kind(metric, search.dtype, search.tf32, D, k, divided, is_medium)
 
 
 _right: dict[tuple[torch.device, Kind], bool] = {}
 _captured: set[tuple[torch.device, Kind]] = set()
 
 
-def passes(device: torch.device, search: Search) -> bool:
-    """Whether a search may be left to `select_large`. The first call of a kind waits for it.
+def passes(device: torch.device, search: Search, is_medium: bool = False) -> bool:
+    """Whether a search may be left to `select_large`, or to `select_medium`.
 
-    False, for this time, while a CUDA graph is captured and the kind was not checked before.
+    The first call of a kind waits for it. False, for this time, while a CUDA graph is captured and
+    the kind was not checked before.
     """
     if device.type != "cuda":
         return True
-    key = device, kind_of(search)
+    key = device, kind_of(search, is_medium)
     right = _right.get(key)
     if right is None:
         if torch.cuda.is_current_stream_capturing():
@@ -130,14 +136,14 @@ def faults(device: torch.device, kind: Kind, rows: int = 4096) -> list[str]:
     wrong = []
     for case in cases(device, kind, rows):
         try:
-            if not _is_right(case, kind.k):
+            if not _is_right(case, kind.k, kind.is_medium):
                 wrong.append(case.name)
         except TritonError as error:
             wrong.append(f"{case.name}: {type(error).__name__}")
     return wrong
 
 
-def _is_right(case: _Case, k: int) -> bool:
+def _is_right(case: _Case, k: int, is_medium: bool) -> bool:
     query, key = case.query, case.key
     value = key.nan_to_num(1.0)
     s = query.new_empty((len(query), k), dtype=torch.float32)
@@ -146,7 +152,11 @@ def _is_right(case: _Case, k: int) -> bool:
     search, tensors = prepare_search(query, key, k, None, None, None, case.metric, "similarity")
     aggregation, more = prepare_aggregation(value, s, I, None, "softmax", 1.0)
     pointers = Pointers(query.device, **tensors, **more, p_bias=None, p_output=Y)
-    select_large(search, pointers, aggregation)
+    if is_medium:
+        select_medium(search, pointers)
+        Y = aggregate(value, s, I, None, None, "softmax", 1.0)
+    else:
+        select_large(search, pointers, aggregation)
 
     if bool(((I < 0) | (len(key) <= I)).any()):
         return False
