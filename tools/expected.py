@@ -199,6 +199,14 @@ _ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", 
 _FLAT_ROWS = {
     begin: lambda n: filled(n.rows, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")
 }
+def _sectors_of_row(n: Numbers) -> float:
+    """Of a row of E, in which neighbors are anywhere: the bytes of the sectors of 32 bytes that are
+    written, over those of a row of slots."""
+    sectors = n.columns / 16
+    written = sectors * (1 - (1 - 1 / sectors) ** n.k)
+    return filled(n.N, n.ROWS) * 32 * written / (2 * n.SLOTS)
+
+
 EXPECTED = {
     "norms_kernel": Expected(_OVER_D, _LATER_BLOCKS),
     "exact_topk_kernel": Expected(
@@ -474,7 +482,6 @@ EXPECTED = {
                 ("b_s = tl.load(p_similarities", "b_row = tl.load(p_indices"),
                 lambda n: filled(n.N, n.QUERIES),
             ),
-            "tl.store(p, tl.zeros(p.shape, dtype)": lambda n: n.columns / n.COLUMNS,
             # Each of the numbers takes a sector of 32 bytes.
             "tl.store(p_row[:, None] + b_row": lambda n: 16 * n.K / n.SLOTS,
             "tl.store(p_pairs": lambda n: filled(n.N, n.QUERIES),
@@ -530,6 +537,7 @@ EXPECTED = {
     ),
     "search_grad_small_kernel": Expected(
         {
+            "for piece in range(pid, pieces": lambda n: cdiv(n.pieces, n.programs),
             "for begin in range(0, N, ROWS)": lambda n: cdiv(n.N, n.ROWS),
             # What is not finite is computed again.
             **dict.fromkeys(
@@ -544,7 +552,11 @@ EXPECTED = {
         },
         {"if test != 0.0": lambda n: 0},
         {
-            "b_e = tl.load(": lambda n: n.N / cdiv(n.N, n.ROWS) / n.ROWS * n.columns / n.COLUMNS,
+            "b_e = tl.load(": lambda n: n.columns / n.COLUMNS,
+            **dict.fromkeys(
+                ("b_column = tl.load(", "b_ds = tl.load(p_ds["), lambda n: filled(n.N, n.ROWS)
+            ),
+            "tl.store(p_row + b_column": _sectors_of_row,
             **dict.fromkeys(("b_q = tl.load(", "tl.store(p_dq"), lambda n: filled(n.N, n.ROWS)),
             **dict.fromkeys(("b_key = tl.load(", "tl.store(p_dk"), lambda n: n.M / n.COLUMNS),
         },

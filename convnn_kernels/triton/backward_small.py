@@ -4,13 +4,12 @@ launches.
 
 | launch | file | what |
 |---|---|---|
-| `query_side_small_kernel` | query_side_small.py | ds, in rows of E; parts of dW and db; pairs |
+| `query_side_small_kernel` | query_side_small.py | ds; parts of dW and db; pairs |
 | `key_side_small_kernel` | key_side_small.py | dV; inverse norms and sums by key; dW and db |
 | `search_grad_small_kernel` | search_grad_small.py | dq = E K and dk = E^T Q |
 
-E has ds in 16 bits, a row for each query and a column for each key: at most 512 bytes for a query,
-as temporary memory that counts towards what is allowed. As in backward.py, which chooses between
-the two, what is not needed is not computed.
+E has ds, a row for each query and a column for each key, and is never stored. As in backward.py,
+which chooses between the two, what is not needed is not computed.
 """
 
 import itertools
@@ -47,22 +46,30 @@ def plan_small(call: Backward) -> Plan | None:
     if not configs.allows_backward_small(bits, N, M, k, metric, call.V.stride_n):
         return None
     float16 = call.value_dtype == torch.float16
-    rows = configs.query_side_small(call.arch, B, N, M, C, call.align, float16)
+    rows = configs.query_side_small(call.arch, B, N, C, call.align, float16)
     keys = configs.key_side_small(call.arch, C, D, call.align, float16)
     search = configs.search_grad_small(call.arch, M, D, call.align)
     tiles = cdiv(B * N, rows["ROWS"])
     columns = 16 * cdiv(M, 16)
     # Where drho is computed again, in places of what is not needed any more, or not yet.
     names: dict[str, str | None] = {"p_rows": "p_offset", "p_drho": "p_ds"}
-    names |= _unneeded(call, metric == "cosine", float16)
-    workspace = _workspace(call, tiles * rows["ROWS"], tiles, columns, rows, keys, names)
+    names |= _unneeded(call, metric == "cosine")
+    pieces = B * cdiv(D, search["BLOCK_D"]) if call.has_search else 0
+    programs_of_search = min(pieces, configs.programs_at_a_time(call.arch))
+    tile = programs_of_search * search["ROWS"] * columns
+    workspace = _workspace(call, tiles * rows["ROWS"], tiles, tile, rows, keys, names)
     if workspace.bytes > configs.allowed_backward(call.batch, N, M, C, D, k):
         return None
-    numbers = _numbers(call, metric, tiles, columns, rows, keys, search, names)
+    numbers = _numbers(call, metric, tiles, rows, keys, names)
+    numbers |= {
+        "columns": columns,
+        "search_blocks": cdiv(D, search["BLOCK_D"]),
+        "pieces": pieces,
+    }
     programs = {
         query_side_small_kernel: (numbers["first_tile"] + tiles, rows),
         key_side_small_kernel: (numbers["key_programs"], keys),
-        search_grad_small_kernel: (B * numbers["search_blocks"], search),
+        search_grad_small_kernel: (programs_of_search, search),
     }
     launches = [
         kernel.prepare(count, blocks, names, **numbers)
@@ -76,10 +83,8 @@ def _numbers(
     call: Backward,
     metric: str,
     tiles: int,
-    columns: int,
     rows: configs.Config,
     keys: configs.Config,
-    search: configs.Config,
     names: dict[str, str | None],
 ) -> dict[str, Any]:
     """Numbers and constants that the kernels share, by parameter."""
@@ -114,7 +119,6 @@ def _numbers(
         "scale": call.scale,
         "B": B,
         "B2": call.B2,
-        "columns": columns,
         "key_blocks": cdiv(M, keys["KEYS"]),
         "lists": lists,
         "first_tile": lists + (1 + k * ("p_weight_rows" not in names) if call.sorts else 0),
@@ -123,7 +127,6 @@ def _numbers(
         "keys_each": keys_each,
         "value_blocks": value_blocks,
         **dict(zip(of_key_side, firsts, strict=True)),
-        "search_blocks": cdiv(D, search["BLOCK_D"]) if call.has_search else 0,
         **call.Q.strides("q"),
         **call.K.strides("k"),
         **call.V.strides("v"),
@@ -144,12 +147,12 @@ def _workspace(
     call: Backward,
     rows: int,
     tiles: int,
-    columns: int,
+    of_tiles: int,
     blocks: configs.Config,
     keys: configs.Config,
     names: dict[str, str | None],
 ) -> Workspace:
-    """The temporary memory for so many rows and tiles of queries."""
+    """The temporary memory for so many rows and tiles of queries, and elements of tiles of E."""
     B, N, M, k, C = call.B, call.N, call.M, call.k, call.V.D
     of_pairs = rows * configs.SLOTS
     sizes: dict[str, Buffer] = {
@@ -160,8 +163,8 @@ def _workspace(
         "p_ones": ((keys["TILE"] + 1) * keys["TILE"], call.value_dtype),
         "p_rho": (of_pairs, _F32),
         "p_ds": (of_pairs, _F32),
-        "p_matrix": (rows * columns, call.query_dtype),
-        "p_unit": (rows, _F32),
+        "p_columns": (of_pairs, torch.int16),
+        "p_tiles": (of_tiles, call.query_dtype),
         "p_along_q": (rows, _F32),
         "p_along_k": (B * M, _F32),
         "p_inverse_q": (B * N, _F32),
@@ -174,7 +177,7 @@ def _workspace(
     return Workspace(**{name: size for name, size in sizes.items() if name not in names})
 
 
-def _unneeded(call: Backward, cosine: bool, float16: bool) -> dict[str, str | None]:
+def _unneeded(call: Backward, cosine: bool) -> dict[str, str | None]:
     """The pointers that the kernels do without."""
     needs, of_search = call.needed, call.has_search
     of_query, of_key, of_value = (name in needs for name in ("query", "key", "value"))
@@ -195,8 +198,8 @@ def _unneeded(call: Backward, cosine: bool, float16: bool) -> dict[str, str | No
         "p_offset": of_weight or call.through_rho,
         "p_rows": of_weight or call.through_rho,
         "p_ds": of_search,
-        "p_matrix": of_search,
-        "p_unit": of_search and float16,
+        "p_columns": of_search,
+        "p_tiles": of_search,
         "p_along_q": cosine and of_query,
         "p_along_k": cosine and of_key,
         "p_inverse_q": cosine,

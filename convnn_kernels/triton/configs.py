@@ -613,9 +613,7 @@ def allows_backward_small(bits: int, N: int, M: int, k: int, metric: str, stride
     return bits == 16 and few and metric != "euclidean"
 
 
-def query_side_small(
-    arch: int, B: int, N: int, M: int, C: int, align: int, float16: bool
-) -> Config:
+def query_side_small(arch: int, B: int, N: int, C: int, align: int, float16: bool) -> Config:
     """Blocks of `query_side_small_kernel`. Loads of single elements take more registers.
 
     With 128 rows, those of V are read from L2 half as often; of few queries, programs would be too
@@ -627,7 +625,6 @@ def query_side_small(
     return _config(
         QUERIES=max(16, power_of_two(N)),
         BLOCKS=16,
-        COLUMNS=max(16, power_of_two(M)),
         ROWS=16 if arch == INTERPRETER else rows,
         BLOCK_C=min(64 if packed else 32, max(16, power_of_two(C))),
         num_warps=4 if packed else 8,
@@ -680,6 +677,11 @@ def search_grad_small(arch: int, M: int, D: int, align: int) -> Config:
         num_warps=8,
         num_stages=1,
     )
+
+
+def programs_at_a_time(arch: int) -> int:
+    """The programs of `search_grad_small_kernel`: what runs at a time."""
+    return 2 if arch == INTERPRETER else 2 * _MULTIPROCESSORS
 
 
 def keys_each(arch: int, programs: int) -> int:

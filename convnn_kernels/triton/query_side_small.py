@@ -9,12 +9,11 @@ column j is what belongs to the j-th neighbors; it is added to a sum that has al
 
 A program has ROWS queries, which may be of several batch elements, and needs no other one. It takes
 a block of channels for all neighbors before the next block: of few tokens, such a block of V stays
-in L1, from which rows are gathered. dq is left to search_grad_small.py, for which ds goes to its
-places in rows of zeros: neighbors of a query are distinct.
+in L1, from which rows are gathered. dq is left to search_grad_small.py.
 
-t, ds, and rho in products, are rounded to 16 bits once. In float16, each row of G and of ds, and
-rho times what that has taken from the row of G, are first brought near a power of two, so that
-neither large nor small ones leave its range. Where a sum of products is not finite, also because t
+t, and rho in products, are rounded to 16 bits once. In float16, each row of G, and rho times what
+that has taken from the row, are first brought near a power of two, so that neither large nor small
+ones leave its range. Where a sum of products is not finite, also because t
 has left that range, the program computes drho and dW again in float32, each neighbor by itself.
 """
 
@@ -135,27 +134,6 @@ def _sum_grad(
         tl.store(p_part + o_c, tl.sum(b_g.to(tl.float32), 0), m_c)
 
 
-@triton.jit
-def _fill_matrix(
-    p_row,  # [ROWS]: rows of E
-    b_row,  # [ROWS, SLOTS]: rows of key
-    m,  # [ROWS, SLOTS]: which neighbors there are
-    b_ds,
-    columns,
-    COLUMNS: tl.constexpr,
-):
-    """ROWS rows of E, and what has been taken from them in float16, [ROWS, 1]."""
-    dtype: tl.constexpr = p_row.dtype.element_ty
-    o_m = tl.arange(0, COLUMNS)
-    p = p_row[:, None] + o_m[None, :]
-    tl.store(p, tl.zeros(p.shape, dtype), (o_m < columns)[None, :])
-    b_ds, unit = near_power(b_ds, dtype, 14, OF_ROWS=True)
-    # Zeros come first.
-    tl.debug_barrier()
-    tl.store(p_row[:, None] + b_row, b_ds, m)
-    return unit
-
-
 @Kernel
 def query_side_small_kernel(
     p_grad,  # [B, N, C] contiguous; so the two below, None where nothing depends on them
@@ -172,8 +150,7 @@ def query_side_small_kernel(
     p_rho,  # [tiles * ROWS, SLOTS] float32, or None
     p_drho,  # [tiles * ROWS, SLOTS] float32, may be p_ds: where drho is computed again; or None
     p_ds,  # [tiles * ROWS, SLOTS] float32, or None: so those below
-    p_matrix,  # [tiles * ROWS, columns]: E, of 16 bits
-    p_unit,  # [tiles * ROWS] float32: what has been taken from a row of E; None but for float16
+    p_columns,  # [tiles * ROWS, SLOTS] int16: rows of key, -1 for none
     p_along_q,  # [tiles * ROWS] float32: sum_j ds_ij s_ij; None where the metric is dot
     p_weight_part,  # [tiles, k, C] float32, or None
     p_bias_part,  # [tiles, C] float32, or None
@@ -187,7 +164,6 @@ def query_side_small_kernel(
     scale,
     B,
     B2,
-    columns,
     key_blocks,
     lists,  # programs that list pairs
     first_tile,  # those, and of ones and of W
@@ -204,7 +180,6 @@ def query_side_small_kernel(
     TILE: tl.constexpr,
     QUERIES: tl.constexpr,
     BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -213,7 +188,6 @@ def query_side_small_kernel(
     stride_vb1 = aligned(stride_vb1, ALIGN)
     stride_vb2 = aligned(stride_vb2, ALIGN)
     stride_vm = aligned(stride_vm, ALIGN)
-    columns = aligned(columns, 16)
     pid = tl.program_id(0).to(tl.int64)
     if pid < lists:
         if p_pairs is not None:
@@ -331,6 +305,4 @@ def query_side_small_kernel(
             tl.store(p_ds + o_p, b_ds)
             if p_along_q is not None:
                 tl.store(p_along_q + o_t, tl.sum(b_ds * tl.where(m, b_s, 0.0), 1))
-            unit = _fill_matrix(p_matrix + o_t * columns, b_row, m, b_ds, columns, COLUMNS)
-            if p_unit is not None:
-                tl.store(p_unit + o_t[:, None], unit)
+            tl.store(p_columns + o_p, tl.where(m, b_row, -1).to(tl.int16))

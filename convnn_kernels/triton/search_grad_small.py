@@ -9,14 +9,16 @@ and 0 elsewhere. With u the unit vectors of rows of query, v those of rows of ke
              dk_m = (sum_i E_im u_i - (E^T s)_m v_m) / ||k_m||
 
 with (E s)_i = sum_j ds_ij s_ij, and (E^T s)_m the sum over all pairs (i, j) of key m. The query
-side has filled E, in 16 bits (query_side_small.py); the key side has the norms and the sums of keys
+side has ds and the columns (query_side_small.py); the key side has the norms and the sums of keys
 (key_side_small.py).
 
-A program has a block of channels of a batch element. It keeps the rows of key, and the sums for
-them, on chip, and goes through the queries ROWS at a time: it reads each row of E, query and key
-once.
+A block of channels of a batch element is a piece of work. Rows of key, and the sums for them, stay
+on chip while a program goes through the queries ROWS at a time, and reads each row of query and key
+once. E is never stored as a whole: a program has memory for ROWS rows of it, zeros, where it puts
+ds of these queries, loads them, and puts zeros back. Neighbors of a query are distinct. There are
+as many programs as run at a time, and each goes on to further pieces of work.
 
-u, v and ds are rounded to 16 bits once. In float16, ds has been brought near a power of two row by
+u, v and ds are rounded to 16 bits once. In float16, ds is first brought near a power of two row by
 row; what that has taken from a row, u gets back, and u and v are brought near one themselves.
 Products with the zeros of E must not add NaN to other rows: where a sum is not finite, the program
 computes its block of both again in float32, pair by pair.
@@ -49,11 +51,43 @@ def _without_along(b_sum, b_x, b_inverse, b_along):
 
 
 @triton.jit
+def _rows_of_matrix(
+    p_tile,  # [ROWS, columns]: zeros
+    p_column,  # [ROWS]: rows of columns
+    p_ds,  # [ROWS]: rows of ds
+    m_n,  # [ROWS]: which there are
+    columns,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rows of E [ROWS, COLUMNS], and what has been taken from them [ROWS]."""
+    o_j = tl.arange(0, SLOTS)
+    o_m = tl.arange(0, COLUMNS)
+    b_column = tl.load(p_column[:, None] + o_j[None, :], m_n[:, None], -1)
+    m = b_column >= 0
+    b_ds = tl.load(p_ds[:, None] + o_j[None, :], m, 0.0)
+    b_ds, unit = near_power(b_ds, p_tile.dtype.element_ty, 14, OF_ROWS=True)
+    p_row = p_tile + tl.arange(0, p_ds.shape[0])[:, None] * columns
+    # Every thread may read or write what another one has stored.
+    tl.debug_barrier()
+    tl.store(p_row + b_column, b_ds, m)
+    tl.debug_barrier()
+    b_e = tl.load(p_row + o_m[None, :], (o_m < columns)[None, :], 0.0)
+    tl.debug_barrier()
+    tl.store(p_row + b_column, tl.zeros(b_column.shape, b_ds.dtype), m)
+    if b_ds.dtype == tl.float16:
+        return b_e, tl.reshape(unit, [p_ds.shape[0]])
+    else:
+        return b_e, tl.full([p_ds.shape[0]], 1.0, tl.float32)
+
+
+@triton.jit
 def _differentiate(
     p_q,  # the rows of query of this batch element, from this block of channels on; so those below
     p_k,
-    p_matrix,  # E; so those below of this batch element
-    p_unit,  # [N], or None
+    p_tile,  # [ROWS, columns] of this program: zeros
+    p_columns,  # [N, SLOTS]; so those below of this batch element
+    p_ds,  # [N, SLOTS]
     p_inverse_q,  # [N], or None: the metric is dot
     p_inverse_k,  # [M]
     p_along_q,  # [N]
@@ -68,11 +102,13 @@ def _differentiate(
     stride_qn,
     stride_km,
     METRIC: tl.constexpr,
+    SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Returns 0, or NaN where a sum is not finite."""
+    HAS_UNIT: tl.constexpr = p_tile.dtype.element_ty == tl.float16
     o_d = tl.arange(0, BLOCK_D)
     o_m = tl.arange(0, COLUMNS)
     m_m = o_m < M
@@ -89,19 +125,16 @@ def _differentiate(
         i = begin + tl.arange(0, ROWS)
         m_n = i < N
         m_q = m_n[:, None] & m_d
-        # Beyond the last row, whatever is finite: u is 0 there.
-        p_e = p_matrix + tl.minimum(i, N - 1).to(tl.int64)[:, None] * columns + o_m[None, :]
-        b_e = tl.load(p_e, (o_m < columns)[None, :], 0.0)
+        b_e, b_unit = _rows_of_matrix(
+            p_tile, p_columns + i * SLOTS, p_ds + i * SLOTS, m_n, columns, SLOTS, COLUMNS
+        )
         b_q = tl.load(p_q + i.to(tl.int64)[:, None] * stride_qn + o_d[None, :], m_q, 0.0)
-        b_unit = tl.full([ROWS], 1.0, tl.float32)
-        if p_unit is not None:
-            b_unit = tl.load(p_unit + i, m_n, 0.0)
         inverse_q = b_unit
         if METRIC == COSINE:
             inverse_q = tl.load(p_inverse_q + i, m_n, 0.0)
         if p_dq is not None:
             b_dq = tl.dot(b_e, b_v)
-            if p_unit is not None:
+            if HAS_UNIT:
                 b_dq = b_dq * (b_unit * unit_of_v)[:, None]
             if METRIC == COSINE:
                 b_along = tl.load(p_along_q + i, m_n, 0.0)
@@ -109,19 +142,19 @@ def _differentiate(
             b_dq = b_dq.to(p_dq.dtype.element_ty)
             tl.store(p_dq + i.to(tl.int64)[:, None] * D + o_d[None, :], b_dq, m_q)
         if p_dk is not None:
-            if METRIC == COSINE and p_unit is not None:
+            if METRIC == COSINE and HAS_UNIT:
                 b_unit = b_unit * inverse_q
             elif METRIC == COSINE:
                 b_unit = inverse_q
-            b_u, unit_of_u = _scaled(b_q, b_unit, METRIC == COSINE or p_unit is not None)
-            if p_unit is not None:
+            b_u, unit_of_u = _scaled(b_q, b_unit, METRIC == COSINE or HAS_UNIT)
+            if HAS_UNIT:
                 b_dk += tl.dot(tl.trans(b_e), b_u) * unit_of_u
             else:
                 b_dk = tl.dot(tl.trans(b_e), b_u, b_dk)
     if p_dk is not None:
         test += tl.sum(b_dk * 0.0)
         if METRIC == COSINE:
-            if p_unit is not None:
+            if HAS_UNIT:
                 # Loaded again, rather than kept in registers, of which powers of two take some.
                 b_key = tl.load(p_key, m_k, 0.0)
             b_along = tl.load(p_along_k + o_m, m_m, 0.0)
@@ -230,8 +263,8 @@ def search_grad_small_kernel(
     p_key,  # [B, M, D]
     p_similarities,  # [B, N, k] float32, contiguous
     p_indices,  # [B, N, k] int64, contiguous
-    p_matrix,  # [B, N, columns]: E, in the dtype of query
-    p_unit,  # [B, N] float32: what has been taken from a row of E; None unless it is float16
+    p_tiles,  # [programs, ROWS, columns], in the dtype of query: rows of E
+    p_columns,  # [B, N, SLOTS] int16: rows of key, -1 for none
     p_ds,  # [B, N, SLOTS] float32
     p_pairs,  # [B, N * k] int32, as list_pairs.py has them; so the one below; or None
     p_ends,  # [B, key_blocks] int32
@@ -249,6 +282,7 @@ def search_grad_small_kernel(
     columns,  # M or more, a multiple of 16
     key_blocks,
     search_blocks,  # of channels
+    pieces,  # of work: of channels of all batch elements
     stride_qb1,
     stride_qb2,
     stride_qn,
@@ -265,7 +299,7 @@ def search_grad_small_kernel(
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dq and dk of a batch element and a block of channels."""
+    """dq and dk of blocks of channels of batch elements."""
     stride_qb1 = aligned(stride_qb1, ALIGN)
     stride_qb2 = aligned(stride_qb2, ALIGN)
     stride_qn = aligned(stride_qn, ALIGN)
@@ -273,92 +307,97 @@ def search_grad_small_kernel(
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
     columns = aligned(columns, 16)
-    pid = tl.program_id(0).to(tl.int64)
-    b = pid // search_blocks
-    d0 = (pid % search_blocks).to(tl.int32) * BLOCK_D
-    m_d = (d0 + tl.arange(0, BLOCK_D) < D)[None, :]
-    p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + d0
-    p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2 + d0
-    p_u, p_iq, p_ik, p_aq, p_ak, p_dq, p_dk = None, None, None, None, None, None, None
-    if p_unit is not None:
-        p_u = p_unit + b * N
-    if METRIC == COSINE:
-        p_iq, p_ik = p_inverse_q + b * N, p_inverse_k + b * M
+    pid = tl.program_id(0)
+    p_tile = p_tiles + pid.to(tl.int64) * ROWS * columns
+    o_m = tl.arange(0, COLUMNS)[None, :]
+    p = p_tile + tl.arange(0, ROWS)[:, None] * columns + o_m
+    tl.store(p, tl.zeros(p.shape, p_tile.dtype.element_ty), o_m < columns)
+    for piece in range(pid, pieces, tl.num_programs(0)):
+        b = (piece // search_blocks).to(tl.int64)
+        d0 = piece % search_blocks * BLOCK_D
+        m_d = (d0 + tl.arange(0, BLOCK_D) < D)[None, :]
+        p_q = p_query + (b // B2) * stride_qb1 + (b % B2) * stride_qb2 + d0
+        p_k = p_key + (b // B2) * stride_kb1 + (b % B2) * stride_kb2 + d0
+        p_iq, p_ik, p_aq, p_ak, p_dq, p_dk = None, None, None, None, None, None
+        if METRIC == COSINE:
+            p_iq, p_ik = p_inverse_q + b * N, p_inverse_k + b * M
+            if p_query_grad is not None:
+                p_aq = p_along_q + b * N
+            if p_key_grad is not None:
+                p_ak = p_along_k + b * M
         if p_query_grad is not None:
-            p_aq = p_along_q + b * N
+            p_dq = p_query_grad + b * N * D + d0
         if p_key_grad is not None:
-            p_ak = p_along_k + b * M
-    if p_query_grad is not None:
-        p_dq = p_query_grad + b * N * D + d0
-    if p_key_grad is not None:
-        p_dk = p_key_grad + b * M * D + d0
-    test = _differentiate(
-        p_q,
-        p_k,
-        p_matrix + b * N * columns,
-        p_u,
-        p_iq,
-        p_ik,
-        p_aq,
-        p_ak,
-        p_dq,
-        p_dk,
-        m_d,
-        N,
-        M,
-        D,
-        columns,
-        stride_qn,
-        stride_km,
-        METRIC,
-        ROWS,
-        COLUMNS,
-        BLOCK_D,
-    )
-    if test != 0.0:
-        # What has been stored must not come after what is stored now.
-        tl.debug_barrier()
-        if p_query_grad is not None:
-            _differentiate_query(
-                p_q,
-                p_k,
-                p_similarities + b * N * k,
-                p_indices + b * N * k,
-                p_ds + b * N * SLOTS,
-                p_iq,
-                p_ik,
-                p_aq,
-                p_dq,
-                m_d,
-                N,
-                M,
-                D,
-                stride_qn,
-                stride_km,
-                K,
-                SLOTS,
-                METRIC,
-                16,
-                BLOCK_D,
-            )
-        if p_key_grad is not None:
-            _differentiate_key(
-                p_q,
-                p_k,
-                p_pairs + b * N * k,
-                p_ends + b * key_blocks,
-                p_ds + b * N * SLOTS,
-                p_iq,
-                p_ik,
-                p_ak,
-                p_dk,
-                m_d,
-                M,
-                D,
-                stride_qn,
-                stride_km,
-                METRIC,
-                KEYS,
-                TILE,
-                BLOCK_D,
-            )
+            p_dk = p_key_grad + b * M * D + d0
+        test = _differentiate(
+            p_q,
+            p_k,
+            p_tile,
+            p_columns + b * N * SLOTS,
+            p_ds + b * N * SLOTS,
+            p_iq,
+            p_ik,
+            p_aq,
+            p_ak,
+            p_dq,
+            p_dk,
+            m_d,
+            N,
+            M,
+            D,
+            columns,
+            stride_qn,
+            stride_km,
+            METRIC,
+            SLOTS,
+            ROWS,
+            COLUMNS,
+            BLOCK_D,
+        )
+        if test != 0.0:
+            # What has been stored must not come after what is stored now.
+            tl.debug_barrier()
+            if p_query_grad is not None:
+                _differentiate_query(
+                    p_q,
+                    p_k,
+                    p_similarities + b * N * k,
+                    p_indices + b * N * k,
+                    p_ds + b * N * SLOTS,
+                    p_iq,
+                    p_ik,
+                    p_aq,
+                    p_dq,
+                    m_d,
+                    N,
+                    M,
+                    D,
+                    stride_qn,
+                    stride_km,
+                    K,
+                    SLOTS,
+                    METRIC,
+                    16,
+                    BLOCK_D,
+                )
+            if p_key_grad is not None:
+                _differentiate_key(
+                    p_q,
+                    p_k,
+                    p_pairs + b * N * k,
+                    p_ends + b * key_blocks,
+                    p_ds + b * N * SLOTS,
+                    p_iq,
+                    p_ik,
+                    p_ak,
+                    p_dk,
+                    m_d,
+                    M,
+                    D,
+                    stride_qn,
+                    stride_km,
+                    METRIC,
+                    KEYS,
+                    TILE,
+                    BLOCK_D,
+                )
