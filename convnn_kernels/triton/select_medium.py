@@ -584,7 +584,9 @@ def select_medium_kernel(
                 stride_km,
                 METRIC,
                 RESCALE,
+                "tf32",  # of 16 bits, whatever it is
                 False,
+                INTERPRETED,
                 64,
                 BLOCK_D,
             )
