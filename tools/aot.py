@@ -179,6 +179,7 @@ def run_both_ways(
         rho,
         1.0,
         *[True] * 5,
+        rows_or_none[0],
     )
 
 

@@ -71,6 +71,7 @@ def forward_backward(
     need_value: bool,
     need_weight: bool,
     need_bias: bool,
+    candidates: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, weight and bias; see schemas.py."""
     if not is_dense(weight, value.shape[-1]):
