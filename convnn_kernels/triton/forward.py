@@ -90,6 +90,7 @@ def forward_backward(
             metric=metric,
             rho=rho,
             scale=scale,
+            candidates=candidates,
         )
     need_search = need_query or need_key
     grad_value, grad_s, grad_weight, grad_bias = aggregate_backward(
