@@ -63,6 +63,7 @@ class _Forward(_Node):
             arguments.weight,
             similarities,
             indices,
+            arguments.candidates,
         )
         ctx.mark_non_differentiable(indices)
         return output, similarities, indices
@@ -77,25 +78,27 @@ class _Forward(_Node):
         selects = through_output or grad_similarities is not None
         needed = {"query": needs.query and selects, "key": needs.key and selects}
         if grad_output is None:
-            query, key, _, _, similarities, indices = ctx.saved_tensors
+            query, key, _, _, similarities, indices, _ = ctx.saved_tensors
             grads = _gradients(
                 _convnn.select_backward.default,
                 (grad_similarities, query, key, similarities, indices, ctx.metric),
                 needed,
             )
         else:
+            *tensors, candidates = ctx.saved_tensors
             grads = _gradients(
                 _convnn.forward_backward.default,
                 (
                     grad_output,
                     grad_similarities,
-                    *ctx.saved_tensors,
+                    *tensors,
                     ctx.has_bias,
                     ctx.metric,
                     ctx.rho,
                     ctx.scale,
                 ),
                 needed | {"value": needs.value, "weight": needs.weight, "bias": needs.bias},
+                candidates,
             )
         return _input_grads(ctx, grads)
 
@@ -186,15 +189,18 @@ def _needs(ctx: Any) -> Any:
 
 
 def _gradients(
-    op: torch._ops.OpOverload, args: tuple[Any, ...], needed: dict[str, bool]
+    op: torch._ops.OpOverload,
+    args: tuple[Any, ...],
+    needed: dict[str, bool],
+    *more: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Calls a backward operator, whose last arguments say which gradients are needed.
+    """Calls a backward operator with `args`, then which gradients are needed, then `more`.
 
     Returns the needed ones by name.
     """
     if not any(needed.values()):
         return {}
-    grads = torch_internals.call(op, *args, *needed.values())
+    grads = torch_internals.call(op, *args, *needed.values(), *more)
     return {name: grad for name, grad in zip(needed, grads, strict=True) if needed[name]}
 
 

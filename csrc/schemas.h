@@ -7,7 +7,8 @@ namespace convnn {
 
 // In the backward operators, which are internal, a gradient that is not needed is an empty tensor.
 // The gradient of the similarities that forward returns is added to what comes from the output;
-// None stands for zero.
+// None stands for zero. The candidates of forward_backward are those of forward: from them a
+// backend knows that a query's neighbors are among so few rows of key, but for the token itself.
 constexpr const char* kSchemas[] = {
     "forward(Tensor query, Tensor key, Tensor value, SymInt k, Tensor? weight=None, "
     "Tensor? bias=None, Tensor? candidates=None, Tensor? self_indices=None, "
@@ -24,8 +25,8 @@ constexpr const char* kSchemas[] = {
     "forward_backward(Tensor grad_output, Tensor? grad_similarities, Tensor query, Tensor key, "
     "Tensor value, Tensor? weight, Tensor similarities, Tensor indices, bool has_bias, "
     "str metric, str rho, float scale, bool need_query, bool need_key, bool need_value, "
-    "bool need_weight, bool need_bias) -> (Tensor grad_query, Tensor grad_key, "
-    "Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
+    "bool need_weight, bool need_bias, Tensor? candidates=None) -> (Tensor grad_query, "
+    "Tensor grad_key, Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
 
     "select_backward(Tensor grad_similarities, Tensor query, Tensor key, Tensor similarities, "
     "Tensor indices, str metric, bool need_query, bool need_key) "

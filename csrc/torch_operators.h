@@ -494,11 +494,12 @@ Convolution check_forward_backward(const char* op, const Tensor& grad_output,
                                    const OptionalTensor& grad_similarities, const Tensor& query,
                                    const Tensor& key, const Tensor& value,
                                    const OptionalTensor& weight, const Tensor& similarities,
-                                   const Tensor& indices, const std::string& metric,
-                                   const std::string& rho, double scale, int64_t& outputs) {
+                                   const Tensor& indices, const OptionalTensor& candidates,
+                                   const std::string& metric, const std::string& rho, double scale,
+                                   int64_t& outputs) {
   check_aggregate(op, value, similarities, indices);
   const int64_t k = columns_of(similarities);
-  check_select(op, query, key, k, std::nullopt, std::nullopt, std::nullopt, metric, "similarity");
+  check_select(op, query, key, k, candidates, std::nullopt, std::nullopt, metric, "similarity");
   check_value_as(op, value, query, key);
   const Convolution convolution =
       check_convolution(op, value, k, weight, std::nullopt, rho, scale, outputs);
@@ -518,12 +519,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
     const Tensor& key, const Tensor& value, const OptionalTensor& weight,
     const Tensor& similarities, const Tensor& indices, bool has_bias, const std::string& metric,
     const std::string& rho, double scale, bool need_query, bool need_key, bool need_value,
-    bool need_weight, bool need_bias) {
+    bool need_weight, bool need_bias, const OptionalTensor& candidates) {
   constexpr const char* op = "forward_backward";
   int64_t outputs = 0;
   const Convolution convolution =
       check_forward_backward(op, grad_output, grad_similarities, query, key, value, weight,
-                             similarities, indices, metric, rho, scale, outputs);
+                             similarities, indices, candidates, metric, rho, scale, outputs);
   const Contiguous output_grads(grad_output), similarity_grads(grad_similarities);
   const int64_t reads = pairs_of(similarities);
   const Readable queries(query, Backend::kReadsStrides, reads);

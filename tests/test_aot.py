@@ -224,6 +224,7 @@ def launches() -> dict[str, Any]:
         {**plain, "weight": "depthwise", "metric": "euclidean"},
         {**plain, "N": 200, "weight": "none", "candidates": True},
         {**plain, "N": 200, "weight": "dense"},
+        {**plain, "N": 200, "weight": "depthwise", "candidates": True, "R": 20, "lead": (32,)},
         {**plain, "N": 300, "weight": "none"},
     ]
     calls = [functools.partial(aot.run_both_ways, **each) for each in options]

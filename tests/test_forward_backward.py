@@ -9,6 +9,7 @@ from cases import DTYPES, METRICS, SHORT
 from torch import Tensor
 
 import convnn_kernels  # noqa: F401
+from benchmarks.call_checks import CallChecks
 
 ops = torch.ops.convnn
 
@@ -143,6 +144,37 @@ def test_same_bits_for_arguments_that_are_not_contiguous() -> None:
         if isinstance(X, Tensor):
             call[name] = X.mT.contiguous().mT
     assert_same_bits(call)
+
+
+def test_candidates_change_nothing() -> None:
+    """On CPU; also where neighbors are not among them."""
+    call = make_call(torch.float32, "cosine", "softmax", "depthwise")
+    assert_same_bits({**call, "candidates": torch.tensor([5, 3, 8])})
+
+
+def test_the_backward_of_forward_has_its_candidates() -> None:
+    x = make_call(torch.float32, "dot", "ones", "none")
+    value, candidates = x["value"].requires_grad_(), torch.tensor([5, 3, 8])
+    Y, _, _ = ops.forward(x["query"], x["key"], value, 2, candidates=candidates)
+    with CallChecks() as recorded:
+        Y.sum().backward()
+    ((name, given, _),) = recorded.calls
+    assert name == "forward_backward"
+    assert torch.equal(given["candidates"], candidates)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), r"candidates must have shape \[R\], got"),
+        (torch.zeros(3), "candidates must be int64, got float32"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_candidates_are_checked(candidates: Tensor, message: str) -> None:
+    call = make_call(torch.float32, "cosine", "softmax", "depthwise")
+    with pytest.raises(RuntimeError, match=f"convnn::forward_backward: {message}"):
+        assert_same_bits({**call, "candidates": candidates})
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=str)

@@ -198,6 +198,8 @@ def test_opcheck_forward_backward(
 ) -> None:
     args = forward_backward_args(kind, "softmax", with_similarities)
     torch.library.opcheck(convnn.forward_backward.default, (*args, *needs))
+    candidates = torch.arange(2, args[3].shape[-2])
+    torch.library.opcheck(convnn.forward_backward.default, (*args, *needs, candidates))
 
 
 @pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])

@@ -147,6 +147,22 @@ def test_accesses_are_inside(call: str, dtype: torch.dtype, accesses: Accesses) 
     assert accesses.outside == set()
 
 
+@pytest.mark.parametrize("candidates", [[0, 3], [3, 3, 5], [-1, 5, 19, 2**40]], ids=str)
+def test_accesses_with_wrong_candidates_are_inside(
+    candidates: list[int], accesses: Accesses
+) -> None:
+    """Of the backward: few, the same twice, or none at all."""
+    q, key, value, Y = (torch.randn(2, n, 18).half() for n in (21, 19, 19, 21))
+    s, I = torch.randn(2, 21, 4), torch.randint(19, (2, 21, 4))
+    backend.operators()["convnn::forward_backward"](
+        *(Y, s, q, key, value, torch.randn(18, 1, 4).half(), s, I, True, "cosine", "softmax", 1.0),
+        *([True] * 5),
+        torch.tensor(candidates),
+    )
+    assert "key_side_candidates_kernel" in accesses.kernels
+    assert accesses.outside == set()
+
+
 @pytest.mark.parametrize("weight", ["depthwise", "none"])
 def test_accesses_of_shared_keys_are_inside(weight: str, accesses: Accesses) -> None:
     """Queries of three batch elements in one block, and rows of no batch element behind them."""

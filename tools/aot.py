@@ -135,6 +135,7 @@ def run_both_ways(
     order: str = "similarity",
     lead: tuple[int, ...] = (2,),
     M: int = 0,
+    R: int = 0,
     itself: bool = False,
     backward: bool = True,
     of_similarities: bool = False,
@@ -142,8 +143,8 @@ def run_both_ways(
 ) -> None:
     """`forward` and its backward, or else `select`, of which only the launches matter.
 
-    M is N if it is 0. `itself`: key is query. `of_similarities`: they have a gradient, too, or with
-    `select` their only one.
+    M is N, and R is M, if it is 0. `itself`: key is query. `of_similarities`: they have a gradient,
+    too, or with `select` their only one.
     """
     if only not in (None, dtype):
         return
@@ -157,7 +158,7 @@ def run_both_ways(
         W = None if weight == "none" else torch.empty(shapes[weight], dtype=dtype)
         bias = torch.empty(O if weight == "dense" else C, dtype=dtype)
         mask = torch.empty(*lead, M, dtype=torch.bool) if masked else None
-        rows, keys = (torch.empty(n, dtype=torch.int64) for n in (N, M))
+        rows, keys = (torch.empty(n, dtype=torch.int64) for n in (N, R or M))
     rows_or_none = keys if candidates else None, rows if with_self else None
     if not backward:
         s, I = operator("select")(query, key, k, *rows_or_none, mask, metric, order)
@@ -181,6 +182,7 @@ def run_both_ways(
         rho,
         1.0,
         *[True] * 5,
+        rows_or_none[0],
     )
 
 
@@ -233,6 +235,12 @@ def configurations(quick: bool) -> list[Any]:
     few = {"N": 49, "D": 40, "C": 24, "k": 16, "metric": "dot", "rho": "similarity"}
     calls += [call(**plain | few, weight="none", of_similarities=True)]
     calls += [call(**plain | {"N": 16, "k": 1}, weight="depthwise", rho="ones")]
+    # Few candidates: full blocks of channels, and others.
+    few_columns: dict[str, Any] = {"candidates": True, "with_self": True, "lead": (64,)}
+    wide = {"N": 197, "D": 192, "C": 192, "R": 32, "weight": "depthwise"}
+    calls += [call(**plain | wide | few_columns)]
+    other = {"N": 49, "R": 10, "k": 16, "metric": "dot", "weight": "none"}
+    calls += [call(**plain | other | few_columns, of_similarities=True)]
     calls += [call(**select | {"N": 197, "k": 64}, only=torch.float16)]
     calls += [call(**select | {"N": 512, "k": 300}, with_self=True)]
     for C, O in ((3, 16), (128, 256)):

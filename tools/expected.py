@@ -199,6 +199,8 @@ _ROWS = {begin: lambda n: filled(n.N, n.BLOCK_N) for begin in ("b_v = tl.load", 
 _FLAT_ROWS = {
     begin: lambda n: filled(n.rows, n.BLOCK_N) for begin in ("b_v = tl.load", "b_g = tl.load")
 }
+
+
 def _sectors_of_row(n: Numbers) -> float:
     """Of a row of E, in which neighbors are anywhere: the bytes of the sectors of 32 bytes that are
     written, over those of a row of slots."""
@@ -560,6 +562,110 @@ EXPECTED = {
             **dict.fromkeys(("b_q = tl.load(", "tl.store(p_dq"), lambda n: filled(n.N, n.ROWS)),
             **dict.fromkeys(("b_key = tl.load(", "tl.store(p_dk"), lambda n: n.M / n.COLUMNS),
         },
+    ),
+    "query_side_candidates_kernel": Expected(
+        {
+            "for first in range(0, C, BLOCKS * BLOCK_C)": lambda n: cdiv(n.C, n.BLOCKS * n.BLOCK_C),
+            "for j in range(0, K)": lambda n: n.K,
+            **dict.fromkeys(
+                ("for d0 in range(0, D, BLOCK_D)", "for start_d in range(0, D, BLOCK_D)"),
+                lambda n: cdiv(n.D, n.BLOCK_D),
+            ),
+            "for start in range(0, C * K, 2048)": lambda n: cdiv(n.C * n.K, 2048),
+            # What is not finite, or too large, is computed again.
+            "for c0 in range(0, C, 16)": lambda n: 0,
+            "for slot in range(0, K)": lambda n: 0,
+            "for d in range(0, D, BLOCK_D)": lambda n: 0,
+        },
+        {
+            "if test != 0.0": lambda n: 0,
+            "if tile % tiles == 0": lambda n: 1 / n.tiles,
+            "if tl.max(b_sum, 0) > _LARGE": lambda n: 0,
+        },
+        {
+            **dict.fromkeys(
+                ("b_x = tl.load(p_q", "b_x = tl.load(p_k"), lambda n: filled(n.N, n.ROWS)
+            ),
+            # Lines of which each block of channels has a copy.
+            **dict.fromkeys(
+                ("b_g = tl.load(", "b_t = b_t * tl.load("),
+                lambda n: n.BLOCKS * filled(n.N, n.ROWS),
+            ),
+            **dict.fromkeys(("b_v = tl.load(p_v", "tl.store(p_part + o_j"), lambda n: n.BLOCKS),
+            **dict.fromkeys(
+                ("b_s = tl.load(p_similarities + offsets", "b_row = tl.load(p_indices"),
+                lambda n: filled(n.N, n.ROWS) * n.K / n.SLOTS,
+            ),
+            "tl.store(p_columns": lambda n: n.K / n.SLOTS,
+            # One number of each pair.
+            "tl.store(p, tl.broadcast_to(o_j": lambda n: filled(n.N, n.ROWS) * n.K / n.SLOTS,
+            # What the program has just stored or loaded, or of C k elements.
+            **dict.fromkeys(
+                (
+                    "b_s = tl.load(p_similarities + o_s",
+                    "m = tl.load(p_columns",
+                    "b_w = tl.load(p_weight",
+                    "b_w = tl.load(p_weight + o_c[:",
+                    "return tl.load(p_positions",
+                ),
+                lambda n: 0,
+            ),
+        },
+    ),
+    "key_side_candidates_kernel": Expected(
+        {
+            "for j in range(0, K)": lambda n: n.K,
+            "for tile in range(0, tiles)": lambda n: n.tiles,
+            "for first_key in range(0, M, TILE)": lambda n: cdiv(n.M, n.TILE),
+            # The own rows of a tile of queries are the tile of keys of that number.
+            "for tile in range(begin, end)": lambda n: cdiv(n.N, n.TILE) / cdiv(n.M, n.TILE),
+            "for first in range(0, tl.maximum(N, M), TILE)": lambda n: cdiv(max(n.N, n.M), n.TILE),
+            # What is not finite is computed in another way.
+            **dict.fromkeys(
+                (
+                    "for start in range(0, M, TILE)",
+                    "for slot in range(0, 1 if",
+                    "for i in range(0, N)",
+                    "for c in range(0, b_u.shape",
+                ),
+                lambda n: 0,
+            ),
+        },
+        {
+            "if block < value_blocks": lambda n: n.value_blocks / n.blocks,
+            "if (begin * TILE != first)": lambda n: 0,
+            "if is_finite": lambda n: 1,
+            "if not is_finite": lambda n: 0,
+        },
+        {
+            # Read for own rows just before, of at most 256 rows: it is still in L1.
+            "b_x = tl.load(_rows(p_g, o_n, o_c, stride_n)": lambda n: 0,
+            **dict.fromkeys(
+                ("b_rho = tl.load(p_rho + o_d", "b_slot = tl.load(p_slots + o_d"),
+                lambda n: filled(n.N, n.QUERIES),
+            ),
+            **dict.fromkeys(
+                (
+                    "b_x = tl.load(_rows(p_g, o_n, o_c, as_int64",
+                    "b_q = tl.load(",
+                    "b_k = to_float32(tl.load(_rows(p_k, b_own >> 4, o_c, stride_km), m_own",
+                    "b_factor = tl.load(p_factor + o_d",
+                    "tl.store(_rows(p_dq",
+                ),
+                lambda n: filled(n.N, n.TILE),
+            ),
+            # Not loaded where own rows are the queries themselves.
+            **dict.fromkeys(
+                ("b_q = to_float32(tl.load(", "b_k = to_float32(tl.load("), lambda n: 1
+            ),
+            "tl.store(p, b_own": lambda n: filled(n.M, n.TILE),
+            # k rows, which all programs read
+            "b_w = tl.load(_rows(p_weight_rows": lambda n: 0,
+        },
+    ),
+    "sum_parts_kernel": Expected(
+        {"for start in range(0, parts, PARTS)": lambda n: cdiv(n.weight_parts, n.PARTS)},
+        {"if program < weight_programs": lambda n: n.weight_programs / n.programs},
     ),
     "sort_pairs_kernel": Expected(
         {

@@ -275,8 +275,9 @@ def _run_operators(case: Any, computes: str, X: Any) -> None:
         options = ("cosine", "softmax", 1.0)
         tensors = (X.query, X.key, X.value)
         Y, s, I = run("forward", *tensors, w.k, weight, None, *restrictions, *options, "similarity")
-        needed = [True] * 4
-        run("forward_backward", Y, None, *tensors, weight, s, I, False, *options, *needed, False)
+        needed = [*[True] * 4, False]
+        of_output = (Y, None, *tensors, weight, s, I, False)
+        run("forward_backward", *of_output, *options, *needed, candidates)
         run("select_backward", s, X.query, X.key, s, I, "cosine", True, True)
     needed = [True] * 3
     run("aggregate_backward", Y, X.value, s, I, weight, False, "softmax", 1.0, *needed, False)

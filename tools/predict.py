@@ -243,7 +243,7 @@ def _call(work: Work) -> None:
     if work.backward:
         needs = (of_search, of_search, work.of_value, True, False)
         aot.operator("forward_backward")(
-            Y, None, query, key, value, weight, s, I, False, *options, *needs
+            Y, None, query, key, value, weight, s, I, False, *options, *needs, given[0]
         )
 
 

@@ -8,7 +8,8 @@
 | `key_side_kernel`, of chunks | key_side.py | sums over parts of long lists |
 | `key_side_kernel`, of keys | key_side.py | dV and dk |
 
-For few tokens and 16 bits there are three others, in backward_small.py.
+For few tokens and 16 bits there are three others, in backward_small.py; and three in
+backward_candidates.py, where few of them are candidates.
 
 The backward of `aggregate` or of `select` alone is the same without the other part. What is not
 needed is not computed: its pointers are None.
@@ -28,6 +29,7 @@ from torch import Tensor
 from . import configs, hardware
 from .aggregation import RHOS
 from .backward_call import Backward
+from .backward_candidates import plan_candidates
 from .backward_small import plan_small
 from .batch_parts import batch_parts, new_sums
 from .key_side import key_side_kernel
@@ -166,9 +168,10 @@ def elements_at_a_time(call: Backward) -> int:
 @cache_plans
 def plan_at_once(call: Backward) -> Plan | None:
     """The plan for all batch elements; None if they are to be divided."""
-    small = plan_small(call)
-    if small is not None:
-        return small
+    for plan in (plan_candidates, plan_small):
+        small = plan(call)
+        if small is not None:
+            return small
     return plan_backward(call) if elements_at_a_time(call) == call.batch else None
 
 
@@ -281,11 +284,13 @@ def backward(
     metric: str = "dot",
     rho: str = "ones",
     scale: float = 1.0,
+    candidates: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of the arguments that `needs` names, "bias" among them, in its order; without
     elements where it says False.
 
-    query and key may be absent, or value and grad_output.
+    query and key may be absent, or value and grad_output. With candidates, neighbors are among
+    these rows of key, but for one of each query.
     """
     tensors = {"query": query, "key": key, "value": value, "weight": weight}
     tensors["similarities"] = similarities
@@ -309,6 +314,7 @@ def backward(
         _without_pairs(grads, grad_output)
     elif needed:
         tensors |= {"indices": indices, "grad": grad_output, "direct": grad_similarities}
+        tensors |= {"candidates": candidates}
         _launch(grads, tensors, rows, needed, metric, rho, scale)
     return tuple(grads.values())
 
@@ -346,6 +352,7 @@ def _launch(
         N=indices.shape[-2],
         M=batch.N,
         k=indices.shape[-1],
+        R=0 if tensors["candidates"] is None else tensors["candidates"].numel(),
         metric=metric,
         rho=rho,
         scale=scale,
@@ -359,7 +366,7 @@ def _launch(
         arch=hardware.architecture(similarities),
     )
     arguments: dict[str, Tensor | None] = {"p_query": Q, "p_key": K, "p_value": V}
-    for name in ("similarities", "indices", "weight", "grad", "direct"):
+    for name in ("similarities", "indices", "weight", "grad", "direct", "candidates"):
         X = tensors[name]
         # What is compiled does not depend on how a loss made a gradient.
         arguments[f"p_{name}"] = None if X is None else X.contiguous()
@@ -395,6 +402,7 @@ def _launch_in_parts(
             "p_key": part.rows(arguments["p_key"], call.K),
             "p_value": part.rows(arguments["p_value"], call.V),
             "p_weight": arguments["p_weight"],
+            "p_candidates": None,
         }
         own |= {name: X if X is None else X[number] for name, X in sums.items()}
         own |= {name: part.slice(X) for name, X in arguments.items() if name not in own}

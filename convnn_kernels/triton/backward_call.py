@@ -20,6 +20,7 @@ class Backward(NamedTuple):
     N: int
     M: int
     k: int
+    R: int  # candidates of all queries, with the key of pairs among them or the queries' own; or 0
     metric: str
     rho: str
     scale: float

@@ -693,6 +693,50 @@ def keys_each(arch: int, programs: int) -> int:
     return 256 if programs >= 256 else 64
 
 
+def allows_backward_candidates(
+    arch: int, bits: int, B: int, N: int, M: int, C: int, D: int, k: int, R: int, metric: str
+) -> bool:
+    """Whether sizes and metric allow the kernels of backward_candidates.py.
+
+    A program has all queries of a batch element: of few elements, programs would be too few. Loads
+    of single elements take more registers than there are; so do other architectures.
+    """
+    if arch != INTERPRETER and (C % 16 or D % 16 or B < 32 or not 90 <= arch < 100):
+        return False
+    return 0 < R <= 32 and allows_backward_small(bits, N, M, k, metric)
+
+
+def query_side_candidates(arch: int, N: int, C: int, D: int, R: int, float16: bool) -> Config:
+    """Blocks of `query_side_candidates_kernel`."""
+    rows = 32 if arch == INTERPRETER else 128 if N > 64 and not float16 else 64
+    block_c = min(16 if arch == INTERPRETER else 64, max(16, power_of_two(C)))
+    return _config(
+        ROWS=rows,
+        TILE=16 if arch == INTERPRETER else 64,
+        COLUMNS=max(16, power_of_two(R)),
+        BLOCKS=min(2 if arch == INTERPRETER else 4, -(-C // block_c)),
+        BLOCK_C=block_c,
+        BLOCK_D=min(64, max(16, power_of_two(D))),
+        num_warps=(rows if not float16 else 2 * rows) // 16,
+        num_stages=1,
+    )
+
+
+def key_side_candidates(arch: int, B: int, N: int, C: int, D: int, R: int) -> Config:
+    """Blocks of `key_side_candidates_kernel`."""
+    return _config(
+        QUERIES=max(16, power_of_two(N)),
+        BLOCK=min(32 if arch == INTERPRETER else 64, max(16, power_of_two(max(C, D)))),
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def sum_parts() -> Config:
+    """Blocks of `sum_parts_kernel`."""
+    return _config(PARTS=64, SUMS=16, num_warps=4)
+
+
 def sort_pairs(arch: int) -> Config:
     """Blocks of `sort_pairs_kernel`."""
     return _config(PAIRS=32, TILES=8, BINS=128, PARTS=64, COLUMNS=16, num_warps=1)

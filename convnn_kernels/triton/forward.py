@@ -68,6 +68,7 @@ def forward_backward(
     need_value: bool,
     need_weight: bool,
     need_bias: bool,
+    candidates: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key, value, weight and bias; see schemas.py."""
     if not is_dense(weight, value.shape[-1]):
@@ -86,6 +87,7 @@ def forward_backward(
             metric=metric,
             rho=rho,
             scale=scale,
+            candidates=candidates,
         )
     need_search = need_query or need_key
     grad_value, grad_s, grad_weight, grad_bias = aggregate_backward(

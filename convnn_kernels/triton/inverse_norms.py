@@ -45,12 +45,18 @@ def _sum_of_squares(p_x, m_r, D, scale, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def inverse_norm_at(p_x, m_r, D, RESCALE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """For rows in memory: pointers to them, p_x [rows], and which there are, m_r [rows]."""
-    b_sum = _sum_of_squares(p_x, m_r, D, 1.0, BLOCK_D)
+def inverse_of_sum(b_sum, p_x, m_r, D, RESCALE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """For rows in memory, from the sums of their squares, b_sum [rows]."""
     b_inverse = _root(b_sum)
     if RESCALE:  # noqa: SIM102
         if tl.max(b_sum, 0) > _LARGE:
             b_large = _sum_of_squares(p_x, m_r, D, _SCALE, BLOCK_D)
             b_inverse = tl.where(b_sum > _LARGE, _root(b_large) * _SCALE, b_inverse)
     return tl.where(b_sum <= _ZERO, 0.0, b_inverse)
+
+
+@triton.jit
+def inverse_norm_at(p_x, m_r, D, RESCALE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """For rows in memory: pointers to them, p_x [rows], and which there are, m_r [rows]."""
+    b_sum = _sum_of_squares(p_x, m_r, D, 1.0, BLOCK_D)
+    return inverse_of_sum(b_sum, p_x, m_r, D, RESCALE, BLOCK_D)

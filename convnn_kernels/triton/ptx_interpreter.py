@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The PTX of append.py in Triton's interpreter, which has no inline assembly of its own.
+"""The PTX of our kernels in Triton's interpreter, which has no inline assembly of its own.
 
 Every element of the operands is a thread. Threads have program counters; the lowest one decides
 which instruction comes next, and the threads that are there execute it. Registers are arrays.
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import triton.language as tl
 from numpy.typing import NDArray
 from triton._C.libtriton import interpreter as memory
 from triton.runtime import interpreter
@@ -44,6 +43,12 @@ def _shr(a: Array, count: Array) -> Array:
     return np.where(count > 31, 0, a >> np.minimum(count, 31)).astype(np.uint32)
 
 
+def _eq_halves(a: Array, b: Array) -> Array:
+    """All bits of those halves of a word that are equal as float16."""
+    equal = a.view(np.float16).reshape(-1, 2) == b.view(np.float16).reshape(-1, 2)
+    return np.where(equal, np.uint16(0xFFFF), np.uint16(0)).view(np.uint32).reshape(-1)
+
+
 def _selp(a: Array, b: Array, p: Array) -> Array:
     return np.where(p, a, b)
 
@@ -58,6 +63,7 @@ _FUNCTIONS: dict[str, Callable[..., Array]] = {
     "shr.u32": _shr,
     "prmt.b32": _prmt,
     "selp.b32": _selp,
+    "set.eq.u32.f16x2": _eq_halves,
     "setp.eq.u32": np.equal,
     "setp.ne.u32": np.not_equal,
     "setp.lt.u32": np.less,
@@ -129,8 +135,8 @@ def run(text: str, operands: dict[str, Array], count: int) -> dict[str, Array]:
 def _create_inline_asm(
     _: Any, text: str, constraints: str, values: Any, types: Any, pure: bool, pack: int
 ) -> Any:
-    """`tl.inline_asm_elementwise` with one result of 32 bits."""
-    assert (pack, len(types)) == (1, 1), "one element at a time, and one result"
+    """`tl.inline_asm_elementwise` with one result: of 32 bits, or two of 16 bits at a time."""
+    assert (len(types), 4 // pack) == (1, types[0].scalar.primitive_bitwidth // 8)
     arrays = np.broadcast_arrays(*(value.data for value in values))
     shape = arrays[0].shape
     kinds = [each.strip() for each in constraints.split(",")][1:]
@@ -138,8 +144,9 @@ def _create_inline_asm(
         f"${i + 1}": np.ascontiguousarray(array).reshape(-1).view(_TYPES[kind])
         for i, (array, kind) in enumerate(zip(arrays, kinds, strict=True))
     }
-    result = run(text, operands, int(np.prod(shape)))["$0"]
-    handle = interpreter.TensorHandle(result.view(np.int32).reshape(shape), tl.int32)
+    result = run(text, operands, int(np.prod(shape)) // pack)["$0"]
+    dtype = arrays[0].dtype if pack == 2 else np.dtype(np.int32)
+    handle = interpreter.TensorHandle(result.view(dtype).reshape(shape), types[0].scalar)
 
     class Call:
         def get_result(self, i: int) -> Any:
