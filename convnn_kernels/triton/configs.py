@@ -703,7 +703,7 @@ def allows_backward_candidates(
     """
     if arch != INTERPRETER and (C % 16 or D % 16 or B < 32 or not 90 <= arch < 100):
         return False
-    return 0 < R <= 32 and allows_backward_small(bits, N, M, k, metric)
+    return 0 < R <= 32 and allows_backward_small(bits, N, M, k, metric, stride=1)
 
 
 def query_side_candidates(arch: int, N: int, C: int, D: int, R: int, float16: bool) -> Config:
