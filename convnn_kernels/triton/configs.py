@@ -343,7 +343,7 @@ BUSY = 2**15
 # As in _SWEEP; and as many programs as a chip has room for at a time.
 _MEDIUM: dict[int, Config] = {
     INTERPRETER: _config(BLOCK_N=16, BLOCK_M=64, GROUPS=64, QUEUES=4, PAIR=2, programs=4),
-    90: _config(BLOCK_N=128, BLOCK_M=128, GROUPS=64, QUEUES=4, PAIR=2, programs=264, num_warps=4),
+    90: _config(BLOCK_N=128, BLOCK_M=128, GROUPS=64, QUEUES=4, PAIR=2, programs=132, num_warps=8),
     100: _config(BLOCK_N=128, BLOCK_M=64, GROUPS=64, QUEUES=2, PAIR=32, programs=148, num_warps=8),
 }
 
@@ -370,7 +370,7 @@ def select_medium(arch: int) -> Config:
     config |= {"ROTATE": 6, "CAP": max(16, 64 // config["QUEUES"]), "BLOCK_D": 16}
     config["LATE"] = min(64, config["BLOCK_N"])
     if arch != INTERPRETER:
-        config |= {"num_stages": 2, "maxnreg": MOST_REGISTERS}
+        config |= {"num_stages": 1, "maxnreg": MOST_REGISTERS}
     return config
 
 
@@ -714,7 +714,7 @@ def query_side_candidates(arch: int, N: int, C: int, D: int, R: int, float16: bo
         ROWS=rows,
         TILE=16 if arch == INTERPRETER else 64,
         COLUMNS=max(16, power_of_two(R)),
-        BLOCKS=min(2 if arch == INTERPRETER else 4, -(-C // block_c)),
+        BLOCKS=min(2, -(-C // block_c)),
         BLOCK_C=block_c,
         BLOCK_D=min(64, max(16, power_of_two(D))),
         num_warps=(rows if not float16 else 2 * rows) // 16,
