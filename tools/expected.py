@@ -539,8 +539,8 @@ EXPECTED = {
     ),
     "search_grad_small_kernel": Expected(
         {
-            "for piece in range(pid, pieces": lambda n: cdiv(n.pieces, n.programs),
-            "for begin in range(0, N, ROWS)": lambda n: cdiv(n.N, n.ROWS),
+            "for piece in tl.range(pid, pieces": lambda n: cdiv(n.pieces, n.programs),
+            "for begin in tl.range(0, N, ROWS": lambda n: cdiv(n.N, n.ROWS),
             # What is not finite is computed again.
             **dict.fromkeys(
                 (

@@ -121,7 +121,7 @@ def _differentiate(
     b_v, unit_of_v = _scaled(b_key, inverse_k, METRIC == COSINE)
     b_dk = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
     test = tl.sum(b_v * 0.0).to(tl.float32)
-    for begin in range(0, N, ROWS):
+    for begin in tl.range(0, N, ROWS, disable_licm=True):
         i = begin + tl.arange(0, ROWS)
         m_n = i < N
         m_q = m_n[:, None] & m_d
@@ -312,7 +312,7 @@ def search_grad_small_kernel(
     o_m = tl.arange(0, COLUMNS)[None, :]
     p = p_tile + tl.arange(0, ROWS)[:, None] * columns + o_m
     tl.store(p, tl.zeros(p.shape, p_tile.dtype.element_ty), o_m < columns)
-    for piece in range(pid, pieces, tl.num_programs(0)):
+    for piece in tl.range(pid, pieces, tl.num_programs(0), disable_licm=True):
         b = (piece // search_blocks).to(tl.int64)
         d0 = piece % search_blocks * BLOCK_D
         m_d = (d0 + tl.arange(0, BLOCK_D) < D)[None, :]

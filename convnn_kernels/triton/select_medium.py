@@ -443,7 +443,7 @@ def select_medium_kernel(
     p_query_inverse += as_int64(pid) * BLOCK_N
     p_late += as_int64(pid) * blocks_each * BLOCK_N
     late = tl.zeros([], tl.int32)
-    begin = pid * blocks_each
+    begin = (as_int64(pid) * blocks_each).to(tl.int32)
     end = tl.minimum(begin + blocks_each, blocks)
 
     for b in range(begin // row_blocks, tl.cdiv(end, row_blocks)):
