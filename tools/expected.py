@@ -484,8 +484,6 @@ EXPECTED = {
                 ("b_s = tl.load(p_similarities", "b_row = tl.load(p_indices"),
                 lambda n: filled(n.N, n.QUERIES),
             ),
-            # Each of the numbers takes a sector of 32 bytes.
-            "tl.store(p_row[:, None] + b_row": lambda n: 16 * n.K / n.SLOTS,
             "tl.store(p_pairs": lambda n: filled(n.N, n.QUERIES),
             # What the program has just stored or loaded, or of C k elements.
             **dict.fromkeys(
