@@ -20,7 +20,6 @@ class Backward(NamedTuple):
     N: int
     M: int
     k: int
-    R: int  # candidates of all queries, with the key of pairs among them or the queries' own; or 0
     metric: str
     rho: str
     scale: float
@@ -32,6 +31,7 @@ class Backward(NamedTuple):
     query_precision: str  # of products with rows of query; so that of value
     value_precision: str
     arch: int
+    R: int = 0  # rows of key among which all neighbors are, but for one of each query; or 0
 
     @property
     def align(self) -> int:
