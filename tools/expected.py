@@ -107,7 +107,7 @@ def _once_in_program(n: Numbers) -> float:
 def _once_by_keys(n: Numbers) -> float:
     """The same by the queries of a program's keys; and of later gathers, what has left L1 again.
 
-    It has room for about 200 KiB, and 4 programs of 4 warps use it, each a block of channels of all
+    It has room for about 190 KiB, and two programs use it, each CHUNKS blocks of channels of all
     rows.
     """
     draws = n.N * n.k / n.groups

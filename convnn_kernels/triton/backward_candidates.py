@@ -9,7 +9,8 @@ backward_small.py, where few of the tokens are candidates, in three launches.
 | `sum_parts_kernel` | key_side_candidates.py | dW and db; not where neither is needed |
 
 All neighbors of a query are candidates but for one, which is the query's own row. Then products
-with all candidates take the place of rows gathered for each neighbor. If a query has more rows that
+with all candidates take the place of rows gathered for each neighbor. Candidates are at most 32,
+and distinct. If a query has more rows that
 are no candidates, its gradients are wrong, but nothing is read or written out of bounds.
 """
 
@@ -42,7 +43,7 @@ def plan_candidates(call: Backward) -> Plan | None:
     if (call.value_dtype, call.metric, call.rho) == (torch.float16, "dot", "similarity"):
         return None  # rho may be beyond its range
     sizes = (B, N, M, C, D, k, call.R)
-    if not configs.allows_backward_candidates(call.arch, bits, *sizes, call.metric):
+    if not configs.allows_backward_candidates(call.arch, bits, *sizes, call.metric, call.align):
         return None
     float16 = call.value_dtype == torch.float16
     query_blocks = configs.query_side_candidates(call.arch, N, C, D, call.R, float16)

@@ -8,8 +8,8 @@ launches.
 | `key_side_small_kernel` | key_side_small.py | dV; inverse norms and sums by key; dW and db |
 | `search_grad_small_kernel` | search_grad_small.py | dq = E K and dk = E^T Q |
 
-E has ds, a row for each query and a column for each key, and is never stored. As in backward.py,
-which chooses between the two, what is not needed is not computed.
+E has ds, a row for each query and a column for each key; a program has memory for 64 rows of it. As
+in backward.py, which chooses between the two, what is not needed is not computed.
 """
 
 import itertools

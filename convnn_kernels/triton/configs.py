@@ -694,16 +694,29 @@ def keys_each(arch: int, programs: int) -> int:
 
 
 def allows_backward_candidates(
-    arch: int, bits: int, B: int, N: int, M: int, C: int, D: int, k: int, R: int, metric: str
+    arch: int,
+    bits: int,
+    B: int,
+    N: int,
+    M: int,
+    C: int,
+    D: int,
+    k: int,
+    R: int,
+    metric: str,
+    align: int,
 ) -> bool:
     """Whether sizes and metric allow the kernels of backward_candidates.py.
 
     A program has all queries of a batch element: of few elements, programs would be too few. Loads
-    of single elements take more registers than there are; so do other architectures.
+    of single elements take more registers than there are; so do other architectures. Rows have a
+    number for each candidate, which should be fewer than the keys.
     """
-    if arch != INTERPRETER and (C % 16 or D % 16 or B < 32 or not 90 <= arch < 100):
+    single = C % 16 or D % 16 or align % 16
+    if arch != INTERPRETER and (single or B < 32 or not 90 <= arch < 100):
         return False
-    return 0 < R <= 32 and allows_backward_small(bits, N, M, k, metric, stride=1)
+    few = 0 < R <= 32 and R < M
+    return few and allows_backward_small(bits, N, M, k, metric, stride=1)
 
 
 def query_side_candidates(arch: int, N: int, C: int, D: int, R: int, float16: bool) -> Config:

@@ -14,8 +14,8 @@ side has ds and the columns (query_side_small.py); the key side has the norms an
 
 A block of channels of a batch element is a piece of work. Rows of key, and the sums for them, stay
 on chip while a program goes through the queries ROWS at a time, and reads each row of query and key
-once. E is never stored as a whole: a program has memory for ROWS rows of it, zeros, where it puts
-ds of these queries, loads them, and puts zeros back. Neighbors of a query are distinct. There are
+once. Of E, a program has memory for ROWS rows, which are zeros, where it puts ds of these queries,
+loads them, and puts zeros back. Neighbors of a query are distinct. There are
 as many programs as run at a time, and each goes on to further pieces of work.
 
 u, v and ds are rounded to 16 bits once. In float16, ds is first brought near a power of two row by
