@@ -216,8 +216,8 @@ def select_network(arch: int, bits: int, N: int, D: int, columns: int, k: int) -
     tiles = 1 if narrow else 2 if wide else 4
     if narrow and arch >= 100:
         tiles = 2  # of which the compiler does not fail; the second one has no columns
-    # On sm_100, some options spill with a tile of 64 columns and more channels.
-    few_channels = bits == 32 or 80 <= arch < 90 or (arch >= 100 and narrow) or D <= 16 or single
+    # On sm_100, some options spill with more channels.
+    few_channels = bits == 32 or 80 <= arch < 90 or arch >= 100 or D <= 16 or single
     return _config(
         LIST=12 if k <= 10 else 16,
         BLOCK_N=min(32, max(16, power_of_two(N))) if arch == INTERPRETER else rows,
