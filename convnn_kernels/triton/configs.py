@@ -355,12 +355,13 @@ def allows_select_medium(
     whether there are enough queries to keep a chip busy.
 
     With more than one step of tensor cores, registers do not hold the queries, too, and before
-    sm_90 some options spill in any case.
+    sm_90 some options spill in any case. An image of 32 x 32 pixels has 1,156 with its padding; more
+    columns than 1,280 were not counted.
     """
     if INTERPRETER < arch < 90:
         return False
-    sums = allows_select_small(bits, D, columns, k, metric)
-    fits = columns > 256 and k <= 15 and D <= 16 and select_medium(arch)["BLOCK_N"] <= N
+    sums = allows_select_small(bits, D, 256, k, metric)
+    fits = 256 < columns <= 1280 and k <= 15 and D <= 16 and select_medium(arch)["BLOCK_N"] <= N
     return sums and fits and B * N >= BUSY
 
 

@@ -12,7 +12,7 @@ S is never stored. This file chooses among six strategies, which return the same
 | exact_topk.py | all columns, in one launch | fewer than 512 columns, or k <= 256 |
 | exact_topk.py | a pass for each 256 neighbors | k > 256 |
 
-select_medium.py is for 16 bits, 257 to 1,024 columns, D <= 16 and k <= 15, and for many queries,
+select_medium.py is for 16 bits, 257 to 1,280 columns, D <= 16 and k <= 15, and for many queries,
 without candidates and self. Some blocks of select_large.py allow only k <= 48 or 24
 (`configs.allows_sweep`). What select_network.py leaves out, such as float32 with few channels,
 `configs.allows_select_network` says.
