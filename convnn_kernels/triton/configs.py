@@ -355,8 +355,8 @@ def allows_select_medium(
     whether there are enough queries to keep a chip busy.
 
     With more than one step of tensor cores, registers do not hold the queries, too, and before
-    sm_90 some options spill in any case. An image of 32 x 32 pixels has 1,156 with its padding; more
-    columns than 1,280 were not counted.
+    sm_90 some options spill in any case. An image of 32 x 32 pixels has 1,156 columns with its
+    padding; more than 1,280 were not counted.
     """
     if INTERPRETER < arch < 90:
         return False
