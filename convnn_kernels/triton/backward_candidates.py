@@ -42,10 +42,11 @@ def plan_candidates(call: Backward) -> Plan | None:
         return None
     if (call.value_dtype, call.metric, call.rho) == (torch.float16, "dot", "similarity"):
         return None  # rho may be beyond its range
-    sizes = (B, N, M, C, D, k, call.R)
-    if not configs.allows_backward_candidates(call.arch, bits, *sizes, call.metric, call.align):
+    sizes, float16 = (B, N, M, C, D, k, call.R), call.value_dtype == torch.float16
+    if not configs.allows_backward_candidates(
+        call.arch, bits, *sizes, call.metric, call.align, float16
+    ):
         return None
-    float16 = call.value_dtype == torch.float16
     query_blocks = configs.query_side_candidates(call.arch, N, C, D, call.R, float16)
     key_blocks = configs.key_side_candidates(call.arch, B, N, C, D, call.R)
     names = _unneeded(call)

@@ -706,15 +706,17 @@ def allows_backward_candidates(
     R: int,
     metric: str,
     align: int,
+    float16: bool,
 ) -> bool:
     """Whether sizes and metric allow the kernels of backward_candidates.py.
 
     A program has all queries of a batch element: of few elements, programs would be too few. Loads
-    of single elements take more registers than there are; so do other architectures. Rows have a
-    number for each candidate, which should be fewer than the keys.
+    of single elements take more registers than there are; so do other architectures. With the
+    powers of two of float16 they take as long as those of backward_small.py. Rows have a number for
+    each candidate, which should be fewer than the keys.
     """
     single = C % 16 or D % 16 or align % 16
-    if arch != INTERPRETER and (single or B < 32 or not 90 <= arch < 100):
+    if arch != INTERPRETER and (single or float16 or B < 32 or not 90 <= arch < 100):
         return False
     few = 0 < R <= 32 and R < M
     return few and allows_backward_small(bits, N, M, k, metric, stride=1)
