@@ -25,7 +25,7 @@ KERNELS = ROOT / "convnn_kernels" / "triton"
 RESULTS = ROOT / "tools" / "aot_tables"
 DOCUMENT = ROOT / "docs" / "triton.md"
 
-VERSIONS = ("3.6.0", "3.7.1", "3.8.0")
+VERSIONS = ("3.6.0", "3.7.1")
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory that one program may use.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
