@@ -237,6 +237,7 @@ def launches() -> dict[str, Any]:
         {**plain, "N": 200, "weight": "dense"},
         {**plain, "N": 200, "weight": "depthwise", "candidates": True, "R": 20, "lead": (32,)},
         {**plain, "N": 300, "weight": "none"},
+        {**plain, "N": 1024, "D": 16, "weight": "dense", "lead": (64,)},
     ]
     calls = [functools.partial(aot.run_both_ways, **each) for each in options]
     found: dict[str, Any] = {}
