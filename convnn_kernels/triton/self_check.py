@@ -42,7 +42,8 @@ class Kind(NamedTuple):
     def __str__(self) -> str:
         dtype = "TF32" if self.tf32 else str(self.dtype).removeprefix("torch.")
         sizes = f"D about {self.D}, k about {self.k}"
-        return f"{self.metric} in {dtype}, {sizes}{', few queries' if self.divided else ''}"
+        special = ", few queries" if self.divided else ", some hundred keys" * self.is_medium
+        return f"{self.metric} in {dtype}, {sizes}{special}"
 
 
 @cache_plans
