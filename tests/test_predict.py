@@ -59,6 +59,28 @@ def walk(
     }
 
 
+def inlined(text: str) -> sass.Program:
+    """As code(), from lines such as `2<4<1: MOV R1`: of line 2, in a function that line 4 calls."""
+    lines = []
+    for i, each in enumerate(filter(None, map(str.strip, text.splitlines()))):
+        if found := re.match(r"([\d<]+): (.*)", each):
+            *calls, outer = [f'"/any/where/a.cuh", line {n}' for n in found[1].split("<")]
+            calls = [a + " inlined at " + b for a, b in zip(calls, [*calls[1:], outer])]
+            lines += [f"\t//## File {call}" for call in (*calls, outer)]
+            instruction = re.sub(r"(\.L_x_\w+)$", r"`(\1)", found[2])
+            lines.append(f"        /*{16 * i:04x}*/                   {instruction} ;")
+        else:
+            lines.append(each)
+    return sass.parse("\n".join(lines))
+
+
+def test_parse_inlined_functions() -> None:
+    program = inlined("2<4<1: MOV R1\n3: MOV R2")
+    lines = [each.line for each in program.instructions]
+    two, four, one, three = ((f"/any/where/a.cuh", n) for n in (2, 4, 1, 3))
+    assert lines == [(*two, four, one), three]
+
+
 def test_parse() -> None:
     program = code("1: MOV R1, 0x1\n.L_x_0:\n2: @!P0 LDG.E.128 R4, desc[UR4][R2.64]\n1: EXIT")
     assert program.labels[".L_x_0"] == 1
@@ -331,6 +353,90 @@ def test_loops_and_branches_of_one_line() -> None:
     assert found == {"R1": 0.5, "R2": 0.5, "R3": 1, "R4": 6, "R5": 1.5}
 
 
+TWICE_INLINED = """
+    4: MOV R1
+    .L_x_0:
+    2<7: MOV R2
+    2<7: @P0 BRA .L_x_0
+    .L_x_1:
+    2<3<8: MOV R3
+    2<3<8: @P1 BRA .L_x_1
+    4: MOV R4
+    4: EXIT
+"""
+
+
+def walk_inlined(
+    text: str, loops: Mapping[str, Any], branches: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+    program = inlined(text)
+    found = sass.Walk(program, lambda line: SOURCE[line[1]], loops, branches or {})
+    return {
+        program.instructions[i].operands: times
+        for block, times in zip(found.blocks, found.executed, strict=True)
+        for i in block.instructions
+        if re.fullmatch(r"R\d", program.instructions[i].operands)
+    }
+
+
+def test_a_function_that_is_inlined_twice() -> None:
+    """Its loop is named with a line that calls it, directly or not."""
+    loops = {"for j in @ w = z": 5, "for j in @ z = b": 3}
+    assert walk_inlined(TWICE_INLINED, loops) == {"R1": 1, "R2": 3, "R3": 5, "R4": 1}
+    with pytest.raises(KeyError, match="for j in"):
+        walk_inlined(TWICE_INLINED, {"for j in @ y = a": 5, "for j in @ z = b": 3})
+
+
+def test_an_if_that_calls_an_inlined_function() -> None:
+    """Whose own lines are anywhere: the line that calls it counts, which is behind the `if`."""
+    text = """
+        4<7: @P0 BRA .L_x_0
+        8<7: MOV R1
+        8<7: BRA .L_x_1
+        .L_x_0:
+        1<6<7: MOV R2
+        .L_x_1:
+        4<7: MOV R3
+        4<7: EXIT
+    """
+    found = walk_inlined(text, {}, {"if wanted": 0.2})
+    assert found == pytest.approx({"R1": 0.8, "R2": 0.2, "R3": 1})
+
+
+def test_a_loop_with_a_break() -> None:
+    """It is not taken; what it leaves the loop from is executed as often as the loop."""
+    text = """
+        1: MOV R1
+        .L_x_0:
+        1: MOV R2
+        4: @P0 BRA .L_x_1
+        1: MOV R3
+        1: @P1 BRA .L_x_0
+        .L_x_1:
+        1: MOV R4
+        1: EXIT
+    """
+    assert walk(text, {"for i in": 5}) == {"R1": 1, "R2": 5, "R3": 5, "R4": 1}
+
+
+def test_copies_of_a_loop_that_may_each_end_it() -> None:
+    text = """
+        1: MOV R1
+        .L_x_0:
+        1: MOV R2
+        1: @P0 BRA .L_x_1
+        1: MOV R3
+        1: @P1 BRA .L_x_1
+        1: MOV R4
+        1: @P2 BRA .L_x_0
+        .L_x_1:
+        1: MOV R5
+        1: EXIT
+    """
+    found = walk(text, {"for i in": 9})
+    assert found == {"R1": 1, "R2": 3, "R3": 3, "R4": 3, "R5": 1}
+
+
 DIVISION = """
     6: MOV R1
     6: @P0 BRA .L_x_0
@@ -365,7 +471,7 @@ def test_divisions() -> None:
         (NESTED, KeyError, "for j in range"),
         (DIVISION.replace("$__internal_0_$__cuda_sm20", "$other"), ValueError, "other"),
         ("1: BRX R4 -0x10", ValueError, "BRX"),
-        (NESTED.replace("1: MOV R4", "1: @P6 BRA .L_x_3\n1: MOV R4"), ValueError, "2 ends"),
+        ("4: MOV R1\n.L_x_0:\n1: MOV R2\n1: BRA .L_x_0", ValueError, "without an end: for i in"),
     ],
 )
 def test_what_is_not_known_is_an_error(text: str, error: type[Exception], named: str) -> None:
@@ -458,6 +564,30 @@ def test_opcodes_that_are_not_known() -> None:
     assert found.issued == 3
     with pytest.raises(ValueError, match="UTMALDG"):
         cost("1: UTMALDG.2D [UR8]")
+
+
+def test_shares_and_copies() -> None:
+    """Of lanes that access memory, by line, and of what a descriptor is about."""
+    program = code("""
+        1: LDG.E.128 R1
+        2: LDG.E R2
+        2: STS.64 [R3]
+        1: STS [R3]
+        3: UTMALDG.3D [UR8]
+        3: UBLKCP [UR8]
+        1: EXIT
+    """)
+    way = sass.Walk(program, lambda line: "", {}, {})
+    shares = {1: 1.0, 2: 0.25, 3: 1.0}
+    copied = {3: 1000.0}
+    found = sass.cost(
+        program, way, 1, {}, lambda line: shares[line[1]], lambda line: copied.get(line[1])
+    )
+    assert found.moved == 512 + 32 + 2000
+    assert found.shared == 64 + 128 + 2000
+    assert found.issued == 7
+    with pytest.raises(ValueError, match="UTMALDG"):
+        sass.cost(program, way, 1, {}, lambda line: shares[line[1]])
 
 
 def test_bytes_of_tensors() -> None:

@@ -20,15 +20,16 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Of one source line, in the order of the machine code; or one number for all there are.
 Expected = float | Sequence[float]
-Line = tuple[str, int]
+# File and number; behind them, of an inlined function, the lines that call it, innermost first.
+Line = tuple[Any, ...]
 
 
 class Instruction(NamedTuple):
-    line: Line  # file and number
+    line: Line
     conditional: bool
     opcode: str
     operands: str
@@ -40,13 +41,16 @@ class Program(NamedTuple):
 
 
 def parse(text: str) -> Program:
-    """What `nvdisasm -g -c` prints of one kernel."""
+    """What `nvdisasm -g -c`, or `-gi` instead of `-g`, prints of one kernel."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     line: Line = ("", 0)
+    inlined = False  # the line before was that of an inlined function, and its caller follows
     for each in text.splitlines():
         if found := re.match(r'\s*//## File "([^"]*)", line (\d+)', each):
-            line = found[1], int(found[2])
+            place = found[1], int(found[2])
+            line = (*line, place) if inlined else place
+            inlined = " inlined at " in each
         elif found := re.match(r"\s*([.$\w]+):\s*$", each):
             labels[found[1]] = len(instructions)
         elif found := re.match(r"\s*/\*\w{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", each):
@@ -73,6 +77,7 @@ class Loop:
     latch: int  # the last block that branches back
     end: int  # the block after which it is left
     line: Line
+    exits: int = 1  # copies of the source's loop in the body, each of which may end it
     trips: float = 0.0
     times: float = 0.0  # how often its first block is executed for each time that it is entered
     entered: float = 0.0
@@ -207,26 +212,38 @@ class Walk:
             ends = [a for a in sorted(body) for b in self._forward[a] if b not in body]
             # Or the program ends there.
             ends = ends or [a for a in sorted(body) if self._branch(a).opcode == "EXIT"]
-            line = self._branch(ends[-1] if ends else max(latches)).line
-            if len(ends) != 1:
-                raise ValueError(f"a loop with {len(ends)} ends: {self._text(line)}")
-            loops.append(Loop(header, body, max(latches), ends[0], line))
+            if not ends:
+                raise ValueError(f"a loop without an end: {self._text(self._branch(max(latches)).line)}")
+            # A `break` is another one, which is not taken.
+            end = max(latches) if max(latches) in ends else header if header in ends else ends[-1]
+            line = self._branch(end).line
+            exits = sum(self._branch(each).line == line for each in ends)
+            loops.append(Loop(header, body, max(latches), end, line, exits))
         return loops
 
     def _number(self, line: Line, table: Mapping[str, Expected], place: int) -> float | None:
         for begin, expected in table.items():
-            if self._text(line).startswith(begin):
+            if self._is_at(line, begin):
                 number = expected if isinstance(expected, (int, float)) else expected[place]
                 self.notes.append(f"{self._text(line)} {number:g}")
                 return float(number)
         return None
+
+    def _is_at(self, line: Line, begin: str) -> bool:
+        """Whether the text begins so; and behind an @, that of a line which calls the function."""
+        own, *caller = begin.split(" @ ")
+        texts = [self._text(line), *map(self._text, line[2:])]
+        return texts[0].startswith(own) and all(
+            any(each.startswith(of) for each in texts[1:]) for of in caller
+        )
 
     def _set_trips(self, table: Mapping[str, Expected]) -> None:
         places, unknown = collections.Counter[Line](), []
         for loop in self.loops:
             trips = self._number(loop.line, table, places[loop.line])
             places[loop.line] += 1
-            loop.trips = loop.times = trips or 0.0
+            loop.trips = trips or 0.0
+            loop.times = loop.trips / loop.exits
             if trips is None:
                 unknown.append(self._text(loop.line) or str(loop.line))
         for loop, rest in itertools.pairwise(self.loops):
@@ -265,10 +282,18 @@ class Walk:
         if one in self._reaches[other] or other in self._reaches[one]:
             return other in self._reaches[one]
 
+        def in_function(place: Line) -> Line:
+            """What executes it of the function that `line` is in, as that was called."""
+            levels = [place[:2], *place[2:]]
+            outer = len(levels) - len(line[2:])
+            is_in = outer > 0 and levels[outer:] == [*line[2:]]
+            return tuple(levels[outer - 1]) if is_in else ("", 0)
+
         def begin(of: int, without: int) -> tuple[int, int]:
             blocks = self._reaches[of] - self._reaches[without]
-            places = (self.code[i].line for a in blocks for i in self.blocks[a].instructions)
-            later = (number for file, number in places if file == line[0] and number > line[1])
+            places = {self.code[i].line for a in blocks for i in self.blocks[a].instructions}
+            levels = map(in_function, places)
+            later = (number for file, number in levels if file == line[0] and number > line[1])
             # Without such lines, what has loops is a function that it calls.
             return min(later, default=2**31), -len(self._headers & blocks)
 
@@ -296,10 +321,10 @@ class Walk:
         loop.copies = max(loop.copies, copies)
         left = round(loop.trips) % copies
         shares = {a: float(bool(left & copies >> i + 1)) for i, a in enumerate(rest)}
-        if loop.end == loop.header != loop.latch:
+        if loop.end == loop.header != loop.latch and loop.exits == 1:
             loop.times = loop.trips + 1  # the condition comes first
         elif entry:
-            loop.times = max(1, loop.trips)
+            loop.times = max(1, loop.trips) / loop.exits
         if rest:
             loop.times = loop.trips // copies
         for each in entry:
@@ -358,13 +383,16 @@ class Walk:
             after = self._forward[each]
             for place, a in enumerate(after):
                 left = [loop for loop in loops if a not in loop.body]
+                ended = [loop for loop in loops if loop.end == each]
                 if left:
                     # As often as the loop was entered, whatever its trips.
-                    executed[a] += left[0].entered
+                    executed[a] += ended[0].entered if ended else 0.0
                 elif len(after) == 1:
                     executed[a] += executed[each]
-                elif ended := [loop for loop in loops if loop.end == each]:
+                elif ended:
                     executed[a] += executed[each] - ended[0].entered
+                elif any(b not in loop.body for loop in loops for b in after):
+                    executed[a] += executed[each]
                 else:
                     share = self._share(each)
                     executed[a] += executed[each] * (1 - share if place else share)
@@ -390,6 +418,7 @@ _PIPES = {
 }
 _GLOBAL = {"ATOM", "ATOMG", "LD", "LDG", "LDGSTS", "RED", "REDG", "ST", "STG"}
 _SHARED = {"ATOMS", "LDGSTS", "LDL", "LDS", "LDSM", "SHFL", "STL", "STS", "STSM"}
+_COPIES = {"UBLKCP", "UTMALDG", "UTMASTG"}
 # What only takes its slot of issue; as does what a warp does once for all lanes (U...).
 _ISSUE_ONLY = {
     *("BAR", "BRA", "BREAK", "BSSY", "BSYNC", "CALL", "CCTL", "DEPBAR", "ELECT", "ERRBAR", "EXIT"),
@@ -416,7 +445,8 @@ class Cost:
         both = pipes["fma"] + pipes["imad"] / 2
         return max(pipes["alu"], pipes["special"], pipes["imad"], both)
 
-    def add(self, instruction: Instruction, times: float) -> None:
+    def add(self, instruction: Instruction, times: float, share: float = 1.0) -> None:
+        """share: of the lanes, those that access shared memory."""
         name, *suffixes = instruction.opcode.split(".")
         self.issued += times
         pipe, cycles = _PIPES.get(name, ("", 0))
@@ -424,13 +454,12 @@ class Cost:
             self.pipes[pipe] += times * cycles
         elif name in ("HGMMA", "HMMA"):
             self._multiply(name, suffixes, instruction.operands, times)
-        elif name in ("UTMALDG", "UBLKCP", "UTMASTG"):
-            raise ValueError(f"bytes of a descriptor are not in the instruction: {name}")
         elif name not in _GLOBAL | _SHARED | _ISSUE_ONLY and not name.startswith("U"):
             self.unknown.add(name)
         if name in _SHARED:
             matrices = 128 * int(suffixes[-1]) if suffixes and suffixes[-1] in "24" else 128
-            self.shared += times * (matrices if name[2:] == "SM" else 32 * width(suffixes))
+            lanes = matrices if name[2:] == "SM" else 32 * width(suffixes)
+            self.shared += times * share * lanes
 
     def _multiply(self, name: str, suffixes: list[str], operands: str, times: float) -> None:
         if name == "HGMMA":
@@ -457,11 +486,20 @@ def width(suffixes: Sequence[str]) -> int:
     return 4
 
 
-def cost(program: Program, walk: Walk, warps: int, sizes: Mapping[Line, float]) -> Cost:
+def cost(
+    program: Program,
+    walk: Walk,
+    warps: int,
+    sizes: Mapping[Line, float],
+    shares: Callable[[Line], float] = lambda line: 1.0,
+    copied: Callable[[Line], float | None] = lambda line: None,
+) -> Cost:
     """What one of the warps of a program does.
 
     sizes: bytes of the tensors that a line of source loads or stores, by file name and line. Where
     lanes load more than that, they load the same.
+    shares: of the lanes, those that access memory in a line, or L2 rather than L1.
+    copied: the bytes that an asynchronous copy into shared memory, or out of it, moves.
     """
     total, code = Cost(), program.instructions
     for number, (block, times) in enumerate(zip(walk.blocks, walk.executed, strict=True)):
@@ -472,10 +510,18 @@ def cost(program: Program, walk: Walk, warps: int, sizes: Mapping[Line, float]) 
             executed += rest[: 1 + next(i for i, a in enumerate(rest) if a.opcode[:3] == "RET")]
         lanes = collections.Counter[Line]()
         for instruction in executed:
-            total.add(instruction, times)
+            share = shares(instruction.line)
+            total.add(instruction, times, share)
             name, *suffixes = instruction.opcode.split(".")
             if name in _GLOBAL:
-                lanes[Path(instruction.line[0]).name, instruction.line[1]] += 32 * width(suffixes)
+                place = Path(instruction.line[0]).name, instruction.line[1]
+                lanes[place] += share * 32 * width(suffixes)
+            elif name in _COPIES:
+                size = copied(instruction.line)
+                if size is None:
+                    raise ValueError(f"bytes of a descriptor are not in the instruction: {name}")
+                total.moved += times * size
+                total.shared += times * size
         copies = max([1, *(loop.copies for loop in walk.loops if number in loop.body)])
         for line, moved in lanes.items():
             total.moved += times * min(moved, copies * sizes.get(line, math.inf) / warps)
