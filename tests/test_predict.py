@@ -403,6 +403,23 @@ def test_an_if_that_calls_an_inlined_function() -> None:
     assert found == pytest.approx({"R1": 0.8, "R2": 0.2, "R3": 1})
 
 
+def test_an_instruction_from_behind_an_else() -> None:
+    """It was moved before the branch that follows the `if`."""
+    text = """
+        4<8: @P0 BRA .L_x_0
+        5<8: MOV R1
+        7<8: MOV R2
+        7<8: MOV R3
+        7<8: BRA .L_x_1
+        .L_x_0:
+        1<6<8: MOV R4
+        .L_x_1:
+        4<8: EXIT
+    """
+    found = walk_inlined(text, {}, {"if wanted": 0.2})
+    assert found == pytest.approx({"R1": 0.8, "R2": 0.8, "R3": 0.8, "R4": 0.2})
+
+
 def test_a_loop_with_a_break() -> None:
     """It is not taken; what it leaves the loop from is executed as often as the loop."""
     text = """

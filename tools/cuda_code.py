@@ -73,12 +73,13 @@ def _plan_program() -> tuple[Path, dict[int, str]]:
     if not program.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         compiler = ("g++", "-std=c++17", "-w", f"-I{PLAN}", f"-I{HOST}")
-        first = ("-include", PLAN / "execution.h", "-include", PLAN / "numbers.h")
         with tempfile.TemporaryDirectory() as folder:
             objects = []
             for source in (*sorted(SOURCES.glob("*.cu")), PLAN / "plan.cpp"):
                 objects.append(Path(folder) / f"{source.name}.o")
-                _run([*compiler, *first, "-x", "c++", "-c", source, "-o", objects[-1]])
+                first = [PLAN / name for name in ("execution.h", f"{source.stem}_numbers.h")]
+                includes = [arg for each in first if each.exists() for arg in ("-include", each)]
+                _run([*compiler, *includes, "-x", "c++", "-c", source, "-o", objects[-1]])
             made = Path(folder) / "plan"
             # What only kernels call is not there. A fixed address, as nm prints it.
             link = ("-no-pie", "-Wl,--unresolved-symbols=ignore-all", "-o", made)

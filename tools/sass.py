@@ -17,6 +17,7 @@ import graphlib
 import itertools
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,7 @@ class Walk:
     ) -> None:
         self.code, self.blocks, self._text = program.instructions, blocks_of(program), text
         self.notes: list[str] = []
+        self._calls_are_known = any(len(each.line) > 2 for each in self.code)
         edges = {i: block.next for i, block in enumerate(self.blocks)}
         dominators = _dominators(edges)
         back = {(a, b) for a in dominators for b in edges[a] if b in dominators[a]}
@@ -223,13 +225,13 @@ class Walk:
 
     def _number(self, line: Line, table: Mapping[str, Expected], place: int) -> float | None:
         for begin, expected in table.items():
-            if self._is_at(line, begin):
+            if self.is_at(line, begin):
                 number = expected if isinstance(expected, (int, float)) else expected[place]
                 self.notes.append(f"{self._text(line)} {number:g}")
                 return float(number)
         return None
 
-    def _is_at(self, line: Line, begin: str) -> bool:
+    def is_at(self, line: Line, begin: str) -> bool:
         """Whether the text begins so; and behind an @, that of a line which calls the function."""
         own, *caller = begin.split(" @ ")
         texts = [self._text(line), *map(self._text, line[2:])]
@@ -291,11 +293,14 @@ class Walk:
 
         def begin(of: int, without: int) -> tuple[int, int]:
             blocks = self._reaches[of] - self._reaches[without]
-            places = {self.code[i].line for a in blocks for i in self.blocks[a].instructions}
+            places = (self.code[i].line for a in blocks for i in self.blocks[a].instructions)
             levels = map(in_function, places)
-            later = (number for file, number in levels if file == line[0] and number > line[1])
+            later = [number for file, number in levels if file == line[0] and number > line[1]]
+            # Some instructions may have been moved here from the other one; but unless it is known
+            # what calls them, lines of inlined functions are among the later ones.
+            place = statistics.median_low if self._calls_are_known else min
             # Without such lines, what has loops is a function that it calls.
-            return min(later, default=2**31), -len(self._headers & blocks)
+            return place(later or [2**31]), -len(self._headers & blocks)
 
         return begin(one, other) <= begin(other, one)
 
