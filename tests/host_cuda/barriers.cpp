@@ -349,6 +349,8 @@ void begin_dependence() {
   for (const auto& [memory, bytes] : written) __asan_poison_memory_region(memory, bytes);
 }
 
+bool is_before_previous() { return !released; }
+
 bool release_dependence() {
   if (released) return false;
   released = true;
