@@ -36,7 +36,7 @@ struct FinishWork {
   const uint64_t* hits;   // [splits][rows of the launch][hits_per_list(k)][4] bits of
                           // rd(acc * inv_k) << 32 | column
   const uint8_t* counts;  // [splits][rows of the launch][4] hits in each list
-  const float* inverse_query;  // [batch * n], or null: 1
+  const float* inverse_query;  // [batch, n]
   const int64_t* rows;         // [columns] row of key of each column, ascending; null: the column
   bool by_index;
   float* similarities;  // [batch, n, k]
@@ -56,6 +56,11 @@ struct FinishWork {
 
   __device__ int launch_rows() const { return blocks * kSweepRows; }
 };
+
+// Rows, all of one query block, that a block of the finish takes at a time.
+constexpr int kFinishUnit = 64;
+// Blocks of the finish on a multiprocessor: with this bound the compiler spills nothing.
+constexpr int kFinishBlocks = 5;
 
 // kMostNeighbors is 10, 16, 32 or 64.
 template <int kMostNeighbors, bool kSplits>
@@ -140,7 +145,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
   __device__ void finish(int local, int batch, int row) {
     const bool exists = row < w_.n;
     const int at = batch * w_.n + row;
-    const int found = select(local, exists, exists && w_.inverse_query ? w_.inverse_query[at] : 1);
+    const int found = select(local, exists, exists ? w_.inverse_query[at] : 1);
     bool gaps = false;
     const int last = modulate(found, exists, at, uint32_t(batch) * w_.m, gaps);
     if (w_.value) {
@@ -384,7 +389,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
           if (!kFast && low_of(place) == kNone) continue;
           const float rho = __uint_as_float(high_of(place));
           float v[8], f[8];
-          load_columns<kFast>(value + uint64_t(low_of(place)) * uint32_t(w_.c), columns, v);
+          load_columns<kFast>(row_of(value, low_of(place)), columns, v);
           load_weight<kFast>(j, c, columns, f);
 #pragma unroll
           for (int i = 0; i < 8; ++i) y[i] = fmaf(rho * v[i], f[i], y[i]);
@@ -399,6 +404,13 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
         store<kFast>(w_.output + int64_t(at) * w_.c + c, c, columns, y);
       }
     }
+  }
+
+  // The same column, `row` rows further on. In bytes, because that is one instruction.
+  __device__ const T* row_of(const T* value, uint32_t row) const {
+    const uint32_t row_bytes = uint32_t(w_.c) * uint32_t(sizeof(T));
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(value) +
+                                      uint64_t(row) * row_bytes);
   }
 
   template <bool kFast>
@@ -479,7 +491,7 @@ __device__ inline void stage_weight(const FinishWork<T>& w, float* weight) {
 }
 
 template <class T, int kMostNeighbors, bool kSplits>
-__global__ __launch_bounds__(kThreads, 5) void hopper_finish_kernel(const FinishWork<T> w) {
+__global__ __launch_bounds__(kThreads, kFinishBlocks) void hopper_finish_kernel(const FinishWork<T> w) {
   using Shape = FinishShape<kMostNeighbors, kSplits>;
   uint64_t* keys = reinterpret_cast<uint64_t*>(shared_memory());
   float* weight = reinterpret_cast<float*>(shared_memory() + Shape::kBytes);
@@ -487,13 +499,12 @@ __global__ __launch_bounds__(kThreads, 5) void hopper_finish_kernel(const Finish
   __syncthreads();
   wait_for_previous();
   Finish<T, kMostNeighbors, kSplits> finish(w, weight, keys);
-  // Units of 64 rows of one query block.
-  constexpr int kUnit = 64, kUnits = kSweepRows / kUnit;
+  constexpr int kUnits = kSweepRows / kFinishUnit;
   for (int unit = int(blockIdx.x); unit < w.blocks * kUnits; unit += int(gridDim.x)) {
     const int block = w.first_block + unit / kUnits;
-    const int row = int(block % w.blocks_each) * kSweepRows + unit % kUnits * kUnit;
-    for (int i = finish.group(); i < kUnit; i += Shape::kGroups) {
-      finish.finish(unit * kUnit + i, block / w.blocks_each, row + i);
+    const int row = int(block % w.blocks_each) * kSweepRows + unit % kUnits * kFinishUnit;
+    for (int i = finish.group(); i < kFinishUnit; i += Shape::kGroups) {
+      finish.finish(unit * kFinishUnit + i, block / w.blocks_each, row + i);
     }
   }
 }
