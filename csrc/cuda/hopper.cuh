@@ -273,7 +273,7 @@ void launch_hopper(const char* name, void (*kernel)(Parameters...), int64_t bloc
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
   check_launch(name, error);
 #else
-  execution::launch_hopper(name, kernel, blocks, threads, shared_bytes, dependent, arguments...);
+  execution::launch_kernel(name, kernel, blocks, threads, shared_bytes, dependent, arguments...);
 #endif
 }
 

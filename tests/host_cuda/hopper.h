@@ -59,12 +59,12 @@ void wait_for_previous(Site site);
 
 // As launch(). `dependent`: every thread must call wait_for_previous(), or wait for one that has,
 // before it touches what `written_by_kernels` was told of.
-void launch_hopper(intptr_t address, const char* name, int64_t blocks, int threads,
+void launch_kernel(intptr_t address, const char* name, int64_t blocks, int threads,
                    size_t shared_bytes, bool dependent, const std::function<void()>& body);
 template <class... Parameters, class... Arguments>
-void launch_hopper(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+void launch_kernel(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
                    size_t shared_bytes, bool dependent, const Arguments&... arguments) {
-  launch_hopper(reinterpret_cast<intptr_t>(kernel), name, blocks, threads, shared_bytes, dependent,
+  launch_kernel(reinterpret_cast<intptr_t>(kernel), name, blocks, threads, shared_bytes, dependent,
                 [&] { kernel(arguments...); });
 }
 // Memory for results of kernels: outputs and workspace, until it is freed.
