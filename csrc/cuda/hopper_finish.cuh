@@ -27,6 +27,7 @@ namespace convnn::cuda {
 
 template <class T>
 struct FinishWork {
+  // There are fewer than 2^31 rows of queries and 2^32 - 1 rows of V, of all batch elements.
   // The rows of the launch are those of query blocks first_block to first_block + blocks - 1. A
   // batch element has blocks_each of them, the last one filled up with rows that do not exist.
   int first_block, blocks, blocks_each;
@@ -35,14 +36,14 @@ struct FinishWork {
   const uint64_t* hits;   // [splits][rows of the launch][hits_per_list(k)][4] bits of
                           // rd(acc * inv_k) << 32 | column
   const uint8_t* counts;  // [splits][rows of the launch][4] hits in each list
-  const float* inverse_query;  // [batch * n], or null: 1
+  const float* inverse_query;  // [batch, n]
   const int64_t* rows;         // [columns] row of key of each column, ascending; null: the column
   bool by_index;
   float* similarities;  // [batch, n, k]
   int64_t* indices;     // [batch, n, k]
 
   const T* value;  // [batch, m, c], or null: only similarities and indices
-  int64_t m;
+  uint32_t m;
   int c;
   Rho rho;
   float scale;
@@ -55,6 +56,11 @@ struct FinishWork {
 
   __device__ int launch_rows() const { return blocks * kSweepRows; }
 };
+
+// Rows, all of one query block, that a block of the finish takes at a time.
+constexpr int kFinishUnit = 64;
+// Blocks of the finish on a multiprocessor: with this bound the compiler spills nothing.
+constexpr int kFinishBlocks = 5;
 
 // kMostNeighbors is 10, 16, 32 or 64.
 template <int kMostNeighbors, bool kSplits>
@@ -89,6 +95,31 @@ __device__ inline A group_sum(A x) {
   return x;
 }
 
+// Adds 1 to `count` if a >= b, from the borrow of a difference: one instruction less than with a
+// predicate.
+__device__ __forceinline__ void count_reaching(int& count, uint64_t a, uint64_t b) {
+#ifdef __CUDACC__
+  asm("{\n.reg .u32 none;\n"
+      "sub.cc.u32 none, %1, %3;\n"
+      "subc.cc.u32 none, %2, %4;\n"
+      "subc.u32 %0, %0, -1;\n}\n"
+      : "+r"(count)
+      : "r"(low_of(a)), "r"(high_of(a)), "r"(low_of(b)), "r"(high_of(b)));
+#else
+  count += a >= b;
+#endif
+}
+// The key of a hit. Differs from key_of() in the order of a NaN: multiply_add() makes only one NaN,
+// and its bits are in order.
+__device__ __forceinline__ uint64_t key_of_hit(uint64_t hit, float inverse_query) {
+  const float s = multiply_add(__uint_as_float(high_of(hit)), inverse_query, 0.0f) + 0.0f;
+  const uint32_t bits = __float_as_uint(s);
+  return pack(bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u), ~low_of(hit));
+}
+__device__ __forceinline__ float similarity_of_key(uint64_t key) {
+  const uint32_t order = high_of(key);
+  return __uint_as_float(order ^ (~uint32_t(int32_t(order) >> 31) | 0x80000000u));
+}
 __device__ inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 __device__ inline uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
@@ -111,20 +142,18 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
   static __device__ int group() { return int(threadIdx.x) / kLanes; }
 
   // One row: number `local` of the launch, `row` of the batch element, which may be n or more.
-  __device__ void finish(int local, int64_t batch, int row) {
+  __device__ void finish(int local, int batch, int row) {
     const bool exists = row < w_.n;
-    const int64_t at = batch * w_.n + row;
-    const int found = select(local, exists, exists && w_.inverse_query ? w_.inverse_query[at] : 1);
+    const int at = batch * w_.n + row;
+    const int found = select(local, exists, exists ? w_.inverse_query[at] : 1);
     bool gaps = false;
-    const int last = modulate(found, exists, at, gaps);
+    const int last = modulate(found, exists, at, uint32_t(batch) * w_.m, gaps);
     if (w_.value) {
       __syncwarp();
-      const T* value = w_.value + batch * w_.m * w_.c;
-      T* output = exists ? w_.output + at * w_.c : nullptr;
       if (w_.vectors && !gaps) {
-        gather<true>(value, output, last);
+        gather<true>(at, exists, last);
       } else {
-        gather<false>(value, output, last);
+        gather<false>(at, exists, last);
       }
     }
     __syncwarp();
@@ -136,13 +165,13 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
   __device__ int select(int local, bool exists, float inverse_query) {
     int kept = 0;
     for (int split = 0; split < (kSplits ? w_.splits : 1); ++split) {
-      const int64_t row = int64_t(split) * w_.launch_rows() + local;
+      const int row = split * w_.launch_rows() + local;
       uint32_t counts = 0;
       if (exists) copy4(&counts, w_.counts + row * 4);
       const int own = int(counts >> (lane_ % 4 * 8) & 0xFF);
       const uint32_t pairs = (counts & 0x00FF00FFu) + (counts >> 8 & 0x00FF00FFu);
       const int count = int((pairs & 0xFFFFu) + (pairs >> 16));
-      const uint64_t* hits = w_.hits + row * Shape::kHits + lane_;
+      const uint64_t* hits = w_.hits + int64_t(row) * Shape::kHits + lane_;
       constexpr int kMost = Shape::kShort * kLanes / 4;
       kept = __any_sync(kAllLanes, own > kMost)
                  ? merge<Shape::kLong>(hits, own, count, kept, inverse_query)
@@ -172,15 +201,13 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     uint64_t hit[kOfHits];
 #pragma unroll
     for (int e = 0; e < kOfHits; ++e) {
-      if (lane_ / 4 + e * (kLanes / 4) < own) hit[e] = hits[e * kLanes];
+      hit[e] = lane_ / 4 + e * (kLanes / 4) < own ? hits[e * kLanes] : 0;
     }
 #pragma unroll
     for (int e = 0; e < kOfHits; ++e) {
-      keys[e] = 0;
-      if (lane_ / 4 + e * (kLanes / 4) < own) {
-        const float s = __uint_as_float(high_of(hit[e])) * inverse_query;
-        keys[e] = pack(order_of(s), ~low_of(hit[e]));
-      }
+      const uint64_t key = key_of_hit(hit[e], inverse_query);
+      const bool there = lane_ / 4 + e * (kLanes / 4) < own;
+      keys[e] = pack(there ? high_of(key) : 0, there ? low_of(key) : 0);
     }
     if constexpr (kSplits) {
 #pragma unroll
@@ -208,8 +235,8 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       most = larger(most, __shfl_xor_sync(kAllLanes, most, span));
       least = smaller(least, __shfl_xor_sync(kAllLanes, least, span));
     }
-    // Too many keys reach `low`, fewer than k `high`.
-    uint64_t low = pack(least, 0u), high = pack(most + 1, 0u), bound = 1;
+    // Too many keys reach `low`, and above `high` there are fewer than k.
+    uint64_t low = pack(least, 0u), high = pack(most, ~0u), bound = 1;
     bool searching = count > kKept;
     // Halves end after 64 steps, so a damaged list does not hang.
 #pragma unroll 1
@@ -217,7 +244,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       const uint64_t middle = low + (high - low) / 2;
       int reach = 0;
 #pragma unroll
-      for (int e = 0; e < kSlots; ++e) reach += keys[e] >= middle;
+      for (int e = 0; e < kSlots; ++e) count_reaching(reach, keys[e], middle);
       reach = group_sum<kLanes>(reach);
       bound = searching ? middle : bound;
       low = reach > kKept ? middle : low;
@@ -233,7 +260,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
   __device__ int keep(const uint64_t (&keys)[kSlots], uint64_t bound) {
     int own = 0;
 #pragma unroll
-    for (int e = 0; e < kSlots; ++e) own += keys[e] >= bound;
+    for (int e = 0; e < kSlots; ++e) count_reaching(own, keys[e], bound);
     int before = own;
 #pragma unroll
     for (int span = 1; span < kLanes; span *= 2) {
@@ -254,10 +281,11 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
   // Writes the k largest of kept_ [count] to places_, the largest first.
   __device__ void rank(int count) {
     uint64_t own[Shape::kOwnKept];
-    int above[Shape::kOwnKept] = {};
+    int above[Shape::kOwnKept];  // keys that are at least as large: itself, too
 #pragma unroll
     for (int e = 0; e < Shape::kOwnKept; ++e) {
       own[e] = lane_ + e * kLanes < count ? kept_[lane_ + e * kLanes] : 0;
+      above[e] = -1;
     }
 #pragma unroll 2
     for (int j = 0; j < count; j += 2) {
@@ -265,8 +293,8 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       copy16(other, kept_ + j);
 #pragma unroll
       for (int e = 0; e < Shape::kOwnKept; ++e) {
-        above[e] += other[0] > own[e];
-        above[e] += other[1] > own[e];
+        count_reaching(above[e], other[0], own[e]);
+        count_reaching(above[e], other[1], own[e]);
       }
     }
 #pragma unroll
@@ -276,9 +304,9 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     __syncwarp();
   }
 
-  // Stores similarities and indices, and replaces places_ by (rho, row of V). Returns the number
+  // Stores similarities and indices, and replaces places_ by (rho, row of V), from `first_value` on. Returns the number
   // of places up to the last one that contributes; there are `gaps` if others lie between.
-  __device__ int modulate(int found, bool exists, int64_t at, bool& gaps) {
+  __device__ int modulate(int found, bool exists, int at, uint32_t first_value, bool& gaps) {
     float rho[kPlaces];
     uint32_t rows[kPlaces];
     bool there[kPlaces];
@@ -290,13 +318,14 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       float s = -kInfinity<float>;
       rows[e] = 0;
       if (j < found) {
-        s = similarity_of<float>(high_of(key));
+        s = similarity_of_key(key);
         rows[e] = ~low_of(key);
         if (w_.rows) rows[e] = uint32_t(w_.rows[rows[e]]);
       }
       if (exists && j < w_.k) {
-        w_.similarities[at * w_.k + j] = s;
-        w_.indices[at * w_.k + j] = int64_t(rows[e]);
+        const int64_t entry = int64_t(at) * w_.k + j;
+        w_.similarities[entry] = s;
+        w_.indices[entry] = int64_t(rows[e]);
       }
       there[e] = s != -kInfinity<float>;
       rho[e] = s;
@@ -307,7 +336,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
 #pragma unroll
     for (int e = 0; e < kPlaces; ++e) {
       const int j = lane_ + e * kLanes;
-      if (j < found) places_[j] = pack(__float_as_uint(rho[e]), there[e] ? rows[e] : kNone);
+      if (j < found) places_[j] = pack(__float_as_uint(rho[e]), there[e] ? first_value + rows[e] : kNone);
       const unsigned votes = __ballot_sync(kAllLanes, there[e]);
       contributing += __popc(votes >> (lane() - lane_) & (~0u >> (kWarp - kLanes)));
     }
@@ -348,9 +377,10 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
   // The convolution of the first `count` places; with kFast they all contribute, and eight columns
   // are read at a time.
   template <bool kFast>
-  __device__ void gather(const T* value, T* output, int count) {
+  __device__ void gather(int at, bool exists, int count) {
     for (int first = 0; first < w_.c; first += kGathered) {
       const int c = first + lane_ % 8 * 8, columns = w_.c - c;
+      const T* value = w_.value + c;
       float y[8] = {};
       if (columns > 0) {
 #pragma unroll(kFast ? 3 : 1)
@@ -359,7 +389,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
           if (!kFast && low_of(place) == kNone) continue;
           const float rho = __uint_as_float(high_of(place));
           float v[8], f[8];
-          load_columns<kFast>(value + int64_t(low_of(place)) * w_.c + c, columns, v);
+          load_columns<kFast>(row_of(value, low_of(place)), columns, v);
           load_weight<kFast>(j, c, columns, f);
 #pragma unroll
           for (int i = 0; i < 8; ++i) y[i] = fmaf(rho * v[i], f[i], y[i]);
@@ -370,8 +400,17 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
 #pragma unroll
         for (float& sum : y) sum += __shfl_xor_sync(kAllLanes, sum, span);
       }
-      if (output && lane_ < 8 && columns > 0) store<kFast>(output + c, c, columns, y);
+      if (exists && lane_ < 8 && columns > 0) {
+        store<kFast>(w_.output + int64_t(at) * w_.c + c, c, columns, y);
+      }
     }
+  }
+
+  // The same column, `row` rows further on. In bytes, because that is one instruction.
+  __device__ const T* row_of(const T* value, uint32_t row) const {
+    const uint32_t row_bytes = uint32_t(w_.c) * uint32_t(sizeof(T));
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(value) +
+                                      uint64_t(row) * row_bytes);
   }
 
   template <bool kFast>
@@ -452,7 +491,7 @@ __device__ inline void stage_weight(const FinishWork<T>& w, float* weight) {
 }
 
 template <class T, int kMostNeighbors, bool kSplits>
-__global__ __launch_bounds__(kThreads, 7) void hopper_finish_kernel(const FinishWork<T> w) {
+__global__ __launch_bounds__(kThreads, kFinishBlocks) void hopper_finish_kernel(const FinishWork<T> w) {
   using Shape = FinishShape<kMostNeighbors, kSplits>;
   uint64_t* keys = reinterpret_cast<uint64_t*>(shared_memory());
   float* weight = reinterpret_cast<float*>(shared_memory() + Shape::kBytes);
@@ -460,13 +499,12 @@ __global__ __launch_bounds__(kThreads, 7) void hopper_finish_kernel(const Finish
   __syncthreads();
   wait_for_previous();
   Finish<T, kMostNeighbors, kSplits> finish(w, weight, keys);
-  // Units of 64 rows of one query block.
-  constexpr int kUnit = 64, kUnits = kSweepRows / kUnit;
+  constexpr int kUnits = kSweepRows / kFinishUnit;
   for (int unit = int(blockIdx.x); unit < w.blocks * kUnits; unit += int(gridDim.x)) {
     const int block = w.first_block + unit / kUnits;
-    const int row = int(block % w.blocks_each) * kSweepRows + unit % kUnits * kUnit;
-    for (int i = finish.group(); i < kUnit; i += Shape::kGroups) {
-      finish.finish(unit * kUnit + i, block / w.blocks_each, row + i);
+    const int row = int(block % w.blocks_each) * kSweepRows + unit % kUnits * kFinishUnit;
+    for (int i = finish.group(); i < kFinishUnit; i += Shape::kGroups) {
+      finish.finish(unit * kFinishUnit + i, block / w.blocks_each, row + i);
     }
   }
 }
