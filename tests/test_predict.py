@@ -474,12 +474,15 @@ DIVISION = """
 
 def test_divisions() -> None:
     """The subroutine is counted where there is no way around it."""
+    walk_of_division = sass.Walk(code(DIVISION), lambda line: "", {}, {})
     found = walk(DIVISION)
     assert [found[f"R{i}"] for i in range(1, 5)] == [1, 1, 0, 1]
     always = code(DIVISION.replace("    6: @P0 BRA .L_x_0\n", "").replace("6: BRA .L_x_1", ""))
     way = sass.Walk(always, lambda line: "", {}, {})
     # Eight of its own, of which one is the call, and three.
     assert sass.cost(always, way, 1, {}).issued == 6 + 3
+    local = code(DIVISION.replace("$__internal_0_$__cuda_sm20_div_s64", ".L_x_7"))
+    assert sass.Walk(local, lambda line: "", {}, {}).executed == walk_of_division.executed
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ class Launch:
 def _run(command: Sequence[str | Path]) -> str:
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+        errors = "\n".join((done.stdout + done.stderr).splitlines()[:20])
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{errors}")
     return done.stdout
 
 
@@ -129,6 +130,14 @@ def header_of(kernel: str) -> Path:
         if re.search(rf"\b{kernel}\(", path.read_text()) and "__global__" in path.read_text():
             return path
     raise FileNotFoundError(f"no header of csrc/cuda has {kernel}")
+
+
+def constant(header: str, name: str) -> int:
+    """A number that a header of csrc/cuda gives."""
+    found = re.findall(rf"\b{name} = (\d+);", (SOURCES / header).read_text())
+    if len(found) != 1:
+        raise ValueError(f"{header} gives {len(found)} numbers for {name}")
+    return int(found[0])
 
 
 @functools.cache

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: MIT
 """How many hits the sweep of csrc/cuda/hopper_sweep.cuh has on random features, and what they make
-its warps do: simulated on the CPU by the rules of the kernel, on similarities by cosine of normal
-features.
+its warps and those of the finish do: simulated on the CPU by the rules of the kernels, on
+similarities by cosine of normal features.
 """
 
 import functools
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
+Floats = npt.NDArray[np.float32]
 TILE = 128  # columns
+CHECKED = 64  # columns between two looks at how many slots are left
 NEVER = float("-inf")
 
 
@@ -21,9 +24,9 @@ class Rules:
 
     groups: the threshold is about the k-th largest of the maxima of so many groups of columns,
         those equal modulo that, of every step-th tile; found in so many halvings of their range.
-    slots: room of a lane for groups of four accumulators, of two rows and two columns. Every 64
-        columns they are emptied if in one lane there is no room for eight more.
-    list: room of a lane for the hits of a row, before its threshold rises.
+    slots: of a lane, each for four accumulators, of two rows and two columns. When less than eight
+        of a lane are left, the last `moved` of each lane go to its lists.
+    list: room in a list. Of a row of which it may not suffice, the k nearest stay.
     """
 
     columns: int
@@ -32,93 +35,198 @@ class Rules:
     groups: int
     halvings: int
     slots: int
+    moved: int
     list: int
 
 
 @dataclass
 class Hits:
-    """Means."""
+    """Means over warps of 32 rows; `last` is the drain at the end, which moves all."""
 
-    hits: float  # of a row, those that are left at the end
-    drains: float  # of a warp and 32 rows: how often slots are emptied,
-    slots: float  # and how many the lane that has most has in all of those together
-    headers: float  # tiles, of 16 rows and 128 columns, in which a lane has a hit
-    raises: float  # of a row
+    stored: float = 0.0  # of a row, those that are put into a list
+    drains: float = 0.0  # but for the last
+    passes: float = 0.0  # of one drain: another one each time that a list does not suffice
+    moves: float = 0.0  # of one pass: slots that the lane moves that moves most
+    last_passes: float = 0.0
+    last_moves: float = 0.0
+    headers: float = 0.0  # of a tile and half a warp: how probable it is that a lane has a hit
+    lanes: float = 0.0  # of four accumulators: how probable it is that one is a hit
+    raises: float = 0.0  # of a warp: rows of which a list did not suffice
+    quarters: float = 0.0  # of a pass that makes room: of the four rows of a lane, those raised
+    cut: float = 0.0  # halvings until the k nearest of a row are found
 
 
-def threshold(S: Tensor, rules: Rules) -> Tensor:
-    """[rows], of similarities S [rows, columns]."""
-    tiles = F.pad(S, (0, -S.shape[1] % TILE), value=NEVER).unflatten(1, (-1, TILE))
-    maxima = tiles[:, :: rules.step].unflatten(2, (-1, rules.groups)).amax((1, 2))
-    low, high = maxima.amin(1), maxima.amax(1)
+def threshold(S: Floats, rules: Rules) -> Floats:
+    """[rows], of similarities S [rows, columns], a multiple of TILE."""
+    tiles = S.reshape(len(S), -1, TILE)[:, :: rules.step]
+    maxima = tiles.reshape(len(S), -1, rules.groups).max(1)
+    low, high = maxima.min(1), maxima.max(1)
+    found = np.full_like(low, NEVER)
+    middle = low
     for _ in range(rules.halvings):
-        middle = (low + high) / 2
-        enough = maxima.ge(middle[:, None]).sum(1) >= rules.k
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return low
+        enough = (maxima >= middle[:, None]).sum(1) >= rules.k
+        found, high = np.where(enough, middle, found), np.where(enough, high, middle)
+        middle = (found + high) / 2
+    return found
 
 
-class _Warps:
-    """Of 32 rows each: similarities [warps, halves, 2, 8, columns], a lane having two rows of each
-    half, and of eight columns two."""
+def halvings(values: list[float], k: int, most: int) -> tuple[int, int]:
+    """Of the range of the bits of numbers above 0, until between k and `most` are left; and how
+    many are."""
+    keys = np.array(values, np.float32).view(np.int32)
+    low, high, steps, reach = int(keys.min()), int(keys.max()) + 1, 0, len(keys)
+    while reach > most and high - low > 1:
+        steps, middle = steps + 1, (low + high) // 2
+        count = int((keys >= middle).sum())
+        if count > most:
+            low = middle
+        elif count < k:
+            high = middle
+        else:
+            reach = count
+    return steps, min(reach, most)
 
-    def __init__(self, S: Tensor, rules: Rules) -> None:
-        self.rules, self.warps = rules, S.shape[0] // 32
-        self.S = F.pad(S, (0, -S.shape[1] % TILE), value=NEVER)
-        self.S = self.S.view(self.warps, 2, 2, 8, -1)
-        self.T = threshold(S, rules).view(self.warps, 2, 2, 8)
-        self.slots = torch.zeros(self.warps, 8, 4, dtype=torch.int64)
-        self.lists = torch.zeros(self.warps, 2, 2, 8, 4, dtype=torch.int64)
-        self.waiting = torch.zeros_like(self.lists)
-        self.drains = self.emptied = self.headers = self.raises = 0
 
-    def look(self, half: int, first: int) -> None:
-        """At 64 columns."""
-        full = self.slots.amax((1, 2)) > self.rules.slots - 8
-        self.drain(full, first)
-        part = self.S[:, half, :, :, first : first + 64].unflatten(3, (8, 4, 2))
-        hits = part >= self.T[:, half, :, :, None, None, None]
-        self.slots += hits.any(5).any(1).sum(2)
-        self.waiting[:, half] += hits.sum((3, 5))
+class _Warp:
+    """similarities [2 halves, 2, 8, columns]: lane 4 g + t has rows g and 8 + g of each half, and
+    of eight columns those from 2 t on."""
 
-    def drain(self, which: Tensor, end: int) -> None:
-        self.drains += int(which.sum())
-        self.emptied += int(self.slots.amax((1, 2))[which].sum())
-        self.slots[which] = 0
-        self.lists[which] += self.waiting[which]
-        self.waiting[which] = 0
-        # Without room for what may come until the next time.
-        long = self.lists.amax(4) > self.rules.list - 8
-        for place in long.nonzero().tolist():
-            self.raises += 1
-            row, k = tuple(place), self.rules.k
-            self.T[row] = self.S[row][:end].topk(min(k, end)).values[-1]
-            self.lists[row] = k // 4
+    def __init__(self, S: Floats, rules: Rules) -> None:
+        self.rules = rules
+        self.S = S.reshape(2, 2, 8, -1)
+        self.T = threshold(S, rules).reshape(2, 2, 8).copy()
+        self.slots: list[list[tuple[int, Floats]]] = [[] for _ in range(32)]  # half, [2, 2]
+        self.lists: list[list[list[float]]] = [[[] for _ in range(4)] for _ in range(32)]
+        self.drains: list[list[int]] = []  # of each pass the moves
+        self.raised: list[int] = []  # rows of each pass that makes room
+        self.quarters: list[int] = []
+        self.cuts: list[int] = []
+        self.headers = self.hits_of_four = self.stored = 0
 
-    def run(self) -> Hits:
-        columns = self.S.shape[4]
-        for first in range(0, columns, TILE):
+    def look(self, half: int, first: int) -> bool:
+        """At 64 columns; whether there are hits."""
+        if max(map(len, self.slots)) > self.rules.slots - CHECKED // 8:
+            self.drain(False)
+        # [2 rows, g, n, t, 2 columns]
+        part = self.S[half, :, :, first : first + CHECKED].reshape(2, 8, 8, 4, 2)
+        hits = (part >= self.T[half][:, :, None, None, None]).any((0, 4))
+        for g, n, t in np.argwhere(hits):
+            self.slots[4 * g + t].append((half, part[:, g, n, t]))
+        self.hits_of_four += int(hits.sum())
+        return bool(hits.any())
+
+    def drain(self, everything: bool) -> None:
+        moves = [
+            len(own) if everything else min(len(own), self.rules.moved) for own in self.slots
+        ]
+        self.drains.append([])
+        while True:
+            room = [(self.rules.list - max(map(len, lists))) // 2 for lists in self.lists]
+            now = [min(pair) for pair in zip(room, moves, strict=True)]
+            self.drains[-1].append(max(now))
+            for lane, count in enumerate(now):
+                for _ in range(count):
+                    self.move(lane)
+            if now == moves:
+                break
+            self.make_room()
+            moves = list(map(len, self.slots))
+
+    def move(self, lane: int) -> None:
+        half, values = self.slots[lane].pop()
+        for r in range(2):
+            bound = self.T[half, r, lane // 4]
+            hits = [x for x in values[r].tolist() if x >= bound]
+            self.lists[lane][2 * half + r] += hits
+            self.stored += len(hits)
+
+    def make_room(self) -> None:
+        rows, quarters = 0, set()
+        for g in range(8):
+            for i in range(4):
+                quad = [self.lists[4 * g + t][i] for t in range(4)]
+                if max(map(len, quad)) <= self.rules.list - 2:
+                    continue
+                rows += 1
+                quarters.add(i)
+                hits = [x for own in quad for x in own]
+                self.cuts.append(halvings(hits, self.rules.k, self.rules.k)[0])
+                last = sorted(hits, reverse=True)[self.rules.k - 1]
+                for t in range(4):
+                    self.lists[4 * g + t][i] = [x for x in quad[t] if x >= last]
+                self.T[i // 2, i % 2, g] = np.nextafter(np.float32(last), np.float32(2))
+        self.raised.append(rows)
+        self.quarters.append(len(quarters))
+
+    def run(self) -> None:
+        for first in range(0, self.S.shape[3], TILE):
             for half in range(2):
-                before = self.waiting[:, half].sum((1, 2, 3)) + self.lists[:, half].sum((1, 2, 3))
-                for part in range(first, first + TILE, 64):
-                    self.look(half, part)
-                after = self.waiting[:, half].sum((1, 2, 3)) + self.lists[:, half].sum((1, 2, 3))
-                self.headers += int((after != before).sum())
-        self.drain(torch.ones(self.warps, dtype=torch.bool), columns)
-        return Hits(
-            hits=self.lists.sum().item() / (32 * self.warps),
-            drains=self.drains / self.warps,
-            slots=self.emptied / self.warps,
-            headers=self.headers / self.warps,
-            raises=self.raises / (32 * self.warps),
-        )
+                parts = range(first, first + TILE, CHECKED)
+                self.headers += any([self.look(half, part) for part in parts])
+        self.drain(True)
+
+    def of_rows(self) -> list[list[list[float]]]:
+        """Of each row the lists of its four lanes."""
+        quads = range(0, 32, 4)
+        return [[self.lists[q + t][i] for t in range(4)] for i in range(4) for q in quads]
+
+
+def _mean(values: list[int]) -> float:
+    return sum(values) / max(1, len(values))
 
 
 @functools.cache
-def simulate(rules: Rules, rows: int, d: int) -> Hits:
+def _simulated(rules: Rules, d: int) -> list[_Warp]:
+    count = 16 if rules.columns <= 8192 else 4
     generator = torch.Generator().manual_seed(0)
     query, key = (
-        F.normalize(torch.randn(count, d, generator=generator), dim=1)
-        for count in (rows, rules.columns)
+        F.normalize(torch.randn(rows, d, generator=generator), dim=1)
+        for rows in (32 * count, rules.columns)
     )
-    return _Warps(query @ key.T, rules).run()
+    S = F.pad(query @ key.T, (0, -rules.columns % TILE), value=NEVER).numpy()
+    warps = [_Warp(S[32 * i : 32 * i + 32], rules) for i in range(count)]
+    for warp in warps:
+        warp.run()
+    return warps
+
+
+@functools.cache
+def simulate(rules: Rules, d: int) -> Hits:
+    warps = _simulated(rules, d)
+    tiles = -(-rules.columns // TILE)
+    early = [passes for warp in warps for passes in warp.drains[:-1]]
+    late = [warp.drains[-1] for warp in warps]
+    return Hits(
+        stored=sum(warp.stored for warp in warps) / (32 * len(warps)),
+        drains=len(early) / len(warps),
+        passes=_mean([len(passes) for passes in early]) or 1.0,
+        moves=_mean([moves for passes in early for moves in passes]),
+        last_passes=_mean([len(passes) for passes in late]),
+        last_moves=_mean([moves for passes in late for moves in passes]),
+        headers=sum(warp.headers for warp in warps) / (len(warps) * tiles * 2),
+        lanes=sum(warp.hits_of_four for warp in warps) / (len(warps) * tiles * 2 * 32 * 16),
+        raises=sum(sum(warp.raised) for warp in warps) / len(warps),
+        quarters=_mean([each for warp in warps for each in warp.quarters]),
+        cut=_mean([each for warp in warps for each in warp.cuts]),
+    )
+
+
+@dataclass
+class Finish:
+    """Means of what hopper_finish_kernel does with the hits of a row, `together` rows at a time."""
+
+    list: float  # the longest list of a row
+    long: float  # how probable it is that a list is longer than `held`
+    halvings: float  # until at most `most` are left, in the row that takes most
+    left: float  # hits of the row that has most then
+
+
+@functools.cache
+def finish(rules: Rules, d: int, most: int, together: int, held: int) -> Finish:
+    """Of the hits of one split."""
+    rows = [lists for warp in _simulated(rules, d) for lists in warp.of_rows()]
+    longest = np.array([max(map(len, lists)) for lists in rows])
+    cuts = np.array([halvings(sum(lists, []), rules.k, most) for lists in rows])
+    of_groups = cuts.reshape(-1, together, 2).max(1).mean(0)
+    long = longest.reshape(-1, together).max(1) > held
+    return Finish(longest.mean(), long.mean(), *of_groups.tolist())

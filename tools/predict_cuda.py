@@ -9,7 +9,8 @@ memory. What a product reads of shared memory counts once for each warpgroup.
 
 import collections
 import linecache
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,11 +31,19 @@ def text_of(line: sass.Line) -> str:
     return linecache.getline(line[0], line[1]).strip()
 
 
-def numbers_of(launch: cuda_code.Launch) -> Any:
-    """Those of the launch; `template`: the arguments of the kernel's template."""
+def unrolled(line: sass.Line) -> list[int]:
+    """The numbers of a `#pragma unroll` above the line."""
+    above = text_of((line[0], line[1] - 1))
+    found = re.fullmatch(r"#pragma unroll\b(.*)", above)
+    return [int(n) for n in re.findall(r"\b\d+\b", found[1]) if int(n) > 1] if found else []
+
+
+def numbers_of(launch: cuda_code.Launch, before: Mapping[str, Any]) -> Any:
+    """Those of the launch; `template`: the arguments of the kernel's template; `before`: the
+    numbers of the last launch of each kernel before this one."""
     template = cuda_code.arguments_of(launch.instance)
-    sizes = {"blocks": launch.blocks, "warps": launch.threads // 32, "template": template}
-    return SimpleNamespace(**launch.numbers | sizes)
+    sizes = {"blocks": launch.blocks, "warps": launch.threads // 32}
+    return SimpleNamespace(**launch.numbers | sizes, template=template, before=before)
 
 
 def walk_of(program: sass.Program, expected: Expected, n: Any) -> sass.Walk:
@@ -42,7 +51,7 @@ def walk_of(program: sass.Program, expected: Expected, n: Any) -> sass.Walk:
         {text: function(n) for text, function in table.items()}
         for table in (expected.loops, expected.branches)
     )
-    return sass.Walk(program, text_of, loops, branches)
+    return sass.Walk(program, text_of, loops, branches, unrolled)
 
 
 def _by_line(walk: sass.Walk, table: dict[str, float], default: float | None) -> Any:
@@ -52,11 +61,11 @@ def _by_line(walk: sass.Walk, table: dict[str, float], default: float | None) ->
     return found
 
 
-def count(launch: cuda_code.Launch, explain: bool = False) -> Counted:
+def count(launch: cuda_code.Launch, n: Any, explain: bool = False) -> Counted:
     """A kernel or a loop that the table does not know is an error."""
     if launch.kernel not in EXPECTED:
         raise KeyError(f"tools/expected_cuda.py does not know what to expect of {launch.kernel}")
-    expected, n = EXPECTED[launch.kernel], numbers_of(launch)
+    expected = EXPECTED[launch.kernel]
     program = cuda_code.machine_code(launch.kernel, launch.instance)
     walk = walk_of(program, expected, n)
     shares, copied = (
@@ -92,4 +101,9 @@ _WRAPPERS = {"device.cuh", "hopper.cuh", "wgmma.cuh"}
 
 def counts(operator: str, explain: bool = False, **numbers: int | str) -> list[Counted]:
     """Of all launches of a call."""
-    return [count(each, explain) for each in cuda_code.launches(operator, **numbers)]
+    found, before = [], dict[str, Any]()
+    for launch in cuda_code.launches(operator, **numbers):
+        n = numbers_of(launch, before.copy())
+        found.append(count(launch, n, explain))
+        before[launch.kernel] = n
+    return found

@@ -101,7 +101,9 @@ def blocks_of(program: Program) -> list[Block]:
         target = re.search(r"`\(([.$\w]+)\)", last.operands)
         # A condition is a predicate before the instruction, or a register among the operands.
         conditional = last.conditional or bool(re.match(r"[!~]?U?[PR]\w", last.operands))
-        if name in ("BRX", "JMX") or (name == "CALL" and "$__internal_" not in last.operands):
+        internal = ("`($__internal_", "`(.L_x_")  # the latter with uniform registers
+        is_other = name == "CALL" and not any(each in last.operands for each in internal)
+        if name in ("BRX", "JMX") or is_other:
             raise ValueError(f"a branch that leads anywhere: {last.opcode} {last.operands}")
         block.calls = target[1] if name == "CALL" and target else None
         if (name not in ("BRA", "EXIT", "RET") or conditional) and end < len(code):
@@ -148,6 +150,8 @@ class Walk:
         text: the text of a line of source.
         loops: the expected trips of a loop, by how its text begins.
         branches: how probable it is that what an `if` might skip is executed, by its text.
+        unrolled: into how many copies the source wants the loop of a line to be unrolled. Then
+            what is left of its trips counts as a part of one of these, not in copies behind it.
     """
 
     def __init__(
@@ -156,6 +160,7 @@ class Walk:
         text: Callable[[Line], str],
         loops: Mapping[str, Expected],
         branches: Mapping[str, Expected],
+        unrolled: Callable[[Line], Sequence[int]] = lambda line: (),
     ) -> None:
         self.code, self.blocks, self._text = program.instructions, blocks_of(program), text
         self.notes: list[str] = []
@@ -172,6 +177,9 @@ class Walk:
             self._reaches[each] = {each}.union(*after)
         self.loops = self._find_loops(back, _before({each: edges[each] for each in dominators}))
         self._headers = {loop.header for loop in self.loops}
+        self._unrolled: list[Loop] = []
+        for loop in self.loops:
+            self._set_copies(loop, unrolled(loop.line))
         self._set_trips(loops)
         # Of a branch, the share of what is behind it.
         self._shares = self._told(branches)
@@ -179,11 +187,16 @@ class Walk:
             if loop.before:
                 self._shares |= self._pieces(loop.before, loop)
             self._shares |= self._guards(loop)
+        for loop in self._unrolled:
+            self._shares |= dict.fromkeys(self._rests(loop), 0.0)
         self.executed = self._flow()
 
-    def _copies(self, loop: Loop, rest: Loop) -> int:
-        """How many copies an unrolled loop has of the next one, which has the rest of its trips."""
-        if loop.line != rest.line or rest.header not in self._reaches[loop.latch]:
+    def _copies(self, loop: Loop, rest: Loop, second: Loop | None = None) -> int:
+        """How many copies an unrolled loop has of another, which has the rest of its trips and, but
+        where `second` is that loop, comes next."""
+        second = second or rest
+        first = loop if second is rest else rest
+        if loop.line != rest.line or second.header not in self._reaches[first.latch]:
             return 1
         if self._accesses(rest):
             copies = self._accesses(loop) / self._accesses(rest)
@@ -223,6 +236,38 @@ class Walk:
             loops.append(Loop(header, body, max(latches), end, line, exits))
         return loops
 
+    def _set_copies(self, loop: Loop, wanted: Sequence[int]) -> None:
+        """Of wanted numbers the largest by which all accesses of memory in the loop can be divided,
+        each line by itself."""
+        if loop.exits > 1 or not wanted:
+            return
+        code = (self.code[i] for block in loop.body for i in self.blocks[block].instructions)
+        names = _GLOBAL | _SHARED
+        lines = collections.Counter(a.line for a in code if a.opcode.split(".")[0] in names)
+        if not lines:
+            return
+        loop.exits = max((n for n in wanted if not any(a % n for a in lines.values())), default=1)
+        if loop.exits > 1:
+            self._unrolled.append(loop)
+
+    def _rests(self, loop: Loop) -> list[int]:
+        """The branches over copies of an unrolled loop before or behind it, where those are what
+        comes next."""
+        lines = {self.code[i].line for a in loop.body for i in self.blocks[a].instructions}
+        found = []
+        for each in self._two_ways():
+            behind, target = self.blocks[each].next
+            own = self._reaches[behind] - self._reaches[target]
+            if each in loop.body or own & self._headers or target not in self._reaches[behind]:
+                continue
+            before = loop.header in self._reaches[target]
+            if not before and each not in self._reaches[loop.latch]:
+                continue
+            code = [self.code[i].line in lines for a in own for i in self.blocks[a].instructions]
+            if sum(code) > 0.7 * len(code) and len(code) > 0.3 * self._size(loop) / loop.exits:
+                found.append(each)
+        return found
+
     def _number(self, line: Line, table: Mapping[str, Expected], place: int) -> float | None:
         for begin, expected in table.items():
             if self.is_at(line, begin):
@@ -253,6 +298,10 @@ class Walk:
             if copies > 1:
                 rest.before, loop.rest, loop.copies = loop, rest, copies
                 loop.trips, rest.trips = divmod(loop.trips, copies)
+            elif self._calls_are_known and (copies := self._copies(rest, loop, rest)) > 1:
+                # The other way around; what is left counts as a part of a trip of all copies.
+                rest.exits, rest.times = copies, rest.trips / copies
+                loop.trips = loop.times = 0.0
         if unknown:
             raise KeyError(f"no number of trips of the loops {'; '.join(dict.fromkeys(unknown))}")
 

@@ -6,9 +6,9 @@
 #include <type_traits>
 
 #define launch launch_on_fibers
-#define launch_hopper launch_hopper_on_fibers
+#define launch_kernel launch_kernel_on_fibers
 #include "../../tests/host_cuda/hopper.h"
-#undef launch_hopper
+#undef launch_kernel
 #undef launch
 
 namespace execution {
@@ -33,7 +33,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
   (describe(arguments, place++), ...);
 }
 template <class... Parameters, class... Arguments>
-void launch_hopper(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
+void launch_kernel(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
                    size_t shared_bytes, bool, const Arguments&... arguments) {
   launch(name, kernel, blocks, threads, shared_bytes, arguments...);
 }

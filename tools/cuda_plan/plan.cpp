@@ -4,6 +4,8 @@
 // their addresses, "at".
 //
 //   plan select|forward|forward_backward batch=64 n=4096 m=4096 d=64 c=64 k=9 dtype=bfloat16
+//
+// step and splits, if given, are those of hopper.h.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +13,7 @@
 #include <map>
 #include <string>
 
+#include "../../csrc/cuda/hopper.h"
 #include "../../csrc/cuda/operators.h"
 #include "execution.h"
 
@@ -66,12 +69,25 @@ AggregateParams aggregate_params(const SelectParams& select, Call& call) {
   return p;
 }
 
-void select(Call& call) { cuda::select(select_params(call), call.memory); }
+void select_and_aggregate(const SelectParams& p, const AggregateParams* aggregate, Call& call) {
+  if (cuda::hopper_refuses(p, aggregate)) {
+    cuda::select(p, call.memory);
+    if (aggregate) cuda::aggregate(*aggregate, call.memory);
+    return;
+  }
+  cuda::HopperChoices choices;
+  choices.multiprocessors = 132;
+  if (call.numbers.count("step")) choices.step = int(call["step"]);
+  if (call.numbers.count("splits")) choices.splits = int(call["splits"]);
+  cuda::hopper_forward(p, aggregate, call.memory, choices);
+}
+
+void select(Call& call) { select_and_aggregate(select_params(call), nullptr, call); }
 
 void forward(Call& call) {
   const SelectParams p = select_params(call);
-  cuda::select(p, call.memory);
-  cuda::aggregate(aggregate_params(p, call), call.memory);
+  const AggregateParams aggregate = aggregate_params(p, call);
+  select_and_aggregate(p, &aggregate, call);
 }
 
 // The backward alone.
