@@ -65,7 +65,9 @@ def inlined(text: str) -> sass.Program:
     for i, each in enumerate(filter(None, map(str.strip, text.splitlines()))):
         if found := re.match(r"([\d<]+): (.*)", each):
             *calls, outer = [f'"/any/where/a.cuh", line {n}' for n in found[1].split("<")]
-            calls = [a + " inlined at " + b for a, b in zip(calls, [*calls[1:], outer])]
+            calls = [
+                a + " inlined at " + b for a, b in zip(calls, [*calls[1:], outer], strict=True)
+            ]
             lines += [f"\t//## File {call}" for call in (*calls, outer)]
             instruction = re.sub(r"(\.L_x_\w+)$", r"`(\1)", found[2])
             lines.append(f"        /*{16 * i:04x}*/                   {instruction} ;")
@@ -77,7 +79,7 @@ def inlined(text: str) -> sass.Program:
 def test_parse_inlined_functions() -> None:
     program = inlined("2<4<1: MOV R1\n3: MOV R2")
     lines = [each.line for each in program.instructions]
-    two, four, one, three = ((f"/any/where/a.cuh", n) for n in (2, 4, 1, 3))
+    two, four, one, three = (("/any/where/a.cuh", n) for n in (2, 4, 1, 3))
     assert lines == [(*two, four, one), three]
 
 

@@ -86,7 +86,7 @@ def _plan_program() -> tuple[Path, dict[int, str]]:
             link = ("-no-pie", "-Wl,--unresolved-symbols=ignore-all", "-o", made)
             _run(["g++", *objects, *link])
             shutil.move(made, program)
-    kernels = {}
+    kernels: dict[int, str] = {}
     for line in _run(["nm", "-C", program]).splitlines():
         if found := re.match(r"(\w+) [WTtw] (?:void )?(convnn::cuda::\w+_kernel\b.*)", line):
             kernels.setdefault(int(found[1], 16), found[2])
@@ -96,9 +96,9 @@ def _plan_program() -> tuple[Path, dict[int, str]]:
 def launches(operator: str, **numbers: int | str) -> list[Launch]:
     """operator: select, forward, or forward_backward, which is the backward alone."""
     program, kernels = _plan_program()
-    call = (program, operator, *(f"{name}={value}" for name, value in numbers.items()))
+    arguments = (f"{name}={value}" for name, value in numbers.items())
     found = []
-    for line in _run(call).splitlines():
+    for line in _run([program, operator, *arguments]).splitlines():
         told = json.loads(line)
         instance = _without_parameters(kernels[told.pop("at")])
         of = (told.pop(name) for name in ("kernel", "blocks", "threads"))

@@ -116,9 +116,7 @@ class _Warp:
         return bool(hits.any())
 
     def drain(self, everything: bool) -> None:
-        moves = [
-            len(own) if everything else min(len(own), self.rules.moved) for own in self.slots
-        ]
+        moves = [len(own) if everything else min(len(own), self.rules.moved) for own in self.slots]
         self.drains.append([])
         while True:
             room = [(self.rules.list - max(map(len, lists))) // 2 for lists in self.lists]
@@ -161,8 +159,8 @@ class _Warp:
     def run(self) -> None:
         for first in range(0, self.S.shape[3], TILE):
             for half in range(2):
-                parts = range(first, first + TILE, CHECKED)
-                self.headers += any([self.look(half, part) for part in parts])
+                hits = [self.look(half, first), self.look(half, first + CHECKED)]
+                self.headers += any(hits)
         self.drain(True)
 
     def of_rows(self) -> list[list[list[float]]]:
@@ -226,7 +224,7 @@ def finish(rules: Rules, d: int, most: int, together: int, held: int) -> Finish:
     """Of the hits of one split."""
     rows = [lists for warp in _simulated(rules, d) for lists in warp.of_rows()]
     longest = np.array([max(map(len, lists)) for lists in rows])
-    cuts = np.array([halvings(sum(lists, []), rules.k, most) for lists in rows])
+    cuts = np.array([halvings([x for own in lists for x in own], rules.k, most) for lists in rows])
     of_groups = cuts.reshape(-1, together, 2).max(1).mean(0)
     long = longest.reshape(-1, together).max(1) > held
     return Finish(longest.mean(), long.mean(), *of_groups.tolist())

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What `tools.predict` assumes of each CUDA C++ kernel, from the numbers of a launch, as expected.py
-of each Triton kernel: but lines may be named with a line that calls their function, behind an @.
+"""What `tools.predict` assumes of each CUDA C++ kernel, as expected.py of each Triton kernel. A line
+may be named with another that calls its function, behind an @.
 """
 
 from collections.abc import Callable, Mapping
@@ -186,12 +186,12 @@ _FINISH = Expected(
         "hit[e] =": lambda n: min(1.0, _of_finish(n).list / _held(n)),
         # One number of each row
         **dict.fromkeys(
-            ("if (exists) copy4(&counts", "const int found = select(local"),
+            (" @ if (exists) copy4(&counts", "const int found = select(local"),
             lambda n: 1 / _lanes(n),
         ),
         **dict.fromkeys(("w_.similarities[", "w_.indices["), _places),
         "weight[at] =": lambda n: 0,  # read by all blocks
-        "load_columns<kFast>(w_.bias": lambda n: 0,
+        " @ load_columns<kFast>(w_.bias": lambda n: n.bias,
     },
     busiest=lambda n: in_waves(4 * n.row_blocks),
 )

@@ -85,14 +85,14 @@ def count(launch: cuda_code.Launch, n: Any, explain: bool = False) -> Counted:
 def by_line(program: sass.Program, walk: sass.Walk, most: int = 40) -> Iterable[str]:
     """The lines of csrc/cuda that most instructions of a warp come from, each with the functions
     that it calls in other places."""
-    found = collections.Counter[tuple[str, int]]()
+    found = collections.defaultdict[tuple[str, int], float](float)
     for block, times in zip(walk.blocks, walk.executed, strict=True):
         for i in block.instructions:
             levels = [program.instructions[i].line[:2], *program.instructions[i].line[2:]]
             own = [each for each in levels if Path(each[0]).parent == cuda_code.SOURCES]
             own = [each for each in own if Path(each[0]).name not in _WRAPPERS] or own or levels
             found[own[0]] += times
-    for line, times in found.most_common(most):
+    for line, times in sorted(found.items(), key=lambda each: -each[1])[:most]:
         yield f"{times:12.1f}  {Path(line[0]).name}:{line[1]}  {text_of(line)}"
 
 

@@ -228,7 +228,9 @@ class Walk:
             # Or the program ends there.
             ends = ends or [a for a in sorted(body) if self._branch(a).opcode == "EXIT"]
             if not ends:
-                raise ValueError(f"a loop without an end: {self._text(self._branch(max(latches)).line)}")
+                raise ValueError(
+                    f"a loop without an end: {self._text(self._branch(max(latches)).line)}"
+                )
             # A `break` is another one, which is not taken.
             end = max(latches) if max(latches) in ends else header if header in ends else ends[-1]
             line = self._branch(end).line
@@ -370,7 +372,7 @@ class Walk:
 
         entry = [a for a in same if sum(map(leads_in, self.blocks[a].next)) == 1]
         rest = sorted(a for a in same if a in self._reaches[loop.latch])
-        rest = [a for a in rest if not self._reaches[a] & later]
+        rest = [a for a in rest if not self._reaches[a] & later and loop.exits == 1]
         copies = 2 ** len(rest)
         loop.copies = max(loop.copies, copies)
         left = round(loop.trips) % copies
@@ -562,7 +564,7 @@ def cost(
             # A 64-bit division that is not avoided; straight through, up to its return.
             rest = code[program.labels[block.calls] :]
             executed += rest[: 1 + next(i for i, a in enumerate(rest) if a.opcode[:3] == "RET")]
-        lanes = collections.Counter[Line]()
+        lanes = collections.defaultdict[Line, float](float)
         for instruction in executed:
             share = shares(instruction.line)
             total.add(instruction, times, share)
