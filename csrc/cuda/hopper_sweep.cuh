@@ -324,6 +324,7 @@ class Sweep {
       hold(acc_1);
       body(acc_1, left, part, 1);
       if (++part == kTileColumns / kColumns) {
+        __syncwarp();
         if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
         stage_.advance();
         part = 0;
@@ -464,19 +465,20 @@ class Sweep {
     float before[4];
     copy16(before, negative());
     int move = all || waiting() < kMoved ? waiting() : kMoved;
+    bool crowded = false;
 #pragma unroll 1
-    while (true) {
+    do {
       uint32_t end[4];
       copy16(end, ends());
       const int possible = room(end);
-      const bool crowded = __any_sync(kAllLanes, possible < move);
+      crowded = crowded || __any_sync(kAllLanes, possible < move);
       move_slots(possible < move ? possible : move, end, before);
       copy16(ends(), end);
       if (!crowded) break;
       __syncwarp();
-      make_room();
+      make_room(before);
       move = waiting();
-    }
+    } while (__any_sync(kAllLanes, move > 0));
   }
 
   // Moves the last `count` slots of this lane to its lists.
@@ -522,26 +524,32 @@ class Sweep {
     }
   }
 
-  // Where a list is full, the k nearest of the row stay, and T rises.
-  __device__ __forceinline__ void make_room() {
+  // Where a list is full, the k nearest of the row stay, and T rises. T was -before when no slot
+  // waited.
+  __device__ __forceinline__ void make_room(const float (&before)[4]) {
     const int most = hits_per_list(p_.k);
+    constexpr float kClosed = -kInfinity<float>;
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const uint32_t begin = list_begin(i);
       const int count = int((ends()[i] - begin) / kHitStride);
-      const unsigned full = __ballot_sync(kAllLanes, count > most - 2);
-      if (!full) continue;
-      const bool idle = !(full >> (lane() & 28) & 15);
-      // Nothing that counts enters any more: NaN behind k others, or a row that does not exist.
-      const bool closed = negative()[i] == -kInfinity<float>;
+      // Nothing that counts enters a closed row: one that does not exist, or has k NaN, which are
+      // the first in its lists since the slots that waited then have been moved and cut, too.
+      const float first = i % 2 ? before[1] : before[0], second = i % 2 ? before[3] : before[2];
+      const bool closed = (i < 2 ? first : second) == kClosed;
+      const bool closing = !closed && negative()[i] == kClosed;
+      const unsigned full = __ballot_sync(kAllLanes, closing || count > most - 2);
+      const bool cut = (full >> (lane() & 28) & 15) && !closed;
+      if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k) * kHitStride;
+      if (!__any_sync(kAllLanes, cut)) continue;
       HitList list = {p_.hits + begin / sizeof(uint64_t), count, shared_.inv_q[row(i)]};
-      const float bound = keep_nearest(list, p_.k, idle || closed);
-      if (idle) continue;
-      if (!closed) negative()[i] = 0 - bound;
-      const int left = closed && count > p_.k ? p_.k : closed ? count : list.count;
-      ends()[i] = begin + uint32_t(left) * kHitStride;
+      const float bound = keep_nearest(list, p_.k, !cut);
+      if (!cut) continue;
+      negative()[i] = 0 - bound;
+      ends()[i] = begin + uint32_t(list.count) * kHitStride;
     }
   }
+
   __device__ __forceinline__ void store_counts() const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
