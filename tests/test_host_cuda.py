@@ -686,9 +686,11 @@ def test_the_same_bits_of_many_pairs_in_every_order_of_threads(kind: str, device
 # The backward of forward in one call.
 
 
-def backward_call(dtype: torch.dtype, rho: str, kind: str, direct: bool) -> dict[str, Any]:
+def backward_call(
+    dtype: torch.dtype, rho: str, kind: str, direct: bool, D: int = 5, C: int = 7
+) -> dict[str, Any]:
     """Arguments of forward_backward, with a missing neighbor."""
-    N, M, D, C, O, k = 9, 12, 5, 6, 4, 3
+    N, M, O, k = 9, 12, 4, 3
     shape = {"none": None, "depthwise": (C, 1, k), "dense": (O, C, k)}[kind]
     similarities = normal(2, N, k, seed=5, dtype=torch.float64 if dtype is torch.float64 else F32)
     similarities[0, 2, 1] = -math.inf
@@ -709,10 +711,11 @@ def backward_call(dtype: torch.dtype, rho: str, kind: str, direct: bool) -> dict
 @pytest.mark.parametrize("rho", ["softmax", "ones", "similarity"])
 @pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+@pytest.mark.parametrize(("D", "C"), [(5, 7), (8, 16)])
 def test_forward_backward_has_the_bits_of_two_steps(
-    dtype: torch.dtype, kind: str, rho: str, direct: bool, device: HostCuda
+    D: int, C: int, dtype: torch.dtype, kind: str, rho: str, direct: bool, device: HostCuda
 ) -> None:
-    x = backward_call(dtype, rho, kind, direct)
+    x = backward_call(dtype, rho, kind, direct, D, C)
     # Nothing reaches the similarities: the C++ operators leave that case to their caller.
     selects = direct or rho != "ones"
     needs = (selects, selects, True, True, True)

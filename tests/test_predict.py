@@ -66,7 +66,7 @@ def inlined(text: str) -> sass.Program:
         if found := re.match(r"([\d<]+): (.*)", each):
             *calls, outer = [f'"/any/where/a.cuh", line {n}' for n in found[1].split("<")]
             calls = [
-                a + " inlined at " + b for a, b in zip(calls, [*calls[1:], outer], strict=True)
+                a + " inlined at " + b for a, b in zip(calls, [*calls[1:], outer], strict=False)
             ]
             lines += [f"\t//## File {call}" for call in (*calls, outer)]
             instruction = re.sub(r"(\.L_x_\w+)$", r"`(\1)", found[2])

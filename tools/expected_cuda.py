@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What `tools.predict` assumes of each CUDA C++ kernel, as expected.py of each Triton kernel. A line
-may be named with another that calls its function, behind an @.
+"""What `tools.predict` assumes of each CUDA C++ kernel, as expected.py of each Triton kernel.
+
+A line may be named with another that calls its function, behind an @.
 """
 
 from collections.abc import Callable, Mapping

@@ -2,12 +2,13 @@
 #include "aggregate_backward.cuh"
 
 #include "backward.h"
+#include "inverse_list.h"
 #include "modulate.cuh"
 
 namespace convnn::cuda {
 namespace {
 
-// Blocks of a kernel with one block per key or chunk; with more of those, a block takes several.
+// Blocks of a kernel with one block per chunk; with more of those, a block takes several.
 constexpr int64_t kMostBlocks = int64_t(1) << 30;
 // Sums over queries: at most so many parts, of at least so many queries, with at most so many
 // elements in all.
@@ -33,11 +34,9 @@ void in_parts(AggregateBackwardWork<T> w, void* result, int64_t size, Context& c
 }
 
 template <class T>
-void aggregate_backward_as(const AggregateBackwardParams& p, const InverseList& inverse,
-                           Context& context) {
+void dense_backward_as(const AggregateBackwardParams& p, Context& context) {
   using A = Accumulate<T>;
   const AggregateParams& f = p.forward;
-  const bool dense = f.convolution == Convolution::dense;
   constexpr size_t kTileBytes = 2 * kTileElements<T> * sizeof(T);
   constexpr size_t kSumTileBytes = 2 * kTileElements<A> * sizeof(A);
   AggregateBackwardWork<T> w = {};
@@ -46,50 +45,35 @@ void aggregate_backward_as(const AggregateBackwardParams& p, const InverseList& 
   w.grad_value = p.grad_value;
   w.forward.rho = modulate<A>(f, context);
   w.forward.weight = static_cast<const T*>(f.weight);
-  if (dense && (p.grad_value || p.grad_similarities)) {
+  if (p.grad_value || p.grad_similarities) {
     w.forward.weight = permute_weight<T>(f, /*outputs_last=*/true, context);
   }
 
   if (p.grad_similarities) {
-    const int64_t entries = f.batch * f.n * f.k;
-    w.grad_rho = allocate<A>(context, entries);
-    if (f.rho == Rho::ones) {
-      // The gradient is zero; grad_rho is not read.
-    } else if (dense) {
+    w.grad_rho = allocate<A>(context, f.batch * f.n * f.k);
+    // With ones, the gradient is zero; grad_rho is not read.
+    if (f.rho != Rho::ones) {
       launch("rho_grad_dense_kernel", rho_grad_dense_kernel<T>,
              ceil_div(f.batch * f.n, kTile) * f.k, kTileBytes, context, w);
-    } else {
-      launch("rho_grad_depthwise_kernel", rho_grad_depthwise_kernel<T>, ceil_div(entries, kWarps),
-             0, context, w);
     }
     launch("modulate_backward_kernel", modulate_backward_kernel<A>, ceil_div(f.batch * f.n, kWarps),
            0, context, f, w.forward.rho, static_cast<const A*>(w.grad_rho), p.grad_similarities);
   }
   if (p.grad_value) {
-    w.inverse = in_chunks(inverse, f.o);
+    w.inverse = in_chunks(invert(f, context), f.o);
     w.chunk_sums = allocate<A>(context, w.inverse.chunks * f.o);
     launch("value_chunks_kernel", value_chunks_kernel<T>, std::min(w.inverse.chunks, kMostBlocks),
            kThreads * sizeof(A), context, w);
-    if (dense) {
-      launch("value_grad_dense_kernel", value_grad_dense_kernel<T>,
-             ceil_div(f.batch * f.m, kTile) * ceil_div(f.c, kTile),
-             kSumTileBytes + 2 * kTile * sizeof(int64_t), context, w);
-    } else {
-      launch("value_grad_depthwise_kernel", value_grad_depthwise_kernel<T>,
-             std::min(f.batch * f.m, kMostBlocks), kThreads * sizeof(A), context, w);
-    }
+    launch("value_grad_dense_kernel", value_grad_dense_kernel<T>,
+           ceil_div(f.batch * f.m, kTile) * ceil_div(f.c, kTile),
+           kSumTileBytes + 2 * kTile * sizeof(int64_t), context, w);
   }
   if (p.grad_weight) {
-    in_parts(w, p.grad_weight, f.k * f.c * (dense ? f.o : 1), context,
+    in_parts(w, p.grad_weight, f.k * f.c * f.o, context,
              [&](const AggregateBackwardWork<T>& parts) {
-               if (dense) {
-                 const int64_t tiles = ceil_div(f.c, kTile) * ceil_div(f.o, kTile);
-                 launch("weight_grad_dense_kernel", weight_grad_dense_kernel<T>,
-                        parts.part_count * f.k * tiles, kSumTileBytes, context, parts);
-               } else {
-                 launch("weight_grad_depthwise_kernel", weight_grad_depthwise_kernel<T>,
-                        strided_blocks(parts.part_count * f.k * f.c), 0, context, parts);
-               }
+               const int64_t tiles = ceil_div(f.c, kTile) * ceil_div(f.o, kTile);
+               launch("weight_grad_dense_kernel", weight_grad_dense_kernel<T>,
+                      parts.part_count * f.k * tiles, kSumTileBytes, context, parts);
              });
   }
   if (p.grad_bias) {
@@ -102,16 +86,9 @@ void aggregate_backward_as(const AggregateBackwardParams& p, const InverseList& 
 
 }  // namespace
 
-void aggregate_backward(const AggregateBackwardParams& p, const InverseList& inverse,
-                        Context& context) {
-  with_type(p.forward.dtype,
-            [&](auto t) { aggregate_backward_as<decltype(t)>(p, inverse, context); });
-}
-
 void aggregate_backward(const AggregateBackwardParams& p, Context& context) {
-  InverseList inverse = {};
-  if (p.grad_value) inverse = invert(p.forward, context);
-  aggregate_backward(p, inverse, context);
+  if (p.forward.convolution != Convolution::dense) return gradients(&p, nullptr, context);
+  with_type(p.forward.dtype, [&](auto t) { dense_backward_as<decltype(t)>(p, context); });
 }
 
 }  // namespace convnn::cuda

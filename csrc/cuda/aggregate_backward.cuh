@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: MIT
-// Gradients of the convolution over neighbors, with G the gradient of the output.
+// Gradients of the dense convolution over neighbors, with G the gradient of the output.
 //
-//   P_ij[c]  = sum_o G_i[o] W[o, c, j]; depthwise G_i[c] W[c, 0, j]; no weight G_i[c]
-//   drho_ij  = sum_c P_ij[c] V[I_ij, c]
-//   dV[m]    = sum of rho_ij P_ij over the pairs (i, j) with I_ij = m
+//   P_ij[c]     = sum_o G_i[o] W[o, c, j]
+//   drho_ij     = sum_c P_ij[c] V[I_ij, c]
+//   dV[m]       = sum of rho_ij P_ij over the pairs (i, j) with I_ij = m
 //   dW[:, :, j] = sum_i G_i (rho_ij V[I_ij])^T
 //
 // P is never stored.
 //
-// drho, dense: a block computes 64 queries and one j, one tile of P at a time.
-// dV, dense: a block computes 64 keys and 64 channels. For each j it first sums H[m], which is
-// rho_ij G_i over the pairs of a key, and then multiplies the tile of H by W_j. A key without such
-// pairs skips the product, because W_j may contain infinity. dW, dense: a block computes a tile of
-// W_j for a part of the queries; the parts are then added up. Otherwise a thread computes an
-// element of a result; a warp, if that is a sum over channels; or a block, the channels of a key.
-// Keys with many pairs have those summed in chunks by separate blocks first (runs.cuh).
+// drho: a block computes 64 queries and one j, one tile of P at a time.
+// dV: a block computes 64 keys and 64 channels. For each j it first sums H[m], which is rho_ij G_i
+// over the pairs of a key, and then multiplies the tile of H by W_j. A key without such pairs skips
+// the product, because W_j may contain infinity. dW: a block computes a tile of W_j for a part of
+// the queries; the parts are then added up. Keys with many pairs have those summed in chunks by
+// separate blocks first (runs.cuh).
 //
 // There are no atomic additions: the pairs of a key come from the inverse neighbor list, ordered by
 // slot and then by query, and parts have a fixed size. Factors multiplied by rho are not rounded to
@@ -99,29 +98,8 @@ __global__ __launch_bounds__(kThreads,
   }
 }
 
-// One warp per neighbor, one channel per lane at a time.
-template <class T>
-__global__ __launch_bounds__(kThreads) void rho_grad_depthwise_kernel(
-    const AggregateBackwardWork<T> w) {
-  using A = Accumulate<T>;
-  const AggregateParams& p = w.forward.p;
-  const int64_t entry = grid_warp();
-  if (entry >= p.batch * p.n * p.k) return;
-  const int64_t row = entry / p.k, j = entry % p.k;
-  const int64_t value_row = w.forward.value_row(row, j);
-  A sum = 0;
-  if (value_row >= 0) {
-    for (int64_t c = lane(); c < p.c; c += kWarp) {
-      const A v = widen(w.forward.value()[value_row * p.c + c]);
-      sum += A(widen(w.grad(row)[c])) * w.forward.depthwise_weight(c, j) * v;
-    }
-  }
-  sum = warp_sum(sum);
-  if (lane() == 0) w.grad_rho[entry] = sum;
-}
-
-// The sum of rho G over a run in column o, times the weight if the convolution is depthwise. The
-// warps of the block share the work, and all receive the result.
+// The sum of rho G over a run in column o. The warps of the block share the work, and all receive
+// the result.
 template <class T>
 __device__ inline Accumulate<T> sum_of_run(const AggregateBackwardWork<T>& w, const Run& run,
                                            int64_t o) {
@@ -134,7 +112,7 @@ __device__ inline Accumulate<T> sum_of_run(const AggregateBackwardWork<T>& w, co
         w.inverse, run, warp(), kWarps,
         [&](int64_t pair) {
           const int64_t row = w.query_of(pair), j = w.slot_of(pair);
-          sum.add(w.rho(row, j) * A(widen(w.grad(row)[o])) * w.forward.depthwise_weight(o, j));
+          sum.add(w.rho(row, j) * A(widen(w.grad(row)[o])));
         },
         [&](int64_t chunk) { sum.add(w.chunk_sums[chunk * p.o + o]); });
   }
@@ -152,7 +130,7 @@ __global__ __launch_bounds__(kThreads,
                              8) void value_chunks_kernel(const AggregateBackwardWork<T> w) {
   const AggregateParams& p = w.forward.p;
   for (int64_t chunk = blockIdx.x; chunk < w.inverse.chunks; chunk += gridDim.x) {
-    // Dense: a chunk with pairs of two slots lies in no run, so its sum is never read.
+    // A chunk with pairs of two slots lies in no run, so its sum is never read.
     if (row_of_chunk(w.inverse, chunk) < 0) continue;
     for (int64_t first = 0; first < p.o; first += kWarp) {
       const int64_t o = first + lane();
@@ -245,22 +223,6 @@ __global__ __launch_bounds__(kThreads,
   }
 }
 
-// One block per key, one channel per lane at a time.
-template <class T>
-__global__ __launch_bounds__(kThreads,
-                             8) void value_grad_depthwise_kernel(const AggregateBackwardWork<T> w) {
-  const AggregateParams& p = w.forward.p;
-  const int64_t* offsets = w.inverse.offsets;
-  for (int64_t row = blockIdx.x; row < w.inverse.row_count; row += gridDim.x) {
-    const Run run = run_between(w.inverse, offsets[row], offsets[row + 1]);
-    for (int64_t first = 0; first < p.c; first += kWarp) {
-      const int64_t c = first + lane();
-      const Accumulate<T> sum = sum_of_run(w, run, c);
-      if (warp() == 0 && c < p.c) narrow(sum, static_cast<T*>(w.grad_value)[row * p.c + c]);
-    }
-  }
-}
-
 // A tile of one W_j for one part of the queries. Rows of the tile are outputs.
 template <class T>
 __global__ __launch_bounds__(kThreads) void weight_grad_dense_kernel(
@@ -310,25 +272,6 @@ __global__ __launch_bounds__(kThreads) void weight_grad_dense_kernel(
         w.parts[((part * p.o + o) * p.c + c) * p.k + j] = dw.value[n][2 * h + e];
       }
     }
-  }
-}
-
-template <class T>
-__global__ __launch_bounds__(kThreads) void weight_grad_depthwise_kernel(
-    const AggregateBackwardWork<T> w) {
-  using A = Accumulate<T>;
-  const AggregateParams& p = w.forward.p;
-  for (int64_t i = grid_thread(); i < w.part_count * p.k * p.c; i += grid_threads()) {
-    const int64_t c = i % p.c, j = i / p.c % p.k, part = i / p.c / p.k;
-    const int64_t end = min((part + 1) * w.rows_each, p.batch * p.n);
-    RunningSum<A> sum;
-    for (int64_t row = part * w.rows_each; row < end; ++row) {
-      const int64_t value_row = w.forward.value_row(row, j);
-      if (value_row < 0) continue;
-      const A v = widen(w.forward.value()[value_row * p.c + c]);
-      sum.add(w.rho(row, j) * v * A(widen(w.grad(row)[c])));
-    }
-    w.parts[(part * p.c + c) * p.k + j] = sum.value();
   }
 }
 

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: MIT
-// The backward operators with an inverse neighbor list from the caller, so that forward_backward
-// computes one list for both. An operator that does not need the list does not read it.
+// What the backward operators share.
 #pragma once
 
-#include "inverse_list.h"
 #include "operators.h"
 
 namespace convnn::cuda {
 
-void aggregate_backward(const AggregateBackwardParams& params, const InverseList& inverse,
-                        Context& context);
-void select_backward(const SelectBackwardParams& params, const InverseList& inverse,
-                     Context& context);
+// Gradients of a convolution that is not dense, of select, or of one after the other, in which case
+// the dtypes are equal; either may be null.
+void gradients(const AggregateBackwardParams* output, const SelectBackwardParams* search,
+               Context& context);
 
 }  // namespace convnn::cuda

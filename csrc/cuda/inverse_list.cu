@@ -25,11 +25,6 @@ InverseList invert(const AggregateParams& p, Context& context) {
   return invert(p.batch, p.n, p.m, p.k, p.indices, p.similarities, p.similarity_dtype, context);
 }
 
-InverseList invert(const SelectBackwardParams& p, Context& context) {
-  const DType dtype = p.dtype == DType::float64 ? DType::float64 : DType::float32;
-  return invert(p.batch, p.n, p.m, p.k, p.indices, p.similarities, dtype, context);
-}
-
 InverseList in_chunks(InverseList list, int64_t columns) {
   list.chunk = std::max(kFewestOfChunk, columns);
   list.chunks = list.pair_count / list.chunk;

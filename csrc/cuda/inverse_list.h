@@ -21,7 +21,6 @@ struct InverseList {
 };
 
 InverseList invert(const AggregateParams& params, Context& context);
-InverseList invert(const SelectBackwardParams& params, Context& context);
 
 // The list cut into chunks for sums of so many columns. A chunk has at least as many pairs as there
 // are columns, so the sums of all chunks are at most as many numbers as there are pairs.

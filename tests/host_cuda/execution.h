@@ -186,6 +186,13 @@ T __ldg(const T* address) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
+inline int64_t max(int64_t a, int64_t b) { return b > a ? b : a; }
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
 
 template <class To, class From>
 To same_bits(From from) {

@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: MIT
+#include "aggregate.cuh"
+#include "backward.h"
+#include "key_side.cuh"
+#include "query_side.cuh"
+
+namespace convnn::cuda {
+namespace {
+
+// Shared memory of a block of query_side_kernel, at most.
+constexpr int64_t kMostShared = 48 << 10;
+// Blocks of query_side_kernel, at most, and bytes of what they have in the workspace.
+constexpr int64_t kMostBlocks = 1024;
+constexpr int64_t kBytesOfBlocks = int64_t(16) << 20;
+// Queries of a group of eight lanes: as many as its lanes, or for larger k fewer.
+constexpr int kMany = kGroup, kFew = 2;
+
+// The sizes of both operators, and what is asked of them.
+struct Call {
+  const AggregateBackwardParams* output;
+  const SelectBackwardParams* search;
+  int64_t batch, n, m, c, d, k;
+  const void* similarities;
+  DType similarity_dtype;
+  const int64_t* indices;
+  bool through_rho;    // whether ds depends on drho
+  bool of_key_side;    // whether dV or dk is needed
+  bool of_query_side;  // whether anything else is, or a factor of dV or dk
+};
+
+Call make_call(const AggregateBackwardParams* output, const SelectBackwardParams* search) {
+  Call call = {};
+  const bool of_search = search && (search->grad_query || search->grad_key);
+  call.output = output;
+  call.search = of_search ? search : nullptr;
+  if (output) {
+    const AggregateParams& f = output->forward;
+    call.batch = f.batch, call.n = f.n, call.m = f.m, call.k = f.k, call.c = f.c;
+    call.similarities = f.similarities, call.similarity_dtype = f.similarity_dtype;
+    call.indices = f.indices;
+    call.through_rho = (output->grad_similarities || of_search) && f.rho != Rho::ones;
+  } else {
+    const SelectBackwardParams& s = *search;
+    call.batch = s.batch, call.n = s.n, call.m = s.m, call.k = s.k;
+    call.similarities = s.similarities, call.indices = s.indices;
+    call.similarity_dtype = s.dtype == DType::float64 ? DType::float64 : DType::float32;
+  }
+  if (of_search) call.d = search->d;
+  call.of_key_side = (output && output->grad_value) || (of_search && search->grad_key);
+  return call;
+}
+
+bool are_aligned(std::initializer_list<const void*> pointers, int64_t row_bytes) {
+  bool aligned = row_bytes % 16 == 0;
+  for (const void* pointer : pointers) {
+    aligned = aligned && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  }
+  return aligned;
+}
+
+// Whether all rows consist of whole 16 bytes, and numbers fit into 32 bits.
+template <class T>
+bool is_fast(const Call& call) {
+  bool fast = fit_narrow_pairs(call.batch, call.n, call.m, call.k);
+  if (call.output) {
+    const AggregateBackwardParams& p = *call.output;
+    fast = fast && are_aligned({p.grad_output, p.forward.value.data, p.grad_value},
+                               call.c * int64_t(sizeof(T)));
+  }
+  if (call.search) {
+    const SelectBackwardParams& p = *call.search;
+    fast = fast && are_aligned({p.query.data, p.key.data, p.grad_query, p.grad_key},
+                               call.d * int64_t(sizeof(T)));
+  }
+  return fast;
+}
+
+// What both sides read of a call: rows, weights and units of rows of key.
+template <class T>
+struct Inputs {
+  const T *grad = nullptr, *value = nullptr, *weight = nullptr, *query = nullptr, *key = nullptr;
+  const Accumulate<T>* key_units = nullptr;
+  Metric metric = Metric::dot;
+};
+
+template <class T, bool kFast>
+Inputs<T> make_inputs(const Call& call, Context& context) {
+  Inputs<T> inputs;
+  if (call.output) {
+    const AggregateParams& f = call.output->forward;
+    inputs.grad = static_cast<const T*>(call.output->grad_output);
+    inputs.value = static_cast<const T*>(f.value.data);
+    if (f.convolution == Convolution::depthwise) {
+      AggregateParams depthwise = f;
+      depthwise.o = f.c;
+      depthwise.c = 1;
+      inputs.weight = permute_weight<T>(depthwise, /*outputs_last=*/true, context);
+    }
+  }
+  if (call.search) {
+    const SelectBackwardParams& p = *call.search;
+    inputs.query = static_cast<const T*>(p.query.data);
+    inputs.key = static_cast<const T*>(p.key.data);
+    inputs.metric = p.metric;
+    if (p.metric == Metric::cosine) {
+      const int64_t rows = p.batch * p.m;
+      auto* units = allocate<Accumulate<T>>(context, rows);
+      launch("units_kernel", units_kernel<T, kFast>, ceil_div(rows, kThreads), 0, context,
+             inputs.key, units, rows, p.d);
+      inputs.key_units = units;
+    }
+  }
+  return inputs;
+}
+
+// Where the parts of a launch and the numbers of its pairs are, and how many blocks it has.
+struct QuerySideLaunch {
+  int64_t blocks, parts;
+  size_t shared_bytes;
+};
+
+template <class T, bool kFast, int kRows>
+QuerySideLaunch place_arrays(QuerySideWork<T>& w, Context& context) {
+  using A = Accumulate<T>;
+  using Arrays = TileArrays<T, kFast, kRows>;
+  const int64_t size = w.size_of_part();
+  const int64_t of_arrays = kWarps * Arrays::bytes(w.k);
+  const int64_t of_parts = ceil_div(kWarps * size * int64_t(sizeof(A)), 16) * 16;
+  w.arrays_are_shared = of_arrays <= kMostShared;
+  w.parts_are_shared = size && (w.arrays_are_shared ? of_arrays : 0) + of_parts <= kMostShared;
+  const int64_t of_block = (w.arrays_are_shared ? 0 : of_arrays) +
+                           (w.parts_are_shared ? size * int64_t(sizeof(A)) : of_parts);
+  const int64_t most =
+      std::clamp<int64_t>(kBytesOfBlocks / std::max<int64_t>(of_block, 1), 1, kMostBlocks);
+  QuerySideLaunch launch = {};
+  launch.blocks = std::min(ceil_div(w.rows, kWarps * Arrays::kTileRows), most);
+  launch.parts = w.parts_are_shared ? launch.blocks : launch.blocks * kWarps;
+  launch.shared_bytes =
+      size_t((w.arrays_are_shared ? of_arrays : 0) + (w.parts_are_shared ? of_parts : 0));
+  if (!w.arrays_are_shared) {
+    w.arrays = allocate<unsigned char>(context, launch.blocks * of_arrays);
+  }
+  w.parts = allocate<A>(context, launch.parts * size);
+  return launch;
+}
+
+template <class T, bool kFast, int kRows>
+void launch_query_side(QuerySideWork<T> w, const AggregateBackwardParams* output,
+                       Context& context) {
+  const QuerySideLaunch sizes = place_arrays<T, kFast, kRows>(w, context);
+  launch("query_side_kernel", query_side_kernel<T, kFast, kRows>, sizes.blocks, sizes.shared_bytes,
+         context, w);
+  const auto sum = [&](const Accumulate<T>* parts, void* result, int64_t k) {
+    launch("sum_parts_kernel", sum_parts_kernel<T>, ceil_div(w.c * k, kGroup),
+           kThreads * sizeof(Accumulate<T>), context, parts, static_cast<T*>(result), sizes.parts,
+           w.size_of_part(), w.c, k);
+  };
+  if (w.of_weight) sum(w.parts, output->grad_weight, w.k);
+  if (w.of_bias) sum(w.parts + (w.of_weight ? w.k * w.c : 0), output->grad_bias, 1);
+}
+
+// Returns the factors of the pairs.
+template <class T, bool kFast>
+const Factors<Accumulate<T>>* query_side(const Call& call, const Inputs<T>& inputs,
+                                         Context& context) {
+  QuerySideWork<T> w = {};
+  w.rows = call.batch * call.n;
+  w.n = call.n, w.m = call.m, w.c = call.c, w.d = call.d, w.k = call.k;
+  w.similarities = call.similarities, w.similarity_dtype = call.similarity_dtype;
+  w.indices = call.indices;
+  w.metric = inputs.metric;
+  w.through_rho = call.through_rho;
+  if (call.of_key_side) {
+    w.factors = allocate<Factors<Accumulate<T>>>(context, ceil_div(w.rows, kWarp) * kWarp * w.k);
+  }
+  if (call.output) {
+    const AggregateBackwardParams& p = *call.output;
+    w.rho = p.forward.rho;
+    w.scale = Accumulate<T>(p.forward.scale);
+    w.grad = inputs.grad;
+    w.weight = inputs.weight;
+    w.of_weight = p.grad_weight;
+    w.of_bias = p.grad_bias;
+    if (w.through_rho || w.of_weight) w.value = inputs.value;
+    w.grad_similarities = p.grad_similarities;
+  }
+  if (call.search) {
+    const SelectBackwardParams& p = *call.search;
+    w.direct = p.grad_similarities;
+    w.query = inputs.query;
+    w.key = inputs.key;
+    w.key_units = inputs.key_units;
+    w.grad_query = static_cast<T*>(p.grad_query);
+  }
+  // For larger k the numbers of fewer queries fit into shared memory.
+  const bool many = kFast && kWarps * TileArrays<T, kFast, kMany>::bytes(w.k) <= kMostShared;
+  if constexpr (kFast) {
+    if (many) launch_query_side<T, kFast, kMany>(w, call.output, context);
+  }
+  if (!many) launch_query_side<T, false, kFew>(w, call.output, context);
+  return w.factors;
+}
+
+template <class T, bool kFast>
+void key_side(const Call& call, const Inputs<T>& inputs, const Factors<Accumulate<T>>* factors,
+              Context& context) {
+  using A = Accumulate<T>;
+  KeySideWork<T> w = {};
+  w.keys = call.batch * call.m;
+  w.c = call.c, w.d = call.d, w.k = call.k;
+  w.metric = inputs.metric;
+  w.list = sort_pairs(call.batch, call.n, call.m, call.k, kFast, call.similarities,
+                      call.similarity_dtype, call.indices, context);
+  w.factors = factors;
+  w.weight = inputs.weight;
+  w.grad = inputs.grad;
+  if (call.output) w.grad_value = static_cast<T*>(call.output->grad_value);
+  if (call.search) {
+    w.query = inputs.query;
+    w.key = inputs.key;
+    w.key_units = inputs.key_units;
+    w.grad_key = static_cast<T*>(call.search->grad_key);
+  }
+  if (w.grad_key && w.metric == Metric::cosine && w.d > kStretch<T>) {
+    w.key_sums = allocate<A>(context, w.keys * w.d);
+  }
+  w.chunk = std::max(kPairsOfChunk, w.size_of_sum());
+  w.chunks = w.keys ? w.list.count / w.chunk : 0;
+  w.chunk_sums = allocate<A>(context, w.chunks * w.size_of_sum());
+  launch("key_side_chunks_kernel", key_side_chunks_kernel<T, kFast>, ceil_div(w.chunks, kWarps), 0,
+         context, w);
+  launch("key_side_kernel", key_side_kernel<T, kFast>, ceil_div(w.keys, kWarps * kGroups), 0,
+         context, w);
+}
+
+template <class T, bool kFast>
+void gradients_as(const Call& call, Context& context) {
+  const Inputs<T> inputs = make_inputs<T, kFast>(call, context);
+  const auto* factors = query_side<T, kFast>(call, inputs, context);
+  if (call.of_key_side) key_side<T, kFast>(call, inputs, factors, context);
+}
+
+}  // namespace
+
+void gradients(const AggregateBackwardParams* output, const SelectBackwardParams* search,
+               Context& context) {
+  const Call call = make_call(output, search);
+  if (!call.output && !call.search) return;
+  with_type(output ? output->forward.dtype : search->dtype, [&](auto t) {
+    using T = decltype(t);
+    if (is_fast<T>(call)) {
+      gradients_as<T, true>(call, context);
+    } else {
+      gradients_as<T, false>(call, context);
+    }
+  });
+}
+
+}  // namespace convnn::cuda
