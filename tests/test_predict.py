@@ -436,6 +436,8 @@ def test_a_loop_with_a_break() -> None:
         1: EXIT
     """
     assert walk(text, {"for i in": 5}) == {"R1": 1, "R2": 5, "R3": 5, "R4": 1}
+    found = walk(text, {"for i in": 5}, {"if wanted": 0.2})
+    assert found == {"R1": 1, "R2": 5, "R3": 1, "R4": 1}
 
 
 def test_copies_of_a_loop_that_may_each_end_it() -> None:

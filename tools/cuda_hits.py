@@ -45,9 +45,12 @@ class Hits:
 
     stored: float = 0.0  # of a row, those that are put into a list
     drains: float = 0.0  # but for the last
-    passes: float = 0.0  # of one drain: another one each time that a list does not suffice
+    # Of one drain; more than one if a list may not suffice, and how probable that is in a pass.
+    passes: float = 0.0
+    crowded: float = 0.0
     moves: float = 0.0  # of one pass: slots that the lane moves that moves most
     last_passes: float = 0.0
+    last_crowded: float = 0.0
     last_moves: float = 0.0
     headers: float = 0.0  # of a tile and half a warp: how probable it is that a lane has a hit
     lanes: float = 0.0  # of four accumulators: how probable it is that one is a hit
@@ -100,6 +103,7 @@ class _Warp:
         self.drains: list[list[int]] = []  # of each pass the moves
         self.raised: list[int] = []  # rows of each pass that makes room
         self.quarters: list[int] = []
+        self.crowded = [0, 0]  # passes of drains, and of the last
         self.cuts: list[int] = []
         self.headers = self.hits_of_four = self.stored = 0
 
@@ -118,6 +122,7 @@ class _Warp:
     def drain(self, everything: bool) -> None:
         moves = [len(own) if everything else min(len(own), self.rules.moved) for own in self.slots]
         self.drains.append([])
+        crowded = False
         while True:
             room = [(self.rules.list - max(map(len, lists))) // 2 for lists in self.lists]
             now = [min(pair) for pair in zip(room, moves, strict=True)]
@@ -125,10 +130,14 @@ class _Warp:
             for lane, count in enumerate(now):
                 for _ in range(count):
                     self.move(lane)
-            if now == moves:
+            crowded = crowded or now != moves
+            if not crowded:
                 break
+            self.crowded[everything] += 1
             self.make_room()
             moves = list(map(len, self.slots))
+            if not any(moves):
+                break
 
     def move(self, lane: int) -> None:
         half, values = self.slots[lane].pop()
@@ -198,8 +207,10 @@ def simulate(rules: Rules, d: int) -> Hits:
         stored=sum(warp.stored for warp in warps) / (32 * len(warps)),
         drains=len(early) / len(warps),
         passes=_mean([len(passes) for passes in early]) or 1.0,
+        crowded=sum(warp.crowded[0] for warp in warps) / max(1, sum(map(len, early))),
         moves=_mean([moves for passes in early for moves in passes]),
         last_passes=_mean([len(passes) for passes in late]),
+        last_crowded=sum(warp.crowded[1] for warp in warps) / max(1, sum(map(len, late))),
         last_moves=_mean([moves for passes in late for moves in passes]),
         headers=sum(warp.headers for warp in warps) / (len(warps) * tiles * 2),
         lanes=sum(warp.hits_of_four for warp in warps) / (len(warps) * tiles * 2 * 32 * 16),

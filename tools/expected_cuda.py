@@ -90,8 +90,8 @@ _SWEEP = Expected(
         "while (left > 0) @ sweep_tiles<kColumns>": lambda n: 2 * _sampled(n),
         "while (left > 0) @ sweep_tiles<kTileColumns>": _tiles,
         "for (int step = 0; step < kBisections": lambda n: _rules(n).halvings,
-        "if (!crowded) break @ drain(true)": lambda n: _hits(n).last_passes,
-        "if (!crowded) break": lambda n: _hits(n).passes,
+        "} while (__any_sync(kAllLanes, move > 0)) @ drain(true)": lambda n: _hits(n).last_passes,
+        "} while (__any_sync(kAllLanes, move > 0))": lambda n: _hits(n).passes,
         "while (slot_ != last) @ drain(true)": lambda n: _hits(n).last_moves,
         "while (slot_ != last)": lambda n: _hits(n).moves,
         # What makes room
@@ -118,7 +118,9 @@ _SWEEP = Expected(
         "if (++part == @ sweep_tiles<kColumns>": lambda n: 0.5,
         "if (__any_sync(kAllLanes, slot_ >": _share_of_drains,
         "if (mask_)": lambda n: _hits(n).headers,
-        "if (!full) continue": lambda n: _hits(n).quarters / 4,
+        "if (!crowded) break @ drain(true)": lambda n: _hits(n).last_crowded,
+        "if (!crowded) break": lambda n: _hits(n).crowded,
+        "if (!__any_sync(kAllLanes, cut)) continue": lambda n: _hits(n).quarters / 4,
         "if (!(inverse > 0))": lambda n: 0,
     },
     {

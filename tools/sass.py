@@ -149,7 +149,8 @@ class Walk:
     Args:
         text: the text of a line of source.
         loops: the expected trips of a loop, by how its text begins.
-        branches: how probable it is that what an `if` might skip is executed, by its text.
+        branches: how probable it is that what an `if` might skip is executed, by its text; of one
+            with a `break`, that the loop goes on.
         unrolled: into how many copies the source wants the loop of a line to be unrolled. Then
             what is left of its trips counts as a part of one of these, not in copies behind it.
     """
@@ -315,6 +316,14 @@ class Walk:
             if len(set(self._forward[each])) == 2 and not self._diverges(each)
         ]
 
+    def _breaks(self, block: int) -> bool:
+        """Whether the branch leaves a loop of which it is not the end."""
+        return any(
+            block in loop.body and after not in loop.body and loop.end != block
+            for loop in self.loops
+            for after in self._forward[block]
+        )
+
     def _diverges(self, block: int) -> bool:
         """Whether the branch is for warps whose lanes have parted."""
         return self._branch(block).opcode.startswith(("BRA.DIV", "BRA.CONV"))
@@ -325,7 +334,9 @@ class Walk:
             line, (behind, target) = self._branch(each).line, self.blocks[each].next
             share = self._number(line, table, places[line])
             places[line] += 1
-            if share is not None:
+            if share is not None and self._breaks(each):
+                shares[each] = share
+            elif share is not None:
                 shares[each] = share if self._comes_first(behind, target, line) else 1 - share
         return shares
 
@@ -448,7 +459,7 @@ class Walk:
                 elif ended:
                     executed[a] += executed[each] - ended[0].entered
                 elif any(b not in loop.body for loop in loops for b in after):
-                    executed[a] += executed[each]
+                    executed[a] += executed[each] * self._shares.get(each, 1.0)
                 else:
                     share = self._share(each)
                     executed[a] += executed[each] * (1 - share if place else share)
