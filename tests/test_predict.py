@@ -614,6 +614,14 @@ def test_shares_and_copies() -> None:
         sass.cost(program, way, 1, {}, lambda line: shares[line[1]])
 
 
+@pytest.mark.parametrize(("is_shared", "moved", "shared"), [(False, 384, 0), (True, 0, 384)])
+def test_pointers_to_either_memory(is_shared: bool, moved: float, shared: float) -> None:
+    program = code("1: LD.E.64 R1\n1: ST.E [R1]\n1: EXIT")
+    way = sass.Walk(program, lambda line: "", {}, {})
+    found = sass.cost(program, way, 1, {}, generic_is_shared=is_shared)
+    assert (found.moved, found.shared) == (moved, shared)
+
+
 def test_bytes_of_tensors() -> None:
     text = """
 #loc = loc("/any/norms.py":88:0)

@@ -4,12 +4,13 @@
 A line may be named with another that calls its function, behind an @.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tools import cuda_code, cuda_hits
-from tools.expected import cdiv, filled
+from tools.expected import cdiv, filled, poisson
 
 MULTIPROCESSORS = 132
 
@@ -26,6 +27,7 @@ class Expected:
     branches: how probable it is that what an `if` may skip is executed; 1 if not named.
     shares: of the lanes of a warp, those that access memory there; or of global memory, L2.
     copied: bytes of an asynchronous copy.
+    generic_is_shared: whether pointers to either memory are to shared memory.
     busiest: what the multiprocessor that has most to do has of it, over the mean.
     """
 
@@ -33,6 +35,7 @@ class Expected:
     branches: Table = field(default_factory=dict)
     shares: Table = field(default_factory=dict)
     copied: Table = field(default_factory=dict)
+    generic_is_shared: bool = False
     busiest: Callable[[Numbers], float] = lambda n: 1.0
 
 
@@ -133,7 +136,7 @@ _SWEEP = Expected(
         "CONVNN_PTX( @ load_box(": lambda n: 128 * 128,
         "CONVNN_PTX( @ bulk_copy(": lambda n: 128 * 4,
     },
-    lambda n: cdiv(n.items, n.blocks) * n.blocks / n.items,
+    busiest=lambda n: cdiv(n.items, n.blocks) * n.blocks / n.items,
 )
 
 
@@ -210,7 +213,161 @@ _KEYS = Expected(
     {"w.inverse": lambda n: 1 / 8},
 )
 
+# Of the gradients. A group of eight lanes has 64 columns of 16 bits at a time.
+
+
+def _columns(of: int) -> int:
+    return cdiv(of, 64)
+
+
+_UNIT = {"if (!(sum >= kLeast": lambda n: 0}
+_UNIT_LOOPS = {"for (int64_t i = 0; i < d": lambda n: 0}
+
+_UNITS = Expected(
+    {"for (int64_t c = member() * kVector<T>": lambda n: _columns(n.argument3), **_UNIT_LOOPS},
+    _UNIT,
+)
+
+_QUERY_SIDE = Expected(
+    {
+        **_UNIT_LOOPS,
+        "for (int64_t first = grid_warp()": lambda n: (
+            n.rows / (n.blocks * n.warps * 4 * int(n.template[2]))
+        ),
+        "for (int64_t j = 0; j < w.k": lambda n: n.k,
+        "for (int64_t c = member() * kVector<T>": lambda n: _columns(n.d),
+        "for (int64_t c = member() * kCount; c - member() * kCount < w.c": lambda n: _columns(n.c),
+        "for (int64_t c = member() * kCount; c - member() * kCount < w.d": lambda n: _columns(n.d),
+        "for (int64_t i = lane()": lambda n: cdiv(n.part, 32),
+        "for (int64_t i = threadIdx.x": lambda n: cdiv(n.part, 128),
+        "for (int of_warp = 0": lambda n: n.warps,
+    },
+    {
+        **_UNIT,
+        "if (w.similarity_dtype == DType::float64)": lambda n: 0,
+        "if (w.metric == Metric::euclidean)": lambda n: 0,
+        "if (direct)": lambda n: n.direct,
+        "if (result && row < w.rows)": lambda n: n.similarities,
+        "if (w.of_bias)": lambda n: n.of_bias,
+        "if (w.of_weight)": lambda n: n.of_weight,
+    },
+    {
+        # Read twice, and then once more.
+        "const S s = similarities[j]": lambda n: 0.5,
+        "along += ds * A(similarities[j])": lambda n: 0,
+        # k rows, which all warps read
+        " @ unpack<T>(load_row<T, kFast>(w.weight": lambda n: 0,
+        "if (direct)": lambda n: n.direct,
+        "if (result && row < w.rows)": lambda n: n.similarities,
+    },
+    generic_is_shared=True,  # for k of the goals
+)
+
+_SUM_PARTS = Expected(
+    {
+        "for (int64_t i = threadIdx.x / kGroup": lambda n: cdiv(n.argument2, 16),
+        "for (int i = 0; i < kThreads / kGroup": lambda n: 16,
+    },
+    {"if (threadIdx.x >= kGroup": lambda n: 1 / 4},
+)
+
+
+def _keys_of_block(n: Numbers) -> float:
+    return n.m / n.ranges
+
+
+_COUNT_PAIRS = Expected(
+    {
+        "for (int i = int(threadIdx.x); i < own.keys": lambda n: _keys_of_block(n) / 128,
+        "for (int64_t at = own.first": lambda n: n.each / 128,
+    }
+)
+_PLACE_KEYS = Expected(
+    {
+        "for (int64_t tile = 0": lambda n: n.tiles,
+        "for (int span = 1": lambda n: 7,
+    }
+)
+_SCATTER_PAIRS = Expected(
+    {
+        "for (int64_t i = threadIdx.x; i < first_block": lambda n: (
+            (n.m - _keys_of_block(n)) / 2 / 128 / 128
+        ),
+        "for (int i = 0; i < kThreads": lambda n: 128,
+        "for (int64_t first = 0; first < own.keys": lambda n: _keys_of_block(n) / 128,
+        "for (int64_t start = own.first": lambda n: n.each / 128,
+        "for (int turn = 0": lambda n: 4,
+    },
+    {
+        "if (own.tile == 0)": lambda n: 1 / n.tiles,
+        "if (warp() == turn)": lambda n: 1 / 4,
+    },
+)
+
+
+def _turns(n: Numbers, pairs: int) -> float:
+    """Of four keys at once, of which one has most pairs, in turns of so many."""
+    mean, turns, below = n.pairs / n.keys, 0.0, 0.0
+    for count in range(int(mean + 12 * mean**0.5) + 20):
+        if count % pairs == 0:
+            # More than `count` pairs
+            turns += 1 - min(1.0, below + poisson(count, mean)) ** 4
+        below += poisson(count, mean)
+    return turns
+
+
+_KEY_SIDE = Expected(
+    {
+        "for (int64_t start = 0; start < most": lambda n: _turns(n, 8),
+        "for (int64_t c = member() * kCount; c - member()": lambda n: _columns(max(n.c, n.d)),
+        "for (int64_t c = member() * kCount; c < w.d": lambda n: n.key_sums * _columns(n.d),
+        "for (int64_t chunk = run.first_chunk": lambda n: 0,
+    },
+    {
+        "if (start + u >= most) break": lambda n: _turns(n, 4) / _turns(n, 8) - 1,
+        "if (last - first < chunk)": lambda n: 0,
+        "if (run.chunks <= 0)": lambda n: 0,
+        "if (w.metric == Metric::euclidean)": lambda n: 0,
+        "if (w.weight)": lambda n: n.weight,
+    },
+    {
+        # One number for a key
+        **dict.fromkeys(
+            ("run = run_of_key(", "int64_t(static_cast<const Id*>(w.list.ends)[key])"),
+            lambda n: 1 / 8,
+        ),
+        "const Id pair = has ?": lambda n: n.pairs / n.keys / (8 * _turns(n, 8)),
+        "if (has) factors =": lambda n: n.pairs / n.keys / (8 * _turns(n, 8)),
+        " @ if (row >= 0) of_slot[t]": lambda n: 0,  # k rows, which all warps read
+        **dict.fromkeys(
+            (" @ if (row >= 0) g[t] =", " @ if (w.grad_key && row >= 0) q[t] ="),
+            lambda n: n.pairs / n.keys / (4 * _turns(n, 4)),
+        ),
+    },
+)
+# No list has a whole chunk.
+_CHUNKS = Expected(
+    {
+        "while (high - low > 1)": lambda n: math.ceil(math.log(n.keys, 32)),
+        "for (int64_t c = member() * kVector<T>": lambda n: 0,
+        "for (int64_t start = 0; start < most": lambda n: 0,
+        "for (int span = kGroup": lambda n: 0,
+    },
+    {
+        "if (int64_t(static_cast<const Id*>(w.list.begins)[key]) > first)": lambda n: 0,
+    },
+)
+
 EXPECTED: dict[str, Expected] = {
+    "permute_weight_kernel": Expected({"for (int64_t i = grid_thread()": lambda n: 1}),
+    "units_kernel": _UNITS,
+    "query_side_kernel": _QUERY_SIDE,
+    "sum_parts_kernel": _SUM_PARTS,
+    "count_pairs_kernel": _COUNT_PAIRS,
+    "place_keys_kernel": _PLACE_KEYS,
+    "scatter_pairs_kernel": _SCATTER_PAIRS,
+    "key_side_chunks_kernel": _CHUNKS,
+    "key_side_kernel": _KEY_SIDE,
     "hopper_keys_kernel": _KEYS,
     "hopper_sweep_kernel": _SWEEP,
     "hopper_finish_kernel": _FINISH,

@@ -72,17 +72,16 @@ def count(launch: cuda_code.Launch, n: Any, explain: bool = False) -> Counted:
         {text: function(n) for text, function in table.items()}
         for table in (expected.shares, expected.copied)
     )
-    cost = sass.cost(
-        program, walk, 1, {}, _by_line(walk, shares, 1.0), _by_line(walk, copied, None)
-    )
+    by_line = (_by_line(walk, shares, 1.0), _by_line(walk, copied, None))
+    cost = sass.cost(program, walk, 1, {}, *by_line, expected.generic_is_shared)
     if explain:
         print(f"{launch.instance}: {launch.blocks} blocks of {n.warps} warps; {cost}")
         print("".join(f"    {note}\n" for note in dict.fromkeys(walk.notes)), end="")
-        print("\n".join(by_line(program, walk)))
+        print("\n".join(lines(program, walk)))
     return Counted(launch.kernel, cost, launch.blocks, n.warps, expected.busiest(n))
 
 
-def by_line(program: sass.Program, walk: sass.Walk, most: int = 40) -> Iterable[str]:
+def lines(program: sass.Program, walk: sass.Walk, most: int = 40) -> Iterable[str]:
     """The lines of csrc/cuda that most instructions of a warp come from, each with the functions
     that it calls in other places."""
     found = collections.defaultdict[tuple[str, int], float](float)

@@ -560,6 +560,7 @@ def cost(
     sizes: Mapping[Line, float],
     shares: Callable[[Line], float] = lambda line: 1.0,
     copied: Callable[[Line], float | None] = lambda line: None,
+    generic_is_shared: bool = False,
 ) -> Cost:
     """What one of the warps of a program does.
 
@@ -567,6 +568,7 @@ def cost(
     lanes load more than that, they load the same.
     shares: of the lanes, those that access memory in a line, or L2 rather than L1.
     copied: the bytes that an asynchronous copy into shared memory, or out of it, moves.
+    generic_is_shared: whether pointers of which the compiler cannot tell are to shared memory.
     """
     total, code = Cost(), program.instructions
     for number, (block, times) in enumerate(zip(walk.blocks, walk.executed, strict=True)):
@@ -580,7 +582,9 @@ def cost(
             share = shares(instruction.line)
             total.add(instruction, times, share)
             name, *suffixes = instruction.opcode.split(".")
-            if name in _GLOBAL:
+            if generic_is_shared and name in ("LD", "ST"):
+                total.shared += times * share * 32 * width(suffixes)
+            elif name in _GLOBAL:
                 place = Path(instruction.line[0]).name, instruction.line[1]
                 lanes[place] += share * 32 * width(suffixes)
             elif name in _COPIES:
