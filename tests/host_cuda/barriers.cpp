@@ -3,7 +3,6 @@
 #include "barriers.h"
 
 #include <algorithm>
-#include <array>
 #include <map>
 #include <set>
 #include <vector>
@@ -98,7 +97,7 @@ struct NamedBarrier {
   int64_t completed = 0;
   Site site = {};
 };
-std::array<NamedBarrier, 16> named;
+std::vector<NamedBarrier> named;  // 16, or none before the first use in a block
 
 class NamedComplete : public Condition {
  public:
@@ -202,7 +201,7 @@ uint32_t shared_address(const void* p) {
 
 void begin_barriers() {
   barriers.clear();
-  for (NamedBarrier& barrier : named) barrier = {};
+  named.clear();
 }
 
 void end_barriers() {
@@ -294,6 +293,7 @@ void named_barrier(int id, int threads, Site site) {
   if (threads < kWarp || threads % kWarp != 0 || threads > thread_count()) {
     fail("a named barrier of " + std::to_string(threads) + " threads", site);
   }
+  if (named.empty()) named.resize(16);
   NamedBarrier& barrier = named[size_t(id)];
   if (!barrier.arrived.empty() && barrier.threads != threads) {
     fail("threads come to named barrier " + std::to_string(id) + " with different numbers", site);
