@@ -111,7 +111,7 @@ void check_visible(uint32_t begin, size_t bytes, Site site, int thread) {
 }
 
 void load_box(void* target, const TensorMap& map, int x, int y, int z, uint64_t* bar, Site site) {
-  const uint32_t begin = shared_address(target);
+  const uint32_t begin = shared_address(target, site);
   const int bytes = map.box_rows * kBoxRow;
   check_range(begin, size_t(bytes), kSwizzle, site);
   begin_target(begin, size_t(bytes), site);
@@ -124,7 +124,7 @@ void load_box(void* target, const TensorMap& map, int x, int y, int z, uint64_t*
 }
 
 void bulk_copy(void* target, const void* source, int bytes, uint64_t* bar, Site site) {
-  const uint32_t begin = shared_address(target);
+  const uint32_t begin = shared_address(target, site);
   if (bytes <= 0 || bytes % 16 != 0) fail("a copy of no multiple of 16 bytes", site);
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) {
     fail("a copy from an address not aligned to 16 bytes", site);
