@@ -26,8 +26,7 @@ namespace convnn::cuda {
 constexpr int kSweepRows = 256;    // queries of a block
 constexpr int kTileColumns = 128;  // columns of a tile of keys
 constexpr int kSweepThreads = 3 * kWarpgroup;
-constexpr int kSweepWarps = 8;                         // that have queries
-constexpr uint32_t kHitStride = 4 * sizeof(uint64_t);  // bytes from a hit of a list to the next
+constexpr int kSweepWarps = 8;  // that have queries
 
 // Where column c lies within inv_k: a lane finds its four factors of 16 columns side by side.
 inline __host__ __device__ int64_t place_of(int64_t c) {
@@ -78,7 +77,7 @@ __device__ inline SweepItem sweep_item(const SweepParams& p, int item) {
 template <int kD>
 struct SweepShared {
   static constexpr int kStages = kD == 64 ? 4 : 3;
-  static constexpr int kSlots = kD == 64 ? 28 : 24;  // of a lane
+  static constexpr int kSlots = kD == 64 ? 28 : 22;  // of a lane
 
   alignas(1024) unsigned char keys[kStages][kD / 64][kTileColumns][128];
   float inv_k[kStages][kTileColumns];
@@ -87,10 +86,11 @@ struct SweepShared {
   // columns 8 i + 2 t and 8 i + 2 t + 1 of the tile; the tiles left in the split, itself included,
   // << 1; the half.
   uint32_t headers[kSweepWarps][kSlots][kWarp];
-  // Of each lane, by half and row: where its next hit goes, in bytes from all hits on.
+  // Of each lane, by half and row: where its next hit goes, in fours of hits from all on.
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row.
   alignas(16) float negative[kSweepWarps][kWarp][4];
+  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];
   float inv_q[kSweepRows];
   SweepItem items[kSweepWarps];  // of each warp
   uint64_t full[kStages], empty[kStages];
@@ -180,25 +180,51 @@ __device__ __forceinline__ uint32_t highest_bit(uint32_t x) {
 #endif
 }
 
-// Writes a over column `end` bytes behind `hits`, and moves the end on, unless a is below the bound
-// or the factor is the mark of a column that may not be a neighbor. Without a branch.
+// Clears the bits of x from `bit` on.
+__device__ __forceinline__ uint32_t bits_below(uint32_t x, uint32_t bit) {
+#ifdef __CUDACC__
+  uint32_t mask;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(mask) : "r"(bit));
+  return x & mask;
+#else
+  return x & ((1u << bit) - 1);
+#endif
+}
+// Takes the header before `header` if `word`, the one in use, has no bit of a slot left.
+__device__ __forceinline__ void next_header(uint32_t& header, uint32_t& word) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.lt.u32 p, %1, 0x10000;\n"
+      "@p ld.shared.b32 %1, [%0 + -128];\n@p sub.u32 %0, %0, 128;\n}\n"
+      : "+r"(header), "+r"(word)::"memory");
+#else
+  if (word >= 0x10000u) return;
+  header -= kHeaderBytes;
+  word = load_word(header);
+#endif
+}
+static_assert(kHeaderBytes == 128);
+
+// Writes a over the column to entry `end` of a list from `hits` on, and moves the end on, unless a
+// is below the bound or the factor is the mark of a column that may not be a neighbor. Without a
+// branch.
 __device__ __forceinline__ void put_hit(uint64_t* hits, uint32_t& end, float a, uint32_t column,
                                         float bound, float factor) {
 #ifdef __CUDACC__
   asm volatile(
       "{\n.reg .pred p;\n.reg .b64 t;\n"
       "setp.ne.u32 p, %5, 0x80000000;\nsetp.geu.and.f32 p, %1, %3, p;\n"
-      "mad.wide.u32 t, %0, 1, %4;\n"
+      "mad.wide.u32 t, %0, 32, %4;\n"
       "@p st.global.v2.b32 [t], {%2, %6};\n"
-      "@p add.u32 %0, %0, 32;\n}\n"
+      "@p add.u32 %0, %0, 1;\n}\n"
       : "+r"(end)
       : "f"(a), "r"(column), "f"(bound), "l"(hits), "r"(__float_as_uint(factor)),
         "r"(__float_as_uint(a))
       : "memory");
 #else
   if (a < bound || __float_as_uint(factor) == 0x80000000u) return;
-  hits[end / 8] = pack(__float_as_uint(a), column);
-  end += kHitStride;
+  hits[4 * int64_t(end++)] = pack(__float_as_uint(a), column);
 #endif
 }
 
@@ -235,9 +261,8 @@ class Sweep {
         load_queries<false>();
       }
       sample_tiles();
-      sweep_tiles<kTileColumns>(1, [&](float (&acc)[kTileColumns / 2], int left, int, int half) {
-        look(acc, left, half);
-      });
+      sweep_tiles<kTileColumns>(
+          1, [&](float (&acc)[kTileColumns / 2], int, int half) { look(acc, half); });
       drain(true);
       store_counts();
     }
@@ -254,11 +279,11 @@ class Sweep {
   __device__ __forceinline__ int64_t launch_row(int row) const {
     return (int64_t(item().split) * p_.blocks + item().block) * kSweepRows + row;
   }
-  // Where the list of this lane for row i begins, in bytes from all hits on.
+  // Where the list of this lane for row i begins, in fours of hits from all on.
   __device__ __forceinline__ uint32_t list_begin(int i) const {
-    return (uint32_t(launch_row(row(i))) * hits_per_list(p_.k) * 4 + lane() % 4) *
-           uint32_t(sizeof(uint64_t));
+    return uint32_t(launch_row(row(i))) * uint32_t(hits_per_list(p_.k));
   }
+  __device__ __forceinline__ uint64_t* hits() const { return p_.hits + lane() % 4; }
   __device__ __forceinline__ uint32_t (&ends() const)[4] { return shared_.ends[warp_][lane()]; }
   __device__ __forceinline__ float (&negative() const)[4] {
     return shared_.negative[warp_][lane()];
@@ -305,30 +330,30 @@ class Sweep {
     wgmma_commit();
   }
 
-  // Calls body(acc, left, part, half) for parts of kColumns columns of every step-th tile, with the
-  // tiles that are left. No
+  // Calls body(acc, part, half) for parts of kColumns columns of every step-th tile. No
   // accumulator is alive where the loop closes: the compiler would serialize the products.
   template <int kColumns, class Body>
   __device__ __forceinline__ void sweep_tiles(int step, const Body& body) {
-    int part = 0, left = item().tiles;
+    int part = 0;
+    left_ = item().tiles;
 #pragma unroll 1
-    while (left > 0) {
+    while (left_ > 0) {
       float acc_0[kColumns / 2], acc_1[kColumns / 2];
       if (part == 0) barrier_wait(&shared_.full[stage_.index], stage_.parity);
       multiply<kColumns>(acc_0, a_[0], part);
       multiply<kColumns>(acc_1, a_[1], part);
       wgmma_wait<1>();
       hold(acc_0);
-      body(acc_0, left, part, 0);
+      body(acc_0, part, 0);
       wgmma_wait<0>();
       hold(acc_1);
-      body(acc_1, left, part, 1);
+      body(acc_1, part, 1);
       if (++part == kTileColumns / kColumns) {
         __syncwarp();
         if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
         stage_.advance();
         part = 0;
-        left -= step;
+        left_ -= step;
       }
     }
   }
@@ -346,7 +371,7 @@ class Sweep {
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
     constexpr int kColumns = 64;
-    sweep_tiles<kColumns>(p_.step, [&](float (&acc)[kColumns / 2], int, int part, int half) {
+    sweep_tiles<kColumns>(p_.step, [&](float (&acc)[kColumns / 2], int part, int half) {
 #pragma unroll
       for (int n = 0; n < kColumns / 8; n += 2) {
         const float4 f = factors(part * (kColumns / 8) + n);
@@ -415,12 +440,12 @@ class Sweep {
   }
 
   // Puts the accumulators of hits into slots.
-  __device__ __forceinline__ void look(const float (&acc)[kTileColumns / 2], int left, int half) {
+  __device__ __forceinline__ void look(const float (&acc)[kTileColumns / 2], int half) {
     const float2 n = *reinterpret_cast<const float2*>(&negative()[2 * half]);
 #pragma unroll
     for (int first = 0; first < kTileColumns / 8; first += kReserve) {
       if (__any_sync(kAllLanes, slot_ > first_slot_ + (Shared::kSlots - kReserve) * kSlotBytes)) {
-        push_header(left, half);
+        push_header(half);
         drain(false);
       }
 #pragma unroll
@@ -435,12 +460,12 @@ class Sweep {
         append(slot_, mask_, 0x20000u << i, odd, x + 4);
       }
     }
-    push_header(left, half);
+    push_header(half);
   }
   // Describes the slots that were filled since the last header.
-  __device__ __forceinline__ void push_header(int left, int half) {
+  __device__ __forceinline__ void push_header(int half) {
     if (mask_) {
-      store_word(header_, mask_ | uint32_t(left) << 1 | uint32_t(half));
+      store_word(header_, mask_ | uint32_t(left_) << 1 | uint32_t(half));
       header_ += kHeaderBytes;
     }
     mask_ = 0;
@@ -456,7 +481,7 @@ class Sweep {
       const uint32_t length = end[i] - list_begin(i);
       longest = length > longest ? length : longest;
     }
-    return (hits_per_list(p_.k) - int(longest / kHitStride)) / 2;
+    return (hits_per_list(p_.k) - int(longest)) / 2;
   }
 
   // Moves slots to the lists: some, or all. Where a list is full, all; T rises only when no slot is
@@ -476,7 +501,13 @@ class Sweep {
       copy16(ends(), end);
       if (!crowded) break;
       __syncwarp();
-      make_room(before);
+      if constexpr (kD == 64) {
+        make_room(before);
+      } else {
+        park();
+        make_room(before);
+        unpark();
+      }
       move = waiting();
     } while (__any_sync(kAllLanes, move > 0));
   }
@@ -491,28 +522,26 @@ class Sweep {
     const char* inv_k =
         reinterpret_cast<const char*>(p_.inv_k + item().batch * p_.m_padded + end_column + 4 * t) -
         16 * 32;
+    uint64_t* all = hits();
     uint32_t word = 0;
 #pragma unroll 1
     while (slot_ != last) {
-      if (word < 0x10000u) {
-        header_ -= kHeaderBytes;
-        word = load_word(header_);
-      }
+      next_header(header_, word);
       slot_ -= kSlotBytes;
       const float4 x = load_slot(slot_);
       const uint32_t bit = highest_bit(word), eight = bit - (word & 0xFFFEu) * 8;
-      word ^= 1u << bit;
       const uint32_t column = column_0 + eight * 8;
       const int32_t place = int32_t(eight * 32 - (bit & 1) * 24);
       const float2 f = __ldg(reinterpret_cast<const float2*>(inv_k + place));
-      const bool second = word & 1;
+      const bool second = (word & 1) != 0;
+      word = bits_below(word, bit);
       uint32_t end_0 = second ? end[2] : end[0], end_1 = second ? end[3] : end[1];
       const float bound_0 = -(second ? negative[2] : negative[0]);
       const float bound_1 = -(second ? negative[3] : negative[1]);
-      put_hit(p_.hits, end_0, multiply_down(x.x, f.x), column, bound_0, f.x);
-      put_hit(p_.hits, end_1, multiply_down(x.z, f.x), column, bound_1, f.x);
-      put_hit(p_.hits, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
-      put_hit(p_.hits, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
+      put_hit(all, end_0, multiply_down(x.x, f.x), column, bound_0, f.x);
+      put_hit(all, end_1, multiply_down(x.z, f.x), column, bound_1, f.x);
+      put_hit(all, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
+      put_hit(all, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
       end[0] = second ? end[0] : end_0;
       end[1] = second ? end[1] : end_1;
       end[2] = second ? end_0 : end[2];
@@ -524,6 +553,24 @@ class Sweep {
     }
   }
 
+  // What a warp carries through a sweep would not fit into registers beside make_room().
+  __device__ __forceinline__ void park() {
+    const uint32_t kept[4] = {slot_, header_, uint32_t(left_),
+                              uint32_t(stage_.index * 2 + stage_.parity)};
+    copy16(shared_.parked[warp_][lane()], kept);
+  }
+  __device__ __forceinline__ void unpark() {
+    asm volatile("" ::: "memory");
+    uint32_t kept[4];
+    copy16(kept, shared_.parked[warp_][lane()]);
+    slot_ = kept[0];
+    header_ = kept[1];
+    left_ = int(kept[2]);
+    stage_.index = int(kept[3] / 2);
+    stage_.parity = int(kept[3] % 2);
+    mask_ = 0;
+    first_slot_ = shared_address(&shared_.slots[warp_][0][lane()][0]);
+  }
   // Where a list is full, the k nearest of the row stay, and T rises. T was -before when no slot
   // waited.
   __device__ __forceinline__ void make_room(const float (&before)[4]) {
@@ -532,7 +579,7 @@ class Sweep {
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const uint32_t begin = list_begin(i);
-      const int count = int((ends()[i] - begin) / kHitStride);
+      const int count = int(ends()[i] - begin);
       // Nothing that counts enters a closed row: one that does not exist, or has k NaN, which are
       // the first in its lists since the slots that waited then have been moved and cut, too.
       const float first = i % 2 ? before[1] : before[0], second = i % 2 ? before[3] : before[2];
@@ -540,20 +587,20 @@ class Sweep {
       const bool closing = !closed && negative()[i] == kClosed;
       const unsigned full = __ballot_sync(kAllLanes, closing || count > most - 2);
       const bool cut = (full >> (lane() & 28) & 15) && !closed;
-      if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k) * kHitStride;
+      if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k);
       if (!__any_sync(kAllLanes, cut)) continue;
-      HitList list = {p_.hits + begin / sizeof(uint64_t), count, shared_.inv_q[row(i)]};
+      HitList list = {hits() + 4 * int64_t(begin), count, shared_.inv_q[row(i)]};
       const float bound = keep_nearest(list, p_.k, !cut);
       if (!cut) continue;
       negative()[i] = 0 - bound;
-      ends()[i] = begin + uint32_t(list.count) * kHitStride;
+      ends()[i] = begin + uint32_t(list.count);
     }
   }
 
   __device__ __forceinline__ void store_counts() const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t count = (ends()[i] - list_begin(i)) / kHitStride;
+      const uint32_t count = ends()[i] - list_begin(i);
       p_.counts[launch_row(row(i)) * 4 + lane() % 4] = uint8_t(count);
     }
   }
@@ -562,10 +609,10 @@ class Sweep {
   const SweepParams& p_;
   const int warp_;  // of those that have queries
   Stage<kD> stage_;
+  int left_;                  // tiles of the split, with the one that is looked at
   uint32_t a_[2][kSteps][4];  // queries of each half
   // Addresses in shared memory of the first and the next slot and the next header of this lane.
-  const uint32_t first_slot_;
-  uint32_t slot_, header_;
+  uint32_t first_slot_, slot_, header_;
   uint32_t mask_ = 0;  // of the slots filled since the last header
 };
 

@@ -21,12 +21,14 @@ using namespace convnn::cuda;
 // What is special about the elements.
 enum class Kind {
   random,
-  equal_keys,  // all the same
-  few_keys,    // 40 different ones
-  rising,      // every key nearer to every query than the one before
+  equal_keys,
+  few_keys,            // 40 different ones
+  few_directions,      // 37, of different lengths: similarities equal, or nearly, at different a
+  rising,              // every key nearer to every query than the one before
+  rising_in_one_lane,  // every eighth; the others are far
   nan_key,
-  nan_keys,     // all of them
-  zero_keys,    // every other one
+  nan_keys,
+  zero_keys,    // every other one; the others are at right angles or behind
   odd_queries,  // rows of zeros, NaN, infinity, and below epsilon
   infinite_key,
   huge,  // and tiny rows: products of the elements overflow, or vanish
@@ -70,6 +72,9 @@ const Case kCases[] = {
     {"equal_keys_many", Kind::equal_keys, true, 1, 256, 1500, 64, 64, true, 1, 2, 1},
     {"few_keys", Kind::few_keys, false, 1, 256, 1300, 64, 16, true, 1, 2, 1},
     {"few_keys_dot", Kind::few_keys, true, 1, 256, 700, 64, 64, false, 1, 2, 1},
+    {"few_directions", Kind::few_directions, false, 1, 256, 1300, 64, 9, true, 1, 2, 1},
+    {"few_directions_half", Kind::few_directions, true, 1, 256, 1300, 40, 16, true, 1, 2, 1},
+    {"rising_in_one_lane", Kind::rising_in_one_lane, true, 1, 256, 1800, 64, 16, true, 1, 2, 1},
     {"rising", Kind::rising, false, 1, 256, 1400, 64, 9, true, 1, 4, 1},
     {"rising_many", Kind::rising, true, 1, 256, 2000, 64, 40, true, 1, 8, 1},
     {"nan_key", Kind::nan_key, false, 1, 256, 520, 64, 5, true, 1, 2, 1},
@@ -119,8 +124,16 @@ Bits elements(const Case& c, int64_t rows, bool keys, Random& random) {
       if (c.kind == Kind::few_keys && keys && row >= 40) {
         value = number(x[size_t(row % 40 * c.d + i)], c.is_half);
       }
-      if (c.kind == Kind::rising)
+      const bool in_one_lane = c.kind == Kind::rising_in_one_lane;
+      if (c.kind == Kind::rising || in_one_lane) {
         value = i == 0 ? 1 : keys && i == 1 ? 4 - 4 * float(row) / float(rows) : 0;
+        if (in_one_lane && keys && i == 0 && row % 8) value = -1;
+      }
+      if (c.kind == Kind::few_directions) {
+        const int64_t of = keys ? row % 37 : row + 500;
+        value =
+            float((of * 131 + i * 37 + of * i * 7) % 5 - 2) * (keys ? float(row / 37 % 7 + 1) : 1);
+      }
       if (keys && c.kind == Kind::nan_key && row == 77 && i == 3) value = kNan<float>;
       if (keys && c.kind == Kind::nan_keys) value = kNan<float>;
       if (keys && c.kind == Kind::zero_keys && row % 2) value = 0;
@@ -294,7 +307,7 @@ int check(const Case& c, const Problem& p, const SweepParams& params, const floa
 
 template <class T, int kD>
 int run(const Case& c) {
-  const Problem p = make(c);
+  Problem p = make(c);
   std::vector<float> inv_q(size_t(c.batch * c.n), -7);
   SweepParams params = {};
   params.query = p.query.data();
@@ -319,8 +332,14 @@ int run(const Case& c) {
   NoMemory context;
   const TensorMap map =
       map_rows(reinterpret_cast<const T*>(p.key.data()), c.batch, p.m_padded, kD, kTileColumns);
+  // As if the kernel before it wrote the keys, and the one after the sweep before read the hits.
+  execution::written_by_kernels(p.key.data(), p.key.size() * sizeof(p.key[0]));
+  execution::written_by_kernels(p.inv_k.data(), p.inv_k.size() * sizeof(p.inv_k[0]));
+  execution::written_by_kernels(hits.data(), hits.size() * sizeof(hits[0]));
+  execution::written_by_kernels(counts.data(), counts.size() * sizeof(counts[0]));
   launch_hopper("hopper_sweep", hopper_sweep_kernel<T, kD>, c.grid, kSweepThreads,
-                sizeof(SweepShared<kD>), false, context, map, params);
+                sizeof(SweepShared<kD>), true, context, map, params);
+  execution::forget_memory();
   return check(c, p, params, inv_q.data());
 }
 
