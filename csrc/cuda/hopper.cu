@@ -185,6 +185,7 @@ HopperChoices choose(const SelectParams& p, HopperChoices given) {
   HopperChoices c = given;
   if (c.multiprocessors == 0) c.multiprocessors = multiprocessors_of_device();
   const int64_t tiles = tiles_of(p), items = blocks_of(p);
+  c.splits = int(std::min<int64_t>(c.splits, tiles));
   const int most_step = p.k <= 16 ? 4 : 3;
   if (c.splits == 0) {
     const int64_t fewest = ceil_div(tiles, kMostTiles), most = std::max(fewest, tiles / 8);
