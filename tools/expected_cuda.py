@@ -90,8 +90,8 @@ def _share_that_hits(n: Numbers) -> float:
 _SWEEP = Expected(
     {
         "for (int i = blockIdx.x": lambda n: n.items / n.blocks,
-        "while (left > 0) @ sweep_tiles<kColumns>": lambda n: 2 * _sampled(n),
-        "while (left > 0) @ sweep_tiles<kTileColumns>": _tiles,
+        "while (left_ > 0) @ sweep_tiles<kColumns>": lambda n: 2 * _sampled(n),
+        "while (left_ > 0) @ sweep_tiles<kTileColumns>": _tiles,
         "for (int step = 0; step < kBisections": lambda n: _rules(n).halvings,
         "} while (__any_sync(kAllLanes, move > 0)) @ drain(true)": lambda n: _hits(n).last_passes,
         "} while (__any_sync(kAllLanes, move > 0))": lambda n: _hits(n).passes,

@@ -10,7 +10,7 @@ memory. What a product reads of shared memory counts once for each warpgroup.
 import collections
 import linecache
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -98,11 +98,15 @@ def lines(program: sass.Program, walk: sass.Walk, most: int = 40) -> Iterable[st
 _WRAPPERS = {"device.cuh", "hopper.cuh", "wgmma.cuh"}
 
 
-def counts(operator: str, explain: bool = False, **numbers: int | str) -> list[Counted]:
-    """Of all launches of a call."""
-    found, before = [], dict[str, Any]()
+def launches(operator: str, **numbers: int | str) -> Iterator[tuple[cuda_code.Launch, Any]]:
+    """What is launched for a call, with the numbers of each launch."""
+    before = dict[str, Any]()
     for launch in cuda_code.launches(operator, **numbers):
         n = numbers_of(launch, before.copy())
-        found.append(count(launch, n, explain))
+        yield launch, n
         before[launch.kernel] = n
-    return found
+
+
+def counts(operator: str, explain: bool = False, **numbers: int | str) -> list[Counted]:
+    """Of all launches of a call."""
+    return [count(launch, n, explain) for launch, n in launches(operator, **numbers)]
