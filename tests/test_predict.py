@@ -458,6 +458,69 @@ def test_copies_of_a_loop_that_may_each_end_it() -> None:
     assert found == {"R1": 1, "R2": 3, "R3": 3, "R4": 3, "R5": 1}
 
 
+WANTED_UNROLLED = """
+    1: MOV R1
+    4: @P0 BRA .L_x_1
+    2: LDS R7
+    2: MOV R8
+    .L_x_1:
+    1: @P1 BRA .L_x_2
+    .L_x_0:
+    2: LDS R2
+    3: LDS R3
+    3: LDS R3
+    2: LDS R4
+    3: LDS R3
+    3: LDS R3
+    1: @P2 BRA .L_x_0
+    .L_x_2:
+    5: @P3 BRA .L_x_9
+    2: LDS R5
+    3: LDS R5
+    .L_x_9:
+    4: MOV R6
+    4: EXIT
+"""
+
+
+@pytest.mark.parametrize(("wanted", "copies"), [([4, 2], 2), ([3], 1), ([], 1)])
+def test_a_loop_that_the_source_wants_unrolled(wanted: list[int], copies: int) -> None:
+    """In so many copies that each line has the same accesses in all; those before and behind it are
+    for what is left of its trips."""
+    program = code(WANTED_UNROLLED)
+    unrolled = {1: wanted}
+    found = sass.Walk(
+        program,
+        lambda line: SOURCE[line[1]],
+        {"for i in": 7},
+        {},
+        lambda line: unrolled.get(line[1], []),
+    )
+    times = dict(zip(["R1", "R7", "for", "R2", "if", "R5", "R6"], found.executed, strict=False))
+    assert times["R2"] == 7 / copies
+    assert times["R7"] == times["R5"] == (copies == 1)
+    assert times["R1"] == times["R6"] == 1
+
+
+def test_a_loop_for_the_rest_that_comes_first() -> None:
+    """Only where functions are known to be inlined; then it is not executed."""
+    text = """
+        1<4: MOV R1
+        .L_x_0:
+        2<4: LDG R2
+        1<4: @P0 BRA .L_x_0
+        .L_x_1:
+        2<4: LDG R3
+        2<4: LDG R4
+        2<4: LDG R4
+        2<4: LDG R4
+        1<4: @P1 BRA .L_x_1
+        4: EXIT
+    """
+    found = walk_inlined(text, {"for i in": 6})
+    assert found == {"R1": 1, "R2": 0, "R3": 1.5, "R4": 1.5}
+
+
 DIVISION = """
     6: MOV R1
     6: @P0 BRA .L_x_0

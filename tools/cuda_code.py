@@ -121,7 +121,7 @@ def arguments_of(instance: str) -> list[str]:
     """Those of a template, without the namespace."""
     inside = instance.partition("<")[2].removesuffix(">")
     found = [each.strip() for each in inside.split(",")] if inside else []
-    return [re.sub(r"\(\w+\)|convnn::(cuda::)?", "", each) for each in found]
+    return [re.sub(r"\([\w:]+\)|convnn::(cuda::)?", "", each) for each in found]
 
 
 def header_of(kernel: str) -> Path:
