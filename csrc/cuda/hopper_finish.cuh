@@ -33,9 +33,9 @@ struct FinishWork {
   int first_block, blocks, blocks_each;
   int n, k;
   int splits;
-  const uint64_t* hits;   // [splits][rows of the launch][hits_per_list(k)][4] bits of
-                          // rd(acc * inv_k) << 32 | column
-  const uint8_t* counts;  // [splits][rows of the launch][4] hits in each list
+  const uint64_t* hits;        // [splits][rows of the launch][hits_per_list(k)][4] bits of
+                               // rd(acc * inv_k) << 32 | column
+  const uint8_t* counts;       // [splits][rows of the launch][4] hits in each list
   const float* inverse_query;  // [batch, n]
   const int64_t* rows;         // [columns] row of key of each column, ascending; null: the column
   bool by_index;
@@ -256,8 +256,8 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
   // This lane has `own` keys; afterwards, as many that reach the bound.
   template <int kSlots>
   __device__ uint64_t bound_of(const uint64_t (&keys)[kSlots], int count, int& own) {
-    bool searching = count > kKept;
-    if (!__any_sync(kAllLanes, searching)) return 1;
+    const bool too_many = count > kKept;
+    if (!__any_sync(kAllLanes, too_many)) return 1;
     uint32_t low = ~0u, high = 0;
 #pragma unroll
     for (int e = 0; e < kSlots; ++e) {
@@ -269,44 +269,44 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       high = larger(high, __shfl_xor_sync(kAllLanes, high, span));
       low = smaller(low, __shfl_xor_sync(kAllLanes, low, span));
     }
-    // Too many keys have the order `low` or more, and fewer than k one above `high`.
-    uint32_t bound = 0;
-    bool narrow = searching;
-    while (__any_sync(kAllLanes, narrow)) {
+    // Too many keys have the order `low` or more, and fewer than k one above `high`; the search
+    // ends where both meet.
+    low = too_many ? low : 0;
+    high = too_many ? high : 0;
+    int reaching;
+#pragma unroll 1
+    do {
       const uint32_t middle = low + (high - low) / 2;
-      int of_lane = 0;
+      reaching = 0;
 #pragma unroll
-      for (int e = 0; e < kSlots; ++e) count_reaching(of_lane, high_of(keys[e]), middle);
-      const int reach = group_sum<kLanes>(of_lane);
-      bound = narrow ? middle : bound;
-      own = narrow ? of_lane : own;
-      low = reach > kKept ? middle : low;
-      high = reach < w_.k ? middle : high;
-      searching = searching && !(narrow && reach <= kKept && reach >= w_.k);
-      narrow = searching && high - low > 1;
-    }
-    uint64_t result = pack(bound, bound ? 0u : 1u);
-    if (__any_sync(kAllLanes, searching)) {
-      result = bound_of_ties(keys, pack(low, 0u), pack(high, ~0u), searching, result, own);
-    }
-    return result;
+      for (int e = 0; e < kSlots; ++e) count_reaching(reaching, high_of(keys[e]), middle);
+      const int reach = group_sum<kLanes>(reaching);
+      low = reach < w_.k && too_many ? low : middle;
+      high = reach > kKept ? high : middle;
+    } while (__any_sync(kAllLanes, high - low > 1));
+    own = too_many ? reaching : own;
+    uint64_t bound = pack(low, too_many ? 0u : 1u);
+    if (__any_sync(kAllLanes, low != high))
+      bound = bound_of_ties(keys, bound, high, low != high, own);
+    return bound;
   }
 
-  // The same where many keys have one similarity. Too many reach `low`, and above `high` there are
-  // fewer than k.
+  // The bound, if `searching` for one between `bound`, which too many keys reach, and the order
+  // `most`, above which there are fewer than k: many keys have one similarity.
   template <int kSlots>
-  __device__ uint64_t bound_of_ties(const uint64_t (&keys)[kSlots], uint64_t low, uint64_t high,
-                                    bool searching, uint64_t bound, int& own) {
+  __device__ uint64_t bound_of_ties(const uint64_t (&keys)[kSlots], uint64_t bound, uint32_t most,
+                                    bool searching, int& own) {
+    uint64_t low = bound, high = pack(most, ~0u);
     // Halves end after 64 steps, so a damaged list does not hang.
 #pragma unroll 1
     for (int step = 0; step < 64 && __any_sync(kAllLanes, searching); ++step) {
       const uint64_t middle = low + (high - low) / 2;
-      int of_lane = 0;
+      int reaching = 0;
 #pragma unroll
-      for (int e = 0; e < kSlots; ++e) count_reaching(of_lane, keys[e], middle);
-      const int reach = group_sum<kLanes>(of_lane);
+      for (int e = 0; e < kSlots; ++e) count_reaching(reaching, keys[e], middle);
+      const int reach = group_sum<kLanes>(reaching);
       bound = searching ? middle : bound;
-      own = searching ? of_lane : own;
+      own = searching ? reaching : own;
       low = reach > kKept ? middle : low;
       high = reach < w_.k ? middle : high;
       searching = searching && (reach > kKept || reach < w_.k);
@@ -315,8 +315,8 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     return searching ? ~uint64_t(0) : bound;
   }
 
-  // Moves the keys that reach the bound, `own` of this lane, to kept_, with a 0 behind an odd number
-  // of them, and returns how many there are.
+  // Moves the keys that reach the bound, `own` of this lane, to kept_, with a 0 behind an odd
+  // number of them, and returns how many there are.
   template <int kSlots>
   __device__ int keep(const uint64_t (&keys)[kSlots], uint64_t bound, int own) {
     int before = own;
@@ -362,8 +362,9 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     __syncwarp();
   }
 
-  // Stores similarities and indices, and replaces places_ by (rho, row of V), from `first_value` on. Returns the number
-  // of places up to the last one that contributes; there are `gaps` if others lie between.
+  // Stores similarities and indices, and replaces places_ by (rho, row of V), from `first_value`
+  // on. Returns the number of places up to the last one that contributes; there are `gaps` if
+  // others lie between.
   __device__ int modulate(int found, bool exists, int at, uint32_t first_value, bool& gaps) {
     float rho[kPlaces];
     uint32_t rows[kPlaces];
@@ -402,7 +403,8 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
 #pragma unroll
     for (int e = 0; e < kPlaces; ++e) {
       if (lane_ + e * kLanes < found) {
-        places[e * kLanes] = pack(__float_as_uint(rho[e]), there[e] ? first_value + rows[e] : kNone);
+        places[e * kLanes] =
+            pack(__float_as_uint(rho[e]), there[e] ? first_value + rows[e] : kNone);
       }
     }
     if (!__any_sync(kAllLanes, some_infinite)) return found;
@@ -453,17 +455,18 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       const T* value = w_.value + c;
       float y[8] = {};
       if (columns > 0) {
-#pragma unroll(kFast ? 3 : 1)
-        for (int j = lane_ / 8; j < count; j += kLanes / 8) {
-          const uint64_t place = places_[j];
-          if (!kFast && low_of(place) == kNone) continue;
-          const float rho = __uint_as_float(high_of(place));
-          float v[8], f[8];
-          load_columns<kFast>(row_of(value, low_of(place)), columns, v);
-          load_weight<kFast>(j, c, columns, f);
+        constexpr int kStep = kLanes / 8;
+        int j = lane_ / 8;
+        if constexpr (kFast) {
+          // Three at a time, so that their loads overlap.
+#pragma unroll 1
+          for (; j + 2 * kStep < count; j += 3 * kStep) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) y[i] = fmaf(rho * v[i], f[i], y[i]);
+            for (int i = 0; i < 3; ++i) add_place<kFast>(value, j + i * kStep, c, columns, y);
+          }
         }
+#pragma unroll 1
+        for (; j < count; j += kStep) add_place<kFast>(value, j, c, columns, y);
       }
 #pragma unroll
       for (int span = 8; span < kLanes; span *= 2) {
@@ -474,6 +477,20 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
         store<kFast>(w_.output + int64_t(at) * w_.c + c, c, columns, y);
       }
     }
+  }
+
+  // Adds what a place contributes to columns c to c + 7. value [.., c], from that column on
+  template <bool kFast>
+  __device__ __forceinline__ void add_place(const T* value, int j, int c, int columns,
+                                            float (&y)[8]) const {
+    const uint64_t place = places_[j];
+    if (!kFast && low_of(place) == kNone) return;
+    const float rho = __uint_as_float(high_of(place));
+    float v[8], f[8];
+    load_columns<kFast>(row_of(value, low_of(place)), columns, v);
+    load_weight<kFast>(j, c, columns, f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) y[i] = fmaf(rho * v[i], f[i], y[i]);
   }
 
   // The same column, `row` rows further on. In bytes, because that is one instruction.
@@ -561,7 +578,8 @@ __device__ inline void stage_weight(const FinishWork<T>& w, float* weight) {
 }
 
 template <class T, int kMostNeighbors, bool kSplits>
-__global__ __launch_bounds__(kThreads, kFinishBlocks) void hopper_finish_kernel(const FinishWork<T> w) {
+__global__ __launch_bounds__(kThreads,
+                             kFinishBlocks) void hopper_finish_kernel(const FinishWork<T> w) {
   using Shape = FinishShape<kMostNeighbors, kSplits>;
   uint64_t* keys = reinterpret_cast<uint64_t*>(shared_memory());
   float* weight = reinterpret_cast<float*>(shared_memory() + Shape::kBytes);
