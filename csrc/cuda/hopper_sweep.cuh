@@ -33,9 +33,15 @@ inline __host__ __device__ int64_t place_of(int64_t c) {
   return (c & ~int64_t(15)) + c % 8 / 2 * 4 + c / 8 % 2 * 2 + c % 2;
 }
 
-// Room for the hits of one row in one of its four lists. A list keeps at most k of them when it
-// has been full, so there is room for at least 8 more.
-inline __host__ __device__ constexpr int hits_per_list(int64_t k) { return k <= 16 ? 24 : k <= 32 ? 48 : 96; }
+// Room for the hits of one row in one of its four lists. Of a sample of a quarter of the tiles
+// about 1.1 k are expected in each (k <= 32; for k = 64, of a sample of all of them), so that a
+// list is seldom full. Then at most k stay in it, and there is room for at least 14 more.
+inline __host__ __device__ constexpr int hits_per_list(int64_t k) {
+  return k <= 10 ? 24 : k <= 16 ? 40 : k <= 32 ? 64 : 128;
+}
+
+// The largest step between sampled tiles for which the lists are seldom full.
+inline int most_sample_step(int64_t k) { return k <= 16 ? 4 : k <= 32 ? 3 : k <= 48 ? 2 : 1; }
 
 // A launch takes `blocks` blocks of 256 queries; block b of all, counted from first_block, has the
 // batch element b / ceil(n / 256) and its rows from b % ceil(n / 256) * 256 on. Row r of the launch
@@ -235,7 +241,7 @@ class Sweep {
   using Shared = SweepShared<kD>;
   static constexpr int kSteps = kD / 16;
   static constexpr int kGroups = 16;  // maxima of a lane for each row
-  static constexpr int kBisections = 9;
+  static constexpr int kFewNeighbors = 12, kBisections = 9;
   // Columns between two looks at how many slots are left, and the slots they may fill.
   static constexpr int kChecked = 64, kReserve = kChecked / 8;
   // Slots of a lane that are moved to the lists when one has few left. More keep lanes waiting for
@@ -383,8 +389,8 @@ class Sweep {
         }
       }
     });
-    if (p_.k <= kGroups) {
-      // A quarter of the groups suffices, and costs less.
+    if (p_.k <= kFewNeighbors) {
+      // Half of the groups leave a few hits more, and cost less.
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         most[0][i] = fmaxf(most[0][i], most[0][i + kGroups]);

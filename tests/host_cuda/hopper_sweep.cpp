@@ -47,12 +47,17 @@ struct Case {
   int k;
   bool cosine;
   int splits, step, grid;
+  // Blocks of one launch, or 0: all; and whether the queries begin at an odd element.
+  int blocks = 0;
+  bool unaligned = false;
 };
 
 constexpr Kind kRandom = Kind::random;
 const Case kCases[] = {
     {"tail", kRandom, false, 1, 520, 700, 64, 9, true, 1, 2, 1},
     {"batch", kRandom, false, 2, 300, 1024, 64, 9, true, 1, 4, 2},
+    {"launches", kRandom, false, 2, 300, 700, 64, 9, true, 1, 2, 1, 1},
+    {"unaligned", kRandom, true, 1, 256, 500, 64, 9, true, 1, 2, 1, 0, true},
     {"half", kRandom, true, 1, 256, 1100, 64, 9, true, 1, 3, 1},
     {"dot", kRandom, false, 1, 300, 700, 64, 9, false, 1, 2, 2},
     {"dot_half", kRandom, true, 1, 256, 700, 128, 9, false, 1, 2, 1},
@@ -305,15 +310,12 @@ int check(const Case& c, const Problem& p, const SweepParams& params, const floa
   return int(bad) + many;
 }
 
-template <class T, int kD>
-int run(const Case& c) {
-  Problem p = make(c);
-  std::vector<float> inv_q(size_t(c.batch * c.n), -7);
+// The parameters, but for the results, which have room for all launches.
+SweepParams parameters(const Case& c, const Problem& p, const Bits& query) {
   SweepParams params = {};
-  params.query = p.query.data();
+  params.query = query.data() + c.unaligned;
   params.inv_k = p.inv_k.data();
   params.inv_k_sample = p.inv_k_sample.data();
-  params.inv_q = inv_q.data();
   params.n = c.n;
   params.d = c.d;
   params.m_padded = p.m_padded;
@@ -323,23 +325,48 @@ int run(const Case& c) {
   params.step = c.step;
   params.k = c.k;
   params.cosine = c.cosine;
-  params.pairs = c.d % 2 == 0;
+  params.pairs = c.d % 2 == 0 && !c.unaligned;
+  return params;
+}
+
+// As if the kernel before wrote it, or read it.
+template <class T>
+void depend_on(std::vector<T>& memory) {
+  execution::written_by_kernels(memory.data(), memory.size() * sizeof(T));
+}
+
+template <class T, int kD>
+int run(const Case& c) {
+  Problem p = make(c);
+  Bits query(p.query);
+  query.insert(query.begin(), size_t(c.unaligned), 0);
+  SweepParams params = parameters(c, p, query);
   const size_t rows = size_t(c.splits) * size_t(params.blocks) * kSweepRows;
+  std::vector<float> inv_q(size_t(c.batch * c.n), -7);
   std::vector<uint64_t> hits(rows * 4 * size_t(hits_per_list(c.k)), ~uint64_t(0));
   std::vector<uint8_t> counts(rows * 4, 255);
-  params.hits = hits.data();
-  params.counts = counts.data();
+  params.inv_q = inv_q.data();
   NoMemory context;
   const TensorMap map =
       map_rows(reinterpret_cast<const T*>(p.key.data()), c.batch, p.m_padded, kD, kTileColumns);
-  // As if the kernel before it wrote the keys, and the one after the sweep before read the hits.
-  execution::written_by_kernels(p.key.data(), p.key.size() * sizeof(p.key[0]));
-  execution::written_by_kernels(p.inv_k.data(), p.inv_k.size() * sizeof(p.inv_k[0]));
-  execution::written_by_kernels(hits.data(), hits.size() * sizeof(hits[0]));
-  execution::written_by_kernels(counts.data(), counts.size() * sizeof(counts[0]));
-  launch_hopper("hopper_sweep", hopper_sweep_kernel<T, kD>, c.grid, kSweepThreads,
-                sizeof(SweepShared<kD>), true, context, map, params);
+  depend_on(p.key);
+  depend_on(p.inv_k);
+  depend_on(p.inv_k_sample);
+  depend_on(hits);
+  depend_on(counts);
+  const int all = params.blocks, each = c.blocks ? c.blocks : all;
+  for (int first = 0; first < all; first += each) {
+    params.first_block = first;
+    params.blocks = each;
+    params.counts = &counts[size_t(first) * kSweepRows * 4];
+    params.hits = &hits[size_t(first) * kSweepRows * 4 * size_t(hits_per_list(c.k))];
+    launch_hopper("hopper_sweep", hopper_sweep_kernel<T, kD>, c.grid, kSweepThreads,
+                  sizeof(SweepShared<kD>), true, context, map, params);
+  }
   execution::forget_memory();
+  params.blocks = all;
+  params.hits = hits.data();
+  params.counts = counts.data();
   return check(c, p, params, inv_q.data());
 }
 
