@@ -58,7 +58,7 @@ int64_t blocks_at_once(const SelectParams& p, const HopperChoices& choices, int6
 // The keys as the sweep reads them.
 template <class T>
 struct Keys {
-  const T* rows;    // [batch, count, width]
+  const T* rows;  // [batch, count, width]
   int64_t count, width;
   const float *inverse, *inverse_sample;  // [batch, m_padded]
   const int64_t* columns;                 // [columns] rows of key, ascending, or null: all of them
@@ -153,8 +153,8 @@ bool finish_aggregates(const SelectParams& p, const AggregateParams& a) {
   return a.convolution != Convolution::dense && a.dtype == p.dtype &&
          a.similarity_dtype == DType::float32 && a.similarities == p.similarities &&
          a.indices == p.indices && is_dense(a.value, a.m, a.c) &&
-         a.batch * a.m < std::numeric_limits<uint32_t>::max() &&
-         a.c < (1 << 24) && std::fabs(a.scale) < 1e30;
+         a.batch * a.m < std::numeric_limits<uint32_t>::max() && a.c < (1 << 24) &&
+         std::fabs(a.scale) < 1e30;
 }
 
 }  // namespace

@@ -2,10 +2,10 @@
 // The keys K as the sweep on Hopper reads them, and the factors 1 / ||k_j|| of the cosine (section
 // 4.1).
 //
-// A column of S is a row of key, or a candidate in ascending order. Rows are copied to rows of 64 or
-// 128 elements, zeros beyond d, for whole tiles of 128 columns. For the cosine, rows of bfloat16 are
-// scaled near 1 by a power of two, which is exact, so that no product and no square of a finite row
-// overflows; the range of float16 is too small to need it. Where rows can be read as they are,
+// A column of S is a row of key, or a candidate in ascending order. Rows are copied to rows of 64
+// or 128 elements, zeros beyond d, for whole tiles of 128 columns. For the cosine, rows of bfloat16
+// are scaled near 1 by a power of two, which is exact, so that no product and no square of a finite
+// row overflows; the range of float16 is too small to need it. Where rows can be read as they are,
 // nothing is copied.
 //
 // A block prepares a tile, 8 lanes one row. Nothing is kept on chip but the row, in registers.
