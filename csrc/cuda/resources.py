@@ -5,7 +5,9 @@
 
 Prints a table, or writes the initializer that csrc/introspect.cpp includes and the same as JSON.
 With ``--most-stack``, it is an error if a kernel uses more stack, which holds spilled registers, or
-any within a loop. The numbers come from ``cuobjdump`` of the CUDA toolkit or of Triton; the
+any within a loop. Always errors are, for kernels whose name begins with "hopper", stack within a
+loop, and registers that warpgroups claim of each other and that a block does not have: it would
+wait for them forever. The numbers come from ``cuobjdump`` of the CUDA toolkit or of Triton; the
 environment variable CUOBJDUMP may give its path.
 """
 
@@ -127,6 +129,66 @@ def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
     return result
 
 
+def hopper_faults(library: Path, tool: str) -> list[str]:
+    """What is wrong with the kernels of sm_90a whose name begins with "hopper"."""
+    dump = [tool, "--gpu-architecture", "sm_90a", str(library)]
+    usage = _output(*dump, "--dump-resource-usage")
+    registers = {name: int(n) for name, n in re.findall(r"Function (\w+):\s+REG:(\d+)", usage)}
+    registers = {name: n for name, n in registers.items() if re.search(r"\d+hopper_", name)}
+    if not registers:
+        return []
+    dump += ["--function", ",".join(registers)]
+    sass, elf = _output(*dump, "--dump-sass"), _output(*dump, "--dump-elf")
+    threads = threads_of_blocks(elf)
+    faults = [
+        f"{readable([name])[0]}: {count} accesses of the stack within a loop"
+        for name, count in stack_in_loops(sass).items()
+        if count
+    ]
+    for part in re.split(r"Function : ", sass)[1:]:
+        name = part.split()[0]
+        if fault := pool_fault(part, registers[name], threads[name]):
+            faults.append(f"{readable([name])[0]}: {fault}")
+    return faults
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def threads_of_blocks(elf: str) -> dict[str, int]:
+    """The threads of a block of each kernel, by __launch_bounds__."""
+    found = {}
+    for part in re.split(r"^\.nv\.info\.", elf, flags=re.MULTILINE)[1:]:
+        if match := re.search(
+            r"EIATTR_MAX_THREADS\s.*?Value:((?:\s+0x[0-9a-f]+)+)", part, re.DOTALL
+        ):
+            sizes = [int(size, 16) for size in match[1].split()]
+            found[part.split()[0]] = sizes[0] * sizes[1] * sizes[2]
+    return found
+
+
+def pool_fault(sass: str, registers: int, threads: int) -> str:
+    """What is wrong with the registers that warpgroups of a kernel release and claim.
+
+    A block has `registers` for each of its threads. One warpgroup keeps the fewest that
+    setmaxnreg.dec leaves, and each other one may claim what setmaxnreg.inc names.
+    """
+    changes = re.findall(r"USETMAXREG\.(TRY_ALLOC|DEALLOC)\.CTAPOOL.*?0x([0-9a-f]+)", sass)
+    claims = [int(n, 16) for change, n in changes if change == "TRY_ALLOC"]
+    if not claims:
+        return ""
+    groups = threads // 128
+    kept = min((int(n, 16) for change, n in changes if change == "DEALLOC"), default=registers)
+    wanted, all_of_them = (groups - 1) * max(claims) + kept, groups * registers
+    if wanted <= all_of_them <= REGISTERS // 128:
+        return ""
+    return (
+        f"{groups} warpgroups have {all_of_them} registers for each thread of one, and want "
+        f"{groups - 1} x {max(claims)} + {kept} = {wanted}"
+    )
+
+
 _UNCONDITIONAL = ("BRA", "JMP", "BRX", "BRXU", "JMX", "JMXU", "RET", "EXIT")
 
 
@@ -200,6 +262,9 @@ def main() -> None:
         arguments.header.write_text("\n".join(lines) + "\n")
         if arguments.json:
             arguments.json.write_text(json.dumps(kernels, indent=1, sort_keys=True) + "\n")
+    if tool and (faults := hopper_faults(arguments.library, tool)):
+        sys.exit("\n".join(["convnn_kernels: kernels that would be slow or hang:", *faults]))
+    if arguments.header:
         return
     for name, numbers in sorted(kernels.items()):
         print(f"{name:<60}" + "  ".join(f"{key} {n}" for key, n in numbers.items()))

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT
+// The way in to the Hopper kernels (csrc/cuda/way_in.h) for CPU tensors, over kernels that do no
+// more than tell that they ran: an output is full of 7 by those for Hopper, and of 5 by the
+// portable ones. It stands in for libconvnn_cuda.so in tests/test_cuda_way_in.py and
+// tools/host_time.py.
+#include "../../csrc/cuda/way_in.h"
+
+namespace convnn::cuda {
+
+const char* hopper_refuses(const SelectParams& select, const AggregateParams*) {
+  if (select.dtype != DType::float16 && select.dtype != DType::bfloat16) return "not of 16 bits";
+  return select.self_indices ? "it excludes the token itself" : nullptr;
+}
+
+// As many allocations as the kernels' workspace takes.
+void hopper_forward(const SelectParams& select, const AggregateParams*, Context& context) {
+  context.allocate(size_t(select.batch * select.m * select.d * 2));
+}
+
+}  // namespace convnn::cuda
+
+namespace convnn::torch_operators {
+namespace {
+
+// The same bits in each of `count` 16-bit, or 8-byte, elements.
+template <class T>
+void fill(void* memory, int64_t count, T value) {
+  std::fill_n(static_cast<T*>(memory), count, value);
+}
+
+class Host : protected cuda::Context {
+ public:
+  static constexpr bool kReadsIndices = false;
+  static constexpr bool kReadsStrides = false;
+
+  explicit Host(const Tensor& like) : Context(nullptr), like_(like) {}
+  static int device(int32_t type, int32_t) { return type == aoti_torch_device_type_cpu() ? 0 : -1; }
+
+  void select(const SelectParams& params) {
+    const bool hopper = runs_on_hopper(Operator::select, params, nullptr);
+    if (hopper) cuda::hopper_forward(params, nullptr, *this);
+    tell(params, hopper);
+  }
+  void forward(const SelectParams& select, const AggregateParams& aggregate) {
+    const bool hopper = runs_on_hopper(Operator::forward, select, &aggregate);
+    if (hopper) cuda::hopper_forward(select, &aggregate, *this);
+    tell(select, hopper);
+    const bool halves = aggregate.dtype != DType::float32;
+    const int64_t count = aggregate.batch * aggregate.n * aggregate.o;
+    const float value = hopper ? 7 : 5;
+    if (!halves) return fill(aggregate.output, count, value);
+    // 7 and 5 in float16; in bfloat16 these bits are other numbers, which differ, too.
+    fill(aggregate.output, count, uint16_t(hopper ? 0x4700 : 0x4500));
+  }
+
+ protected:
+  static void tell(const SelectParams& p, bool hopper) {
+    const int64_t count = p.batch * p.n * p.k;
+    fill(p.similarities, count, hopper ? 7.0f : 5.0f);
+    fill(p.indices, count, int64_t(0));
+  }
+
+ private:
+  bool runs_on_hopper(Operator op, const SelectParams& select, const AggregateParams* aggregate) {
+    return cuda::is_right(0, op, cuda::hopper_kind(select)) &&
+           !cuda::hopper_refuses(select, aggregate);
+  }
+  void* allocate(size_t bytes) override {
+    workspace_.push_back(empty_as(like_, {int64_t(bytes)}, ScalarType::Byte));
+    return workspace_.back().mutable_data_ptr();
+  }
+
+  const Tensor& like_;
+  std::vector<Tensor> workspace_;
+};
+
+}  // namespace
+}  // namespace convnn::torch_operators
+
+STABLE_TORCH_LIBRARY(convnn_cuda, library) {
+  convnn::torch_operators::define(library);
+  convnn::torch_operators::define_questions(library);
+}
+STABLE_TORCH_LIBRARY(convnn_python, library) { convnn::torch_operators::define_python(library); }
+
+STABLE_TORCH_LIBRARY_IMPL(convnn_cuda, CPU, library) {
+  using namespace convnn::torch_operators;
+  library.impl("forward", &Boxed<&forward<Host>>::call);
+  library.impl("select", &Boxed<&select<Host>>::call);
+  implement_questions<Host>(library);
+}
+STABLE_TORCH_LIBRARY_IMPL(convnn, CPU, library) {
+  convnn::torch_operators::implement_way_in<convnn::torch_operators::Host>(library);
+}
