@@ -181,6 +181,14 @@ T* allocate(Context& context, int64_t count) {
   return static_cast<T*>(context.allocate(size_t(std::max<int64_t>(count, 1)) * sizeof(T)));
 }
 
+#ifdef __CUDACC__
+inline void check_launch(const char* name, cudaError_t error) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("convnn: the launch of ") + name +
+                           " failed: " + cudaGetErrorString(error));
+}
+#endif
+
 // Launches `blocks` blocks of kThreads threads. Zero blocks are no launch.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes,
@@ -193,11 +201,7 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, siz
 #ifdef __CUDACC__
   kernel<<<unsigned(blocks), kThreads, shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(
       arguments...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("convnn: the launch of ") + name +
-                             " failed: " + cudaGetErrorString(error));
-  }
+  check_launch(name, cudaGetLastError());
 #else
   execution::launch(name, kernel, blocks, kThreads, shared_bytes, arguments...);
 #endif

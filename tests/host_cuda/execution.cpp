@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: MIT
-#include "execution.h"
-
 #include <sys/mman.h>
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -9,12 +7,17 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include <sanitizer/common_interface_defs.h>
+
+#include "fibers.h"
 
 execution::Dimension threadIdx, blockIdx, gridDim;
 
@@ -49,7 +52,8 @@ execution_switch_stack:
 namespace execution {
 namespace {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kMostThreads = 1024;
+constexpr size_t kMostShared = 227 << 10;
 constexpr size_t kStack = 256 << 10;
 
 #if defined(__x86_64__)
@@ -78,7 +82,7 @@ void start_at(StackPosition& position, void* stack, void (*entry)()) {
 }
 #endif
 
-enum class State { ready, in_barrier, in_collective, ended };
+enum class State { ready, in_barrier, in_collective, waiting, ended };
 
 struct Fiber {
   StackPosition position;
@@ -87,6 +91,13 @@ struct Fiber {
   State state = State::ready;
   Site site = {};
   void* operand = nullptr;
+  const Condition* condition = nullptr;
+};
+
+struct Event {
+  std::string what;
+  Site site;
+  std::function<void()> run;
 };
 
 struct Machine {
@@ -95,9 +106,13 @@ struct Machine {
   const char* kernel = "";
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  int threads = 0, current = 0;
-  std::vector<int> ready;
+  int threads = 0, current = 0, in_barrier = 0;
+  std::vector<int> ready, waiting;
+  bool changed = false;
+  std::vector<Event> events;
+  uint64_t event_odds = 0;  // an event before about every so many steps of threads
   unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
   StackPosition scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
@@ -105,11 +120,7 @@ struct Machine {
 };
 Machine machine;
 
-[[noreturn]] void fail(const char* what, const Fiber& fiber) {
-  std::fprintf(stderr, "%s: block %u: %s, at %s:%d\n", machine.kernel, blockIdx.x, what,
-               fiber.site.file ? fiber.site.file : "?", fiber.site.line);
-  std::abort();
-}
+Fiber& fiber_of(int thread) { return *machine.fibers[size_t(thread)]; }
 
 // Switches from a fiber to the scheduler, and back unless the fiber has ended.
 void leave(Fiber& fiber, bool for_good) {
@@ -122,14 +133,15 @@ void leave(Fiber& fiber, bool for_good) {
 
 void enter() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_stack_size);
-  Fiber& fiber = *machine.fibers[size_t(machine.current)];
+  Fiber& fiber = fiber_of(machine.current);
   (*machine.body)();
+  end_products_of_thread();
   fiber.state = State::ended;
   leave(fiber, true);
 }
 
 void resume(int thread) {
-  Fiber& fiber = *machine.fibers[size_t(thread)];
+  Fiber& fiber = fiber_of(thread);
   machine.current = thread;
   threadIdx.x = unsigned(thread);
   __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStack);
@@ -138,139 +150,196 @@ void resume(int thread) {
 }
 
 void make_ready(int thread) {
-  machine.fibers[size_t(thread)]->state = State::ready;
+  fiber_of(thread).state = State::ready;
   machine.ready.push_back(thread);
 }
+
+std::string state_text(const Fiber& fiber) {
+  switch (fiber.state) {
+    case State::ready:
+      return "can continue";
+    case State::in_barrier:
+      return "waits in __syncthreads() at " + place(fiber.site);
+    case State::in_collective:
+      return "waits for its warp at " + place(fiber.site);
+    case State::waiting:
+      return "waits for " + fiber.condition->text() + " at " + place(fiber.site);
+    case State::ended:
+      return "has ended";
+  }
+  return "";
+}
+
+// What each warp waits for; several lines where its lanes differ.
+void print_states() {
+  for (int warp = 0; warp < machine.threads / kWarp; ++warp) {
+    std::map<std::string, int> lanes;
+    for (int i = 0; i < kWarp; ++i) ++lanes[state_text(fiber_of(warp * kWarp + i))];
+    for (const auto& [text, count] : lanes) {
+      std::fprintf(stderr, "  warp %d, %d lanes: %s\n", warp, count, text.c_str());
+    }
+  }
+}
+
+// No thread can continue, and nothing is in flight.
+[[noreturn]] void deadlock() {
+  print_states();
+  int ended = -1, in_barrier = -1, any = -1;
+  for (int i = 0; i < machine.threads; ++i) {
+    const Fiber& fiber = fiber_of(i);
+    if (fiber.state == State::in_collective) {
+      fail("a warp waits for a lane that is elsewhere", fiber.site, i);
+    }
+    if (fiber.state == State::ended) {
+      ended = i;
+    } else {
+      any = i;
+    }
+    if (fiber.state == State::in_barrier) in_barrier = i;
+  }
+  if (in_barrier >= 0 && ended >= 0) {
+    fail("a barrier waits for a thread that has ended", fiber_of(in_barrier).site, in_barrier);
+  }
+  fail("no thread can continue: this one waits for " +
+           (in_barrier >= 0 ? "__syncthreads()" : fiber_of(any).condition->text()),
+       fiber_of(any).site, any);
+}
+
+// All threads have arrived.
+void release_barrier() {
+  const Site site = fiber_of(0).site;
+  for (int i = 0; i < machine.threads; ++i) {
+    if (!same(fiber_of(i).site, site)) {
+      fail("threads wait at different barriers", fiber_of(i).site, i);
+    }
+  }
+  machine.in_barrier = 0;
+  for (int i = 0; i < machine.threads; ++i) {
+    publish_barriers(i);
+    make_ready(i);
+  }
+}
+
+void ask_waiting() {
+  machine.changed = false;
+  size_t left = 0;
+  for (const int thread : machine.waiting) {
+    if (fiber_of(thread).condition->holds()) {
+      make_ready(thread);
+    } else {
+      machine.waiting[left++] = thread;
+    }
+  }
+  machine.waiting.resize(left);
+}
+
+template <class T>
+T take_any(std::vector<T>& values) {
+  const size_t chosen = size_t(machine.random() % values.size());
+  T value = std::move(values[chosen]);
+  values[chosen] = std::move(values.back());
+  values.pop_back();
+  return value;
+}
+
+void begin_block() {
+  machine.ready.resize(size_t(machine.threads));
+  std::iota(machine.ready.begin(), machine.ready.end(), 0);
+  machine.waiting.clear();
+  machine.in_barrier = 0;
+  // Events as early as 2 steps after the one that causes them, or only when nothing else is left.
+  machine.event_odds = uint64_t(2) << machine.random() % 16;
+  for (int i = 0; i < machine.threads; ++i) {
+    Fiber& fiber = fiber_of(i);
+    fiber.state = State::ready;
+    fiber.fake_stack = nullptr;
+    start_at(fiber.position, fiber.stack, enter);
+  }
+  begin_barriers();
+  begin_copies();
+  begin_products();
+  begin_registers();
+  begin_dependence();
+}
+
+void end_block() {
+  for (const Event& event : machine.events) {
+    fail(event.what + " is in flight at the end of the block", event.site);
+  }
+  end_barriers();
+  end_dependence();
+}
+
+void run_block() {
+  begin_block();
+  int alive = machine.threads;
+  while (alive) {
+    if (machine.changed) ask_waiting();
+    const bool idle = machine.ready.empty();
+    if (!machine.events.empty() && (idle || machine.random() % machine.event_odds == 0)) {
+      take_any(machine.events).run();
+    } else if (!idle) {
+      const int thread = take_any(machine.ready);
+      resume(thread);
+      if (fiber_of(thread).state == State::ended) --alive;
+    } else if (!release_dependence()) {
+      deadlock();
+    }
+  }
+  end_block();
+}
+
+// AddressSanitizer reports an error.
+void print_place() {
+  std::fprintf(stderr, "%s: block %u, warp %d, lane %d%s\n", machine.kernel, blockIdx.x,
+               machine.current / kWarp, machine.current % kWarp,
+               is_before_previous() ? ", before it may touch results of the previous kernel" : "");
+}
+
+}  // namespace
 
 bool same(Site a, Site b) {
   return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
 }
 
-// No thread can continue: all must be at the same barrier.
-void release_barrier() {
-  const Fiber* first = nullptr;
-  for (int i = 0; i < machine.threads; ++i) {
-    const Fiber& fiber = *machine.fibers[size_t(i)];
-    if (fiber.state == State::in_collective)
-      fail("a warp waits for a lane that is elsewhere", fiber);
-    if (fiber.state == State::in_barrier && !first) first = &fiber;
-  }
-  for (int i = 0; i < machine.threads; ++i) {
-    const Fiber& fiber = *machine.fibers[size_t(i)];
-    if (fiber.state == State::ended) fail("a barrier waits for a thread that has ended", *first);
-    if (!same(fiber.site, first->site)) fail("threads wait at different barriers", fiber);
-  }
-  for (int i = 0; i < machine.threads; ++i) make_ready(i);
+std::string place(Site site) {
+  return std::string(site.file ? site.file : "?") + ":" + std::to_string(site.line);
 }
 
-void run_block() {
-  machine.ready.resize(size_t(machine.threads));
-  std::iota(machine.ready.begin(), machine.ready.end(), 0);
-  for (int i = 0; i < machine.threads; ++i) {
-    Fiber& fiber = *machine.fibers[size_t(i)];
-    fiber.state = State::ready;
-    fiber.fake_stack = nullptr;
-    start_at(fiber.position, fiber.stack, enter);
-  }
-  int alive = machine.threads;
-  while (alive) {
-    if (machine.ready.empty()) release_barrier();
-    const size_t chosen = size_t(machine.random() % machine.ready.size());
-    const int thread = machine.ready[chosen];
-    machine.ready[chosen] = machine.ready.back();
-    machine.ready.pop_back();
-    resume(thread);
-    if (machine.fibers[size_t(thread)]->state == State::ended) --alive;
-  }
+void fail(const std::string& what, Site site, int thread) {
+  std::fprintf(stderr, "%s: block %u, warp %d, lane %d: %s, at %s\n", machine.kernel, blockIdx.x,
+               thread / kWarp, thread % kWarp, what.c_str(), place(site).c_str());
+  std::abort();
+}
+void fail(const std::string& what, Site site) { fail(what, site, machine.current); }
+
+int current_thread() { return machine.current; }
+int thread_count() { return machine.threads; }
+size_t shared_bytes() { return machine.shared_bytes; }
+uint64_t random_number() { return machine.random(); }
+
+void wait(Site site, const Condition& condition) {
+  if (condition.holds()) return;
+  Fiber& fiber = fiber_of(machine.current);
+  fiber.site = site;
+  fiber.condition = &condition;
+  fiber.state = State::waiting;
+  machine.waiting.push_back(machine.current);
+  leave(fiber, false);
+}
+void changed() { machine.changed = true; }
+
+void perhaps_switch(Site site) {
+  if (machine.random() % 4 != 0) return;
+  Fiber& fiber = fiber_of(machine.current);
+  fiber.site = site;
+  make_ready(machine.current);
+  leave(fiber, false);
 }
 
-// A float from the 16 bits of a float16 or bfloat16 element.
-float element(bool is_half, uint32_t pair, int which) {
-  const uint16_t bits = uint16_t(which ? pair >> 16 : pair);
-  return is_half ? float_from_half(bits) : same_bits<float>(uint32_t(bits) << 16);
+void later(std::string what, Site site, std::function<void()> event) {
+  machine.events.push_back({std::move(what), site, std::move(event)});
 }
-
-struct Matrices {
-  float a[16][16], b[16][8], d[16][8];
-};
-
-// The sum of d and the 16 products as a device may compute it: each term is truncated after the
-// 24th bit of the largest, and so is the sum.
-float sum_of(float d, const double (&products)[16]) {
-  double sum = double(d), largest = std::fabs(sum);
-  for (const double product : products) {
-    sum += product;
-    largest = std::max(largest, std::fabs(product));
-  }
-  if (!std::isfinite(sum) || largest == 0) return float(sum);
-  const int last = std::max(std::ilogb(largest) - 23, -149);
-  const double scale = std::ldexp(1.0, -last);
-  auto units = int32_t(double(d) * scale);
-  for (const double product : products) units += int32_t(product * scale);
-  sum = std::ldexp(double(units), last);
-  const float nearest = float(sum);
-  const bool away = std::fabs(double(nearest)) > std::fabs(sum);
-  return std::isfinite(nearest) && away ? std::nextafterf(nearest, 0) : nearest;
-}
-
-void multiply(Matrices& m) {
-  for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < 8; ++column) {
-      double products[16];
-      for (int i = 0; i < 16; ++i) products[i] = double(m.a[row][i]) * double(m.b[i][column]);
-      m.d[row][column] = sum_of(m.d[row][column], products);
-    }
-  }
-}
-
-struct MatrixOperand {
-  bool is_half;
-  float* d;
-  const uint32_t *a, *b;
-};
-
-// Fragments as the PTX manual defines them for mma.m16n8k16: register i of lane 4 group + member.
-int row_of_d(int group, int i) { return i < 2 ? group : group + 8; }
-int column_of_d(int member, int i) { return 2 * member + (i & 1); }
-
-void read_d(Matrices& m, void* const* lanes) {
-  for (int lane = 0; lane < kWarp; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      m.d[row_of_d(lane / 4, i)][column_of_d(lane % 4, i)] =
-          static_cast<MatrixOperand*>(lanes[lane])->d[i];
-    }
-  }
-}
-void write_d(const Matrices& m, void* const* lanes) {
-  for (int lane = 0; lane < kWarp; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      static_cast<MatrixOperand*>(lanes[lane])->d[i] =
-          m.d[row_of_d(lane / 4, i)][column_of_d(lane % 4, i)];
-    }
-  }
-}
-
-void combine_16(void* const* lanes) {
-  Matrices m;
-  read_d(m, lanes);
-  for (int lane = 0; lane < kWarp; ++lane) {
-    const MatrixOperand& own = *static_cast<MatrixOperand*>(lanes[lane]);
-    const int group = lane / 4, member = lane % 4;
-    for (int i = 0; i < 8; ++i) {
-      const int row = i < 2 || (i >= 4 && i < 6) ? group : group + 8;
-      const int column = 2 * member + (i & 1) + (i >= 4 ? 8 : 0);
-      m.a[row][column] = element(own.is_half, own.a[i / 2], i & 1);
-    }
-    for (int i = 0; i < 4; ++i) {
-      const int row = 2 * member + (i & 1) + (i >= 2 ? 8 : 0);
-      m.b[row][group] = element(own.is_half, own.b[i / 2], i & 1);
-    }
-  }
-  multiply(m);
-  write_d(m, lanes);
-}
-
-}  // namespace
 
 void seed(uint64_t value) { machine.random.seed(value); }
 
@@ -279,15 +348,16 @@ const Launched& launched() { return machine.launched; }
 unsigned char* shared_memory() { return machine.shared; }
 
 void barrier(Site site) {
-  Fiber& fiber = *machine.fibers[size_t(machine.current)];
+  Fiber& fiber = fiber_of(machine.current);
   fiber.site = site;
   fiber.state = State::in_barrier;
+  if (++machine.in_barrier == machine.threads) release_barrier();
   leave(fiber, false);
 }
 
 void collective(Site site, void* operand, void (*combine)(void* const* lanes)) {
   const int current = machine.current;
-  Fiber& fiber = *machine.fibers[size_t(current)];
+  Fiber& fiber = fiber_of(current);
   fiber.site = site;
   fiber.operand = operand;
   fiber.state = State::in_collective;
@@ -295,14 +365,14 @@ void collective(Site site, void* operand, void (*combine)(void* const* lanes)) {
   void* lanes[kWarp];
   bool complete = true;
   for (int i = 0; i < kWarp; ++i) {
-    const Fiber& other = *machine.fibers[size_t(first + i)];
+    const Fiber& other = fiber_of(first + i);
     complete = complete && other.state == State::in_collective;
     lanes[i] = other.operand;
   }
   if (complete) {
     for (int i = 0; i < kWarp; ++i) {
-      if (!same(machine.fibers[size_t(first + i)]->site, site)) {
-        fail("lanes of a warp wait at different points", fiber);
+      if (!same(fiber_of(first + i).site, site)) {
+        fail("lanes of a warp wait at different points", site);
       }
     }
     combine(lanes);
@@ -314,8 +384,10 @@ void collective(Site site, void* operand, void (*combine)(void* const* lanes)) {
 
 void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t shared_bytes,
          const std::function<void()>& body) {
-  if (threads % kWarp != 0) std::abort();
   machine.kernel = name;
+  if (threads % kWarp != 0 || threads > kMostThreads || shared_bytes > kMostShared) {
+    fail("more than a block can have, or a part of a warp", {});
+  }
   Launches& launches = machine.launched[{address, name}];
   ++launches.count;
   size_t& most_shared_bytes = launches.most_shared_bytes;
@@ -333,47 +405,18 @@ void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t
   std::vector<unsigned> order(static_cast<size_t>(blocks));
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), machine.random);
-  std::unique_ptr<unsigned char, void (*)(void*)> shared(
-      static_cast<unsigned char*>(std::malloc(shared_bytes)), std::free);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, shared_bytes) != 0) std::abort();
+  const std::unique_ptr<unsigned char, void (*)(void*)> shared(static_cast<unsigned char*>(memory),
+                                                               std::free);
   machine.shared = shared.get();
+  machine.shared_bytes = shared_bytes;
+  __sanitizer_set_death_callback(print_place);
   for (const unsigned block : order) {
     blockIdx.x = block;
     std::memset(shared.get(), 0xFF, shared_bytes);
     run_block();
   }
-}
-
-float float_from_half(uint16_t bits) {
-  const uint32_t sign = uint32_t(bits & 0x8000) << 16;
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  if (exponent == 31) return same_bits<float>(sign | 0x7F800000u | uint32_t(fraction) << 13);
-  const float size = exponent ? std::ldexp(float(fraction + 1024), exponent - 25)
-                              : std::ldexp(float(fraction), -24);
-  return sign ? -size : size;
-}
-
-uint16_t half_from_float(float x) {
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  const float size = std::fabs(x);
-  if (std::isnan(x)) return uint16_t(sign | 0x7E00);
-  // 65520 is halfway between the largest number and the next one.
-  if (size >= 65520.0f) return uint16_t(sign | 0x7C00);
-  const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
-  // In units of the last bit, rounded to even. A carry correctly increments the exponent.
-  const auto units = uint16_t(std::nearbyint(std::ldexp(double(size), 10 - exponent)));
-  return uint16_t(sign | (units + ((exponent + 14) << 10)));
-}
-
-uint16_t bfloat16_from_float(float x) {
-  const uint32_t bits = same_bits<uint32_t>(x);
-  if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
-}
-
-void multiply_accumulate_16(bool is_half, float (&d)[4], const uint32_t (&a)[4],
-                            const uint32_t (&b)[2], Site site) {
-  MatrixOperand operand = {is_half, d, a, b};
-  collective(site, &operand, combine_16);
 }
 
 }  // namespace execution

@@ -125,6 +125,22 @@ unsigned __match_any_sync(unsigned, T value,
   return operand.result;
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int source,
+              execution::Site site = {__builtin_FILE(), __builtin_LINE()}) {
+  struct Operand {
+    T value, result;
+    int source;
+  } operand = {value, value, source};
+  execution::collective(site, &operand, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      Operand& mine = *static_cast<Operand*>(lanes[i]);
+      mine.result = static_cast<Operand*>(lanes[mine.source & 31])->value;
+    }
+  });
+  return operand.result;
+}
+
 inline unsigned __ballot_sync(unsigned, bool vote,
                               execution::Site site = {__builtin_FILE(), __builtin_LINE()}) {
   struct Operand {
@@ -137,6 +153,34 @@ inline unsigned __ballot_sync(unsigned, bool vote,
     for (int i = 0; i < 32; ++i) static_cast<Operand*>(lanes[i])->result = votes;
   });
   return operand.result;
+}
+inline bool __any_sync(unsigned lanes, bool vote,
+                       execution::Site site = {__builtin_FILE(), __builtin_LINE()}) {
+  return __ballot_sync(lanes, vote, site) != 0;
+}
+inline bool __all_sync(unsigned lanes, bool vote,
+                       execution::Site site = {__builtin_FILE(), __builtin_LINE()}) {
+  return __ballot_sync(lanes, vote, site) == 0xFFFFFFFFu;
+}
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) ulonglong2 {
+  unsigned long long x, y;
+};
+template <class T>
+T __ldg(const T* address) {
+  return *address;
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/operators.h"
-#include "execution.h"
+#include "hopper.h"
 
 namespace {
 
@@ -24,7 +24,13 @@ constexpr size_t kNumbers = 14;
 class HostMemory : public cuda::Context {
  public:
   HostMemory() : Context(nullptr) {}
+  ~HostMemory() { execution::forget_memory(); }
   void* allocate(size_t bytes) override {
+    void* memory = allocate_input(bytes);
+    execution::written_by_kernels(memory, bytes);
+    return memory;
+  }
+  void* allocate_input(size_t bytes) {
     void* memory = std::malloc(bytes);
     if (!memory) std::abort();
     std::memset(memory, 0xFF, bytes);
@@ -67,7 +73,8 @@ struct Call {
     memory.most_bytes = numbers[kNumbers - 1];
     const int64_t input_count = read_number();
     for (int64_t i = 0; i < input_count; ++i) {
-      Buffer buffer = make(read_number());
+      Buffer buffer = {nullptr, read_number()};
+      if (buffer.bytes >= 0) buffer.data = memory.allocate_input(size_t(buffer.bytes));
       if (buffer.bytes > 0 && !read(static_cast<char*>(buffer.data), size_t(buffer.bytes))) {
         std::abort();
       }
