@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from convnn_kernels import native, schemas
-from convnn_kernels.backends import hopper, selection
+from convnn_kernels.backends import cuda, hopper, selection
 
 _ROOT = Path(__file__).parent.parent
 _SOURCES = (_ROOT / "tools/way_in/library.cpp", _ROOT / "csrc/cuda/choice.cpp")
@@ -39,19 +39,15 @@ def install() -> None:
     # PyTorch tells that the kernels for CPU tensors are replaced.
     torch.ops.load_library(library)
     native.load = lambda: {"cpu": "", "cuda": ""}  # type: ignore[assignment]
-    native.library = lambda name: library
+    real = native.library
+    native.library = lambda name: library if name == "cuda" else real(name)
     torch.cuda.is_current_stream_capturing = lambda: False
     hopper.can_run = lambda name, device: name in hopper.OPERATORS
-    selection.choose = _choose
-    selection.hopper.route(is_forced=False)
+    cuda.unavailable = lambda: None  # type: ignore[assignment]
+    cuda.refuses = lambda device: None
+    hopper.route(is_forced=False)
     for name in hopper.OPERATORS:
         selection.register(schemas.OPERATORS[name], "CPU")
-
-
-def _choose(call: selection.Call) -> tuple[str, str]:
-    if call.forced == "cpu":
-        raise RuntimeError("'cpu' cannot run it")
-    return "cuda", "this program says so"
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def cases(
     distinct: int = 40,
     rows: int = 4096,
 ) -> Iterator[Case]:
-    """Searches of M keys; `rows` queries in the last one.
+    """Searches of M keys and at most 200 queries; in the last one, of `rows` queries.
 
     One has `distinct` different keys, of which each is at every `distinct`-th column.
     """
@@ -65,7 +65,7 @@ def cases(
     def case(name: str, query: Tensor, key: Tensor, is_exact: bool = True) -> Case:
         return Case(name, query, key, metric, is_exact)
 
-    query, few, key = signs(200), signs(distinct), signs(M)
+    query, few, key = signs(min(200, rows)), signs(distinct), signs(M)
     yield case(f"{distinct} distinct keys", query, few.repeat(-(-M // distinct), 1)[:M])
     # Two of three keys are copies of others, 43 and 86 columns before.
     apart = torch.arange(M, device=device)

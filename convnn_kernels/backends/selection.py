@@ -158,7 +158,7 @@ _NO_ERROR = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def answering_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """As `cuda_kernel`, for calls from C++: another result is the message of an exception, in bytes.
+    """As `cuda_kernel`, for C++: another result is the message of an exception, in bytes.
 
     `raised.original` finds the exception again.
     """

@@ -19,8 +19,7 @@ bool exists(int device) { return device >= 0 && device < kMostDevices; }
 }  // namespace
 
 int hopper_kind(const SelectParams& params) {
-  const int lists = params.k <= 16 ? 0 : params.k <= 32 ? 1 : 2;
-  int kind = lists;
+  int kind = params.k <= 10 ? 0 : params.k <= 16 ? 1 : params.k <= 32 ? 2 : 3;
   kind = 2 * kind + (params.d > 64);
   kind = 2 * kind + (params.metric == Metric::dot);
   return 2 * kind + (params.dtype == DType::bfloat16);
@@ -47,8 +46,10 @@ bool hopper_is_faster(const SelectParams& select, const AggregateParams* aggrega
   // Rows that give every multiprocessor of an H100 an item of 256 rows.
   constexpr int64_t kFewestRows = 4096;
   const int64_t columns = select.candidates ? select.r : select.m;
-  const bool dense = aggregate && aggregate->convolution == Convolution::dense;
-  return !dense && columns > kFewestColumns && select.batch * select.n >= kFewestRows;
+  // Anything else is aggregated in launches of its own.
+  const bool in_one = !aggregate || (aggregate->convolution != Convolution::dense &&
+                                     aggregate->dtype == select.dtype);
+  return in_one && columns > kFewestColumns && select.batch * select.n >= kFewestRows;
 }
 
 void set_routing(Routing routing) { current_routing = routing; }

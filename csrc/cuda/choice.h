@@ -11,7 +11,7 @@ enum class Operator : int { forward, select };
 
 // Calls that the same instances of the Hopper kernels serve are of one kind: one check of results,
 // before the first use on a device, stands for all of them.
-constexpr int kHopperKinds = 24;
+constexpr int kHopperKinds = 32;
 int hopper_kind(const SelectParams& params);
 
 // What convnn_kernels/backends/hopper.py found out about a kind on a device.

@@ -28,7 +28,10 @@ class Cuda : protected cuda::Context {
   static constexpr bool kReadsStrides = false;
 
   explicit Cuda(const Tensor& like)
-      : Context(current_stream(like.device_index())), guard_(like.device_index()), like_(like) {}
+      : Context(current_stream(like.device_index())),
+        guard_(like.device_index()),
+        like_(like),
+        workspace_(like) {}
 
   // The index of a device that is one of these; otherwise -1.
   static int device(int32_t type, int32_t index) {
@@ -36,14 +39,14 @@ class Cuda : protected cuda::Context {
   }
 
   void select(const SelectParams& params) {
-    if (runs_on_hopper(Operator::select, params, nullptr)) {
+    if (runs_on_hopper(Operator::select, params)) {
       cuda::hopper_forward(params, nullptr, *this);
     } else {
       cuda::select(params, *this);
     }
   }
   void forward(const SelectParams& selecting, const AggregateParams& aggregating) {
-    if (runs_on_hopper(Operator::forward, selecting, &aggregating)) {
+    if (runs_on_hopper(Operator::forward, selecting)) {
       cuda::hopper_forward(selecting, &aggregating, *this);
     } else {
       cuda::select(selecting, *this);
@@ -61,19 +64,16 @@ class Cuda : protected cuda::Context {
   }
 
  private:
-  bool runs_on_hopper(Operator op, const SelectParams& select, const AggregateParams* aggregate) {
+  bool runs_on_hopper(Operator op, const SelectParams& select) {
     return cuda::is_right(like_.device_index(), op, cuda::hopper_kind(select)) &&
-           !cuda::hopper_refuses(select, aggregate);
+           !cuda::hopper_refuses(select);
   }
 
-  void* allocate(size_t bytes) override {
-    workspace_.push_back(empty_as(like_, {int64_t(bytes)}, ScalarType::Byte));
-    return workspace_.back().mutable_data_ptr();
-  }
+  void* allocate(size_t bytes) override { return workspace_.allocate(bytes); }
 
   torch::stable::accelerator::DeviceGuard guard_;
   const Tensor& like_;
-  std::vector<Tensor> workspace_;
+  Workspace workspace_;
 };
 
 // Runs the Hopper kernels, whether they were checked or not.
@@ -87,7 +87,7 @@ class Hopper : public Cuda {
 
  private:
   void run(const char* op, const SelectParams& select, const AggregateParams* aggregate) {
-    const char* refusal = cuda::hopper_refuses(select, aggregate);
+    const char* refusal = cuda::hopper_refuses(select);
     if (refusal) fail(op, "the Hopper kernels cannot run this call: ", refusal);
     cuda::hopper_forward(select, aggregate, *this);
   }

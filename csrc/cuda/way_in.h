@@ -19,6 +19,43 @@ namespace {
 
 using cuda::Operator;
 
+// Memory for the kernels of one call. Small parts share an allocation, which takes the host about
+// as long as a launch.
+class Workspace {
+ public:
+  explicit Workspace(const Tensor& like) : like_(like) {}
+
+  // Aligned to 256 bytes.
+  void* allocate(size_t bytes) {
+    constexpr size_t kAlignment = 256, kShared = size_t(1) << 20;
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (bytes >= kShared) return reserve(bytes);
+    if (bytes > left_) {
+      next_ = reserve(kShared);
+      left_ = kShared;
+    }
+    char* const memory = next_;
+    next_ += bytes;
+    left_ -= bytes;
+    return memory;
+  }
+  void clear() {
+    all_.clear();
+    left_ = 0;
+  }
+
+ private:
+  char* reserve(size_t bytes) {
+    all_.push_back(empty_as(like_, {int64_t(bytes)}, ScalarType::Byte));
+    return static_cast<char*>(all_.back().mutable_data_ptr());
+  }
+
+  const Tensor& like_;
+  std::vector<Tensor> all_;
+  char* next_ = nullptr;
+  size_t left_ = 0;
+};
+
 constexpr const char* name_of(Operator op) {
   return op == Operator::forward ? "convnn_python::forward" : "convnn_python::select";
 }
@@ -126,7 +163,7 @@ struct Choice {
 };
 Choice choice_of(const SelectParams& select, const AggregateParams* aggregate) {
   return {cuda::hopper_kind(select), cuda::hopper_is_faster(select, aggregate),
-          cuda::hopper_refuses(select, aggregate)};
+          cuda::hopper_refuses(select)};
 }
 bool is_chosen(int device, Operator op, const Choice& choice) {
   return !choice.refusal && choice.is_faster && cuda::is_right(device, op, choice.kind);

@@ -7,14 +7,18 @@
 
 namespace convnn::cuda {
 
-const char* hopper_refuses(const SelectParams& select, const AggregateParams*) {
+const char* hopper_refuses(const SelectParams& select) {
   if (select.dtype != DType::float16 && select.dtype != DType::bfloat16) return "not of 16 bits";
   return select.self_indices ? "it excludes the token itself" : nullptr;
 }
 
-// As many allocations as the kernels' workspace takes.
-void hopper_forward(const SelectParams& select, const AggregateParams*, Context& context) {
-  context.allocate(size_t(select.batch * select.m * select.d * 2));
+// Takes the workspace of the kernels: a copy of the keys, three factors a row, hits, their counts.
+void hopper_forward(const SelectParams& p, const AggregateParams*, Context& context,
+                    HopperChoices) {
+  context.allocate(size_t(p.batch * p.m * p.d) * 2);
+  for (const int64_t rows : {p.m, p.m, p.n}) context.allocate(size_t(p.batch * rows) * 4);
+  context.allocate(size_t(p.batch * p.n) * 64 * 8);
+  context.allocate(size_t(p.batch * p.n) * 4);
 }
 
 }  // namespace convnn::cuda
@@ -33,16 +37,16 @@ class Host : protected cuda::Context {
   static constexpr bool kReadsIndices = false;
   static constexpr bool kReadsStrides = false;
 
-  explicit Host(const Tensor& like) : Context(nullptr), like_(like) {}
+  explicit Host(const Tensor& like) : Context(nullptr), workspace_(like) {}
   static int device(int32_t type, int32_t) { return type == aoti_torch_device_type_cpu() ? 0 : -1; }
 
   void select(const SelectParams& params) {
-    const bool hopper = runs_on_hopper(Operator::select, params, nullptr);
+    const bool hopper = runs_on_hopper(Operator::select, params);
     if (hopper) cuda::hopper_forward(params, nullptr, *this);
     tell(params, hopper);
   }
   void forward(const SelectParams& select, const AggregateParams& aggregate) {
-    const bool hopper = runs_on_hopper(Operator::forward, select, &aggregate);
+    const bool hopper = runs_on_hopper(Operator::forward, select);
     if (hopper) cuda::hopper_forward(select, &aggregate, *this);
     tell(select, hopper);
     const bool halves = aggregate.dtype != DType::float32;
@@ -61,17 +65,12 @@ class Host : protected cuda::Context {
   }
 
  private:
-  bool runs_on_hopper(Operator op, const SelectParams& select, const AggregateParams* aggregate) {
-    return cuda::is_right(0, op, cuda::hopper_kind(select)) &&
-           !cuda::hopper_refuses(select, aggregate);
+  bool runs_on_hopper(Operator op, const SelectParams& select) {
+    return cuda::is_right(0, op, cuda::hopper_kind(select)) && !cuda::hopper_refuses(select);
   }
-  void* allocate(size_t bytes) override {
-    workspace_.push_back(empty_as(like_, {int64_t(bytes)}, ScalarType::Byte));
-    return workspace_.back().mutable_data_ptr();
-  }
+  void* allocate(size_t bytes) override { return workspace_.allocate(bytes); }
 
-  const Tensor& like_;
-  std::vector<Tensor> workspace_;
+  Workspace workspace_;
 };
 
 }  // namespace
