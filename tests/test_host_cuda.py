@@ -7,11 +7,9 @@ seed. Cases are small, but of every element type, in every path.
 
 import importlib.util
 import math
-import os
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from building import tool
 from cases import DTYPES, METRICS, SHORT, Case, make_case
 from host_cuda_program import DTYPES as DTYPE_NUMBERS
 from host_cuda_program import HostCuda
@@ -94,42 +91,6 @@ HOPPER_FAULTS = {
     "written_before_hold": r"accumulators were written before hold\(\)",
     "wrong_parity": "reads what a copy in flight writes|overwrites what|no thread can continue",
 }
-
-
-@pytest.fixture(scope="module")
-def programs() -> Path:
-    """Builds the programs of `tests/host_cuda` and returns their folder; or CONVNN_HOST_CUDA."""
-    if "CONVNN_HOST_CUDA" in os.environ:
-        return Path(os.environ["CONVNN_HOST_CUDA"]).resolve()
-    folder = ROOT / "build" / "host_cuda"
-    configure = [
-        *(tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
-        *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"),
-        *("-DCONVNN_CUDA=0", "-DCONVNN_WERROR=1"),
-    ]
-    targets = ["host_cuda", "host_cuda_faults", "host_cuda_hopper_faults"]
-    build = [tool("cmake"), "--build", str(folder), "--target", *targets]
-    for command in (configure, build):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "tests" / "host_cuda"
-
-
-@pytest.fixture(scope="module")
-def shared_device(programs: Path) -> Iterator[list[HostCuda]]:
-    devices: list[HostCuda] = []
-    yield devices
-    if devices and devices[0].alive():
-        devices[0].close()
-
-
-@pytest.fixture
-def device(programs: Path, shared_device: list[HostCuda]) -> HostCuda:
-    """One program for all tests, and a new one after a crash."""
-    if not shared_device or not shared_device[-1].alive():
-        shared_device[:] = [HostCuda(programs / "host_cuda")]
-    shared_device[0].seed, shared_device[0].most_bytes = 0, 2**26
-    return shared_device[0]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -159,7 +159,8 @@ bool finish_aggregates(const SelectParams& p, const AggregateParams& a) {
 
 }  // namespace
 
-const char* hopper_refuses(const SelectParams& p) {
+const char* hopper_refuses(const SelectParams& p, const AggregateParams*) {
+  // What the finish cannot aggregate is left to aggregate(), which takes everything.
   constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
   if (p.dtype != DType::float16 && p.dtype != DType::bfloat16) {
     return "query is neither float16 nor bfloat16";

@@ -13,14 +13,15 @@ struct HopperChoices {
   int splits = 0;           // parts of the columns that different blocks sweep
   int step = 0;             // every step-th tile of columns is sampled for a threshold
 };
-// Rows of query of one block, and columns of one tile of keys.
+// `given`, with what is 0 chosen.
 HopperChoices choose(const SelectParams& select, HopperChoices given);
 
-// Why these arguments cannot run, or null if they can. For `aggregate` there is no reason beyond
-// those of `select`: what the finish cannot do is left to aggregate().
-const char* hopper_refuses(const SelectParams& select);
+// Why select(), or select() and aggregate(), cannot run here, or null if they can. Pointers to
+// results are not looked at.
+const char* hopper_refuses(const SelectParams& select, const AggregateParams* aggregate);
 
 // select(), and aggregate() of its results unless that is null. The arguments must not be refused.
+// The device must be of compute capability 9.0.
 void hopper_forward(const SelectParams& select, const AggregateParams* aggregate, Context& context,
                     HopperChoices choices = {});
 
