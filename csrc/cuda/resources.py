@@ -5,9 +5,7 @@
 
 Prints a table, or writes the initializer that csrc/introspect.cpp includes and the same as JSON.
 With ``--most-stack``, it is an error if a kernel uses more stack, which holds spilled registers, or
-any within a loop. Always errors are, for kernels whose name begins with "hopper", stack within a
-loop, and registers that warpgroups claim of each other and that a block does not have: it would
-wait for them forever. The numbers come from ``cuobjdump`` of the CUDA toolkit or of Triton; the
+any within a loop. The numbers come from ``cuobjdump`` of the CUDA toolkit or of Triton; the
 environment variable CUOBJDUMP may give its path.
 """
 
@@ -129,66 +127,6 @@ def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
     return result
 
 
-def hopper_faults(library: Path, tool: str) -> list[str]:
-    """What is wrong with the kernels of sm_90a whose name begins with "hopper"."""
-    dump = [tool, "--gpu-architecture", "sm_90a", str(library)]
-    usage = _output(*dump, "--dump-resource-usage")
-    registers = {name: int(n) for name, n in re.findall(r"Function (\w+):\s+REG:(\d+)", usage)}
-    registers = {name: n for name, n in registers.items() if re.search(r"\d+hopper_", name)}
-    if not registers:
-        return []
-    dump += ["--function", ",".join(registers)]
-    sass, elf = _output(*dump, "--dump-sass"), _output(*dump, "--dump-elf")
-    threads = threads_of_blocks(elf)
-    faults = [
-        f"{readable([name])[0]}: {count} accesses of the stack within a loop"
-        for name, count in stack_in_loops(sass).items()
-        if count
-    ]
-    for part in re.split(r"Function : ", sass)[1:]:
-        name = part.split()[0]
-        if fault := pool_fault(part, registers[name], threads[name]):
-            faults.append(f"{readable([name])[0]}: {fault}")
-    return faults
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def threads_of_blocks(elf: str) -> dict[str, int]:
-    """The threads of a block of each kernel, by __launch_bounds__."""
-    found = {}
-    for part in re.split(r"^\.nv\.info\.", elf, flags=re.MULTILINE)[1:]:
-        if match := re.search(
-            r"EIATTR_MAX_THREADS\s.*?Value:((?:\s+0x[0-9a-f]+)+)", part, re.DOTALL
-        ):
-            sizes = [int(size, 16) for size in match[1].split()]
-            found[part.split()[0]] = sizes[0] * sizes[1] * sizes[2]
-    return found
-
-
-def pool_fault(sass: str, registers: int, threads: int) -> str:
-    """What is wrong with the registers that warpgroups of a kernel release and claim.
-
-    A block has `registers` for each of its threads. One warpgroup keeps the fewest that
-    setmaxnreg.dec leaves, and each other one may claim what setmaxnreg.inc names.
-    """
-    changes = re.findall(r"USETMAXREG\.(TRY_ALLOC|DEALLOC)\.CTAPOOL.*?0x([0-9a-f]+)", sass)
-    claims = [int(n, 16) for change, n in changes if change == "TRY_ALLOC"]
-    if not claims:
-        return ""
-    groups = threads // 128
-    kept = min((int(n, 16) for change, n in changes if change == "DEALLOC"), default=registers)
-    wanted, all_of_them = (groups - 1) * max(claims) + kept, groups * registers
-    if wanted <= all_of_them <= REGISTERS // 128:
-        return ""
-    return (
-        f"{groups} warpgroups have {all_of_them} registers for each thread of one, and want "
-        f"{groups - 1} x {max(claims)} + {kept} = {wanted}"
-    )
-
-
 _UNCONDITIONAL = ("BRA", "JMP", "BRX", "BRXU", "JMX", "JMXU", "RET", "EXIT")
 
 
@@ -201,35 +139,44 @@ def stack_in_loops(sass: str) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for part in re.split(r"Function : ", sass)[1:]:
-        lines = re.findall(r"^ *(?:\w+:)? */\*([0-9a-f]{4,})\*/ +(.*?) *;", part, re.MULTILINE)
-        code = {int(address, 16): instruction for address, instruction in lines}
-        order = sorted(code)
-        if not order:
-            raise ValueError(f"cannot parse any instruction of {part.split()[0]}")
-        after = dict(itertools.pairwise(order))
-        returns = [after[at] for at in order if "CALL" in code[at] and at in after]
-        following: dict[int, list[int]] = {}
-        for at in order:
-            words = code[at].split()
-            conditional = words[0].startswith("@")
-            name = words[1 if conditional else 0].split(".")[0]
-            target = re.search(r"0x([0-9a-f]+)\)?$", code[at])
-            # The condition may also be an operand: BRA.U UP0, 0x40.
-            conditional |= name in ("BRA", "JMP") and "," in code[at]
-            goes_on = conditional or name not in _UNCONDITIONAL
-            following[at] = [after[at]] if goes_on and at in after else []
-            if name in ("BRA", "JMP", "CALL") and target:
-                following[at].append(int(target[1], 16))
-            elif name in ("BRX", "BRXU", "JMX", "JMXU"):
-                following[at] += order
-            elif name == "RET":
-                following[at] += returns
+        code, following = control_flow(part)
         # A function occurs once for each architecture.
         found[part.split()[0]] = found.get(part.split()[0], 0) + sum(
-            bool(re.search(r"\b(LDL|STL)\b", code[at])) and at in _reached(following, at)
-            for at in order
+            uses_stack(code[at]) and at in _reached(following, at) for at in code
         )
     return found
+
+
+def uses_stack(instruction: str) -> bool:
+    return bool(re.search(r"\b(LDL|STL)\b", instruction))
+
+
+def control_flow(function: str) -> tuple[dict[int, str], dict[int, list[int]]]:
+    """The instructions of a disassembled function by address, and those that may follow each."""
+    lines = re.findall(r"^ *(?:\w+:)? */\*([0-9a-f]{4,})\*/ +(.*?) *;", function, re.MULTILINE)
+    code = {int(address, 16): instruction for address, instruction in lines}
+    order = sorted(code)
+    if not order:
+        raise ValueError(f"cannot parse any instruction of {function.split()[0]}")
+    after = dict(itertools.pairwise(order))
+    returns = [after[at] for at in order if "CALL" in code[at] and at in after]
+    following: dict[int, list[int]] = {}
+    for at in order:
+        words = code[at].split()
+        conditional = words[0].startswith("@")
+        name = words[1 if conditional else 0].split(".")[0]
+        target = re.search(r"0x([0-9a-f]+)\)?$", code[at])
+        # The condition may also be an operand: BRA.U UP0, 0x40.
+        conditional |= name in ("BRA", "JMP") and "," in code[at]
+        goes_on = conditional or name not in _UNCONDITIONAL
+        following[at] = [after[at]] if goes_on and at in after else []
+        if name in ("BRA", "JMP", "CALL") and target:
+            following[at].append(int(target[1], 16))
+        elif name in ("BRX", "BRXU", "JMX", "JMXU"):
+            following[at] += order
+        elif name == "RET":
+            following[at] += returns
+    return code, following
 
 
 def _reached(following: dict[int, list[int]], start: int) -> set[int]:
@@ -262,9 +209,6 @@ def main() -> None:
         arguments.header.write_text("\n".join(lines) + "\n")
         if arguments.json:
             arguments.json.write_text(json.dumps(kernels, indent=1, sort_keys=True) + "\n")
-    if tool and (faults := hopper_faults(arguments.library, tool)):
-        sys.exit("\n".join(["convnn_kernels: kernels that would be slow or hang:", *faults]))
-    if arguments.header:
         return
     for name, numbers in sorted(kernels.items()):
         print(f"{name:<60}" + "  ".join(f"{key} {n}" for key, n in numbers.items()))

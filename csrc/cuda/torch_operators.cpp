@@ -39,14 +39,14 @@ class Cuda : protected cuda::Context {
   }
 
   void select(const SelectParams& params) {
-    if (runs_on_hopper(Operator::select, params)) {
+    if (runs_on_hopper(Operator::select, params, nullptr)) {
       cuda::hopper_forward(params, nullptr, *this);
     } else {
       cuda::select(params, *this);
     }
   }
   void forward(const SelectParams& selecting, const AggregateParams& aggregating) {
-    if (runs_on_hopper(Operator::forward, selecting)) {
+    if (runs_on_hopper(Operator::forward, selecting, &aggregating)) {
       cuda::hopper_forward(selecting, &aggregating, *this);
     } else {
       cuda::select(selecting, *this);
@@ -64,9 +64,9 @@ class Cuda : protected cuda::Context {
   }
 
  private:
-  bool runs_on_hopper(Operator op, const SelectParams& select) {
+  bool runs_on_hopper(Operator op, const SelectParams& select, const AggregateParams* aggregate) {
     return cuda::is_right(like_.device_index(), op, cuda::hopper_kind(select)) &&
-           !cuda::hopper_refuses(select);
+           !cuda::hopper_refuses(select, aggregate);
   }
 
   void* allocate(size_t bytes) override { return workspace_.allocate(bytes); }
@@ -87,7 +87,7 @@ class Hopper : public Cuda {
 
  private:
   void run(const char* op, const SelectParams& select, const AggregateParams* aggregate) {
-    const char* refusal = cuda::hopper_refuses(select);
+    const char* refusal = cuda::hopper_refuses(select, aggregate);
     if (refusal) fail(op, "the Hopper kernels cannot run this call: ", refusal);
     cuda::hopper_forward(select, aggregate, *this);
   }
@@ -104,7 +104,11 @@ STABLE_TORCH_LIBRARY(convnn_python, library) { convnn::torch_operators::define_p
 
 STABLE_TORCH_LIBRARY_IMPL(convnn_cuda, CUDA, library) {
   convnn::torch_operators::implement<convnn::torch_operators::Cuda>(library);
-  convnn::torch_operators::implement_questions<convnn::torch_operators::Hopper>(library);
+  convnn::torch_operators::implement_hopper<convnn::torch_operators::Hopper>(library);
+}
+// On any device, because only shapes and dtypes count.
+STABLE_TORCH_LIBRARY_IMPL(convnn_cuda, CompositeExplicitAutograd, library) {
+  convnn::torch_operators::implement_choices(library);
 }
 STABLE_TORCH_LIBRARY_IMPL(convnn, CUDA, library) {
   convnn::torch_operators::implement_way_in<convnn::torch_operators::Cuda>(library);

@@ -163,7 +163,7 @@ struct Choice {
 };
 Choice choice_of(const SelectParams& select, const AggregateParams* aggregate) {
   return {cuda::hopper_kind(select), cuda::hopper_is_faster(select, aggregate),
-          cuda::hopper_refuses(select)};
+          cuda::hopper_refuses(select, aggregate)};
 }
 bool is_chosen(int device, Operator op, const Choice& choice) {
   return !choice.refusal && choice.is_faster && cuda::is_right(device, op, choice.kind);
@@ -263,13 +263,16 @@ void define_questions(Library& library) {
   }
 }
 
-// `Hopper` is a backend of these kernels only.
-template <class Hopper, class Library>
-void implement_questions(Library& library) {
-  library.impl("hopper_forward", &Boxed<&forward<Hopper>>::call);
-  library.impl("hopper_select", &Boxed<&select<Hopper>>::call);
+template <class Library>
+void implement_choices(Library& library) {
   library.impl("forward_choice", &Boxed<&forward_choice>::call);
   library.impl("select_choice", &Boxed<&select_choice>::call);
+}
+// `Hopper` is a backend of these kernels only.
+template <class Hopper, class Library>
+void implement_hopper(Library& library) {
+  library.impl("hopper_forward", &Boxed<&forward<Hopper>>::call);
+  library.impl("hopper_select", &Boxed<&select<Hopper>>::call);
 }
 template <class Backend, class Library>
 void implement_way_in(Library& library) {

@@ -7,7 +7,7 @@
 
 namespace convnn::cuda {
 
-const char* hopper_refuses(const SelectParams& select) {
+const char* hopper_refuses(const SelectParams& select, const AggregateParams*) {
   if (select.dtype != DType::float16 && select.dtype != DType::bfloat16) return "not of 16 bits";
   return select.self_indices ? "it excludes the token itself" : nullptr;
 }
@@ -41,12 +41,12 @@ class Host : protected cuda::Context {
   static int device(int32_t type, int32_t) { return type == aoti_torch_device_type_cpu() ? 0 : -1; }
 
   void select(const SelectParams& params) {
-    const bool hopper = runs_on_hopper(Operator::select, params);
+    const bool hopper = runs_on_hopper(Operator::select, params, nullptr);
     if (hopper) cuda::hopper_forward(params, nullptr, *this);
     tell(params, hopper);
   }
   void forward(const SelectParams& select, const AggregateParams& aggregate) {
-    const bool hopper = runs_on_hopper(Operator::forward, select);
+    const bool hopper = runs_on_hopper(Operator::forward, select, &aggregate);
     if (hopper) cuda::hopper_forward(select, &aggregate, *this);
     tell(select, hopper);
     const bool halves = aggregate.dtype != DType::float32;
@@ -65,8 +65,9 @@ class Host : protected cuda::Context {
   }
 
  private:
-  bool runs_on_hopper(Operator op, const SelectParams& select) {
-    return cuda::is_right(0, op, cuda::hopper_kind(select)) && !cuda::hopper_refuses(select);
+  bool runs_on_hopper(Operator op, const SelectParams& select, const AggregateParams* aggregate) {
+    return cuda::is_right(0, op, cuda::hopper_kind(select)) &&
+           !cuda::hopper_refuses(select, aggregate);
   }
   void* allocate(size_t bytes) override { return workspace_.allocate(bytes); }
 
@@ -86,7 +87,11 @@ STABLE_TORCH_LIBRARY_IMPL(convnn_cuda, CPU, library) {
   using namespace convnn::torch_operators;
   library.impl("forward", &Boxed<&forward<Host>>::call);
   library.impl("select", &Boxed<&select<Host>>::call);
-  implement_questions<Host>(library);
+  implement_hopper<Host>(library);
+}
+// On any device, because only shapes and dtypes count.
+STABLE_TORCH_LIBRARY_IMPL(convnn_cuda, CompositeExplicitAutograd, library) {
+  convnn::torch_operators::implement_choices(library);
 }
 STABLE_TORCH_LIBRARY_IMPL(convnn, CPU, library) {
   convnn::torch_operators::implement_way_in<convnn::torch_operators::Host>(library);
