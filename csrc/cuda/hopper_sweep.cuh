@@ -78,7 +78,7 @@ __device__ inline SweepItem sweep_item(const SweepParams& p, int item) {
 template <int kD>
 struct SweepShared {
   static constexpr int kStages = kD == 64 ? 4 : 3;
-  static constexpr int kSlots = kD == 64 ? 28 : 24;  // of a lane
+  static constexpr int kSlots = kD == 64 ? 28 : 22;  // of a lane
 
   alignas(1024) unsigned char keys[kStages][kD / 64][kTileColumns][128];
   float inv_k[kStages][kTileColumns];
@@ -91,6 +91,7 @@ struct SweepShared {
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row.
   alignas(16) float negative[kSweepWarps][kWarp][4];
+  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];
   float inv_q[kSweepRows];
   SweepItem items[kSweepWarps];  // of each warp
   uint64_t full[kStages], empty[kStages];
@@ -235,9 +236,8 @@ class Sweep {
         load_queries<false>();
       }
       sample_tiles();
-      sweep_tiles<kTileColumns>(1, [&](float (&acc)[kTileColumns / 2], int left, int, int half) {
-        look(acc, left, half);
-      });
+      sweep_tiles<kTileColumns>(
+          1, [&](float (&acc)[kTileColumns / 2], int, int half) { look(acc, half); });
       drain(true);
       store_counts();
     }
@@ -305,29 +305,30 @@ class Sweep {
     wgmma_commit();
   }
 
-  // Calls body(acc, left, part, half) for parts of kColumns columns of every step-th tile, with the
-  // tiles that are left. No
+  // Calls body(acc, part, half) for parts of kColumns columns of every step-th tile. No
   // accumulator is alive where the loop closes: the compiler would serialize the products.
   template <int kColumns, class Body>
   __device__ __forceinline__ void sweep_tiles(int step, const Body& body) {
-    int part = 0, left = item().tiles;
+    int part = 0;
+    left_ = item().tiles;
 #pragma unroll 1
-    while (left > 0) {
+    while (left_ > 0) {
       float acc_0[kColumns / 2], acc_1[kColumns / 2];
       if (part == 0) barrier_wait(&shared_.full[stage_.index], stage_.parity);
       multiply<kColumns>(acc_0, a_[0], part);
       multiply<kColumns>(acc_1, a_[1], part);
       wgmma_wait<1>();
       hold(acc_0);
-      body(acc_0, left, part, 0);
+      body(acc_0, part, 0);
       wgmma_wait<0>();
       hold(acc_1);
-      body(acc_1, left, part, 1);
+      body(acc_1, part, 1);
       if (++part == kTileColumns / kColumns) {
+        __syncwarp();
         if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
         stage_.advance();
         part = 0;
-        left -= step;
+        left_ -= step;
       }
     }
   }
@@ -345,7 +346,7 @@ class Sweep {
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
     constexpr int kColumns = 64;
-    sweep_tiles<kColumns>(p_.step, [&](float (&acc)[kColumns / 2], int, int part, int half) {
+    sweep_tiles<kColumns>(p_.step, [&](float (&acc)[kColumns / 2], int part, int half) {
 #pragma unroll
       for (int n = 0; n < kColumns / 8; n += 2) {
         const float4 f = factors(part * (kColumns / 8) + n);
@@ -414,12 +415,12 @@ class Sweep {
   }
 
   // Puts the accumulators of hits into slots.
-  __device__ __forceinline__ void look(const float (&acc)[kTileColumns / 2], int left, int half) {
+  __device__ __forceinline__ void look(const float (&acc)[kTileColumns / 2], int half) {
     const float2 n = *reinterpret_cast<const float2*>(&negative()[2 * half]);
 #pragma unroll
     for (int first = 0; first < kTileColumns / 8; first += kReserve) {
       if (__any_sync(kAllLanes, slot_ > first_slot_ + (Shared::kSlots - kReserve) * kSlotBytes)) {
-        push_header(left, half);
+        push_header(half);
         drain(false);
       }
 #pragma unroll
@@ -434,12 +435,12 @@ class Sweep {
         append(slot_, mask_, 0x20000u << i, odd, x + 4);
       }
     }
-    push_header(left, half);
+    push_header(half);
   }
   // Describes the slots that were filled since the last header.
-  __device__ __forceinline__ void push_header(int left, int half) {
+  __device__ __forceinline__ void push_header(int half) {
     if (mask_) {
-      store_word(header_, mask_ | uint32_t(left) << 1 | uint32_t(half));
+      store_word(header_, mask_ | uint32_t(left_) << 1 | uint32_t(half));
       header_ += kHeaderBytes;
     }
     mask_ = 0;
@@ -464,19 +465,26 @@ class Sweep {
     float before[4];
     copy16(before, negative());
     int move = all || waiting() < kMoved ? waiting() : kMoved;
+    bool crowded = false;
 #pragma unroll 1
-    while (true) {
+    do {
       uint32_t end[4];
       copy16(end, ends());
       const int possible = room(end);
-      const bool crowded = __any_sync(kAllLanes, possible < move);
+      crowded = crowded || __any_sync(kAllLanes, possible < move);
       move_slots(possible < move ? possible : move, end, before);
       copy16(ends(), end);
       if (!crowded) break;
       __syncwarp();
-      make_room();
+      if constexpr (kD == 64) {
+        make_room(before);
+      } else {
+        park();
+        make_room(before);
+        unpark();
+      }
       move = waiting();
-    }
+    } while (__any_sync(kAllLanes, move > 0));
   }
 
   // Moves the last `count` slots of this lane to its lists.
@@ -522,26 +530,50 @@ class Sweep {
     }
   }
 
-  // Where a list is full, the k nearest of the row stay, and T rises.
-  __device__ __forceinline__ void make_room() {
+  // What a warp carries through a sweep would not fit into registers beside make_room().
+  __device__ __forceinline__ void park() {
+    const uint32_t kept[4] = {slot_, header_, uint32_t(left_),
+                              uint32_t(stage_.index * 2 + stage_.parity)};
+    copy16(shared_.parked[warp_][lane()], kept);
+  }
+  __device__ __forceinline__ void unpark() {
+    asm volatile("" ::: "memory");
+    uint32_t kept[4];
+    copy16(kept, shared_.parked[warp_][lane()]);
+    slot_ = kept[0];
+    header_ = kept[1];
+    left_ = int(kept[2]);
+    stage_.index = int(kept[3] / 2);
+    stage_.parity = int(kept[3] % 2);
+    mask_ = 0;
+    first_slot_ = shared_address(&shared_.slots[warp_][0][lane()][0]);
+  }
+  // Where a list is full, the k nearest of the row stay, and T rises. T was -before when no slot
+  // waited.
+  __device__ __forceinline__ void make_room(const float (&before)[4]) {
     const int most = hits_per_list(p_.k);
+    constexpr float kClosed = -kInfinity<float>;
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const uint32_t begin = list_begin(i);
       const int count = int((ends()[i] - begin) / kHitStride);
-      const unsigned full = __ballot_sync(kAllLanes, count > most - 2);
-      if (!full) continue;
-      const bool idle = !(full >> (lane() & 28) & 15);
-      // Nothing that counts enters any more: NaN behind k others, or a row that does not exist.
-      const bool closed = negative()[i] == -kInfinity<float>;
+      // Nothing that counts enters a closed row: one that does not exist, or has k NaN, which are
+      // the first in its lists since the slots that waited then have been moved and cut, too.
+      const float first = i % 2 ? before[1] : before[0], second = i % 2 ? before[3] : before[2];
+      const bool closed = (i < 2 ? first : second) == kClosed;
+      const bool closing = !closed && negative()[i] == kClosed;
+      const unsigned full = __ballot_sync(kAllLanes, closing || count > most - 2);
+      const bool cut = (full >> (lane() & 28) & 15) && !closed;
+      if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k) * kHitStride;
+      if (!__any_sync(kAllLanes, cut)) continue;
       HitList list = {p_.hits + begin / sizeof(uint64_t), count, shared_.inv_q[row(i)]};
-      const float bound = keep_nearest(list, p_.k, idle || closed);
-      if (idle) continue;
-      if (!closed) negative()[i] = 0 - bound;
-      const int left = closed && count > p_.k ? p_.k : closed ? count : list.count;
-      ends()[i] = begin + uint32_t(left) * kHitStride;
+      const float bound = keep_nearest(list, p_.k, !cut);
+      if (!cut) continue;
+      negative()[i] = 0 - bound;
+      ends()[i] = begin + uint32_t(list.count) * kHitStride;
     }
   }
+
   __device__ __forceinline__ void store_counts() const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -554,10 +586,10 @@ class Sweep {
   const SweepParams& p_;
   const int warp_;  // of those that have queries
   Stage<kD> stage_;
+  int left_;                  // tiles of the split, with the one that is looked at
   uint32_t a_[2][kSteps][4];  // queries of each half
   // Addresses in shared memory of the first and the next slot and the next header of this lane.
-  const uint32_t first_slot_;
-  uint32_t slot_, header_;
+  uint32_t first_slot_, slot_, header_;
   uint32_t mask_ = 0;  // of the slots filled since the last header
 };
 
