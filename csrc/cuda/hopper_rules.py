@@ -5,8 +5,8 @@
 
 Of the kernels of sm_90a whose name begins with "hopper", an error is:
 
-- an access of the stack, where spilled registers are, within a sweep: an innermost loop around
-  matrix products;
+- an access of the stack, where spilled registers are, in every turn of a sweep, an innermost loop
+  around matrix products. What a turn does only sometimes, such as to move hits, may use the stack;
 - registers that warpgroups claim of each other and that their block does not have: they would wait
   for them forever.
 
@@ -63,13 +63,16 @@ def threads_of_blocks(elf: str) -> dict[str, int]:
 def stack_fault(sass: str) -> str:
     """What is wrong with the stack of a disassembled function."""
     code, following = resources.control_flow(sass)
+    products = {at for at in code if "HGMMA" in code[at]}
     used = {
         at
-        for loop in innermost_loops(following, {at for at in code if "HGMMA" in code[at]})
+        for loop in innermost_loops(following, products)
         for at in loop
         if resources.uses_stack(code[at])
+        # Without it nothing goes round.
+        and not any(cycle & products for cycle in _cycles(following, loop - {at}))
     }
-    return f"{len(used)} accesses of the stack within a sweep" if used else ""
+    return f"{len(used)} accesses of the stack in every turn of a sweep" if used else ""
 
 
 def innermost_loops(following: dict[int, list[int]], inside: set[int]) -> Iterator[set[int]]:
