@@ -3,6 +3,7 @@
 
 Environment variables: ``CONVNN_CUDA`` (1 requires the CUDA library, 0 skips it; by default it is
 built if PyTorch has CUDA and nvcc is found), ``TORCH_CUDA_ARCH_LIST`` (as in PyTorch),
+``CONVNN_BOUNDED_WAITS`` (1 builds CUDA kernels for debugging, whose waits end in a report),
 ``CONVNN_WERROR`` (1 turns warnings into errors), ``MAX_JOBS`` (parallel compilers), and those that
 CMake reads, such as ``CXX`` and ``CXXFLAGS``.
 """

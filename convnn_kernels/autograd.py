@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnn_kernels import schemas, torch_internals
+from convnn_kernels import raised, schemas, torch_internals
 
 _convnn = torch.ops.convnn
 
@@ -31,9 +31,14 @@ def kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
     def autograd(keyset: Any, *args: Any) -> Any:
         below = keyset & torch_internals.BELOW_AUTOGRAD
-        if torch_internals.needs_autograd(args):
-            return torch_internals.apply(node, op, below, *arguments_of(*args))
-        return redispatch(below, *args)
+        try:
+            if torch_internals.needs_autograd(args):
+                return torch_internals.apply(node, op, below, *arguments_of(*args))
+            return redispatch(below, *args)
+        except RuntimeError as error:
+            if kept := raised.original(error):
+                raise kept from None
+            raise
 
     return autograd
 

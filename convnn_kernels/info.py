@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from convnn_kernels import introspect, native
-from convnn_kernels.backends import selection
+from convnn_kernels.backends import hopper, selection
 from convnn_kernels.version import __version__
 
 
@@ -18,7 +18,7 @@ def collect() -> dict[str, Any]:
     """The report as JSON values.
 
     A version or a machine's property is None where there is none; a backend is None where nothing
-    keeps it from running here.
+    keeps it from running here. The kernels for Hopper are checked on each device that has some.
     """
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -37,6 +37,11 @@ def collect() -> dict[str, Any]:
         },
         "build": {**native.build_report(), **_introspect()},
         "backends": selection.available(),
+        "hopper": {
+            "unavailable": hopper.unavailable(),
+            "takes": hopper.TAKES,
+            "devices": hopper.report(),
+        },
     }
 
 
@@ -86,6 +91,11 @@ def render(report: dict[str, Any]) -> str:
             for name, reason in report["backends"].items()
         },
     }
+    hopper_kernels = report["hopper"]
+    reason = hopper_kernels["unavailable"] or "there is no device of compute capability 9.0"
+    sections["kernels for Hopper (cuda)"] = {"take": hopper_kernels["takes"]} | (
+        hopper_kernels["devices"] or {"here": f"no: {reason}"}
+    )
     lines = []
     for title, facts in sections.items():
         lines.append(title)

@@ -104,7 +104,7 @@ def _convolution_grads(arguments: Any) -> tuple[Tensor, Tensor]:
 
 for _op in schemas.OPERATORS.values():
     schemas.LIBRARY.impl(_op, autograd.kernel(_op), "Autograd", with_keyset=True)
-    schemas.LIBRARY.impl(_op, selection.cuda_kernel(_op), "CUDA")
+    selection.register(_op)
     if (_ask := selection.forced_kernel(_op)) is not None:
         schemas.LIBRARY.impl(_op, _ask, "BackendSelect", with_keyset=True)
     torch.library.register_vmap(_op, transforms.vmap(_op), lib=schemas.LIBRARY)

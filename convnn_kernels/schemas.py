@@ -17,6 +17,9 @@ native.load()
 # What Python adds to the operators: fake kernels, derivatives, transforms, the CUDA key.
 LIBRARY = torch_internals.only_library("convnn")
 
+# What C++ on the CUDA key hands over to (csrc/cuda/way_in.h).
+PYTHON_LIBRARY = torch_internals.only_library("convnn_python")
+
 # The operators by name, "convnn::forward" and so on.
 OPERATORS: dict[str, torch._ops.OpOverload] = {
     op.name(): op

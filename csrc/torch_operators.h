@@ -5,9 +5,9 @@
 // convnn_kernels/autograd.py.
 //
 // A Backend is constructed for each call from a tensor on its device. It has a function for each
-// operator but forward, which is select() and aggregate(). kReadsIndices says whether index values
-// are in host memory and can be checked, kReadsStrides whether query, key and value may have
-// strides.
+// operator; forward(select, aggregate) writes the neighbors that it then reads. kReadsIndices says
+// whether index values are in host memory and can be checked, kReadsStrides whether query, key and
+// value may have strides.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -59,26 +59,52 @@ std::string take(StableIValue value) {
   return text;
 }
 
-// The boxed form of a function, like TORCH_BOX, for these argument types and results that are
-// tensors.
+// The reverse: gives ownership to the dispatcher.
+template <class T>
+StableIValue give(T& value) {
+  return torch::stable::detail::from(value);
+}
+inline StableIValue give(Tensor& value) { return torch::stable::detail::from(value.release()); }
+inline StableIValue give(OptionalTensor& value) {
+  std::optional<AtenTensorHandle> handle;
+  if (value) handle = value->release();
+  return torch::stable::detail::from(handle);
+}
+
+// Moves a tuple from and to the stack of the dispatcher, which holds arguments, then results.
+template <class Values>
+struct Stack {
+  using All = std::make_index_sequence<std::tuple_size_v<Values>>;
+  static Values get(StableIValue* stack) { return get(stack, All()); }
+  static void put(StableIValue* stack, Values& values) { put(stack, values, All()); }
+
+ private:
+  template <size_t... I>
+  static Values get(StableIValue* stack, std::index_sequence<I...>) {
+    return {take<std::tuple_element_t<I, Values>>(stack[I])...};
+  }
+  template <size_t... I>
+  static void put(StableIValue* stack, Values& values, std::index_sequence<I...>) {
+    ((stack[I] = give(std::get<I>(values))), ...);
+  }
+};
+
+inline void check_schema(bool fits) {
+  if (!fits) {
+    throw std::runtime_error("convnn: the schema of an operator is not that of its kernel");
+  }
+}
+
+// The boxed form of a function, like TORCH_BOX, for these argument types and results.
 template <auto function>
 struct Boxed;
 template <class... Results, class... Arguments, std::tuple<Results...> (*function)(Arguments...)>
 struct Boxed<function> {
   static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
-    if (arguments != sizeof...(Arguments) || results != sizeof...(Results)) {
-      throw std::runtime_error("convnn: the schema of an operator is not that of its kernel");
-    }
-    call(stack, std::index_sequence_for<Arguments...>(), std::index_sequence_for<Results...>());
-  }
-
- private:
-  template <size_t... I, size_t... J>
-  static void call(StableIValue* stack, std::index_sequence<I...>, std::index_sequence<J...>) {
-    const std::tuple<std::decay_t<Arguments>...> arguments = {
-        take<std::decay_t<Arguments>>(stack[I])...};
-    std::tuple<Results...> results = std::apply(function, arguments);
-    ((stack[J] = torch::stable::detail::from(std::get<J>(results).release())), ...);
+    check_schema(arguments == sizeof...(Arguments) && results == sizeof...(Results));
+    const auto taken = Stack<std::tuple<std::decay_t<Arguments>...>>::get(stack);
+    std::tuple<Results...> made = std::apply(function, taken);
+    Stack<std::tuple<Results...>>::put(stack, made);
   }
 };
 
@@ -240,51 +266,76 @@ void check_indices(const char* op, const Contiguous& indices, const Contiguous& 
   }
 }
 
-template <class Backend>
-std::tuple<Tensor, Tensor> checked_select(const char* op, const Tensor& query, const Tensor& key,
-                                          int64_t k, const OptionalTensor& candidates,
-                                          const OptionalTensor& self_indices,
-                                          const OptionalTensor& key_mask, const std::string& metric,
-                                          const std::string& order) {
-  const int64_t n = rows_of(query), m = rows_of(key);
-  const bool is_float64 = query.scalar_type() == ScalarType::Double;
-  const int64_t columns = candidates ? candidates->size(0) : m;
-  if (!is_float64 && columns > std::numeric_limits<uint32_t>::max()) {
-    fail(op, "key must have at most ", std::numeric_limits<uint32_t>::max(),
-         " rows that may be neighbors, got ", columns);
-  }
-  const Contiguous all_candidates(candidates), self(self_indices), mask(key_mask);
-  if (Backend::kReadsIndices && candidates) {
-    check_range(op, "candidates", all_candidates.data_as<int64_t>(), candidates->size(0), m);
-    check_distinct(op, all_candidates.data_as<int64_t>(), candidates->size(0));
-  }
-  if (Backend::kReadsIndices && self_indices)
-    check_range(op, "self_indices", self.data_as<int64_t>(), n, m);
+// The parameters of select except its pointers.
+SelectParams select_params(const Tensor& query, const Tensor& key, int64_t k,
+                           const std::string& metric, const std::string& order) {
+  SelectParams params = {};
+  params.batch = batch_of(query);
+  params.n = rows_of(query);
+  params.m = rows_of(key);
+  params.d = columns_of(query);
+  params.k = k;
+  params.dtype = *dtype_of(query);
+  params.metric = *metric_of(metric);
+  params.order = *order_of(order);
+  return params;
+}
 
-  const Readable queries(query, Backend::kReadsStrides), keys(key, Backend::kReadsStrides);
-  const std::vector<int64_t> shape = shape_with(query, n, k);
-  Tensor similarities = empty_as(query, shape, is_float64 ? ScalarType::Double : ScalarType::Float);
-  Tensor indices = empty_as(query, shape, ScalarType::Long);
-  const SelectParams params = {
-      batch_of(query),
-      n,
-      m,
-      columns_of(query),
-      k,
-      *dtype_of(query),
-      *metric_of(metric),
-      *order_of(order),
-      queries.rows(),
-      keys.rows(),
-      all_candidates.data_as<int64_t>(),
-      candidates ? candidates->size(0) : 0,
-      self.data_as<int64_t>(),
-      mask.data_as<bool>(),
-      similarities.mutable_data_ptr(),
-      static_cast<int64_t*>(indices.mutable_data_ptr()),
-  };
-  Backend(query).select(params);
-  return {std::move(similarities), std::move(indices)};
+// What select reads: its checked arguments, and the copies that its parameters point to.
+template <class Backend>
+class SelectInputs {
+ public:
+  SelectInputs(const char* op, const Tensor& query, const Tensor& key, int64_t k,
+               const OptionalTensor& candidates, const OptionalTensor& self_indices,
+               const OptionalTensor& key_mask, const std::string& metric, const std::string& order)
+      : candidates_(candidates),
+        self_(self_indices),
+        mask_(key_mask),
+        queries_(query, Backend::kReadsStrides),
+        keys_(key, Backend::kReadsStrides) {
+    const int64_t n = rows_of(query), m = rows_of(key);
+    const int64_t columns = candidates ? candidates->size(0) : m;
+    if (query.scalar_type() != ScalarType::Double &&
+        columns > std::numeric_limits<uint32_t>::max()) {
+      fail(op, "key must have at most ", std::numeric_limits<uint32_t>::max(),
+           " rows that may be neighbors, got ", columns);
+    }
+    if (Backend::kReadsIndices && candidates) {
+      check_range(op, "candidates", candidates_.data_as<int64_t>(), columns, m);
+      check_distinct(op, candidates_.data_as<int64_t>(), columns);
+    }
+    if (Backend::kReadsIndices && self_indices) {
+      check_range(op, "self_indices", self_.data_as<int64_t>(), n, m);
+    }
+    params_ = select_params(query, key, k, metric, order);
+    params_.query = queries_.rows();
+    params_.key = keys_.rows();
+    params_.candidates = candidates_.data_as<int64_t>();
+    params_.r = candidates ? columns : 0;
+    params_.self_indices = self_.data_as<int64_t>();
+    params_.key_mask = mask_.data_as<bool>();
+  }
+
+  // The parameters, with results that are these tensors.
+  SelectParams with(const Tensor& similarities, const Tensor& indices) const {
+    SelectParams params = params_;
+    params.similarities = similarities.mutable_data_ptr();
+    params.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+    return params;
+  }
+
+ private:
+  Contiguous candidates_, self_, mask_;
+  Readable queries_, keys_;
+  SelectParams params_;
+};
+
+// New similarities and indices [..., n, k].
+std::tuple<Tensor, Tensor> new_neighbors(const Tensor& query, int64_t k) {
+  const bool is_float64 = query.scalar_type() == ScalarType::Double;
+  const std::vector<int64_t> shape = shape_with(query, rows_of(query), k);
+  return {empty_as(query, shape, is_float64 ? ScalarType::Double : ScalarType::Float),
+          empty_as(query, shape, ScalarType::Long)};
 }
 
 // The parameters of aggregate except its pointers.
@@ -306,25 +357,48 @@ AggregateParams aggregate_params(const Tensor& value, const Tensor& similarities
   return params;
 }
 
+// What aggregate reads besides the neighbors: the copies that its parameters point to.
 template <class Backend>
-Tensor checked_aggregate(const Tensor& value, const Tensor& similarities,
-                         const Contiguous& all_similarities, const Contiguous& indices,
-                         const OptionalTensor& weight, const OptionalTensor& bias,
-                         Convolution convolution, int64_t outputs, const std::string& rho,
-                         double scale) {
-  const Readable values(value, Backend::kReadsStrides, pairs_of(similarities));
-  const Contiguous weights(weight), biases(bias);
-  Tensor output =
-      empty_as(value, shape_with(value, rows_of(similarities), outputs), value.scalar_type());
-  AggregateParams params = aggregate_params(value, similarities, convolution, outputs, rho, scale);
-  params.value = values.rows();
-  params.similarities = all_similarities.data();
-  params.indices = indices.data_as<int64_t>();
-  params.weight = weights.data();
-  params.bias = biases.data();
-  params.output = output.mutable_data_ptr();
-  Backend(value).aggregate(params);
-  return output;
+class AggregateInputs {
+ public:
+  AggregateInputs(const Tensor& value, const Tensor& similarities, const OptionalTensor& weight,
+                  const OptionalTensor& bias)
+      : values_(value, Backend::kReadsStrides, pairs_of(similarities)),
+        weights_(weight),
+        biases_(bias) {}
+
+  // `params`, which has no pointers yet, with these neighbors and this result.
+  AggregateParams with(AggregateParams params, const void* similarities, const int64_t* indices,
+                       const Tensor& output) const {
+    params.value = values_.rows();
+    params.similarities = similarities;
+    params.indices = indices;
+    params.weight = weights_.data();
+    params.bias = biases_.data();
+    params.output = output.mutable_data_ptr();
+    return params;
+  }
+
+ private:
+  Readable values_;
+  Contiguous weights_, biases_;
+};
+
+Tensor new_output(const Tensor& value, int64_t rows, int64_t outputs) {
+  return empty_as(value, shape_with(value, rows, outputs), value.scalar_type());
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> checked_select(const Tensor& query, const Tensor& key, int64_t k,
+                                          const OptionalTensor& candidates,
+                                          const OptionalTensor& self_indices,
+                                          const OptionalTensor& key_mask, const std::string& metric,
+                                          const std::string& order) {
+  const SelectInputs<Backend> inputs("select", query, key, k, candidates, self_indices, key_mask,
+                                     metric, order);
+  auto [similarities, indices] = new_neighbors(query, k);
+  Backend(query).select(inputs.with(similarities, indices));
+  return {std::move(similarities), std::move(indices)};
 }
 
 template <class Backend>
@@ -334,24 +408,61 @@ std::tuple<Tensor, Tensor> select(const Tensor& query, const Tensor& key, int64_
                                   const OptionalTensor& key_mask, const std::string& metric,
                                   const std::string& order) {
   check_select("select", query, key, k, candidates, self_indices, key_mask, metric, order);
-  return checked_select<Backend>("select", query, key, k, candidates, self_indices, key_mask,
-                                 metric, order);
+  return checked_select<Backend>(query, key, k, candidates, self_indices, key_mask, metric, order);
 }
 
 template <class Backend>
 std::tuple<Tensor> aggregate(const Tensor& value, const Tensor& similarities, const Tensor& indices,
                              const OptionalTensor& weight, const OptionalTensor& bias,
                              const std::string& rho, double scale) {
-  check_aggregate("aggregate", value, similarities, indices);
+  constexpr const char* op = "aggregate";
+  check_aggregate(op, value, similarities, indices);
   int64_t outputs = 0;
-  const Convolution convolution = check_convolution("aggregate", value, columns_of(similarities),
-                                                    weight, bias, rho, scale, outputs);
+  const Convolution convolution =
+      check_convolution(op, value, columns_of(similarities), weight, bias, rho, scale, outputs);
   const Contiguous all_similarities(similarities), all_indices(indices);
   if (Backend::kReadsIndices) {
-    check_indices("aggregate", all_indices, all_similarities, similarities, rows_of(value));
+    check_indices(op, all_indices, all_similarities, similarities, rows_of(value));
   }
-  return checked_aggregate<Backend>(value, similarities, all_similarities, all_indices, weight,
-                                    bias, convolution, outputs, rho, scale);
+  const AggregateInputs<Backend> inputs(value, similarities, weight, bias);
+  Tensor output = new_output(value, rows_of(similarities), outputs);
+  Backend(value).aggregate(
+      inputs.with(aggregate_params(value, similarities, convolution, outputs, rho, scale),
+                  all_similarities.data(), all_indices.data_as<int64_t>(), output));
+  return {std::move(output)};
+}
+
+// Returns the kind of convolution and, in `outputs`, its output channels.
+Convolution check_forward(const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
+                          const OptionalTensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& candidates, const OptionalTensor& self_indices,
+                          const OptionalTensor& key_mask, const std::string& metric,
+                          const std::string& rho, double scale, const std::string& order,
+                          int64_t& outputs) {
+  constexpr const char* op = "forward";
+  check_select(op, query, key, k, candidates, self_indices, key_mask, metric, order);
+  check_value_as(op, value, query, key);
+  return check_convolution(op, value, k, weight, bias, rho, scale, outputs);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> checked_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& candidates,
+    const OptionalTensor& self_indices, const OptionalTensor& key_mask, const std::string& metric,
+    const std::string& rho, double scale, const std::string& order, Convolution convolution,
+    int64_t outputs) {
+  const SelectInputs<Backend> to_select("forward", query, key, k, candidates, self_indices,
+                                        key_mask, metric, order);
+  auto [similarities, indices] = new_neighbors(query, k);
+  const AggregateInputs<Backend> to_aggregate(value, similarities, weight, bias);
+  Tensor output = new_output(value, rows_of(query), outputs);
+  const SelectParams found = to_select.with(similarities, indices);
+  const AggregateParams params =
+      aggregate_params(value, similarities, convolution, outputs, rho, scale);
+  Backend(query).forward(found,
+                         to_aggregate.with(params, found.similarities, found.indices, output));
+  return {std::move(output), std::move(similarities), std::move(indices)};
 }
 
 template <class Backend>
@@ -360,17 +471,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& candidates,
     const OptionalTensor& self_indices, const OptionalTensor& key_mask, const std::string& metric,
     const std::string& rho, double scale, const std::string& order) {
-  check_select("forward", query, key, k, candidates, self_indices, key_mask, metric, order);
-  check_value_as("forward", value, query, key);
   int64_t outputs = 0;
   const Convolution convolution =
-      check_convolution("forward", value, k, weight, bias, rho, scale, outputs);
-  auto [similarities, indices] = checked_select<Backend>("forward", query, key, k, candidates,
-                                                         self_indices, key_mask, metric, order);
-  Tensor output =
-      checked_aggregate<Backend>(value, similarities, Contiguous(similarities), Contiguous(indices),
-                                 weight, bias, convolution, outputs, rho, scale);
-  return {std::move(output), std::move(similarities), std::move(indices)};
+      check_forward(query, key, value, k, weight, bias, candidates, self_indices, key_mask, metric,
+                    rho, scale, order, outputs);
+  return checked_forward<Backend>(query, key, value, k, weight, bias, candidates, self_indices,
+                                  key_mask, metric, rho, scale, order, convolution, outputs);
 }
 
 // A backward operator gets the arguments and results of its forward operator, so these checks are

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The k nearest keys of each query and their weighted sum, without Python and without PyTorch: on
-// the CPU, and on a CUDA device if there is one. Both are compared with a simple loop.
+// the CPU, and on a CUDA device if there is one; with compute capability 9.0, by the kernels for
+// Hopper, in float16. All are compared with a simple loop.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,10 +13,12 @@
 #include "cpu/operators.h"
 #include "params.h"
 #ifdef WITH_CUDA
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 
+#include "cuda/hopper.h"
 #include "cuda/operators.h"
 #endif
 
@@ -41,7 +44,7 @@ std::vector<float> numbers(int64_t count, int step) {
   return result;
 }
 
-SelectParams select_params(const float* query, const float* key, float* similarities,
+SelectParams select_params(const void* query, const void* key, float* similarities,
                            int64_t* indices) {
   SelectParams p = {};
   p.batch = 1, p.n = kQueries, p.m = kKeys, p.d = kColumns, p.k = kNeighbors;
@@ -51,8 +54,8 @@ SelectParams select_params(const float* query, const float* key, float* similari
   return p;
 }
 
-AggregateParams aggregate_params(const float* value, const float* similarities,
-                                 const int64_t* indices, float* output) {
+AggregateParams aggregate_params(const void* value, const float* similarities,
+                                 const int64_t* indices, void* output) {
   AggregateParams p = {};
   p.batch = 1, p.n = kQueries, p.m = kKeys, p.c = p.o = kChannels, p.k = kNeighbors;
   p.dtype = p.similarity_dtype = DType::float32;
@@ -103,11 +106,11 @@ Results expected(const Tokens& x) {
 }
 
 // Reports results that differ from the expected ones. Outputs may differ in rounding.
-bool agree(const char* where, const Results& r, const Results& expected) {
+bool agree(const char* where, const Results& r, const Results& expected, float rounding = 1e-5f) {
   bool same = r.indices == expected.indices && r.similarities == expected.similarities;
   if (!same) std::fprintf(stderr, "%s chose other neighbors than expected\n", where);
   for (size_t i = 0; i < r.output.size(); ++i) {
-    if (!(std::fabs(r.output[i] - expected.output[i]) <= 1e-5f)) {
+    if (!(std::fabs(r.output[i] - expected.output[i]) <= rounding)) {
       std::fprintf(stderr, "%s gave %g for output %d, expected %g\n", where, double(r.output[i]),
                    int(i), double(expected.output[i]));
       same = false;
@@ -164,9 +167,50 @@ Results on_cuda(const Tokens& x) {
   return r;
 }
 
+std::vector<__half> halves(const std::vector<float>& numbers) {
+  std::vector<__half> result;
+  for (const float x : numbers) result.push_back(__float2half(x));
+  return result;
+}
+
+// Selection and weighted sum in one call, which takes numbers of 16 bits.
+Results on_hopper(const Tokens& x) {
+  Results r;
+  DeviceMemory device;
+  std::vector<__half> output(r.output.size());
+  float* similarities = device.of(r.similarities);
+  int64_t* indices = device.of(r.indices);
+  __half* sums = device.of(output);
+  SelectParams select =
+      select_params(device.of(halves(x.query)), device.of(halves(x.key)), similarities, indices);
+  AggregateParams aggregate =
+      aggregate_params(device.of(halves(x.value)), similarities, indices, sums);
+  select.dtype = aggregate.dtype = DType::float16;
+  if (const char* reason = cuda::hopper_refuses(select, &aggregate))
+    throw std::runtime_error(reason);
+  cuda::hopper_forward(select, &aggregate, device);
+  fetch(r.similarities, similarities);
+  fetch(r.indices, indices);
+  fetch(output, sums);
+  for (size_t i = 0; i < output.size(); ++i) r.output[i] = __half2float(output[i]);
+  return r;
+}
+
 bool has_device() {
   int devices = 0;
   return cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+}
+
+// Whether the kernels for Hopper were built and can run.
+bool is_hopper() {
+#ifdef WITH_HOPPER
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -200,6 +244,12 @@ int main() {
       const Results cuda = on_cuda(tokens);
       print("cuda", cuda);
       same = agree("cuda", cuda, right) && same;
+      if (is_hopper()) {
+        const Results hopper = on_hopper(tokens);
+        print("cuda, kernels for Hopper", hopper);
+        // An output of float16 has 11 bits.
+        same = agree("the kernels for Hopper", hopper, right, 4e-3f) && same;
+      }
       return same ? 0 : 1;
     }
 #endif

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import convnn_kernels  # noqa: F401
+from convnn_kernels.backends import hopper
 
 ROOT = Path(__file__).parent.parent
 BUILD = Path(os.environ.get("CONVNN_CUDA_BUILD", ""))
@@ -144,6 +146,66 @@ def test_a_cpu_pytorch_says_why_it_does_not_load_it() -> None:
         pytest.skip("a CUDA PyTorch")
     with pytest.raises(OSError, match=r"libtorch_cuda\.so: cannot open"):
         ctypes.CDLL(str(LIBRARY))
+
+
+# With a library in the place of that of a CUDA PyTorch, which the build has for linking.
+LOAD = """
+    import ctypes, itertools, json, torch, convnn_kernels
+    ctypes.CDLL({stub!r}, mode=ctypes.RTLD_GLOBAL)
+    torch.ops.load_library({library!r})
+"""
+
+
+@needs_build
+def test_it_stands_on_the_cuda_key(run_python: Callable[..., str]) -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("a CUDA PyTorch")
+    load = LOAD.format(stub=str(BUILD / "libtorch_cuda.so"), library=str(LIBRARY))
+    code = """
+    of_all = [name.removeprefix("convnn::") for name in convnn_kernels.schemas.OPERATORS]
+    for library, names in (
+        ("convnn", ("forward", "select")),
+        ("convnn_cuda", (*of_all, "hopper_forward", "hopper_select")),
+    ):
+        for name in names:
+            name = f"{library}::{name}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+    print(torch.ops.convnn_python.forward.default._schema.returns[-1].name)
+    """
+    assert run_python(load + code).split() == ["error"]
+
+
+@needs_build
+def test_what_the_kernels_for_hopper_take(run_python: Callable[..., str]) -> None:
+    """As `hopper.TAKES` says."""
+    if torch.version.cuda is not None:
+        pytest.skip("a CUDA PyTorch")
+    load = LOAD.format(stub=str(BUILD / "libtorch_cuda.so"), library=str(LIBRARY))
+    code = """
+    from convnn_kernels.backends import hopper
+    taken, kinds = [], set()
+    metrics, dtypes = ("cosine", "dot", "euclidean"), ("float16", "bfloat16", "float32", "float64")
+    sizes, counts = (1, 63, 64, 65, 128, 129), (1, 10, 11, 32, 33, 64, 65)
+    for metric, dtype, D, k in itertools.product(metrics, dtypes, sizes, counts):
+        X = torch.zeros(1, 200, D, dtype=getattr(torch, dtype))
+        for name, args in (
+            ("select", (X, X, k, None, None, None, metric)),
+            ("forward", (X, X, X, k, None, None, None, None, None, metric)),
+        ):
+            number, is_faster, refusal = hopper.ask(f"convnn::{name}", args)
+            if not refusal:
+                kind = hopper.kind_of(number)
+                assert (kind.metric, kind.dtype) == (metric, X.dtype)
+                assert D <= kind.D and k <= kind.k
+                kinds.add(number)
+                taken.append((dtype, metric, D, k))
+    assert kinds == set(range(hopper.KINDS)), kinds
+    dtypes, metrics, sizes, counts = ({*each} for each in zip(*taken))
+    print(sorted(dtypes), sorted(metrics), max(sizes), max(counts))
+    """
+    found = run_python(load + code)
+    assert found.strip() == "['bfloat16', 'float16'] ['cosine', 'dot'] 128 64"
+    assert hopper.TAKES == "float16 and bfloat16, cosine and dot, D up to 128, k up to 64"
 
 
 @needs_build

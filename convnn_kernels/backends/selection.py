@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Which backend runs a call, and why the others cannot.
 
-CPU tensors go from the dispatcher straight to the C++ kernels. CUDA tensors come here: this module
-is the only owner of the CUDA dispatch key. Where ``TRITON_INTERPRET=1`` or ``CONVNN_BACKEND`` was
-set at import, CPU tensors come here first as well.
+CPU tensors go from the dispatcher straight to the C++ kernels. So do CUDA tensors in calls that the
+Hopper kernels run (hopper.py), where nothing is forced. All other CUDA tensors come here. Where
+``TRITON_INTERPRET=1`` or ``CONVNN_BACKEND`` was set at import, CPU tensors come here first as well.
 
-A backend is chosen once for each operator, device, list of dtypes and forced backend. The reason is
-logged then, at level INFO of the logger ``convnn_kernels``. Arguments are checked once for each
-list of shapes, dtypes and options.
+A backend is chosen once for each operator, device, list of dtypes, kind of call that the Hopper
+kernels run, and forced backend. The reason is logged then, at level INFO of the logger
+``convnn_kernels``. Arguments are checked once for each list of shapes, dtypes and options.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convnn_kernels import checks, native, schemas, torch_internals
-from convnn_kernels.backends import cuda
+from convnn_kernels import checks, native, raised, schemas, torch_internals
+from convnn_kernels.backends import cuda, hopper
 from convnn_kernels.triton import backend as triton
 from convnn_kernels.triton.hardware import interpreted
 
@@ -51,6 +51,8 @@ class Call(NamedTuple):
     # Whether a dimension exceeds what Triton's kernels can count.
     is_huge: bool
     forced: str | None
+    # What the Hopper kernels make of it.
+    by_hopper: hopper.Choice = hopper.Choice()
 
 
 # The backends chosen so far.
@@ -106,10 +108,12 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
 def _force(name: str) -> Iterator[None]:
     global _forced
     before, _forced = _forced, name
+    hopper.route(is_forced=True)
     try:
         yield
     finally:
         _forced = before
+        hopper.route(before is not None)
 
 
 def _require(name: str, what: str) -> None:
@@ -125,6 +129,20 @@ def _require(name: str, what: str) -> None:
         )
 
 
+def register(op: torch._ops.OpOverload, key: str = "CUDA") -> None:
+    """Registers the kernel of ``op`` for CUDA tensors.
+
+    Where C++ stands on their key, it is one of the library that C++ calls.
+    """
+    if not (op.name() in hopper.OPERATORS and hopper.is_in_front()):
+        schemas.LIBRARY.impl(op, cuda_kernel(op), key)
+        return
+    name = op.name().removeprefix("convnn::")
+    schemas.PYTHON_LIBRARY.impl(name, answering_kernel(op), key)
+    # It is called below that key.
+    schemas.PYTHON_LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
 def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """The kernel of ``op`` for the CUDA key: it checks the arguments and runs a backend."""
     name = op.name()
@@ -134,6 +152,29 @@ def cuda_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
         return _run(name, arguments_of(*args))
 
     return run
+
+
+_NO_ERROR = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def answering_kernel(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """As `cuda_kernel`, for C++: another result is the message of an exception, in bytes.
+
+    `raised.original` finds the exception again.
+    """
+    run = cuda_kernel(op)
+    results = len(op._schema.returns)
+
+    def answer(*args: Any) -> Any:
+        raised.keep(None)
+        try:
+            return *run(*args), _NO_ERROR
+        except BaseException as error:
+            message = list(raised.keep(error).encode())
+            text = torch.tensor(message, dtype=torch.uint8, device="cpu")
+            return *[_NO_ERROR] * results, text
+
+    return answer
 
 
 def _run(name: str, arguments: Any) -> Any:
@@ -148,10 +189,11 @@ def _run(name: str, arguments: Any) -> Any:
     )
     device_and_backend = _checked.get(key)
     if device_and_backend is None:
-        device_and_backend = _check(name, arguments, forced)
-        if len(_checked) >= _MOST_CHECKED:
-            _checked.clear()
-        _checked[key] = device_and_backend
+        device_and_backend, is_final = _check(name, arguments, forced)
+        if is_final:
+            if len(_checked) >= _MOST_CHECKED:
+                _checked.clear()
+            _checked[key] = device_and_backend
     device, chosen = device_and_backend
     if device.type == "cpu" or os.environ.get("CONVNN_CHECK_INDICES", "0") == "1":
         _check_values(name, arguments)
@@ -168,18 +210,21 @@ def _run(name: str, arguments: Any) -> Any:
         return _run(name, arguments)
 
 
-def _check(name: str, arguments: Any, forced: str | None) -> tuple[torch.device, str]:
-    """Checks the arguments and returns their device and the backend that runs them."""
+def _check(name: str, arguments: Any, forced: str | None) -> tuple[tuple[torch.device, str], bool]:
+    """Checks the arguments; returns their device and the backend, and whether that is final."""
     if name in _CHECKS:
         _CHECKS[name](name, arguments)
     tensors = [each for each in arguments if isinstance(each, Tensor)]
     device = tensors[0].device
     dtypes = tuple(X.dtype for X in tensors)
-    call = Call(name, device, dtypes, triton.is_huge(tensors), forced)
+    by_hopper = hopper.choice(name, device, arguments, forced)
+    call = Call(name, device, dtypes, triton.is_huge(tensors), forced, by_hopper)
     if call not in _chosen:
         _chosen[call], why = choose(call)
-        _log.info(f"{name} runs on {_chosen[call]}: {why}")
-    return device, _chosen[call]
+        runs_hopper = _chosen[call] == "cuda" and by_hopper.kind is not None
+        where = f"cuda (Hopper: {by_hopper.kind})" if runs_hopper else _chosen[call]
+        _log.info(f"{name} runs on {where}: {why}")
+    return (device, _chosen[call]), by_hopper.is_final
 
 
 def _check_values(name: str, arguments: Any) -> None:
@@ -215,6 +260,8 @@ def choose(call: Call) -> tuple[str, str]:
                 f"{call.device}: {reasons[call.forced]}"
             )
         return call.forced, "forced"
+    if call.by_hopper.is_faster and not reasons["cuda"]:
+        return "cuda", "predicted to be faster than triton"
     if not reasons["triton"]:
         return "triton", "the default for CUDA tensors"
     if not reasons["cuda"]:
@@ -247,3 +294,6 @@ def forced_kernel(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
 
 def _on_cpu(args: tuple[Any, ...]) -> bool:
     return next(arg for arg in args if isinstance(arg, Tensor)).device.type == "cpu"
+
+
+hopper.route(_forced is not None)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from triton.errors import TritonError
+
+from convnn_kernels.backends import known_searches
 
 from .aggregate import aggregate
 from .aggregation import prepare as prepare_aggregation
@@ -93,43 +94,10 @@ def passes(device: torch.device, search: Search, is_medium: bool = False) -> boo
     return right
 
 
-class _Case(NamedTuple):
-    name: str
-    query: Tensor  # [N, D]
-    key: Tensor  # [M, D]
-    metric: str
-    is_exact: bool  # whether every similarity is exact, so that neighbors are unique
-
-
-def cases(device: torch.device, kind: Kind, rows: int) -> Iterator[_Case]:
-    generator = torch.Generator().manual_seed(0)
+def cases(device: torch.device, kind: Kind, rows: int) -> Iterator[known_searches.Case]:
     # Columns are divided where there are enough tiles.
-    D, M = kind.D, 2222 if kind.divided else 450
-    # So many channels that a norm is a power of two.
-    nonzero = 4 ** ((D.bit_length() - 1) // 2)
-
-    def signs(n: int) -> Tensor:
-        """Rows of 1, -1 and 0."""
-        first = torch.randint(0, D, (n, 1), generator=generator)
-        where = (first + torch.arange(nonzero)) % D
-        which = torch.randint(0, 2, (n, nonzero), generator=generator) * 2.0 - 1.0
-        return torch.zeros(n, D).scatter(1, where, which).to(device, kind.dtype)
-
-    def case(name: str, query: Tensor, key: Tensor, is_exact: bool = True) -> _Case:
-        return _Case(name, query, key, kind.metric, is_exact)
-
-    query, few, key = signs(200), signs(40), signs(M)
-    yield case("40 distinct keys", query, few.repeat(56, 1)[:M])
-    # Two of three keys are copies of others, 43 and 86 columns before.
-    apart = torch.arange(M, device=device)
-    yield case("pairs of equal keys", query, key[apart - apart % 3 * 43])
-    yield case("equal keys", query, key[:1].repeat(M, 1))
-    key = key.clone()
-    key[M // 2], key[M - 1], query[3], query[4] = float("nan"), float("nan"), 0, float("nan")
-    yield case("NaN and a zero query", query, key)
-    query, key = (torch.randn(n, D, generator=generator).to(device, kind.dtype) for n in (rows, M))
-    query[5] = 0
-    yield case("random rows", query, key, is_exact=False)
+    M = 2222 if kind.divided else 450
+    return known_searches.cases(device, kind.metric, kind.dtype, kind.D, M, rows=rows)
 
 
 def faults(device: torch.device, kind: Kind, rows: int = 4096) -> list[str]:
@@ -144,9 +112,8 @@ def faults(device: torch.device, kind: Kind, rows: int = 4096) -> list[str]:
     return wrong
 
 
-def _is_right(case: _Case, k: int, is_medium: bool) -> bool:
-    query, key = case.query, case.key
-    value = key.nan_to_num(1.0)
+def _is_right(case: known_searches.Case, k: int, is_medium: bool) -> bool:
+    query, key, value = case.query, case.key, case.value
     s = query.new_empty((len(query), k), dtype=torch.float32)
     I = torch.empty_like(s, dtype=torch.int64)
     Y = value.new_empty((len(query), value.shape[1]))
@@ -158,52 +125,5 @@ def _is_right(case: _Case, k: int, is_medium: bool) -> bool:
         Y = aggregate(value, s, I, None, None, "softmax", 1.0)
     else:
         select_large(search, pointers, aggregation)
-
-    if bool(((I < 0) | (len(key) <= I)).any()):
-        return False
     in_tf32 = search.tf32 and case.metric != "euclidean"
-    # Some rows at a time: all of S in float64 would take more memory than a search.
-    blocks = (X.split(256) for X in (query, s, I, Y))
-    return all(
-        _rows_are_right(case._replace(query=rows), value, s_rows, I_rows, Y_rows, in_tf32)
-        for rows, s_rows, I_rows, Y_rows in zip(*blocks, strict=True)
-    )
-
-
-def _rows_are_right(
-    case: _Case, value: Tensor, s: Tensor, I: Tensor, Y: Tensor, in_tf32: bool
-) -> bool:
-    """Whether s, I and Y [n, ...] are those of the queries of a case."""
-    k, D = I.shape[1], value.shape[1]
-    S, size = _similarities(case.query, case.key, case.metric)
-    chosen = S.gather(1, I)
-    bound = torch.zeros_like(chosen)
-    if case.is_exact:
-        # A stable sort of what has NaN above every number is the total order.
-        order = S.nan_to_num(nan=torch.inf).sort(dim=1, descending=True, stable=True).indices
-        neighbors_are_right = torch.equal(I, order[:, :k])
-    else:
-        size *= 2.0**-9 if in_tf32 else (D + 8) * 2.0**-22
-        bound = size.gather(1, I)
-        rest = (S - size).scatter(1, I, -torch.inf).amax(1)
-        distinct = bool((I.sort(1).values.diff(dim=1) > 0).all())
-        neighbors_are_right = distinct and bool((rest <= s[:, -1] + bound[:, -1]).all())
-    error = (s - chosen).abs()
-    both_nan = s.isnan() & chosen.isnan()
-    similarities_are_right = bool(((error <= bound) | both_nan).all())
-    # Of the returned similarities, since an exponential magnifies their errors.
-    rho = s.double().softmax(1)[:, :, None]
-    expected = (rho * value.double()[I]).sum(1)
-    close = torch.isclose(Y.double(), expected, rtol=2**-6, atol=2**-6, equal_nan=True)
-    return neighbors_are_right and similarities_are_right and bool(close.all())
-
-
-def _similarities(query: Tensor, key: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """All of S in float64, and of each similarity the size to which its error is relative."""
-    query, key = query.double(), key.double()
-    if metric == "euclidean":
-        S = -torch.stack([(row - key).square().sum(1) for row in query])
-        return S, S.abs()
-    if metric == "cosine":
-        query, key = (torch.nn.functional.normalize(X, dim=1) for X in (query, key))
-    return query @ key.mT, query.norm(dim=1)[:, None] * key.norm(dim=1)
+    return known_searches.is_right(case, known_searches.Result(s, I, Y), in_tf32)

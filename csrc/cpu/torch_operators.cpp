@@ -22,6 +22,10 @@ struct Cpu {
 
   explicit Cpu(const Tensor&) {}
   void select(const SelectParams& params) { cpu::select(params, parallel_for); }
+  void forward(const SelectParams& selecting, const AggregateParams& aggregating) {
+    select(selecting);
+    aggregate(aggregating);
+  }
   void select_backward(const SelectBackwardParams& params) {
     cpu::select_backward(params, parallel_for);
   }

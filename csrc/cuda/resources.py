@@ -5,7 +5,8 @@
 
 Prints a table, or writes the initializer that csrc/introspect.cpp includes and the same as JSON.
 With ``--most-stack``, it is an error if a kernel uses more stack, which holds spilled registers, or
-any within a loop. The numbers come from ``cuobjdump`` of the CUDA toolkit or of Triton; the
+any within a loop; for a kernel for Hopper, all of which is a loop over items, hopper_rules.py says
+more. The numbers come from ``cuobjdump`` of the CUDA toolkit or of Triton; the
 environment variable CUOBJDUMP may give its path.
 """
 
@@ -25,8 +26,9 @@ from pathlib import Path
 # warp, shared memory (less on sm_80), and the shared memory reserved for each block.
 REGISTERS, WARPS, STEP = 65536, 64, 256
 SHARED, SHARED_SM_80, SHARED_OF_BLOCK = 228 << 10, 164 << 10, 1 << 10
-# Warps of every block: kWarps in device.cuh.
+# Warps of a block: kWarps in device.cuh, but for a kernel that has its own number.
 WARPS_OF_BLOCK = 4
+_OTHER_WARPS = {"hopper_sweep_kernel": 12}
 
 # The dynamic shared memory of a launch, by the bytes of an element and of a sum; with a list, for
 # the longest one. tests/test_host_cuda.py compares this with the launches.
@@ -55,12 +57,24 @@ DYNAMIC_SHARED: dict[str, Callable[[int, int], int]] = {
         WARPS_OF_BLOCK * 256 * 4 + (WARPS_OF_BLOCK + 1) * 256 * 8
     ),
 }
+# The bytes of kernels for Hopper by their instance, the finish with a weight of 64 channels.
+_HOPPER_SHARED = {
+    "hopper_sweep_kernel": {64: 225_280, 128: 226_304},
+    "hopper_finish_kernel": {
+        10: 3328 + 10 * 256,
+        16: 6144 + 16 * 256,
+        32: 3072 + 32 * 256,
+        64: 6144 + 64 * 256,
+    },
+}
 _ELEMENTS = {"<double>": (8, 8), "<float>": (4, 4)}
 
 
 def dynamic_shared(kernel: str) -> int:
     """Bytes for a kernel such as "group_maxima_kernel<float>"."""
     name, bracket, rest = kernel.partition("<")
+    if name in _HOPPER_SHARED:
+        return _HOPPER_SHARED[name][int(rest.split(",")[1].strip(" >"))]
     shared = DYNAMIC_SHARED.get(name)
     return 0 if shared is None else shared(*_ELEMENTS.get(bracket + rest, (2, 4)))
 
@@ -90,13 +104,13 @@ def readable(mangled: list[str]) -> list[str]:
     return names
 
 
-def occupancy(architecture: str, registers: int, shared: int) -> int:
+def occupancy(architecture: str, registers: int, shared: int, warps: int = WARPS_OF_BLOCK) -> int:
     """Percent of the warps of a multiprocessor that registers and shared memory allow."""
     each = -(-registers * 32 // STEP) * STEP
-    by_registers = REGISTERS // max(1, each * WARPS_OF_BLOCK)
+    by_registers = REGISTERS // max(1, each * warps)
     all_shared = SHARED_SM_80 if architecture == "sm_80" else SHARED
     by_shared = all_shared // (shared + SHARED_OF_BLOCK)
-    return 100 * min(WARPS, min(by_registers, by_shared) * WARPS_OF_BLOCK) // WARPS
+    return 100 * min(WARPS, min(by_registers, by_shared) * warps) // WARPS
 
 
 def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
@@ -122,7 +136,12 @@ def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
             "registers": numbers["REG"],
             "local_bytes": numbers["STACK"] + numbers["LOCAL"],
             "shared_bytes": shared,
-            "occupancy_percent": occupancy(architecture, numbers["REG"], shared),
+            "occupancy_percent": occupancy(
+                architecture,
+                numbers["REG"],
+                shared,
+                _OTHER_WARPS.get(name.partition("<")[0], WARPS_OF_BLOCK),
+            ),
         }
     return result
 
@@ -139,35 +158,44 @@ def stack_in_loops(sass: str) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for part in re.split(r"Function : ", sass)[1:]:
-        lines = re.findall(r"^ *(?:\w+:)? */\*([0-9a-f]{4,})\*/ +(.*?) *;", part, re.MULTILINE)
-        code = {int(address, 16): instruction for address, instruction in lines}
-        order = sorted(code)
-        if not order:
-            raise ValueError(f"cannot parse any instruction of {part.split()[0]}")
-        after = dict(itertools.pairwise(order))
-        returns = [after[at] for at in order if "CALL" in code[at] and at in after]
-        following: dict[int, list[int]] = {}
-        for at in order:
-            words = code[at].split()
-            conditional = words[0].startswith("@")
-            name = words[1 if conditional else 0].split(".")[0]
-            target = re.search(r"0x([0-9a-f]+)\)?$", code[at])
-            # The condition may also be an operand: BRA.U UP0, 0x40.
-            conditional |= name in ("BRA", "JMP") and "," in code[at]
-            goes_on = conditional or name not in _UNCONDITIONAL
-            following[at] = [after[at]] if goes_on and at in after else []
-            if name in ("BRA", "JMP", "CALL") and target:
-                following[at].append(int(target[1], 16))
-            elif name in ("BRX", "BRXU", "JMX", "JMXU"):
-                following[at] += order
-            elif name == "RET":
-                following[at] += returns
+        code, following = control_flow(part)
         # A function occurs once for each architecture.
         found[part.split()[0]] = found.get(part.split()[0], 0) + sum(
-            bool(re.search(r"\b(LDL|STL)\b", code[at])) and at in _reached(following, at)
-            for at in order
+            uses_stack(code[at]) and at in _reached(following, at) for at in code
         )
     return found
+
+
+def uses_stack(instruction: str) -> bool:
+    return bool(re.search(r"\b(LDL|STL)\b", instruction))
+
+
+def control_flow(function: str) -> tuple[dict[int, str], dict[int, list[int]]]:
+    """The instructions of a disassembled function by address, and those that may follow each."""
+    lines = re.findall(r"^ *(?:\w+:)? */\*([0-9a-f]{4,})\*/ +(.*?) *;", function, re.MULTILINE)
+    code = {int(address, 16): instruction for address, instruction in lines}
+    order = sorted(code)
+    if not order:
+        raise ValueError(f"cannot parse any instruction of {function.split()[0]}")
+    after = dict(itertools.pairwise(order))
+    returns = [after[at] for at in order if "CALL" in code[at] and at in after]
+    following: dict[int, list[int]] = {}
+    for at in order:
+        words = code[at].split()
+        conditional = words[0].startswith("@")
+        name = words[1 if conditional else 0].split(".")[0]
+        target = re.search(r"0x([0-9a-f]+)\)?$", code[at])
+        # The condition may also be an operand: BRA.U UP0, 0x40.
+        conditional |= name in ("BRA", "JMP") and "," in code[at]
+        goes_on = conditional or name not in _UNCONDITIONAL
+        following[at] = [after[at]] if goes_on and at in after else []
+        if name in ("BRA", "JMP", "CALL") and target:
+            following[at].append(int(target[1], 16))
+        elif name in ("BRX", "BRXU", "JMX", "JMXU"):
+            following[at] += order
+        elif name == "RET":
+            following[at] += returns
+    return code, following
 
 
 def _reached(following: dict[int, list[int]], start: int) -> set[int]:
@@ -213,7 +241,9 @@ def main() -> None:
     if any(numbers["local_bytes"] for numbers in kernels.values()):
         command = [str(tool), "--dump-sass", str(arguments.library)]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        if looping := [name for name, count in stack_in_loops(sass).items() if count]:
+        counts = stack_in_loops(sass)
+        looping = [name for name in counts if counts[name] and "hopper_" not in name]
+        if looping:
             sys.exit(f"stack within a loop: {', '.join(readable(looping))}")
 
 

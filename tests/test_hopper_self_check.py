@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""The check of the Hopper kernels before their first use, with the CPU's in their place."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from convnn_kernels import native
+from convnn_kernels.backends import hopper
+from convnn_kernels.backends.known_searches import Case, Result
+
+CPU = torch.device("cpu")
+DOT = hopper.Kind("dot", torch.float16, 64, 16)
+
+
+def run_select(case: Case, k: int) -> Result:
+    args = (case.query, case.key, k, None, None, None, case.metric)
+    return Result(*torch.ops.convnn.select(*args))
+
+
+def run_forward(
+    case: Case, k: int, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Result:
+    args = (case.query, case.key, case.value, k, weight, bias, None, None, None, case.metric)
+    output, s, I = torch.ops.convnn.forward(*args)
+    return Result(s, I, output, weight, bias)
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts the CPU's kernels in the place, with a fault that changes a result."""
+
+    def plant(fault: Callable[[Case, Result], Result] = lambda case, result: result) -> None:
+        def select(case: Case, k: int) -> Result:
+            return fault(case, run_select(case, k))
+
+        def forward(case: Case, *args: Any) -> Result:
+            return fault(case, run_forward(case, *args))
+
+        monkeypatch.setattr(hopper, "run_select", select)
+        monkeypatch.setattr(hopper, "run_forward", forward)
+
+    return plant
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.parametrize(("dtype", "D", "k"), [(torch.float16, 64, 10), (torch.bfloat16, 128, 64)])
+def test_right_kernels_pass(
+    metric: str, dtype: torch.dtype, D: int, k: int, plant: Callable[..., None]
+) -> None:
+    plant()
+    assert hopper.faults(CPU, hopper.Kind(metric, dtype, D, k), rows=20) == []
+
+
+def other_tie(case: Case, result: Result) -> Result:
+    """Of equal keys, one farther on."""
+    return result._replace(indices=(result.indices + 41) % len(case.key))
+
+
+def one_column(case: Case, result: Result) -> Result:
+    """The products of one column of a tile are larger by a little."""
+    s, I = result.similarities, result.indices
+    return result._replace(similarities=torch.where(I % 128 == 77, s * (1 + 2**-12), s))
+
+
+def no_nan(case: Case, result: Result) -> Result:
+    """NaN is not above every number."""
+    found = run_select(case._replace(key=case.key.nan_to_num(-1e4)), result.indices.shape[1])
+    return found if result.output is None else result
+
+
+def zero_query(case: Case, result: Result) -> Result:
+    """A query of zeros has no cosine 0."""
+    is_zero = ~case.query.any(1, keepdim=True)
+    return result._replace(similarities=result.similarities.masked_fill(is_zero, torch.nan))
+
+
+def missed(case: Case, result: Result) -> Result:
+    """The nearest key is lost in one row of many."""
+    k = result.indices.shape[1]
+    more = run_select(case, k + 1)
+    last = [X[-1:, 1:] for X in more[:2]]
+    s, I = (torch.cat([X[:-1], row]) for X, row in zip(result[:2], last, strict=True))
+    return result._replace(similarities=s, indices=I)
+
+
+def no_bias(case: Case, result: Result) -> Result:
+    if result.bias is None:
+        return result
+    return result._replace(output=result.output - result.bias)
+
+
+def other_order(case: Case, result: Result) -> Result:
+    """A weight is read with its neighbors in another order."""
+    if result.weight is None:
+        return result
+    k = result.indices.shape[1]
+    return run_forward(case, k, result.weight.flip(2), result.bias)._replace(weight=result.weight)
+
+
+def out_of_range(case: Case, result: Result) -> Result:
+    return result._replace(indices=result.indices.masked_fill(result.indices == 3, 10**6))
+
+
+def raises(case: Case, result: Result) -> Result:
+    raise RuntimeError("convnn: the launch of hopper_sweep_kernel failed")
+
+
+FAULTS = {
+    other_tie: "distinct keys",
+    one_column: "equal keys",
+    no_nan: "NaN and a zero query",
+    zero_query: "NaN and a zero query",
+    missed: "random rows",
+    no_bias: "random rows",
+    other_order: "random rows",
+    out_of_range: "equal keys",
+    raises: "random rows: convnn: the launch of hopper_sweep_kernel failed",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_faults_are_found(fault: Callable[..., Result], plant: Callable[..., None]) -> None:
+    plant(fault)
+    found = hopper.faults(CPU, DOT, rows=20)
+    assert any(FAULTS[fault] in case for case in found)
+
+
+def test_a_default_device_changes_nothing(plant: Callable[..., None]) -> None:
+    plant()
+    with torch.device("meta"):
+        assert hopper.faults(CPU, DOT, rows=20) == []
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the check finds, and how often it ran."""
+    state: dict[str, Any] = {"faults": [], "ran": 0, "captures": False}
+
+    def faults(device: torch.device, kind: hopper.Kind) -> list[str]:
+        state["ran"] += 1
+        return state["faults"]
+
+    monkeypatch.setattr(hopper, "faults", faults)
+    monkeypatch.setattr(hopper, "_faults", {})
+    monkeypatch.setattr(hopper, "_captured", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["captures"])
+    return state
+
+
+def test_a_kind_is_checked_once_on_each_device(checks: dict[str, Any]) -> None:
+    for device in (torch.device("cuda", 0), torch.device("cuda", 1)):
+        for number in (3, 4):
+            assert hopper.passes(device, number)
+            assert hopper.passes(device, number)
+    assert checks["ran"] == 4
+
+
+def test_one_line_is_logged_for_wrong_kernels(
+    checks: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    checks["faults"] = ["equal keys", "random rows"]
+    with caplog.at_level(logging.WARNING, "convnn_kernels"):
+        assert [hopper.passes(torch.device("cuda", 0), 3) for _ in range(3)] == [False] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "cuda:0: the Hopper kernels are wrong and not used for dot in bfloat16, D up to 64, "
+        "k up to 10 (equal keys, random rows)"
+    ]
+
+
+def test_nothing_is_checked_while_a_graph_is_captured(
+    checks: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    device = torch.device("cuda", 0)
+    checks["captures"] = True
+    with caplog.at_level(logging.WARNING, "convnn_kernels"):
+        assert [hopper.passes(device, 3) for _ in range(2)] == [None, None]
+    assert checks["ran"] == 0
+    assert len(caplog.records) == 1
+    checks["captures"] = False
+    assert hopper.passes(device, 3)
+    checks["captures"] = True
+    assert hopper.passes(device, 3)
+
+
+def test_kinds_are_numbered_as_in_cpp() -> None:
+    kinds = [hopper.kind_of(number) for number in range(hopper.KINDS)]
+    assert len(set(kinds)) == hopper.KINDS
+    assert {kind.k for kind in kinds} == {10, 16, 32, 64}
+    assert str(kinds[0]) == "cosine in float16, D up to 64, k up to 10"
+    assert str(kinds[-1]) == "dot in bfloat16, D up to 128, k up to 64"
+
+
+def test_where_the_kernels_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(hopper, "unavailable", lambda: None)
+    for capability, runs in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
+        assert hopper.can_run("convnn::forward", device) == runs
+        assert not hopper.can_run("convnn::aggregate", device)
+        assert not hopper.can_run("convnn::forward", CPU)
+    monkeypatch.setattr(hopper, "unavailable", lambda: "not built for sm_90a")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not hopper.can_run("convnn::forward", device)
+
+
+def test_why_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "load", lambda: {"cpu": "", "cuda": "not built"})
+    assert hopper.unavailable() == "not built"
+    assert not hopper.is_in_front()

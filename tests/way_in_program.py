@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: MIT
+"""Calls by the way in to the Hopper kernels, on CPU tensors: what ran, as JSON.
+
+tests/test_cuda_way_in.py runs this in a process of its own, because tools.way_in replaces the
+kernels for CPU tensors.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import test_errors
+import torch
+from torch import Tensor
+
+import convnn_kernels
+from convnn_kernels import functional
+from convnn_kernels.backends import hopper, selection
+from convnn_kernels.triton import backend as triton
+from tools import way_in
+
+forward = torch.ops.convnn.forward
+HALF = torch.float16
+log: list[str] = []
+# The operators that came to Python.
+asked: list[str] = []
+checked: list[str] = []
+results: dict[str, Any] = {}
+
+
+class Log(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log.append(record.getMessage())
+
+
+def watch_python() -> None:
+    run = selection._run
+
+    def watched(name: str, arguments: Any) -> Any:
+        asked.append(name)
+        return run(name, arguments)
+
+    def faults(device: torch.device, kind: hopper.Kind) -> list[str]:
+        checked.append(str(kind))
+        return ["planted"] if kind.dtype is torch.bfloat16 else []
+
+    def by_triton(name: str, device: torch.device, arguments: Any) -> Any:
+        s = torch.full((*arguments.query.shape[:-1], arguments.k), 3.0)
+        return (s, s.long()) if name == "convnn::select" else (arguments.query.clone(), s, s.long())
+
+    triton.unavailable = lambda: None  # type: ignore[assignment]
+    triton.refuses = lambda *call: None  # type: ignore[assignment]
+    triton.run = by_triton
+    selection._run = watched
+    hopper.faults = faults  # type: ignore[assignment]
+
+
+def tokens(dtype: torch.dtype = HALF, N: int = 4096, M: int = 4096, D: int = 16) -> list[Tensor]:
+    return [torch.randn(1, n, D).to(dtype) for n in (N, M, M)]
+
+
+def ran(call: Callable[[], Any]) -> list[Any]:
+    """Which kernels ran, and how often Python was asked."""
+    asked.clear()
+    output = call()
+    which = {7.0: "hopper", 5.0: "portable", 3.0: "triton"}[float(output[1].flatten()[0])]
+    return [which, len(asked)]
+
+
+def choices() -> None:
+    Q, K, V = tokens()
+    rows = torch.arange(2048)
+    results["once"] = [ran(lambda: forward(Q, K, V, 9)) for _ in range(3)]
+    results["select"] = [ran(lambda: (None, *torch.ops.convnn.select(Q, K, 9))) for _ in range(3)]
+    results["other kind"] = [ran(lambda: forward(Q, K, V, 12)) for _ in range(2)]
+    with convnn_kernels.backend("cuda"):
+        results["forced"] = [ran(lambda: forward(Q, K, V, 9)) for _ in range(2)]
+    results["after"] = ran(lambda: forward(Q, K, V, 9))
+    results["candidates"] = [ran(lambda: forward(Q, K, V, 9, None, None, rows)) for _ in range(2)]
+    os.environ["CONVNN_CHECK_INDICES"] = "1"
+    results["checked"] = ran(lambda: forward(Q, K, V, 9, None, None, rows))
+    results["no indices"] = ran(lambda: forward(Q, K, V, 9))
+    del os.environ["CONVNN_CHECK_INDICES"]
+    results["few"] = [ran(lambda: forward(Q[:, :64], K, V, 9)) for _ in range(2)]
+    results["self"] = [
+        ran(lambda: forward(Q, K, V, 9, None, None, None, torch.arange(4096))) for _ in range(2)
+    ]
+    dense = torch.randn(8, 16, 9).half()
+    results["dense"] = [ran(lambda: forward(Q, K, V, 9, dense)) for _ in range(2)]
+    results["strided"] = ran(lambda: forward(*(X.mT.contiguous().mT for X in (Q, K, V)), 9))
+    results["float32"] = [ran(lambda: forward(*tokens(torch.float32), 9)) for _ in range(2)]
+    results["wrong"] = [ran(lambda: forward(*tokens(torch.bfloat16), 9)) for _ in range(2)]
+    torch.cuda.is_current_stream_capturing = lambda: True
+    captured = tokens(D=100)
+    results["captured"] = [ran(lambda: forward(*captured, 9)) for _ in range(2)]
+    torch.cuda.is_current_stream_capturing = lambda: False
+    results["warm"] = [ran(lambda: forward(*captured, 9)) for _ in range(2)]
+
+
+def python_functions() -> None:
+    """Of a call that the Hopper kernels run, in inference mode and not."""
+    Q, K, V = tokens()
+    for name, mode in (("grad", torch.enable_grad()), ("inference", torch.inference_mode())):
+        seen: list[str] = []
+
+        def profile(frame: Any, event: str, _: Any, seen: list[str] = seen) -> None:
+            if event == "call" and "convnn_kernels" in frame.f_code.co_filename:
+                seen.append(frame.f_code.co_name)
+
+        with mode:
+            sys.setprofile(profile)
+            forward(Q, K, V, 9)
+            sys.setprofile(None)
+        results[f"python: {name}"] = seen
+
+
+def gradients() -> None:
+    tensors = [X.requires_grad_() for X in tokens()]
+    results["gradients"] = ran(lambda: forward(*tensors, 9))
+    results["has gradient"] = forward(*tensors, 9)[0].requires_grad
+    with torch.autocast("cpu", torch.float16):
+        V = tokens(torch.float32)[2]
+        results["autocast"] = ran(lambda: forward(*tokens()[:2], V, 9))
+    mapped = torch.func.vmap(lambda *X: forward(*X, 9))(*tokens())
+    results["vmap"] = float(mapped[1].flatten()[0])
+
+
+def errors() -> None:
+    asked.clear()
+    wrong = []
+    for case in test_errors.CASES:
+        if case.op not in ("forward", "select") or case.needs_values:
+            continue
+        try:
+            arguments = case.change(test_errors.base(case.op))
+            test_errors.call(test_errors.OPERATORS[case.op], arguments, test_errors.WAYS[0])
+            found = ""
+        except RuntimeError as error:
+            found = test_errors.first_line(error)
+        expected = test_errors.complete_message(case, test_errors.WAYS[0])
+        if found != expected:
+            wrong.append([found, expected])
+    results["errors"] = wrong
+    results["errors in Python"] = len(asked)
+
+
+def exceptions() -> None:
+    """Of Python, which C++ calls."""
+    Q, K, V = tokens(torch.float32)
+    calls = {
+        "operator": lambda: forward(Q, K, V, 9),
+        "function": lambda: functional.convnn(Q, K, V, 9),
+        "gradient": lambda: forward(Q.requires_grad_(), K, V, 9),
+        "inference": torch.inference_mode()(lambda: forward(Q.detach(), K, V, 9)),
+    }
+    for error in (KeyboardInterrupt("stop"), torch.OutOfMemoryError("out of memory: 7 GiB")):
+
+        def fails(*call: Any, error: BaseException = error) -> Any:
+            raise error
+
+        triton.run = fails
+        for name, call in calls.items():
+            try:
+                call()
+            except BaseException as raised:
+                results[f"{type(error).__name__}: {name}"] = [
+                    raised is error,
+                    type(raised).__name__,
+                    str(raised),
+                ]
+    with convnn_kernels.backend("cpu"):
+        try:
+            forward(Q.detach(), K, V, 9)
+        except RuntimeError as raised:
+            results["cannot"] = str(raised)
+
+
+def main() -> None:
+    logging.getLogger("convnn_kernels").addHandler(Log())
+    logging.getLogger("convnn_kernels").setLevel(logging.INFO)
+    way_in.install()
+    watch_python()
+    choices()
+    python_functions()
+    gradients()
+    errors()
+    exceptions()
+    print(json.dumps(results | {"log": log, "kinds": checked}))
+
+
+if __name__ == "__main__":
+    main()
