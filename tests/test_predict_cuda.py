@@ -53,8 +53,11 @@ def test_one_function_of_a_file() -> None:
 
 def test_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_code, "SOURCES", tmp_path)
-    (tmp_path / "a.cuh").write_text("constexpr int kMany = 12;\nint kFew = 1;\nkFew = 2;\n")
+    (tmp_path / "a.cuh").write_text(
+        "constexpr int kMany = 12;\nint kOne = 1, kTwo = 2;\nint kFew = 1;\nkFew = 2;\n"
+    )
     assert cuda_code.constant("a.cuh", "kMany") == 12
+    assert [cuda_code.constant("a.cuh", name) for name in ("kOne", "kTwo")] == [1, 2]
     for name in ("kFew", "kNone"):
         with pytest.raises(ValueError, match=name):
             cuda_code.constant("a.cuh", name)

@@ -134,7 +134,7 @@ def header_of(kernel: str) -> Path:
 
 def constant(header: str, name: str) -> int:
     """A number that a header of csrc/cuda gives."""
-    found = re.findall(rf"\b{name} = (\d+);", (SOURCES / header).read_text())
+    found = re.findall(rf"\b{name} = (\d+)[;,]", (SOURCES / header).read_text())
     if len(found) != 1:
         raise ValueError(f"{header} gives {len(found)} numbers for {name}")
     return int(found[0])

@@ -226,6 +226,7 @@ class Finish:
 
     list: float  # the longest list of a row
     long: float  # how probable it is that a list is longer than `held`
+    many: float  # how probable it is that a row has more than `most` hits
     halvings: float  # until at most `most` are left, in the row that takes most
     left: float  # hits of the row that has most then
 
@@ -238,4 +239,8 @@ def finish(rules: Rules, d: int, most: int, together: int, held: int) -> Finish:
     cuts = np.array([halvings([x for own in lists for x in own], rules.k, most) for lists in rows])
     of_groups = cuts.reshape(-1, together, 2).max(1).mean(0)
     long = longest.reshape(-1, together).max(1) > held
-    return Finish(longest.mean(), long.mean(), *of_groups.tolist())
+    hits = np.array([sum(map(len, lists)) for lists in rows])
+    many = hits.reshape(-1, together).max(1) > most
+    return Finish(
+        float(longest.mean()), float(long.mean()), float(many.mean()), *of_groups.tolist()
+    )
