@@ -26,8 +26,11 @@ enum class Kind {
   few_directions,      // 37, of different lengths: similarities equal, or nearly, at different a
   rising,              // every key nearer to every query than the one before
   rising_in_one_lane,  // every eighth; the others are far
+  peaks,               // as rising, but some of the first keys, which are not sampled, are nearest
+  up_by_an_ulp,        // equal keys, and then others a last place of the sum nearer
   nan_key,
   nan_keys,
+  nan_keys_in_one_lane,
   zero_keys,    // every other one; the others are at right angles or behind
   odd_queries,  // rows of zeros, NaN, infinity, and below epsilon
   infinite_key,
@@ -75,6 +78,11 @@ const Case kCases[] = {
     {"fewer_in_a_split_than_k", kRandom, true, 1, 256, 140, 64, 20, false, 2, 1, 1},
     {"equal_keys", Kind::equal_keys, false, 1, 256, 1500, 64, 9, true, 1, 2, 1},
     {"equal_keys_many", Kind::equal_keys, true, 1, 256, 1500, 64, 64, true, 1, 2, 1},
+    {"peaks", Kind::peaks, false, 1, 256, 1500, 64, 9, true, 1, 12, 1},
+    {"peaks_wide", Kind::peaks, true, 1, 256, 1500, 128, 20, false, 1, 12, 1},
+    {"up_by_an_ulp", Kind::up_by_an_ulp, false, 1, 256, 800, 64, 9, false, 1, 2, 1},
+    {"wide_equal_keys", Kind::equal_keys, true, 1, 256, 900, 100, 9, true, 1, 2, 1},
+    {"wide_rising", Kind::rising, false, 1, 256, 1500, 128, 9, true, 1, 4, 1},
     {"few_keys", Kind::few_keys, false, 1, 256, 1300, 64, 16, true, 1, 2, 1},
     {"few_keys_dot", Kind::few_keys, true, 1, 256, 700, 64, 64, false, 1, 2, 1},
     {"few_directions", Kind::few_directions, false, 1, 256, 1300, 64, 9, true, 1, 2, 1},
@@ -85,6 +93,7 @@ const Case kCases[] = {
     {"nan_key", Kind::nan_key, false, 1, 256, 520, 64, 5, true, 1, 2, 1},
     {"nan_key_dot", Kind::nan_key, true, 1, 256, 520, 64, 1, false, 1, 2, 1},
     {"nan_keys", Kind::nan_keys, false, 1, 300, 600, 64, 9, true, 1, 2, 1},
+    {"nan_keys_in_one_lane", Kind::nan_keys_in_one_lane, false, 1, 256, 600, 64, 9, true, 1, 2, 1},
     {"zero_keys", Kind::zero_keys, false, 1, 256, 900, 64, 9, true, 1, 2, 1},
     {"odd_queries", Kind::odd_queries, false, 1, 256, 900, 64, 9, true, 1, 2, 1},
     {"odd_queries_half", Kind::odd_queries, true, 1, 256, 520, 64, 20, true, 2, 2, 1},
@@ -134,6 +143,14 @@ Bits elements(const Case& c, int64_t rows, bool keys, Random& random) {
         value = i == 0 ? 1 : keys && i == 1 ? 4 - 4 * float(row) / float(rows) : 0;
         if (in_one_lane && keys && i == 0 && row % 8) value = -1;
       }
+      if (c.kind == Kind::peaks) {
+        value = i == 0 ? 1 : keys && i == 1 ? 4 - 4 * float(row) / float(rows) : 0;
+        if (keys && i == 1 && row >= 130 && row < 162) value = float(row * 7 % 32) / 64 - 2;
+        if (!keys && i == 1) value = -.25f;
+      }
+      if (c.kind == Kind::up_by_an_ulp) {
+        value = i == 0 ? 1 : i > 1 ? 0 : keys ? float(row >= 500) : 0x1p-23f;
+      }
       if (c.kind == Kind::few_directions) {
         const int64_t of = keys ? row % 37 : row + 500;
         value =
@@ -141,6 +158,7 @@ Bits elements(const Case& c, int64_t rows, bool keys, Random& random) {
       }
       if (keys && c.kind == Kind::nan_key && row == 77 && i == 3) value = kNan<float>;
       if (keys && c.kind == Kind::nan_keys) value = kNan<float>;
+      if (keys && c.kind == Kind::nan_keys_in_one_lane && row % 8 == 0) value = kNan<float>;
       if (keys && c.kind == Kind::zero_keys && row % 2) value = 0;
       if (keys && c.kind == Kind::zero_keys && row % 2 == 0) value = -std::fabs(value);
       if (!keys && c.kind == Kind::zero_keys) value = std::fabs(value);
