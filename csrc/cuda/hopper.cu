@@ -7,7 +7,7 @@
 namespace convnn::cuda {
 namespace {
 
-constexpr int kMostNeighbors = 64, kMostColumns = 128;
+constexpr int kMostNeighbors = 64, kFewestColumns = 16, kMostColumns = 128;
 // Of the columns of one split, by the format of hits_per_list() and of a slot of the sweep.
 constexpr int64_t kMostTiles = 32767;
 // Room for the weight in the shared memory of the finish: more would leave too few blocks.
@@ -166,7 +166,10 @@ const char* hopper_refuses(const SelectParams& p, const AggregateParams*) {
     return "query is neither float16 nor bfloat16";
   }
   if (p.metric == Metric::euclidean) return "the metric is euclidean";
-  if (p.d < 1 || p.d > kMostColumns) return "query has more than 128 columns, or none";
+  if (p.d > kMostColumns) return "query has more than 128 columns";
+  // The matrix instruction truncates each term of a sum. With fewer terms, that would exceed the
+  // rounding errors of a sum in float32.
+  if (p.d < kFewestColumns) return "query has fewer than 16 columns";
   if (p.k > kMostNeighbors) return "k is more than 64";
   if (p.self_indices) return "self_indices are given";
   if (columns_of(p) == 0) return "there are no keys";
@@ -186,7 +189,7 @@ HopperChoices choose(const SelectParams& p, HopperChoices given) {
   if (c.multiprocessors == 0) c.multiprocessors = multiprocessors_of_device();
   const int64_t tiles = tiles_of(p), items = blocks_of(p);
   c.splits = int(std::min<int64_t>(c.splits, tiles));
-  const int most_step = p.k <= 16 ? 4 : 3;
+  const int most_step = most_sample_step(p.k);
   if (c.splits == 0) {
     const int64_t fewest = ceil_div(tiles, kMostTiles), most = std::max(fewest, tiles / 8);
     c.splits = int(fewest);

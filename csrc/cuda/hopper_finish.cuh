@@ -8,12 +8,12 @@
 // hits of a row lie in four lists for each split of the columns, in no order, and contain its k
 // nearest keys.
 //
-// A group of 8 lanes finishes a row for k <= 16, and a warp beyond. Its lanes hold the keys
-// (similarity, column) of order.cuh of one split in registers. If these are too many to rank, a
-// bisection finds a bound that at least k of them reach and few do; those are moved to shared
-// memory, where each finds its place by counting larger keys. Everything is decided by the keys,
-// which all differ, so no result depends on the order of hits. Places, with rho and the row of V,
-// then lie in shared memory, and 8 lanes gather 64 columns of V at a time.
+// A group of 8 lanes finishes a row for k <= 10, of 16 for k <= 16, and a warp beyond. Its lanes
+// hold the keys (similarity, column) of order.cuh of one split in registers. If these are too many
+// to rank, a bisection finds a bound that at least k of them reach and few do; those are moved to
+// shared memory, where each finds its place by counting larger keys. Everything is decided by the
+// keys, which all differ, so no result depends on the order of hits. Places, with rho and the row
+// of V, then lie in shared memory, and 8 lanes gather 64 columns of V at a time.
 //
 // Shared memory of a block: the weight as float32 [k][c rounded up to 64] if it fits, and for each
 // group its keys and its places.
@@ -65,13 +65,14 @@ constexpr int kFinishBlocks = 5;
 // kMostNeighbors is 10, 16, 32 or 64.
 template <int kMostNeighbors, bool kSplits>
 struct FinishShape {
-  static constexpr int kLanes = kMostNeighbors <= 16 ? 8 : 32;  // of a row
+  // Of a row.
+  static constexpr int kLanes = kMostNeighbors <= 10 ? 8 : kMostNeighbors <= 16 ? 16 : 32;
   static constexpr int kHits = 4 * hits_per_list(kMostNeighbors);
   // Most keys that are ranked.
   static constexpr int kKept = kMostNeighbors == 10 ? 16 : 2 * kMostNeighbors;
   // Keys in the registers of a lane: those of the lists of one split, of which kShort usually do,
   // and what was kept of the splits before.
-  static constexpr int kLong = kHits / kLanes, kShort = kLong > 8 && kLanes == 8 ? 8 : kLong / 2;
+  static constexpr int kLong = kHits / kLanes, kShort = kLanes == 8 ? 8 : kLong * 3 / 4;
   static constexpr int kOwnKept = kKept / kLanes;
   static constexpr int kPlaces = (kMostNeighbors + kLanes - 1) / kLanes;  // of a lane
   static constexpr int kGroups = kThreads / kLanes;                       // of a block
@@ -364,7 +365,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
 
   // Stores similarities and indices, and replaces places_ by (rho, row of V), from `first_value`
   // on. Returns the number of places up to the last one that contributes; there are `gaps` if
-  // others lie between.
+  // others lie between in any row of the warp.
   __device__ int modulate(int found, bool exists, int at, uint32_t first_value, bool& gaps) {
     float rho[kPlaces];
     uint32_t rows[kPlaces];
@@ -412,7 +413,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
 #pragma unroll
     for (int e = 0; e < kPlaces; ++e) contributing += there[e];
     contributing = group_sum<kLanes>(contributing);
-    gaps = w_.by_index && contributing < found;
+    gaps = __any_sync(kAllLanes, w_.by_index && contributing < found);
     // Sorted by similarity, those that contribute come first.
     return gaps ? found : contributing;
   }
