@@ -50,6 +50,7 @@ struct KeySideWork {
   A* chunk_sums;  // [chunks, size_of_sum()] dV, then dk or t
 
   __host__ __device__ int64_t columns_of_value() const { return grad_value ? c : 0; }
+  __host__ __device__ int64_t columns_of_weight() const { return grad_value && weight ? c : 0; }
   __host__ __device__ int64_t columns_of_key() const { return grad_key ? d : 0; }
   __host__ __device__ int64_t size_of_sum() const { return columns_of_value() + columns_of_key(); }
 };
@@ -84,71 +85,62 @@ struct KeySums {
   Accumulate<T> value[kVector<T>] = {}, key[kVector<T>] = {};
 };
 
-// Adds a run in columns c and following. A group takes eight pairs and then those `step` later;
-// `most` is the same in all lanes, and no group has more.
+// A pair of a run, and the numbers that its rows are multiplied by.
 template <class T, bool kFast>
+struct KeyPair {
+  RowNumber<kFast> row = -1, slot = -1;  // negative: no pair
+  Factors<Accumulate<T>> factors = {0, 0};
+
+  __device__ KeyPair(const KeySideWork<T>& w, const PairRun& run, int64_t i) {
+    using Id = PairId<kFast>;
+    if (i >= run.count()) return;
+    const Id pair = static_cast<const Id*>(w.list.pairs)[run.at(i)];
+    row = RowNumber<kFast>(pair >> w.list.shift);
+    slot = RowNumber<kFast>(pair & ((Id(1) << w.list.shift) - 1));
+    factors = w.factors[place_of_factors(row, slot, w.k)];
+  }
+};
+
+// Adds a run in columns c and following. A group takes eight pairs and then those `step` later;
+// `most` is the same in all lanes, and no group has more. Rows that are not needed are zeros.
+template <class T, bool kFast, bool kEuclidean>
 __device__ inline void add_pairs(const KeySideWork<T>& w, const PairRun& run, int64_t offset,
                                  int64_t step, int64_t most, int64_t c,
                                  const Accumulate<T> (&of_key)[kVector<T>], KeySums<T>& sums) {
   using A = Accumulate<T>;
-  using Id = PairId<kFast>;
   constexpr int kCount = kVector<T>, kTogether = 4;
-  const Id* pairs = static_cast<const Id*>(w.list.pairs);
-  const Id slots = (Id(1) << w.list.shift) - 1;
+  const Packed one = ones<T>();
   for (int64_t start = 0; start < most; start += step) {
-    const int64_t i = start + offset + member();
-    const bool has = i < run.count();
-    const Id pair = has ? pairs[run.at(i)] : Id(0);
-    // A negative row stands for no pair.
-    const auto own_row = has ? std::make_signed_t<Id>(pair >> w.list.shift) : -1;
-    const int own_slot = int(pair & slots);
-    Factors<A> factors = {0, 0};
-    if (has) factors = w.factors[place_of_factors(own_row, own_slot, w.k)];
-#pragma unroll
-    for (int u = 0; u < kGroup; u += kTogether) {
-      if (start + u >= most) break;
-      Packed g[kTogether], q[kTogether], of_slot[kTogether];
+    const KeyPair<T, kFast> own(w, run, start + offset + member());
+#pragma unroll 1
+    for (int u = 0; u < kGroup && start + u < most; u += kTogether) {
+      Packed g[kTogether], q[kTogether];
 #pragma unroll
       for (int t = 0; t < kTogether; ++t) {
         const int source = group() * kGroup + u + t;
-        const auto row = __shfl_sync(kAllLanes, own_row, source);
-        g[t] = q[t] = of_slot[t] = Packed{{0, 0, 0, 0}};
-        if (w.grad_value) {
-          if (row >= 0) g[t] = load_row<T, kFast>(w.grad + row * w.c, c, w.c);
-          if (w.weight) {
-            const int64_t j = __shfl_sync(kAllLanes, own_slot, source);
-            if (row >= 0) of_slot[t] = load_row<T, kFast>(w.weight + j * w.c, c, w.c);
-          }
-        }
-        if (w.grad_key && row >= 0) q[t] = load_row<T, kFast>(w.query + row * w.d, c, w.d);
+        const auto row = __shfl_sync(kAllLanes, own.row, source);
+        g[t] = load_row(w.grad, row, c, w.columns_of_value());
+        q[t] = load_row(w.query, row, c, w.columns_of_key());
       }
 #pragma unroll
       for (int t = 0; t < kTogether; ++t) {
         const int source = group() * kGroup + u + t;
-        const A rho = __shfl_sync(kAllLanes, factors.rho, source);
-        const A ds = __shfl_sync(kAllLanes, factors.ds, source);
-        A x[kCount];
-        if (w.grad_value) {
-          unpack<T>(g[t], x);
-          if (w.weight) {
-            A weight[kCount];
-            unpack<T>(of_slot[t], weight);
+        const A rho = __shfl_sync(kAllLanes, own.factors.rho, source);
+        const A ds = __shfl_sync(kAllLanes, own.factors.ds, source);
+        const auto slot = __shfl_sync(kAllLanes, own.slot, source);
+        A x[kCount], weight[kCount];
+        unpack<T>(g[t], x);
+        unpack<T>(load_row(w.weight, slot, c, w.columns_of_weight(), one), weight);
 #pragma unroll
-            for (int n = 0; n < kCount; ++n) x[n] *= weight[n];
-          }
+        for (int i = 0; i < kCount; ++i) sums.value[i] += rho * (weight[i] * x[i]);
+        unpack<T>(q[t], x);
+        if (kEuclidean) {
+          const bool is_pair = start + offset + u + t < run.count();
 #pragma unroll
-          for (int n = 0; n < kCount; ++n) sums.value[n] += rho * x[n];
+          for (int i = 0; i < kCount; ++i) x[i] = is_pair ? 2 * (x[i] - of_key[i]) : A(0);
         }
-        if (w.grad_key) {
-          unpack<T>(q[t], x);
-          if (w.metric == Metric::euclidean) {
-            const bool is_pair = start + offset + u + t < run.count();
 #pragma unroll
-            for (int n = 0; n < kCount; ++n) x[n] = is_pair ? 2 * (x[n] - of_key[n]) : A(0);
-          }
-#pragma unroll
-          for (int n = 0; n < kCount; ++n) sums.key[n] += ds * x[n];
-        }
+        for (int i = 0; i < kCount; ++i) sums.key[i] += ds * x[i];
       }
     }
   }
@@ -158,9 +150,8 @@ __device__ inline void add_pairs(const KeySideWork<T>& w, const PairRun& run, in
 template <class T, bool kFast>
 __device__ inline void unpack_key(const KeySideWork<T>& w, int64_t key, int64_t c,
                                   Accumulate<T> (&values)[kVector<T>]) {
-  Packed x = {{0, 0, 0, 0}};
-  if (w.grad_key && key < w.keys) x = load_row<T, kFast>(w.key + key * w.d, c, w.d);
-  unpack<T>(x, values);
+  unpack<T>(load_row(w.key, RowNumber<kFast>(w.grad_key && key < w.keys ? key : -1), c, w.d),
+            values);
 }
 
 // The key whose list has the pair at `position`; or one with another list, if none has.
@@ -180,7 +171,8 @@ __device__ inline int64_t key_of(const PairList& list, int64_t keys, int64_t pos
 }
 
 template <class T, bool kFast>
-__global__ __launch_bounds__(kThreads, 4) void key_side_chunks_kernel(const KeySideWork<T> w) {
+__global__ __launch_bounds__(kThreads,
+                             kFast ? 4 : 3) void key_side_chunks_kernel(const KeySideWork<T> w) {
   using A = Accumulate<T>;
   using Id = PairId<kFast>;
   const int64_t chunk = grid_warp();
@@ -196,7 +188,11 @@ __global__ __launch_bounds__(kThreads, 4) void key_side_chunks_kernel(const KeyS
     A of_key[kVector<T>];
     unpack_key<T, kFast>(w, key, c, of_key);
     KeySums<T> sums;
-    add_pairs<T, kFast>(w, run, group() * kGroup, kWarp, w.chunk, c, of_key, sums);
+    if (w.metric == Metric::euclidean) {
+      add_pairs<T, kFast, true>(w, run, group() * kGroup, kWarp, w.chunk, c, of_key, sums);
+    } else {
+      add_pairs<T, kFast, false>(w, run, group() * kGroup, kWarp, w.chunk, c, of_key, sums);
+    }
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
       for (int span = kGroup; span < kWarp; span *= 2) {
@@ -240,11 +236,13 @@ __device__ inline void store_projected(const KeySideWork<T>& w, int64_t key, int
 }
 
 template <class T, bool kFast>
-__global__ __launch_bounds__(kThreads, 4) void key_side_kernel(const KeySideWork<T> w) {
+__global__ __launch_bounds__(kThreads, kFast && sizeof(T) < 8
+                                           ? 4
+                                           : 3) void key_side_kernel(const KeySideWork<T> w) {
   using A = Accumulate<T>;
   using Id = PairId<kFast>;
   constexpr int kCount = kVector<T>;
-  const int64_t key = grid_warp() * kGroups + group();
+  const auto key = RowNumber<kFast>(grid_warp() * kGroups + group());
   const bool has = key < w.keys;
   PairRun run = {};
   if (has) {
@@ -260,7 +258,11 @@ __global__ __launch_bounds__(kThreads, 4) void key_side_kernel(const KeySideWork
     A of_key[kCount];
     KeySums<T> sums;
     unpack_key<T, kFast>(w, key, c, of_key);
-    add_pairs<T, kFast>(w, run, 0, kGroup, most, c, of_key, sums);
+    if (w.metric == Metric::euclidean) {
+      add_pairs<T, kFast, true>(w, run, 0, kGroup, most, c, of_key, sums);
+    } else {
+      add_pairs<T, kFast, false>(w, run, 0, kGroup, most, c, of_key, sums);
+    }
     add_chunks(w, run, c, sums);
     if (projects) {
       A sum = 0;

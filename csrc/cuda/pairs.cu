@@ -34,7 +34,7 @@ void sort(PairSort p, Context& context) {
 }  // namespace
 
 bool fit_narrow_pairs(int64_t batch, int64_t n, int64_t m, int64_t k) {
-  constexpr int64_t kMost = int64_t(1) << 31;
+  constexpr int64_t kMost = int64_t(1) << 30;
   return batch * m < kMost && batch * n < kMost >> shift_of(k);
 }
 

@@ -29,18 +29,22 @@ namespace convnn::cuda {
 template <class T, bool kFast, int kRows>
 struct TileArrays {
   using A = Accumulate<T>;
-  using Row = std::conditional_t<kFast, int32_t, int64_t>;
+  using Row = RowNumber<kFast>;
   static constexpr int kTileRows = kRows * kGroups;
 
   Row* row;  // [k, kTileRows] of key and value, among those of all batch elements; -1: missing
   A* rho;    // [k, kTileRows]
   A* ds;     // [k, kTileRows] drho; then ds; then, cosine, ds_ij / ||k_j||
+  A* unit;   // [kTileRows] cosine: unit_of() the query, 0 of one without a neighbor
+  A* back;   // [kTileRows] cosine: that times sum_j ds_ij s_ij
 
   __host__ __device__ static int64_t bytes(int64_t k) {
-    return k * kTileRows * int64_t(sizeof(Row) + 2 * sizeof(A));
+    return kTileRows * (k * int64_t(sizeof(Row) + 2 * sizeof(A)) + 2 * int64_t(sizeof(A)));
   }
   __device__ TileArrays(unsigned char* memory, int64_t k) {
-    row = reinterpret_cast<Row*>(memory);
+    unit = reinterpret_cast<A*>(memory);
+    back = unit + kTileRows;
+    row = reinterpret_cast<Row*>(back + kTileRows);
     rho = reinterpret_cast<A*>(row + k * kTileRows);
     ds = rho + k * kTileRows;
   }
@@ -135,8 +139,8 @@ __device__ inline void modulate_query(const QuerySideWork<T>& w,
 // drho, in the place of ds, and what the tile adds to the part of dW and db.
 template <class T, bool kFast, int kRows>
 __device__ inline void differentiate_output(const QuerySideWork<T>& w,
-                                            const TileArrays<T, kFast, kRows>& a, int64_t first,
-                                            Accumulate<T>* part) {
+                                            const TileArrays<T, kFast, kRows>& a,
+                                            RowNumber<kFast> first, Accumulate<T>* part) {
   using A = Accumulate<T>;
   using Arrays = TileArrays<T, kFast, kRows>;
   constexpr int kTileRows = Arrays::kTileRows, kCount = kVector<T>;
@@ -147,8 +151,7 @@ __device__ inline void differentiate_output(const QuerySideWork<T>& w,
 #pragma unroll
     for (int t = 0; t < kRows; ++t) {
       const int64_t row = first + own + t;
-      g[t] = Packed{{0, 0, 0, 0}};
-      if (row < w.rows) g[t] = load_row<T, kFast>(w.grad + row * w.c, c, w.c);
+      g[t] = load_row(w.grad, RowNumber<kFast>(row < w.rows ? row : -1), c, w.c);
       A values[kCount];
       unpack<T>(g[t], values);
 #pragma unroll
@@ -161,13 +164,10 @@ __device__ inline void differentiate_output(const QuerySideWork<T>& w,
       load_together(rows, a.row + j * kTileRows + own);
       Packed v[kRows];
 #pragma unroll
-      for (int t = 0; t < kRows; ++t) {
-        v[t] = Packed{{0, 0, 0, 0}};
-        if (rows[t] >= 0) v[t] = load_row<T, kFast>(w.value + rows[t] * w.c, c, w.c);
-      }
+      for (int t = 0; t < kRows; ++t) v[t] = load_row(w.value, rows[t], c, w.c);
       A weight[kCount];
       if (w.weight) {
-        unpack<T>(load_row<T, kFast>(w.weight + j * w.c, c, w.c), weight);
+        unpack<T>(load_row(w.weight, RowNumber<kFast>(j), c, w.c), weight);
       } else {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) weight[i] = 1;
@@ -264,72 +264,107 @@ __device__ inline void finish_factors(const QuerySideWork<T>& w,
   }
 }
 
-// dq of a tile. `unit` and `along` are those of the query of this lane.
+// What the neighbors in slot j add to the sums of dq in columns c and following.
 template <class T, bool kFast, int kRows>
-__device__ inline void differentiate_query(const QuerySideWork<T>& w,
-                                           const TileArrays<T, kFast, kRows>& a, int64_t first,
-                                           Accumulate<T> unit, Accumulate<T> along) {
+__device__ inline void add_keys(const QuerySideWork<T>& w, const TileArrays<T, kFast, kRows>& a,
+                                int64_t j, int64_t c, Accumulate<T> (&sums)[kRows][kVector<T>]) {
   using A = Accumulate<T>;
-  using Arrays = TileArrays<T, kFast, kRows>;
-  constexpr int kTileRows = Arrays::kTileRows, kCount = kVector<T>;
-  const int own = group() * kRows;
-  for (int64_t c = member() * kCount; c - member() * kCount < w.d; c += kStretch<T>) {
-    A sum[kRows][kCount] = {};
-    for (int64_t j = 0; j < w.k; ++j) {
-      typename Arrays::Row rows[kRows];
-      A ds[kRows];
-      load_together(rows, a.row + j * kTileRows + own);
-      load_together(ds, a.ds + j * kTileRows + own);
-      Packed x[kRows];
+  const int64_t at = j * a.kTileRows + group() * kRows;
+  RowNumber<kFast> rows[kRows];
+  A ds[kRows];
+  load_together(rows, a.row + at);
+  load_together(ds, a.ds + at);
+  // Half of the rows at a time: the sums leave few registers.
+  constexpr int kTogether = kRows / 2;
 #pragma unroll
-      for (int t = 0; t < kRows; ++t) {
-        x[t] = Packed{{0, 0, 0, 0}};
-        if (rows[t] >= 0) x[t] = load_row<T, kFast>(w.key + rows[t] * w.d, c, w.d);
-      }
+  for (int first = 0; first < kRows; first += kTogether) {
+    Packed x[kTogether];
 #pragma unroll
-      for (int t = 0; t < kRows; ++t) {
-        A values[kCount];
-        unpack<T>(x[t], values);
-        if (w.metric == Metric::euclidean) {
-          if (rows[t] < 0) continue;
-          A of_query[kCount];
-          unpack<T>(load_row<T, kFast>(w.query + (first + own + t) * w.d, c, w.d), of_query);
+    for (int t = 0; t < kTogether; ++t) x[t] = load_row(w.key, rows[first + t], c, w.d);
 #pragma unroll
-          for (int i = 0; i < kCount; ++i) values[i] = 2 * (values[i] - of_query[i]);
-        }
+    for (int t = 0; t < kTogether; ++t) {
+      A values[kVector<T>];
+      unpack<T>(x[t], values);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) sum[t][i] += ds[t] * values[i];
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < kRows; ++t) {
-      const int64_t row = first + own + t;
-      if (w.metric == Metric::cosine) {
-        const A of_row = __shfl_sync(kAllLanes, unit, own + t);
-        const A back = __shfl_sync(kAllLanes, along, own + t) * of_row;
-        A of_query[kCount];
-        unpack<T>(
-            row < w.rows ? load_row<T, kFast>(w.query + row * w.d, c, w.d) : Packed{{0, 0, 0, 0}},
-            of_query);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          // A row that counts as zero, or is in no pair, has gradient 0, whatever its elements are.
-          sum[t][i] = of_row == 0 ? A(0) : of_row * (sum[t][i] - back * of_query[i]);
-        }
-      }
-      if (row < w.rows) store_row<T, kFast>(w.grad_query + row * w.d, c, w.d, sum[t]);
+      for (int i = 0; i < kVector<T>; ++i) sums[first + t][i] += ds[first + t] * values[i];
     }
   }
 }
 
-// One tile of queries from `first` on. S: the type of the similarities.
-template <class S, class T, bool kFast, int kRows>
+// As add_keys() for the Euclidean distance, from differences.
+template <class T, bool kFast, int kRows>
+__device__ inline void add_differences(const QuerySideWork<T>& w,
+                                       const TileArrays<T, kFast, kRows>& a, int64_t j, int64_t c,
+                                       const Packed (&q)[kRows],
+                                       Accumulate<T> (&sums)[kRows][kVector<T>]) {
+  using A = Accumulate<T>;
+  const int64_t at = j * a.kTileRows + group() * kRows;
+#pragma unroll
+  for (int t = 0; t < kRows; ++t) {
+    const RowNumber<kFast> row = a.row[at + t];
+    if (row < 0) continue;
+    A values[kVector<T>], of_query[kVector<T>];
+    unpack<T>(load_row(w.key, row, c, w.d), values);
+    unpack<T>(q[t], of_query);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      sums[t][i] += 2 * a.ds[at + t] * (values[i] - of_query[i]);
+    }
+  }
+}
+
+// dq of a tile.
+template <class T, bool kFast, int kRows>
+__device__ inline void differentiate_query(const QuerySideWork<T>& w,
+                                           const TileArrays<T, kFast, kRows>& a,
+                                           RowNumber<kFast> first) {
+  using A = Accumulate<T>;
+  constexpr int kCount = kVector<T>;
+  const int own = group() * kRows;
+  const auto load_query = [&](int t, int64_t c) {
+    const int64_t row = first + own + t;
+    return load_row(w.query, RowNumber<kFast>(row < w.rows ? row : -1), c, w.d);
+  };
+  for (int64_t c = member() * kCount; c - member() * kCount < w.d; c += kStretch<T>) {
+    A sums[kRows][kCount] = {};
+    if (w.metric == Metric::euclidean) {
+      Packed q[kRows];
+#pragma unroll
+      for (int t = 0; t < kRows; ++t) q[t] = load_query(t, c);
+      for (int64_t j = 0; j < w.k; ++j) add_differences(w, a, j, c, q, sums);
+    } else {
+      for (int64_t j = 0; j < w.k; ++j) add_keys(w, a, j, c, sums);
+    }
+#pragma unroll
+    for (int t = 0; t < kRows; ++t) {
+      const int64_t row = first + own + t;
+      // Not all rows of query at a time: registers are few.
+      __syncwarp();
+      if (w.metric == Metric::cosine) {
+        const A unit = a.unit[own + t], back = a.back[own + t];
+        A of_query[kCount];
+        unpack<T>(load_query(t, c), of_query);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          // A row that counts as zero, or is in no pair, has gradient 0, whatever its elements are.
+          sums[t][i] = unit == 0 ? A(0) : unit * (sums[t][i] - back * of_query[i]);
+        }
+      }
+      if (row < w.rows) store_row<T, kFast>(w.grad_query + row * w.d, c, w.d, sums[t]);
+    }
+  }
+}
+
+// One tile of queries from `first` on.
+template <class T, bool kFast, int kRows>
 __device__ inline void query_tile(const QuerySideWork<T>& w, const TileArrays<T, kFast, kRows>& a,
-                                  int64_t first, Accumulate<T>* part) {
+                                  RowNumber<kFast> first, Accumulate<T>* part) {
   using A = Accumulate<T>;
   const int64_t row = first + lane();
   const bool has = lane() < TileArrays<T, kFast, kRows>::kTileRows;
-  if (has) modulate_query<S>(w, a, row);
+  const bool is_double = w.similarity_dtype == DType::float64;
+  if (has && is_double) modulate_query<double>(w, a, row);
+  if (has && !is_double) modulate_query<float>(w, a, row);
   __syncwarp();
   if (w.grad && (w.through_rho || part)) differentiate_output(w, a, first, part);
   __syncwarp();
@@ -338,15 +373,19 @@ __device__ inline void query_tile(const QuerySideWork<T>& w, const TileArrays<T,
     unit = units_of_rows<T, kFast, kRows>(w.query, first, w.rows, w.d);
   }
   if (has) {
-    if (w.has_ds()) along = differentiate_rho<S>(w, a, row);
+    if (w.has_ds()) {
+      along =
+          is_double ? differentiate_rho<double>(w, a, row) : differentiate_rho<float>(w, a, row);
+    }
     finish_factors(w, a, row, unit);
     // A query without a neighbor.
     bool any = false;
     for (int64_t j = 0; j < w.k; ++j) any |= a.row[j * a.kTileRows + lane()] >= 0;
-    if (!any) unit = 0;
+    a.unit[lane()] = any ? unit : A(0);
+    a.back[lane()] = along * unit;
   }
   __syncwarp();
-  if (w.grad_query) differentiate_query(w, a, first, unit, along);
+  if (w.grad_query) differentiate_query(w, a, first);
   __syncwarp();
 }
 
@@ -359,7 +398,7 @@ __global__ __launch_bounds__(kThreads, 4) void query_side_kernel(const QuerySide
   // Parts first, if they are shared, then the arrays of warps.
   A* shared_parts = reinterpret_cast<A*>(shared_memory());  // [kWarps, size]
   unsigned char* arrays =
-      w.arrays_are_shared
+      kFast || w.arrays_are_shared
           ? shared_memory() + (w.parts_are_shared ? (kWarps * size * sizeof(A) + 15) / 16 * 16 : 0)
           : w.arrays + blockIdx.x * int64_t(kWarps) * bytes;
   const Arrays a(arrays + warp() * bytes, w.k);
@@ -370,13 +409,14 @@ __global__ __launch_bounds__(kThreads, 4) void query_side_kernel(const QuerySide
     for (int64_t i = lane(); i < size; i += kWarp) part[i] = 0;
     __syncwarp();
   }
-  const int64_t step = int64_t(gridDim.x) * kWarps * Arrays::kTileRows;
-  for (int64_t first = grid_warp() * Arrays::kTileRows; first < w.rows; first += step) {
-    if (w.similarity_dtype == DType::float64) {
-      query_tile<double>(w, a, first, part);
-    } else {
-      query_tile<float>(w, a, first, part);
-    }
+  using Row = RowNumber<kFast>;
+  for (Row first = Row(grid_warp()) * Arrays::kTileRows; first < w.rows;
+       first += Row(gridDim.x) * kWarps * Arrays::kTileRows) {
+#ifdef __CUDACC__
+    // The compiler would keep multiples of this number, too, for which there are no registers.
+    if constexpr (kFast) asm volatile("" : "+r"(first));
+#endif
+    query_tile(w, a, first, part);
   }
   if (!w.parts_are_shared) return;
   __syncthreads();

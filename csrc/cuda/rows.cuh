@@ -52,20 +52,62 @@ __device__ inline void set(Packed& x, int i, T element) {
   }
 }
 
-// Elements of a row from `c` on; 0 from `columns` on. kAligned: rows begin at multiples of 16 bytes
-// and consist of such.
-template <class T, bool kAligned>
-__device__ inline Packed load_row(const T* row, int64_t c, int64_t columns) {
-  Packed x = {{0, 0, 0, 0}};
-  if (kAligned || (is_aligned16(row + c) && c + kVector<T> <= columns)) {
-    if (c < columns) copy16(&x, row + c);
-    return x;
-  }
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) {
-    if (c + i < columns) set(x, i, row[c + i]);
-  }
+// Reads 16 bytes, or gives x. The memory is not written in the same launch.
+__device__ inline Packed load_if(bool reads, const void* address, Packed x) {
+#ifdef __CUDACC__
+  // A load with a predicate: the compiler would branch around it, and wait for one before the next.
+  asm("{\n"
+      ".reg .pred reads;\n"
+      "setp.ne.u32 reads, %5, 0;\n"
+      "@reads ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(x.words[0]), "+r"(x.words[1]), "+r"(x.words[2]), "+r"(x.words[3])
+      : "l"(address), "r"(uint32_t(reads)));
+#else
+  if (reads) copy16(&x, address);
+#endif
   return x;
+}
+
+// The type of the numbers of rows: 32 bits only if all rows consist of whole 16 bytes and begin at
+// multiples of them.
+template <bool kFast>
+using RowNumber = std::conditional_t<kFast, int32_t, int64_t>;
+
+// Elements of 1.
+template <class T>
+__device__ inline Packed ones() {
+  T one;
+  narrow(Accumulate<T>(1), one);
+  Packed x = {{0, 0, 0, 0}};
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) set(x, i, one);
+  return x;
+}
+
+// Elements of a row of x from column c on; what `otherwise` has if the row is negative, or from
+// `columns` on.
+template <class T, class Row>
+__device__ inline Packed load_row(const T* x, Row row, int64_t c, int64_t columns,
+                                  Packed otherwise = {{0, 0, 0, 0}}) {
+  if constexpr (sizeof(Row) == 4) {
+    const uint64_t offset = uint64_t(uint32_t(row)) * uint32_t(columns * int64_t(sizeof(T)));
+    return load_if(row >= 0 && c < columns, reinterpret_cast<const char*>(x + c) + offset,
+                   otherwise);
+  } else {
+    if (row < 0 || c >= columns) return otherwise;
+    Packed packed = {{0, 0, 0, 0}};
+    const T* elements = x + row * columns + c;
+    if (is_aligned16(elements) && c + kVector<T> <= columns) {
+      copy16(&packed, elements);
+      return packed;
+    }
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      if (c + i < columns) set(packed, i, elements[i]);
+    }
+    return packed;
+  }
 }
 
 template <class T, bool kAligned>
@@ -170,7 +212,7 @@ __device__ inline Accumulate<T> unit_of(Accumulate<T> sum, const T* row, int64_t
 
 // unit_of() the rows from `first` on, kRows for each group, in the lane of that number; 0 in
 // others.
-template <class T, bool kAligned, int kRows>
+template <class T, bool kFast, int kRows>
 __device__ inline Accumulate<T> units_of_rows(const T* x,  // [rows, d]
                                               int64_t first, int64_t rows, int64_t d) {
   using A = Accumulate<T>;
@@ -180,8 +222,7 @@ __device__ inline Accumulate<T> units_of_rows(const T* x,  // [rows, d]
     for (int t = 0; t < kRows; ++t) {
       const int64_t row = first + group() * kRows + t;
       A values[kVector<T>];
-      unpack<T>(row < rows ? load_row<T, kAligned>(x + row * d, c, d) : Packed{{0, 0, 0, 0}},
-                values);
+      unpack<T>(load_row(x, RowNumber<kFast>(row < rows ? row : -1), c, d), values);
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i) sums[t] += values[i] * values[i];
     }
@@ -194,12 +235,12 @@ __device__ inline Accumulate<T> units_of_rows(const T* x,  // [rows, d]
   return lane() < kGroups * kRows && row < rows ? unit_of(sum, x + row * d, d) : A(0);
 }
 
-template <class T, bool kAligned>
+template <class T, bool kFast>
 __global__ __launch_bounds__(kThreads) void units_kernel(const T* x,            // [rows, d]
                                                          Accumulate<T>* units,  // [rows]
                                                          int64_t rows, int64_t d) {
   const int64_t first = grid_warp() * kWarp, row = first + lane();
-  const Accumulate<T> unit = units_of_rows<T, kAligned, kGroup>(x, first, rows, d);
+  const Accumulate<T> unit = units_of_rows<T, kFast, kGroup>(x, first, rows, d);
   if (row < rows) units[row] = unit;
 }
 
