@@ -78,6 +78,7 @@ def test_checked_indices_are_read_in_python(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize("call", ["few", "self", "dense", "float32"])
 def test_other_calls_are_left_to_triton(call: str, results: dict[str, Any]) -> None:
     assert results[call] == [["triton", 1]] * 2
+    assert results["few columns"] == [["triton", 1]]
 
 
 def test_a_wrong_kernel_is_not_used(results: dict[str, Any]) -> None:

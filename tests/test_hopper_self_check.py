@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convnn_kernels import native
 from convnn_kernels.backends import hopper
-from convnn_kernels.backends.known_searches import Case, Result
+from convnn_kernels.known_searches import Case, Result
 
 CPU = torch.device("cpu")
 DOT = hopper.Kind("dot", torch.float16, 64, 16)

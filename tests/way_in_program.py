@@ -58,8 +58,8 @@ def watch_python() -> None:
     hopper.faults = faults  # type: ignore[assignment]
 
 
-def tokens(dtype: torch.dtype = HALF, N: int = 4096, M: int = 4096, D: int = 16) -> list[Tensor]:
-    return [torch.randn(1, n, D).to(dtype) for n in (N, M, M)]
+def tokens(dtype: torch.dtype = HALF, D: int = 16) -> list[Tensor]:
+    return [torch.randn(1, n, D).to(dtype) for n in (16384, 4096, 4096)]
 
 
 def ran(call: Callable[[], Any]) -> list[Any]:
@@ -72,7 +72,7 @@ def ran(call: Callable[[], Any]) -> list[Any]:
 
 def choices() -> None:
     Q, K, V = tokens()
-    rows = torch.arange(2048)
+    rows = torch.arange(3000)
     results["once"] = [ran(lambda: forward(Q, K, V, 9)) for _ in range(3)]
     results["select"] = [ran(lambda: (None, *torch.ops.convnn.select(Q, K, 9))) for _ in range(3)]
     results["other kind"] = [ran(lambda: forward(Q, K, V, 12)) for _ in range(2)]
@@ -85,9 +85,9 @@ def choices() -> None:
     results["no indices"] = ran(lambda: forward(Q, K, V, 9))
     del os.environ["CONVNN_CHECK_INDICES"]
     results["few"] = [ran(lambda: forward(Q[:, :64], K, V, 9)) for _ in range(2)]
-    results["self"] = [
-        ran(lambda: forward(Q, K, V, 9, None, None, None, torch.arange(4096))) for _ in range(2)
-    ]
+    results["few columns"] = [ran(lambda: forward(Q, K[:, :2048], V[:, :2048], 9))]
+    own = torch.arange(16384) % 4096
+    results["self"] = [ran(lambda: forward(Q, K, V, 9, None, None, None, own)) for _ in range(2)]
     dense = torch.randn(8, 16, 9).half()
     results["dense"] = [ran(lambda: forward(Q, K, V, 9, dense)) for _ in range(2)]
     results["strided"] = ran(lambda: forward(*(X.mT.contiguous().mT for X in (Q, K, V)), 9))

@@ -5,6 +5,9 @@ On a machine without a GPU, over a CUDA driver that does nothing (null_driver/li
 runs as for CUDA tensors, from the dispatcher to Triton's own launcher, but tensors are in the
 memory of the CPU and no kernel runs. Kernels are compiled for sm_90. What remains to be added on a
 GPU are the driver's launches and PyTorch's CUDA allocator.
+
+With ``--hopper``, calls that go to the CUDA C++ kernels for Hopper, over kernels that do nothing
+(way_in.py).
 """
 
 import argparse
@@ -117,6 +120,38 @@ def calls(N: int, M: int, weight: str) -> dict[str, Callable[[], Any]]:
     return {"forward, no_grad": torch.no_grad()(forward), "forward": forward, "backward": backward}
 
 
+def hopper_calls() -> dict[str, Callable[[], Any]]:
+    """A forward that the Hopper kernels run, each way to call it, and one of SDPA."""
+    from convnn_kernels import functional
+    from convnn_kernels.backends import hopper
+    from tools import way_in
+
+    # Large memory comes from what was freed, as from PyTorch's CUDA allocator: M_MMAP_THRESHOLD,
+    # M_TRIM_THRESHOLD.
+    for option in (-3, -1):
+        ctypes.CDLL(None).mallopt(option, 1 << 30)
+    way_in.install()
+    hopper.faults = lambda device, kind: []  # type: ignore[assignment, misc]
+    dtype = torch.bfloat16
+    Q, K, V = (torch.randn(4, 4096, 16, dtype=dtype) for _ in range(3))
+    weight = torch.randn(16, 1, 9, dtype=dtype)
+    with_gradient = [X.clone().requires_grad_() for X in (Q, K, V)]
+    x = torch.randn(1, 4, 32, 16, dtype=dtype)
+
+    def operator() -> Any:
+        return torch.ops.convnn.forward(Q, K, V, 9, weight)
+
+    return {
+        "operator, inference": torch.inference_mode()(operator),
+        "operator, no_grad": torch.no_grad()(operator),
+        "function, no_grad": torch.no_grad()(lambda: functional.convnn(Q, K, V, 9, weight)),
+        "operator, gradients": lambda: torch.ops.convnn.forward(*with_gradient, 9, weight),
+        "SDPA, small, no_grad": torch.no_grad()(
+            lambda: torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        ),
+    }
+
+
 def _profile(call: Callable[[], Any]) -> None:
     with cProfile.Profile() as profile:
         for _ in range(2000):
@@ -128,7 +163,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.host_time", description=__doc__)
     profiled = ("forward, no_grad", "forward", "backward")
     parser.add_argument("--profile", choices=profiled, help="a call of which to show the parts")
+    parser.add_argument("--hopper", action="store_true", help="the CUDA C++ kernels for Hopper")
     options = parser.parse_args()
+    if options.hopper:
+        torch.set_num_threads(1)
+        for name, call in hopper_calls().items():
+            least, median = measure(call)
+            print(f"{name:<22} {least:6.1f} us, median {median:.1f}", flush=True)
+        return 0
     os.environ.setdefault("TRITON_CACHE_DIR", CACHE)
     install_null_driver()
     take_cpu_tensors()

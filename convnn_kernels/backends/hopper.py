@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convnn_kernels import native
-from convnn_kernels.backends import known_searches
-from convnn_kernels.backends.known_searches import Case, Result
+from convnn_kernels import known_searches, native
+from convnn_kernels.known_searches import Case, Result
 from convnn_kernels.triton import backend as triton
 
 # In the order of `Operator` in csrc/cuda/choice.h.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from triton.errors import TritonError
 
-from convnn_kernels.backends import known_searches
+from convnn_kernels import known_searches
 
 from .aggregate import aggregate
 from .aggregation import prepare as prepare_aggregation

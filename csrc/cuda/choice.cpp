@@ -41,10 +41,10 @@ bool may_run_hopper(int device) {
 }
 
 bool hopper_is_faster(const SelectParams& select, const AggregateParams* aggregate) {
-  // Below, the kernels of few tokens take one launch and never write S.
-  constexpr int64_t kFewestColumns = 1024;
-  // Rows that give every multiprocessor of an H100 an item of 256 rows.
-  constexpr int64_t kFewestRows = 4096;
+  // By the predictions of python -m tools.predict, D = 64, k = 9: 157 us here and 154 there for
+  // 64 x 2048 x 2048, 36 and 47 for 4 x 4096 x 4096, but 36 and 18 for 1 x 4096 x 4096, where too
+  // few items of 256 rows are on their way.
+  constexpr int64_t kFewestColumns = 2048, kFewestRows = 16384;
   const int64_t columns = select.candidates ? select.r : select.m;
   // Anything else is aggregated in launches of its own.
   const bool in_one = !aggregate || (aggregate->convolution != Convolution::dense &&
