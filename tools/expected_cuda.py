@@ -127,8 +127,8 @@ _SWEEP = Expected(
         "if (!(inverse > 0))": lambda n: 0,
     },
     {
-        '"f"(x[2]), "f"(x[3]), "r"(bit)': lambda n: _hits(n).lanes,
-        '"r"(__float_as_uint(a))': _share_that_hits,
+        " @ append(slot_": lambda n: _hits(n).lanes,
+        " @ put_hit(": _share_that_hits,
         # Read from L2 once, when room is made, and then again and again.
         "return __uint_as_float(uint32_t(hits[4 * i]": lambda n: 1 / (5 + _hits(n).cut),
     },
@@ -239,7 +239,7 @@ _UNITS = Expected(
 _QUERY_SIDE = Expected(
     {
         **_UNIT_LOOPS,
-        "for (int64_t first = grid_warp()": lambda n: (
+        "for (Row first = Row(grid_warp())": lambda n: (
             n.rows / (n.blocks * n.warps * 4 * int(n.template[2]))
         ),
         "for (int64_t j = 0; j < w.k": lambda n: n.k,
@@ -252,7 +252,8 @@ _QUERY_SIDE = Expected(
     },
     {
         **_UNIT,
-        "if (w.similarity_dtype == DType::float64)": lambda n: 0,
+        "if (has && is_double)": lambda n: 0,
+        "is_double ? differentiate_rho<double>": lambda n: 0,
         "if (w.metric == Metric::euclidean)": lambda n: 0,
         "if (direct)": lambda n: n.direct,
         "if (result && row < w.rows)": lambda n: n.similarities,
@@ -264,7 +265,7 @@ _QUERY_SIDE = Expected(
         "const S s = similarities[j]": lambda n: 0.5,
         "along += ds * A(similarities[j])": lambda n: 0,
         # k rows, which all warps read
-        " @ unpack<T>(load_row<T, kFast>(w.weight": lambda n: 0,
+        " @ unpack<T>(load_row(w.weight": lambda n: 0,
         "if (direct)": lambda n: n.direct,
         "if (result && row < w.rows)": lambda n: n.similarities,
     },
@@ -327,30 +328,33 @@ def _turns(n: Numbers, pairs: int) -> float:
 _KEY_SIDE = Expected(
     {
         "for (int64_t start = 0; start < most": lambda n: _turns(n, 8),
+        "for (int u = 0; u < kGroup": lambda n: _turns(n, 4) / _turns(n, 8),
         "for (int64_t c = member() * kCount; c - member()": lambda n: _columns(max(n.c, n.d)),
         "for (int64_t c = member() * kCount; c < w.d": lambda n: n.key_sums * _columns(n.d),
         "for (int64_t chunk = run.first_chunk": lambda n: 0,
     },
     {
-        "if (start + u >= most) break": lambda n: _turns(n, 4) / _turns(n, 8) - 1,
         "if (last - first < chunk)": lambda n: 0,
         "if (run.chunks <= 0)": lambda n: 0,
         "if (w.metric == Metric::euclidean)": lambda n: 0,
-        "if (w.weight)": lambda n: n.weight,
     },
     {
         # One number for a key
         **dict.fromkeys(
-            ("run = run_of_key(", "int64_t(static_cast<const Id*>(w.list.ends)[key])"),
+            (
+                "run = run_of_key(",
+                "int64_t(static_cast<const Id*>(w.list.ends)[key])",
+                "const A unit = projects",
+            ),
             lambda n: 1 / 8,
         ),
-        "const Id pair = has ?": lambda n: n.pairs / n.keys / (8 * _turns(n, 8)),
-        "if (has) factors =": lambda n: n.pairs / n.keys / (8 * _turns(n, 8)),
-        " @ if (row >= 0) of_slot[t]": lambda n: 0,  # k rows, which all warps read
         **dict.fromkeys(
-            (" @ if (row >= 0) g[t] =", " @ if (w.grad_key && row >= 0) q[t] ="),
-            lambda n: n.pairs / n.keys / (4 * _turns(n, 4)),
+            ("const Id pair = static_cast", "factors = w.factors["),
+            lambda n: n.pairs / n.keys / (8 * _turns(n, 8)),
         ),
+        " @ unpack<T>(load_row(w.key": lambda n: 1,
+        # Of G and query, which the machine code does not tell from W: k rows, which all warps read.
+        " @ return load_if(": lambda n: n.pairs / n.keys / (4 * _turns(n, 4)) * 2 / (2 + n.weight),
     },
 )
 # No list has a whole chunk.
@@ -359,6 +363,7 @@ _CHUNKS = Expected(
         "while (high - low > 1)": lambda n: math.ceil(math.log(n.keys, 32)),
         "for (int64_t c = member() * kVector<T>": lambda n: 0,
         "for (int64_t start = 0; start < most": lambda n: 0,
+        "for (int u = 0; u < kGroup": lambda n: 0,
         "for (int span = kGroup": lambda n: 0,
     },
     {
