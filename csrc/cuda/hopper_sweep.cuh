@@ -148,9 +148,7 @@ class Sweep {
         load_queries<false>();
       }
       sample_tiles();
-      sweep_tiles<kTileColumns>(
-          1, [&](float (&acc)[kTileColumns / 2], int, int half) { look(acc, half); });
-      drain(true);
+      find_hits();
       store_counts();
     }
   }
@@ -217,14 +215,14 @@ class Sweep {
     wgmma_commit();
   }
 
-  // Calls body(acc, part, half) for parts of kColumns columns of every step-th tile. No
-  // accumulator is alive where the loop closes: the compiler would serialize the products.
+  // Calls body(acc, part, half) for parts of kColumns columns of every step-th tile, until `end`
+  // tiles are left. No accumulator is alive where the loop closes: the compiler would serialize the
+  // products.
   template <int kColumns, class Body>
-  __device__ __forceinline__ void sweep_tiles(int step, const Body& body) {
+  __device__ __forceinline__ void sweep_tiles(int step, int end, const Body& body) {
     int part = 0;
-    left_ = item().tiles;
 #pragma unroll 1
-    while (left_ > 0) {
+    while (left_ > end) {
       float acc_0[kColumns / 2], acc_1[kColumns / 2];
       if (part == 0) barrier_wait(&shared_.full[stage_.index], stage_.parity);
       multiply<kColumns>(acc_0, a_[0], part);
@@ -258,7 +256,8 @@ class Sweep {
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
     constexpr int kColumns = 64;
-    sweep_tiles<kColumns>(p_.step, [&](float (&acc)[kColumns / 2], int part, int half) {
+    left_ = item().tiles;
+    sweep_tiles<kColumns>(p_.step, 0, [&](float (&acc)[kColumns / 2], int part, int half) {
 #pragma unroll
       for (int n = 0; n < kColumns / 8; n += 2) {
         const float4 f = factors(part * (kColumns / 8) + n);
@@ -324,6 +323,28 @@ class Sweep {
       // +0 rather than -0, so that a product of -0 reaches a threshold of 0.
       negative()[i] = 0 - (exists(row(i)) ? bound : kInfinity<float>);
     }
+  }
+
+  // The main sweep. At D = 64 slots are moved after every `period` tiles even if none is needed
+  // yet: by the four warps of a warpgroup together, because each of their products waits for all of
+  // them, and by the two warpgroups in turn. At D = 128 the products leave time for it.
+  __device__ __forceinline__ void find_hits() {
+    constexpr bool kTogether = kD == 64;
+    left_ = item().tiles;
+    int period = 1, end = 0;
+    if constexpr (kTogether) {
+      // About one hit for each k * step columns is expected, so that half of the slots are filled.
+      while (2 * period * p_.k * p_.step <= (Shared::kSlots - kReserve) / 2 * left_) period *= 2;
+      end = left_ - (warp_ < 4 ? period : (period + 1) / 2);
+    }
+#pragma unroll 1
+    do {
+      sweep_tiles<kTileColumns>(
+          1, end > 0 ? end : 0,
+          [&](float (&acc)[kTileColumns / 2], int, int half) { look(acc, half); });
+      drain(!kTogether || left_ == 0);
+      end -= period;
+    } while (kTogether && left_ > 0);
   }
 
   // Puts the accumulators of hits into slots.
