@@ -69,6 +69,7 @@ struct SweepParams {
 
 // What a block works on at a time.
 struct SweepItem {
+  int number;
   int block, split;  // of the launch
   int64_t batch, first_row;
   int first_tile, tiles;
@@ -78,7 +79,7 @@ __device__ inline SweepItem sweep_item(const SweepParams& p, int item) {
   const int64_t blocks_each = (p.n + kSweepRows - 1) / kSweepRows, b = p.first_block + block;
   const int first = int(int64_t(p.tiles) * split / p.splits);
   const int end = int(int64_t(p.tiles) * (split + 1) / p.splits);
-  return {block, split, b / blocks_each, b % blocks_each * kSweepRows, first, end - first};
+  return {item, block, split, b / blocks_each, b % blocks_each * kSweepRows, first, end - first};
 }
 
 template <int kD>
@@ -99,7 +100,9 @@ struct SweepShared {
   alignas(16) float negative[kSweepWarps][kWarp][4];
   alignas(16) uint32_t parked[kSweepWarps][kWarp][4];
   float inv_q[kSweepRows];
-  SweepItem items[kSweepWarps];  // of each warp
+  // Of each warp: its item, and its first row in the block. Here, not in registers.
+  SweepItem items[kSweepWarps];
+  int rows[kSweepWarps];
   uint64_t full[kStages], empty[kStages];
 };
 
@@ -140,8 +143,8 @@ class Sweep {
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (int i = blockIdx.x; i < p_.blocks * p_.splits; i += gridDim.x) {
-      begin(i);
+    for (begin(blockIdx.x); item().number < p_.blocks * p_.splits;
+         begin(item().number + int(gridDim.x))) {
       if (p_.pairs) {
         load_queries<true>();
       } else {
@@ -156,7 +159,7 @@ class Sweep {
  private:
   // Row of the block. Below, i = 2 * half + r stands for one of the four rows of a lane.
   __device__ __forceinline__ int row(int i) const {
-    return warp_ / 4 * 128 + i / 2 * 64 + warp_ % 4 * 16 + lane() / 4 + i % 2 * 8;
+    return shared_.rows[warp_] + i / 2 * 64 + lane() / 4 + i % 2 * 8;
   }
   __device__ __forceinline__ const SweepItem& item() const { return shared_.items[warp_]; }
   __device__ __forceinline__ bool exists(int row) const { return item().first_row + row < p_.n; }
@@ -175,8 +178,12 @@ class Sweep {
   }
 
   __device__ __forceinline__ void begin(int number) {
+    // Every lane has its number before the item changes.
     __syncwarp();
-    if (lane() == 0) shared_.items[warp_] = sweep_item(p_, number);
+    if (lane() == 0) {
+      shared_.items[warp_] = sweep_item(p_, number);
+      shared_.rows[warp_] = warp_ / 4 * 128 + warp_ % 4 * 16;
+    }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) ends()[i] = list_begin(i);
@@ -423,7 +430,7 @@ class Sweep {
   // Moves the last `count` slots of this lane to its lists.
   __device__ __forceinline__ void move_slots(int count, uint32_t (&end)[4],
                                              const float (&negative)[4]) {
-    const uint32_t t = uint32_t(lane()) % 4, last = slot_ - uint32_t(count * kSlotBytes);
+    const uint32_t t = lane_again() % 4, last = slot_ - uint32_t(count * kSlotBytes);
     // Eight columns, counted from the end of the split.
     const int64_t end_column = int64_t(item().first_tile + item().tiles) * kTileColumns;
     const uint32_t column_0 = uint32_t(end_column) + 2 * t - 16 * 8;
