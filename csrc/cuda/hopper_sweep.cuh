@@ -150,6 +150,7 @@ class Sweep {
       } else {
         load_queries<false>();
       }
+      normalize_queries();
       sample_tiles();
       find_hits();
       store_counts();
@@ -189,18 +190,26 @@ class Sweep {
     for (int i = 0; i < 4; ++i) ends()[i] = list_begin(i);
   }
 
+  // Row of all queries.
+  __device__ __forceinline__ int64_t query_row(int row) const {
+    return item().batch * p_.n + item().first_row + row;
+  }
   template <bool kPairs>
   __device__ __forceinline__ void load_queries() {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int half = i / 2, r = i % 2, at = row(i);
-      const int64_t global = item().batch * p_.n + item().first_row + at;
-      const T* query = static_cast<const T*>(p_.query) + global * p_.d;
-      load_row<kPairs>(a_[half], r, exists(at) ? query : nullptr, int(p_.d));
-      const float inv_q = p_.cosine ? normalize_row<T>(a_[half], r) : 1;
+      const T* query = static_cast<const T*>(p_.query) + query_row(row(i)) * p_.d;
+      load_row<kPairs>(a_[i / 2], i % 2, exists(row(i)) ? query : nullptr, int(p_.d));
+    }
+  }
+  // Scales the rows and keeps their factors.
+  __device__ __forceinline__ void normalize_queries() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float inv_q = p_.cosine ? normalize_row<T>(a_[i / 2], i % 2) : 1;
       if (lane() % 4 == 0) {
-        shared_.inv_q[at] = inv_q;
-        if (exists(at) && item().split == 0) p_.inv_q[global] = inv_q;
+        shared_.inv_q[row(i)] = inv_q;
+        if (exists(row(i)) && item().split == 0) p_.inv_q[query_row(row(i))] = inv_q;
       }
     }
     __syncwarp();
