@@ -98,13 +98,15 @@ struct SweepShared {
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row.
   alignas(16) float negative[kSweepWarps][kWarp][4];
-  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];
+  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];  // see park()
   float inv_q[kSweepRows];
   // Of each warp: its item, and its first row in the block. Here, not in registers.
   SweepItem items[kSweepWarps];
   int rows[kSweepWarps];
   uint64_t full[kStages], empty[kStages];
 };
+
+static_assert(sizeof(SweepShared<64>) <= 227 << 10 && sizeof(SweepShared<128>) <= 227 << 10);
 
 // A position in the ring of stages.
 template <int kD>
@@ -477,14 +479,15 @@ class Sweep {
     }
   }
 
-  // What a warp carries through a sweep would not fit into registers beside make_room().
+  // At D = 128, what a warp carries through a sweep would not fit into registers beside
+  // make_room(): the compiler would keep it in local memory all the time.
   __device__ __forceinline__ void park() {
     const uint32_t kept[4] = {slot_, header_, uint32_t(left_),
                               uint32_t(stage_.index * 2 + stage_.parity)};
     copy16(shared_.parked[warp_][lane()], kept);
   }
   __device__ __forceinline__ void unpark() {
-    asm volatile("" ::: "memory");
+    asm volatile("" ::: "memory");  // or the compiler would know what was stored
     uint32_t kept[4];
     copy16(kept, shared_.parked[warp_][lane()]);
     slot_ = kept[0];
