@@ -5,6 +5,7 @@ import functools
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,19 +96,32 @@ def test_dense_aggregation(case: Aggregation, device: HostCuda) -> None:
     )
 
 
+# Outputs and multiprocessors for which a block computes several tiles of 600 queries.
+SIZES = [(64, 2), (64, 4), (130, 2), (130, 8)]
+
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("rho", ["softmax", "ones"])
-@pytest.mark.parametrize("O", [64, 200])
-@pytest.mark.parametrize("N", [300, 600])
-def test_seeds(N: int, O: int, rho: str, seed: int, device: HostCuda) -> None:
-    """Tiles of all four sizes, several for each block, in ten orders of threads."""
-    dtype, C, k = DTYPES[seed % 2], 136, 3
+@pytest.mark.parametrize(("O", "multiprocessors"), SIZES)
+def test_orders_of_threads(
+    O: int, multiprocessors: int, rho: str, seed: int, device: HostCuda
+) -> None:
+    dtype, N, C, k = DTYPES[seed % 2], 600, 72, 3
     device.seed = seed
     value, weight = normal(50, C, seed=1, dtype=dtype), normal(O, C, k, seed=2, dtype=dtype)
     bias, s = normal(O, seed=4, dtype=dtype), normal(N, k, seed=5)
-    processors = 2 if N == 600 else 3 if O == 64 else 6
-    aggregate = on(device, processors)
+    aggregate = on(device, multiprocessors)
     assert_aggregate(aggregate, value, s, neighbors(N, k, 50), weight, bias, rho, backward=False)
+
+
+def test_sizes_of_tiles(programs: Path) -> None:
+    device = HostCuda(programs / "host_cuda")
+    for O, multiprocessors in SIZES:
+        aggregate = on(device, multiprocessors)
+        aggregate(normal(9, 8).half(), normal(600, 1), neighbors(600, 1, 9), normal(O, 8, 1).half())
+    launched = device.close()
+    sizes = {of.shared_bytes for kernel, of in launched.items() if "dense_kernel" in kernel.name}
+    assert len(sizes) == len(SIZES)
 
 
 @pytest.mark.parametrize("rho", RHOS)

@@ -37,14 +37,19 @@ const uint4* value_in_pieces(const AggregateParams& p, Context& context) {
   return result;
 }
 
+// W as the kernel reads it. Sets the bias, too.
 template <class T>
-TensorMap weight_in_chunks(const AggregateParams& p, const DenseChunks& chunks, int box_rows,
+TensorMap weight_in_chunks(const AggregateParams& p, HopperDense<T>& dense, int columns,
                            Context& context) {
-  const int64_t pieces = int64_t(chunks.count()) * kChunkPieces;
+  const int64_t pieces = int64_t(dense.chunks.count()) * kChunkPieces;
+  const int64_t o_padded = dense.output_blocks * columns;
   uint4* result = allocate<uint4>(context, p.o * pieces);
+  float* bias = allocate<float>(context, o_padded);
   launch("dense_weight_kernel", dense_weight_kernel<T>, strided_blocks(p.o * pieces), 0, context,
-         static_cast<const T*>(p.weight), result, p.o, p.c, chunks);
-  return map_rows(reinterpret_cast<const T*>(result), 1, p.o, pieces * kPieceChannels, box_rows);
+         static_cast<const T*>(p.weight), static_cast<const T*>(p.bias), result, bias, p.o,
+         o_padded, p.c, dense.chunks);
+  dense.bias = bias;
+  return map_rows(reinterpret_cast<const T*>(result), 1, p.o, pieces * kPieceChannels, columns);
 }
 
 template <class T, int kUnits, int kColumns, bool kModulated>
@@ -66,7 +71,7 @@ void run(const AggregateParams& p, int multiprocessors, Context& context) {
   dense.neighbors = neighbors;
   dense.rho = rho;
   dense.value = value_in_pieces<T>(p, context);
-  const TensorMap weight = weight_in_chunks<T>(p, dense.chunks, kColumns, context);
+  const TensorMap weight = weight_in_chunks<T>(p, dense, kColumns, context);
   launch_hopper("hopper_dense_kernel", hopper_dense_kernel<T, kUnits, kColumns, kModulated>,
                 std::min<int64_t>(dense.tiles, multiprocessors), kDenseThreads, sizeof(Shared),
                 /*dependent=*/false, context, weight, dense);

@@ -39,6 +39,7 @@ struct HopperDense {
   const uint4* value;         // [batch, m, pieces]
   const uint32_t* neighbors;  // [k, rows_padded]: the first piece of a row of V, or kNoPieces
   const float* rho;           // [k, rows_padded], or null: 1
+  const float* bias;          // [output_blocks, kColumns]
   int64_t rows_padded;        // batch n rounded up to whole tiles
   DenseChunks chunks;
   int64_t output_blocks, tiles;
@@ -124,7 +125,7 @@ class DenseProducer {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const bool valid = of.j >= 0 && rows[i] != kNoPieces;
-      const uint4* source = p_.value + (valid ? rows[i] + uint32_t(of.piece) : 0u);
+      const uint4* source = p_.value + (rows[i] + uint32_t(of.piece));
       copy_async16(target + uint32_t(i * kChunkBytes + ((x_ ^ (i & 7)) << 4)), source, valid);
     }
     copy_commit();
@@ -135,10 +136,11 @@ class DenseProducer {
     filled_ = &shared_.full[stage_.index];
     stage_.template advance<Shared::kStages>();
   }
-  // Lets products read what this thread has copied.
+  // Lets products read what this warp has copied.
   __device__ __forceinline__ void hand_over() {
     fence_async_shared();
-    barrier_arrive(filled_);
+    __syncwarp();
+    if (lane() == 0) barrier_arrive(filled_);
   }
   // W, and rho of a chunk of one neighbor.
   __device__ __forceinline__ void load_rest(int j, int number, int64_t first_row,
@@ -257,10 +259,6 @@ class DenseConsumer {
   __device__ __forceinline__ int row_in_tile(int u) const {
     return (first_unit_ + u) * kUnitRows + warp() % 4 * kWarpRows;
   }
-  __device__ __forceinline__ float bias(int64_t o) const {
-    return widen(static_cast<const T*>(p_.w.p.bias)[o]);
-  }
-
   // Stores the sums, with the bias. 64 outputs of the warp's 16 rows at a time go through shared
   // memory, to be stored in whole sectors.
   __device__ __forceinline__ void store(int64_t first_row, int64_t first_output) {
@@ -269,9 +267,15 @@ class DenseConsumer {
 #pragma unroll
     for (int x = 0; x < kColumns / kChunkColumns; ++x) {
       const int64_t first = first_output + x * kChunkColumns;
+      float2 bias[kChunkColumns / 8];
+#pragma unroll
+      for (int n = 0; n < kChunkColumns / 8; ++n) {
+        const float* source = p_.bias + first + lane() % 4 * 2 + n * 8;
+        bias[n] = __ldg(reinterpret_cast<const float2*>(source));
+      }
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
-        stage_outputs(staged, u, x, first, not_finite);
+        stage_outputs(staged, u, x, bias, not_finite);
         __syncwarp();
         store_outputs(staged, first_row + row_in_tile(u), first);
         __syncwarp();
@@ -280,22 +284,19 @@ class DenseConsumer {
     if (__any_sync(kAllLanes, !(not_finite == 0))) repair(first_row, first_output);
   }
   // not_finite: NaN once there was an output that is not finite.
-  __device__ __forceinline__ void stage_outputs(unsigned char* staged, int u, int x, int64_t first,
+  __device__ __forceinline__ void stage_outputs(unsigned char* staged, int u, int x,
+                                                const float2 (&bias)[kChunkColumns / 8],
                                                 float& not_finite) {
-    const int g = lane() / 4, t = lane() % 4;
+    unsigned char* target = staged + lane() / 4 * kOutputBytes + lane() % 4 * 4;
 #pragma unroll
     for (int n = 0; n < kChunkColumns / 8; ++n) {
-      const int64_t o = first + n * 8 + t * 2;
-      const bool has_bias = p_.w.p.bias != nullptr;
-      const float b0 = has_bias && o < p_.w.p.o ? bias(o) : 0;
-      const float b1 = has_bias && o + 1 < p_.w.p.o ? bias(o + 1) : 0;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int i = (x * (kChunkColumns / 8) + n) * 4 + 2 * h;
         not_finite = multiply_add(y_[u][i], 0, not_finite);
         not_finite = multiply_add(y_[u][i + 1], 0, not_finite);
-        *reinterpret_cast<uint32_t*>(staged + (g + 8 * h) * kOutputBytes + n * 16 + t * 4) =
-            pack_outputs<T>(y_[u][i] + b0, y_[u][i + 1] + b1);
+        *reinterpret_cast<uint32_t*>(target + 8 * h * kOutputBytes + n * 16) =
+            pack_outputs<T>(y_[u][i] + bias[n].x, y_[u][i + 1] + bias[n].y);
       }
     }
   }
@@ -334,7 +335,7 @@ class DenseConsumer {
       const T* weight = static_cast<const T*>(p.weight) + o * p.c * p.k;
       const float sum =
           plain_output(p_.w, row, [&](int64_t j, int64_t c) { return weight[c * p.k + j]; });
-      narrow(sum + (p.bias ? bias(o) : 0), output);
+      narrow(sum + p_.bias[o], output);
     }
   }
 
@@ -356,7 +357,7 @@ __global__ __launch_bounds__(kDenseThreads,
   Shared& shared = *reinterpret_cast<Shared*>(swizzled_shared_memory());
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
-      barrier_init(&shared.full[i], kWarpgroup + 1);  // each thread that gathers, and W
+      barrier_init(&shared.full[i], kWarpgroup / kWarp + 1);  // warps that gather, and W
       barrier_init(&shared.empty[i], kDenseWarps);
     }
     fence_barrier_init();

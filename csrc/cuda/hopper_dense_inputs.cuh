@@ -41,9 +41,11 @@ struct DenseChunks {
   // Piece x of a chunk of a block.
   __device__ DensePiece piece(int block, int chunk, int x) const {
     const int wide = width(block);
-    const int at = is_packed ? chunk * kChunkPieces + x : x;
-    const int j = is_packed ? at / wide : chunk, of_block = is_packed ? at % wide : x;
-    return {j < k && of_block < wide ? j : -1, block * kChunkPieces + of_block};
+    if (!is_packed || wide == kChunkPieces) {
+      return {x < wide ? chunk : -1, block * kChunkPieces + x};
+    }
+    const int at = chunk * kChunkPieces + x, j = at / wide;
+    return {j < k ? j : -1, block * kChunkPieces + at % wide};
   }
 };
 
@@ -58,13 +60,18 @@ __device__ inline uint4 pack_piece(const T (&values)[kPieceChannels]) {
 // In place of the first piece of a row of V, for a missing neighbor.
 constexpr uint32_t kNoPieces = 0xFFFFFFFFu;
 
-// W in chunks. A thread stores one piece.
+// W in chunks, a thread storing one piece; and the bias, padded with zeros.
 template <class T>
 __global__ __launch_bounds__(kThreads) void dense_weight_kernel(
-    const T* weight,  // [o, c, k]
-    uint4* result,    // [o, chunks, 8] pieces; zeros where a chunk has none
-    int64_t o, int64_t c, DenseChunks chunks) {
+    const T* weight,     // [o, c, k]
+    const T* bias,       // [o] or null
+    uint4* result,       // [o, chunks, 8] pieces; zeros where a chunk has none
+    float* padded_bias,  // [o_padded]
+    int64_t o, int64_t o_padded, int64_t c, DenseChunks chunks) {
   const int64_t count = chunks.count();
+  for (int64_t i = grid_thread(); i < o_padded; i += grid_threads()) {
+    padded_bias[i] = bias && i < o ? widen(bias[i]) : 0;
+  }
   for (int64_t i = grid_thread(); i < o * count * kChunkPieces; i += grid_threads()) {
     const int64_t output = i / kChunkPieces / count;
     const int chunk = int(i / kChunkPieces % count);
