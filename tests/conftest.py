@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fixed seeds and thread counts, new memory filled with NaN, and a fixture that runs a process."""
+"""Fixed seeds and thread counts, new memory filled with NaN, and fixtures that run programs."""
 
 import collections
 import ctypes
@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from building import tool
+from host_cuda_program import Choices, HostCuda
 from instruction_sets import INSTRUCTION_SETS, quick_last
 
 ROOT = Path(__file__).parent.parent
@@ -123,3 +125,40 @@ def run_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="module")
+def programs() -> Path:
+    """Builds the programs of `tests/host_cuda` and returns their folder; or CONVNN_HOST_CUDA."""
+    if "CONVNN_HOST_CUDA" in os.environ:
+        return Path(os.environ["CONVNN_HOST_CUDA"]).resolve()
+    folder = ROOT / "build" / "host_cuda"
+    configure = [
+        *(tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
+        *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"),
+        *("-DCONVNN_CUDA=0", "-DCONVNN_WERROR=1"),
+    ]
+    targets = ["host_cuda", "host_cuda_faults", "host_cuda_hopper_faults", "host_cuda_hopper_sweep"]
+    build = [tool("cmake"), "--build", str(folder), "--target", *targets]
+    for command in (configure, build):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "tests" / "host_cuda"
+
+
+@pytest.fixture(scope="module")
+def shared_device(programs: Path) -> Iterator[list[HostCuda]]:
+    devices: list[HostCuda] = []
+    yield devices
+    if devices and devices[0].alive():
+        devices[0].close()
+
+
+@pytest.fixture
+def device(programs: Path, shared_device: list[HostCuda]) -> HostCuda:
+    """One program for all tests, and a new one after a crash."""
+    if not shared_device or not shared_device[-1].alive():
+        shared_device[:] = [HostCuda(programs / "host_cuda")]
+    shared_device[0].seed, shared_device[0].most_bytes = 0, 2**26
+    shared_device[0].choices = Choices()
+    return shared_device[0]

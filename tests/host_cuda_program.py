@@ -19,7 +19,7 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 
 METRICS = {"cosine": 0, "dot": 1, "euclidean": 2}
 RHOS = {"softmax": 0, "ones": 1, "similarity": 2}
 ORDERS = {"similarity": 0, "index": 1}
-NUMBERS = 13
+NUMBERS = 19
 
 
 class Kernel(NamedTuple):
@@ -36,16 +36,25 @@ class Launches(NamedTuple):
     shared_bytes: int
 
 
+class Choices(NamedTuple):
+    """How the forward for Hopper divides its work; 0 is left to it."""
+
+    multiprocessors: int = 0
+    splits: int = 0
+    step: int = 0
+
+
 class HostCuda:
     """A running program.
 
-    For the following calls, ``seed`` determines the order of threads and blocks, and ``most_bytes``
-    limits the workspace for group maxima.
+    For the following calls, ``seed`` determines the order of threads and blocks, ``most_bytes``
+    limits the workspace for group maxima and hits, and ``choices`` are those of Hopper.
     """
 
     def __init__(self, program: Path) -> None:
         self.seed = 0
         self.most_bytes = 2**26
+        self.choices = Choices()
         # Several test runs may share the program.
         self._log = program.with_suffix(f".{os.getpid()}.log")
         options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
@@ -172,7 +181,7 @@ class HostCuda:
         numbers = _convolution(value, similarities, weight, rho)
         output = value.new_empty((*similarities.shape[:-1], numbers[4]))
         inputs = [value, similarities, indices, weight, bias]
-        result: tuple[Tensor] = self.call(5, (*numbers, multiprocessors), inputs, [output], scale)
+        result: tuple[Tensor] = self.call(6, (*numbers, multiprocessors), inputs, [output], scale)
         return result[0]
 
     def aggregate_backward(
@@ -219,6 +228,60 @@ class HostCuda:
     ) -> tuple[Tensor, Tensor, Tensor]:
         options = (candidates, self_indices, key_mask, metric, order)
         return _Forward.apply(self, query, key, value, weight, bias, k, options, rho, scale)
+
+    def hopper_select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        k: int,
+        candidates: Tensor | None = None,
+        self_indices: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        metric: str = "cosine",
+        order: str = "similarity",
+    ) -> tuple[Tensor, Tensor]:
+        """``select`` by the kernels for Hopper."""
+        options = (candidates, self_indices, key_mask, metric)
+        _, s, I = self.hopper_forward(query, key, None, k, None, None, *options, "ones", 1.0, order)
+        return s, I
+
+    def hopper_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        k: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        candidates: Tensor | None = None,
+        self_indices: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        metric: str = "cosine",
+        rho: str = "softmax",
+        scale: float = 1.0,
+        order: str = "similarity",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``forward`` by the kernels for Hopper; without a value, only the selection."""
+        (N, D), M = query.shape[-2:], key.shape[-2]
+        s = query.new_empty((*query.shape[:-1], k), dtype=torch.float32)
+        I = query.new_empty((*query.shape[:-1], k), dtype=torch.int64)
+        R = 0 if candidates is None else candidates.shape[0]
+        of_value, output = (-1, 0, 0, 0, 0), None
+        if value is not None:
+            _, _, _, C, O, _, dtype, _, kind, number = _convolution(value, s, weight, rho)
+            of_value, output = (C, O, kind, number, dtype), value.new_empty((*s.shape[:-1], O))
+        numbers = (_batch(query), N, M, D, k, R, DTYPES[query.dtype])
+        self.call(
+            5,
+            (*numbers, METRICS[metric], ORDERS[order], *of_value, *self.choices),
+            [
+                *(query, _unless_same(key, query), candidates, self_indices, key_mask),
+                *(value, weight, bias),
+            ],
+            [s, I, output],
+            scale,
+        )
+        return (s if output is None else output), s, I
 
     def forward_backward(
         self,

@@ -7,11 +7,9 @@ seed. Cases are small, but of every element type, in every path.
 
 import importlib.util
 import math
-import os
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from building import tool
 from cases import DTYPES, METRICS, SHORT, Case, make_case
 from host_cuda_program import DTYPES as DTYPE_NUMBERS
 from host_cuda_program import HostCuda
@@ -41,41 +38,59 @@ FAULTS = {
     "shared_memory_ends": "heap-buffer-overflow",
     "not_aligned": "misaligned address",
 }
-
-
-@pytest.fixture(scope="module")
-def programs() -> Path:
-    """Builds the programs of `tests/host_cuda` and returns their folder; or CONVNN_HOST_CUDA."""
-    if "CONVNN_HOST_CUDA" in os.environ:
-        return Path(os.environ["CONVNN_HOST_CUDA"]).resolve()
-    folder = ROOT / "build" / "host_cuda"
-    configure = [
-        *(tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
-        *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"),
-        *("-DCONVNN_CUDA=0", "-DCONVNN_WERROR=1"),
-    ]
-    build = [tool("cmake"), "--build", str(folder), "--target", "host_cuda", "host_cuda_faults"]
-    for command in (configure, build):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "tests" / "host_cuda"
-
-
-@pytest.fixture(scope="module")
-def shared_device(programs: Path) -> Iterator[list[HostCuda]]:
-    devices: list[HostCuda] = []
-    yield devices
-    if devices and devices[0].alive():
-        devices[0].close()
-
-
-@pytest.fixture
-def device(programs: Path, shared_device: list[HostCuda]) -> HostCuda:
-    """One program for all tests, and a new one after a crash."""
-    if not shared_device or not shared_device[-1].alive():
-        shared_device[:] = [HostCuda(programs / "host_cuda")]
-    shared_device[0].seed, shared_device[0].most_bytes = 0, 2**26
-    return shared_device[0]
+# Of tests/host_cuda/hopper_faults.cpp, and patterns of what is reported. Where there are several,
+# the order of events decides.
+HOPPER_FAULTS = {
+    "a_written_in_flight": "registers of A were written while a product reads them",
+    "accumulators_written_in_flight": r"accumulators were written before hold\(\)",
+    "barrier_initialized_again": "a barrier is initialized again",
+    "barrier_not_initialized": "a barrier that was not initialized",
+    "barrier_overwritten": "the barrier at byte .* was overwritten",
+    "copy_not_aligned": "a copy to shared memory not aligned to 16 bytes",
+    "copy_not_waited_for": "no thread has waited for the last|a copy is in flight at the end",
+    "copy_of_odd_size": "a copy of no multiple of 16 bytes",
+    "copy_without_expect": "ends within a phase of .* -16 bytes|a copy is in flight at the end",
+    "descriptor_not_aligned": "a descriptor that does not begin in the first of 8 rows",
+    "descriptor_of_second_row": "a descriptor that does not begin in the first of 8 rows",
+    "descriptor_outside": "a descriptor beyond shared memory",
+    "descriptor_with_other_stride": "a descriptor without the 128-byte swizzle",
+    "descriptor_without_swizzle": "a descriptor without the 128-byte swizzle",
+    "fewer_bytes_expected": "more bytes were copied than .* expected|which expected fewer bytes",
+    "lane_does_not_commit": r"products without wgmma_commit\(\) before a wait",
+    "lanes_at_different_products": "lanes of a warp issue a product at different points",
+    "lanes_elsewhere": "a warp waits for a lane that is elsewhere",
+    "more_bytes_expected": "no thread can continue.* 0 of 1 arrivals and 16 bytes outstanding",
+    "named_barrier_never_full": "named barrier 1, where 128 of 256 threads have come",
+    "named_barrier_of_half_a_warp": "a named barrier of 48 threads",
+    "named_barrier_of_too_few": "named barrier 1 was completed by (parts of|other) warps",
+    "named_barrier_of_two_warpgroups": "named barrier 1 was completed by (parts of|other) warps",
+    "no_barrier_after_init": r"by another thread without fence_barrier_init\(\) and __syncth",
+    "no_bytes_expected": "more bytes were copied than|reads what a copy in flight writes",
+    "no_fence_async_shared": r"written by threads, without fence_async_shared\(\) since",
+    "no_fence_barrier_init": r"without fence_barrier_init\(\)",
+    "no_hold": "wrong result",
+    "no_registers_released": "waits for 224 registers instead of 168, of which 0 are free",
+    "no_release_of_stages": "warp 0, 1 lanes: waits for the barrier .* 8 of 8 arrivals",
+    "no_wait_for_empty": "too many arrivals|overwrites what a product in flight reads",
+    "no_wait_for_full": "reads what a copy in flight writes|no thread has waited|overwrites what",
+    "no_wait_for_previous": "use-after-poison(.|\n)*before it may touch results",
+    "no_wgmma_commit": r"products without wgmma_commit\(\) before a wait",
+    "no_wgmma_fence": r"a product without wgmma_fence\(\) in its group",
+    "no_wgmma_wait": r"hold\(\) of a product in flight",
+    "product_by_one_thread_differs": "products differ within a warpgroup",
+    "product_in_flight_at_end": "a thread ends with products in flight",
+    "products_differ": "products differ within a warpgroup",
+    "registers_not_multiple_of_8": "registers that is not a multiple of 8 from 24 to 256",
+    "registers_of_part_of_warpgroup": "the rest of its warpgroup to set registers, which 32",
+    "some_do_not_wait": "use-after-poison(.|\n)*before it may touch results",
+    "source_ends": "a copy from memory that may not be read",
+    "source_not_aligned": "a copy from an address not aligned to 16 bytes",
+    "stage_released_early": "a copy overwrites what a product in flight reads",
+    "target_written_in_flight": "the target of a copy in flight was written",
+    "too_many_arrivals": "too many arrivals",
+    "written_before_hold": r"accumulators were written before hold\(\)",
+    "wrong_parity": "reads what a copy in flight writes|overwrites what|no thread can continue",
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -88,6 +103,32 @@ def test_execution_layer_finds(fault: str, programs: Path) -> None:
 @pytest.mark.parametrize("kernel", ["sound", "list_changed_after_reading"])
 def test_execution_layer_accepts_a_sound_kernel(kernel: str, programs: Path) -> None:
     subprocess.run([programs / "host_cuda_faults", kernel], check=True)
+
+
+@pytest.mark.parametrize("fault", HOPPER_FAULTS)
+def test_execution_layer_finds_of_hopper(fault: str, programs: Path) -> None:
+    where = r"^(multiply|add_one): block \d, warp \d+, lane \d+"
+    for seed in range(3):
+        done = run_hopper(programs, seed, fault)
+        assert done.returncode not in (0, 2)
+        assert re.search(HOPPER_FAULTS[fault], done.stderr), done.stderr
+        assert fault == "no_hold" or re.search(where, done.stderr, re.MULTILINE)
+
+
+def test_faults_of_hopper_are_all_of_the_program() -> None:
+    program = (ROOT / "tests" / "host_cuda" / "hopper_faults.cpp").read_text()
+    assert set(HOPPER_FAULTS) == set(re.findall(r'has\("(\w+)"\)', program))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_execution_layer_accepts_a_sound_kernel_of_hopper(seed: int, programs: Path) -> None:
+    done = run_hopper(programs, seed, "none")
+    assert done.returncode == 0, done.stderr
+
+
+def run_hopper(programs: Path, seed: int, fault: str) -> "subprocess.CompletedProcess[str]":
+    command = [programs / "host_cuda_hopper_faults", str(seed), fault]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 # Random cases of all operators. Few columns: selection without groups.

@@ -13,7 +13,7 @@ from cases import SHORT
 from host_cuda_program import HostCuda
 from torch import Tensor
 
-from python_ref import assert_aggregate
+from python_ref import assert_aggregate, assert_forward
 
 pytestmark = [pytest.mark.slow, pytest.mark.host_cuda]
 
@@ -124,6 +124,27 @@ def test_sizes_of_tiles(programs: Path) -> None:
     assert len(sizes) == len(SIZES)
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("rho", ["similarity", "ones"])
+@pytest.mark.parametrize(("O", "multiprocessors"), SIZES)
+def test_nothing_is_computed_twice(
+    O: int, multiprocessors: int, rho: str, seed: int, device: HostCuda
+) -> None:
+    """Each product, of 16 channels, is 2^27 - 2^27 + 1. The matrix instruction makes that 0, and
+    what computes an output that is not finite again makes it 1.
+
+    So a NaN that should not have been there shows, although it would have been repaired.
+    """
+    C, k = 144, 3
+    device.seed = seed
+    value = torch.tensor([2.0**27, 2.0**27, 1.0] + [0.0] * 13).repeat(50, C // 16).bfloat16()
+    weight = torch.tensor([1.0, -1.0, 1.0] + [0.0] * 13).repeat(C // 16)[None, :, None]
+    weight = weight.expand(O, C, k).bfloat16()
+    s = torch.ones(600, k)
+    output = on(device, multiprocessors)(value, s, neighbors(600, k, 50), weight, None, rho)
+    assert not output.any()
+
+
 @pytest.mark.parametrize("rho", RHOS)
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 @pytest.mark.parametrize("C", [5, 40])
@@ -185,6 +206,14 @@ def test_the_largest_outputs(dtype: torch.dtype, value_offset: int, device: Host
     assert_aggregate(
         *(device.hopper_aggregate_dense, value.to(dtype), s, I, weight), rho="ones", backward=False
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_forward(dtype: torch.dtype, device: HostCuda) -> None:
+    """The dense convolution behind the selection for Hopper."""
+    query, value = normal(2, 70, 16, dtype=dtype), normal(2, 70, 24, seed=1, dtype=dtype)
+    weight, bias = normal(40, 24, 3, seed=2, dtype=dtype), normal(40, seed=4, dtype=dtype)
+    assert_forward(device.hopper_forward, query, query, value, 3, weight, bias, backward=False)
 
 
 @pytest.mark.parametrize(

@@ -80,14 +80,18 @@ __device__ __forceinline__ bool barrier_test([[maybe_unused]] uint64_t* bar,
       "r"(parity) : "memory");
   return complete != 0;
 }
-// Waits for the phase of this parity. With CONVNN_BOUNDED_WAITS, a wait of seconds is reported and
-// ends the kernel.
-__device__ __forceinline__ void barrier_wait(uint64_t* bar, int parity) {
+// Waits for the phase of this parity. With CONVNN_BOUNDED_WAITS, a wait of two seconds is reported
+// with the line that waits, and ends the kernel.
+__device__ __forceinline__ void barrier_wait(uint64_t* bar, int parity,
+                                             [[maybe_unused]] int line = __builtin_LINE()) {
 #ifdef CONVNN_BOUNDED_WAITS
-  for (int i = 0; !barrier_test(bar, parity); ++i) {
-    if (i < 1 << 22) continue;
-    printf("convnn: block %d, warp %d: waits for the barrier at %u, parity %d\n", int(blockIdx.x),
-           warp(), shared_address(bar), parity);
+  uint64_t start, now;
+  CONVNN_PTX("mov.u64 %0, %%globaltimer;" : "=l"(start));
+  while (!barrier_test(bar, parity)) {
+    CONVNN_PTX("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (now - start < 2000000000u) continue;
+    printf("convnn: line %d: block %d, warp %d, lane %d: barrier at %u, parity %d: no end\n", line,
+           int(blockIdx.x), warp(), lane(), shared_address(bar), parity);
     __trap();
   }
 #else

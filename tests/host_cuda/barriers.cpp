@@ -25,6 +25,7 @@ struct Barrier {
   int64_t bytes = 0, phase = 0;
   // The last phase that copies completed in, and that a thread waited for.
   int64_t copied = -1, waited = -1;
+  uint32_t address = 0;
   int initializer = 0;
   bool fenced = false, published = false;
   Site site = {};
@@ -34,7 +35,13 @@ std::map<uint32_t, Barrier> barriers;  // by address
 uint64_t tag(uint32_t address) { return 0xBA221E2000000000u | address; }
 
 std::string name_of(const Barrier& barrier) {
-  return "the barrier initialized at " + place(barrier.site);
+  return "the barrier at byte " + std::to_string(barrier.address) + ", initialized at " +
+         place(barrier.site) + ",";
+}
+
+std::string outstanding(const Barrier& barrier) {
+  return std::to_string(barrier.pending) + " of " + std::to_string(barrier.count) +
+         " arrivals and " + std::to_string(barrier.bytes) + " bytes outstanding";
 }
 
 Barrier& find(uint64_t* bar, Site site) {
@@ -73,10 +80,8 @@ class PhaseComplete : public Condition {
   PhaseComplete(const Barrier& barrier, int parity) : barrier_(barrier), parity_(parity) {}
   bool holds() const override { return (barrier_.phase & 1) != parity_; }
   std::string text() const override {
-    return name_of(barrier_) + ", parity " + std::to_string(parity_) + ", in phase " +
-           std::to_string(barrier_.phase) + " with " + std::to_string(barrier_.pending) + " of " +
-           std::to_string(barrier_.count) + " arrivals and " + std::to_string(barrier_.bytes) +
-           " bytes outstanding";
+    return name_of(barrier_) + " parity " + std::to_string(parity_) + ", in phase " +
+           std::to_string(barrier_.phase) + " with " + outstanding(barrier_);
   }
 
  private:
@@ -203,9 +208,7 @@ void begin_barriers() {
 void end_barriers() {
   for (const auto& [address, barrier] : barriers) {
     if (barrier.pending != barrier.count || barrier.bytes != 0) {
-      fail("the block ends within a phase of " + name_of(barrier) + ": " +
-               std::to_string(barrier.pending) + " of " + std::to_string(barrier.count) +
-               " arrivals and " + std::to_string(barrier.bytes) + " bytes are outstanding",
+      fail("the block ends within a phase of " + name_of(barrier) + " with " + outstanding(barrier),
            barrier.site);
     }
     if (barrier.copied > barrier.waited) {
@@ -234,6 +237,7 @@ void barrier_init(uint64_t* bar, int count, Site site) {
   if (barriers.count(address)) fail("a barrier is initialized again", site);
   Barrier barrier;
   barrier.count = barrier.pending = count;
+  barrier.address = address;
   barrier.initializer = current_thread();
   barrier.site = site;
   barriers[address] = barrier;
@@ -277,7 +281,7 @@ void complete_copy(uint64_t* bar, int bytes, int64_t phase, Site site) {
   Barrier& barrier = barriers.at(shared_address(bar));
   if (barrier.phase != phase) {
     fail("a copy of " + std::to_string(bytes) + " bytes ends after its phase of " +
-             name_of(barrier) + ", which expected fewer bytes",
+             name_of(barrier) + " which expected fewer bytes",
          site);
   }
   barrier.copied = phase;
@@ -348,6 +352,8 @@ void begin_dependence() {
   if (!dependent) return;
   for (const auto& [memory, bytes] : written) __asan_poison_memory_region(memory, bytes);
 }
+
+bool is_before_previous() { return !released; }
 
 bool release_dependence() {
   if (released) return false;

@@ -21,18 +21,33 @@ constexpr unsigned char kPoison = 0xFF;
 // thread is taken for one of all: that some lack it is not seen.
 std::vector<unsigned char> visible;
 
+struct Target {
+  uint32_t begin;
+  size_t bytes;
+};
+std::vector<Target> in_flight;
+
 // Fills the target, which nothing may use before the copy completes.
 void begin_target(uint32_t begin, size_t bytes, Site site) {
   check_visible(begin, bytes, site, current_thread());
   if (product_reads(begin, bytes)) fail("a copy overwrites what a product in flight reads", site);
+  if (copy_writes(begin, bytes)) fail("a copy overwrites what a copy in flight writes", site);
   std::memset(shared_memory() + begin, kPoison, bytes);
   std::memset(visible.data() + begin, kPoison, bytes);
+  in_flight.push_back({begin, bytes});
 }
 
-void check_target(uint32_t begin, size_t bytes, Site site, int thread) {
-  const unsigned char* target = shared_memory() + begin;
-  if (std::all_of(target, target + bytes, [](unsigned char x) { return x == kPoison; })) return;
-  fail("the target of a copy in flight was written", site, thread);
+// Writes the target by write().
+template <class Write>
+void fill_target(uint32_t begin, size_t bytes, Site site, int thread, const Write& write) {
+  unsigned char* target = shared_memory() + begin;
+  if (!std::all_of(target, target + bytes, [](unsigned char x) { return x == kPoison; })) {
+    fail("the target of a copy in flight was written", site, thread);
+  }
+  write();
+  std::memcpy(visible.data() + begin, target, bytes);
+  in_flight.erase(std::find_if(in_flight.begin(), in_flight.end(),
+                               [&](const Target& each) { return each.begin == begin; }));
 }
 
 void check_range(uint32_t begin, size_t bytes, size_t alignment, Site site) {
@@ -44,8 +59,8 @@ void check_range(uint32_t begin, size_t bytes, size_t alignment, Site site) {
 
 // The 16 bits of a row and column of the tensor, zero outside it.
 uint16_t element(const TensorMap& map, int64_t x, int64_t y, int64_t z) {
-  const bool inside = x >= 0 && x < map.columns && y >= 0 && y < map.count && z >= 0 &&
-                      z < map.batch;
+  const bool inside =
+      x >= 0 && x < map.columns && y >= 0 && y < map.count && z >= 0 && z < map.batch;
   return inside ? map.rows[(z * map.count + y) * map.columns + x] : uint16_t(0);
 }
 
@@ -70,7 +85,16 @@ TensorMap map_rows(const void* rows, int64_t batch, int64_t count, int64_t colum
   return {static_cast<const uint16_t*>(rows), batch, count, columns, box_rows};
 }
 
-void begin_copies() { visible.assign(shared_memory(), shared_memory() + shared_bytes()); }
+void begin_copies() {
+  visible.assign(shared_memory(), shared_memory() + shared_bytes());
+  in_flight.clear();
+}
+
+bool copy_writes(uint32_t begin, size_t bytes) {
+  return std::any_of(in_flight.begin(), in_flight.end(), [&](const Target& each) {
+    return begin < each.begin + each.bytes && each.begin < begin + bytes;
+  });
+}
 
 void fence_async_shared() { std::memcpy(visible.data(), shared_memory(), visible.size()); }
 
@@ -86,9 +110,7 @@ void load_box(void* target, const TensorMap& map, int x, int y, int z, uint64_t*
   begin_target(begin, size_t(bytes), site);
   const int64_t phase = begin_copy(bar, site);
   later("a copy", site, [=, thread = current_thread()] {
-    check_target(begin, size_t(bytes), site, thread);
-    write_box(map, x, y, z, begin);
-    std::memcpy(visible.data() + begin, shared_memory() + begin, size_t(bytes));
+    fill_target(begin, size_t(bytes), site, thread, [&] { write_box(map, x, y, z, begin); });
     complete_copy(bar, bytes, phase, site);
   });
   perhaps_switch(site);
@@ -104,12 +126,11 @@ void bulk_copy(void* target, const void* source, int bytes, uint64_t* bar, Site 
   begin_target(begin, size_t(bytes), site);
   const int64_t phase = begin_copy(bar, site);
   later("a copy", site, [=, thread = current_thread()] {
-    check_target(begin, size_t(bytes), site, thread);
     if (__asan_region_is_poisoned(const_cast<void*>(source), size_t(bytes))) {
       fail("a copy from memory that may not be read", site, thread);
     }
-    std::memcpy(target, source, size_t(bytes));
-    std::memcpy(visible.data() + begin, target, size_t(bytes));
+    fill_target(begin, size_t(bytes), site, thread,
+                [&] { std::memcpy(target, source, size_t(bytes)); });
     complete_copy(bar, bytes, phase, site);
   });
   perhaps_switch(site);

@@ -52,7 +52,8 @@ execution_switch_stack:
 namespace execution {
 namespace {
 
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kMostThreads = 1024;
+constexpr size_t kMostShared = 227 << 10;
 constexpr size_t kStack = 256 << 10;
 
 #if defined(__x86_64__)
@@ -151,10 +152,6 @@ void resume(int thread) {
 void make_ready(int thread) {
   fiber_of(thread).state = State::ready;
   machine.ready.push_back(thread);
-}
-
-bool same(Site a, Site b) {
-  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
 }
 
 std::string state_text(const Fiber& fiber) {
@@ -294,11 +291,16 @@ void run_block() {
 
 // AddressSanitizer reports an error.
 void print_place() {
-  std::fprintf(stderr, "%s: block %u, warp %d, lane %d\n", machine.kernel, blockIdx.x,
-               machine.current / kWarp, machine.current % kWarp);
+  std::fprintf(stderr, "%s: block %u, warp %d, lane %d%s\n", machine.kernel, blockIdx.x,
+               machine.current / kWarp, machine.current % kWarp,
+               is_before_previous() ? ", before it may touch results of the previous kernel" : "");
 }
 
 }  // namespace
+
+bool same(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
 
 std::string place(Site site) {
   return std::string(site.file ? site.file : "?") + ":" + std::to_string(site.line);
@@ -382,8 +384,10 @@ void collective(Site site, void* operand, void (*combine)(void* const* lanes)) {
 
 void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t shared_bytes,
          const std::function<void()>& body) {
-  if (threads % kWarp != 0) std::abort();
   machine.kernel = name;
+  if (threads % kWarp != 0 || threads > kMostThreads || shared_bytes > kMostShared) {
+    fail("more than a block can have, or a part of a warp", {});
+  }
   Launches& launches = machine.launched[{address, name}];
   ++launches.count;
   size_t& most_shared_bytes = launches.most_shared_bytes;

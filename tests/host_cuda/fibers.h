@@ -26,7 +26,7 @@ int current_thread();
 int thread_count();
 size_t shared_bytes();
 uint64_t random_number();
-// The arguments are joined to a message.
+bool same(Site a, Site b);
 std::string place(Site site);
 // Reports the thread `thread` of the block, and aborts.
 [[noreturn]] void fail(const std::string& what, Site site, int thread);
@@ -53,11 +53,13 @@ void publish_barriers(int thread);
 // Lets threads in wait_for_previous() continue; false if that was done before.
 void begin_dependence();
 bool release_dependence();
+bool is_before_previous();
 void end_dependence();
 // Errors if the part of shared memory differs from what the bulk engine and products see of it.
 void check_visible(uint32_t begin, size_t bytes, Site site, int thread);
-// Whether a product in flight reads the part.
+// Whether a product in flight reads the part, and a copy in flight writes it.
 bool product_reads(uint32_t begin, size_t bytes);
+bool copy_writes(uint32_t begin, size_t bytes);
 
 // d [columns] += a [16] b [16, columns] as a device may compute it: each term is truncated after
 // the 24th bit of the largest, and so is the sum.

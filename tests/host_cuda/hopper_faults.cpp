@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// A sound kernel of the kind that csrc/cuda/hopper.cuh is for, and the same with one fault, named by
-// the argument, to test that the execution layer detects it. Arguments: a seed of scheduling, the
-// fault ("none").
+// A sound kernel of the kind that csrc/cuda/hopper.cuh is for, and the same with one fault, named
+// by the argument, to test that the execution layer detects it. Arguments: a seed of scheduling,
+// the fault ("none").
 //
 // C = (A B^T) f: A [kBlocks * 128, 64], B [kCount, 64], f [kCount], 16 and 32 bits. A block has 128
 // rows of A. Warp 0 copies tiles of 128 rows of B, and of f, to a ring of stages. Warpgroup 1
@@ -21,6 +21,8 @@ using namespace convnn::cuda;
 
 constexpr int kThreadsHere = 384, kBlocks = 2, kRows = 128, kDepth = 64, kTile = 128, kStages = 2;
 constexpr int kCount = 600, kTiles = (kCount + kTile - 1) / kTile;
+
+constexpr execution::Site kHere = {__FILE__, __LINE__};
 
 const char* fault = "none";
 bool has(const char* name) { return std::strcmp(fault, name) == 0; }
@@ -72,7 +74,7 @@ void copy_tile(const TensorMap& map, const Params& p, int tile, int stage) {
 
 void produce(const TensorMap& map, const Params& p) {
   Shared& sh = shared();
-  if (has("registers_not_multiple_of_8")) execution::set_registers(42, false, {});
+  if (has("registers_not_multiple_of_8")) execution::set_registers(42, false, kHere);
   if (has("registers_of_part_of_warpgroup") && warp() > 0) return;
   if (!has("no_registers_released")) release_registers<40>();
   if (threadIdx.x != 0) return;
@@ -85,8 +87,9 @@ void produce(const TensorMap& map, const Params& p) {
     barrier_wait(&sh.empty[kTiles % kStages], kTiles / kStages % 2 ^ 1);
     copy_tile(map, p, 0, kTiles % kStages);
   }
-  if (has("copy_in_flight_at_end")) {
-    bulk_copy(sh.rows, p.factors, 16, &sh.full[0]);
+  if (has("copy_without_expect")) {
+    barrier_wait(&sh.empty[kTiles % kStages], kTiles / kStages % 2 ^ 1);
+    bulk_copy(sh.factors[kTiles % kStages], p.factors, 16, &sh.full[kTiles % kStages]);
   }
 }
 
@@ -134,7 +137,9 @@ void multiply(float (&d)[kTile / 2], uint32_t (&a)[4][4], int stage) {
   if (!has("no_wgmma_fence")) wgmma_fence();
   for (int step = 0; step < 4; ++step) {
     const uint64_t b = descriptor_of_tile(stage, step);
-    if (warp() < 8) {
+    if (has("lanes_at_different_products") && threadIdx.x == 140) {
+      wgmma<BFloat16, kTile>(d, a[step], b, step > 0);
+    } else if (warp() < 8) {
       wgmma<BFloat16, kTile>(d, a[step], b, step > 0);
     } else {
       const uint64_t rows = descriptor(shared_address(shared().rows)) + uint64_t(step) * 2;
@@ -142,7 +147,9 @@ void multiply(float (&d)[kTile / 2], uint32_t (&a)[4][4], int stage) {
     }
   }
   if (has("accumulators_written_in_flight")) d[3] = 0;
-  if (!has("no_wgmma_commit")) wgmma_commit();
+  if (!has("no_wgmma_commit") && !(has("lane_does_not_commit") && threadIdx.x == 140)) {
+    wgmma_commit();
+  }
   if (has("a_written_in_flight")) a[0][0] ^= 1;
   if (has("stage_released_early") && lane() == 0) barrier_arrive(&shared().empty[stage]);
   if (!has("no_wgmma_wait")) wgmma_wait<0>();
@@ -163,7 +170,11 @@ void consume(const Params& p) {
   claim_registers<224>();
   uint32_t a[4][4];
   load_registers(p, a);
-  if (warp() >= 8) store_rows(p);
+  if (warp() >= 8) {
+    store_rows(p);
+  } else if (has("named_barrier_of_two_warpgroups")) {
+    named_barrier(1, kWarpgroup);
+  }
   const int64_t row = int64_t(blockIdx.x) * kRows + (warp() / 4 - 1) * 64;
   for (int tile = 0; tile < kTiles; ++tile) {
     const int stage = tile % kStages, parity = tile / kStages % 2 ^ int(has("wrong_parity"));

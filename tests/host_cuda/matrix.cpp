@@ -53,12 +53,12 @@ void multiply_row(float* d, const float* a, const float* b, int columns) {
     for (int j = 0; j < kBlock; ++j) finite &= std::isfinite(sums[j]);
     for (int j = 0; j < kBlock && !finite; ++j) {
       if (std::isfinite(sums[j])) continue;
-      for (double(&row)[kBlock] : terms) row[j] = 0;
+      for (double (&row)[kBlock] : terms) row[j] = 0;
       largest[j] = 0;
     }
     int32_t units[kBlock] = {};
     for (int j = 0; j < kBlock; ++j) scale[j] = scale_for(largest[j]);
-    for (const double(&row)[kBlock] : terms) {
+    for (const double (&row)[kBlock] : terms) {
       for (int j = 0; j < kBlock; ++j) units[j] += int32_t(row[j] * scale[j]);
     }
     for (int j = 0; j < kBlock; ++j) {

@@ -18,7 +18,8 @@ namespace {
 
 constexpr int kWarp = 32, kWarpgroup = 128;
 constexpr int kRows = 64, kDepth = 16, kMostColumns = 256;
-constexpr uint32_t kPoison = 0x7FC0DEADu;  // a NaN
+// A signaling NaN: arithmetic turns it into another, so that a value computed from it differs.
+constexpr uint32_t kPoison = 0x7FA0DEADu;
 
 // Registers that products write to.
 struct Accumulators {
@@ -78,7 +79,7 @@ Warpgroup& own_warpgroup(Site site) {
 
 struct Address {
   uint32_t begin;
-  size_t bytes;  // from the 8 rows of the first to those of the last
+  size_t bytes;  // of all rows, from the multiple of 1024 at or before `begin` on
 };
 
 Address address_of(uint64_t descriptor, int rows, Site site) {
@@ -171,15 +172,25 @@ void compute(Matrices& m, const Group* const* groups, size_t index, int first) {
   }
 }
 
-// All threads must have issued the same products, and the registers of A must not have changed.
-void check_group(const Group& group, const Group& expected, int thread) {
-  const Site site = (group.empty() ? expected : group)[0].product.site;
-  if (group.size() != expected.size()) fail("products differ within a warpgroup", site, thread);
+bool differ(const Product& x, const Product& y) {
+  return x.is_half != y.is_half || x.columns != y.columns || x.add != y.add || x.b != y.b ||
+         x.a != y.a || !x.a_registers != !y.a_registers;
+}
+
+// All threads must have issued the same products, those of a warp at the same points, and the
+// registers of A must not have changed.
+void check_group(const Group& group, const Group& of_warpgroup, const Group& of_warp, int thread) {
+  if (group.size() != of_warpgroup.size()) {
+    const Site site = (group.empty() ? of_warpgroup : group)[0].product.site;
+    fail("products differ within a warpgroup", site, thread);
+  }
   for (size_t i = 0; i < group.size(); ++i) {
-    const Product &x = group[i].product, &y = expected[i].product;
-    if (x.is_half != y.is_half || x.columns != y.columns || x.add != y.add || x.b != y.b ||
-        x.a != y.a || !x.a_registers != !y.a_registers) {
+    const Product& x = group[i].product;
+    if (differ(x, of_warpgroup[i].product)) {
       fail("products differ within a warpgroup", x.site, thread);
+    }
+    if (!same(x.site, of_warp[i].product.site)) {
+      fail("lanes of a warp issue a product at different points", x.site, thread);
     }
     if (!x.a_registers || __asan_address_is_poisoned(x.a_registers)) continue;
     if (!std::equal(group[i].a.begin(), group[i].a.end(), x.a_registers)) {
@@ -194,7 +205,7 @@ void compute_group(size_t index) {
   const Group* groups[kWarpgroup];
   for (int i = 0; i < kWarpgroup; ++i) {
     groups[i] = &threads[size_t(first + i)].groups.front();
-    if (!groups[0]->empty() || !groups[i]->empty()) check_group(*groups[i], *groups[0], first + i);
+    check_group(*groups[i], *groups[0], *groups[i / kWarp * kWarp], first + i);
   }
   for (size_t i = 0; i < groups[0]->size(); ++i) compute(matrices, groups, i, first);
   for (int i = 0; i < kWarpgroup; ++i) {
@@ -279,9 +290,12 @@ void wgmma(const Product& product) {
   if (!thread.fenced) fail("a product without wgmma_fence() in its group", product.site);
   const auto reads = [&](uint64_t descriptor, int rows) {
     const Address address = address_of(descriptor, rows, product.site);
+    const uint32_t begin = address.begin / 1024 * 1024;
+    if (copy_writes(begin, address.bytes)) {
+      fail("a product reads what a copy in flight writes", product.site);
+    }
     if (current_thread() % kWarpgroup != 0) return;
-    warpgroup.reading.push_back(
-        {thread.committed, address.begin / 1024 * 1024, address.bytes});
+    warpgroup.reading.push_back({thread.committed, begin, address.bytes});
   };
   reads(product.b, product.columns);
   if (!product.a_registers) reads(product.a, kRows);
@@ -299,9 +313,8 @@ void wgmma_commit(Site site) {
   const size_t group = size_t(thread.committed++);
   if (warpgroup.commits.size() <= group) warpgroup.commits.resize(group + 1);
   if (++warpgroup.commits[group] < kWarpgroup) return;
-  later("a product", site, [index = size_t(current_thread() / kWarpgroup)] {
-    compute_group(index);
-  });
+  later("a product", site,
+        [index = size_t(current_thread() / kWarpgroup)] { compute_group(index); });
 }
 
 void wgmma_wait(int left, Site site) {

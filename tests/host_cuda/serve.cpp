@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Runs operators on the host execution layer for tests/host_cuda_program.py: reads calls from
-// standard input and writes results to standard output. A call is an operator's number, a seed, 14
+// standard input and writes results to standard output. A call is an operator's number, a seed, 20
 // numbers (the last is the limit of the workspace), the scale, the input buffers, and the sizes of
 // the output buffers. A buffer is its size, -1 for null, and its contents. All numbers have 64
 // bits. Each buffer is allocated separately, so that AddressSanitizer detects accesses outside it;
@@ -14,15 +14,15 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/hopper.h"
 #include "../../csrc/cuda/hopper_dense.h"
-#include "../../csrc/cuda/operators.h"
 #include "hopper.h"
 
 namespace {
 
 using namespace convnn;
 
-constexpr size_t kNumbers = 14;
+constexpr size_t kNumbers = 20;
 
 class HostMemory : public cuda::Context {
  public:
@@ -173,6 +173,36 @@ void forward_backward(Call& call) {
   cuda::forward_backward(p, call.memory);
 }
 
+// Its numbers are those of select(); the columns of value or -1, outputs, convolution, rho and the
+// type of value; and the multiprocessors, splits and step to use.
+void hopper_forward(Call& call) {
+  const int64_t* n = call.numbers;
+  SelectParams p = {};
+  p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4], p.r = n[5];
+  p.dtype = DType(n[6]), p.metric = Metric(n[7]), p.order = Order(n[8]);
+  p.query = dense_rows(call.inputs[0].data, p.n, p.d);
+  p.key = dense_rows(call.key(1), p.m, p.d);
+  p.candidates = call.inputs[2].as<int64_t>();
+  p.self_indices = call.inputs[3].as<int64_t>();
+  p.key_mask = call.inputs[4].as<bool>();
+  p.similarities = call.outputs[0].data;
+  p.indices = static_cast<int64_t*>(call.outputs[1].data);
+  AggregateParams a = {};
+  a.batch = p.batch, a.n = p.n, a.m = p.m, a.c = n[9], a.o = n[10], a.k = p.k;
+  a.dtype = DType(n[13]), a.similarity_dtype = DType::float32;
+  a.convolution = Convolution(n[11]), a.rho = Rho(n[12]), a.scale = call.scale;
+  a.value = dense_rows(call.inputs[5].data, a.m, a.c);
+  a.similarities = p.similarities, a.indices = p.indices;
+  a.weight = call.inputs[6].data, a.bias = call.inputs[7].data, a.output = call.outputs[2].data;
+  const AggregateParams* aggregate = n[9] < 0 ? nullptr : &a;
+  if (const char* reason = cuda::hopper_refuses(p, aggregate)) {
+    throw std::runtime_error(std::string("refused: ") + reason);
+  }
+  cuda::HopperChoices choices;
+  choices.multiprocessors = int(n[14]), choices.splits = int(n[15]), choices.step = int(n[16]);
+  cuda::hopper_forward(p, aggregate, call.memory, choices);
+}
+
 // Its numbers are those of aggregate(), and the multiprocessors to use.
 void hopper_aggregate_dense(Call& call) {
   AggregateParams p = aggregate_params(call, 0);
@@ -186,9 +216,9 @@ void hopper_aggregate_dense(Call& call) {
 }  // namespace
 
 int main() {
-  void (*const operators[])(Call&) = {select,           select_backward,
-                                      aggregate,        aggregate_backward,
-                                      forward_backward, hopper_aggregate_dense};
+  void (*const operators[])(Call&) = {
+      select,         select_backward,       aggregate, aggregate_backward, forward_backward,
+      hopper_forward, hopper_aggregate_dense};
   for (int64_t number = 0; read(&number, 1);) {
     execution::seed(uint64_t(read_number()));
     Call call;
