@@ -13,6 +13,7 @@ from cases import SHORT
 from host_cuda_program import HostCuda
 from torch import Tensor
 
+from python_ref import aggregate as reference
 from python_ref import assert_aggregate, assert_forward
 
 pytestmark = [pytest.mark.slow, pytest.mark.host_cuda]
@@ -143,6 +144,19 @@ def test_nothing_is_computed_twice(
     s = torch.ones(600, k)
     output = on(device, multiprocessors)(value, s, neighbors(600, k, 50), weight, None, rho)
     assert not output.any()
+
+
+@pytest.mark.parametrize("rho", RHOS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_only_the_output_is_rounded(dtype: torch.dtype, rho: str, device: HostCuda) -> None:
+    """Nearly all outputs are the exact ones rounded once: nothing before had 16 bits."""
+    value, weight = normal(50, 130, dtype=dtype), normal(40, 130, 9, seed=1, dtype=dtype)
+    s, I, bias = normal(130, 9, seed=2), neighbors(130, 9, 50), normal(40, seed=4, dtype=dtype)
+    output = device.hopper_aggregate_dense(value, s, I, weight, bias, rho)
+    wide = [X.double() for X in (value, s, weight, bias)]
+    exact = reference(wide[0], wide[1], I, wide[2], wide[3], rho).to(dtype)
+    share = float((output == exact).double().mean())
+    assert share > 0.97
 
 
 @pytest.mark.parametrize("rho", RHOS)
