@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ class Aggregation:
             f"-{self.content}-missing{self.missing:g}" + ("-bias" if self.has_bias else "")
         )
 
-    def tensors(self) -> list[Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """value, similarities, indices, weight and bias."""
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -83,7 +84,7 @@ class Aggregation:
         I = torch.randint(self.M, shape, generator=generator)
         value, weight = draw(self.batch, self.M, self.C), draw(self.O, self.C, self.k)
         bias = draw(self.O) if self.has_bias else None
-        return [value, s.to(self.similarity_dtype), I, weight, bias]
+        return value, s.to(self.similarity_dtype), I, weight, bias
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_what_missing_neighbors_have_does_not_matter(
     I[:, 1], I[7] = 8, 8
     value[8], weight[..., 1] = bad, 0
 
-    def aggregate(value: Tensor, s: Tensor, I: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    def aggregate(value: Tensor, s: Tensor, I: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         not_finite = torch.full_like(weight, bad)
         weight = torch.where(torch.tensor([False, True, False]), not_finite, weight)
         return device.hopper_aggregate_dense(value, s, I, weight, *rest)
@@ -190,7 +191,7 @@ def test_indices_out_of_range_are_missing(device: HostCuda) -> None:
     given = s.clone()
     given[::2, 1] = 0.5
 
-    def aggregate(value: Tensor, _: Tensor, I: Tensor, *rest: object) -> Tensor:
+    def aggregate(value: Tensor, _: Tensor, I: Tensor, *rest: Any) -> Tensor:
         return device.hopper_aggregate_dense(value, given, outside, *rest)
 
     assert_aggregate(aggregate, value, s, I, weight, rho="ones", backward=False)
@@ -237,7 +238,7 @@ def test_forward(dtype: torch.dtype, device: HostCuda) -> None:
         ({"kind": "depthwise"}, "not dense"),
     ],
 )
-def test_refusals(change: dict[str, object], reason: str, device: HostCuda) -> None:
+def test_refusals(change: dict[str, Any], reason: str, device: HostCuda) -> None:
     dtype = change.get("dtype", torch.float16)
     assert isinstance(dtype, torch.dtype)
     weight = normal(8, 1 if change.get("kind") == "depthwise" else 8, 2, dtype=dtype)
