@@ -166,6 +166,24 @@ class HostCuda:
         inputs = [value, similarities, indices, weight, bias]
         return self.call(2, numbers, inputs, [output], scale)[0]
 
+    def hopper_aggregate_dense(
+        self,
+        value: Tensor,
+        similarities: Tensor,
+        indices: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        rho: str = "softmax",
+        scale: float = 1.0,
+        multiprocessors: int = 0,
+    ) -> Tensor:
+        """``aggregate`` with a dense weight by the kernels for Hopper."""
+        numbers = _convolution(value, similarities, weight, rho)
+        output = value.new_empty((*similarities.shape[:-1], numbers[4]))
+        inputs = [value, similarities, indices, weight, bias]
+        result: tuple[Tensor] = self.call(6, (*numbers, multiprocessors), inputs, [output], scale)
+        return result[0]
+
     def aggregate_backward(
         self,
         grad_output: Tensor,

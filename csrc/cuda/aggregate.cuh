@@ -22,7 +22,7 @@ struct AggregateWork {
   using A = Accumulate<T>;
 
   AggregateParams p;
-  const A* rho;     // [batch, n, k]
+  const A* rho;     // [batch, n, k], or null: 1
   const T* weight;  // dense: [k, o, c] in forward, [k, c, o] in backward; depthwise [c, 1, k]
 
   __device__ const T* value() const { return static_cast<const T*>(p.value.data); }
@@ -32,6 +32,7 @@ struct AggregateWork {
     if (is_missing(p.similarities, p.similarity_dtype, p.indices, entry, p.m)) return -1;
     return row / p.n * p.m + p.indices[entry];
   }
+  __device__ A rho_of(int64_t row, int64_t j) const { return rho ? rho[row * p.k + j] : A(1); }
   __device__ A depthwise_weight(int64_t c, int64_t j) const {
     return p.convolution == Convolution::depthwise ? A(widen(weight[c * p.k + j])) : A(1);
   }
@@ -59,19 +60,21 @@ const T* permute_weight(const AggregateParams& p, bool outputs_last, Context& co
   return result;
 }
 
-// One output of a dense convolution without bias, term by term. Returns early once it is NaN.
-template <class T>
-__device__ inline Accumulate<T> plain_output(const AggregateWork<T>& w, int64_t row, int64_t o) {
+// One output of a dense convolution without bias, term by term; weight(j, c) are those of the
+// output. Returns early once it is NaN.
+template <class T, class Weight>
+__device__ __forceinline__ Accumulate<T> plain_output(const AggregateWork<T>& w, int64_t row,
+                                                      const Weight& weight) {
   using A = Accumulate<T>;
   const AggregateParams& p = w.p;
   RunningSum<A> sum;
   for (int64_t j = 0; j < p.k; ++j) {
     const int64_t value_row = w.value_row(row, j);
     if (value_row < 0) continue;
-    const A rho = w.rho[row * p.k + j];
+    const A rho = w.rho_of(row, j);
     for (int64_t c = 0; c < p.c; ++c) {
       const A v = widen(w.value()[value_row * p.c + c]);
-      sum.add(rho * v * A(widen(w.weight[(j * p.o + o) * p.c + c])));
+      sum.add(rho * v * A(widen(weight(j, c))));
       if (sum.value() != sum.value()) return kNan<A>;
     }
   }
@@ -133,7 +136,10 @@ __global__ __launch_bounds__(kThreads, kDenseBlocks<T>) void aggregate_dense_ker
         A sum = y.value[n][2 * h + e];
         // V W may overflow where rho V W does not, and the row of zeros that stands for a missing
         // neighbor gives NaN with a weight that is not finite.
-        if (!isfinite(sum)) sum = plain_output(w, at, o);
+        if (!isfinite(sum)) {
+          sum = plain_output(
+              w, at, [&](int64_t j, int64_t c) { return w.weight[(j * p.o + o) * p.c + c]; });
+        }
         narrow(sum + bias, static_cast<T*>(p.output)[at * p.o + o]);
       }
     }

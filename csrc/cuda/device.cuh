@@ -109,7 +109,7 @@ __device__ inline void copy4(void* target, const void* source) {
   execution::copy<4>(target, source);
 #endif
 }
-__device__ inline bool is_aligned16(const void* address) {
+__host__ __device__ inline bool is_aligned16(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "hopper.h"
 
+#include "hopper_dense.h"
 #include "hopper_launches.h"
 #include "sort.h"
 
@@ -160,7 +161,8 @@ bool finish_aggregates(const SelectParams& p, const AggregateParams& a) {
 }  // namespace
 
 const char* hopper_refuses(const SelectParams& p, const AggregateParams*) {
-  // What the finish cannot aggregate is left to aggregate(), which takes everything.
+  // What neither the finish nor the dense kernel can aggregate is left to aggregate(), which takes
+  // everything.
   constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
   if (p.dtype != DType::float16 && p.dtype != DType::bfloat16) {
     return "query is neither float16 nor bfloat16";
@@ -219,7 +221,12 @@ void hopper_forward(const SelectParams& p, const AggregateParams* a, Context& co
   } else {
     forward_as<BFloat16>(p, in_finish ? a : nullptr, choices, context);
   }
-  if (a && !in_finish) aggregate(*a, context);
+  if (!a || in_finish) return;
+  if (!hopper_dense_refuses(*a)) {
+    hopper_aggregate_dense(*a, context, choices.multiprocessors);
+  } else {
+    aggregate(*a, context);
+  }
 }
 
 }  // namespace convnn::cuda

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/hopper.h"
+#include "../../csrc/cuda/hopper_dense.h"
 #include "hopper.h"
 
 namespace {
@@ -202,11 +203,22 @@ void hopper_forward(Call& call) {
   cuda::hopper_forward(p, aggregate, call.memory, choices);
 }
 
+// Its numbers are those of aggregate(), and the multiprocessors to use.
+void hopper_aggregate_dense(Call& call) {
+  AggregateParams p = aggregate_params(call, 0);
+  p.bias = call.inputs[4].data, p.output = call.outputs[0].data;
+  if (const char* reason = cuda::hopper_dense_refuses(p)) {
+    throw std::runtime_error(std::string("refused: ") + reason);
+  }
+  cuda::hopper_aggregate_dense(p, call.memory, int(call.numbers[10]));
+}
+
 }  // namespace
 
 int main() {
   void (*const operators[])(Call&) = {
-      select, select_backward, aggregate, aggregate_backward, forward_backward, hopper_forward};
+      select,         select_backward,       aggregate, aggregate_backward, forward_backward,
+      hopper_forward, hopper_aggregate_dense};
   for (int64_t number = 0; read(&number, 1);) {
     execution::seed(uint64_t(read_number()));
     Call call;
