@@ -8,6 +8,7 @@ complete late. Threads, copies and products come in an order drawn from a seed.
 import math
 import random
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def assert_equal_rows_by_index(
     key: Tensor, s: Tensor, I: Tensor, key_mask: Tensor | None, candidates: Tensor | None
 ) -> None:
     """Of rows of key with the same bits, those of lower index are returned first, all as near."""
-    M, k = key.shape[-2], I.shape[-1]
+    M = key.shape[-2]
     allowed = torch.ones(key.shape[:-1], dtype=torch.bool)
     if candidates is not None:
         allowed = torch.zeros_like(allowed)
@@ -108,7 +109,7 @@ def test_tails_and_several_items(D: int, metric: str, dtype: torch.dtype, device
 
 
 @both_types
-@pytest.mark.parametrize("D", [1, 3, 8, 33, 64, 65, 100, 128])
+@pytest.mark.parametrize("D", [16, 17, 33, 64, 65, 100, 128])
 def test_columns(D: int, dtype: torch.dtype, device: HostCuda) -> None:
     query, key = normal(40, D, dtype=dtype), normal(300, D, seed=1, dtype=dtype)
     check(device, query, key, 9)
@@ -126,10 +127,10 @@ def test_neighbors(k: int, dtype: torch.dtype, device: HostCuda) -> None:
 def test_few_keys(M: int, k: int, dtype: torch.dtype, device: HostCuda) -> None:
     """The value that a missing place has an index of is NaN."""
     query, key = normal(33, 20, dtype=dtype), normal(M, 20, seed=1, dtype=dtype)
-    value = normal(M, 5, seed=2, dtype=dtype)
-    value[0] = math.nan
     mask = torch.arange(M) != 0
-    for rho in ("softmax", "ones", "similarity"):
+    for C, rho in ((5, "softmax"), (8, "ones"), (8, "similarity")):
+        value = normal(M, C, seed=2, dtype=dtype)
+        value[0] = math.nan
         check(device, query, key, k, value, key_mask=mask, rho=rho)
 
 
@@ -139,7 +140,7 @@ def test_few_keys(M: int, k: int, dtype: torch.dtype, device: HostCuda) -> None:
 def test_equal_keys(kinds: int, k: int, dtype: torch.dtype, device: HostCuda) -> None:
     """Ties go by index, and lists overflow."""
     key = normal(kinds, 64, dtype=dtype)[torch.arange(700) * 7 % kinds]
-    query = normal(260, 64, seed=1, dtype=dtype)
+    query = normal(66, 64, seed=1, dtype=dtype)
     for order in ("similarity", "index"):
         check(device, query, key, k, order=order)
 
@@ -167,8 +168,8 @@ def test_many_keys_of_nan(k: int, dtype: torch.dtype, device: HostCuda) -> None:
     check(device, normal(20, 16, seed=1, dtype=dtype), key, k)
 
 
-@pytest.mark.parametrize("of_query", [1e38, 1.0, 1e-38, 1e-40])
-@pytest.mark.parametrize("of_key", [1e38, 1.0, 1e-38, 1e-40])
+@pytest.mark.parametrize("of_query", [1e38, 1.0, 1e-40])
+@pytest.mark.parametrize("of_key", [1e38, 1.0, 1e-40])
 def test_huge_and_tiny_rows(of_query: float, of_key: float, device: HostCuda) -> None:
     """Norms and products neither overflow nor vanish, but below 1e-12 a row counts as zero."""
     query, key = normal(20, 33), normal(200, 33, seed=1)
@@ -193,7 +194,7 @@ def test_masked_keys(masked: float, metric: str, dtype: torch.dtype, device: Hos
 @pytest.mark.parametrize("R", [1, 5, 130, 400])
 def test_candidates(R: int, dtype: torch.dtype, device: HostCuda) -> None:
     """In any order; ties go by the row of key."""
-    query, key = normal(2, 40, 64, dtype=dtype), normal(2, 400, 64, seed=1, dtype=dtype)
+    query, key = normal(2, 18, 64, dtype=dtype), normal(2, 400, 64, seed=1, dtype=dtype)
     key[:, 200:] = key[:, :200]
     candidates = torch.randperm(400, generator=torch.Generator().manual_seed(3))[:R]
     mask = torch.arange(400).expand(2, 400) % 5 != 0
@@ -203,7 +204,7 @@ def test_candidates(R: int, dtype: torch.dtype, device: HostCuda) -> None:
 
 
 @both_types
-@pytest.mark.parametrize("C", [1, 7, 8, 64, 65, 72, 200])
+@pytest.mark.parametrize("C", [1, 12, 64, 65, 72])
 @pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
 def test_aggregation(kind: str, C: int, dtype: torch.dtype, device: HostCuda) -> None:
     query, key = normal(2, 35, 16, dtype=dtype), normal(2, 140, 16, seed=1, dtype=dtype)
@@ -237,13 +238,13 @@ def test_a_weight_beyond_shared_memory(device: HostCuda) -> None:
 
 def test_similarities_that_are_infinite(device: HostCuda) -> None:
     """-inf marks a missing neighbor for the output, also between others of lower index."""
-    key = torch.ones(40, 8, dtype=BF16)
+    key = torch.ones(40, 16, dtype=BF16)
     key[::2, 0] = -math.inf
-    query, value = torch.ones(3, 8, dtype=BF16), normal(40, 16, seed=1)
+    query, value = torch.ones(3, 16, dtype=BF16), normal(40, 16, seed=1)
     value[::2] = math.nan
     for order in ("similarity", "index"):
         device.seed += 1
-        _, s, I = device.hopper_select(query, key, 30, metric="dot", order=order)
+        s, I = device.hopper_select(query, key, 30, metric="dot", order=order)
         assert bool(((s == -math.inf) == (I % 2 == 0)).all())
         Y, s, I = device.hopper_forward(query, key, value, 30, metric="dot", order=order)
         expected = value[1::2].double().mean(dim=0).expand(3, 16)
@@ -251,9 +252,9 @@ def test_similarities_that_are_infinite(device: HostCuda) -> None:
 
 
 @both_types
-@pytest.mark.parametrize("D", [3, 64, 128])
+@pytest.mark.parametrize("D", [19, 64, 128])
 def test_exact_sums_as_the_portable_kernels(D: int, dtype: torch.dtype, device: HostCuda) -> None:
-    query, key = integers(2, 70, D, dtype=dtype), integers(2, 500, D, seed=1, dtype=dtype)
+    query, key = integers(2, 9, D, dtype=dtype), integers(2, 400, D, seed=1, dtype=dtype)
     for k, order in product((9, 40), ("similarity", "index")):
         _, s, I = check(device, query, key, k, exact=True, metric="dot", order=order)
         portable = device.select(query, key, k, metric="dot", order=order)
@@ -287,6 +288,17 @@ def test_a_similarity_has_the_same_bits_anywhere(
         assert bool((s.view(torch.int32) == bits.flatten()[0]).all())
 
 
+@both_types
+@pytest.mark.parametrize("D", [16, 64, 128])
+def test_sums_of_one_sign(D: int, dtype: torch.dtype, device: HostCuda) -> None:
+    """The instruction truncates products and sums, so the errors of these add up."""
+    X = torch.full((33, D), 0.3).to(dtype)
+    s, I = device.hopper_select(X, X, 9)
+    assert torch.equal(I, torch.arange(9).expand(33, 9))
+    assert bool((s == s[0, 0]).all())
+    assert 1 - (D + 4) * 2**-24 <= s[0, 0].item() <= 1 + 2**-23
+
+
 SPLIT = {"query": normal(2, 300, 40), "key": normal(2, 900, 40, seed=1)}
 
 
@@ -305,6 +317,21 @@ def test_any_schedule_gives_the_same(seed: int, device: HostCuda) -> None:
     assert all(map(torch.equal, expected, results))
 
 
+@pytest.mark.parametrize(("blocks_of_room", "launches"), [(0, 5), (1, 5), (2, 3), (4, 2), (5, 1)])
+def test_the_workspace_limits_the_rows_of_a_launch(
+    blocks_of_room: int, launches: int, programs: Path
+) -> None:
+    """In whole waves of the device, here two blocks with their four splits."""
+    device = HostCuda(programs / "host_cuda")
+    device.choices = Choices(multiprocessors=8, splits=4)
+    bytes_of_block = 256 * 4 * (4 * 24 * 8 + 4)
+    device.most_bytes = blocks_of_room * bytes_of_block
+    device.hopper_select(normal(5, 3, 16), normal(5, 512, 16, seed=1), 9)
+    counts = {kernel.name: ran.count for kernel, ran in device.close().items()}
+    assert counts["hopper_sweep_kernel"] == counts["hopper_finish_kernel"] == launches
+    assert counts["hopper_keys_kernel"] == 1
+
+
 @pytest.mark.parametrize("splits", [2, 3, 7])
 @pytest.mark.parametrize("k", [9, 16, 30, 64])
 def test_splits(k: int, splits: int, device: HostCuda) -> None:
@@ -321,12 +348,13 @@ def test_splits(k: int, splits: int, device: HostCuda) -> None:
         ("neither float16 nor bfloat16", {"dtype": torch.float32}),
         ("k is more than 64", {"k": 65}),
         ("more than 128 columns", {"D": 129}),
+        ("fewer than 16 columns", {"D": 15}),
         ("self_indices", {"self_indices": torch.zeros(4, dtype=torch.int64)}),
         ("no keys", {"M": 0}),
     ],
 )
 def test_what_is_refused(reason: str, change: dict[str, object], device: HostCuda) -> None:
-    given = {"metric": "cosine", "dtype": BF16, "k": 3, "D": 8, "M": 80, "self_indices": None}
+    given = {"metric": "cosine", "dtype": BF16, "k": 3, "D": 16, "M": 80, "self_indices": None}
     given |= change
     query = normal(4, given["D"], dtype=given["dtype"])
     key = normal(given["M"], given["D"], dtype=given["dtype"])
@@ -348,7 +376,7 @@ class Search:
         self.batch = draw.choice((1, 1, 2, 3))
         self.N = draw.choice((1, 2, 17, 63, 66, 255, 257))
         self.M = draw.choice((1, 7, 100, 127, 128, 129, 261, 512, 700))
-        self.D = draw.choice((1, 3, 8, 31, 33, 63, 64, 64, 65, 96, 127, 128))
+        self.D = draw.choice((16, 17, 24, 31, 33, 63, 64, 64, 65, 96, 127, 128))
         self.C = draw.choice((1, 5, 8, 40, 64, 66, 72))
         self.k = draw.choice((1, 2, 5, 9, 9, 12, 16, 17, 32, 33, 50, 64))
         self.kind = draw.choice(("none", "depthwise", "depthwise", "dense"))
@@ -376,7 +404,8 @@ class Search:
         if self.content == "few_rows":
             return X[:, torch.randint(min(n, 4), (n,), generator=generator)]
         if self.content == "constant":
-            return torch.full(shape, 0.3)
+            # Not of one sign: test_sums_of_one_sign.
+            return (0.3 * X[:1, :1].sign()).expand(shape)
         if self.content == "clusters":
             return X[:, torch.arange(n) % min(n, 3)] + 2**-6 * X
         if self.content == "special":

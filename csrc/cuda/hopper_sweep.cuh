@@ -20,23 +20,29 @@
 #pragma once
 
 #include "hopper_lists.cuh"
+#include "hopper_slots.cuh"
 
 namespace convnn::cuda {
 
 constexpr int kSweepRows = 256;    // queries of a block
 constexpr int kTileColumns = 128;  // columns of a tile of keys
 constexpr int kSweepThreads = 3 * kWarpgroup;
-constexpr int kSweepWarps = 8;                         // that have queries
-constexpr uint32_t kHitStride = 4 * sizeof(uint64_t);  // bytes from a hit of a list to the next
+constexpr int kSweepWarps = 8;  // that have queries
 
 // Where column c lies within inv_k: a lane finds its four factors of 16 columns side by side.
 inline __host__ __device__ int64_t place_of(int64_t c) {
   return (c & ~int64_t(15)) + c % 8 / 2 * 4 + c / 8 % 2 * 2 + c % 2;
 }
 
-// Room for the hits of one row in one of its four lists. A list keeps at most k of them when it
-// has been full, so there is room for at least 8 more.
-inline __host__ __device__ constexpr int hits_per_list(int64_t k) { return k <= 16 ? 24 : k <= 32 ? 48 : 96; }
+// Room for the hits of one row in one of its four lists. Of a sample of a quarter of the tiles
+// about 1.1 k are expected in each (k <= 32; for k = 64, of a sample of all of them), so that a
+// list is seldom full. Then at most k stay in it, and there is room for at least 14 more.
+inline __host__ __device__ constexpr int hits_per_list(int64_t k) {
+  return k <= 10 ? 24 : k <= 16 ? 40 : k <= 32 ? 64 : 128;
+}
+
+// The largest step between sampled tiles for which the lists are seldom full.
+inline int most_sample_step(int64_t k) { return k <= 16 ? 4 : k <= 32 ? 3 : k <= 48 ? 2 : 1; }
 
 // A launch takes `blocks` blocks of 256 queries; block b of all, counted from first_block, has the
 // batch element b / ceil(n / 256) and its rows from b % ceil(n / 256) * 256 on. Row r of the launch
@@ -63,6 +69,7 @@ struct SweepParams {
 
 // What a block works on at a time.
 struct SweepItem {
+  int number;
   int block, split;  // of the launch
   int64_t batch, first_row;
   int first_tile, tiles;
@@ -72,7 +79,7 @@ __device__ inline SweepItem sweep_item(const SweepParams& p, int item) {
   const int64_t blocks_each = (p.n + kSweepRows - 1) / kSweepRows, b = p.first_block + block;
   const int first = int(int64_t(p.tiles) * split / p.splits);
   const int end = int(int64_t(p.tiles) * (split + 1) / p.splits);
-  return {block, split, b / blocks_each, b % blocks_each * kSweepRows, first, end - first};
+  return {item, block, split, b / blocks_each, b % blocks_each * kSweepRows, first, end - first};
 }
 
 template <int kD>
@@ -87,13 +94,15 @@ struct SweepShared {
   // columns 8 i + 2 t and 8 i + 2 t + 1 of the tile; the tiles left in the split, itself included,
   // << 1; the half.
   uint32_t headers[kSweepWarps][kSlots][kWarp];
-  // Of each lane, by half and row: where its next hit goes, in bytes from all hits on.
+  // Of each lane, by half and row: where its next hit goes, in fours of hits from all on.
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row.
   alignas(16) float negative[kSweepWarps][kWarp][4];
   alignas(16) uint32_t parked[kSweepWarps][kWarp][4];
   float inv_q[kSweepRows];
-  SweepItem items[kSweepWarps];  // of each warp
+  // Of each warp: its item, and its first row in the block. Here, not in registers.
+  SweepItem items[kSweepWarps];
+  int rows[kSweepWarps];
   uint64_t full[kStages], empty[kStages];
 };
 
@@ -109,100 +118,6 @@ struct Stage {
   }
 };
 
-// Words in shared memory, by address.
-__device__ __forceinline__ void store_word(uint32_t address, uint32_t x) {
-#ifdef __CUDACC__
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-#else
-  copy4(swizzled_shared_memory() + address, &x);
-#endif
-}
-__device__ __forceinline__ uint32_t load_word(uint32_t address) {
-  uint32_t x;
-#ifdef __CUDACC__
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-#else
-  copy4(&x, swizzled_shared_memory() + address);
-#endif
-  return x;
-}
-__device__ __forceinline__ float4 load_slot(uint32_t address) {
-  float4 x;
-#ifdef __CUDACC__
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address)
-               : "memory");
-#else
-  copy16(&x, swizzled_shared_memory() + address);
-#endif
-  return x;
-}
-// From a slot, or a header, of a lane to its next.
-constexpr int kSlotBytes = kWarp * 16, kHeaderBytes = kWarp * 4;
-
-// Stores the accumulators x [4] in the next slot, and the bit in the mask, if one of the signs of
-// `above` is clear: a hit. NaN is one, too.
-__device__ __forceinline__ void append(uint32_t& slot, uint32_t& mask, uint32_t bit,
-                                       const float (&above)[4], const float* x) {
-#ifdef __CUDACC__
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b32 t;\n"
-      "and.b32 t, %2, %3;\nand.b32 t, t, %4;\nand.b32 t, t, %5;\nand.b32 t, t, 0x80000000;\n"
-      "setp.eq.u32 p, t, 0;\n"
-      "@p st.shared.v4.f32 [%0], {%6, %7, %8, %9};\n"
-      "@p add.u32 %0, %0, 512;\n"
-      "@p or.b32 %1, %1, %10;\n}\n"
-      : "+r"(slot), "+r"(mask)
-      : "r"(__float_as_uint(above[0])), "r"(__float_as_uint(above[1])),
-        "r"(__float_as_uint(above[2])), "r"(__float_as_uint(above[3])), "f"(x[0]), "f"(x[1]),
-        "f"(x[2]), "f"(x[3]), "r"(bit)
-      : "memory");
-#else
-  const uint32_t signs = __float_as_uint(above[0]) & __float_as_uint(above[1]) &
-                         __float_as_uint(above[2]) & __float_as_uint(above[3]);
-  if (signs >> 31) return;
-  const float4 four = {x[0], x[1], x[2], x[3]};
-  copy16(swizzled_shared_memory() + slot, &four);
-  slot += kSlotBytes;
-  mask |= bit;
-#endif
-}
-static_assert(kSlotBytes == 512);
-
-// The number of the highest bit.
-__device__ __forceinline__ uint32_t highest_bit(uint32_t x) {
-#ifdef __CUDACC__
-  uint32_t bit;
-  asm("bfind.u32 %0, %1;" : "=r"(bit) : "r"(x));
-  return bit;
-#else
-  return 31 - uint32_t(__builtin_clz(x));
-#endif
-}
-
-// Writes a over column `end` bytes behind `hits`, and moves the end on, unless a is below the bound
-// or the factor is the mark of a column that may not be a neighbor. Without a branch.
-__device__ __forceinline__ void put_hit(uint64_t* hits, uint32_t& end, float a, uint32_t column,
-                                        float bound, float factor) {
-#ifdef __CUDACC__
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b64 t;\n"
-      "setp.ne.u32 p, %5, 0x80000000;\nsetp.geu.and.f32 p, %1, %3, p;\n"
-      "mad.wide.u32 t, %0, 1, %4;\n"
-      "@p st.global.v2.b32 [t], {%2, %6};\n"
-      "@p add.u32 %0, %0, 32;\n}\n"
-      : "+r"(end)
-      : "f"(a), "r"(column), "f"(bound), "l"(hits), "r"(__float_as_uint(factor)),
-        "r"(__float_as_uint(a))
-      : "memory");
-#else
-  if (a < bound || __float_as_uint(factor) == 0x80000000u) return;
-  hits[end / 8] = pack(__float_as_uint(a), column);
-  end += kHitStride;
-#endif
-}
-
 // A warp with 2 halves of 16 queries. With g = lane / 4 and t = lane % 4, a lane has rows g + 8 r,
 // r = 0, 1, of each half, and of every eight columns 2 t and 2 t + 1.
 template <class T, int kD>
@@ -210,7 +125,7 @@ class Sweep {
   using Shared = SweepShared<kD>;
   static constexpr int kSteps = kD / 16;
   static constexpr int kGroups = 16;  // maxima of a lane for each row
-  static constexpr int kBisections = 9;
+  static constexpr int kFewNeighbors = 12, kBisections = 9;
   // Columns between two looks at how many slots are left, and the slots they may fill.
   static constexpr int kChecked = 64, kReserve = kChecked / 8;
   // Slots of a lane that are moved to the lists when one has few left. More keep lanes waiting for
@@ -228,17 +143,15 @@ class Sweep {
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (int i = blockIdx.x; i < p_.blocks * p_.splits; i += gridDim.x) {
-      begin(i);
+    for (begin(blockIdx.x); item().number < p_.blocks * p_.splits;
+         begin(item().number + int(gridDim.x))) {
       if (p_.pairs) {
         load_queries<true>();
       } else {
         load_queries<false>();
       }
       sample_tiles();
-      sweep_tiles<kTileColumns>(
-          1, [&](float (&acc)[kTileColumns / 2], int, int half) { look(acc, half); });
-      drain(true);
+      find_hits();
       store_counts();
     }
   }
@@ -246,7 +159,7 @@ class Sweep {
  private:
   // Row of the block. Below, i = 2 * half + r stands for one of the four rows of a lane.
   __device__ __forceinline__ int row(int i) const {
-    return warp_ / 4 * 128 + i / 2 * 64 + warp_ % 4 * 16 + lane() / 4 + i % 2 * 8;
+    return shared_.rows[warp_] + i / 2 * 64 + lane() / 4 + i % 2 * 8;
   }
   __device__ __forceinline__ const SweepItem& item() const { return shared_.items[warp_]; }
   __device__ __forceinline__ bool exists(int row) const { return item().first_row + row < p_.n; }
@@ -254,19 +167,23 @@ class Sweep {
   __device__ __forceinline__ int64_t launch_row(int row) const {
     return (int64_t(item().split) * p_.blocks + item().block) * kSweepRows + row;
   }
-  // Where the list of this lane for row i begins, in bytes from all hits on.
+  // Where the list of this lane for row i begins, in fours of hits from all on.
   __device__ __forceinline__ uint32_t list_begin(int i) const {
-    return (uint32_t(launch_row(row(i))) * hits_per_list(p_.k) * 4 + lane() % 4) *
-           uint32_t(sizeof(uint64_t));
+    return uint32_t(launch_row(row(i))) * uint32_t(hits_per_list(p_.k));
   }
+  __device__ __forceinline__ uint64_t* hits() const { return p_.hits + lane() % 4; }
   __device__ __forceinline__ uint32_t (&ends() const)[4] { return shared_.ends[warp_][lane()]; }
   __device__ __forceinline__ float (&negative() const)[4] {
     return shared_.negative[warp_][lane()];
   }
 
   __device__ __forceinline__ void begin(int number) {
+    // Every lane has its number before the item changes.
     __syncwarp();
-    if (lane() == 0) shared_.items[warp_] = sweep_item(p_, number);
+    if (lane() == 0) {
+      shared_.items[warp_] = sweep_item(p_, number);
+      shared_.rows[warp_] = warp_ / 4 * 128 + warp_ % 4 * 16;
+    }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) ends()[i] = list_begin(i);
@@ -305,14 +222,14 @@ class Sweep {
     wgmma_commit();
   }
 
-  // Calls body(acc, part, half) for parts of kColumns columns of every step-th tile. No
-  // accumulator is alive where the loop closes: the compiler would serialize the products.
+  // Calls body(acc, part, half) for parts of kColumns columns of every step-th tile, until `end`
+  // tiles are left. No accumulator is alive where the loop closes: the compiler would serialize the
+  // products.
   template <int kColumns, class Body>
-  __device__ __forceinline__ void sweep_tiles(int step, const Body& body) {
+  __device__ __forceinline__ void sweep_tiles(int step, int end, const Body& body) {
     int part = 0;
-    left_ = item().tiles;
 #pragma unroll 1
-    while (left_ > 0) {
+    while (left_ > end) {
       float acc_0[kColumns / 2], acc_1[kColumns / 2];
       if (part == 0) barrier_wait(&shared_.full[stage_.index], stage_.parity);
       multiply<kColumns>(acc_0, a_[0], part);
@@ -346,7 +263,8 @@ class Sweep {
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
     constexpr int kColumns = 64;
-    sweep_tiles<kColumns>(p_.step, [&](float (&acc)[kColumns / 2], int part, int half) {
+    left_ = item().tiles;
+    sweep_tiles<kColumns>(p_.step, 0, [&](float (&acc)[kColumns / 2], int part, int half) {
 #pragma unroll
       for (int n = 0; n < kColumns / 8; n += 2) {
         const float4 f = factors(part * (kColumns / 8) + n);
@@ -358,8 +276,8 @@ class Sweep {
         }
       }
     });
-    if (p_.k <= kGroups) {
-      // A quarter of the groups suffices, and costs less.
+    if (p_.k <= kFewNeighbors) {
+      // Half of the groups leave a few hits more, and cost less.
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         most[0][i] = fmaxf(most[0][i], most[0][i + kGroups]);
@@ -414,6 +332,28 @@ class Sweep {
     }
   }
 
+  // The main sweep. At D = 64 slots are moved after every `period` tiles even if none is needed
+  // yet: by the four warps of a warpgroup together, because each of their products waits for all of
+  // them, and by the two warpgroups in turn. At D = 128 the products leave time for it.
+  __device__ __forceinline__ void find_hits() {
+    constexpr bool kTogether = kD == 64;
+    left_ = item().tiles;
+    int period = 1, end = 0;
+    if constexpr (kTogether) {
+      // About one hit for each k * step columns is expected, so that half of the slots are filled.
+      while (2 * period * p_.k * p_.step <= (Shared::kSlots - kReserve) / 2 * left_) period *= 2;
+      end = left_ - (warp_ < 4 ? period : (period + 1) / 2);
+    }
+#pragma unroll 1
+    do {
+      sweep_tiles<kTileColumns>(
+          1, end > 0 ? end : 0,
+          [&](float (&acc)[kTileColumns / 2], int, int half) { look(acc, half); });
+      drain(!kTogether || left_ == 0);
+      end -= period;
+    } while (kTogether && left_ > 0);
+  }
+
   // Puts the accumulators of hits into slots.
   __device__ __forceinline__ void look(const float (&acc)[kTileColumns / 2], int half) {
     const float2 n = *reinterpret_cast<const float2*>(&negative()[2 * half]);
@@ -456,7 +396,7 @@ class Sweep {
       const uint32_t length = end[i] - list_begin(i);
       longest = length > longest ? length : longest;
     }
-    return (hits_per_list(p_.k) - int(longest / kHitStride)) / 2;
+    return (hits_per_list(p_.k) - int(longest)) / 2;
   }
 
   // Moves slots to the lists: some, or all. Where a list is full, all; T rises only when no slot is
@@ -490,35 +430,33 @@ class Sweep {
   // Moves the last `count` slots of this lane to its lists.
   __device__ __forceinline__ void move_slots(int count, uint32_t (&end)[4],
                                              const float (&negative)[4]) {
-    const uint32_t t = uint32_t(lane()) % 4, last = slot_ - uint32_t(count * kSlotBytes);
+    const uint32_t t = lane_again() % 4, last = slot_ - uint32_t(count * kSlotBytes);
     // Eight columns, counted from the end of the split.
     const int64_t end_column = int64_t(item().first_tile + item().tiles) * kTileColumns;
     const uint32_t column_0 = uint32_t(end_column) + 2 * t - 16 * 8;
     const char* inv_k =
         reinterpret_cast<const char*>(p_.inv_k + item().batch * p_.m_padded + end_column + 4 * t) -
         16 * 32;
+    uint64_t* all = hits();
     uint32_t word = 0;
 #pragma unroll 1
     while (slot_ != last) {
-      if (word < 0x10000u) {
-        header_ -= kHeaderBytes;
-        word = load_word(header_);
-      }
+      next_header(header_, word);
       slot_ -= kSlotBytes;
       const float4 x = load_slot(slot_);
       const uint32_t bit = highest_bit(word), eight = bit - (word & 0xFFFEu) * 8;
-      word ^= 1u << bit;
       const uint32_t column = column_0 + eight * 8;
       const int32_t place = int32_t(eight * 32 - (bit & 1) * 24);
       const float2 f = __ldg(reinterpret_cast<const float2*>(inv_k + place));
-      const bool second = word & 1;
+      const bool second = (word & 1) != 0;
+      word = bits_below(word, bit);
       uint32_t end_0 = second ? end[2] : end[0], end_1 = second ? end[3] : end[1];
       const float bound_0 = -(second ? negative[2] : negative[0]);
       const float bound_1 = -(second ? negative[3] : negative[1]);
-      put_hit(p_.hits, end_0, multiply_down(x.x, f.x), column, bound_0, f.x);
-      put_hit(p_.hits, end_1, multiply_down(x.z, f.x), column, bound_1, f.x);
-      put_hit(p_.hits, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
-      put_hit(p_.hits, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
+      put_hit(all, end_0, multiply_down(x.x, f.x), column, bound_0, f.x);
+      put_hit(all, end_1, multiply_down(x.z, f.x), column, bound_1, f.x);
+      put_hit(all, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
+      put_hit(all, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
       end[0] = second ? end[0] : end_0;
       end[1] = second ? end[1] : end_1;
       end[2] = second ? end_0 : end[2];
@@ -556,7 +494,7 @@ class Sweep {
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const uint32_t begin = list_begin(i);
-      const int count = int((ends()[i] - begin) / kHitStride);
+      const int count = int(ends()[i] - begin);
       // Nothing that counts enters a closed row: one that does not exist, or has k NaN, which are
       // the first in its lists since the slots that waited then have been moved and cut, too.
       const float first = i % 2 ? before[1] : before[0], second = i % 2 ? before[3] : before[2];
@@ -564,20 +502,20 @@ class Sweep {
       const bool closing = !closed && negative()[i] == kClosed;
       const unsigned full = __ballot_sync(kAllLanes, closing || count > most - 2);
       const bool cut = (full >> (lane() & 28) & 15) && !closed;
-      if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k) * kHitStride;
+      if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k);
       if (!__any_sync(kAllLanes, cut)) continue;
-      HitList list = {p_.hits + begin / sizeof(uint64_t), count, shared_.inv_q[row(i)]};
+      HitList list = {hits() + 4 * int64_t(begin), count, shared_.inv_q[row(i)]};
       const float bound = keep_nearest(list, p_.k, !cut);
       if (!cut) continue;
       negative()[i] = 0 - bound;
-      ends()[i] = begin + uint32_t(list.count) * kHitStride;
+      ends()[i] = begin + uint32_t(list.count);
     }
   }
 
   __device__ __forceinline__ void store_counts() const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t count = (ends()[i] - list_begin(i)) / kHitStride;
+      const uint32_t count = ends()[i] - list_begin(i);
       p_.counts[launch_row(row(i)) * 4 + lane() % 4] = uint8_t(count);
     }
   }
