@@ -98,13 +98,15 @@ struct SweepShared {
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row.
   alignas(16) float negative[kSweepWarps][kWarp][4];
-  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];
+  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];  // see park()
   float inv_q[kSweepRows];
   // Of each warp: its item, and its first row in the block. Here, not in registers.
   SweepItem items[kSweepWarps];
   int rows[kSweepWarps];
   uint64_t full[kStages], empty[kStages];
 };
+
+static_assert(sizeof(SweepShared<64>) <= 227 << 10 && sizeof(SweepShared<128>) <= 227 << 10);
 
 // A position in the ring of stages.
 template <int kD>
@@ -150,6 +152,7 @@ class Sweep {
       } else {
         load_queries<false>();
       }
+      normalize_queries();
       sample_tiles();
       find_hits();
       store_counts();
@@ -189,18 +192,26 @@ class Sweep {
     for (int i = 0; i < 4; ++i) ends()[i] = list_begin(i);
   }
 
+  // Row of all queries.
+  __device__ __forceinline__ int64_t query_row(int row) const {
+    return item().batch * p_.n + item().first_row + row;
+  }
   template <bool kPairs>
   __device__ __forceinline__ void load_queries() {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int half = i / 2, r = i % 2, at = row(i);
-      const int64_t global = item().batch * p_.n + item().first_row + at;
-      const T* query = static_cast<const T*>(p_.query) + global * p_.d;
-      load_row<kPairs>(a_[half], r, exists(at) ? query : nullptr, int(p_.d));
-      const float inv_q = p_.cosine ? normalize_row<T>(a_[half], r) : 1;
+      const T* query = static_cast<const T*>(p_.query) + query_row(row(i)) * p_.d;
+      load_row<kPairs>(a_[i / 2], i % 2, exists(row(i)) ? query : nullptr, int(p_.d));
+    }
+  }
+  // Scales the rows and keeps their factors.
+  __device__ __forceinline__ void normalize_queries() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float inv_q = p_.cosine ? normalize_row<T>(a_[i / 2], i % 2) : 1;
       if (lane() % 4 == 0) {
-        shared_.inv_q[at] = inv_q;
-        if (exists(at) && item().split == 0) p_.inv_q[global] = inv_q;
+        shared_.inv_q[row(i)] = inv_q;
+        if (exists(row(i)) && item().split == 0) p_.inv_q[query_row(row(i))] = inv_q;
       }
     }
     __syncwarp();
@@ -468,14 +479,15 @@ class Sweep {
     }
   }
 
-  // What a warp carries through a sweep would not fit into registers beside make_room().
+  // At D = 128, what a warp carries through a sweep would not fit into registers beside
+  // make_room(): the compiler would keep it in local memory all the time.
   __device__ __forceinline__ void park() {
     const uint32_t kept[4] = {slot_, header_, uint32_t(left_),
                               uint32_t(stage_.index * 2 + stage_.parity)};
     copy16(shared_.parked[warp_][lane()], kept);
   }
   __device__ __forceinline__ void unpark() {
-    asm volatile("" ::: "memory");
+    asm volatile("" ::: "memory");  // or the compiler would know what was stored
     uint32_t kept[4];
     copy16(kept, shared_.parked[warp_][lane()]);
     slot_ = kept[0];
