@@ -101,7 +101,9 @@ def test_introspect_knows_every_kernel() -> None:
     for architecture in built.cuda_architectures():
         if architecture.startswith("sm_"):
             of_it = [name for name in kernels if name.startswith(f"{architecture} ")]
-            assert {re.split(r"[ <]", name)[1] for name in of_it} == names
+            is_hopper = architecture == "sm_90a"
+            expected = {name for name in names if is_hopper or not name.startswith("hopper_")}
+            assert {re.split(r"[ <]", name)[1] for name in of_it} == expected
     for numbers in kernels.values():
         assert 16 <= numbers["registers"] <= 255
         assert 0 < numbers["occupancy_percent"] <= 100
