@@ -128,7 +128,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cuda_code.Launch:
             {"if (rare)": lambda n: 0.25},
             {"void store() { @ if (rare)": lambda n: 0.5},
             {"void copy() { @ copy(": lambda n: 1000},
-            busiest=lambda n: in_waves(n.blocks),
+            busiest=lambda n: in_waves(300, n.blocks),
         ),
     )
     return cuda_code.Launch("a_kernel", "convnn::cuda::a_kernel<64>", 200, 64, {"count": 8})
@@ -141,7 +141,8 @@ def test_a_launch_is_counted(tiny: cuda_code.Launch) -> None:
     assert counted.cost.issued == 2 + 8 * 3.25
     assert counted.cost.moved == 8 * 1000 + 2 * 0.5 * 256
     assert counted.cost.shared == 8 * 1000
-    assert counted.busiest == 2 * 132 / 200
+    # Three of 300 pieces, instead of two of 200 blocks.
+    assert counted.busiest == 1
 
 
 def test_lines(tiny: cuda_code.Launch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +175,14 @@ def test_numbers_of_earlier_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         {"a": 0},
         {"a": 0, "b": 1},
     ]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "blocks", "busiest"),
+    [(264, 132, 1), (265, 132, 3 * 132 / 265), (4, 4, 1), (1056, 660, 1), (928, 660, 1056 / 928)],
+)
+def test_waves(pieces: int, blocks: int, busiest: float) -> None:
+    assert in_waves(pieces, blocks) == pytest.approx(busiest)
 
 
 # Hits

@@ -28,7 +28,7 @@ class Expected:
     shares: of the lanes of a warp, those that access memory there; or of global memory, L2.
     copied: bytes of an asynchronous copy.
     generic_is_shared: whether pointers to either memory are to shared memory.
-    busiest: what the multiprocessor that has most to do has of it, over the mean.
+    busiest: what the multiprocessor that has most to do has, over that of equal blocks.
     """
 
     loops: Table = field(default_factory=dict)
@@ -39,9 +39,14 @@ class Expected:
     busiest: Callable[[Numbers], float] = lambda n: 1.0
 
 
-def in_waves(pieces: float) -> float:
-    """What the multiprocessor has that has most of so many equal pieces, over the mean."""
-    return cdiv(pieces, MULTIPROCESSORS) * MULTIPROCESSORS / pieces
+def in_waves(pieces: int, blocks: int) -> float:
+    """What the multiprocessor that has most has of so many equal pieces, over what it has of as
+    many blocks, each of which takes one after the other."""
+
+    def most(count: int) -> float:
+        return cdiv(count, MULTIPROCESSORS) / count
+
+    return most(pieces) / most(blocks)
 
 
 # Of the sweep and the finish
@@ -136,7 +141,7 @@ _SWEEP = Expected(
         "CONVNN_PTX( @ load_box(": lambda n: 128 * 128,
         "CONVNN_PTX( @ bulk_copy(": lambda n: 128 * 4,
     },
-    busiest=lambda n: cdiv(n.items, n.blocks) * n.blocks / n.items,
+    busiest=lambda n: in_waves(n.items, n.blocks),
 )
 
 
@@ -207,7 +212,7 @@ _FINISH = Expected(
         "weight[at] =": lambda n: 0,  # read by all blocks
         " @ load_columns<kFast>(w_.bias": lambda n: n.bias,
     },
-    busiest=lambda n: in_waves(4 * n.row_blocks),
+    busiest=lambda n: in_waves(4 * n.row_blocks, n.blocks),
 )
 
 _KEYS = Expected(
