@@ -69,6 +69,7 @@ struct SweepParams {
 
 // What a block works on at a time.
 struct SweepItem {
+  int number;
   int block, split;  // of the launch
   int64_t batch, first_row;
   int first_tile, tiles;
@@ -78,7 +79,7 @@ __device__ inline SweepItem sweep_item(const SweepParams& p, int item) {
   const int64_t blocks_each = (p.n + kSweepRows - 1) / kSweepRows, b = p.first_block + block;
   const int first = int(int64_t(p.tiles) * split / p.splits);
   const int end = int(int64_t(p.tiles) * (split + 1) / p.splits);
-  return {block, split, b / blocks_each, b % blocks_each * kSweepRows, first, end - first};
+  return {item, block, split, b / blocks_each, b % blocks_each * kSweepRows, first, end - first};
 }
 
 template <int kD>
@@ -97,11 +98,15 @@ struct SweepShared {
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row.
   alignas(16) float negative[kSweepWarps][kWarp][4];
-  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];
+  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];  // see park()
   float inv_q[kSweepRows];
-  SweepItem items[kSweepWarps];  // of each warp
+  // Of each warp: its item, and its first row in the block. Here, not in registers.
+  SweepItem items[kSweepWarps];
+  int rows[kSweepWarps];
   uint64_t full[kStages], empty[kStages];
 };
+
+static_assert(sizeof(SweepShared<64>) <= 227 << 10 && sizeof(SweepShared<128>) <= 227 << 10);
 
 // A position in the ring of stages.
 template <int kD>
@@ -140,17 +145,16 @@ class Sweep {
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (int i = blockIdx.x; i < p_.blocks * p_.splits; i += gridDim.x) {
-      begin(i);
+    for (begin(blockIdx.x); item().number < p_.blocks * p_.splits;
+         begin(item().number + int(gridDim.x))) {
       if (p_.pairs) {
         load_queries<true>();
       } else {
         load_queries<false>();
       }
+      normalize_queries();
       sample_tiles();
-      sweep_tiles<kTileColumns>(
-          1, [&](float (&acc)[kTileColumns / 2], int, int half) { look(acc, half); });
-      drain(true);
+      find_hits();
       store_counts();
     }
   }
@@ -158,7 +162,7 @@ class Sweep {
  private:
   // Row of the block. Below, i = 2 * half + r stands for one of the four rows of a lane.
   __device__ __forceinline__ int row(int i) const {
-    return warp_ / 4 * 128 + i / 2 * 64 + warp_ % 4 * 16 + lane() / 4 + i % 2 * 8;
+    return shared_.rows[warp_] + i / 2 * 64 + lane() / 4 + i % 2 * 8;
   }
   __device__ __forceinline__ const SweepItem& item() const { return shared_.items[warp_]; }
   __device__ __forceinline__ bool exists(int row) const { return item().first_row + row < p_.n; }
@@ -177,25 +181,37 @@ class Sweep {
   }
 
   __device__ __forceinline__ void begin(int number) {
+    // Every lane has its number before the item changes.
     __syncwarp();
-    if (lane() == 0) shared_.items[warp_] = sweep_item(p_, number);
+    if (lane() == 0) {
+      shared_.items[warp_] = sweep_item(p_, number);
+      shared_.rows[warp_] = warp_ / 4 * 128 + warp_ % 4 * 16;
+    }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) ends()[i] = list_begin(i);
   }
 
+  // Row of all queries.
+  __device__ __forceinline__ int64_t query_row(int row) const {
+    return item().batch * p_.n + item().first_row + row;
+  }
   template <bool kPairs>
   __device__ __forceinline__ void load_queries() {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int half = i / 2, r = i % 2, at = row(i);
-      const int64_t global = item().batch * p_.n + item().first_row + at;
-      const T* query = static_cast<const T*>(p_.query) + global * p_.d;
-      load_row<kPairs>(a_[half], r, exists(at) ? query : nullptr, int(p_.d));
-      const float inv_q = p_.cosine ? normalize_row<T>(a_[half], r) : 1;
+      const T* query = static_cast<const T*>(p_.query) + query_row(row(i)) * p_.d;
+      load_row<kPairs>(a_[i / 2], i % 2, exists(row(i)) ? query : nullptr, int(p_.d));
+    }
+  }
+  // Scales the rows and keeps their factors.
+  __device__ __forceinline__ void normalize_queries() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float inv_q = p_.cosine ? normalize_row<T>(a_[i / 2], i % 2) : 1;
       if (lane() % 4 == 0) {
-        shared_.inv_q[at] = inv_q;
-        if (exists(at) && item().split == 0) p_.inv_q[global] = inv_q;
+        shared_.inv_q[row(i)] = inv_q;
+        if (exists(row(i)) && item().split == 0) p_.inv_q[query_row(row(i))] = inv_q;
       }
     }
     __syncwarp();
@@ -217,14 +233,14 @@ class Sweep {
     wgmma_commit();
   }
 
-  // Calls body(acc, part, half) for parts of kColumns columns of every step-th tile. No
-  // accumulator is alive where the loop closes: the compiler would serialize the products.
+  // Calls body(acc, part, half) for parts of kColumns columns of every step-th tile, until `end`
+  // tiles are left. No accumulator is alive where the loop closes: the compiler would serialize the
+  // products.
   template <int kColumns, class Body>
-  __device__ __forceinline__ void sweep_tiles(int step, const Body& body) {
+  __device__ __forceinline__ void sweep_tiles(int step, int end, const Body& body) {
     int part = 0;
-    left_ = item().tiles;
 #pragma unroll 1
-    while (left_ > 0) {
+    while (left_ > end) {
       float acc_0[kColumns / 2], acc_1[kColumns / 2];
       if (part == 0) barrier_wait(&shared_.full[stage_.index], stage_.parity);
       multiply<kColumns>(acc_0, a_[0], part);
@@ -258,7 +274,8 @@ class Sweep {
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
     constexpr int kColumns = 64;
-    sweep_tiles<kColumns>(p_.step, [&](float (&acc)[kColumns / 2], int part, int half) {
+    left_ = item().tiles;
+    sweep_tiles<kColumns>(p_.step, 0, [&](float (&acc)[kColumns / 2], int part, int half) {
 #pragma unroll
       for (int n = 0; n < kColumns / 8; n += 2) {
         const float4 f = factors(part * (kColumns / 8) + n);
@@ -324,6 +341,28 @@ class Sweep {
       // +0 rather than -0, so that a product of -0 reaches a threshold of 0.
       negative()[i] = 0 - (exists(row(i)) ? bound : kInfinity<float>);
     }
+  }
+
+  // The main sweep. At D = 64 slots are moved after every `period` tiles even if none is needed
+  // yet: by the four warps of a warpgroup together, because each of their products waits for all of
+  // them, and by the two warpgroups in turn. At D = 128 the products leave time for it.
+  __device__ __forceinline__ void find_hits() {
+    constexpr bool kTogether = kD == 64;
+    left_ = item().tiles;
+    int period = 1, end = 0;
+    if constexpr (kTogether) {
+      // About one hit for each k * step columns is expected, so that half of the slots are filled.
+      while (2 * period * p_.k * p_.step <= (Shared::kSlots - kReserve) / 2 * left_) period *= 2;
+      end = left_ - (warp_ < 4 ? period : (period + 1) / 2);
+    }
+#pragma unroll 1
+    do {
+      sweep_tiles<kTileColumns>(
+          1, end > 0 ? end : 0,
+          [&](float (&acc)[kTileColumns / 2], int, int half) { look(acc, half); });
+      drain(!kTogether || left_ == 0);
+      end -= period;
+    } while (kTogether && left_ > 0);
   }
 
   // Puts the accumulators of hits into slots.
@@ -402,7 +441,7 @@ class Sweep {
   // Moves the last `count` slots of this lane to its lists.
   __device__ __forceinline__ void move_slots(int count, uint32_t (&end)[4],
                                              const float (&negative)[4]) {
-    const uint32_t t = uint32_t(lane()) % 4, last = slot_ - uint32_t(count * kSlotBytes);
+    const uint32_t t = lane_again() % 4, last = slot_ - uint32_t(count * kSlotBytes);
     // Eight columns, counted from the end of the split.
     const int64_t end_column = int64_t(item().first_tile + item().tiles) * kTileColumns;
     const uint32_t column_0 = uint32_t(end_column) + 2 * t - 16 * 8;
@@ -440,14 +479,15 @@ class Sweep {
     }
   }
 
-  // What a warp carries through a sweep would not fit into registers beside make_room().
+  // At D = 128, what a warp carries through a sweep would not fit into registers beside
+  // make_room(): the compiler would keep it in local memory all the time.
   __device__ __forceinline__ void park() {
     const uint32_t kept[4] = {slot_, header_, uint32_t(left_),
                               uint32_t(stage_.index * 2 + stage_.parity)};
     copy16(shared_.parked[warp_][lane()], kept);
   }
   __device__ __forceinline__ void unpark() {
-    asm volatile("" ::: "memory");
+    asm volatile("" ::: "memory");  // or the compiler would know what was stored
     uint32_t kept[4];
     copy16(kept, shared_.parked[warp_][lane()]);
     slot_ = kept[0];
