@@ -74,7 +74,7 @@ Keys<T> prepare_keys(const SelectParams& p, Context& context) {
     w.rows = gather(rows, sort_positions(rows, p.r, p.m, context), p.r, context);
   }
   w.key_mask = p.key_mask;
-  w.m = p.m, w.columns = int(columns_of(p)), w.tiles = int(tiles), w.d = int(p.d);
+  w.m = int(p.m), w.columns = int(columns_of(p)), w.tiles = int(tiles), w.d = int(p.d);
   w.cosine = p.metric == Metric::cosine;
   w.vectors = p.d % 8 == 0 && aligned16(w.key);
   const bool scaled = w.cosine && std::is_same_v<T, BFloat16>;
@@ -173,7 +173,7 @@ const char* hopper_refuses(const SelectParams& p, const AggregateParams*) {
   if (p.k > kMostNeighbors) return "k is more than 64";
   if (p.self_indices) return "self_indices are given";
   if (columns_of(p) == 0) return "there are no keys";
-  if (columns_of(p) > kMostRows - kTileColumns) return "there are 2^31 keys or more";
+  if (std::max(p.m, columns_of(p)) > kMostRows - kTileColumns) return "there are 2^31 keys or more";
   if (p.batch * ceil_div(p.n, kSweepRows) * kSweepRows > kMostRows) {
     return "there are 2^31 queries or more";
   }
