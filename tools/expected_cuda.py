@@ -216,14 +216,14 @@ _FINISH = Expected(
 )
 
 _KEYS = Expected(
-    {"for (int i = int(threadIdx.x) / 8": lambda n: 8},
+    {"for (int i = 0; i < kTileColumns; i += kStep)": lambda n: 8},
     {
-        "if (w.copy || w.cosine)": lambda n: float(n.copies or n.cosine),
+        "if (copy || w.cosine)": lambda n: float(n.copies or n.cosine),
         "if (w.cosine)": lambda n: n.cosine,
-        "if (w.copy)": lambda n: n.copies,
+        "if (copy)": lambda n: n.copies,
         "if (vectors)": lambda n: n.vectors,
     },
-    {"w.inverse": lambda n: 1 / 8},
+    {"inverse": lambda n: 1 / 8},
 )
 
 # Of the gradients. A group of eight lanes has 64 columns of 16 bits at a time.
