@@ -20,7 +20,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 python := $(VENV)/bin/python
-cpp_files = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+cpp_files = $(shell find csrc examples tests tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 build_files := setup.py CMakeLists.txt convnn_kernels/version.py $(shell find csrc -type f)
 
 .NOTPARALLEL:

@@ -364,8 +364,9 @@ def warmup(*args: Any, **options: Any) -> None:
 
     Triton compiles a kernel the first time it is launched with a new combination of dtypes,
     options, tile sizes and divisibility of channel counts by 16. That takes seconds and cannot
-    happen while a CUDA graph is captured. ``warmup`` runs the call once, and its backward if a
-    tensor requires a gradient. It changes neither tensors nor gradients.
+    happen while a CUDA graph is captured. Nor can the check of kernels before their first use.
+    ``warmup`` runs the call once, and its backward if a tensor requires a gradient. It changes
+    neither tensors nor gradients.
 
     Args:
         *args: as for ``convnn``.

@@ -70,6 +70,12 @@ def test_a_forced_backend_is_asked_for_in_python(results: dict[str, Any]) -> Non
     )
 
 
+def test_a_program_without_python_gets_what_the_library_has(results: dict[str, Any]) -> None:
+    assert results["without Python"] == [["hopper", 0], ["portable", 0]]
+    assert results["interpreter"] == ["hopper", 1]
+    assert results["with Python"] == ["hopper", 0]
+
+
 def test_checked_indices_are_read_in_python(results: dict[str, Any]) -> None:
     assert results["checked"] == ["hopper", 1]
     assert results["no indices"] == ["hopper", 0]

@@ -100,6 +100,21 @@ def choices() -> None:
     results["warm"] = [ran(lambda: forward(*captured, 9)) for _ in range(2)]
 
 
+def without_python() -> None:
+    """As in a program that loaded only the libraries."""
+    hopper._library().convnn_cuda_set_routing(0)
+    results["without Python"] = [
+        ran(lambda: forward(*tokens(), 9)),
+        ran(lambda: forward(*tokens(torch.float32), 9)),
+    ]
+    os.environ["TRITON_INTERPRET"] = "1"
+    hopper.route(is_forced=False)
+    results["interpreter"] = ran(lambda: forward(*tokens(), 9))
+    del os.environ["TRITON_INTERPRET"]
+    hopper.route(is_forced=False)
+    results["with Python"] = ran(lambda: forward(*tokens(), 9))
+
+
 def python_functions() -> None:
     """Of a call that the Hopper kernels run, in inference mode and not."""
     Q, K, V = tokens()
@@ -184,6 +199,7 @@ def main() -> None:
     way_in.install()
     watch_python()
     choices()
+    without_python()
     python_functions()
     gradients()
     errors()

@@ -21,6 +21,7 @@ from torch import Tensor
 from convnn_kernels import known_searches, native
 from convnn_kernels.known_searches import Case, Result
 from convnn_kernels.triton import backend as triton
+from convnn_kernels.triton.hardware import interpreted
 
 # In the order of `Operator` in csrc/cuda/choice.h.
 OPERATORS = ("convnn::forward", "convnn::select")
@@ -88,9 +89,13 @@ def is_in_front() -> bool:
 
 
 def route(is_forced: bool) -> None:
-    """Tells C++ whether a backend is forced, so that every call is handed over."""
+    """Tells C++ whether a backend is forced, so that every call is handed over.
+
+    So it is where Triton's interpreter was asked for.
+    """
     if is_in_front():
-        _library().convnn_cuda_set_routing(_TO_PYTHON if is_forced else _CHOOSE)
+        to_python = is_forced or interpreted()
+        _library().convnn_cuda_set_routing(_TO_PYTHON if to_python else _CHOOSE)
 
 
 def choice(name: str, device: torch.device, arguments: Any, forced: str | None) -> Choice:

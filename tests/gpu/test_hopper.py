@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""The kernels for Hopper and the way in to them, on a device of compute capability 9.0."""
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+import convnn_kernels
+from convnn_kernels.backends import hopper, selection
+
+ops = torch.ops.convnn
+pytestmark = pytest.mark.cuda_only
+
+
+@pytest.fixture(autouse=True)
+def _needs_kernels(device: torch.device) -> None:
+    if reason := hopper.unavailable():
+        pytest.skip(reason)
+    if not hopper.can_run("convnn::forward", device):
+        pytest.skip("the device is not of compute capability 9.0")
+    if selection._forced is not None:
+        pytest.skip("a backend is forced")
+
+
+@pytest.mark.parametrize("number", range(hopper.KINDS), ids=lambda n: str(hopper.kind_of(n)))
+def test_they_pass_their_check(number: int, device: torch.device) -> None:
+    assert hopper.faults(device, hopper.kind_of(number)) == []
+
+
+def tokens(device: torch.device, dtype: torch.dtype, B: int, M: int, D: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, M, D), (B, M, D), (B, M, D), (D, 1, 9), (D,))
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "M", "D"), [(4, 4096, 64), (2, 9000, 128), (3, 7001, 33)])
+def test_the_way_in(
+    B: int,
+    M: int,
+    D: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By itself, the call goes to these kernels; results are those of the portable ones."""
+    Q, K, V, W, b = tokens(device, dtype, B, M, D)
+    # As if it were the first call.
+    monkeypatch.setattr(selection, "_chosen", {})
+    monkeypatch.setattr(selection, "_checked", {})
+    with caplog.at_level(logging.INFO, "convnn_kernels"), convnn_kernels.backend("cuda"):
+        ops.forward(Q, K, V, 9, W, b)
+    assert "runs on cuda (Hopper: cosine" in caplog.text
+    came = []
+    run = selection._run
+    monkeypatch.setattr(selection, "_run", lambda *call: came.append(call) or run(*call))
+    Y, s, I = ops.forward(Q, K, V, 9, W, b)
+    assert not came
+    exact = ops.forward(*(X.float() for X in (Q, K, V)), 9, W.float(), b.float())
+    torch.testing.assert_close(s, exact[1], atol=2e-5, rtol=0.0)
+    torch.testing.assert_close(Y.float(), exact[0], atol=0.05, rtol=0.02)
+    assert (exact[2] == I).float().mean() > 0.99
+
+
+def test_captured_in_a_graph(device: torch.device) -> None:
+    tensors = tokens(device, torch.bfloat16, 4, 4096, 64)
+    convnn_kernels.warmup(*tensors[:3], 9, tensors[3], tensors[4])
+    expected = ops.forward(*tensors[:3], 9, *tensors[3:])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.forward(*tensors[:3], 9, *tensors[3:])
+    for X in results:
+        X.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, results, expected))
