@@ -190,12 +190,13 @@ def test_waves(pieces: int, blocks: int, busiest: float) -> None:
 
 def rules(**changed: int) -> cuda_hits.Rules:
     of: dict[str, int] = {"columns": 1000, "k": 9, "step": 3, "groups": 32, "halvings": 9}
-    of |= {"slots": 28, "moved": 12, "list": 24}
+    of |= {"slots": 28, "moved": 12, "list": 24, "period": 0}
     return cuda_hits.Rules(**of | changed)
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"step": 8}, {"list": 12}, {"k": 16, "step": 4}, {"k": 32, "groups": 64}]
+    "changed",
+    [{}, {"period": 2}, {"step": 8}, {"list": 12}, {"k": 16, "step": 4}, {"k": 32, "groups": 64}],
 )
 def test_the_nearest_are_among_the_hits(changed: dict[str, int]) -> None:
     of = rules(**changed)
@@ -208,15 +209,16 @@ def test_the_nearest_are_among_the_hits(changed: dict[str, int]) -> None:
             assert max(map(len, lists)) <= of.list
     found = cuda_hits.simulate(of, 16)
     assert found.stored >= of.k
-    assert (found.raises > 0) == (changed == {"list": 12} or "step" in changed or "k" in changed)
+    assert (found.raises > 0) == bool({"list", "step", "k"} & changed.keys())
+    assert found.planned == (4 if "period" in changed else 1)
 
 
 def test_moves() -> None:
     """What is moved is what hit: two rows and two columns of a lane together."""
     of = rules(list=1000)
     found = cuda_hits.simulate(of, 16)
-    assert found.raises == found.crowded == found.last_crowded == 0
-    assert found.passes == found.last_passes == 1
+    assert found.raises == found.crowded == found.planned_crowded == 0
+    assert found.passes == found.planned_passes == found.planned == 1
     assert found.moves <= of.moved
     for warp in cuda_hits._simulated(of, 16):
         first = cuda_hits.threshold(warp.S.reshape(32, -1), of)

@@ -64,7 +64,18 @@ def _rules(n: Numbers) -> cuda_hits.Rules:
         slots=sweep.slots,
         moved=cuda_code.constant("hopper_sweep.cuh", "kMoved"),
         list=sweep.list,
+        period=_period(sweep),
     )
+
+
+def _period(n: Numbers) -> int:
+    """Tiles between planned drains, as find_hits() chooses them."""
+    if n.d > 64:
+        return 0
+    period = 1
+    while 2 * period * n.k * n.step <= (n.slots - 8) // 2 * int(_tiles(n)):
+        period *= 2
+    return period
 
 
 def _hits(n: Numbers) -> cuda_hits.Hits:
@@ -87,7 +98,8 @@ def _share_of_drains(n: Numbers) -> float:
 def _share_that_hits(n: Numbers) -> float:
     """Of the stores to lists, four of each slot and lane, those that are one."""
     hits = _hits(n)
-    turns = hits.drains * hits.passes * hits.moves + hits.last_passes * hits.last_moves
+    turns = hits.drains * hits.passes * hits.moves
+    turns += hits.planned * hits.planned_passes * hits.planned_moves
     # A store of 8 bytes takes a sector of 32.
     return 4 * hits.stored / (4 * turns)
 
@@ -95,12 +107,17 @@ def _share_that_hits(n: Numbers) -> float:
 _SWEEP = Expected(
     {
         "for (int i = blockIdx.x": lambda n: n.items / n.blocks,
-        "while (left_ > 0) @ sweep_tiles<kColumns>": lambda n: 2 * _sampled(n),
-        "while (left_ > 0) @ sweep_tiles<kTileColumns>": _tiles,
+        "for (begin(blockIdx.x)": lambda n: n.items / n.blocks,
+        "while (left_ > end) @ sweep_tiles<kColumns>": lambda n: 2 * _sampled(n),
+        "while (left_ > end) @ sweep_tiles<kTileColumns>": lambda n: _tiles(n) / _hits(n).planned,
+        "} while (kTogether && left_ > 0)": lambda n: _hits(n).planned,
+        "while (2 * period * p_.k": lambda n: math.log2(max(1, _period(n))),
         "for (int step = 0; step < kBisections": lambda n: _rules(n).halvings,
-        "} while (__any_sync(kAllLanes, move > 0)) @ drain(true)": lambda n: _hits(n).last_passes,
+        "} while (__any_sync(kAllLanes, move > 0)) @ drain(!kTogether": lambda n: (
+            _hits(n).planned_passes
+        ),
         "} while (__any_sync(kAllLanes, move > 0))": lambda n: _hits(n).passes,
-        "while (slot_ != last) @ drain(true)": lambda n: _hits(n).last_moves,
+        "while (slot_ != last) @ drain(!kTogether": lambda n: _hits(n).planned_moves,
         "while (slot_ != last)": lambda n: _hits(n).moves,
         # What makes room
         "for (int i = 0; i < 4; ++i)": lambda n: 4,
@@ -126,7 +143,7 @@ _SWEEP = Expected(
         "if (++part == @ sweep_tiles<kColumns>": lambda n: 0.5,
         "if (__any_sync(kAllLanes, slot_ >": _share_of_drains,
         "if (mask_)": lambda n: _hits(n).headers,
-        "if (!crowded) break @ drain(true)": lambda n: _hits(n).last_crowded,
+        "if (!crowded) break @ drain(!kTogether": lambda n: _hits(n).planned_crowded,
         "if (!crowded) break": lambda n: _hits(n).crowded,
         "if (!__any_sync(kAllLanes, cut)) continue": lambda n: _hits(n).quarters / 4,
         "if (!(inverse > 0))": lambda n: 0,
