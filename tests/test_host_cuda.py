@@ -600,30 +600,49 @@ def test_infinite_values_stay_infinite(dtype: torch.dtype, C: int, device: HostC
 
 # Keys that many queries chose: their pairs are summed in chunks.
 
-CHUNK = int(re.search(r"kFewestOfChunk = (\d+);", (SOURCES / "inverse_list.h").read_text())[1])  # type: ignore[index]
-# How many queries chose key 0, key 1, and key 2 with key 1 in the next slot. This sets where the
-# pairs of key 1 begin and how many there are in each slot.
+
+def constant(file: str, name: str) -> int:
+    found = re.search(rf"{name} = (\d+);", (SOURCES / file).read_text())
+    assert found is not None
+    return int(found[1])
+
+
+DENSE_CHUNK = constant("inverse_list.h", "kFewestOfChunk")
+CHUNK = constant("key_side.cuh", "kPairsOfChunk")
+
+
+def hubs(chunk: int) -> list[tuple[int, int, int]]:
+    """How many queries chose key 0, key 1, and key 2 with key 1 in the next slot.
+
+    This sets where the pairs of key 1 begin and how many there are in each slot.
+    """
+    return [
+        (0, chunk - 1, 0),
+        (0, chunk, 0),
+        (0, chunk + 1, 0),
+        (1, chunk, 0),
+        (1, 2 * chunk - 2, 0),
+        (1, 2 * chunk - 1, 0),
+        (5, 2 * chunk + 7, 0),
+        (chunk, 3 * chunk, 1),
+        (chunk - 1, chunk // 2, chunk // 2 + 2),
+        (0, chunk + 1, 2 * chunk),
+    ]
+
+
 HUBS = [
-    (0, CHUNK - 1, 0),
-    (0, CHUNK, 0),
-    (0, CHUNK + 1, 0),
-    (1, CHUNK, 0),
-    (1, 2 * CHUNK - 2, 0),
-    (1, 2 * CHUNK - 1, 0),
-    (5, 2 * CHUNK + 7, 0),
-    (CHUNK, 3 * CHUNK, 1),
-    (CHUNK - 1, CHUNK // 2, CHUNK // 2 + 2),
-    (0, CHUNK + 1, 2 * CHUNK),
+    *(("dense", 5, hub) for hub in hubs(DENSE_CHUNK)),
+    *(("none", 5, hub) for hub in hubs(CHUNK)),
+    *(("depthwise", 8, hub) for hub in hubs(CHUNK)),
 ]
 
 
-@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
-@pytest.mark.parametrize("hub", HUBS, ids=str)
+@pytest.mark.parametrize(("kind", "C", "hub"), HUBS, ids=str)
 def test_value_gradient_of_a_key_with_many_pairs(
-    hub: tuple[int, int, int], kind: str, device: HostCuda
+    kind: str, C: int, hub: tuple[int, int, int], device: HostCuda
 ) -> None:
     """In the second batch element, with as many queries without any neighbor."""
-    C, O, k = 5, 3, 2
+    O, k = 3, 2
     first = torch.repeat_interleave(torch.arange(3), torch.tensor(hub))
     chosen = torch.stack((first, torch.where(first == 2, 1, 3)), dim=1)
     chosen = torch.cat((chosen, torch.ones_like(chosen)))
@@ -638,13 +657,14 @@ def test_value_gradient_of_a_key_with_many_pairs(
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("hub", HUBS, ids=str)
+@pytest.mark.parametrize("D", [7, 8])
+@pytest.mark.parametrize("hub", hubs(CHUNK), ids=str)
 def test_key_gradient_of_a_key_with_many_pairs(
-    hub: tuple[int, int, int], metric: str, device: HostCuda
+    hub: tuple[int, int, int], D: int, metric: str, device: HostCuda
 ) -> None:
     """In the second batch element; in the first one all keys are masked."""
     first = torch.repeat_interleave(torch.arange(3), torch.tensor(hub))
-    query, key = 4 * normal(len(first), 7), normal(3, 7, seed=1)
+    query, key = 4 * normal(len(first), D), normal(3, D, seed=1)
     key[:, :3] = 9 * torch.eye(3)
     query[:, :3] = key[first, :3]
     query, key = query.expand(2, -1, -1), key.expand(2, -1, -1)
@@ -657,7 +677,7 @@ def test_key_gradient_of_a_key_with_many_pairs(
 @pytest.mark.parametrize("kind", ["depthwise", "dense"])
 def test_every_query_chooses_the_same_keys(kind: str, dtype: torch.dtype, device: HostCuda) -> None:
     """An image of one color. There are so many columns that chunks exceed the minimum size."""
-    N, columns, k = CHUNK + 40, CHUNK + 2, 2
+    N, columns, k = DENSE_CHUNK + 40, DENSE_CHUNK + 2, 2
     X = normal(1, columns, dtype=dtype).expand(N, columns)
     shape = {"depthwise": (columns, 1, k), "dense": (columns, columns, k)}[kind]
     weight = normal(*shape, seed=1, dtype=dtype) / columns**0.5
@@ -665,9 +685,11 @@ def test_every_query_chooses_the_same_keys(kind: str, dtype: torch.dtype, device
     assert torch.equal(I, torch.arange(k).expand(N, k))
 
 
-@pytest.mark.parametrize("kind", ["depthwise", "dense"])
-def test_the_same_bits_of_many_pairs_in_every_order_of_threads(kind: str, device: HostCuda) -> None:
-    N, C, k = 3 * CHUNK, 5, 2
+@pytest.mark.parametrize(("kind", "C"), [("depthwise", 5), ("depthwise", 8), ("dense", 5)])
+def test_the_same_bits_of_many_pairs_in_every_order_of_threads(
+    kind: str, C: int, device: HostCuda
+) -> None:
+    N, k = 3 * CHUNK, 2
     weight = normal(*((3, C, k) if kind == "dense" else (C, 1, k)))
     I = torch.randint(2, (N, k), generator=torch.Generator().manual_seed(1))
     I[: 2 * CHUNK + 9] = torch.tensor([0, 1])
@@ -717,7 +739,7 @@ def test_forward_backward_has_the_bits_of_two_steps(
     D: int, C: int, dtype: torch.dtype, kind: str, rho: str, direct: bool, device: HostCuda
 ) -> None:
     x = backward_call(dtype, rho, kind, direct, D, C)
-    # Nothing reaches the similarities: the C++ operators leave that case to their caller.
+    # Nothing may reach the similarities: the C++ operators leave that case to their caller.
     selects = direct or rho != "ones"
     needs = (selects, selects, True, True, True)
     grads = device.forward_backward(**x, needs=needs)
@@ -742,16 +764,125 @@ def test_forward_backward_has_the_bits_of_two_steps(
         assert one is None or torch.equal(one, other), name
 
 
-def test_forward_backward_computes_the_list_and_the_norms_once(programs: Path) -> None:
+def test_forward_backward_sorts_the_pairs_once(programs: Path) -> None:
     program = HostCuda(programs / "host_cuda")
-    x = backward_call(F32, "softmax", "dense", True)
-    x["key"] = x["query"] = normal(2, 12, 5)
-    x = {**x, **{name: normal(2, 12, 3) for name in ("similarities", "grad_similarities")}}
-    x |= {"grad_output": normal(2, 12, 4), "indices": torch.arange(72).view(2, 12, 3) % 12}
-    program.forward_backward(**x)
+    program.forward_backward(**backward_call(F32, "softmax", "depthwise", True))
     counts = {kernel.name: launches.count for kernel, launches in program.close().items()}
-    assert counts["chosen_rows_kernel"] == 1
-    assert counts["scale_rows_kernel"] == 1
+    assert set(counts.values()) == {1} | {counts.pop("sum_parts_kernel")}
+    # No chunk: there are fewer pairs.
+    kernels = "permute_weight units query_side count_pairs place_keys scatter_pairs key_side"
+    assert set(counts) == {f"{name}_kernel" for name in kernels.split()}
+
+
+def needed_subsets() -> list[tuple[bool, bool, bool, bool, bool]]:
+    return [tuple(bool(bits >> i & 1) for i in range(5)) for bits in range(1, 31)]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("D", "C"), [(5, 7), (8, 16)])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", ["none", "depthwise"])
+def test_a_gradient_does_not_depend_on_which_others_are_needed(
+    kind: str, metric: str, D: int, C: int, device: HostCuda
+) -> None:
+    x = backward_call(F32, "softmax", kind, True, D, C) | {"metric": metric}
+    whole = device.forward_backward(**x)
+    for needs in needed_subsets()[:: 1 if metric == "cosine" else 4]:
+        grads = device.forward_backward(**x, needs=needs)
+        for one, other, needed in zip(grads, whole, needs, strict=True):
+            if one is not None:
+                assert needed
+                assert torch.equal(one, other), needs
+            else:
+                assert not needed or other is None
+
+
+# D, C and k where tiles, stretches of channels and the place of their numbers change: rows of one
+# and of several stretches, queries by eight and by two, numbers in the workspace.
+SIZES = [
+    (72, 136, 9),
+    (136, 8, 9),
+    (33, 20, 9),
+    (16, 24, 1),
+    (16, 24, 33),
+    (8, 8, 130),
+    (5, 7, 130),
+]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("metric", "rho"), [("cosine", "softmax"), ("dot", "similarity"), ("euclidean", "softmax")]
+)
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=SHORT.get)
+def test_gradients_of_other_sizes(
+    dtype: torch.dtype, metric: str, rho: str, size: tuple[int, int, int], device: HostCuda
+) -> None:
+    """Two batch elements with 33 queries: tiles have some of both. A single block has all tiles."""
+    D, C, k = size
+    device.most_bytes = 1
+    query, key = normal(2, 33, D), normal(2, max(40, k + 3), D, seed=1)
+    if metric != "cosine":
+        query, key = query / D**0.5, key / D**0.5
+    value = normal(2, key.shape[1], C, seed=2)
+    weight, bias = normal(C, 1, k, seed=3) / k, normal(C, seed=4)
+    arguments = [X.to(dtype) for X in (query, key, value)]
+    options = [X.to(dtype) for X in (weight, bias)]
+    assert_forward(device.forward, *arguments, k, *options, metric=metric, rho=rho)
+
+
+@pytest.mark.parametrize("D", [8, 5])
+@pytest.mark.parametrize(
+    ("batch", "N", "M", "k"), [(1, 20, 8300, 3), (2, 2100, 3, 2), (3, 9, 130, 40)]
+)
+def test_pairs_of_ranges_of_keys_and_of_tiles(
+    batch: int, N: int, M: int, k: int, D: int, device: HostCuda
+) -> None:
+    """More keys than are counted at a time; more pairs than a tile has; blocks of keys."""
+    query, key = integers(batch, N, D), integers(batch, M, D, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    I = torch.randint(M, (batch, N, k), generator=generator)
+    grad, s = integers(batch, N, k, seed=3), torch.zeros(batch, N, k)
+    s[torch.rand(s.shape, generator=generator) < 0.2] = -math.inf
+    _, grad_key = device.select_backward(grad, query, key, s, I, "dot")
+    terms = torch.where(s == 0, grad, 0)[..., None] * query[:, :, None]
+    expected = torch.zeros_like(key)
+    for b in range(batch):
+        expected[b].index_add_(0, I[b].flatten(), terms[b].flatten(0, 1))
+    assert torch.equal(grad_key, expected)
+
+
+@pytest.mark.parametrize("C", [5, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_what_is_in_no_pair_does_not_matter(dtype: torch.dtype, C: int, device: HostCuda) -> None:
+    """A query without a neighbor, a key that nobody chose, and G where neighbors are missing."""
+    x = backward_call(dtype, "softmax", "depthwise", True, C, C)
+    x["indices"] = x["indices"] % 11
+    x["similarities"][0, 4] = x["similarities"][:, :, 2] = -math.inf
+    expected = device.forward_backward(**x)
+    x["query"][0, 4] = x["grad_output"][0, 4] = math.nan
+    x["key"][:, 11] = x["value"][:, 11] = math.inf
+    x["weight"][..., 2] = math.nan
+    grads = device.forward_backward(**x)
+    for grad, other in zip(grads[:4], expected[:4], strict=True):
+        assert torch.equal(grad, other)
+    assert not grads[0][0, 4].any()
+    assert not grads[1][:, 11].any()
+    assert not grads[2][:, 11].any()
+    assert not grads[3][..., 2].any()
+
+
+@pytest.mark.parametrize("D", [5, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
+def test_rows_of_norm_zero_have_gradient_zero(dtype: torch.dtype, D: int, device: HostCuda) -> None:
+    x = backward_call(dtype, "softmax", "none", True, D, 8)
+    tiny = 0.0 if dtype == torch.float16 else 1e-14
+    x["query"][1, 3], x["key"][0, 7] = tiny, -tiny
+    x["query"][0, 2], x["key"][1, 1] = 0.0, 0.0
+    grads = device.forward_backward(**x)
+    for grad, rows in ((grads[0], ((1, 3), (0, 2))), (grads[1], ((0, 7), (1, 1)))):
+        assert bool(grad.isfinite().all())
+        assert all(not grad[row].any() for row in rows)
+        assert int((grad == 0).all(-1).sum()) == 2
 
 
 # Numbers that are hard to split: with many bits, tiny next to huge, not finite.
@@ -891,12 +1022,14 @@ def test_empty(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
-@pytest.mark.parametrize("kind", ["depthwise", "dense"])
+@pytest.mark.parametrize(
+    ("kind", "D", "C"), [("depthwise", 5, 9), ("depthwise", 8, 16), ("dense", 5, 9)]
+)
 def test_the_same_bits_in_every_order_of_threads(
-    kind: str, dtype: torch.dtype, device: HostCuda
+    kind: str, D: int, C: int, dtype: torch.dtype, device: HostCuda
 ) -> None:
     """Forward and backward. One case has hubs, ties, several blocks and groups."""
-    N, M, D, C, O, k = 70, 262, 5, 9, 11, 3
+    N, M, O, k = 70, 262, 11, 3
     query, key, value = (normal(1, n, D if i < 2 else C, seed=i) for i, n in enumerate((N, M, M)))
     key[:, 100:150] = key[:, :50]
     query[0, :40] = query[0, :1]
@@ -941,17 +1074,18 @@ def test_every_kernel_of_every_type_runs(programs: Path) -> None:
 
     device = HostCuda(program)
     for dtype in DTYPES:
-        X = [normal(n, 3, seed=n, dtype=dtype).requires_grad_() for n in (CHUNK, 600, 600)]
-        weights = (normal(2, 3, 2, dtype=dtype), normal(3, 1, 2, dtype=dtype))
-        for weight in (weight.requires_grad_() for weight in weights):
+        for columns, shape in ((3, (2, 3, 2)), (3, (3, 1, 2)), (8, (8, 1, 2))):
+            X = [normal(n, columns, seed=n, dtype=dtype) for n in (CHUNK, 600, 600)]
+            X = [x.requires_grad_() for x in X]
+            weight = normal(*shape, dtype=dtype).requires_grad_()
             bias = normal(weight.shape[0], dtype=dtype).requires_grad_()
             Y, s, _ = device.forward(*X, 2, weight, bias, torch.arange(600))
             (Y.sum() + s.sum()).backward()
         device.select(*X[:2], 257)
     launched = device.close()
     assert {instances[kernel.address] for kernel in launched} == set(instances.values())
+    by_size = "top_groups_kernel", "query_side_kernel", "count_pairs_kernel", "scatter_pairs_kernel"
     for kernel, launches in launched.items():
         expected = resources.dynamic_shared(instances[kernel.address])
-        # A list of 2 is shorter than the longest.
-        shorter = kernel.name == "top_groups_kernel" and launches.shared_bytes < expected
-        assert launches.shared_bytes == expected or shorter, instances[kernel.address]
+        less = kernel.name in by_size and launches.shared_bytes < expected
+        assert launches.shared_bytes == expected or less, instances[kernel.address]

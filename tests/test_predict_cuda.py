@@ -128,7 +128,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cuda_code.Launch:
             {"if (rare)": lambda n: 0.25},
             {"void store() { @ if (rare)": lambda n: 0.5},
             {"void copy() { @ copy(": lambda n: 1000},
-            busiest=lambda n: in_waves(n.blocks),
+            busiest=lambda n: in_waves(300, n.blocks),
         ),
     )
     return cuda_code.Launch("a_kernel", "convnn::cuda::a_kernel<64>", 200, 64, {"count": 8})
@@ -141,7 +141,8 @@ def test_a_launch_is_counted(tiny: cuda_code.Launch) -> None:
     assert counted.cost.issued == 2 + 8 * 3.25
     assert counted.cost.moved == 8 * 1000 + 2 * 0.5 * 256
     assert counted.cost.shared == 8 * 1000
-    assert counted.busiest == 2 * 132 / 200
+    # Three of 300 pieces, instead of two of 200 blocks.
+    assert counted.busiest == 1
 
 
 def test_lines(tiny: cuda_code.Launch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,17 +177,26 @@ def test_numbers_of_earlier_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("pieces", "blocks", "busiest"),
+    [(264, 132, 1), (265, 132, 3 * 132 / 265), (4, 4, 1), (1056, 660, 1), (928, 660, 1056 / 928)],
+)
+def test_waves(pieces: int, blocks: int, busiest: float) -> None:
+    assert in_waves(pieces, blocks) == pytest.approx(busiest)
+
+
 # Hits
 
 
 def rules(**changed: int) -> cuda_hits.Rules:
     of: dict[str, int] = {"columns": 1000, "k": 9, "step": 3, "groups": 32, "halvings": 9}
-    of |= {"slots": 28, "moved": 12, "list": 24}
+    of |= {"slots": 28, "moved": 12, "list": 24, "period": 0}
     return cuda_hits.Rules(**of | changed)
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"step": 8}, {"list": 12}, {"k": 16, "step": 4}, {"k": 32, "groups": 64}]
+    "changed",
+    [{}, {"period": 2}, {"step": 8}, {"list": 12}, {"k": 16, "step": 4}, {"k": 32, "groups": 64}],
 )
 def test_the_nearest_are_among_the_hits(changed: dict[str, int]) -> None:
     of = rules(**changed)
@@ -199,15 +209,16 @@ def test_the_nearest_are_among_the_hits(changed: dict[str, int]) -> None:
             assert max(map(len, lists)) <= of.list
     found = cuda_hits.simulate(of, 16)
     assert found.stored >= of.k
-    assert (found.raises > 0) == (changed == {"list": 12} or "step" in changed or "k" in changed)
+    assert (found.raises > 0) == bool({"list", "step", "k"} & changed.keys())
+    assert found.planned == (4 if "period" in changed else 1)
 
 
 def test_moves() -> None:
     """What is moved is what hit: two rows and two columns of a lane together."""
     of = rules(list=1000)
     found = cuda_hits.simulate(of, 16)
-    assert found.raises == found.crowded == found.last_crowded == 0
-    assert found.passes == found.last_passes == 1
+    assert found.raises == found.crowded == found.planned_crowded == 0
+    assert found.passes == found.planned_passes == found.planned == 1
     assert found.moves <= of.moved
     for warp in cuda_hits._simulated(of, 16):
         first = cuda_hits.threshold(warp.S.reshape(32, -1), of)

@@ -40,7 +40,7 @@ def sweep_figures(d: int) -> dict[str, float]:
             expected = EXPECTED[launch.kernel]
             base = issued(program, expected, n)
             items = n.items / n.blocks
-            loop = "while (left_ > 0) @ sweep_tiles"
+            loop = "while (left_ > end) @ sweep_tiles"
             return {
                 "main": (issued(program, expected, n, f"{loop}<kTileColumns>") - base)
                 / (MAIN * items),

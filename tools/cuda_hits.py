@@ -27,6 +27,7 @@ class Rules:
     slots: of a lane, each for four accumulators, of two rows and two columns. When less than eight
         of a lane are left, the last `moved` of each lane go to its lists.
     list: room in a list. Of a row of which it may not suffice, the k nearest stay.
+    period: tiles after which slots are emptied anyway; 0: all are at the end.
     """
 
     columns: int
@@ -37,21 +38,23 @@ class Rules:
     slots: int
     moved: int
     list: int
+    period: int
 
 
 @dataclass
 class Hits:
-    """Means over warps of 32 rows; `last` is the drain at the end, which moves all."""
+    """Means over warps of 32 rows; `planned` drains are those after a period or at the end."""
 
     stored: float = 0.0  # of a row, those that are put into a list
-    drains: float = 0.0  # but for the last
+    drains: float = 0.0  # that are not planned
     # Of one drain; more than one if a list may not suffice, and how probable that is in a pass.
     passes: float = 0.0
     crowded: float = 0.0
     moves: float = 0.0  # of one pass: slots that the lane moves that moves most
-    last_passes: float = 0.0
-    last_crowded: float = 0.0
-    last_moves: float = 0.0
+    planned: float = 0.0
+    planned_passes: float = 0.0
+    planned_crowded: float = 0.0
+    planned_moves: float = 0.0
     headers: float = 0.0  # of a tile and half a warp: how probable it is that a lane has a hit
     lanes: float = 0.0  # of four accumulators: how probable it is that one is a hit
     raises: float = 0.0  # of a warp: rows of which a list did not suffice
@@ -100,17 +103,19 @@ class _Warp:
         self.T = threshold(S, rules).reshape(2, 2, 8).copy()
         self.slots: list[list[tuple[int, Floats]]] = [[] for _ in range(32)]  # half, [2, 2]
         self.lists: list[list[list[float]]] = [[[] for _ in range(4)] for _ in range(32)]
-        self.drains: list[list[int]] = []  # of each pass the moves
+        # Of each pass the moves; of planned drains, too.
+        self.drains: list[list[int]] = []
+        self.planned: list[list[int]] = []
         self.raised: list[int] = []  # rows of each pass that makes room
         self.quarters: list[int] = []
-        self.crowded = [0, 0]  # passes of drains, and of the last
+        self.crowded = [0, 0]  # passes of drains, and of planned ones
         self.cuts: list[int] = []
         self.headers = self.hits_of_four = self.stored = 0
 
     def look(self, half: int, first: int) -> bool:
         """At 64 columns; whether there are hits."""
         if max(map(len, self.slots)) > self.rules.slots - CHECKED // 8:
-            self.drain(False)
+            self.drain(self.drains)
         # [2 rows, g, n, t, 2 columns]
         part = self.S[half, :, :, first : first + CHECKED].reshape(2, 8, 8, 4, 2)
         hits = (part >= self.T[half][:, :, None, None, None]).any((0, 4))
@@ -119,21 +124,21 @@ class _Warp:
         self.hits_of_four += int(hits.sum())
         return bool(hits.any())
 
-    def drain(self, everything: bool) -> None:
+    def drain(self, kind: list[list[int]], everything: bool = False) -> None:
         moves = [len(own) if everything else min(len(own), self.rules.moved) for own in self.slots]
-        self.drains.append([])
+        kind.append([])
         crowded = False
         while True:
             room = [(self.rules.list - max(map(len, lists))) // 2 for lists in self.lists]
             now = [min(pair) for pair in zip(room, moves, strict=True)]
-            self.drains[-1].append(max(now))
+            kind[-1].append(max(now))
             for lane, count in enumerate(now):
                 for _ in range(count):
                     self.move(lane)
             crowded = crowded or now != moves
             if not crowded:
                 break
-            self.crowded[everything] += 1
+            self.crowded[kind is self.planned] += 1
             self.make_room()
             moves = list(map(len, self.slots))
             if not any(moves):
@@ -166,11 +171,15 @@ class _Warp:
         self.quarters.append(len(quarters))
 
     def run(self) -> None:
-        for first in range(0, self.S.shape[3], TILE):
+        tiles, period = self.S.shape[3] // TILE, self.rules.period
+        for tile in range(tiles):
+            if period and tile and tile % period == 0:
+                self.drain(self.planned)
             for half in range(2):
+                first = tile * TILE
                 hits = [self.look(half, first), self.look(half, first + CHECKED)]
                 self.headers += any(hits)
-        self.drain(True)
+        self.drain(self.planned, everything=True)
 
     def of_rows(self) -> list[list[list[float]]]:
         """Of each row the lists of its four lanes."""
@@ -201,17 +210,18 @@ def _simulated(rules: Rules, d: int) -> list[_Warp]:
 def simulate(rules: Rules, d: int) -> Hits:
     warps = _simulated(rules, d)
     tiles = -(-rules.columns // TILE)
-    early = [passes for warp in warps for passes in warp.drains[:-1]]
-    late = [warp.drains[-1] for warp in warps]
+    early = [passes for warp in warps for passes in warp.drains]
+    late = [passes for warp in warps for passes in warp.planned]
     return Hits(
         stored=sum(warp.stored for warp in warps) / (32 * len(warps)),
         drains=len(early) / len(warps),
         passes=_mean([len(passes) for passes in early]) or 1.0,
         crowded=sum(warp.crowded[0] for warp in warps) / max(1, sum(map(len, early))),
         moves=_mean([moves for passes in early for moves in passes]),
-        last_passes=_mean([len(passes) for passes in late]),
-        last_crowded=sum(warp.crowded[1] for warp in warps) / max(1, sum(map(len, late))),
-        last_moves=_mean([moves for passes in late for moves in passes]),
+        planned=len(late) / len(warps),
+        planned_passes=_mean([len(passes) for passes in late]),
+        planned_crowded=sum(warp.crowded[1] for warp in warps) / max(1, sum(map(len, late))),
+        planned_moves=_mean([moves for passes in late for moves in passes]),
         headers=sum(warp.headers for warp in warps) / (len(warps) * tiles * 2),
         lanes=sum(warp.hits_of_four for warp in warps) / (len(warps) * tiles * 2 * 32 * 16),
         raises=sum(sum(warp.raised) for warp in warps) / len(warps),

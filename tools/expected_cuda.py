@@ -28,7 +28,7 @@ class Expected:
     shares: of the lanes of a warp, those that access memory there; or of global memory, L2.
     copied: bytes of an asynchronous copy.
     generic_is_shared: whether pointers to either memory are to shared memory.
-    busiest: what the multiprocessor that has most to do has of it, over the mean.
+    busiest: what the multiprocessor that has most to do has, over that of equal blocks.
     """
 
     loops: Table = field(default_factory=dict)
@@ -39,9 +39,14 @@ class Expected:
     busiest: Callable[[Numbers], float] = lambda n: 1.0
 
 
-def in_waves(pieces: float) -> float:
-    """What the multiprocessor has that has most of so many equal pieces, over the mean."""
-    return cdiv(pieces, MULTIPROCESSORS) * MULTIPROCESSORS / pieces
+def in_waves(pieces: int, blocks: int) -> float:
+    """What the multiprocessor that has most has of so many equal pieces, over what it has of as
+    many blocks, each of which takes one after the other."""
+
+    def most(count: int) -> float:
+        return cdiv(count, MULTIPROCESSORS) / count
+
+    return most(pieces) / most(blocks)
 
 
 # Of the sweep and the finish
@@ -59,7 +64,18 @@ def _rules(n: Numbers) -> cuda_hits.Rules:
         slots=sweep.slots,
         moved=cuda_code.constant("hopper_sweep.cuh", "kMoved"),
         list=sweep.list,
+        period=_period(sweep),
     )
+
+
+def _period(n: Numbers) -> int:
+    """Tiles between planned drains, as find_hits() chooses them."""
+    if n.d > 64:
+        return 0
+    period = 1
+    while 2 * period * n.k * n.step <= (n.slots - 8) // 2 * int(_tiles(n)):
+        period *= 2
+    return period
 
 
 def _hits(n: Numbers) -> cuda_hits.Hits:
@@ -82,7 +98,8 @@ def _share_of_drains(n: Numbers) -> float:
 def _share_that_hits(n: Numbers) -> float:
     """Of the stores to lists, four of each slot and lane, those that are one."""
     hits = _hits(n)
-    turns = hits.drains * hits.passes * hits.moves + hits.last_passes * hits.last_moves
+    turns = hits.drains * hits.passes * hits.moves
+    turns += hits.planned * hits.planned_passes * hits.planned_moves
     # A store of 8 bytes takes a sector of 32.
     return 4 * hits.stored / (4 * turns)
 
@@ -90,12 +107,17 @@ def _share_that_hits(n: Numbers) -> float:
 _SWEEP = Expected(
     {
         "for (int i = blockIdx.x": lambda n: n.items / n.blocks,
-        "while (left_ > 0) @ sweep_tiles<kColumns>": lambda n: 2 * _sampled(n),
-        "while (left_ > 0) @ sweep_tiles<kTileColumns>": _tiles,
+        "for (begin(blockIdx.x)": lambda n: n.items / n.blocks,
+        "while (left_ > end) @ sweep_tiles<kColumns>": lambda n: 2 * _sampled(n),
+        "while (left_ > end) @ sweep_tiles<kTileColumns>": lambda n: _tiles(n) / _hits(n).planned,
+        "} while (kTogether && left_ > 0)": lambda n: _hits(n).planned,
+        "while (2 * period * p_.k": lambda n: math.log2(max(1, _period(n))),
         "for (int step = 0; step < kBisections": lambda n: _rules(n).halvings,
-        "} while (__any_sync(kAllLanes, move > 0)) @ drain(true)": lambda n: _hits(n).last_passes,
+        "} while (__any_sync(kAllLanes, move > 0)) @ drain(!kTogether": lambda n: (
+            _hits(n).planned_passes
+        ),
         "} while (__any_sync(kAllLanes, move > 0))": lambda n: _hits(n).passes,
-        "while (slot_ != last) @ drain(true)": lambda n: _hits(n).last_moves,
+        "while (slot_ != last) @ drain(!kTogether": lambda n: _hits(n).planned_moves,
         "while (slot_ != last)": lambda n: _hits(n).moves,
         # What makes room
         "for (int i = 0; i < 4; ++i)": lambda n: 4,
@@ -121,7 +143,7 @@ _SWEEP = Expected(
         "if (++part == @ sweep_tiles<kColumns>": lambda n: 0.5,
         "if (__any_sync(kAllLanes, slot_ >": _share_of_drains,
         "if (mask_)": lambda n: _hits(n).headers,
-        "if (!crowded) break @ drain(true)": lambda n: _hits(n).last_crowded,
+        "if (!crowded) break @ drain(!kTogether": lambda n: _hits(n).planned_crowded,
         "if (!crowded) break": lambda n: _hits(n).crowded,
         "if (!__any_sync(kAllLanes, cut)) continue": lambda n: _hits(n).quarters / 4,
         "if (!(inverse > 0))": lambda n: 0,
@@ -136,7 +158,7 @@ _SWEEP = Expected(
         "CONVNN_PTX( @ load_box(": lambda n: 128 * 128,
         "CONVNN_PTX( @ bulk_copy(": lambda n: 128 * 4,
     },
-    busiest=lambda n: cdiv(n.items, n.blocks) * n.blocks / n.items,
+    busiest=lambda n: in_waves(n.items, n.blocks),
 )
 
 
@@ -207,18 +229,18 @@ _FINISH = Expected(
         "weight[at] =": lambda n: 0,  # read by all blocks
         " @ load_columns<kFast>(w_.bias": lambda n: n.bias,
     },
-    busiest=lambda n: in_waves(4 * n.row_blocks),
+    busiest=lambda n: in_waves(4 * n.row_blocks, n.blocks),
 )
 
 _KEYS = Expected(
-    {"for (int i = int(threadIdx.x) / 8": lambda n: 8},
+    {"for (int i = 0; i < kTileColumns; i += kStep)": lambda n: 8},
     {
-        "if (w.copy || w.cosine)": lambda n: float(n.copies or n.cosine),
+        "if (copy || w.cosine)": lambda n: float(n.copies or n.cosine),
         "if (w.cosine)": lambda n: n.cosine,
-        "if (w.copy)": lambda n: n.copies,
+        "if (copy)": lambda n: n.copies,
         "if (vectors)": lambda n: n.vectors,
     },
-    {"w.inverse": lambda n: 1 / 8},
+    {"inverse": lambda n: 1 / 8},
 )
 
 # Of the gradients. A group of eight lanes has 64 columns of 16 bits at a time.

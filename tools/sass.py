@@ -240,8 +240,8 @@ class Walk:
         return loops
 
     def _set_copies(self, loop: Loop, wanted: Sequence[int]) -> None:
-        """Of wanted numbers the largest by which all accesses of memory in the loop can be divided,
-        each line by itself."""
+        """Of wanted numbers the largest by which the accesses of memory in the loop can be divided,
+        and most of them each line by itself."""
         if loop.exits > 1 or not wanted:
             return
         code = (self.code[i] for block in loop.body for i in self.blocks[block].instructions)
@@ -249,7 +249,10 @@ class Walk:
         lines = collections.Counter(a.line for a in code if a.opcode.split(".")[0] in names)
         if not lines:
             return
-        loop.exits = max((n for n in wanted if not any(a % n for a in lines.values())), default=1)
+        total = sum(lines.values())
+        by_itself = {n: sum(a for a in lines.values() if a % n == 0) for n in wanted}
+        fit = (n for n, a in by_itself.items() if total % n == 0 and 2 * a >= total)
+        loop.exits = max(fit, default=1)
         if loop.exits > 1:
             self._unrolled.append(loop)
 

@@ -130,8 +130,8 @@ QuerySideLaunch place_arrays(QuerySideWork<T>& w, Context& context) {
   w.parts_are_shared = size && (w.arrays_are_shared ? of_arrays : 0) + of_parts <= kMostShared;
   const int64_t of_block = (w.arrays_are_shared ? 0 : of_arrays) +
                            (w.parts_are_shared ? size * int64_t(sizeof(A)) : of_parts);
-  const int64_t most =
-      std::clamp<int64_t>(kBytesOfBlocks / std::max<int64_t>(of_block, 1), 1, kMostBlocks);
+  const int64_t bytes = std::min(kBytesOfBlocks, context.most_bytes / 4);
+  const int64_t most = std::clamp<int64_t>(bytes / std::max<int64_t>(of_block, 1), 1, kMostBlocks);
   QuerySideLaunch launch = {};
   launch.blocks = std::min(ceil_div(w.rows, kWarps * Arrays::kTileRows), most);
   launch.parts = w.parts_are_shared ? launch.blocks : launch.blocks * kWarps;

@@ -55,6 +55,10 @@ struct KeySideWork {
   __host__ __device__ int64_t size_of_sum() const { return columns_of_value() + columns_of_key(); }
 };
 
+// Blocks per multiprocessor, at least: with this bound the compiler spills nothing.
+template <class T, bool kFast>
+constexpr int kKeySideBlocks = kFast && sizeof(T) < 8 ? 4 : 3;
+
 template <bool kFast>
 using PairId = std::conditional_t<kFast, Narrow, Wide>;
 
@@ -171,8 +175,8 @@ __device__ inline int64_t key_of(const PairList& list, int64_t keys, int64_t pos
 }
 
 template <class T, bool kFast>
-__global__ __launch_bounds__(kThreads,
-                             kFast ? 4 : 3) void key_side_chunks_kernel(const KeySideWork<T> w) {
+__global__ __launch_bounds__(kThreads, kKeySideBlocks<T, kFast>) void key_side_chunks_kernel(
+    const KeySideWork<T> w) {
   using A = Accumulate<T>;
   using Id = PairId<kFast>;
   const int64_t chunk = grid_warp();
@@ -236,9 +240,8 @@ __device__ inline void store_projected(const KeySideWork<T>& w, int64_t key, int
 }
 
 template <class T, bool kFast>
-__global__ __launch_bounds__(kThreads, kFast && sizeof(T) < 8
-                                           ? 4
-                                           : 3) void key_side_kernel(const KeySideWork<T> w) {
+__global__ __launch_bounds__(kThreads, kKeySideBlocks<T, kFast>) void key_side_kernel(
+    const KeySideWork<T> w) {
   using A = Accumulate<T>;
   using Id = PairId<kFast>;
   constexpr int kCount = kVector<T>;

@@ -59,15 +59,6 @@ template <class A>
 struct Norms {
   const A* inverse;  // 1 / norm of the scaled row, 0 of a row that counts as zero
   const A* scale;
-
-  // x / ||x||, or 0.
-  __device__ A unit(A x, int64_t row) const { return x * scale[row] * inverse[row]; }
-  // The gradient of a row from `sum`, that of its unit vector, and `along`, the dot product of
-  // both.
-  __device__ A through(A sum, A along, A x, int64_t row) const {
-    if (inverse[row] == 0) return 0;
-    return (sum - along * unit(x, row)) * inverse[row] * scale[row];
-  }
 };
 
 // Norms of x [rows, d], and the scaled rows unless `scaled` is null.

@@ -390,8 +390,15 @@ __device__ inline void query_tile(const QuerySideWork<T>& w, const TileArrays<T,
 }
 
 // Blocks per multiprocessor, at least: with this bound the compiler spills nothing.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kQuerySideBlocks = 4;
+#else
+constexpr int kQuerySideBlocks = 3;
+#endif
+
 template <class T, bool kFast, int kRows>
-__global__ __launch_bounds__(kThreads, 4) void query_side_kernel(const QuerySideWork<T> w) {
+__global__ __launch_bounds__(kThreads,
+                             kQuerySideBlocks) void query_side_kernel(const QuerySideWork<T> w) {
   using A = Accumulate<T>;
   using Arrays = TileArrays<T, kFast, kRows>;
   const int64_t bytes = Arrays::bytes(w.k), size = w.size_of_part();

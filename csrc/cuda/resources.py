@@ -30,8 +30,8 @@ SHARED, SHARED_SM_80, SHARED_OF_BLOCK = 228 << 10, 164 << 10, 1 << 10
 WARPS_OF_BLOCK = 4
 _OTHER_WARPS = {"hopper_sweep_kernel": 12}
 
-# The dynamic shared memory of a launch, by the bytes of an element and of a sum; with a list, for
-# the longest one. tests/test_host_cuda.py compares this with the launches.
+# The dynamic shared memory of a launch, by the bytes of an element and of a sum; the most that it
+# can be, where it depends on sizes. tests/test_host_cuda.py compares this with the launches.
 _LISTS = WARPS_OF_BLOCK * 2 * 256
 
 
@@ -43,14 +43,16 @@ DYNAMIC_SHARED: dict[str, Callable[[int, int], int]] = {
     "group_maxima_kernel": lambda element, sum: _tiles(element) + 2 * 64 * 4,
     "top_groups_kernel": lambda element, sum: _LISTS * 8,
     "exact_topk_kernel": lambda element, sum: _LISTS * 2 * sum,
-    "key_chunks_kernel": lambda element, sum: 2 * 32 * WARPS_OF_BLOCK * sum,
-    "key_grad_kernel": lambda element, sum: 2 * 32 * WARPS_OF_BLOCK * sum,
     "aggregate_dense_kernel": lambda element, sum: _tiles(element),
     "rho_grad_dense_kernel": lambda element, sum: _tiles(element),
     "value_chunks_kernel": lambda element, sum: 32 * WARPS_OF_BLOCK * sum,
     "value_grad_dense_kernel": lambda element, sum: _tiles(sum) + 2 * 64 * 8,
-    "value_grad_depthwise_kernel": lambda element, sum: 32 * WARPS_OF_BLOCK * sum,
     "weight_grad_dense_kernel": lambda element, sum: _tiles(sum),
+    "query_side_kernel": lambda element, sum: 48 << 10,
+    "sum_parts_kernel": lambda element, sum: 32 * WARPS_OF_BLOCK * sum,
+    "count_pairs_kernel": lambda element, sum: 32 << 10,
+    "place_keys_kernel": lambda element, sum: 32 * WARPS_OF_BLOCK * sum,
+    "scatter_pairs_kernel": lambda element, sum: 32 << 10,
     "count_digits_kernel": lambda element, sum: WARPS_OF_BLOCK * 256 * 4,
     "sum_counts_kernel": lambda element, sum: 32 * WARPS_OF_BLOCK * 8,
     "scatter_kernel": lambda element, sum: (
@@ -67,16 +69,21 @@ _HOPPER_SHARED = {
         64: 6144 + 64 * 256,
     },
 }
-_ELEMENTS = {"<double>": (8, 8), "<float>": (4, 4)}
+_ELEMENTS = {"double": (8, 8), "float": (4, 4), "unsigned long long": (8, 8)}
 
 
 def dynamic_shared(kernel: str) -> int:
     """Bytes for a kernel such as "group_maxima_kernel<float>"."""
+<<<<<<< HEAD
     name, bracket, rest = kernel.partition("<")
     if name in _HOPPER_SHARED:
         return _HOPPER_SHARED[name][int(rest.split(",")[1].strip(" >"))]
+=======
+    name, _, types = kernel.partition("<")
+>>>>>>> w-back
     shared = DYNAMIC_SHARED.get(name)
-    return 0 if shared is None else shared(*_ELEMENTS.get(bracket + rest, (2, 4)))
+    first = re.split("[,>]", types)[0]
+    return 0 if shared is None else shared(*_ELEMENTS.get(first, (2, 4)))
 
 
 def find_cuobjdump() -> str | None:
