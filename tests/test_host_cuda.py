@@ -851,6 +851,16 @@ def test_pairs_of_ranges_of_keys_and_of_tiles(
     assert torch.equal(grad_key, expected)
 
 
+@pytest.mark.parametrize("D", [8, 5])
+def test_the_pairs_of_a_key_are_added_in_order(D: int, device: HostCuda) -> None:
+    """The sum of these numbers is 0 in their order, and 1 in others."""
+    query = torch.tensor([2.0**24, 1, -(2.0**24)])[:, None].expand(3, D)
+    I, ones = torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    _, grad_key = device.select_backward(ones, query, query, ones, I, "dot")
+    assert grad_key is not None
+    assert not grad_key.any()
+
+
 @pytest.mark.parametrize("C", [5, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_what_is_in_no_pair_does_not_matter(dtype: torch.dtype, C: int, device: HostCuda) -> None:

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: MIT
+#include <vector>
+
 #include "aggregate.cuh"
 #include "backward.h"
 #include "key_side.cuh"
@@ -23,9 +25,11 @@ struct Call {
   const void* similarities;
   DType similarity_dtype;
   const int64_t* indices;
-  bool through_rho;    // whether ds depends on drho
-  bool of_key_side;    // whether dV or dk is needed
-  bool of_query_side;  // whether anything else is, or a factor of dV or dk
+  bool through_rho;  // whether ds depends on drho
+  bool of_key_side;  // whether dV or dk is needed
+  // A part of the batch adds to the sums of dW and db, and the last one finishes.
+  bool is_first = true, is_last = true;
+  int64_t* parts = nullptr;  // so many sums of each, from the first part on
 };
 
 Call make_call(const AggregateBackwardParams* output, const SelectBackwardParams* search) {
@@ -60,8 +64,8 @@ bool are_aligned(std::initializer_list<const void*> pointers, int64_t row_bytes)
 
 // Whether all rows consist of whole 16 bytes, and numbers fit into 32 bits.
 template <class T>
-bool is_fast(const Call& call) {
-  bool fast = fit_narrow_pairs(call.batch, call.n, call.m, call.k);
+bool is_fast(const Call& call, int64_t batch) {
+  bool fast = fit_narrow_pairs(batch, call.n, call.m, call.k);
   if (call.output) {
     const AggregateBackwardParams& p = *call.output;
     fast = fast && are_aligned({p.grad_output, p.forward.value.data, p.grad_value},
@@ -145,18 +149,20 @@ QuerySideLaunch place_arrays(QuerySideWork<T>& w, Context& context) {
 }
 
 template <class T, bool kFast, int kRows>
-void launch_query_side(QuerySideWork<T> w, const AggregateBackwardParams* output,
-                       Context& context) {
+void launch_query_side(QuerySideWork<T> w, const Call& call, Context& context) {
   const QuerySideLaunch sizes = place_arrays<T, kFast, kRows>(w, context);
+  w.adds = !call.is_first;
+  if (call.is_first) *call.parts = sizes.parts;
   launch("query_side_kernel", query_side_kernel<T, kFast, kRows>, sizes.blocks, sizes.shared_bytes,
          context, w);
   const auto sum = [&](const Accumulate<T>* parts, void* result, int64_t k) {
     launch("sum_parts_kernel", sum_parts_kernel<T>, ceil_div(w.c * k, kGroup),
-           kThreads * sizeof(Accumulate<T>), context, parts, static_cast<T*>(result), sizes.parts,
+           kThreads * sizeof(Accumulate<T>), context, parts, static_cast<T*>(result), *call.parts,
            w.size_of_part(), w.c, k);
   };
-  if (w.of_weight) sum(w.parts, output->grad_weight, w.k);
-  if (w.of_bias) sum(w.parts + (w.of_weight ? w.k * w.c : 0), output->grad_bias, 1);
+  if (!call.is_last) return;
+  if (w.of_weight) sum(w.parts, call.output->grad_weight, w.k);
+  if (w.of_bias) sum(w.parts + (w.of_weight ? w.k * w.c : 0), call.output->grad_bias, 1);
 }
 
 // Returns the factors of the pairs.
@@ -195,9 +201,9 @@ const Factors<Accumulate<T>>* query_side(const Call& call, const Inputs<T>& inpu
   // For larger k the numbers of fewer queries fit into shared memory.
   const bool many = kFast && kWarps * TileArrays<T, kFast, kMany>::bytes(w.k) <= kMostShared;
   if constexpr (kFast) {
-    if (many) launch_query_side<T, kFast, kMany>(w, call.output, context);
+    if (many) launch_query_side<T, kFast, kMany>(w, call, context);
   }
-  if (!many) launch_query_side<T, false, kFew>(w, call.output, context);
+  if (!many) launch_query_side<T, false, kFew>(w, call, context);
   return w.factors;
 }
 
@@ -240,20 +246,112 @@ void gradients_as(const Call& call, Context& context) {
   if (call.of_key_side) key_side<T, kFast>(call, inputs, factors, context);
 }
 
+// Hands out the memory that the first part of a batch took to the next ones, which need no more.
+class Reused : public Context {
+ public:
+  explicit Reused(Context& context) : Context(context.stream), context_(context) {
+    most_bytes = context.most_bytes;
+  }
+  void* allocate(size_t bytes) override {
+    if (next_ == blocks_.size()) blocks_.push_back(context_.allocate(bytes));
+    return blocks_[next_++];
+  }
+  void restart() { next_ = 0; }
+
+ private:
+  Context& context_;
+  std::vector<void*> blocks_;
+  size_t next_ = 0;
+};
+
+// How many batch elements' numbers fit into the memory that may be taken for all: 8 bytes for each
+// element of [n, k], of a row per query, and of the rows of key and value; and a fixed amount.
+template <class T>
+int64_t elements_at_a_time(const Call& call, const Context& context) {
+  const int64_t of_sum = sizeof(Accumulate<T>);
+  const int64_t allowed =
+      8 * call.batch * (call.n * (call.k + std::max(call.c, call.d)) + call.m * (call.c + call.d)) +
+      context.most_bytes - 2 * kBytesOfBlocks;
+  // Of a pair two factors, a number, a count and a sum; of a key a few numbers and sums of dk.
+  const int64_t each = call.n * call.k * (3 * of_sum + 2 * int64_t(sizeof(Narrow))) +
+                       call.m * (4 * int64_t(sizeof(Wide)) + (1 + call.d) * of_sum);
+  return std::clamp<int64_t>(allowed / std::max<int64_t>(each, 1), 1,
+                             std::max<int64_t>(call.batch, 1));
+}
+
+int64_t bytes_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Moves a pointer to the batch element `first`, of so many bytes each.
+template <class Pointer>
+void advance(Pointer& pointer, int64_t first, int64_t bytes) {
+  if (!pointer) return;
+  const char* moved = reinterpret_cast<const char*>(pointer) + first * bytes;
+  pointer = reinterpret_cast<Pointer>(const_cast<char*>(moved));
+}
+
+AggregateBackwardParams part_of(AggregateBackwardParams p, int64_t first, int64_t count) {
+  AggregateParams& f = p.forward;
+  const int64_t bytes = bytes_of(f.dtype), pairs = f.n * f.k;
+  advance(f.value.data, first, f.m * f.c * bytes);
+  advance(f.similarities, first, pairs * bytes_of(f.similarity_dtype));
+  advance(f.indices, first, pairs * int64_t(sizeof(int64_t)));
+  advance(p.grad_output, first, f.n * f.c * bytes);
+  advance(p.grad_value, first, f.m * f.c * bytes);
+  advance(p.grad_similarities, first, pairs * bytes_of(f.similarity_dtype));
+  f.batch = count;
+  return p;
+}
+
+SelectBackwardParams part_of(SelectBackwardParams p, int64_t first, int64_t count) {
+  const int64_t bytes = bytes_of(p.dtype), pairs = p.n * p.k;
+  const int64_t of_pair = p.dtype == DType::float64 ? 8 : 4;
+  advance(p.query.data, first, p.n * p.d * bytes);
+  advance(p.key.data, first, p.m * p.d * bytes);
+  advance(p.grad_similarities, first, pairs * of_pair);
+  advance(p.similarities, first, pairs * of_pair);
+  advance(p.indices, first, pairs * int64_t(sizeof(int64_t)));
+  advance(p.grad_query, first, p.n * p.d * bytes);
+  advance(p.grad_key, first, p.m * p.d * bytes);
+  p.batch = count;
+  return p;
+}
+
+template <class T>
+void gradients_of_parts(const Call& whole, Context& context) {
+  const int64_t at_a_time = elements_at_a_time<T>(whole, context);
+  const bool fast = is_fast<T>(whole, at_a_time);
+  Reused memory(context);
+  int64_t parts = 0, first = 0;
+  do {
+    const int64_t count = std::min(at_a_time, whole.batch - first);
+    AggregateBackwardParams output;
+    SelectBackwardParams search;
+    if (whole.output) output = part_of(*whole.output, first, count);
+    if (whole.search) search = part_of(*whole.search, first, count);
+    Call call = make_call(whole.output ? &output : nullptr, whole.search ? &search : nullptr);
+    call.is_first = first == 0;
+    call.is_last = first + count >= whole.batch;
+    call.parts = &parts;
+    memory.restart();
+    if (fast) {
+      gradients_as<T, true>(call, memory);
+    } else {
+      gradients_as<T, false>(call, memory);
+    }
+    first += at_a_time;
+  } while (first < whole.batch);
+}
+
 }  // namespace
 
 void gradients(const AggregateBackwardParams* output, const SelectBackwardParams* search,
                Context& context) {
   const Call call = make_call(output, search);
   if (!call.output && !call.search) return;
-  with_type(output ? output->forward.dtype : search->dtype, [&](auto t) {
-    using T = decltype(t);
-    if (is_fast<T>(call)) {
-      gradients_as<T, true>(call, context);
-    } else {
-      gradients_as<T, false>(call, context);
-    }
-  });
+  with_type(output ? output->forward.dtype : search->dtype,
+            [&](auto t) { gradients_of_parts<decltype(t)>(call, context); });
 }
 
 }  // namespace convnn::cuda

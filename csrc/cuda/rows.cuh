@@ -116,16 +116,16 @@ __device__ inline void store_row(T* row, int64_t c, int64_t columns,
   T elements[kVector<T>];
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) narrow(values[i], elements[i]);
-  if (kAligned) {
+  if constexpr (kAligned) {
     Packed x = {{0, 0, 0, 0}};
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) set(x, i, elements[i]);
     if (c < columns) copy16(row + c, &x);
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) {
-    if (c + i < columns) row[c + i] = elements[i];
+    for (int i = 0; i < kVector<T>; ++i) {
+      if (c + i < columns) row[c + i] = elements[i];
+    }
   }
 }
 
