@@ -40,12 +40,13 @@ def sweep_figures(d: int) -> dict[str, float]:
             expected = EXPECTED[launch.kernel]
             base = issued(program, expected, n)
             items = n.items / n.blocks
-            loop = "while (left_ > end) @ sweep_tiles"
+            main, sampled = "while (left_ > end) @ look_at_tiles(", "for (int part = 0; part <"
+            # How often each loop is entered.
+            times = items * expected.loops["} while (kTogether && left_ > 0)"](n)
+            of_tiles = items * expected.loops["for (int tile = 0; tile < item().tiles"](n)
             return {
-                "main": (issued(program, expected, n, f"{loop}<kTileColumns>") - base)
-                / (MAIN * items),
-                "sampled": (issued(program, expected, n, f"{loop}<kColumns>") - base)
-                / (SAMPLED * items),
+                "main": (issued(program, expected, n, main) - base) / (MAIN * times),
+                "sampled": (issued(program, expected, n, sampled) - base) / (SAMPLED * of_tiles),
             }
     raise ValueError("no sweep is launched")
 

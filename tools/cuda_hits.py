@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 Floats = npt.NDArray[np.float32]
 TILE = 128  # columns
-CHECKED = 64  # columns between two looks at how many slots are left
+PART = 64  # columns that are looked at together, with both halves of the rows
+CHECKED = 32  # of these, between two looks at how many slots are left
 NEVER = float("-inf")
 
 
@@ -55,7 +56,7 @@ class Hits:
     planned_passes: float = 0.0
     planned_crowded: float = 0.0
     planned_moves: float = 0.0
-    headers: float = 0.0  # of a tile and half a warp: how probable it is that a lane has a hit
+    headers: float = 0.0  # of a part: how probable it is that a lane has a hit
     lanes: float = 0.0  # of four accumulators: how probable it is that one is a hit
     raises: float = 0.0  # of a warp: rows of which a list did not suffice
     quarters: float = 0.0  # of a pass that makes room: of the four rows of a lane, those raised
@@ -112,30 +113,29 @@ class _Warp:
         self.cuts: list[int] = []
         self.headers = self.hits_of_four = self.stored = 0
 
-    def look(self, half: int, first: int) -> bool:
-        """At 64 columns; whether there are hits."""
-        if max(map(len, self.slots)) > self.rules.slots - CHECKED // 8:
-            self.drain(self.drains)
-        # [2 rows, g, n, t, 2 columns]
-        part = self.S[half, :, :, first : first + CHECKED].reshape(2, 8, 8, 4, 2)
-        hits = (part >= self.T[half][:, :, None, None, None]).any((0, 4))
-        for g, n, t in np.argwhere(hits):
-            self.slots[4 * g + t].append((half, part[:, g, n, t]))
-        self.hits_of_four += int(hits.sum())
-        return bool(hits.any())
+    def look(self, first: int) -> bool:
+        """At a part; whether there are hits."""
+        found = 0
+        for start in range(first, first + PART, CHECKED):
+            if max(map(len, self.slots)) > self.rules.slots - CHECKED // 4:
+                self.drain(self.drains)
+            # [2 halves, 2 rows, g, n, t, 2 columns]
+            part = self.S[..., start : start + CHECKED].reshape(2, 2, 8, CHECKED // 8, 4, 2)
+            hits = (part >= self.T[..., None, None, None]).any((1, 5))
+            for half, g, n, t in sorted(np.argwhere(hits).tolist(), key=lambda at: at[2]):
+                self.slots[4 * g + t].append((half, part[half, :, g, n, t]))
+            found += int(hits.sum())
+        self.hits_of_four += found
+        return found > 0
 
     def drain(self, kind: list[list[int]], everything: bool = False) -> None:
         moves = [len(own) if everything else min(len(own), self.rules.moved) for own in self.slots]
         kind.append([])
         crowded = False
         while True:
-            room = [(self.rules.list - max(map(len, lists))) // 2 for lists in self.lists]
-            now = [min(pair) for pair in zip(room, moves, strict=True)]
-            kind[-1].append(max(now))
-            for lane, count in enumerate(now):
-                for _ in range(count):
-                    self.move(lane)
-            crowded = crowded or now != moves
+            full = [self.move_slots(lane, count) for lane, count in enumerate(moves)]
+            kind[-1].append(max(moved for moved, _ in full))
+            crowded = crowded or any(is_full for _, is_full in full)
             if not crowded:
                 break
             self.crowded[kind is self.planned] += 1
@@ -144,13 +144,23 @@ class _Warp:
             if not any(moves):
                 break
 
-    def move(self, lane: int) -> None:
+    def move_slots(self, lane: int, count: int) -> tuple[int, bool]:
+        """Until a list of the slot has no room for two more: how many, and whether one has not."""
+        for moved in range(1, count + 1):
+            half = self.move(lane)
+            longest = max(map(len, self.lists[lane][2 * half : 2 * half + 2]))
+            if longest > self.rules.list - 2:
+                return moved, True
+        return count, False
+
+    def move(self, lane: int) -> int:
         half, values = self.slots[lane].pop()
         for r in range(2):
             bound = self.T[half, r, lane // 4]
             hits = [x for x in values[r].tolist() if x >= bound]
             self.lists[lane][2 * half + r] += hits
             self.stored += len(hits)
+        return half
 
     def make_room(self) -> None:
         rows, quarters = 0, set()
@@ -175,10 +185,8 @@ class _Warp:
         for tile in range(tiles):
             if period and tile and tile % period == 0:
                 self.drain(self.planned)
-            for half in range(2):
-                first = tile * TILE
-                hits = [self.look(half, first), self.look(half, first + CHECKED)]
-                self.headers += any(hits)
+            for first in range(tile * TILE, (tile + 1) * TILE, PART):
+                self.headers += self.look(first)
         self.drain(self.planned, everything=True)
 
     def of_rows(self) -> list[list[list[float]]]:

@@ -91,7 +91,7 @@ def _sampled(n: Numbers) -> float:
 
 
 def _share_of_drains(n: Numbers) -> float:
-    """Of the looks at how many slots are left: two for each half of a tile."""
+    """Of the looks at how many slots are left: two for each part of a tile."""
     return _hits(n).drains / (4 * _tiles(n))
 
 
@@ -108,8 +108,9 @@ _SWEEP = Expected(
     {
         "for (int i = blockIdx.x": lambda n: n.items / n.blocks,
         "for (begin(blockIdx.x)": lambda n: n.items / n.blocks,
-        "while (left_ > end) @ sweep_tiles<kColumns>": lambda n: 2 * _sampled(n),
-        "while (left_ > end) @ sweep_tiles<kTileColumns>": lambda n: _tiles(n) / _hits(n).planned,
+        "for (int tile = 0; tile < item().tiles": _sampled,
+        "for (int part = 0; part < kTileColumns / kPart": lambda n: 2,
+        "while (left_ > end) @ look_at_tiles(": lambda n: _tiles(n) / _hits(n).planned,
         "} while (kTogether && left_ > 0)": lambda n: _hits(n).planned,
         "while (2 * period * p_.k": lambda n: math.log2(max(1, _period(n))),
         "for (int step = 0; step < kBisections": lambda n: _rules(n).halvings,
@@ -139,8 +140,6 @@ _SWEEP = Expected(
         "if (threadIdx.x == 0)": lambda n: 1 / 12,
         "if (p_.pairs)": lambda n: n.pairs,
         "if (p_.k <= kFewNeighbors)": lambda n: float(_rules(n).groups == 32),
-        "if (part == 0) @ sweep_tiles<kColumns>": lambda n: 0.5,
-        "if (++part == @ sweep_tiles<kColumns>": lambda n: 0.5,
         "if (__any_sync(kAllLanes, slot_ >": _share_of_drains,
         "if (mask_)": lambda n: _hits(n).headers,
         "if (!crowded) break @ drain(!kTogether": lambda n: _hits(n).planned_crowded,

@@ -97,7 +97,7 @@ SweepParams sweep_params(const SelectParams& p, const Keys<T>& keys, const Hoppe
   s.inv_k = keys.inverse, s.inv_k_sample = keys.inverse_sample;
   s.n = p.n, s.d = p.d, s.m_padded = tiles_of(p) * kTileColumns;
   s.tiles = int(tiles_of(p)), s.splits = choices.splits, s.step = choices.step;
-  s.k = int(p.k);
+  s.k = int(p.k), s.list = hits_per_list(p.k);
   s.cosine = p.metric == Metric::cosine;
   s.pairs = p.d % 2 == 0 && reinterpret_cast<uintptr_t>(p.query.data) % 4 == 0;
   return s;

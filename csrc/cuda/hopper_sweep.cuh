@@ -38,7 +38,7 @@ inline __host__ __device__ int64_t place_of(int64_t c) {
 // about 1.1 k are expected in each (k <= 32; for k = 64, of a sample of all of them), so that a
 // list is seldom full. Then at most k stay in it, and there is room for at least 14 more.
 inline __host__ __device__ constexpr int hits_per_list(int64_t k) {
-  return k <= 10 ? 24 : k <= 16 ? 40 : k <= 32 ? 64 : 128;
+  return k <= 10 ? 30 : k <= 16 ? 40 : k <= 32 ? 64 : 128;
 }
 
 // The largest step between sampled tiles for which the lists are seldom full.
@@ -63,6 +63,7 @@ struct SweepParams {
   int splits;  // 1..tiles; split s has the tiles from s * tiles / splits on; at most 32767 each
   int step;    // every step-th tile of a split is sampled
   int k;       // 1..64
+  int list;    // hits_per_list(k)
   bool cosine;
   bool pairs;  // d is even and query aligned to 4 bytes
 };
@@ -96,8 +97,8 @@ struct SweepShared {
   uint32_t headers[kSweepWarps][kSlots][kWarp];
   // Of each lane, by half and row: where its next hit goes, in fours of hits from all on.
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
-  // -T of half and row.
-  alignas(16) float negative[kSweepWarps][kWarp][4];
+  // -T of half and row, and what it was when no slot waited.
+  alignas(16) float negative[kSweepWarps][kWarp][4], before[kSweepWarps][kWarp][4];
   alignas(16) uint32_t parked[kSweepWarps][kWarp][4];  // see park()
   float inv_q[kSweepRows];
   // Of each warp: its item, and its first row in the block. Here, not in registers.
@@ -107,6 +108,11 @@ struct SweepShared {
 };
 
 static_assert(sizeof(SweepShared<64>) <= 227 << 10 && sizeof(SweepShared<128>) <= 227 << 10);
+
+// Of a lane and half.
+struct alignas(8) RowEnds {
+  uint32_t row_0, row_1;
+};
 
 // A position in the ring of stages.
 template <int kD>
@@ -173,13 +179,14 @@ class Sweep {
   }
   // Where the list of this lane for row i begins, in fours of hits from all on.
   __device__ __forceinline__ uint32_t list_begin(int i) const {
-    return uint32_t(launch_row(row(i))) * uint32_t(hits_per_list(p_.k));
+    return uint32_t(launch_row(row(i))) * uint32_t(p_.list);
   }
   __device__ __forceinline__ uint64_t* hits() const { return p_.hits + lane() % 4; }
   __device__ __forceinline__ uint32_t (&ends() const)[4] { return shared_.ends[warp_][lane()]; }
   __device__ __forceinline__ float (&negative() const)[4] {
     return shared_.negative[warp_][lane()];
   }
+  __device__ __forceinline__ float (&before() const)[4] { return shared_.before[warp_][lane()]; }
 
   __device__ __forceinline__ void begin(int number) {
     // Every lane has its number before the item changes.
@@ -218,23 +225,8 @@ class Sweep {
     __syncwarp();
   }
 
-  // Begins the product of a half with kColumns columns of a stage.
-  template <int kColumns>
-  __device__ __forceinline__ void multiply(float (&acc)[kColumns / 2], uint32_t (&a)[kSteps][4],
-                                           int part) {
-    wgmma_fence();
-    const uint32_t address =
-        shared_address(shared_.keys[stage_.index]) + uint32_t(part * kColumns * 128);
-    const uint64_t keys = descriptor(__shfl_sync(kAllLanes, address, 0));
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      constexpr int kBox = kTileColumns * 128;
-      wgmma<T, kColumns>(acc, a[s], keys + (s / 4 * kBox + s % 4 * 32) / 16, s != 0);
-    }
-    wgmma_commit();
-  }
-
-  // The same of both halves.
+  // Begins the products of both halves with the first columns of a stage from `keys` on, a
+  // descriptor.
   __device__ __forceinline__ void multiply_both(float (&acc)[2][kPart / 2], uint64_t keys) {
     wgmma_fence();
 #pragma unroll
@@ -247,37 +239,37 @@ class Sweep {
     wgmma_commit();
   }
 
-  // Calls body(acc, part, half) for parts of kColumns columns of every step-th tile, until `end`
-  // tiles are left. No accumulator is alive where the loop closes: the compiler would serialize the
-  // products.
-  template <int kColumns, class Body>
-  __device__ __forceinline__ void sweep_tiles(int step, int end, const Body& body) {
-    int part = 0;
-#pragma unroll 1
-    while (left_ > end) {
-      float acc_0[kColumns / 2], acc_1[kColumns / 2];
-      if (part == 0) barrier_wait(&shared_.full[stage_.index], stage_.parity);
-      multiply<kColumns>(acc_0, a_[0], part);
-      multiply<kColumns>(acc_1, a_[1], part);
-      wgmma_wait<1>();
-      hold(acc_0);
-      body(acc_0, part, 0);
-      wgmma_wait<0>();
-      hold(acc_1);
-      body(acc_1, part, 1);
-      if (++part == kTileColumns / kColumns) {
-        __syncwarp();
-        if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
-        stage_.advance();
-        part = 0;
-        left_ -= step;
-      }
-    }
+  // The descriptor of the keys of a stage.
+  __device__ __forceinline__ uint64_t stage_keys() const {
+    const uint32_t address = shared_address(shared_.keys[stage_.index]);
+    // The same in all lanes, as the compiler sees it.
+    return descriptor(__shfl_sync(kAllLanes, address, 0));
+  }
+  __device__ __forceinline__ void release_stage() {
+    __syncwarp();
+    if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
+    stage_.advance();
   }
 
   // The factors of this lane's columns n * 8 + 2 t, + 1, and n * 8 + 8 + 2 t, + 1; n is even.
   __device__ __forceinline__ const float4& factors(int n) const {
     return *reinterpret_cast<const float4*>(&shared_.inv_k[stage_.index][n * 8 + lane() % 4 * 4]);
+  }
+
+  // most [2, 2 * kGroups]: of each half, by group, the maxima.
+  __device__ __forceinline__ void keep_maxima(const float (&acc)[2][kPart / 2], int part,
+                                              float (&most)[2][2 * kGroups]) const {
+#pragma unroll
+    for (int n = 0; n < kPart / 8; n += 2) {
+      const float4 f = factors(part * (kPart / 8) + n);
+      const float factor[4] = {f.x, f.y, f.z, f.w};
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const int half = i / 8, at = 4 * n + i % 8;
+        float& largest = most[half][at];
+        largest = fmaxf(largest, multiply_down(acc[half][at], factor[i % 8 / 4 * 2 + i % 2]));
+      }
+    }
   }
 
   // The sampled sweep: sets T.
@@ -287,20 +279,21 @@ class Sweep {
     float most[2][2 * kGroups];
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
-    constexpr int kColumns = 64;
-    left_ = item().tiles;
-    sweep_tiles<kColumns>(p_.step, 0, [&](float (&acc)[kColumns / 2], int part, int half) {
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; n += 2) {
-        const float4 f = factors(part * (kColumns / 8) + n);
-        const float factor[4] = {f.x, f.y, f.z, f.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float& largest = most[half][4 * n + i];
-          largest = fmaxf(largest, multiply_down(acc[4 * n + i], factor[i / 4 * 2 + i % 2]));
-        }
+    // The products of the other warpgroup run while this one looks.
+#pragma unroll 1
+    for (int tile = 0; tile < item().tiles; tile += p_.step) {
+      barrier_wait(&shared_.full[stage_.index], stage_.parity);
+#pragma unroll 1
+      for (int part = 0; part < kTileColumns / kPart; ++part) {
+        float acc[2][kPart / 2];
+        multiply_both(acc, stage_keys() + part * (kPart * 128 / 16));
+        wgmma_wait<0>();
+        hold(acc[0]);
+        hold(acc[1]);
+        keep_maxima(acc, part, most);
       }
-    });
+      release_stage();
+    }
     if (p_.k <= kFewNeighbors) {
       // Half of the groups leave a few hits more, and cost less.
 #pragma unroll
@@ -364,8 +357,7 @@ class Sweep {
     while (left_ > end) {
       float acc_0[2][kPart / 2], acc_1[2][kPart / 2];
       barrier_wait(&shared_.full[stage_.index], stage_.parity);
-      const uint32_t address = shared_address(shared_.keys[stage_.index]);
-      const uint64_t keys = descriptor(__shfl_sync(kAllLanes, address, 0));
+      const uint64_t keys = stage_keys();
       multiply_both(acc_0, keys);
       multiply_both(acc_1, keys + kPart * 128 / 16);
       wgmma_wait<1>();
@@ -376,9 +368,7 @@ class Sweep {
       hold(acc_1[0]);
       hold(acc_1[1]);
       look(acc_1, 1);
-      __syncwarp();
-      if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
-      stage_.advance();
+      release_stage();
       --left_;
     }
   }
@@ -448,49 +438,37 @@ class Sweep {
 
   // Slots of this lane that are filled.
   __device__ __forceinline__ int waiting() const { return int(slot_ - first_slot_) / kSlotBytes; }
-  // Slots that the lists of this lane can take: each has at most two hits of a row.
-  __device__ __forceinline__ int room(const uint32_t (&end)[4]) const {
-    uint32_t longest = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t length = end[i] - list_begin(i);
-      longest = length > longest ? length : longest;
-    }
-    return (hits_per_list(p_.k) - int(longest)) / 2;
-  }
-
   // Moves slots to the lists: some, or all. Where a list is full, all; T rises only when no slot is
   // left that it would have to be compared with, because at an equal s the lower column is nearer.
   __device__ __forceinline__ void drain(bool all) {
-    float before[4];
-    copy16(before, negative());
+    copy16(before(), negative());
     int move = all || waiting() < kMoved ? waiting() : kMoved;
     bool crowded = false;
 #pragma unroll 1
     do {
-      uint32_t end[4];
-      copy16(end, ends());
-      const int possible = room(end);
-      crowded = crowded || __any_sync(kAllLanes, possible < move);
-      move_slots(possible < move ? possible : move, end, before);
-      copy16(ends(), end);
+      const bool full = move_slots(move);
+      crowded = crowded || __any_sync(kAllLanes, full);
       if (!crowded) break;
       __syncwarp();
       if constexpr (kD == 64) {
-        make_room(before);
+        make_room();
       } else {
         park();
-        make_room(before);
+        make_room();
         unpark();
       }
       move = waiting();
     } while (__any_sync(kAllLanes, move > 0));
   }
 
-  // Moves the last `count` slots of this lane to its lists.
-  __device__ __forceinline__ void move_slots(int count, uint32_t (&end)[4],
-                                             const float (&negative)[4]) {
-    const uint32_t t = lane_again() % 4, last = slot_ - uint32_t(count * kSlotBytes);
+  // Moves the last `count` slots of this lane to its lists, until one of these has no room for two
+  // more hits. Returns whether one has not.
+  __device__ __forceinline__ bool move_slots(int count) {
+    const uint32_t t = lane_again() % 4;
+    uint32_t last = slot_ - uint32_t(count * kSlotBytes);
+    // The last end of row 0 with room for two hits.
+    const uint32_t limit_0 = list_begin(0) + uint32_t(p_.list) - 2;
+    bool full = false;
     // Eight columns, counted from the end of the split.
     const int64_t end_column = int64_t(item().first_tile + item().tiles) * kTileColumns;
     const uint32_t column_0 = uint32_t(end_column) + 2 * t - 8 * 8;
@@ -510,22 +488,24 @@ class Sweep {
       const float2 f = __ldg(reinterpret_cast<const float2*>(inv_k + place));
       const bool second = (bit & 1) != 0;
       word = bits_below(word, bit);
-      uint32_t end_0 = second ? end[2] : end[0], end_1 = second ? end[3] : end[1];
-      const float bound_0 = -(second ? negative[2] : negative[0]);
-      const float bound_1 = -(second ? negative[3] : negative[1]);
+      RowEnds& ends = *reinterpret_cast<RowEnds*>(&this->ends()[2 * second]);
+      uint32_t end_0 = ends.row_0, end_1 = ends.row_1;
+      const float2 negative = *reinterpret_cast<const float2*>(&before()[2 * second]);
+      const float bound_0 = -negative.x, bound_1 = -negative.y;
       put_hit(all, end_0, multiply_down(x.x, f.x), column, bound_0, f.x);
       put_hit(all, end_1, multiply_down(x.z, f.x), column, bound_1, f.x);
       put_hit(all, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
       put_hit(all, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
-      end[0] = second ? end[0] : end_0;
-      end[1] = second ? end[1] : end_1;
-      end[2] = second ? end_0 : end[2];
-      end[3] = second ? end_1 : end[3];
+      ends = {end_0, end_1};
+      const uint32_t limit = limit_0 + (second ? 64u * uint32_t(p_.list) : 0);
+      full = end_0 > limit || end_1 - 8u * uint32_t(p_.list) > limit;
+      last = full ? slot_ : last;
     }
     if (word >= 0x10000u) {
       store_word(header_, word);
       header_ += kHeaderBytes;
     }
+    return full;
   }
 
   // At D = 128, what a warp carries through a sweep would not fit into registers beside
@@ -549,8 +529,8 @@ class Sweep {
   }
   // Where a list is full, the k nearest of the row stay, and T rises. T was -before when no slot
   // waited.
-  __device__ __forceinline__ void make_room(const float (&before)[4]) {
-    const int most = hits_per_list(p_.k);
+  __device__ __forceinline__ void make_room() {
+    const int most = p_.list;
     constexpr float kClosed = -kInfinity<float>;
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
@@ -558,8 +538,7 @@ class Sweep {
       const int count = int(ends()[i] - begin);
       // Nothing that counts enters a closed row: one that does not exist, or has k NaN, which are
       // the first in its lists since the slots that waited then have been moved and cut, too.
-      const float first = i % 2 ? before[1] : before[0], second = i % 2 ? before[3] : before[2];
-      const bool closed = (i < 2 ? first : second) == kClosed;
+      const bool closed = before()[i] == kClosed;
       const bool closing = !closed && negative()[i] == kClosed;
       const unsigned full = __ballot_sync(kAllLanes, closing || count > most - 2);
       const bool cut = (full >> (lane() & 28) & 15) && !closed;

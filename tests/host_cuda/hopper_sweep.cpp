@@ -342,6 +342,7 @@ SweepParams parameters(const Case& c, const Problem& p, const Bits& query) {
   params.splits = c.splits;
   params.step = c.step;
   params.k = c.k;
+  params.list = hits_per_list(c.k);
   params.cosine = c.cosine;
   params.pairs = c.d % 2 == 0 && !c.unaligned;
   return params;
