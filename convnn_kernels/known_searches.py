@@ -41,9 +41,10 @@ def cases(
     M: int,
     *,
     distinct: int = 40,
+    queries: int = 200,
     rows: int = 4096,
 ) -> Iterator[Case]:
-    """Searches of M keys and at most 200 queries; in the last one, of `rows` queries.
+    """Searches of M keys; of `queries` rows, and in the last one, of `rows`.
 
     One has `distinct` different keys, of which each is at every `distinct`-th column.
     """
@@ -65,7 +66,7 @@ def cases(
     def case(name: str, query: Tensor, key: Tensor, is_exact: bool = True) -> Case:
         return Case(name, query, key, metric, is_exact)
 
-    query, few, key = signs(min(200, rows)), signs(distinct), signs(M)
+    query, few, key = signs(queries), signs(distinct), signs(M)
     yield case(f"{distinct} distinct keys", query, few.repeat(-(-M // distinct), 1)[:M])
     # Two of three keys are copies of others, 43 and 86 columns before.
     apart = torch.arange(M, device=device)
