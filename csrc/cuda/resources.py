@@ -28,7 +28,7 @@ REGISTERS, WARPS, STEP = 65536, 64, 256
 SHARED, SHARED_SM_80, SHARED_OF_BLOCK = 228 << 10, 164 << 10, 1 << 10
 # Warps of a block: kWarps in device.cuh, but for a kernel that has its own number.
 WARPS_OF_BLOCK = 4
-_OTHER_WARPS = {"hopper_sweep_kernel": 12}
+_OTHER_WARPS = {"hopper_sweep_kernel": 12, "hopper_dense_kernel": 12}
 
 # The dynamic shared memory of a launch, by the bytes of an element and of a sum; the most that it
 # can be, where it depends on sizes. tests/test_host_cuda.py compares this with the launches.
@@ -59,28 +59,38 @@ DYNAMIC_SHARED: dict[str, Callable[[int, int], int]] = {
         WARPS_OF_BLOCK * 256 * 4 + (WARPS_OF_BLOCK + 1) * 256 * 8
     ),
 }
-# The bytes of kernels for Hopper by their instance, the finish with a weight of 64 channels.
+# The bytes of kernels for Hopper by the numbers of their instance, the finish with a weight of 64
+# channels.
 _HOPPER_SHARED = {
-    "hopper_sweep_kernel": {64: 225_280, 128: 226_304},
+    "hopper_sweep_kernel": {(64,): 229_376, (128,): 230_400},
     "hopper_finish_kernel": {
-        10: 3328 + 10 * 256,
-        16: 6144 + 16 * 256,
-        32: 3072 + 32 * 256,
-        64: 6144 + 64 * 256,
+        (10,): 3328 + 10 * 256,
+        (16,): 6144 + 16 * 256,
+        (32,): 3072 + 32 * 256,
+        (64,): 6144 + 64 * 256,
+    },
+    "hopper_dense_kernel": {
+        (1, 64): 118_848,
+        (1, 128): 151_616,
+        (2, 64): 144_432,
+        (2, 128): 169_008,
     },
 }
+
+
+def _numbers(types: str) -> tuple[int, ...]:
+    """Those among template arguments, such as "BFloat16, 64, true>"."""
+    return tuple(int(each) for each in re.split("[, >]+", types) if each.isdigit())
+
+
 _ELEMENTS = {"double": (8, 8), "float": (4, 4), "unsigned long long": (8, 8)}
 
 
 def dynamic_shared(kernel: str) -> int:
     """Bytes for a kernel such as "group_maxima_kernel<float>"."""
-<<<<<<< HEAD
-    name, bracket, rest = kernel.partition("<")
-    if name in _HOPPER_SHARED:
-        return _HOPPER_SHARED[name][int(rest.split(",")[1].strip(" >"))]
-=======
     name, _, types = kernel.partition("<")
->>>>>>> w-back
+    if name in _HOPPER_SHARED:
+        return _HOPPER_SHARED[name][_numbers(types)]
     shared = DYNAMIC_SHARED.get(name)
     first = re.split("[,>]", types)[0]
     return 0 if shared is None else shared(*_ELEMENTS.get(first, (2, 4)))
