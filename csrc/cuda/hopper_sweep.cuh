@@ -1,16 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The hits of every query: the columns of S = Q K^T (Eq. 3) that may be among its k nearest.
-//
-// s = rn(a inv_q) with a = rd(acc inv_k): acc is the product of 16-bit rows summed in float32, and
-// rd rounds down. Then the sign of fma(acc, inv_k, -T) says exactly whether a >= T, and S is never
-// stored. T is a lower bound of the k-th largest a of the row:
-//
-// 1. The sampled sweep over every step-th tile of 128 columns keeps the maxima of 64 groups of
-//    columns for each row. The k-th largest of these is T, lowered by a few ulp because different a
-//    may give equal s.
-// 2. The main sweep over all tiles writes the hits to four lists per row, one of each lane that
-//    holds columns of the row. When a list is full, the k nearest of the row stay and T rises to
-//    the least a that still enters (hopper_lists.cuh).
+// The sweep of sweep.cuh by the asynchronous matrix instruction.
 //
 // A block takes 256 queries and a range of tiles (a split), then the next such item. One thread
 // lets the bulk engine load tiles of keys into a ring of stages; two warpgroups have 128 queries
@@ -19,66 +8,17 @@
 // columns, of which one is a hit: they wait in slots in shared memory until a lane has many.
 #pragma once
 
-#include "hopper_lists.cuh"
+#include "warp_sweep.cuh"
 
 namespace convnn::cuda {
 
-constexpr int kSweepRows = 256;    // queries of a block
-constexpr int kTileColumns = 128;  // columns of a tile of keys
 constexpr int kSweepThreads = 3 * kWarpgroup;
-constexpr int kSweepWarps = 8;                         // that have queries
-constexpr uint32_t kHitStride = 4 * sizeof(uint64_t);  // bytes from a hit of a list to the next
-
-// Where column c lies within inv_k: a lane finds its four factors of 16 columns side by side.
-inline __host__ __device__ int64_t place_of(int64_t c) {
-  return (c & ~int64_t(15)) + c % 8 / 2 * 4 + c / 8 % 2 * 2 + c % 2;
-}
-
-// Room for the hits of one row in one of its four lists. A list keeps at most k of them when it
-// has been full, so there is room for at least 8 more.
-inline __host__ __device__ constexpr int hits_per_list(int64_t k) { return k <= 16 ? 24 : k <= 32 ? 48 : 96; }
-
-// A launch takes `blocks` blocks of 256 queries; block b of all, counted from first_block, has the
-// batch element b / ceil(n / 256) and its rows from b % ceil(n / 256) * 256 on. Row r of the launch
-// is row r % 256 of its block r / 256; rows beyond n of a batch element have no hits.
-struct SweepParams {
-  const void* query;          // [batch, n, d] Float16 or BFloat16
-  const float* inv_k;         // [batch, m_padded] in the order of place_of(); dot: 1; a column that
-                              // may not be a neighbor: -0.0f, a key that counts as zero: +0.0f
-  const float* inv_k_sample;  // [batch, m_padded] the same, but NaN instead of -0.0f
-  float* inv_q;               // [batch, n] written: the factor of a row: s = rn(a * inv_q); dot: 1
-  uint64_t* hits;             // [splits, blocks * 256, hits_per_list(k), 4]; entry i of list t of a
-                              // row at [i][t]: bits of a = rd(acc * inv_k) << 32 | column
-  uint8_t* counts;            // [splits, blocks * 256, 4] entries of each list
-  int64_t n, d, m_padded;     // m_padded = 128 * tiles
-  int64_t first_block;
-  int blocks;
-  int tiles;   // of 128 columns
-  int splits;  // 1..tiles; split s has the tiles from s * tiles / splits on; at most 32767 each
-  int step;    // every step-th tile of a split is sampled
-  int k;       // 1..64
-  bool cosine;
-  bool pairs;  // d is even and query aligned to 4 bytes
-};
-
-// What a block works on at a time.
-struct SweepItem {
-  int block, split;  // of the launch
-  int64_t batch, first_row;
-  int first_tile, tiles;
-};
-__device__ inline SweepItem sweep_item(const SweepParams& p, int item) {
-  const int block = item / p.splits, split = item % p.splits;
-  const int64_t blocks_each = (p.n + kSweepRows - 1) / kSweepRows, b = p.first_block + block;
-  const int first = int(int64_t(p.tiles) * split / p.splits);
-  const int end = int(int64_t(p.tiles) * (split + 1) / p.splits);
-  return {block, split, b / blocks_each, b % blocks_each * kSweepRows, first, end - first};
-}
 
 template <int kD>
 struct SweepShared {
   static constexpr int kStages = kD == 64 ? 4 : 3;
   static constexpr int kSlots = kD == 64 ? 28 : 24;  // of a lane
+  static constexpr int kChecked = 64;
 
   alignas(1024) unsigned char keys[kStages][kD / 64][kTileColumns][128];
   float inv_k[kStages][kTileColumns];
@@ -108,185 +48,33 @@ struct Stage {
   }
 };
 
-// Words in shared memory, by address.
-__device__ __forceinline__ void store_word(uint32_t address, uint32_t x) {
-#ifdef __CUDACC__
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-#else
-  copy4(swizzled_shared_memory() + address, &x);
-#endif
-}
-__device__ __forceinline__ uint32_t load_word(uint32_t address) {
-  uint32_t x;
-#ifdef __CUDACC__
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-#else
-  copy4(&x, swizzled_shared_memory() + address);
-#endif
-  return x;
-}
-__device__ __forceinline__ float4 load_slot(uint32_t address) {
-  float4 x;
-#ifdef __CUDACC__
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address)
-               : "memory");
-#else
-  copy16(&x, swizzled_shared_memory() + address);
-#endif
-  return x;
-}
-// From a slot, or a header, of a lane to its next.
-constexpr int kSlotBytes = kWarp * 16, kHeaderBytes = kWarp * 4;
-
-// Stores the accumulators x [4] in the next slot, and the bit in the mask, if one of the signs of
-// `above` is clear: a hit. NaN is one, too.
-__device__ __forceinline__ void append(uint32_t& slot, uint32_t& mask, uint32_t bit,
-                                       const float (&above)[4], const float* x) {
-#ifdef __CUDACC__
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b32 t;\n"
-      "and.b32 t, %2, %3;\nand.b32 t, t, %4;\nand.b32 t, t, %5;\nand.b32 t, t, 0x80000000;\n"
-      "setp.eq.u32 p, t, 0;\n"
-      "@p st.shared.v4.f32 [%0], {%6, %7, %8, %9};\n"
-      "@p add.u32 %0, %0, 512;\n"
-      "@p or.b32 %1, %1, %10;\n}\n"
-      : "+r"(slot), "+r"(mask)
-      : "r"(__float_as_uint(above[0])), "r"(__float_as_uint(above[1])),
-        "r"(__float_as_uint(above[2])), "r"(__float_as_uint(above[3])), "f"(x[0]), "f"(x[1]),
-        "f"(x[2]), "f"(x[3]), "r"(bit)
-      : "memory");
-#else
-  const uint32_t signs = __float_as_uint(above[0]) & __float_as_uint(above[1]) &
-                         __float_as_uint(above[2]) & __float_as_uint(above[3]);
-  if (signs >> 31) return;
-  const float4 four = {x[0], x[1], x[2], x[3]};
-  copy16(swizzled_shared_memory() + slot, &four);
-  slot += kSlotBytes;
-  mask |= bit;
-#endif
-}
-static_assert(kSlotBytes == 512);
-
-// The number of the highest bit.
-__device__ __forceinline__ uint32_t highest_bit(uint32_t x) {
-#ifdef __CUDACC__
-  uint32_t bit;
-  asm("bfind.u32 %0, %1;" : "=r"(bit) : "r"(x));
-  return bit;
-#else
-  return 31 - uint32_t(__builtin_clz(x));
-#endif
-}
-
-// Writes a over column `end` bytes behind `hits`, and moves the end on, unless a is below the bound
-// or the factor is the mark of a column that may not be a neighbor. Without a branch.
-__device__ __forceinline__ void put_hit(uint64_t* hits, uint32_t& end, float a, uint32_t column,
-                                        float bound, float factor) {
-#ifdef __CUDACC__
-  asm volatile(
-      "{\n.reg .pred p;\n.reg .b64 t;\n"
-      "setp.ne.u32 p, %5, 0x80000000;\nsetp.geu.and.f32 p, %1, %3, p;\n"
-      "mad.wide.u32 t, %0, 1, %4;\n"
-      "@p st.global.v2.b32 [t], {%2, %6};\n"
-      "@p add.u32 %0, %0, 32;\n}\n"
-      : "+r"(end)
-      : "f"(a), "r"(column), "f"(bound), "l"(hits), "r"(__float_as_uint(factor)),
-        "r"(__float_as_uint(a))
-      : "memory");
-#else
-  if (a < bound || __float_as_uint(factor) == 0x80000000u) return;
-  hits[end / 8] = pack(__float_as_uint(a), column);
-  end += kHitStride;
-#endif
-}
-
-// A warp with 2 halves of 16 queries. With g = lane / 4 and t = lane % 4, a lane has rows g + 8 r,
-// r = 0, 1, of each half, and of every eight columns 2 t and 2 t + 1.
 template <class T, int kD>
-class Sweep {
+class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
   using Shared = SweepShared<kD>;
-  static constexpr int kSteps = kD / 16;
-  static constexpr int kGroups = 16;  // maxima of a lane for each row
-  static constexpr int kBisections = 9;
-  // Columns between two looks at how many slots are left, and the slots they may fill.
-  static constexpr int kChecked = 64, kReserve = kChecked / 8;
-  // Slots of a lane that are moved to the lists when one has few left. More keep lanes waiting for
-  // the one that has most.
-  static constexpr int kMoved = 12;
+  using Base = WarpSweep<HopperSweep<T, kD>, T, kD, Shared>;
+  friend Base;
+  using Base::a_, Base::item, Base::kSteps, Base::p_, Base::shared_, Base::warp_;
 
  public:
-  __device__ __forceinline__ Sweep(Shared& shared, const SweepParams& p)
-      : shared_(shared),
-        p_(p),
-        warp_(warp() - kWarpgroup / kWarp),
-        first_slot_(shared_address(&shared.slots[warp_][0][lane()][0])),
-        slot_(first_slot_),
-        header_(shared_address(&shared.headers[warp_][0][lane()])) {}
+  __device__ __forceinline__ HopperSweep(Shared& shared, const SweepParams& p)
+      : HopperSweep(shared, p, warp() - kWarpgroup / kWarp) {}
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
     for (int i = blockIdx.x; i < p_.blocks * p_.splits; i += gridDim.x) {
-      begin(i);
-      if (p_.pairs) {
-        load_queries<true>();
-      } else {
-        load_queries<false>();
-      }
-      sample_tiles();
-      sweep_tiles<kTileColumns>(1, [&](float (&acc)[kTileColumns / 2], int left, int, int half) {
-        look(acc, left, half);
-      });
-      drain(true);
-      store_counts();
+      this->begin(i);
+      this->sample_tiles();
+      this->template search_tiles<kTileColumns>();
     }
   }
 
  private:
-  // Row of the block. Below, i = 2 * half + r stands for one of the four rows of a lane.
+  __device__ __forceinline__ HopperSweep(Shared& shared, const SweepParams& p, int warp)
+      : Base(shared, p, warp, shared_address(&shared.slots[warp][0][lane()][0]),
+             shared_address(&shared.headers[warp][0][lane()]), Shared::kSlots) {}
+
   __device__ __forceinline__ int row(int i) const {
     return warp_ / 4 * 128 + i / 2 * 64 + warp_ % 4 * 16 + lane() / 4 + i % 2 * 8;
-  }
-  __device__ __forceinline__ const SweepItem& item() const { return shared_.items[warp_]; }
-  __device__ __forceinline__ bool exists(int row) const { return item().first_row + row < p_.n; }
-  // Row of the launch, counted over the splits.
-  __device__ __forceinline__ int64_t launch_row(int row) const {
-    return (int64_t(item().split) * p_.blocks + item().block) * kSweepRows + row;
-  }
-  // Where the list of this lane for row i begins, in bytes from all hits on.
-  __device__ __forceinline__ uint32_t list_begin(int i) const {
-    return (uint32_t(launch_row(row(i))) * hits_per_list(p_.k) * 4 + lane() % 4) *
-           uint32_t(sizeof(uint64_t));
-  }
-  __device__ __forceinline__ uint32_t (&ends() const)[4] { return shared_.ends[warp_][lane()]; }
-  __device__ __forceinline__ float (&negative() const)[4] {
-    return shared_.negative[warp_][lane()];
-  }
-
-  __device__ __forceinline__ void begin(int number) {
-    __syncwarp();
-    if (lane() == 0) shared_.items[warp_] = sweep_item(p_, number);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) ends()[i] = list_begin(i);
-  }
-
-  template <bool kPairs>
-  __device__ __forceinline__ void load_queries() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int half = i / 2, r = i % 2, at = row(i);
-      const int64_t global = item().batch * p_.n + item().first_row + at;
-      const T* query = static_cast<const T*>(p_.query) + global * p_.d;
-      load_row<kPairs>(a_[half], r, exists(at) ? query : nullptr, int(p_.d));
-      const float inv_q = p_.cosine ? normalize_row<T>(a_[half], r) : 1;
-      if (lane() % 4 == 0) {
-        shared_.inv_q[at] = inv_q;
-        if (exists(at) && item().split == 0) p_.inv_q[global] = inv_q;
-      }
-    }
-    __syncwarp();
   }
 
   // Begins the product of a half with kColumns columns of a stage.
@@ -305,24 +93,23 @@ class Sweep {
     wgmma_commit();
   }
 
-  // Calls body(acc, left, part, half) for parts of kColumns columns of every step-th tile, with the
-  // tiles that are left. No
-  // accumulator is alive where the loop closes: the compiler would serialize the products.
+  // No accumulator is alive where the loop closes: the compiler would serialize the products.
   template <int kColumns, class Body>
-  __device__ __forceinline__ void sweep_tiles(int step, const Body& body) {
+  __device__ __forceinline__ void sweep_tiles(const float*, int step, const Body& body) {
     int part = 0, left = item().tiles;
 #pragma unroll 1
     while (left > 0) {
+      const float* inv_k = &shared_.inv_k[stage_.index][part * kColumns];
       float acc_0[kColumns / 2], acc_1[kColumns / 2];
       if (part == 0) barrier_wait(&shared_.full[stage_.index], stage_.parity);
       multiply<kColumns>(acc_0, a_[0], part);
       multiply<kColumns>(acc_1, a_[1], part);
       wgmma_wait<1>();
       hold(acc_0);
-      body(acc_0, left, part, 0);
+      body(acc_0, inv_k, left, part, 0);
       wgmma_wait<0>();
       hold(acc_1);
-      body(acc_1, left, part, 1);
+      body(acc_1, inv_k, left, part, 1);
       if (++part == kTileColumns / kColumns) {
         if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
         stage_.advance();
@@ -332,233 +119,7 @@ class Sweep {
     }
   }
 
-  // The factors of this lane's columns n * 8 + 2 t, + 1, and n * 8 + 8 + 2 t, + 1; n is even.
-  __device__ __forceinline__ const float4& factors(int n) const {
-    return *reinterpret_cast<const float4*>(&shared_.inv_k[stage_.index][n * 8 + lane() % 4 * 4]);
-  }
-
-  // The sampled sweep: sets T.
-  __device__ __forceinline__ void sample_tiles() {
-    // Of half and row r, the maximum of group i is at 4 * (i / 2) + 2 * r + i % 2, like the
-    // accumulators; NaN as long as there is none.
-    float most[2][2 * kGroups];
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
-    constexpr int kColumns = 64;
-    sweep_tiles<kColumns>(p_.step, [&](float (&acc)[kColumns / 2], int, int part, int half) {
-#pragma unroll
-      for (int n = 0; n < kColumns / 8; n += 2) {
-        const float4 f = factors(part * (kColumns / 8) + n);
-        const float factor[4] = {f.x, f.y, f.z, f.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float& largest = most[half][4 * n + i];
-          largest = fmaxf(largest, multiply_down(acc[4 * n + i], factor[i / 4 * 2 + i % 2]));
-        }
-      }
-    });
-    if (p_.k <= kGroups) {
-      // A quarter of the groups suffices, and costs less.
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        most[0][i] = fmaxf(most[0][i], most[0][i + kGroups]);
-        most[1][i] = fmaxf(most[1][i], most[1][i + kGroups]);
-      }
-      set_thresholds<kGroups / 2>(most);
-    } else {
-      set_thresholds<kGroups>(most);
-    }
-  }
-  // Thresholds from the first kCount maxima of each row: lower bounds of the k-th largest of them
-  // in the quad, by bisection, for all four rows at a time.
-  template <int kCount>
-  __device__ __forceinline__ void set_thresholds(const float (&most)[2][2 * kGroups]) {
-    const auto maximum = [&](int i, int j) { return most[i / 2][j / 2 * 4 + i % 2 * 2 + j % 2]; };
-    float found[4], high[4], middle[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      middle[i] = high[i] = maximum(i, 0);
-#pragma unroll
-      for (int j = 1; j < kCount; ++j) {
-        middle[i] = fminf(middle[i], maximum(i, j));
-        high[i] = fmaxf(high[i], maximum(i, j));
-      }
-      found[i] = -kInfinity<float>;
-      middle[i] = quad_min(middle[i]);
-      high[i] = quad_max(high[i]);
-    }
-#pragma unroll 1
-    for (int step = 0; step < kBisections; ++step) {
-      uint32_t reached = 0;  // 8 bits for each row
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) reached += maximum(i, j) >= middle[i] ? 1u << 8 * i : 0;
-      }
-      reached = quad_sum(reached);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool enough = int(reached >> 8 * i & 0xFF) >= p_.k;
-        found[i] = enough ? middle[i] : found[i];
-        high[i] = enough ? high[i] : middle[i];
-        middle[i] = 0.5f * found[i] + 0.5f * high[i];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float most_finite = fminf(found[i], kLargest);
-      const float bound = most_finite - (fabsf(most_finite) * 0x1p-21f + 0x1p-120f);
-      // +0 rather than -0, so that a product of -0 reaches a threshold of 0.
-      negative()[i] = 0 - (exists(row(i)) ? bound : kInfinity<float>);
-    }
-  }
-
-  // Puts the accumulators of hits into slots.
-  __device__ __forceinline__ void look(const float (&acc)[kTileColumns / 2], int left, int half) {
-    const float2 n = *reinterpret_cast<const float2*>(&negative()[2 * half]);
-#pragma unroll
-    for (int first = 0; first < kTileColumns / 8; first += kReserve) {
-      if (__any_sync(kAllLanes, slot_ > first_slot_ + (Shared::kSlots - kReserve) * kSlotBytes)) {
-        push_header(left, half);
-        drain(false);
-      }
-#pragma unroll
-      for (int i = first; i < first + kReserve; i += 2) {
-        const float4 f = factors(i);
-        const float* x = acc + 4 * i;
-        const float even[4] = {multiply_add(x[0], f.x, n.x), multiply_add(x[1], f.y, n.x),
-                               multiply_add(x[2], f.x, n.y), multiply_add(x[3], f.y, n.y)};
-        append(slot_, mask_, 0x10000u << i, even, x);
-        const float odd[4] = {multiply_add(x[4], f.z, n.x), multiply_add(x[5], f.w, n.x),
-                              multiply_add(x[6], f.z, n.y), multiply_add(x[7], f.w, n.y)};
-        append(slot_, mask_, 0x20000u << i, odd, x + 4);
-      }
-    }
-    push_header(left, half);
-  }
-  // Describes the slots that were filled since the last header.
-  __device__ __forceinline__ void push_header(int left, int half) {
-    if (mask_) {
-      store_word(header_, mask_ | uint32_t(left) << 1 | uint32_t(half));
-      header_ += kHeaderBytes;
-    }
-    mask_ = 0;
-  }
-
-  // Slots of this lane that are filled.
-  __device__ __forceinline__ int waiting() const { return int(slot_ - first_slot_) / kSlotBytes; }
-  // Slots that the lists of this lane can take: each has at most two hits of a row.
-  __device__ __forceinline__ int room(const uint32_t (&end)[4]) const {
-    uint32_t longest = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t length = end[i] - list_begin(i);
-      longest = length > longest ? length : longest;
-    }
-    return (hits_per_list(p_.k) - int(longest / kHitStride)) / 2;
-  }
-
-  // Moves slots to the lists: some, or all. Where a list is full, all; T rises only when no slot is
-  // left that it would have to be compared with, because at an equal s the lower column is nearer.
-  __device__ __forceinline__ void drain(bool all) {
-    float before[4];
-    copy16(before, negative());
-    int move = all || waiting() < kMoved ? waiting() : kMoved;
-#pragma unroll 1
-    while (true) {
-      uint32_t end[4];
-      copy16(end, ends());
-      const int possible = room(end);
-      const bool crowded = __any_sync(kAllLanes, possible < move);
-      move_slots(possible < move ? possible : move, end, before);
-      copy16(ends(), end);
-      if (!crowded) break;
-      __syncwarp();
-      make_room();
-      move = waiting();
-    }
-  }
-
-  // Moves the last `count` slots of this lane to its lists.
-  __device__ __forceinline__ void move_slots(int count, uint32_t (&end)[4],
-                                             const float (&negative)[4]) {
-    const uint32_t t = uint32_t(lane()) % 4, last = slot_ - uint32_t(count * kSlotBytes);
-    // Eight columns, counted from the end of the split.
-    const int64_t end_column = int64_t(item().first_tile + item().tiles) * kTileColumns;
-    const uint32_t column_0 = uint32_t(end_column) + 2 * t - 16 * 8;
-    const char* inv_k =
-        reinterpret_cast<const char*>(p_.inv_k + item().batch * p_.m_padded + end_column + 4 * t) -
-        16 * 32;
-    uint32_t word = 0;
-#pragma unroll 1
-    while (slot_ != last) {
-      if (word < 0x10000u) {
-        header_ -= kHeaderBytes;
-        word = load_word(header_);
-      }
-      slot_ -= kSlotBytes;
-      const float4 x = load_slot(slot_);
-      const uint32_t bit = highest_bit(word), eight = bit - (word & 0xFFFEu) * 8;
-      word ^= 1u << bit;
-      const uint32_t column = column_0 + eight * 8;
-      const int32_t place = int32_t(eight * 32 - (bit & 1) * 24);
-      const float2 f = __ldg(reinterpret_cast<const float2*>(inv_k + place));
-      const bool second = word & 1;
-      uint32_t end_0 = second ? end[2] : end[0], end_1 = second ? end[3] : end[1];
-      const float bound_0 = -(second ? negative[2] : negative[0]);
-      const float bound_1 = -(second ? negative[3] : negative[1]);
-      put_hit(p_.hits, end_0, multiply_down(x.x, f.x), column, bound_0, f.x);
-      put_hit(p_.hits, end_1, multiply_down(x.z, f.x), column, bound_1, f.x);
-      put_hit(p_.hits, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
-      put_hit(p_.hits, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
-      end[0] = second ? end[0] : end_0;
-      end[1] = second ? end[1] : end_1;
-      end[2] = second ? end_0 : end[2];
-      end[3] = second ? end_1 : end[3];
-    }
-    if (word >= 0x10000u) {
-      store_word(header_, word);
-      header_ += kHeaderBytes;
-    }
-  }
-
-  // Where a list is full, the k nearest of the row stay, and T rises.
-  __device__ __forceinline__ void make_room() {
-    const int most = hits_per_list(p_.k);
-#pragma unroll 1
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t begin = list_begin(i);
-      const int count = int((ends()[i] - begin) / kHitStride);
-      const unsigned full = __ballot_sync(kAllLanes, count > most - 2);
-      if (!full) continue;
-      const bool idle = !(full >> (lane() & 28) & 15);
-      // Nothing that counts enters any more: NaN behind k others, or a row that does not exist.
-      const bool closed = negative()[i] == -kInfinity<float>;
-      HitList list = {p_.hits + begin / sizeof(uint64_t), count, shared_.inv_q[row(i)]};
-      const float bound = keep_nearest(list, p_.k, idle || closed);
-      if (idle) continue;
-      if (!closed) negative()[i] = 0 - bound;
-      const int left = closed && count > p_.k ? p_.k : closed ? count : list.count;
-      ends()[i] = begin + uint32_t(left) * kHitStride;
-    }
-  }
-  __device__ __forceinline__ void store_counts() const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t count = (ends()[i] - list_begin(i)) / kHitStride;
-      p_.counts[launch_row(row(i)) * 4 + lane() % 4] = uint8_t(count);
-    }
-  }
-
-  Shared& shared_;
-  const SweepParams& p_;
-  const int warp_;  // of those that have queries
   Stage<kD> stage_;
-  uint32_t a_[2][kSteps][4];  // queries of each half
-  // Addresses in shared memory of the first and the next slot and the next header of this lane.
-  const uint32_t first_slot_;
-  uint32_t slot_, header_;
-  uint32_t mask_ = 0;  // of the slots filled since the last header
 };
 
 // Loads what the warps with queries look at. One thread.
@@ -616,7 +177,7 @@ __global__ __launch_bounds__(kSweepThreads,
     if (threadIdx.x == 0) load_tiles<kD>(shared, keys, p);
   } else {
     claim_registers<240>();
-    Sweep<T, kD>(shared, p).run();
+    HopperSweep<T, kD>(shared, p).run();
   }
 #endif
 }

@@ -6,7 +6,7 @@
 // what stays in a full list is decided by s and the column, and what may still enter by a.
 #pragma once
 
-#include "hopper_queries.cuh"
+#include "query_rows.cuh"
 #include "order.cuh"
 
 namespace convnn::cuda {

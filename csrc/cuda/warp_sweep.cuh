@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: MIT
+// A warp of a sweep: 32 queries in registers, what is done with their accumulators, and their
+// lists.
+#pragma once
+
+#include "hit_lists.cuh"
+#include "slots.cuh"
+#include "sweep.cuh"
+
+namespace convnn::cuda {
+
+// A warp with 2 halves of 16 queries. With g = lane / 4 and t = lane % 4, a lane has rows g + 8 r,
+// r = 0, 1, of each half, and of every eight columns 2 t and 2 t + 1.
+//
+// Derived computes the products. It has row(i), the row of the block of row i = 2 * half + r of
+// this lane, and
+//
+//   sweep_tiles<kColumns>(inv_k, step, body)
+//
+// which calls body(acc, factors, left, part, half) for every step-th tile of the item, part by part
+// of kColumns columns, for both halves: acc [kColumns / 2] is the product as the matrix instruction
+// leaves it, `factors` in shared memory are those of inv_k, and `left` counts the tiles from this
+// one on.
+//
+// Shared has slots, headers, ends, negative, inv_q and items as SweepShared of hopper_sweep.cuh,
+// and kChecked, the columns between two looks at how many slots are left.
+template <class Derived, class T, int kD, class Shared>
+class WarpSweep {
+ protected:
+  static constexpr int kSteps = kD / 16;
+  static constexpr int kGroups = 16;  // maxima of a lane for each row
+  static constexpr int kBisections = 9;
+  // Slots of a lane that are moved to the lists when one has few left. More keep lanes waiting for
+  // the one that has most.
+  static constexpr int kMoved = 12;
+
+  // The addresses of the first slot and header of this lane, which has `slots` of either.
+  __device__ __forceinline__ WarpSweep(Shared& shared, const SweepParams& p, int warp,
+                                       uint32_t slot, uint32_t header, int slots)
+      : shared_(shared),
+        p_(p),
+        warp_(warp),
+        slots_(slots),
+        first_slot_(slot),
+        slot_(slot),
+        header_(header) {}
+
+  __device__ __forceinline__ Derived& self() { return static_cast<Derived&>(*this); }
+  __device__ __forceinline__ int row(int i) const {
+    return static_cast<const Derived&>(*this).row(i);
+  }
+  __device__ __forceinline__ const SweepItem& item() const { return shared_.items[warp_]; }
+  __device__ __forceinline__ bool exists(int row) const { return item().first_row + row < p_.n; }
+  // Row of the launch, counted over the splits.
+  __device__ __forceinline__ int64_t launch_row(int row) const {
+    return (int64_t(item().split) * p_.blocks + item().block) * kSweepRows + row;
+  }
+  // Where the list of this lane for row i begins, in bytes from all hits on.
+  __device__ __forceinline__ uint32_t list_begin(int i) const {
+    return (uint32_t(launch_row(row(i))) * hits_per_list(p_.k) * 4 + lane() % 4) *
+           uint32_t(sizeof(uint64_t));
+  }
+  __device__ __forceinline__ uint32_t (&ends() const)[4] { return shared_.ends[warp_][lane()]; }
+  __device__ __forceinline__ float (&negative() const)[4] {
+    return shared_.negative[warp_][lane()];
+  }
+
+  // Begins an item: loads its queries, and empties the lists.
+  __device__ __forceinline__ void begin(int number) {
+    __syncwarp();
+    if (lane() == 0) shared_.items[warp_] = sweep_item(p_, number);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ends()[i] = list_begin(i);
+    if (p_.pairs) {
+      load_queries<true>();
+    } else {
+      load_queries<false>();
+    }
+  }
+
+  template <bool kPairs>
+  __device__ __forceinline__ void load_queries() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int half = i / 2, r = i % 2, at = row(i);
+      const int64_t global = item().batch * p_.n + item().first_row + at;
+      const T* query = static_cast<const T*>(p_.query) + global * p_.d;
+      load_row<kPairs>(a_[half], r, exists(at) ? query : nullptr, int(p_.d));
+      const float inv_q = p_.cosine ? normalize_row<T>(a_[half], r) : 1;
+      if (lane() % 4 == 0) {
+        shared_.inv_q[at] = inv_q;
+        if (exists(at) && item().split == 0) p_.inv_q[global] = inv_q;
+      }
+    }
+    __syncwarp();
+  }
+
+  // The factors of this lane's columns n * 8 + 2 t, + 1, and n * 8 + 8 + 2 t, + 1; n is even.
+  static __device__ __forceinline__ const float4& factors(const float* inv_k, int n) {
+    return *reinterpret_cast<const float4*>(inv_k + n * 8 + lane() % 4 * 4);
+  }
+
+  // The sampled sweep: sets T.
+  __device__ __forceinline__ void sample_tiles() {
+    // Of half and row r, the maximum of group i is at 4 * (i / 2) + 2 * r + i % 2, like the
+    // accumulators; NaN as long as there is none.
+    float most[2][2 * kGroups];
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
+    constexpr int kColumns = 64;
+    self().template sweep_tiles<kColumns>(
+        p_.inv_k_sample, p_.step,
+        [&](float (&acc)[kColumns / 2], const float* inv_k, int, int, int half) {
+#pragma unroll
+          for (int n = 0; n < kColumns / 8; n += 2) {
+            const float4 f = factors(inv_k, n);
+            const float factor[4] = {f.x, f.y, f.z, f.w};
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              float& largest = most[half][4 * n + i];
+              largest = fmaxf(largest, multiply_down(acc[4 * n + i], factor[i / 4 * 2 + i % 2]));
+            }
+          }
+        });
+    if (p_.k <= kGroups) {
+      // A quarter of the groups suffices, and costs less.
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        most[0][i] = fmaxf(most[0][i], most[0][i + kGroups]);
+        most[1][i] = fmaxf(most[1][i], most[1][i + kGroups]);
+      }
+      set_thresholds<kGroups / 2>(most);
+    } else {
+      set_thresholds<kGroups>(most);
+    }
+  }
+  // Thresholds from the first kCount maxima of each row: lower bounds of the k-th largest of them
+  // in the quad, by bisection, for all four rows at a time.
+  template <int kCount>
+  __device__ __forceinline__ void set_thresholds(const float (&most)[2][2 * kGroups]) {
+    const auto maximum = [&](int i, int j) { return most[i / 2][j / 2 * 4 + i % 2 * 2 + j % 2]; };
+    float found[4], high[4], middle[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      middle[i] = high[i] = maximum(i, 0);
+#pragma unroll
+      for (int j = 1; j < kCount; ++j) {
+        middle[i] = fminf(middle[i], maximum(i, j));
+        high[i] = fmaxf(high[i], maximum(i, j));
+      }
+      found[i] = -kInfinity<float>;
+      middle[i] = quad_min(middle[i]);
+      high[i] = quad_max(high[i]);
+    }
+#pragma unroll 1
+    for (int step = 0; step < kBisections; ++step) {
+      uint32_t reached = 0;  // 8 bits for each row
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) reached += maximum(i, j) >= middle[i] ? 1u << 8 * i : 0;
+      }
+      reached = quad_sum(reached);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool enough = int(reached >> 8 * i & 0xFF) >= p_.k;
+        found[i] = enough ? middle[i] : found[i];
+        high[i] = enough ? high[i] : middle[i];
+        middle[i] = 0.5f * found[i] + 0.5f * high[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float most_finite = fminf(found[i], kLargest);
+      const float bound = most_finite - (fabsf(most_finite) * 0x1p-21f + 0x1p-120f);
+      // +0 rather than -0, so that a product of -0 reaches a threshold of 0.
+      negative()[i] = 0 - (exists(row(i)) ? bound : kInfinity<float>);
+    }
+  }
+
+  // The main sweep, kColumns columns at a time: fills the lists.
+  template <int kColumns>
+  __device__ __forceinline__ void search_tiles() {
+    self().template sweep_tiles<kColumns>(
+        p_.inv_k, 1,
+        [&](float (&acc)[kColumns / 2], const float* inv_k, int left, int part, int half) {
+          look<kColumns>(acc, inv_k, left, part, half);
+        });
+    drain(true);
+    store_counts();
+  }
+  // Puts the accumulators of hits into slots.
+  template <int kColumns>
+  __device__ __forceinline__ void look(const float (&acc)[kColumns / 2], const float* inv_k,
+                                       int left, int part, int half) {
+    constexpr int kReserve = Shared::kChecked / 8;
+    const float2 n = *reinterpret_cast<const float2*>(&negative()[2 * half]);
+#pragma unroll
+    for (int first = 0; first < kColumns / 8; first += kReserve) {
+      if (__any_sync(kAllLanes, slot_ > first_slot_ + (slots_ - kReserve) * kSlotBytes)) {
+        push_header(left, half);
+        drain(false);
+      }
+#pragma unroll
+      for (int i = first; i < first + kReserve; i += 2) {
+        const float4 f = factors(inv_k, i);
+        const float* x = acc + 4 * i;
+        const float even[4] = {multiply_add(x[0], f.x, n.x), multiply_add(x[1], f.y, n.x),
+                               multiply_add(x[2], f.x, n.y), multiply_add(x[3], f.y, n.y)};
+        append(slot_, mask_, 0x10000u << (part * (kColumns / 8) + i), even, x);
+        const float odd[4] = {multiply_add(x[4], f.z, n.x), multiply_add(x[5], f.w, n.x),
+                              multiply_add(x[6], f.z, n.y), multiply_add(x[7], f.w, n.y)};
+        append(slot_, mask_, 0x20000u << (part * (kColumns / 8) + i), odd, x + 4);
+      }
+    }
+    push_header(left, half);
+  }
+  // Describes the slots that were filled since the last header.
+  __device__ __forceinline__ void push_header(int left, int half) {
+    if (mask_) {
+      store_word(header_, mask_ | uint32_t(left) << 1 | uint32_t(half));
+      header_ += kHeaderBytes;
+    }
+    mask_ = 0;
+  }
+
+  // Slots of this lane that are filled.
+  __device__ __forceinline__ int waiting() const { return int(slot_ - first_slot_) / kSlotBytes; }
+  // Slots that the lists of this lane can take: each has at most two hits of a row.
+  __device__ __forceinline__ int room(const uint32_t (&end)[4]) const {
+    uint32_t longest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t length = end[i] - list_begin(i);
+      longest = length > longest ? length : longest;
+    }
+    return (hits_per_list(p_.k) - int(longest / kHitStride)) / 2;
+  }
+
+  // Moves slots to the lists: some, or all. Where a list is full, all; T rises only when no slot is
+  // left that it would have to be compared with, because at an equal s the lower column is nearer.
+  __device__ __forceinline__ void drain(bool all) {
+    float before[4];
+    copy16(before, negative());
+    int move = all || waiting() < kMoved ? waiting() : kMoved;
+#pragma unroll 1
+    while (true) {
+      uint32_t end[4];
+      copy16(end, ends());
+      const int possible = room(end);
+      const bool crowded = __any_sync(kAllLanes, possible < move);
+      move_slots(possible < move ? possible : move, end, before);
+      copy16(ends(), end);
+      if (!crowded) break;
+      __syncwarp();
+      make_room();
+      move = waiting();
+    }
+  }
+
+  // Moves the last `count` slots of this lane to its lists.
+  __device__ __forceinline__ void move_slots(int count, uint32_t (&end)[4],
+                                             const float (&negative)[4]) {
+    const uint32_t t = uint32_t(lane()) % 4, last = slot_ - uint32_t(count * kSlotBytes);
+    // Eight columns, counted from the end of the split.
+    const int64_t end_column = int64_t(item().first_tile + item().tiles) * kTileColumns;
+    const uint32_t column_0 = uint32_t(end_column) + 2 * t - 16 * 8;
+    const char* inv_k =
+        reinterpret_cast<const char*>(p_.inv_k + item().batch * p_.m_padded + end_column + 4 * t) -
+        16 * 32;
+    uint32_t word = 0;
+#pragma unroll 1
+    while (slot_ != last) {
+      if (word < 0x10000u) {
+        header_ -= kHeaderBytes;
+        word = load_word(header_);
+      }
+      slot_ -= kSlotBytes;
+      const float4 x = load_slot(slot_);
+      const uint32_t bit = highest_bit(word), eight = bit - (word & 0xFFFEu) * 8;
+      word ^= 1u << bit;
+      const uint32_t column = column_0 + eight * 8;
+      const int32_t place = int32_t(eight * 32 - (bit & 1) * 24);
+      const float2 f = __ldg(reinterpret_cast<const float2*>(inv_k + place));
+      const bool second = word & 1;
+      uint32_t end_0 = second ? end[2] : end[0], end_1 = second ? end[3] : end[1];
+      const float bound_0 = -(second ? negative[2] : negative[0]);
+      const float bound_1 = -(second ? negative[3] : negative[1]);
+      put_hit(p_.hits, end_0, multiply_down(x.x, f.x), column, bound_0, f.x);
+      put_hit(p_.hits, end_1, multiply_down(x.z, f.x), column, bound_1, f.x);
+      put_hit(p_.hits, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
+      put_hit(p_.hits, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
+      end[0] = second ? end[0] : end_0;
+      end[1] = second ? end[1] : end_1;
+      end[2] = second ? end_0 : end[2];
+      end[3] = second ? end_1 : end[3];
+    }
+    if (word >= 0x10000u) {
+      store_word(header_, word);
+      header_ += kHeaderBytes;
+    }
+  }
+
+  // Where a list is full, the k nearest of the row stay, and T rises.
+  __device__ __forceinline__ void make_room() {
+    const int most = hits_per_list(p_.k);
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t begin = list_begin(i);
+      const int count = int((ends()[i] - begin) / kHitStride);
+      const unsigned full = __ballot_sync(kAllLanes, count > most - 2);
+      if (!full) continue;
+      const bool idle = !(full >> (lane() & 28) & 15);
+      // Nothing that counts enters any more: NaN behind k others, or a row that does not exist.
+      const bool closed = negative()[i] == -kInfinity<float>;
+      HitList list = {p_.hits + begin / sizeof(uint64_t), count, shared_.inv_q[row(i)]};
+      const float bound = keep_nearest(list, p_.k, idle || closed);
+      if (idle) continue;
+      if (!closed) negative()[i] = 0 - bound;
+      const int left = closed && count > p_.k ? p_.k : closed ? count : list.count;
+      ends()[i] = begin + uint32_t(left) * kHitStride;
+    }
+  }
+  __device__ __forceinline__ void store_counts() const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t count = (ends()[i] - list_begin(i)) / kHitStride;
+      p_.counts[launch_row(row(i)) * 4 + lane() % 4] = uint8_t(count);
+    }
+  }
+
+  Shared& shared_;
+  const SweepParams& p_;
+  const int warp_;            // of those that have queries
+  const int slots_;           // of a lane
+  uint32_t a_[2][kSteps][4];  // queries of each half
+  // Addresses in shared memory of the first and the next slot and the next header of this lane.
+  const uint32_t first_slot_;
+  uint32_t slot_, header_;
+  uint32_t mask_ = 0;  // of the slots filled since the last header
+};
+
+}  // namespace convnn::cuda
