@@ -18,7 +18,7 @@ template <int kD>
 struct SweepShared {
   static constexpr int kStages = kD == 64 ? 4 : 3;
   static constexpr int kSlots = kD == 64 ? 28 : 24;  // of a lane
-  static constexpr int kChecked = 64;
+  static constexpr int kChecked = 64, kSampled = 64;
 
   alignas(1024) unsigned char keys[kStages][kD / 64][kTileColumns][128];
   float inv_k[kStages][kTileColumns];

@@ -108,18 +108,19 @@ class WarpSweep {
     float most[2][2 * kGroups];
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
-    constexpr int kColumns = 64;
+    constexpr int kColumns = Shared::kSampled;
     self().template sweep_tiles<kColumns>(
         p_.inv_k_sample, p_.step,
-        [&](float (&acc)[kColumns / 2], const float* inv_k, int, int, int half) {
+        [&](float (&acc)[kColumns / 2], const float* inv_k, int, int part, int half) {
+          const uint32_t first = uint32_t(part) * (kColumns / 2) % (2 * kGroups);
 #pragma unroll
           for (int n = 0; n < kColumns / 8; n += 2) {
             const float4 f = factors(inv_k, n);
             const float factor[4] = {f.x, f.y, f.z, f.w};
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-              float& largest = most[half][4 * n + i];
-              largest = fmaxf(largest, multiply_down(acc[4 * n + i], factor[i / 4 * 2 + i % 2]));
+            for (int i = 4 * n; i < 4 * n + 8; ++i) {
+              float& largest = most[half][first + i];
+              largest = fmaxf(largest, multiply_down(acc[i], factor[i % 8 / 4 * 2 + i % 2]));
             }
           }
         });
@@ -199,7 +200,7 @@ class WarpSweep {
 #pragma unroll
     for (int first = 0; first < kColumns / 8; first += kReserve) {
       if (__any_sync(kAllLanes, slot_ > first_slot_ + (slots_ - kReserve) * kSlotBytes)) {
-        push_header(left, half);
+        push_header(left, part * (kColumns / 8), half);
         drain(false);
       }
 #pragma unroll
@@ -208,18 +209,19 @@ class WarpSweep {
         const float* x = acc + 4 * i;
         const float even[4] = {multiply_add(x[0], f.x, n.x), multiply_add(x[1], f.y, n.x),
                                multiply_add(x[2], f.x, n.y), multiply_add(x[3], f.y, n.y)};
-        append(slot_, mask_, 0x10000u << (part * (kColumns / 8) + i), even, x);
+        append(slot_, mask_, 0x10000u << i, even, x);
         const float odd[4] = {multiply_add(x[4], f.z, n.x), multiply_add(x[5], f.w, n.x),
                               multiply_add(x[6], f.z, n.y), multiply_add(x[7], f.w, n.y)};
-        append(slot_, mask_, 0x20000u << (part * (kColumns / 8) + i), odd, x + 4);
+        append(slot_, mask_, 0x20000u << i, odd, x + 4);
       }
     }
-    push_header(left, half);
+    push_header(left, part * (kColumns / 8), half);
   }
-  // Describes the slots that were filled since the last header.
-  __device__ __forceinline__ void push_header(int left, int half) {
+  // Describes the slots that were filled since the last header, from eight columns number `first`
+  // of the tile on.
+  __device__ __forceinline__ void push_header(int left, int first, int half) {
     if (mask_) {
-      store_word(header_, mask_ | uint32_t(left) << 1 | uint32_t(half));
+      store_word(header_, mask_ << first | uint32_t(left) << 1 | uint32_t(half));
       header_ += kHeaderBytes;
     }
     mask_ = 0;

@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: MIT
+// The sweep of sweep.cuh by the matrix instruction that every device of compute capability 8.0 or
+// newer has.
+//
+// A block takes one item: 256 queries and a range of tiles (a split). Each of its eight warps has
+// 32 queries in registers, as two halves of 16, so that what it reads of a key serves both. All
+// threads copy keys into shared memory, 16 KB at a time, into one of two stages while the products
+// of the other are computed. A row of keys lies in shared memory as 16-byte pieces, piece i of row
+// r where piece i ^ r % 8 would be, so that neither copies nor products meet bank conflicts.
+#pragma once
+
+#include "matrices.cuh"
+#include "thread_copies.cuh"
+#include "warp_sweep.cuh"
+
+namespace convnn::cuda {
+
+constexpr int kMmaSweepThreads = kSweepWarps * kWarp;
+
+// Where the keys are read from.
+struct KeyRows {
+  const void* rows;  // [batch, count, 64 or 128] Float16 or BFloat16, aligned to 16 bytes
+  int64_t count;     // what is beyond counts as zeros
+};
+
+// Behind it lie slots [kSweepWarps][slots][kWarp][4] and headers [kSweepWarps][slots][kWarp], as in
+// SweepShared of hopper_sweep.cuh.
+template <int kD>
+struct MmaSweepShared {
+  static constexpr int kStages = 2, kRowBytes = 2 * kD;
+  static constexpr int kColumns = (16 << 10) / kRowBytes;  // of a stage
+  static constexpr int kChecked = 32;
+  static constexpr int kSampled = kD == 64 ? 64 : 32;  // more take too many registers
+
+  alignas(128) unsigned char keys[kStages][kColumns][kRowBytes];
+  alignas(16) float inv_k[kStages][kColumns];
+  alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
+  alignas(16) float negative[kSweepWarps][kWarp][4];
+  alignas(16) float inv_q[kSweepRows];
+  SweepItem items[kSweepWarps];
+};
+constexpr int kSlotSetBytes = kSweepWarps * (kSlotBytes + kHeaderBytes);  // one of every lane
+template <int kD>
+constexpr size_t mma_sweep_bytes(int slots) {
+  return sizeof(MmaSweepShared<kD>) + size_t(slots) * kSlotSetBytes;
+}
+// Fewer leave no room between two looks; more than this gain nothing.
+constexpr int kFewestSlots = 8, kMostSlots = 28;
+
+template <class T, int kD>
+class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
+  using Shared = MmaSweepShared<kD>;
+  using Base = WarpSweep<MmaSweep<T, kD>, T, kD, Shared>;
+  friend Base;
+  using Base::a_, Base::item, Base::kSteps, Base::p_, Base::shared_, Base::warp_;
+
+ public:
+  __device__ __forceinline__ MmaSweep(Shared& shared, const SweepParams& p, const KeyRows& keys,
+                                      int slots)
+      : MmaSweep(shared, p, keys, slots, shared_address(&shared + 1)) {}
+
+  __device__ __forceinline__ void run() {
+    this->begin(blockIdx.x);
+    this->sample_tiles();
+    this->template search_tiles<64>();
+  }
+
+ private:
+  // `behind` is the address behind `shared`.
+  __device__ __forceinline__ MmaSweep(Shared& shared, const SweepParams& p, const KeyRows& keys,
+                                      int slots, uint32_t behind)
+      : Base(shared, p, warp(), behind + (warp() * slots * kWarp + lane()) * 16,
+             behind + (kSweepWarps * slots * kWarp) * 16 + (warp() * slots * kWarp + lane()) * 4,
+             slots),
+        keys_(keys) {}
+
+  __device__ __forceinline__ int row(int i) const {
+    return (warp_ * 32 + lane() / 4) + (i / 2 * 16 + i % 2 * 8);
+  }
+
+  // What this thread copies of the columns of a sweep: of keys, a piece of every kCopied-th column;
+  // some threads factors, too.
+  struct Copies {
+    static constexpr int kPieces = kD / 8, kCopied = kMmaSweepThreads / kPieces;
+    static constexpr int kBytes = kCopied * Shared::kRowBytes;
+
+    const char* from;
+    const float* inv_k;
+    uint32_t to;
+    int left;  // columns from the next one on that exist
+
+    __device__ __forceinline__ Copies(Shared& shared, const KeyRows& keys,
+                                      const float* inv_k_of_item, int64_t batch, int first)
+        : inv_k(inv_k_of_item + first + threadIdx.x * 4), left(int(keys.count) - first) {
+      const int piece = int(threadIdx.x) % kPieces, column = int(threadIdx.x) / kPieces;
+      from = static_cast<const char*>(keys.rows) +
+             (batch * keys.count + first + column) * Shared::kRowBytes + piece * 16;
+      to = shared_address(&shared.keys[0][column][0]) + uint32_t((piece ^ (column & 7)) * 16);
+    }
+    // Begins to copy the next columns, kColumns, to a stage.
+    __device__ __forceinline__ void begin(Shared& shared, int stage) const {
+      const uint32_t to = this->to + uint32_t(stage) * uint32_t(sizeof(shared.keys[0]));
+      if (left >= Shared::kColumns) {
+#pragma unroll
+        for (int i = 0; i < Shared::kColumns / kCopied; ++i) {
+          copy_async16(to + uint32_t(i * kBytes), from + i * kBytes, true);
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < Shared::kColumns / kCopied; ++i) {
+          const bool exists = i * kCopied + int(threadIdx.x) / kPieces < left;
+          copy_async16(to + uint32_t(i * kBytes), from + i * kBytes, exists);
+        }
+      }
+      if (threadIdx.x < Shared::kColumns / 4) {
+        copy_async16(shared_address(&shared.inv_k[stage][threadIdx.x * 4]), inv_k, true);
+      }
+      copy_commit();
+    }
+    __device__ __forceinline__ void skip(int columns) {
+      from += columns * Shared::kRowBytes;
+      inv_k += columns;
+      left -= columns;
+    }
+  };
+
+  // The products of both halves with columns of a stage, from address `keys` on.
+  template <int kColumns>
+  __device__ __forceinline__ void multiply(float (&acc_0)[kColumns / 2],
+                                           float (&acc_1)[kColumns / 2], uint32_t keys) const {
+    // Each of eight lanes names a row of one of the four pieces that a warp reads at a time.
+    const uint32_t of_lane = uint32_t(lane() % 8 * Shared::kRowBytes);
+    const uint32_t piece = uint32_t((lane() / 8 ^ lane() % 8) * 16);
+    const uint32_t even = keys + of_lane + piece, odd = keys + of_lane + (piece ^ 64);
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      float d[2][4] = {};
+#pragma unroll
+      for (int s = 0; s < kSteps; s += 2) {
+        uint32_t x[4];
+        const uint32_t at = uint32_t(n * 8 * Shared::kRowBytes + s / 4 * 128);
+        load_matrices(x, (s % 4 == 0 ? even : odd) + at);
+        const uint32_t first[2] = {x[0], x[1]}, second[2] = {x[2], x[3]};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          multiply_accumulate_16<T>(d[half], a_[half][s], first);
+          multiply_accumulate_16<T>(d[half], a_[half][s + 1], second);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        acc_0[4 * n + e] = d[0][e];
+        acc_1[4 * n + e] = d[1][e];
+      }
+    }
+  }
+
+  template <int kColumns, class Body>
+  __device__ __forceinline__ void sweep_tiles(const float* inv_k, int step, const Body& body) {
+    constexpr int kGroup = 64, kGroupsOfStage = Shared::kColumns / kGroup;
+    // The rows of a warp, as far as they exist, come first.
+    const bool has_rows = this->exists(warp_ * 32);
+    Copies copies(shared_, keys_, inv_k + item().batch * p_.m_padded, item().batch,
+                  item().first_tile * kTileColumns);
+    copies.begin(shared_, 0);
+    int stage = 0, group = 0;
+#pragma unroll 1
+    for (int left = item().tiles; left > 0;) {
+      copy_wait<0>();
+      __syncthreads();
+      const bool ends = group + kGroupsOfStage == kTileColumns / kGroup;
+      copies.skip(ends ? (step - 1) * kTileColumns + Shared::kColumns : Shared::kColumns);
+      if (!ends || left > step) copies.begin(shared_, stage ^ 1);
+      if (has_rows) {
+#pragma unroll 1
+        for (int i = 0; i < kGroupsOfStage; ++i) {
+          const uint32_t keys = shared_address(&shared_.keys[stage][i * kGroup][0]);
+          const float* factors = &shared_.inv_k[stage][i * kGroup];
+#pragma unroll
+          for (int j = 0; j < kGroup / kColumns; ++j) {
+            // Otherwise the compiler computes all products first, and runs out of registers.
+            if (j) __syncwarp();
+            const int part = (group + i) * (kGroup / kColumns) + j;
+            float acc_0[kColumns / 2], acc_1[kColumns / 2];
+            multiply<kColumns>(acc_0, acc_1, keys + j * kColumns * Shared::kRowBytes);
+            body(acc_0, factors + j * kColumns, left, part, 0);
+            body(acc_1, factors + j * kColumns, left, part, 1);
+          }
+        }
+      }
+      stage ^= 1;
+      group = ends ? 0 : group + kGroupsOfStage;
+      left -= ends ? step : 0;
+    }
+    __syncthreads();
+  }
+
+  const KeyRows& keys_;
+};
+
+// `slots` of each lane. One block for each of p.blocks * p.splits items.
+template <class T, int kD>
+__global__ __launch_bounds__(kMmaSweepThreads,
+                             1) void mma_sweep_kernel(const __grid_constant__ SweepParams p,
+                                                      const __grid_constant__ KeyRows keys,
+                                                      int slots) {
+  using Shared = MmaSweepShared<kD>;
+  MmaSweep<T, kD>(*reinterpret_cast<Shared*>(swizzled_shared_memory()), p, keys, slots).run();
+}
+
+}  // namespace convnn::cuda
