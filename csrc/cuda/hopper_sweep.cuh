@@ -17,7 +17,7 @@ constexpr int kSweepThreads = 3 * kWarpgroup;
 template <int kD>
 struct SweepShared {
   static constexpr int kStages = kD == 64 ? 4 : 3;
-  static constexpr int kSlots = kD == 64 ? 28 : 24;  // of a lane
+  static constexpr int kSlots = kD == 64 ? 28 : 22;  // of a lane
   static constexpr int kChecked = 64, kSampled = 64;
 
   alignas(1024) unsigned char keys[kStages][kD / 64][kTileColumns][128];
@@ -31,6 +31,7 @@ struct SweepShared {
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row.
   alignas(16) float negative[kSweepWarps][kWarp][4];
+  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];
   float inv_q[kSweepRows];
   SweepItem items[kSweepWarps];  // of each warp
   uint64_t full[kStages], empty[kStages];
@@ -53,7 +54,8 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
   using Shared = SweepShared<kD>;
   using Base = WarpSweep<HopperSweep<T, kD>, T, kD, Shared>;
   friend Base;
-  using Base::a_, Base::item, Base::kSteps, Base::p_, Base::shared_, Base::warp_;
+  using Base::a_, Base::first_slot_, Base::header_, Base::item, Base::kSteps, Base::left_,
+      Base::mask_, Base::p_, Base::shared_, Base::slot_, Base::warp_;
 
  public:
   __device__ __forceinline__ HopperSweep(Shared& shared, const SweepParams& p)
@@ -96,9 +98,10 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
   // No accumulator is alive where the loop closes: the compiler would serialize the products.
   template <int kColumns, class Body>
   __device__ __forceinline__ void sweep_tiles(const float*, int step, const Body& body) {
-    int part = 0, left = item().tiles;
+    int part = 0;
+    left_ = item().tiles;
 #pragma unroll 1
-    while (left > 0) {
+    while (left_ > 0) {
       const float* inv_k = &shared_.inv_k[stage_.index][part * kColumns];
       float acc_0[kColumns / 2], acc_1[kColumns / 2];
       if (part == 0) barrier_wait(&shared_.full[stage_.index], stage_.parity);
@@ -106,17 +109,39 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
       multiply<kColumns>(acc_1, a_[1], part);
       wgmma_wait<1>();
       hold(acc_0);
-      body(acc_0, inv_k, left, part, 0);
+      body(acc_0, inv_k, part, 0);
       wgmma_wait<0>();
       hold(acc_1);
-      body(acc_1, inv_k, left, part, 1);
+      body(acc_1, inv_k, part, 1);
       if (++part == kTileColumns / kColumns) {
+        __syncwarp();
         if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
         stage_.advance();
         part = 0;
-        left -= step;
+        left_ -= step;
       }
     }
+  }
+
+  // What a warp carries through a sweep would not fit into registers beside make_room().
+  __device__ __forceinline__ void park() {
+    if constexpr (kD == 64) return;
+    const uint32_t kept[4] = {slot_, header_, uint32_t(left_),
+                              uint32_t(stage_.index * 2 + stage_.parity)};
+    copy16(shared_.parked[warp_][lane()], kept);
+  }
+  __device__ __forceinline__ void unpark() {
+    if constexpr (kD == 64) return;
+    asm volatile("" ::: "memory");
+    uint32_t kept[4];
+    copy16(kept, shared_.parked[warp_][lane()]);
+    slot_ = kept[0];
+    header_ = kept[1];
+    left_ = int(kept[2]);
+    stage_.index = int(kept[3] / 2);
+    stage_.parity = int(kept[3] % 2);
+    mask_ = 0;
+    first_slot_ = shared_address(&shared_.slots[warp_][0][lane()][0]);
   }
 
   Stage<kD> stage_;

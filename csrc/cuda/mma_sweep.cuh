@@ -52,7 +52,7 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
   using Shared = MmaSweepShared<kD>;
   using Base = WarpSweep<MmaSweep<T, kD>, T, kD, Shared>;
   friend Base;
-  using Base::a_, Base::item, Base::kSteps, Base::p_, Base::shared_, Base::warp_;
+  using Base::a_, Base::item, Base::kSteps, Base::left_, Base::p_, Base::shared_, Base::warp_;
 
  public:
   __device__ __forceinline__ MmaSweep(Shared& shared, const SweepParams& p, const KeyRows& keys,
@@ -77,6 +77,9 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
   __device__ __forceinline__ int row(int i) const {
     return (warp_ * 32 + lane() / 4) + (i / 2 * 16 + i % 2 * 8);
   }
+
+  __device__ __forceinline__ void park() {}
+  __device__ __forceinline__ void unpark() {}
 
   // What this thread copies of the columns of a sweep: of keys, a piece of every kCopied-th column;
   // some threads factors, too.
@@ -165,12 +168,12 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
     copies.begin(shared_, 0);
     int stage = 0, group = 0;
 #pragma unroll 1
-    for (int left = item().tiles; left > 0;) {
+    for (left_ = item().tiles; left_ > 0;) {
       copy_wait<0>();
       __syncthreads();
       const bool ends = group + kGroupsOfStage == kTileColumns / kGroup;
       copies.skip(ends ? (step - 1) * kTileColumns + Shared::kColumns : Shared::kColumns);
-      if (!ends || left > step) copies.begin(shared_, stage ^ 1);
+      if (!ends || left_ > step) copies.begin(shared_, stage ^ 1);
       if (has_rows) {
 #pragma unroll 1
         for (int i = 0; i < kGroupsOfStage; ++i) {
@@ -183,14 +186,14 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
             const int part = (group + i) * (kGroup / kColumns) + j;
             float acc_0[kColumns / 2], acc_1[kColumns / 2];
             multiply<kColumns>(acc_0, acc_1, keys + j * kColumns * Shared::kRowBytes);
-            body(acc_0, factors + j * kColumns, left, part, 0);
-            body(acc_1, factors + j * kColumns, left, part, 1);
+            body(acc_0, factors + j * kColumns, part, 0);
+            body(acc_1, factors + j * kColumns, part, 1);
           }
         }
       }
       stage ^= 1;
       group = ends ? 0 : group + kGroupsOfStage;
-      left -= ends ? step : 0;
+      left_ -= ends ? step : 0;
     }
     __syncthreads();
   }

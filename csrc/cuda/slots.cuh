@@ -4,6 +4,7 @@
 
 #include "hopper.cuh"
 #include "order.cuh"
+#include "sweep.cuh"
 
 namespace convnn::cuda {
 

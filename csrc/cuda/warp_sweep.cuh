@@ -17,13 +17,14 @@ namespace convnn::cuda {
 //
 //   sweep_tiles<kColumns>(inv_k, step, body)
 //
-// which calls body(acc, factors, left, part, half) for every step-th tile of the item, part by part
-// of kColumns columns, for both halves: acc [kColumns / 2] is the product as the matrix instruction
-// leaves it, `factors` in shared memory are those of inv_k, and `left` counts the tiles from this
-// one on.
+// which calls body(acc, factors, part, half) for every step-th tile of the item, part by part of
+// kColumns columns, for both halves: acc [kColumns / 2] is the product as the matrix instruction
+// leaves it, `factors` in shared memory are those of inv_k. Meanwhile left_ counts the tiles from
+// this one on. park() and unpark() stand around what needs many registers.
 //
-// Shared has slots, headers, ends, negative, inv_q and items as SweepShared of hopper_sweep.cuh,
-// and kChecked, the columns between two looks at how many slots are left.
+// Shared has slots, headers, ends, negative, inv_q and items as SweepShared of hopper_sweep.cuh;
+// kChecked, the columns between two looks at how many slots are left; and kSampled, the columns
+// whose maxima are taken at a time.
 template <class Derived, class T, int kD, class Shared>
 class WarpSweep {
  protected:
@@ -111,7 +112,7 @@ class WarpSweep {
     constexpr int kColumns = Shared::kSampled;
     self().template sweep_tiles<kColumns>(
         p_.inv_k_sample, p_.step,
-        [&](float (&acc)[kColumns / 2], const float* inv_k, int, int part, int half) {
+        [&](float (&acc)[kColumns / 2], const float* inv_k, int part, int half) {
           const uint32_t first = uint32_t(part) * (kColumns / 2) % (2 * kGroups);
 #pragma unroll
           for (int n = 0; n < kColumns / 8; n += 2) {
@@ -184,9 +185,8 @@ class WarpSweep {
   template <int kColumns>
   __device__ __forceinline__ void search_tiles() {
     self().template sweep_tiles<kColumns>(
-        p_.inv_k, 1,
-        [&](float (&acc)[kColumns / 2], const float* inv_k, int left, int part, int half) {
-          look<kColumns>(acc, inv_k, left, part, half);
+        p_.inv_k, 1, [&](float (&acc)[kColumns / 2], const float* inv_k, int part, int half) {
+          look<kColumns>(acc, inv_k, part, half);
         });
     drain(true);
     store_counts();
@@ -194,13 +194,13 @@ class WarpSweep {
   // Puts the accumulators of hits into slots.
   template <int kColumns>
   __device__ __forceinline__ void look(const float (&acc)[kColumns / 2], const float* inv_k,
-                                       int left, int part, int half) {
+                                       int part, int half) {
     constexpr int kReserve = Shared::kChecked / 8;
     const float2 n = *reinterpret_cast<const float2*>(&negative()[2 * half]);
 #pragma unroll
     for (int first = 0; first < kColumns / 8; first += kReserve) {
       if (__any_sync(kAllLanes, slot_ > first_slot_ + (slots_ - kReserve) * kSlotBytes)) {
-        push_header(left, part * (kColumns / 8), half);
+        push_header(part * (kColumns / 8), half);
         drain(false);
       }
 #pragma unroll
@@ -215,13 +215,13 @@ class WarpSweep {
         append(slot_, mask_, 0x20000u << i, odd, x + 4);
       }
     }
-    push_header(left, part * (kColumns / 8), half);
+    push_header(part * (kColumns / 8), half);
   }
   // Describes the slots that were filled since the last header, from eight columns number `first`
   // of the tile on.
-  __device__ __forceinline__ void push_header(int left, int first, int half) {
+  __device__ __forceinline__ void push_header(int first, int half) {
     if (mask_) {
-      store_word(header_, mask_ << first | uint32_t(left) << 1 | uint32_t(half));
+      store_word(header_, mask_ << first | uint32_t(left_) << 1 | uint32_t(half));
       header_ += kHeaderBytes;
     }
     mask_ = 0;
@@ -246,19 +246,22 @@ class WarpSweep {
     float before[4];
     copy16(before, negative());
     int move = all || waiting() < kMoved ? waiting() : kMoved;
+    bool crowded = false;
 #pragma unroll 1
-    while (true) {
+    do {
       uint32_t end[4];
       copy16(end, ends());
       const int possible = room(end);
-      const bool crowded = __any_sync(kAllLanes, possible < move);
+      crowded = crowded || __any_sync(kAllLanes, possible < move);
       move_slots(possible < move ? possible : move, end, before);
       copy16(ends(), end);
       if (!crowded) break;
       __syncwarp();
-      make_room();
+      self().park();
+      make_room(before);
+      self().unpark();
       move = waiting();
-    }
+    } while (__any_sync(kAllLanes, move > 0));
   }
 
   // Moves the last `count` slots of this lane to its lists.
@@ -304,26 +307,32 @@ class WarpSweep {
     }
   }
 
-  // Where a list is full, the k nearest of the row stay, and T rises.
-  __device__ __forceinline__ void make_room() {
+  // Where a list is full, the k nearest of the row stay, and T rises. T was -before when no slot
+  // waited.
+  __device__ __forceinline__ void make_room(const float (&before)[4]) {
     const int most = hits_per_list(p_.k);
+    constexpr float kClosed = -kInfinity<float>;
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const uint32_t begin = list_begin(i);
       const int count = int((ends()[i] - begin) / kHitStride);
-      const unsigned full = __ballot_sync(kAllLanes, count > most - 2);
-      if (!full) continue;
-      const bool idle = !(full >> (lane() & 28) & 15);
-      // Nothing that counts enters any more: NaN behind k others, or a row that does not exist.
-      const bool closed = negative()[i] == -kInfinity<float>;
+      // Nothing that counts enters a closed row: one that does not exist, or has k NaN, which are
+      // the first in its lists since the slots that waited then have been moved and cut, too.
+      const float first = i % 2 ? before[1] : before[0], second = i % 2 ? before[3] : before[2];
+      const bool closed = (i < 2 ? first : second) == kClosed;
+      const bool closing = !closed && negative()[i] == kClosed;
+      const unsigned full = __ballot_sync(kAllLanes, closing || count > most - 2);
+      const bool cut = (full >> (lane() & 28) & 15) && !closed;
+      if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k) * kHitStride;
+      if (!__any_sync(kAllLanes, cut)) continue;
       HitList list = {p_.hits + begin / sizeof(uint64_t), count, shared_.inv_q[row(i)]};
-      const float bound = keep_nearest(list, p_.k, idle || closed);
-      if (idle) continue;
-      if (!closed) negative()[i] = 0 - bound;
-      const int left = closed && count > p_.k ? p_.k : closed ? count : list.count;
-      ends()[i] = begin + uint32_t(left) * kHitStride;
+      const float bound = keep_nearest(list, p_.k, !cut);
+      if (!cut) continue;
+      negative()[i] = 0 - bound;
+      ends()[i] = begin + uint32_t(list.count) * kHitStride;
     }
   }
+
   __device__ __forceinline__ void store_counts() const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -336,10 +345,10 @@ class WarpSweep {
   const SweepParams& p_;
   const int warp_;            // of those that have queries
   const int slots_;           // of a lane
+  int left_;                  // tiles of the split, with the one that is looked at
   uint32_t a_[2][kSteps][4];  // queries of each half
   // Addresses in shared memory of the first and the next slot and the next header of this lane.
-  const uint32_t first_slot_;
-  uint32_t slot_, header_;
+  uint32_t first_slot_, slot_, header_;
   uint32_t mask_ = 0;  // of the slots filled since the last header
 };
 
