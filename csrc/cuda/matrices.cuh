@@ -4,6 +4,10 @@
 
 #include "hopper.cuh"
 
+#ifndef __CUDACC__
+#include <matrix_loads.h>
+#endif
+
 namespace convnn::cuda {
 
 // Four matrices of 8 rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8; of

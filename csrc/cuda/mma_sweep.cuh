@@ -44,8 +44,7 @@ template <int kD>
 constexpr size_t mma_sweep_bytes(int slots) {
   return sizeof(MmaSweepShared<kD>) + size_t(slots) * kSlotSetBytes;
 }
-// Fewer leave no room between two looks; more than this gain nothing.
-constexpr int kFewestSlots = 8, kMostSlots = 28;
+constexpr int kMostSlots = 28;  // more gain nothing
 
 template <class T, int kD>
 class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {

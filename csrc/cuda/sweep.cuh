@@ -30,7 +30,9 @@ inline __host__ __device__ int64_t place_of(int64_t c) {
 
 // Room for the hits of one row in one of its four lists. A list keeps at most k of them when it
 // has been full, so there is room for at least 8 more.
-inline __host__ __device__ int hits_per_list(int64_t k) { return k <= 16 ? 24 : k <= 32 ? 48 : 96; }
+inline __host__ __device__ constexpr int hits_per_list(int64_t k) {
+  return k <= 16 ? 24 : k <= 32 ? 48 : 96;
+}
 
 // A launch takes `blocks` blocks of 256 queries; block b of all, counted from first_block, has the
 // batch element b / ceil(n / 256) and its rows from b % ceil(n / 256) * 256 on. Row r of the launch

@@ -20,7 +20,8 @@ namespace convnn::cuda {
 // read. Both are aligned to 16 bytes.
 __device__ __forceinline__ void copy_async16(uint32_t target, const void* source, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(target),
-               "l"(__cvta_generic_to_global(source)), "r"(valid ? 16 : 0) : "memory");
+               "l"(__cvta_generic_to_global(source)), "r"(valid ? 16 : 0)
+               : "memory");
 }
 // Ends a group of the copies of this thread.
 __device__ __forceinline__ void copy_commit() {
