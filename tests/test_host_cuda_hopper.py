@@ -25,6 +25,13 @@ TILE = 128
 # One multiprocessor has several items, and more of them than splits share the columns.
 ONE = Choices(multiprocessors=1, splits=1)
 
+@pytest.fixture(params=["hopper", "portable"])
+def device(device: HostCuda, request: pytest.FixtureRequest) -> HostCuda:
+    """By either sweep."""
+    device.portable = request.param == "portable"
+    return device
+
+
 both_types = pytest.mark.parametrize("dtype", HALVES, ids=SHORT.get)
 both_metrics = pytest.mark.parametrize("metric", ["cosine", "dot"])
 
