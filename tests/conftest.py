@@ -138,7 +138,7 @@ def programs() -> Path:
         *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"),
         *("-DCONVNN_CUDA=0", "-DCONVNN_WERROR=1"),
     ]
-    targets = ["host_cuda", "host_cuda_faults", "host_cuda_hopper_faults"]
+    targets = ["host_cuda", "host_cuda_faults", "host_cuda_hopper_faults", "host_cuda_hopper_sweep"]
     build = [tool("cmake"), "--build", str(folder), "--target", *targets]
     for command in (configure, build):
         done = subprocess.run(command, capture_output=True, text=True)

@@ -78,7 +78,7 @@ def assert_equal_rows_by_index(
     key: Tensor, s: Tensor, I: Tensor, key_mask: Tensor | None, candidates: Tensor | None
 ) -> None:
     """Of rows of key with the same bits, those of lower index are returned first, all as near."""
-    M, k = key.shape[-2], I.shape[-1]
+    M = key.shape[-2]
     allowed = torch.ones(key.shape[:-1], dtype=torch.bool)
     if candidates is not None:
         allowed = torch.zeros_like(allowed)
@@ -146,7 +146,7 @@ def test_few_keys(M: int, k: int, dtype: torch.dtype, device: HostCuda) -> None:
 def test_equal_keys(kinds: int, k: int, dtype: torch.dtype, device: HostCuda) -> None:
     """Ties go by index, and lists overflow."""
     key = normal(kinds, 64, dtype=dtype)[torch.arange(700) * 7 % kinds]
-    query = normal(260, 64, seed=1, dtype=dtype)
+    query = normal(66, 64, seed=1, dtype=dtype)
     for order in ("similarity", "index"):
         check(device, query, key, k, order=order)
 
@@ -174,8 +174,8 @@ def test_many_keys_of_nan(k: int, dtype: torch.dtype, device: HostCuda) -> None:
     check(device, normal(20, 16, seed=1, dtype=dtype), key, k)
 
 
-@pytest.mark.parametrize("of_query", [1e38, 1.0, 1e-38, 1e-40])
-@pytest.mark.parametrize("of_key", [1e38, 1.0, 1e-38, 1e-40])
+@pytest.mark.parametrize("of_query", [1e38, 1.0, 1e-40])
+@pytest.mark.parametrize("of_key", [1e38, 1.0, 1e-40])
 def test_huge_and_tiny_rows(of_query: float, of_key: float, device: HostCuda) -> None:
     """Norms and products neither overflow nor vanish, but below 1e-12 a row counts as zero."""
     query, key = normal(20, 33), normal(200, 33, seed=1)
@@ -200,7 +200,7 @@ def test_masked_keys(masked: float, metric: str, dtype: torch.dtype, device: Hos
 @pytest.mark.parametrize("R", [1, 5, 130, 400])
 def test_candidates(R: int, dtype: torch.dtype, device: HostCuda) -> None:
     """In any order; ties go by the row of key."""
-    query, key = normal(2, 40, 64, dtype=dtype), normal(2, 400, 64, seed=1, dtype=dtype)
+    query, key = normal(2, 18, 64, dtype=dtype), normal(2, 400, 64, seed=1, dtype=dtype)
     key[:, 200:] = key[:, :200]
     candidates = torch.randperm(400, generator=torch.Generator().manual_seed(3))[:R]
     mask = torch.arange(400).expand(2, 400) % 5 != 0
@@ -210,7 +210,7 @@ def test_candidates(R: int, dtype: torch.dtype, device: HostCuda) -> None:
 
 
 @both_types
-@pytest.mark.parametrize("C", [1, 7, 8, 64, 65, 72, 200])
+@pytest.mark.parametrize("C", [1, 7, 64, 65, 72])
 @pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
 def test_aggregation(kind: str, C: int, dtype: torch.dtype, device: HostCuda) -> None:
     query, key = normal(2, 35, 16, dtype=dtype), normal(2, 140, 16, seed=1, dtype=dtype)
@@ -250,7 +250,7 @@ def test_similarities_that_are_infinite(device: HostCuda) -> None:
     value[::2] = math.nan
     for order in ("similarity", "index"):
         device.seed += 1
-        _, s, I = device.hopper_select(query, key, 30, metric="dot", order=order)
+        s, I = device.hopper_select(query, key, 30, metric="dot", order=order)
         assert bool(((s == -math.inf) == (I % 2 == 0)).all())
         Y, s, I = device.hopper_forward(query, key, value, 30, metric="dot", order=order)
         expected = value[1::2].double().mean(dim=0).expand(3, 16)
@@ -260,7 +260,7 @@ def test_similarities_that_are_infinite(device: HostCuda) -> None:
 @both_types
 @pytest.mark.parametrize("D", [3, 64, 128])
 def test_exact_sums_as_the_portable_kernels(D: int, dtype: torch.dtype, device: HostCuda) -> None:
-    query, key = integers(2, 70, D, dtype=dtype), integers(2, 500, D, seed=1, dtype=dtype)
+    query, key = integers(2, 9, D, dtype=dtype), integers(2, 400, D, seed=1, dtype=dtype)
     for k, order in product((9, 40), ("similarity", "index")):
         _, s, I = check(device, query, key, k, exact=True, metric="dot", order=order)
         portable = device.select(query, key, k, metric="dot", order=order)
@@ -292,6 +292,17 @@ def test_a_similarity_has_the_same_bits_anywhere(
         s, I = device.hopper_select(query[:3], others, 1, key_mask=mask, metric=metric)
         assert bool((at == I).all())
         assert bool((s.view(torch.int32) == bits.flatten()[0]).all())
+
+
+@both_types
+@pytest.mark.parametrize("D", [16, 64, 128])
+def test_sums_of_one_sign(D: int, dtype: torch.dtype, device: HostCuda) -> None:
+    """The instruction truncates its sums of 16 products, so the errors of these add up."""
+    X = torch.full((33, D), 0.3).to(dtype)
+    s, I = device.hopper_select(X, X, 9)
+    assert torch.equal(I, torch.arange(9).expand(33, 9))
+    assert bool((s == s[0, 0]).all())
+    assert 1 - (D // 16 + 3) * 2**-23 <= s[0, 0].item() <= 1 + 2**-23
 
 
 SPLIT = {"query": normal(2, 300, 40), "key": normal(2, 900, 40, seed=1)}
@@ -383,7 +394,8 @@ class Search:
         if self.content == "few_rows":
             return X[:, torch.randint(min(n, 4), (n,), generator=generator)]
         if self.content == "constant":
-            return torch.full(shape, 0.3)
+            # Not of one sign: test_sums_of_one_sign.
+            return (0.3 * X[:1, :1].sign()).expand(shape)
         if self.content == "clusters":
             return X[:, torch.arange(n) % min(n, 3)] + 2**-6 * X
         if self.content == "special":

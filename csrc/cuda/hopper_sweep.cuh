@@ -27,7 +27,7 @@ struct SweepShared {
   // columns 8 i + 2 t and 8 i + 2 t + 1 of the tile; the tiles left in the split, itself included,
   // << 1; the half.
   uint32_t headers[kSweepWarps][kSlots][kWarp];
-  // Of each lane, by half and row: where its next hit goes, in bytes from all hits on.
+  // Of each lane, by half and row: where its next hit goes, in fours of hits from all on.
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row.
   alignas(16) float negative[kSweepWarps][kWarp][4];

@@ -30,7 +30,7 @@ struct MmaSweepShared {
   static constexpr int kStages = 2, kRowBytes = 2 * kD;
   static constexpr int kColumns = (16 << 10) / kRowBytes;  // of a stage
   static constexpr int kChecked = 32;
-  static constexpr int kSampled = kD == 64 ? 64 : 32;  // more take too many registers
+  static constexpr int kSampled = kD == 64 ? 64 : 16;  // more take too many registers
 
   alignas(128) unsigned char keys[kStages][kColumns][kRowBytes];
   alignas(16) float inv_k[kStages][kColumns];
@@ -80,50 +80,48 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
   __device__ __forceinline__ void park() {}
   __device__ __forceinline__ void unpark() {}
 
-  // What this thread copies of the columns of a sweep: of keys, a piece of every kCopied-th column;
-  // some threads factors, too.
-  struct Copies {
+  // Copies columns of the item to the stages, kColumns of them at a time. A thread copies a piece
+  // of every kCopied-th column of keys, and some threads factors, too.
+  class Copies {
     static constexpr int kPieces = kD / 8, kCopied = kMmaSweepThreads / kPieces;
-    static constexpr int kBytes = kCopied * Shared::kRowBytes;
 
-    const char* from;
-    const float* inv_k;
-    uint32_t to;
-    int left;  // columns from the next one on that exist
-
-    __device__ __forceinline__ Copies(Shared& shared, const KeyRows& keys,
-                                      const float* inv_k_of_item, int64_t batch, int first)
-        : inv_k(inv_k_of_item + first + threadIdx.x * 4), left(int(keys.count) - first) {
+   public:
+    __device__ __forceinline__ Copies(const MmaSweep& sweep, const float* inv_k)
+        : sweep_(sweep), inv_k_(inv_k), first_(sweep.item().first_tile * kTileColumns) {
       const int piece = int(threadIdx.x) % kPieces, column = int(threadIdx.x) / kPieces;
-      from = static_cast<const char*>(keys.rows) +
-             (batch * keys.count + first + column) * Shared::kRowBytes + piece * 16;
-      to = shared_address(&shared.keys[0][column][0]) + uint32_t((piece ^ (column & 7)) * 16);
+      const int64_t row = sweep.item().batch * sweep.keys_.count + first_ + column;
+      from_ = static_cast<const char*>(sweep.keys_.rows) + row * Shared::kRowBytes + piece * 16;
+      to_ =
+          shared_address(&sweep.shared_.keys[0][column][0]) + uint32_t((piece ^ (column & 7)) * 16);
     }
-    // Begins to copy the next columns, kColumns, to a stage.
-    __device__ __forceinline__ void begin(Shared& shared, int stage) const {
-      const uint32_t to = this->to + uint32_t(stage) * uint32_t(sizeof(shared.keys[0]));
-      if (left >= Shared::kColumns) {
+    __device__ __forceinline__ void begin(int stage) const {
+      Shared& shared = sweep_.shared_;
+      const uint32_t to = to_ + uint32_t(stage) * uint32_t(sizeof(shared.keys[0]));
+      const int left = int(sweep_.keys_.count) - first_;
 #pragma unroll
-        for (int i = 0; i < Shared::kColumns / kCopied; ++i) {
-          copy_async16(to + uint32_t(i * kBytes), from + i * kBytes, true);
-        }
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < Shared::kColumns / kCopied; ++i) {
-          const bool exists = i * kCopied + int(threadIdx.x) / kPieces < left;
-          copy_async16(to + uint32_t(i * kBytes), from + i * kBytes, exists);
-        }
+      for (int i = 0; i < Shared::kColumns; i += kCopied) {
+        const int at = i * Shared::kRowBytes;
+        const bool exists = i + int(threadIdx.x) / kPieces < left;
+        copy_async16(to + uint32_t(at), from_ + at, exists);
       }
       if (threadIdx.x < Shared::kColumns / 4) {
-        copy_async16(shared_address(&shared.inv_k[stage][threadIdx.x * 4]), inv_k, true);
+        const int64_t column = sweep_.item().batch * sweep_.p_.m_padded + first_;
+        copy_async16(shared_address(&shared.inv_k[stage][threadIdx.x * 4]),
+                     inv_k_ + column + threadIdx.x * 4, true);
       }
       copy_commit();
     }
     __device__ __forceinline__ void skip(int columns) {
-      from += columns * Shared::kRowBytes;
-      inv_k += columns;
-      left -= columns;
+      from_ += columns * Shared::kRowBytes;
+      first_ += columns;
     }
+
+   private:
+    const MmaSweep& sweep_;
+    const float* inv_k_;  // [batch, m_padded]
+    const char* from_;
+    uint32_t to_;
+    int first_;  // of the next columns
   };
 
   // The products of both halves with columns of a stage, from address `keys` on.
@@ -162,9 +160,8 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
     constexpr int kGroup = 64, kGroupsOfStage = Shared::kColumns / kGroup;
     // The rows of a warp, as far as they exist, come first.
     const bool has_rows = this->exists(warp_ * 32);
-    Copies copies(shared_, keys_, inv_k + item().batch * p_.m_padded, item().batch,
-                  item().first_tile * kTileColumns);
-    copies.begin(shared_, 0);
+    Copies copies(*this, inv_k);
+    copies.begin(0);
     int stage = 0, group = 0;
 #pragma unroll 1
     for (left_ = item().tiles; left_ > 0;) {
@@ -172,7 +169,7 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
       __syncthreads();
       const bool ends = group + kGroupsOfStage == kTileColumns / kGroup;
       copies.skip(ends ? (step - 1) * kTileColumns + Shared::kColumns : Shared::kColumns);
-      if (!ends || left_ > step) copies.begin(shared_, stage ^ 1);
+      if (!ends || left_ > step) copies.begin(stage ^ 1);
       if (has_rows) {
 #pragma unroll 1
         for (int i = 0; i < kGroupsOfStage; ++i) {

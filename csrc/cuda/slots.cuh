@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Slots in shared memory, where the accumulators of hits wait, and what moves them to lists.
+// Steps of a sweep that must not become branches: accumulators into slots in shared
+// memory, and from there into lists in global memory. Predicated instructions on the device; their
+// addresses in shared memory are numbers, because a pointer would be taken for a generic one.
 #pragma once
 
 #include "hopper.cuh"
 #include "order.cuh"
-#include "sweep.cuh"
 
 namespace convnn::cuda {
 
@@ -80,25 +81,51 @@ __device__ __forceinline__ uint32_t highest_bit(uint32_t x) {
 #endif
 }
 
-// Writes a over column `end` bytes behind `hits`, and moves the end on, unless a is below the bound
-// or the factor is the mark of a column that may not be a neighbor. Without a branch.
+// Clears the bits of x from `bit` on.
+__device__ __forceinline__ uint32_t bits_below(uint32_t x, uint32_t bit) {
+#ifdef __CUDACC__
+  uint32_t mask;
+  asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(mask) : "r"(bit));
+  return x & mask;
+#else
+  return x & ((1u << bit) - 1);
+#endif
+}
+// Takes the header before `header` if `word`, the one in use, has no bit of a slot left.
+__device__ __forceinline__ void next_header(uint32_t& header, uint32_t& word) {
+#ifdef __CUDACC__
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.lt.u32 p, %1, 0x10000;\n"
+      "@p ld.shared.b32 %1, [%0 + -128];\n@p sub.u32 %0, %0, 128;\n}\n"
+      : "+r"(header), "+r"(word)::"memory");
+#else
+  if (word >= 0x10000u) return;
+  header -= kHeaderBytes;
+  word = load_word(header);
+#endif
+}
+static_assert(kHeaderBytes == 128);
+
+// Writes a over the column to entry `end` of a list from `hits` on, and moves the end on, unless a
+// is below the bound or the factor is the mark of a column that may not be a neighbor. Without a
+// branch.
 __device__ __forceinline__ void put_hit(uint64_t* hits, uint32_t& end, float a, uint32_t column,
                                         float bound, float factor) {
 #ifdef __CUDACC__
   asm volatile(
       "{\n.reg .pred p;\n.reg .b64 t;\n"
       "setp.ne.u32 p, %5, 0x80000000;\nsetp.geu.and.f32 p, %1, %3, p;\n"
-      "mad.wide.u32 t, %0, 1, %4;\n"
+      "mad.wide.u32 t, %0, 32, %4;\n"
       "@p st.global.v2.b32 [t], {%2, %6};\n"
-      "@p add.u32 %0, %0, 32;\n}\n"
+      "@p add.u32 %0, %0, 1;\n}\n"
       : "+r"(end)
       : "f"(a), "r"(column), "f"(bound), "l"(hits), "r"(__float_as_uint(factor)),
         "r"(__float_as_uint(a))
       : "memory");
 #else
   if (a < bound || __float_as_uint(factor) == 0x80000000u) return;
-  hits[end / 8] = pack(__float_as_uint(a), column);
-  end += kHitStride;
+  hits[4 * int64_t(end++)] = pack(__float_as_uint(a), column);
 #endif
 }
 

@@ -18,21 +18,24 @@
 
 namespace convnn::cuda {
 
-constexpr int kSweepRows = 256;                        // queries of a block
-constexpr int kTileColumns = 128;                      // columns of a tile of keys
-constexpr int kSweepWarps = 8;                         // that have queries
-constexpr uint32_t kHitStride = 4 * sizeof(uint64_t);  // bytes from a hit of a list to the next
+constexpr int kSweepRows = 256;    // queries of a block
+constexpr int kTileColumns = 128;  // columns of a tile of keys
+constexpr int kSweepWarps = 8;     // that have queries
 
 // Where column c lies within inv_k: a lane finds its four factors of 16 columns side by side.
 inline __host__ __device__ int64_t place_of(int64_t c) {
   return (c & ~int64_t(15)) + c % 8 / 2 * 4 + c / 8 % 2 * 2 + c % 2;
 }
 
-// Room for the hits of one row in one of its four lists. A list keeps at most k of them when it
-// has been full, so there is room for at least 8 more.
+// Room for the hits of one row in one of its four lists. Of a sample of a quarter of the tiles
+// about 1.1 k are expected in each (k <= 32; for k = 64, of a sample of all of them), so that a
+// list is seldom full. Then at most k stay in it, and there is room for at least 14 more.
 inline __host__ __device__ constexpr int hits_per_list(int64_t k) {
-  return k <= 16 ? 24 : k <= 32 ? 48 : 96;
+  return k <= 10 ? 24 : k <= 16 ? 40 : k <= 32 ? 64 : 128;
 }
+
+// The largest step between sampled tiles for which the lists are seldom full.
+inline int most_sample_step(int64_t k) { return k <= 16 ? 4 : k <= 32 ? 3 : k <= 48 ? 2 : 1; }
 
 // A launch takes `blocks` blocks of 256 queries; block b of all, counted from first_block, has the
 // batch element b / ceil(n / 256) and its rows from b % ceil(n / 256) * 256 on. Row r of the launch

@@ -30,7 +30,7 @@ class WarpSweep {
  protected:
   static constexpr int kSteps = kD / 16;
   static constexpr int kGroups = 16;  // maxima of a lane for each row
-  static constexpr int kBisections = 9;
+  static constexpr int kFewNeighbors = 12, kBisections = 9;
   // Slots of a lane that are moved to the lists when one has few left. More keep lanes waiting for
   // the one that has most.
   static constexpr int kMoved = 12;
@@ -56,11 +56,11 @@ class WarpSweep {
   __device__ __forceinline__ int64_t launch_row(int row) const {
     return (int64_t(item().split) * p_.blocks + item().block) * kSweepRows + row;
   }
-  // Where the list of this lane for row i begins, in bytes from all hits on.
+  // Where the list of this lane for row i begins, in fours of hits from all on.
   __device__ __forceinline__ uint32_t list_begin(int i) const {
-    return (uint32_t(launch_row(row(i))) * hits_per_list(p_.k) * 4 + lane() % 4) *
-           uint32_t(sizeof(uint64_t));
+    return uint32_t(launch_row(row(i))) * uint32_t(hits_per_list(p_.k));
   }
+  __device__ __forceinline__ uint64_t* hits() const { return p_.hits + lane() % 4; }
   __device__ __forceinline__ uint32_t (&ends() const)[4] { return shared_.ends[warp_][lane()]; }
   __device__ __forceinline__ float (&negative() const)[4] {
     return shared_.negative[warp_][lane()];
@@ -125,8 +125,8 @@ class WarpSweep {
             }
           }
         });
-    if (p_.k <= kGroups) {
-      // A quarter of the groups suffices, and costs less.
+    if (p_.k <= kFewNeighbors) {
+      // Half of the groups leave a few hits more, and cost less.
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         most[0][i] = fmaxf(most[0][i], most[0][i + kGroups]);
@@ -237,7 +237,7 @@ class WarpSweep {
       const uint32_t length = end[i] - list_begin(i);
       longest = length > longest ? length : longest;
     }
-    return (hits_per_list(p_.k) - int(longest / kHitStride)) / 2;
+    return (hits_per_list(p_.k) - int(longest)) / 2;
   }
 
   // Moves slots to the lists: some, or all. Where a list is full, all; T rises only when no slot is
@@ -274,28 +274,26 @@ class WarpSweep {
     const char* inv_k =
         reinterpret_cast<const char*>(p_.inv_k + item().batch * p_.m_padded + end_column + 4 * t) -
         16 * 32;
+    uint64_t* all = hits();
     uint32_t word = 0;
 #pragma unroll 1
     while (slot_ != last) {
-      if (word < 0x10000u) {
-        header_ -= kHeaderBytes;
-        word = load_word(header_);
-      }
+      next_header(header_, word);
       slot_ -= kSlotBytes;
       const float4 x = load_slot(slot_);
       const uint32_t bit = highest_bit(word), eight = bit - (word & 0xFFFEu) * 8;
-      word ^= 1u << bit;
       const uint32_t column = column_0 + eight * 8;
       const int32_t place = int32_t(eight * 32 - (bit & 1) * 24);
       const float2 f = __ldg(reinterpret_cast<const float2*>(inv_k + place));
-      const bool second = word & 1;
+      const bool second = (word & 1) != 0;
+      word = bits_below(word, bit);
       uint32_t end_0 = second ? end[2] : end[0], end_1 = second ? end[3] : end[1];
       const float bound_0 = -(second ? negative[2] : negative[0]);
       const float bound_1 = -(second ? negative[3] : negative[1]);
-      put_hit(p_.hits, end_0, multiply_down(x.x, f.x), column, bound_0, f.x);
-      put_hit(p_.hits, end_1, multiply_down(x.z, f.x), column, bound_1, f.x);
-      put_hit(p_.hits, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
-      put_hit(p_.hits, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
+      put_hit(all, end_0, multiply_down(x.x, f.x), column, bound_0, f.x);
+      put_hit(all, end_1, multiply_down(x.z, f.x), column, bound_1, f.x);
+      put_hit(all, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
+      put_hit(all, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
       end[0] = second ? end[0] : end_0;
       end[1] = second ? end[1] : end_1;
       end[2] = second ? end_0 : end[2];
@@ -315,7 +313,7 @@ class WarpSweep {
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) {
       const uint32_t begin = list_begin(i);
-      const int count = int((ends()[i] - begin) / kHitStride);
+      const int count = int(ends()[i] - begin);
       // Nothing that counts enters a closed row: one that does not exist, or has k NaN, which are
       // the first in its lists since the slots that waited then have been moved and cut, too.
       const float first = i % 2 ? before[1] : before[0], second = i % 2 ? before[3] : before[2];
@@ -323,20 +321,20 @@ class WarpSweep {
       const bool closing = !closed && negative()[i] == kClosed;
       const unsigned full = __ballot_sync(kAllLanes, closing || count > most - 2);
       const bool cut = (full >> (lane() & 28) & 15) && !closed;
-      if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k) * kHitStride;
+      if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k);
       if (!__any_sync(kAllLanes, cut)) continue;
-      HitList list = {p_.hits + begin / sizeof(uint64_t), count, shared_.inv_q[row(i)]};
+      HitList list = {hits() + 4 * int64_t(begin), count, shared_.inv_q[row(i)]};
       const float bound = keep_nearest(list, p_.k, !cut);
       if (!cut) continue;
       negative()[i] = 0 - bound;
-      ends()[i] = begin + uint32_t(list.count) * kHitStride;
+      ends()[i] = begin + uint32_t(list.count);
     }
   }
 
   __device__ __forceinline__ void store_counts() const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t count = (ends()[i] - list_begin(i)) / kHitStride;
+      const uint32_t count = ends()[i] - list_begin(i);
       p_.counts[launch_row(row(i)) * 4 + lane() % 4] = uint8_t(count);
     }
   }

@@ -21,12 +21,17 @@ using namespace convnn::cuda;
 // What is special about the elements.
 enum class Kind {
   random,
-  equal_keys,  // all the same
-  few_keys,    // 40 different ones
-  rising,      // every key nearer to every query than the one before
+  equal_keys,
+  few_keys,            // 40 different ones
+  few_directions,      // 37, of different lengths: similarities equal, or nearly, at different a
+  rising,              // every key nearer to every query than the one before
+  rising_in_one_lane,  // every eighth; the others are far
+  peaks,               // as rising, but some of the first keys, which are not sampled, are nearest
+  up_by_an_ulp,        // equal keys, and then others a last place of the sum nearer
   nan_key,
-  nan_keys,     // all of them
-  zero_keys,    // every other one
+  nan_keys,
+  nan_keys_in_one_lane,
+  zero_keys,    // every other one; the others are at right angles or behind
   odd_queries,  // rows of zeros, NaN, infinity, and below epsilon
   infinite_key,
   huge,  // and tiny rows: products of the elements overflow, or vanish
@@ -45,12 +50,17 @@ struct Case {
   int k;
   bool cosine;
   int splits, step, grid;
+  // Blocks of one launch, or 0: all; and whether the queries begin at an odd element.
+  int blocks = 0;
+  bool unaligned = false;
 };
 
 constexpr Kind kRandom = Kind::random;
 const Case kCases[] = {
     {"tail", kRandom, false, 1, 520, 700, 64, 9, true, 1, 2, 1},
     {"batch", kRandom, false, 2, 300, 1024, 64, 9, true, 1, 4, 2},
+    {"launches", kRandom, false, 2, 300, 700, 64, 9, true, 1, 2, 1, 1},
+    {"unaligned", kRandom, true, 1, 256, 500, 64, 9, true, 1, 2, 1, 0, true},
     {"half", kRandom, true, 1, 256, 1100, 64, 9, true, 1, 3, 1},
     {"dot", kRandom, false, 1, 300, 700, 64, 9, false, 1, 2, 2},
     {"dot_half", kRandom, true, 1, 256, 700, 128, 9, false, 1, 2, 1},
@@ -68,13 +78,22 @@ const Case kCases[] = {
     {"fewer_in_a_split_than_k", kRandom, true, 1, 256, 140, 64, 20, false, 2, 1, 1},
     {"equal_keys", Kind::equal_keys, false, 1, 256, 1500, 64, 9, true, 1, 2, 1},
     {"equal_keys_many", Kind::equal_keys, true, 1, 256, 1500, 64, 64, true, 1, 2, 1},
+    {"peaks", Kind::peaks, false, 1, 256, 1500, 64, 9, true, 1, 12, 1},
+    {"peaks_wide", Kind::peaks, true, 1, 256, 1500, 128, 20, false, 1, 12, 1},
+    {"up_by_an_ulp", Kind::up_by_an_ulp, false, 1, 256, 800, 64, 9, false, 1, 2, 1},
+    {"wide_equal_keys", Kind::equal_keys, true, 1, 256, 900, 100, 9, true, 1, 2, 1},
+    {"wide_rising", Kind::rising, false, 1, 256, 1500, 128, 9, true, 1, 4, 1},
     {"few_keys", Kind::few_keys, false, 1, 256, 1300, 64, 16, true, 1, 2, 1},
     {"few_keys_dot", Kind::few_keys, true, 1, 256, 700, 64, 64, false, 1, 2, 1},
+    {"few_directions", Kind::few_directions, false, 1, 256, 1300, 64, 9, true, 1, 2, 1},
+    {"few_directions_half", Kind::few_directions, true, 1, 256, 1300, 40, 16, true, 1, 2, 1},
+    {"rising_in_one_lane", Kind::rising_in_one_lane, true, 1, 256, 1800, 64, 16, true, 1, 2, 1},
     {"rising", Kind::rising, false, 1, 256, 1400, 64, 9, true, 1, 4, 1},
     {"rising_many", Kind::rising, true, 1, 256, 2000, 64, 40, true, 1, 8, 1},
     {"nan_key", Kind::nan_key, false, 1, 256, 520, 64, 5, true, 1, 2, 1},
     {"nan_key_dot", Kind::nan_key, true, 1, 256, 520, 64, 1, false, 1, 2, 1},
     {"nan_keys", Kind::nan_keys, false, 1, 300, 600, 64, 9, true, 1, 2, 1},
+    {"nan_keys_in_one_lane", Kind::nan_keys_in_one_lane, false, 1, 256, 600, 64, 9, true, 1, 2, 1},
     {"zero_keys", Kind::zero_keys, false, 1, 256, 900, 64, 9, true, 1, 2, 1},
     {"odd_queries", Kind::odd_queries, false, 1, 256, 900, 64, 9, true, 1, 2, 1},
     {"odd_queries_half", Kind::odd_queries, true, 1, 256, 520, 64, 20, true, 2, 2, 1},
@@ -119,10 +138,27 @@ Bits elements(const Case& c, int64_t rows, bool keys, Random& random) {
       if (c.kind == Kind::few_keys && keys && row >= 40) {
         value = number(x[size_t(row % 40 * c.d + i)], c.is_half);
       }
-      if (c.kind == Kind::rising)
+      const bool in_one_lane = c.kind == Kind::rising_in_one_lane;
+      if (c.kind == Kind::rising || in_one_lane) {
         value = i == 0 ? 1 : keys && i == 1 ? 4 - 4 * float(row) / float(rows) : 0;
+        if (in_one_lane && keys && i == 0 && row % 8) value = -1;
+      }
+      if (c.kind == Kind::peaks) {
+        value = i == 0 ? 1 : keys && i == 1 ? 4 - 4 * float(row) / float(rows) : 0;
+        if (keys && i == 1 && row >= 130 && row < 162) value = float(row * 7 % 32) / 64 - 2;
+        if (!keys && i == 1) value = -.25f;
+      }
+      if (c.kind == Kind::up_by_an_ulp) {
+        value = i == 0 ? 1 : i > 1 ? 0 : keys ? float(row >= 500) : 0x1p-23f;
+      }
+      if (c.kind == Kind::few_directions) {
+        const int64_t of = keys ? row % 37 : row + 500;
+        value =
+            float((of * 131 + i * 37 + of * i * 7) % 5 - 2) * (keys ? float(row / 37 % 7 + 1) : 1);
+      }
       if (keys && c.kind == Kind::nan_key && row == 77 && i == 3) value = kNan<float>;
       if (keys && c.kind == Kind::nan_keys) value = kNan<float>;
+      if (keys && c.kind == Kind::nan_keys_in_one_lane && row % 8 == 0) value = kNan<float>;
       if (keys && c.kind == Kind::zero_keys && row % 2) value = 0;
       if (keys && c.kind == Kind::zero_keys && row % 2 == 0) value = -std::fabs(value);
       if (!keys && c.kind == Kind::zero_keys) value = std::fabs(value);
@@ -292,15 +328,12 @@ int check(const Case& c, const Problem& p, const SweepParams& params, const floa
   return int(bad) + many;
 }
 
-template <class T, int kD>
-int run(const Case& c) {
-  const Problem p = make(c);
-  std::vector<float> inv_q(size_t(c.batch * c.n), -7);
+// The parameters, but for the results, which have room for all launches.
+SweepParams parameters(const Case& c, const Problem& p, const Bits& query) {
   SweepParams params = {};
-  params.query = p.query.data();
+  params.query = query.data() + c.unaligned;
   params.inv_k = p.inv_k.data();
   params.inv_k_sample = p.inv_k_sample.data();
-  params.inv_q = inv_q.data();
   params.n = c.n;
   params.d = c.d;
   params.m_padded = p.m_padded;
@@ -310,17 +343,48 @@ int run(const Case& c) {
   params.step = c.step;
   params.k = c.k;
   params.cosine = c.cosine;
-  params.pairs = c.d % 2 == 0;
+  params.pairs = c.d % 2 == 0 && !c.unaligned;
+  return params;
+}
+
+// As if the kernel before wrote it, or read it.
+template <class T>
+void depend_on(std::vector<T>& memory) {
+  execution::written_by_kernels(memory.data(), memory.size() * sizeof(T));
+}
+
+template <class T, int kD>
+int run(const Case& c) {
+  Problem p = make(c);
+  Bits query(p.query);
+  query.insert(query.begin(), size_t(c.unaligned), 0);
+  SweepParams params = parameters(c, p, query);
   const size_t rows = size_t(c.splits) * size_t(params.blocks) * kSweepRows;
+  std::vector<float> inv_q(size_t(c.batch * c.n), -7);
   std::vector<uint64_t> hits(rows * 4 * size_t(hits_per_list(c.k)), ~uint64_t(0));
   std::vector<uint8_t> counts(rows * 4, 255);
-  params.hits = hits.data();
-  params.counts = counts.data();
+  params.inv_q = inv_q.data();
   NoMemory context;
   const TensorMap map =
       map_rows(reinterpret_cast<const T*>(p.key.data()), c.batch, p.m_padded, kD, kTileColumns);
-  launch_hopper("hopper_sweep", hopper_sweep_kernel<T, kD>, c.grid, kSweepThreads,
-                sizeof(SweepShared<kD>), false, context, map, params);
+  depend_on(p.key);
+  depend_on(p.inv_k);
+  depend_on(p.inv_k_sample);
+  depend_on(hits);
+  depend_on(counts);
+  const int all = params.blocks, each = c.blocks ? c.blocks : all;
+  for (int first = 0; first < all; first += each) {
+    params.first_block = first;
+    params.blocks = each;
+    params.counts = &counts[size_t(first) * kSweepRows * 4];
+    params.hits = &hits[size_t(first) * kSweepRows * 4 * size_t(hits_per_list(c.k))];
+    launch_hopper("hopper_sweep", hopper_sweep_kernel<T, kD>, c.grid, kSweepThreads,
+                  sizeof(SweepShared<kD>), true, context, map, params);
+  }
+  execution::forget_memory();
+  params.blocks = all;
+  params.hits = hits.data();
+  params.counts = counts.data();
   return check(c, p, params, inv_q.data());
 }
 
