@@ -7,7 +7,7 @@
 namespace convnn::cuda {
 namespace {
 
-constexpr int kMostNeighbors = 64, kMostColumns = 128;
+constexpr int kMostNeighbors = 64, kFewestColumns = 16, kMostColumns = 128;
 // Of the columns of one split, by the format of hits_per_list() and of a slot of the sweep.
 constexpr int64_t kMostTiles = 32767;
 // Room for the weight in the shared memory of the finish: more would leave too few blocks.
@@ -58,7 +58,7 @@ int64_t blocks_at_once(const SelectParams& p, const HopperChoices& choices, int6
 // The keys as the sweep reads them.
 template <class T>
 struct Keys {
-  const T* rows;    // [batch, count, width]
+  const T* rows;  // [batch, count, width]
   int64_t count, width;
   const float *inverse, *inverse_sample;  // [batch, m_padded]
   const int64_t* columns;                 // [columns] rows of key, ascending, or null: all of them
@@ -74,7 +74,7 @@ Keys<T> prepare_keys(const SelectParams& p, bool portable, Context& context) {
     w.rows = gather(rows, sort_positions(rows, p.r, p.m, context), p.r, context);
   }
   w.key_mask = p.key_mask;
-  w.m = p.m, w.columns = int(columns_of(p)), w.tiles = int(tiles), w.d = int(p.d);
+  w.m = int(p.m), w.columns = int(columns_of(p)), w.tiles = int(tiles), w.d = int(p.d);
   w.cosine = p.metric == Metric::cosine;
   w.vectors = p.d % 8 == 0 && aligned16(w.key);
   const bool scaled = w.cosine && std::is_same_v<T, BFloat16>;
@@ -159,8 +159,8 @@ bool finish_aggregates(const SelectParams& p, const AggregateParams& a) {
   return a.convolution != Convolution::dense && a.dtype == p.dtype &&
          a.similarity_dtype == DType::float32 && a.similarities == p.similarities &&
          a.indices == p.indices && is_dense(a.value, a.m, a.c) &&
-         a.batch * a.m < std::numeric_limits<uint32_t>::max() &&
-         a.c < (1 << 24) && std::fabs(a.scale) < 1e30;
+         a.batch * a.m < std::numeric_limits<uint32_t>::max() && a.c < (1 << 24) &&
+         std::fabs(a.scale) < 1e30;
 }
 
 }  // namespace
@@ -172,11 +172,14 @@ const char* hopper_refuses(const SelectParams& p, const AggregateParams*) {
     return "query is neither float16 nor bfloat16";
   }
   if (p.metric == Metric::euclidean) return "the metric is euclidean";
-  if (p.d < 1 || p.d > kMostColumns) return "query has more than 128 columns, or none";
+  if (p.d > kMostColumns) return "query has more than 128 columns";
+  // The matrix instruction truncates each term of a sum. With fewer terms, that would exceed the
+  // rounding errors of a sum in float32.
+  if (p.d < kFewestColumns) return "query has fewer than 16 columns";
   if (p.k > kMostNeighbors) return "k is more than 64";
   if (p.self_indices) return "self_indices are given";
   if (columns_of(p) == 0) return "there are no keys";
-  if (columns_of(p) > kMostRows - kTileColumns) return "there are 2^31 keys or more";
+  if (std::max(p.m, columns_of(p)) > kMostRows - kTileColumns) return "there are 2^31 keys or more";
   if (p.batch * ceil_div(p.n, kSweepRows) * kSweepRows > kMostRows) {
     return "there are 2^31 queries or more";
   }
@@ -196,7 +199,8 @@ HopperChoices choose(const SelectParams& p, HopperChoices given) {
   HopperChoices c = given;
   if (c.multiprocessors == 0) c.multiprocessors = multiprocessors_of_device();
   const int64_t tiles = tiles_of(p), items = blocks_of(p);
-  const int most_step = p.k <= 16 ? 4 : 3;
+  c.splits = int(std::min<int64_t>(c.splits, tiles));
+  const int most_step = most_sample_step(p.k);
   if (c.splits == 0) {
     const int64_t fewest = ceil_div(tiles, kMostTiles), most = std::max(fewest, tiles / 8);
     c.splits = int(fewest);
