@@ -4,7 +4,7 @@
 namespace convnn::cuda {
 
 void forward(const SelectParams& p, const AggregateParams& a, Context& context) {
-  if (runs_by_portable_sweep(p)) {
+  if (!hopper_refuses(p, &a)) {
     HopperChoices choices;
     choices.portable = true;
     hopper_forward(p, &a, context, choices);

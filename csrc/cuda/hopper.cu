@@ -190,11 +190,6 @@ const char* hopper_refuses(const SelectParams& p, const AggregateParams*) {
   return nullptr;
 }
 
-bool runs_by_portable_sweep(const SelectParams& p) {
-  constexpr int64_t kFewestTerms = 32;
-  return !hopper_refuses(p, nullptr) && (p.metric == Metric::cosine || p.d >= kFewestTerms);
-}
-
 HopperChoices choose(const SelectParams& p, HopperChoices given) {
   HopperChoices c = given;
   if (c.multiprocessors == 0) c.multiprocessors = multiprocessors_of_device();

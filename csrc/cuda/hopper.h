@@ -22,10 +22,6 @@ HopperChoices choose(const SelectParams& select, HopperChoices given);
 // results are not looked at.
 const char* hopper_refuses(const SelectParams& select, const AggregateParams* aggregate);
 
-// Whether select() and forward() run by the portable sweep: also not if sums have so few terms that
-// what the matrix instruction truncates exceeds the rounding errors that a sum may have.
-bool runs_by_portable_sweep(const SelectParams& select);
-
 // select(), and aggregate() of its results unless that is null. The arguments must not be refused.
 // Unless `portable`, the device must be of compute capability 9.0.
 void hopper_forward(const SelectParams& select, const AggregateParams* aggregate, Context& context,

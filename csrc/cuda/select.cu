@@ -96,7 +96,7 @@ void select(const SelectParams& p, Context& context) {
                              " rows unless it is float64, got " + std::to_string(p.m));
   }
   if (p.batch == 0 || p.n == 0) return;
-  if (runs_by_portable_sweep(p)) {
+  if (!hopper_refuses(p, nullptr)) {
     HopperChoices choices;
     choices.portable = true;
     hopper_forward(p, nullptr, context, choices);
