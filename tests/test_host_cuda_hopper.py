@@ -8,6 +8,7 @@ complete late. Threads, copies and products come in an order drawn from a seed.
 import math
 import random
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -322,6 +323,21 @@ def test_any_schedule_gives_the_same(seed: int, device: HostCuda) -> None:
     device.most_bytes = draw.choice((1, 2**19, 2**26))
     results = device.hopper_forward(*SPLIT.values(), *arguments)
     assert all(map(torch.equal, expected, results))
+
+
+@pytest.mark.parametrize(("blocks_of_room", "launches"), [(0, 5), (1, 5), (2, 3), (4, 2), (5, 1)])
+def test_the_workspace_limits_the_rows_of_a_launch(
+    blocks_of_room: int, launches: int, programs: Path
+) -> None:
+    """In whole waves of the device, here two blocks with their four splits."""
+    device = HostCuda(programs / "host_cuda")
+    device.choices = Choices(multiprocessors=8, splits=4)
+    bytes_of_block = 256 * 4 * (4 * 24 * 8 + 4)
+    device.most_bytes = blocks_of_room * bytes_of_block
+    device.hopper_select(normal(5, 3, 16), normal(5, 512, 16, seed=1), 9)
+    counts = {kernel.name: ran.count for kernel, ran in device.close().items()}
+    assert counts["hopper_sweep_kernel"] == counts["hopper_finish_kernel"] == launches
+    assert counts["hopper_keys_kernel"] == 1
 
 
 @pytest.mark.parametrize("splits", [2, 3, 7])

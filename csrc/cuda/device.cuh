@@ -189,15 +189,18 @@ inline void check_launch(const char* name, cudaError_t error) {
 }
 #endif
 
+inline void check_blocks(const char* name, int64_t blocks) {
+  if (blocks <= std::numeric_limits<int32_t>::max()) return;
+  throw std::runtime_error(std::string("convnn: ") + name + " would need " +
+                           std::to_string(blocks) + " blocks, more than a launch can have");
+}
+
 // Launches `blocks` blocks of kThreads threads. Zero blocks are no launch.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, size_t shared_bytes,
             [[maybe_unused]] Context& context, const Arguments&... arguments) {
   if (blocks == 0) return;
-  if (blocks > std::numeric_limits<int32_t>::max()) {
-    throw std::runtime_error(std::string("convnn: ") + name + " would need " +
-                             std::to_string(blocks) + " blocks, more than a launch can have");
-  }
+  check_blocks(name, blocks);
 #ifdef __CUDACC__
   kernel<<<unsigned(blocks), kThreads, shared_bytes, static_cast<cudaStream_t>(context.stream)>>>(
       arguments...);

@@ -171,7 +171,8 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
 }
 
 // Registers. A block has those of its launch: each warpgroup gives or takes some, a multiple of 8
-// per thread, all of its warps together.
+// per thread, all of its warps together. ptxas ignores this unless __launch_bounds__ has its second
+// number, too.
 
 // Waits until the block has that many free.
 template <int kRegisters>
@@ -265,6 +266,7 @@ void launch_hopper(const char* name, void (*kernel)(Parameters...), int64_t bloc
                    size_t shared_bytes, bool dependent, [[maybe_unused]] Context& context,
                    const Arguments&... arguments) {
   if (blocks == 0) return;
+  check_blocks(name, blocks);
 #ifdef __CUDACC__
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

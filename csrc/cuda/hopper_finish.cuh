@@ -70,8 +70,8 @@ struct FinishShape {
   static constexpr int kHits = 4 * hits_per_list(kMostNeighbors);
   // Most keys that are ranked.
   static constexpr int kKept = kMostNeighbors == 10 ? 16 : 2 * kMostNeighbors;
-  // Keys in the registers of a lane: those of the lists of one split, of which kShort usually do,
-  // and what was kept of the splits before.
+  // Keys in the registers of a lane: those of the lists of one split, for which kShort usually
+  // suffice, and what was kept of the splits before.
   static constexpr int kLong = kHits / kLanes, kShort = kLanes == 8 ? 8 : kLong * 3 / 4;
   static constexpr int kOwnKept = kKept / kLanes;
   static constexpr int kPlaces = (kMostNeighbors + kLanes - 1) / kLanes;  // of a lane
@@ -254,7 +254,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
   }
 
   // A bound that between k and kKept keys of the group reach, any key if there are at most kKept.
-  // This lane has `own` keys; afterwards, as many that reach the bound.
+  // This lane has `own` keys; afterwards, that many reach the bound.
   template <int kSlots>
   __device__ uint64_t bound_of(const uint64_t (&keys)[kSlots], int count, int& own) {
     const bool too_many = count > kKept;
@@ -287,8 +287,9 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     } while (__any_sync(kAllLanes, high - low > 1));
     own = too_many ? reaching : own;
     uint64_t bound = pack(low, too_many ? 0u : 1u);
-    if (__any_sync(kAllLanes, low != high))
+    if (__any_sync(kAllLanes, low != high)) {
       bound = bound_of_ties(keys, bound, high, low != high, own);
+    }
     return bound;
   }
 

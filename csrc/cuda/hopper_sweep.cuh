@@ -16,6 +16,11 @@ constexpr int kSweepThreads = 3 * kWarpgroup;
 
 template <int kD>
 struct SweepShared {
+  static constexpr int kHalfRows = 64;  // of the warps of a warpgroup
+  static __device__ __forceinline__ int first_row(int warp) {
+    return warp / 4 * 128 + warp % 4 * 16;
+  }
+
   static constexpr int kStages = kD == 64 ? 4 : 3;
   static constexpr int kSlots = kD == 64 ? 28 : 22;  // of a lane
   static constexpr int kChecked = 64, kSampled = 64;
@@ -31,11 +36,15 @@ struct SweepShared {
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row.
   alignas(16) float negative[kSweepWarps][kWarp][4];
-  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];
+  alignas(16) uint32_t parked[kSweepWarps][kWarp][4];  // see park()
   float inv_q[kSweepRows];
-  SweepItem items[kSweepWarps];  // of each warp
+  // Of each warp: its item, and its first row in the block. Here, not in registers.
+  SweepItem items[kSweepWarps];
+  int rows[kSweepWarps];
   uint64_t full[kStages], empty[kStages];
 };
+
+static_assert(sizeof(SweepShared<64>) <= 227 << 10 && sizeof(SweepShared<128>) <= 227 << 10);
 
 // A position in the ring of stages.
 template <int kD>
@@ -63,10 +72,12 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
 
   __device__ __forceinline__ void run() {
 #pragma unroll 1
-    for (int i = blockIdx.x; i < p_.blocks * p_.splits; i += gridDim.x) {
-      this->begin(i);
+    for (this->begin(blockIdx.x); item().number < p_.blocks * p_.splits;
+         this->begin(item().number + int(gridDim.x))) {
+      this->load_queries();
       this->sample_tiles();
-      this->template search_tiles<kTileColumns>();
+      find_hits();
+      this->store_counts();
     }
   }
 
@@ -75,9 +86,15 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
       : Base(shared, p, warp, shared_address(&shared.slots[warp][0][lane()][0]),
              shared_address(&shared.headers[warp][0][lane()]), Shared::kSlots) {}
 
-  __device__ __forceinline__ int row(int i) const {
-    return warp_ / 4 * 128 + i / 2 * 64 + warp_ % 4 * 16 + lane() / 4 + i % 2 * 8;
-  }
+  // Found anew at each use, because a stage that is parked may not be kept in a register.
+  struct Factors {
+    const HopperSweep& sweep;
+    int first;  // column of the tile
+    __device__ __forceinline__ const float4& operator()(int n) const {
+      const float* factors = sweep.shared_.inv_k[sweep.stage_.index];
+      return *reinterpret_cast<const float4*>(factors + first + n * 8 + lane() % 4 * 4);
+    }
+  };
 
   // Begins the product of a half with kColumns columns of a stage.
   template <int kColumns>
@@ -95,24 +112,24 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
     wgmma_commit();
   }
 
-  // No accumulator is alive where the loop closes: the compiler would serialize the products.
+  // Until `end` tiles are left. No accumulator is alive where the loop closes: the compiler would
+  // serialize the products.
   template <int kColumns, class Body>
-  __device__ __forceinline__ void sweep_tiles(const float*, int step, const Body& body) {
+  __device__ __forceinline__ void sweep_until(int step, int end, const Body& body) {
     int part = 0;
-    left_ = item().tiles;
 #pragma unroll 1
-    while (left_ > 0) {
-      const float* inv_k = &shared_.inv_k[stage_.index][part * kColumns];
+    while (left_ > end) {
+      const Factors factors = {*this, part * kColumns};
       float acc_0[kColumns / 2], acc_1[kColumns / 2];
       if (part == 0) barrier_wait(&shared_.full[stage_.index], stage_.parity);
       multiply<kColumns>(acc_0, a_[0], part);
       multiply<kColumns>(acc_1, a_[1], part);
       wgmma_wait<1>();
       hold(acc_0);
-      body(acc_0, inv_k, part, 0);
+      body(acc_0, factors, part, 0);
       wgmma_wait<0>();
       hold(acc_1);
-      body(acc_1, inv_k, part, 1);
+      body(acc_1, factors, part, 1);
       if (++part == kTileColumns / kColumns) {
         __syncwarp();
         if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
@@ -122,8 +139,38 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
       }
     }
   }
+  template <int kColumns, class Body>
+  __device__ __forceinline__ void sweep_tiles(const float*, int step, const Body& body) {
+    sweep_until<kColumns>(step, 0, body);
+  }
 
-  // What a warp carries through a sweep would not fit into registers beside make_room().
+  // The main sweep. At D = 64 slots are moved after every `period` tiles even if none is needed
+  // yet: by the four warps of a warpgroup together, because each of their products waits for all of
+  // them, and by the two warpgroups in turn. At D = 128 the products leave time for it.
+  __device__ __forceinline__ void find_hits() {
+    constexpr bool kTogether = kD == 64;
+    left_ = item().tiles;
+    constexpr int kReserve = Shared::kChecked / 8;
+    int period = 1, end = 0;
+    if constexpr (kTogether) {
+      // About one hit for each k * step columns is expected, so that half of the slots are filled.
+      while (2 * period * p_.k * p_.step <= (Shared::kSlots - kReserve) / 2 * left_) period *= 2;
+      end = left_ - (warp_ < 4 ? period : (period + 1) / 2);
+    }
+#pragma unroll 1
+    do {
+      sweep_until<kTileColumns>(
+          1, end > 0 ? end : 0,
+          [&](float (&acc)[kTileColumns / 2], const Factors& factors, int part, int half) {
+            this->template look<kTileColumns>(acc, factors, part, half);
+          });
+      this->drain(!kTogether || left_ == 0);
+      end -= period;
+    } while (kTogether && left_ > 0);
+  }
+
+  // At D = 128, what a warp carries through a sweep would not fit into registers beside
+  // make_room(): the compiler would keep it in local memory all the time.
   __device__ __forceinline__ void park() {
     if constexpr (kD == 64) return;
     const uint32_t kept[4] = {slot_, header_, uint32_t(left_),
@@ -132,7 +179,7 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
   }
   __device__ __forceinline__ void unpark() {
     if constexpr (kD == 64) return;
-    asm volatile("" ::: "memory");
+    asm volatile("" ::: "memory");  // or the compiler would know what was stored
     uint32_t kept[4];
     copy16(kept, shared_.parked[warp_][lane()]);
     slot_ = kept[0];

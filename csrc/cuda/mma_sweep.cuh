@@ -30,6 +30,8 @@ struct MmaSweepShared {
   static constexpr int kStages = 2, kRowBytes = 2 * kD;
   static constexpr int kColumns = (16 << 10) / kRowBytes;  // of a stage
   static constexpr int kChecked = 32;
+  static constexpr int kHalfRows = 16;
+  static __device__ __forceinline__ int first_row(int warp) { return warp * 32; }
   static constexpr int kSampled = kD == 64 ? 64 : 16;  // more take too many registers
 
   alignas(128) unsigned char keys[kStages][kColumns][kRowBytes];
@@ -38,6 +40,7 @@ struct MmaSweepShared {
   alignas(16) float negative[kSweepWarps][kWarp][4];
   alignas(16) float inv_q[kSweepRows];
   SweepItem items[kSweepWarps];
+  int rows[kSweepWarps];
 };
 constexpr int kSlotSetBytes = kSweepWarps * (kSlotBytes + kHeaderBytes);  // one of every lane
 template <int kD>
@@ -60,8 +63,14 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
 
   __device__ __forceinline__ void run() {
     this->begin(blockIdx.x);
+    this->load_queries();
     this->sample_tiles();
-    this->template search_tiles<64>();
+    left_ = item().tiles;
+    sweep_tiles<64>(p_.inv_k, 1, [&](float (&acc)[32], const Factors& factors, int part, int half) {
+      this->template look<64>(acc, factors, part, half);
+    });
+    this->drain(true);
+    this->store_counts();
   }
 
  private:
@@ -73,12 +82,15 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
              slots),
         keys_(keys) {}
 
-  __device__ __forceinline__ int row(int i) const {
-    return (warp_ * 32 + lane() / 4) + (i / 2 * 16 + i % 2 * 8);
-  }
-
   __device__ __forceinline__ void park() {}
   __device__ __forceinline__ void unpark() {}
+
+  struct Factors {
+    const float* first;  // of the part
+    __device__ __forceinline__ const float4& operator()(int n) const {
+      return *reinterpret_cast<const float4*>(first + n * 8 + lane() % 4 * 4);
+    }
+  };
 
   // Copies columns of the item to the stages, kColumns of them at a time. A thread copies a piece
   // of every kCopied-th column of keys, and some threads factors, too.
@@ -159,12 +171,12 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
   __device__ __forceinline__ void sweep_tiles(const float* inv_k, int step, const Body& body) {
     constexpr int kGroup = 64, kGroupsOfStage = Shared::kColumns / kGroup;
     // The rows of a warp, as far as they exist, come first.
-    const bool has_rows = this->exists(warp_ * 32);
+    const bool has_rows = this->exists(shared_.rows[warp_]);
     Copies copies(*this, inv_k);
     copies.begin(0);
     int stage = 0, group = 0;
 #pragma unroll 1
-    for (left_ = item().tiles; left_ > 0;) {
+    while (left_ > 0) {
       copy_wait<0>();
       __syncthreads();
       const bool ends = group + kGroupsOfStage == kTileColumns / kGroup;
@@ -174,7 +186,6 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
 #pragma unroll 1
         for (int i = 0; i < kGroupsOfStage; ++i) {
           const uint32_t keys = shared_address(&shared_.keys[stage][i * kGroup][0]);
-          const float* factors = &shared_.inv_k[stage][i * kGroup];
 #pragma unroll
           for (int j = 0; j < kGroup / kColumns; ++j) {
             // Otherwise the compiler computes all products first, and runs out of registers.
@@ -182,8 +193,9 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
             const int part = (group + i) * (kGroup / kColumns) + j;
             float acc_0[kColumns / 2], acc_1[kColumns / 2];
             multiply<kColumns>(acc_0, acc_1, keys + j * kColumns * Shared::kRowBytes);
-            body(acc_0, factors + j * kColumns, part, 0);
-            body(acc_1, factors + j * kColumns, part, 1);
+            const Factors factors = {&shared_.inv_k[stage][i * kGroup + j * kColumns]};
+            body(acc_0, factors, part, 0);
+            body(acc_1, factors, part, 1);
           }
         }
       }

@@ -9,6 +9,17 @@
 
 namespace convnn::cuda {
 
+// lane(), as a value that the compiler does not keep in a register for later.
+__device__ __forceinline__ uint32_t lane_again() {
+#ifdef __CUDACC__
+  uint32_t result;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(result));
+  return result;
+#else
+  return uint32_t(lane());
+#endif
+}
+
 // Words in shared memory, by address.
 __device__ __forceinline__ void store_word(uint32_t address, uint32_t x) {
 #ifdef __CUDACC__

@@ -62,6 +62,7 @@ struct SweepParams {
 
 // What a block works on at a time.
 struct SweepItem {
+  int number;
   int block, split;  // of the launch
   int64_t batch, first_row;
   int first_tile, tiles;
@@ -71,7 +72,7 @@ __device__ inline SweepItem sweep_item(const SweepParams& p, int item) {
   const int64_t blocks_each = (p.n + kSweepRows - 1) / kSweepRows, b = p.first_block + block;
   const int first = int(int64_t(p.tiles) * split / p.splits);
   const int end = int(int64_t(p.tiles) * (split + 1) / p.splits);
-  return {block, split, b / blocks_each, b % blocks_each * kSweepRows, first, end - first};
+  return {item, block, split, b / blocks_each, b % blocks_each * kSweepRows, first, end - first};
 }
 
 }  // namespace convnn::cuda

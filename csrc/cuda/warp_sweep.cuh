@@ -12,19 +12,21 @@ namespace convnn::cuda {
 // A warp with 2 halves of 16 queries. With g = lane / 4 and t = lane % 4, a lane has rows g + 8 r,
 // r = 0, 1, of each half, and of every eight columns 2 t and 2 t + 1.
 //
-// Derived computes the products. It has row(i), the row of the block of row i = 2 * half + r of
-// this lane, and
+// Derived computes the products. It has
 //
 //   sweep_tiles<kColumns>(inv_k, step, body)
 //
-// which calls body(acc, factors, part, half) for every step-th tile of the item, part by part of
-// kColumns columns, for both halves: acc [kColumns / 2] is the product as the matrix instruction
-// leaves it, `factors` in shared memory are those of inv_k. Meanwhile left_ counts the tiles from
-// this one on. park() and unpark() stand around what needs many registers.
+// which calls body(acc, factors, part, half) for every step-th of the left_ last tiles of the item,
+// part by part of kColumns columns, for both halves: acc [kColumns / 2] is the product as the
+// matrix instruction leaves it, and Derived::Factors has the factors of this lane's columns:
+// factors(n), n even, are those of columns 8 n + 2 t, + 1, 8 n + 8 + 2 t and + 1 of the part.
+// Meanwhile left_ counts the tiles from this one on. park() and unpark() stand around what needs
+// many registers.
 //
-// Shared has slots, headers, ends, negative, inv_q and items as SweepShared of hopper_sweep.cuh;
-// kChecked, the columns between two looks at how many slots are left; and kSampled, the columns
-// whose maxima are taken at a time.
+// Shared has slots, headers, ends, negative, inv_q, items and rows as SweepShared of
+// hopper_sweep.cuh; first_row(warp), the first row of a warp in the block, and kHalfRows, how far
+// the second half is from it; kChecked, the columns between two looks at how many slots are left;
+// and kSampled, the columns whose maxima are taken at a time.
 template <class Derived, class T, int kD, class Shared>
 class WarpSweep {
  protected:
@@ -47,8 +49,9 @@ class WarpSweep {
         header_(header) {}
 
   __device__ __forceinline__ Derived& self() { return static_cast<Derived&>(*this); }
+  // Row of the block. Below, i = 2 * half + r stands for one of the four rows of a lane.
   __device__ __forceinline__ int row(int i) const {
-    return static_cast<const Derived&>(*this).row(i);
+    return shared_.rows[warp_] + i / 2 * Shared::kHalfRows + lane() / 4 + i % 2 * 8;
   }
   __device__ __forceinline__ const SweepItem& item() const { return shared_.items[warp_]; }
   __device__ __forceinline__ bool exists(int row) const { return item().first_row + row < p_.n; }
@@ -66,40 +69,49 @@ class WarpSweep {
     return shared_.negative[warp_][lane()];
   }
 
-  // Begins an item: loads its queries, and empties the lists.
   __device__ __forceinline__ void begin(int number) {
+    // Every lane has its number before the item changes.
     __syncwarp();
-    if (lane() == 0) shared_.items[warp_] = sweep_item(p_, number);
+    if (lane() == 0) {
+      shared_.items[warp_] = sweep_item(p_, number);
+      shared_.rows[warp_] = Shared::first_row(warp_);
+    }
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) ends()[i] = list_begin(i);
+  }
+  __device__ __forceinline__ void load_queries() {
     if (p_.pairs) {
       load_queries<true>();
     } else {
       load_queries<false>();
     }
+    normalize_queries();
   }
 
+  // Row of all queries.
+  __device__ __forceinline__ int64_t query_row(int row) const {
+    return item().batch * p_.n + item().first_row + row;
+  }
   template <bool kPairs>
   __device__ __forceinline__ void load_queries() {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int half = i / 2, r = i % 2, at = row(i);
-      const int64_t global = item().batch * p_.n + item().first_row + at;
-      const T* query = static_cast<const T*>(p_.query) + global * p_.d;
-      load_row<kPairs>(a_[half], r, exists(at) ? query : nullptr, int(p_.d));
-      const float inv_q = p_.cosine ? normalize_row<T>(a_[half], r) : 1;
+      const T* query = static_cast<const T*>(p_.query) + query_row(row(i)) * p_.d;
+      load_row<kPairs>(a_[i / 2], i % 2, exists(row(i)) ? query : nullptr, int(p_.d));
+    }
+  }
+  // Scales the rows and keeps their factors.
+  __device__ __forceinline__ void normalize_queries() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float inv_q = p_.cosine ? normalize_row<T>(a_[i / 2], i % 2) : 1;
       if (lane() % 4 == 0) {
-        shared_.inv_q[at] = inv_q;
-        if (exists(at) && item().split == 0) p_.inv_q[global] = inv_q;
+        shared_.inv_q[row(i)] = inv_q;
+        if (exists(row(i)) && item().split == 0) p_.inv_q[query_row(row(i))] = inv_q;
       }
     }
     __syncwarp();
-  }
-
-  // The factors of this lane's columns n * 8 + 2 t, + 1, and n * 8 + 8 + 2 t, + 1; n is even.
-  static __device__ __forceinline__ const float4& factors(const float* inv_k, int n) {
-    return *reinterpret_cast<const float4*>(inv_k + n * 8 + lane() % 4 * 4);
   }
 
   // The sampled sweep: sets T.
@@ -110,13 +122,15 @@ class WarpSweep {
 #pragma unroll
     for (int i = 0; i < 2 * kGroups; ++i) most[0][i] = most[1][i] = kNan<float>;
     constexpr int kColumns = Shared::kSampled;
+    left_ = item().tiles;
     self().template sweep_tiles<kColumns>(
         p_.inv_k_sample, p_.step,
-        [&](float (&acc)[kColumns / 2], const float* inv_k, int part, int half) {
+        [&](float (&acc)[kColumns / 2], const typename Derived::Factors& factors, int part,
+            int half) {
           const uint32_t first = uint32_t(part) * (kColumns / 2) % (2 * kGroups);
 #pragma unroll
           for (int n = 0; n < kColumns / 8; n += 2) {
-            const float4 f = factors(inv_k, n);
+            const float4 f = factors(n);
             const float factor[4] = {f.x, f.y, f.z, f.w};
 #pragma unroll
             for (int i = 4 * n; i < 4 * n + 8; ++i) {
@@ -181,19 +195,9 @@ class WarpSweep {
     }
   }
 
-  // The main sweep, kColumns columns at a time: fills the lists.
-  template <int kColumns>
-  __device__ __forceinline__ void search_tiles() {
-    self().template sweep_tiles<kColumns>(
-        p_.inv_k, 1, [&](float (&acc)[kColumns / 2], const float* inv_k, int part, int half) {
-          look<kColumns>(acc, inv_k, part, half);
-        });
-    drain(true);
-    store_counts();
-  }
   // Puts the accumulators of hits into slots.
-  template <int kColumns>
-  __device__ __forceinline__ void look(const float (&acc)[kColumns / 2], const float* inv_k,
+  template <int kColumns, class Factors>
+  __device__ __forceinline__ void look(const float (&acc)[kColumns / 2], const Factors& factors,
                                        int part, int half) {
     constexpr int kReserve = Shared::kChecked / 8;
     const float2 n = *reinterpret_cast<const float2*>(&negative()[2 * half]);
@@ -205,7 +209,7 @@ class WarpSweep {
       }
 #pragma unroll
       for (int i = first; i < first + kReserve; i += 2) {
-        const float4 f = factors(inv_k, i);
+        const float4 f = factors(i);
         const float* x = acc + 4 * i;
         const float even[4] = {multiply_add(x[0], f.x, n.x), multiply_add(x[1], f.y, n.x),
                                multiply_add(x[2], f.x, n.y), multiply_add(x[3], f.y, n.y)};
@@ -267,7 +271,7 @@ class WarpSweep {
   // Moves the last `count` slots of this lane to its lists.
   __device__ __forceinline__ void move_slots(int count, uint32_t (&end)[4],
                                              const float (&negative)[4]) {
-    const uint32_t t = uint32_t(lane()) % 4, last = slot_ - uint32_t(count * kSlotBytes);
+    const uint32_t t = lane_again() % 4, last = slot_ - uint32_t(count * kSlotBytes);
     // Eight columns, counted from the end of the split.
     const int64_t end_column = int64_t(item().first_tile + item().tiles) * kTileColumns;
     const uint32_t column_0 = uint32_t(end_column) + 2 * t - 16 * 8;

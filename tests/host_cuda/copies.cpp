@@ -15,11 +15,18 @@ namespace execution {
 namespace {
 
 constexpr int kBoxColumns = 64, kBoxRow = 128, kSwizzle = 1024;
-constexpr unsigned char kPoison = 0xFF;
+// The contents of shared memory at the start of a block, and of a target until the copy completes.
+constexpr unsigned char kUnset = 0xFF;
 
 // Shared memory with the stores of threads up to the last fence_async_shared() only. A fence of one
 // thread is taken for one of all: that some lack it is not seen.
 std::vector<unsigned char> visible;
+
+// Made when a block first uses it, since most kernels do not.
+unsigned char* visible_at(uint32_t begin) {
+  if (visible.empty()) visible.assign(shared_bytes(), kUnset);
+  return visible.data() + begin;
+}
 
 struct Target {
   uint32_t begin;
@@ -32,8 +39,8 @@ void begin_target(uint32_t begin, size_t bytes, Site site) {
   check_visible(begin, bytes, site, current_thread());
   if (product_reads(begin, bytes)) fail("a copy overwrites what a product in flight reads", site);
   if (copy_writes(begin, bytes)) fail("a copy overwrites what a copy in flight writes", site);
-  std::memset(shared_memory() + begin, kPoison, bytes);
-  std::memset(visible.data() + begin, kPoison, bytes);
+  std::memset(shared_memory() + begin, kUnset, bytes);
+  std::memset(visible_at(begin), kUnset, bytes);
   in_flight.push_back({begin, bytes});
 }
 
@@ -41,11 +48,11 @@ void begin_target(uint32_t begin, size_t bytes, Site site) {
 template <class Write>
 void fill_target(uint32_t begin, size_t bytes, Site site, int thread, const Write& write) {
   unsigned char* target = shared_memory() + begin;
-  if (!std::all_of(target, target + bytes, [](unsigned char x) { return x == kPoison; })) {
+  if (!std::all_of(target, target + bytes, [](unsigned char x) { return x == kUnset; })) {
     fail("the target of a copy in flight was written", site, thread);
   }
   write();
-  std::memcpy(visible.data() + begin, target, bytes);
+  std::memcpy(visible_at(begin), target, bytes);
   in_flight.erase(std::find_if(in_flight.begin(), in_flight.end(),
                                [&](const Target& each) { return each.begin == begin; }));
 }
@@ -86,7 +93,7 @@ TensorMap map_rows(const void* rows, int64_t batch, int64_t count, int64_t colum
 }
 
 void begin_copies() {
-  visible.assign(shared_memory(), shared_memory() + shared_bytes());
+  visible.clear();
   in_flight.clear();
 }
 
@@ -96,15 +103,15 @@ bool copy_writes(uint32_t begin, size_t bytes) {
   });
 }
 
-void fence_async_shared() { std::memcpy(visible.data(), shared_memory(), visible.size()); }
+void fence_async_shared() { std::memcpy(visible_at(0), shared_memory(), shared_bytes()); }
 
 void check_visible(uint32_t begin, size_t bytes, Site site, int thread) {
-  if (std::memcmp(visible.data() + begin, shared_memory() + begin, bytes) == 0) return;
+  if (std::memcmp(visible_at(begin), shared_memory() + begin, bytes) == 0) return;
   fail("shared memory was written by threads, without fence_async_shared() since", site, thread);
 }
 
 void load_box(void* target, const TensorMap& map, int x, int y, int z, uint64_t* bar, Site site) {
-  const uint32_t begin = shared_address(target);
+  const uint32_t begin = shared_address(target, site);
   const int bytes = map.box_rows * kBoxRow;
   check_range(begin, size_t(bytes), kSwizzle, site);
   begin_target(begin, size_t(bytes), site);
@@ -117,7 +124,7 @@ void load_box(void* target, const TensorMap& map, int x, int y, int z, uint64_t*
 }
 
 void bulk_copy(void* target, const void* source, int bytes, uint64_t* bar, Site site) {
-  const uint32_t begin = shared_address(target);
+  const uint32_t begin = shared_address(target, site);
   if (bytes <= 0 || bytes % 16 != 0) fail("a copy of no multiple of 16 bytes", site);
   if (reinterpret_cast<uintptr_t>(source) % 16 != 0) {
     fail("a copy from an address not aligned to 16 bytes", site);

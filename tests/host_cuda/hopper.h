@@ -26,7 +26,7 @@ struct TensorMap {
 };
 TensorMap map_rows(const void* rows, int64_t batch, int64_t count, int64_t columns, int box_rows);
 
-uint32_t shared_address(const void* p);
+uint32_t shared_address(const void* p, Site site);
 void barrier_init(uint64_t* bar, int count, Site site);
 void barrier_arrive(uint64_t* bar, Site site);
 void barrier_expect(uint64_t* bar, int bytes, Site site);
@@ -80,7 +80,9 @@ using execution::TensorMap;
 struct Float16;
 
 inline unsigned char* swizzled_shared_memory() { return execution::shared_memory(); }
-inline uint32_t shared_address(const void* p) { return execution::shared_address(p); }
+inline uint32_t shared_address(const void* p, Site site = {__builtin_FILE(), __builtin_LINE()}) {
+  return execution::shared_address(p, site);
+}
 
 inline void barrier_init(uint64_t* bar, int count,
                          Site site = {__builtin_FILE(), __builtin_LINE()}) {

@@ -184,7 +184,7 @@ void consume(const Params& p) {
     multiply(d, a, stage);
     store_tile(d, p.c + row * kTiles * kTile + tile * kTile, stage);
     if (has("lanes_elsewhere") && lane() == 3) continue;
-    __syncwarp();
+    if (!has("no_warp_barrier_before_release")) __syncwarp();
     if (has("no_release_of_stages") || has("stage_released_early")) continue;
     if (lane() == 0) barrier_arrive(&sh.empty[stage]);
   }

@@ -68,8 +68,13 @@ struct Warpgroup {
 };
 std::vector<Warpgroup> warpgroups;
 
-Thread& own() { return threads[size_t(current_thread())]; }
+// Made when a block first uses them, since most kernels do not.
+Thread& own() {
+  if (threads.empty()) threads.resize(size_t(thread_count()));
+  return threads[size_t(current_thread())];
+}
 Warpgroup& own_warpgroup(Site site) {
+  if (warpgroups.empty()) warpgroups.resize(size_t(thread_count() / kWarpgroup));
   const size_t warpgroup = size_t(current_thread() / kWarpgroup);
   if (warpgroup >= warpgroups.size()) fail("a product of a part of a warpgroup", site);
   return warpgroups[warpgroup];
@@ -255,11 +260,11 @@ Accumulators* begin_accumulators(Thread& thread, const Product& product) {
 
 void begin_products() {
   threads.clear();
-  threads.resize(size_t(thread_count()));
-  warpgroups.assign(size_t(thread_count() / kWarpgroup), {});
+  warpgroups.clear();
 }
 
 void end_products_of_thread() {
+  if (threads.empty()) return;
   const Thread& thread = own();
   if (!thread.open.empty()) {
     fail("a thread ends after a product without wgmma_commit()", thread.open[0].product.site);

@@ -206,8 +206,8 @@ void hopper_forward(Call& call) {
 }  // namespace
 
 int main() {
-  void (*const operators[])(Call&) = {select, select_backward, aggregate, aggregate_backward,
-                                      forward_backward, hopper_forward};
+  void (*const operators[])(Call&) = {
+      select, select_backward, aggregate, aggregate_backward, forward_backward, hopper_forward};
   for (int64_t number = 0; read(&number, 1);) {
     execution::seed(uint64_t(read_number()));
     Call call;
