@@ -26,6 +26,7 @@ TILE = 128
 # One multiprocessor has several items, and more of them than splits share the columns.
 ONE = Choices(multiprocessors=1, splits=1)
 
+
 @pytest.fixture(params=["hopper", "portable"])
 def device(device: HostCuda, request: pytest.FixtureRequest) -> HostCuda:
     """By either sweep."""

@@ -30,9 +30,9 @@ struct MmaSweepShared {
   static constexpr int kStages = 2, kRowBytes = 2 * kD;
   static constexpr int kColumns = (16 << 10) / kRowBytes;  // of a stage
   static constexpr int kChecked = 32;
+  static constexpr int kSampled = kD == 64 ? 64 : 16;  // more take too many registers
   static constexpr int kHalfRows = 16;
   static __device__ __forceinline__ int first_row(int warp) { return warp * 32; }
-  static constexpr int kSampled = kD == 64 ? 64 : 16;  // more take too many registers
 
   alignas(128) unsigned char keys[kStages][kColumns][kRowBytes];
   alignas(16) float inv_k[kStages][kColumns];

@@ -173,7 +173,8 @@ void forward_backward(Call& call) {
 }
 
 // Its numbers are those of select(); the columns of value or -1, outputs, convolution, rho and the
-// type of value; the multiprocessors, splits and step to use; and whether the sweep is the portable one.
+// type of value; the multiprocessors, splits and step to use; and whether the sweep is the portable
+// one.
 void hopper_forward(Call& call) {
   const int64_t* n = call.numbers;
   SelectParams p = {};
