@@ -189,6 +189,14 @@ def test_huge_and_tiny_rows(of_query: float, of_key: float, device: HostCuda) ->
 
 
 @both_types
+@pytest.mark.parametrize("D", [64, 128])
+def test_rows_of_many_norms(D: int, dtype: torch.dtype, device: HostCuda) -> None:
+    """The factors of a sample are those of its columns."""
+    key = normal(900, D, seed=1) * 2.0 ** integers(900, 1, seed=2)
+    check(device, normal(40, D, dtype=dtype), key.to(dtype), 9)
+
+
+@both_types
 @both_metrics
 @pytest.mark.parametrize("masked", [0.5, 0.97, 1.0])
 def test_masked_keys(masked: float, metric: str, dtype: torch.dtype, device: HostCuda) -> None:
