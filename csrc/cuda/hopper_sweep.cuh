@@ -23,14 +23,14 @@ struct SweepShared {
 
   static constexpr int kStages = kD == 64 ? 4 : 3;
   static constexpr int kSlots = kD == 64 ? 28 : 22;  // of a lane
-  static constexpr int kChecked = 64, kSampled = 64;
+  static constexpr int kReserve = 8, kSampled = 64;
 
   alignas(1024) unsigned char keys[kStages][kD / 64][kTileColumns][128];
   float inv_k[kStages][kTileColumns];
   alignas(16) float slots[kSweepWarps][kSlots][kWarp][4];
-  // What fills the slots of a lane, a word for those of a tile and a half of the rows: bit 16 + i:
-  // columns 8 i + 2 t and 8 i + 2 t + 1 of the tile; the tiles left in the split, itself included,
-  // << 1; the half.
+  // What fills the slots of a lane, a word for those of 64 columns: bit 16 + 2 i + h: columns
+  // 8 i + 2 t and 8 i + 2 t + 1 and half h of the rows; below, how many times 64 columns are left
+  // in the split, themselves included.
   uint32_t headers[kSweepWarps][kSlots][kWarp];
   // Of each lane, by half and row: where its next hit goes, in fours of hits from all on.
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
@@ -63,8 +63,8 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
   using Shared = SweepShared<kD>;
   using Base = WarpSweep<HopperSweep<T, kD>, T, kD, Shared>;
   friend Base;
-  using Base::a_, Base::first_slot_, Base::header_, Base::item, Base::kSteps, Base::left_,
-      Base::mask_, Base::p_, Base::shared_, Base::slot_, Base::warp_;
+  using Base::a_, Base::first_slot_, Base::header_, Base::item, Base::kPart, Base::kSteps,
+      Base::left_, Base::mask_, Base::p_, Base::shared_, Base::slot_, Base::warp_;
 
  public:
   __device__ __forceinline__ HopperSweep(Shared& shared, const SweepParams& p)
@@ -112,6 +112,19 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
     wgmma_commit();
   }
 
+  // The same of both halves.
+  __device__ __forceinline__ void multiply_both(float (&acc)[2][kPart / 2], uint64_t keys) {
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      constexpr int kBox = kTileColumns * 128;
+      const uint64_t of_step = keys + (s / 4 * kBox + s % 4 * 32) / 16;
+      wgmma<T, kPart>(acc[0], a_[0][s], of_step, s != 0);
+      wgmma<T, kPart>(acc[1], a_[1][s], of_step, s != 0);
+    }
+    wgmma_commit();
+  }
+
   // Until `end` tiles are left. No accumulator is alive where the loop closes: the compiler would
   // serialize the products.
   template <int kColumns, class Body>
@@ -144,26 +157,48 @@ class HopperSweep : WarpSweep<HopperSweep<T, kD>, T, kD, SweepShared<kD>> {
     sweep_until<kColumns>(step, 0, body);
   }
 
+  // The main sweep until `end` tiles are left: the products of the second half of a tile run while
+  // the accumulators of the first are looked at.
+  __device__ __forceinline__ void look_at_tiles(int end) {
+#pragma unroll 1
+    while (left_ > end) {
+      float acc_0[2][kPart / 2], acc_1[2][kPart / 2];
+      barrier_wait(&shared_.full[stage_.index], stage_.parity);
+      const uint32_t address = shared_address(shared_.keys[stage_.index]);
+      const uint64_t keys = descriptor(__shfl_sync(kAllLanes, address, 0));
+      multiply_both(acc_0, keys);
+      multiply_both(acc_1, keys + kPart * 128 / 16);
+      wgmma_wait<1>();
+      hold(acc_0[0]);
+      hold(acc_0[1]);
+      this->look(acc_0, Factors{*this, 0}, 0);
+      wgmma_wait<0>();
+      hold(acc_1[0]);
+      hold(acc_1[1]);
+      this->look(acc_1, Factors{*this, kPart}, 1);
+      __syncwarp();
+      if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
+      stage_.advance();
+      --left_;
+    }
+  }
+
   // The main sweep. At D = 64 slots are moved after every `period` tiles even if none is needed
   // yet: by the four warps of a warpgroup together, because each of their products waits for all of
   // them, and by the two warpgroups in turn. At D = 128 the products leave time for it.
   __device__ __forceinline__ void find_hits() {
     constexpr bool kTogether = kD == 64;
     left_ = item().tiles;
-    constexpr int kReserve = Shared::kChecked / 8;
     int period = 1, end = 0;
     if constexpr (kTogether) {
       // About one hit for each k * step columns is expected, so that half of the slots are filled.
-      while (2 * period * p_.k * p_.step <= (Shared::kSlots - kReserve) / 2 * left_) period *= 2;
+      while (2 * period * p_.k * p_.step <= (Shared::kSlots - Shared::kReserve) / 2 * left_)
+        period *= 2;
       end = left_ - (warp_ < 4 ? period : (period + 1) / 2);
     }
 #pragma unroll 1
     do {
-      sweep_until<kTileColumns>(
-          1, end > 0 ? end : 0,
-          [&](float (&acc)[kTileColumns / 2], const Factors& factors, int part, int half) {
-            this->template look<kTileColumns>(acc, factors, part, half);
-          });
+      look_at_tiles(end > 0 ? end : 0);
       this->drain(!kTogether || left_ == 0);
       end -= period;
     } while (kTogether && left_ > 0);

@@ -29,7 +29,7 @@ template <int kD>
 struct MmaSweepShared {
   static constexpr int kStages = 2, kRowBytes = 2 * kD;
   static constexpr int kColumns = (16 << 10) / kRowBytes;  // of a stage
-  static constexpr int kChecked = 32;
+  static constexpr int kReserve = 4;
   static constexpr int kSampled = kD == 64 ? 64 : 16;  // more take too many registers
   static constexpr int kHalfRows = 16;
   static __device__ __forceinline__ int first_row(int warp) { return warp * 32; }
@@ -54,7 +54,8 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
   using Shared = MmaSweepShared<kD>;
   using Base = WarpSweep<MmaSweep<T, kD>, T, kD, Shared>;
   friend Base;
-  using Base::a_, Base::item, Base::kSteps, Base::left_, Base::p_, Base::shared_, Base::warp_;
+  using Base::a_, Base::item, Base::kPart, Base::kSteps, Base::left_, Base::p_, Base::shared_,
+      Base::warp_;
 
  public:
   __device__ __forceinline__ MmaSweep(Shared& shared, const SweepParams& p, const KeyRows& keys,
@@ -65,10 +66,7 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
     this->begin(blockIdx.x);
     this->load_queries();
     this->sample_tiles();
-    left_ = item().tiles;
-    sweep_tiles<64>(p_.inv_k, 1, [&](float (&acc)[32], const Factors& factors, int part, int half) {
-      this->template look<64>(acc, factors, part, half);
-    });
+    find_hits();
     this->drain(true);
     this->store_counts();
   }
@@ -138,8 +136,7 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
 
   // The products of both halves with columns of a stage, from address `keys` on.
   template <int kColumns>
-  __device__ __forceinline__ void multiply(float (&acc_0)[kColumns / 2],
-                                           float (&acc_1)[kColumns / 2], uint32_t keys) const {
+  __device__ __forceinline__ void multiply(float (&acc)[2][kColumns / 2], uint32_t keys) const {
     // Each of eight lanes names a row of one of the four pieces that a warp reads at a time.
     const uint32_t of_lane = uint32_t(lane() % 8 * Shared::kRowBytes);
     const uint32_t piece = uint32_t((lane() / 8 ^ lane() % 8) * 16);
@@ -160,50 +157,67 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
         }
       }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        acc_0[4 * n + e] = d[0][e];
-        acc_1[4 * n + e] = d[1][e];
-      }
+      for (int e = 0; e < 8; ++e) acc[e / 4][4 * n + e % 4] = d[e / 4][e % 4];
     }
   }
 
-  template <int kColumns, class Body>
-  __device__ __forceinline__ void sweep_tiles(const float* inv_k, int step, const Body& body) {
-    constexpr int kGroup = 64, kGroupsOfStage = Shared::kColumns / kGroup;
+  // Calls body(keys, factors, part) for every kPart columns of every step-th of the left_ last
+  // tiles: the address of their keys, their factors, and which part of the tile they are.
+  template <class Body>
+  __device__ __forceinline__ void sweep_parts(const float* inv_k, int step, const Body& body) {
+    constexpr int kPartsOfStage = Shared::kColumns / kPart;
     // The rows of a warp, as far as they exist, come first.
     const bool has_rows = this->exists(shared_.rows[warp_]);
     Copies copies(*this, inv_k);
     copies.begin(0);
-    int stage = 0, group = 0;
+    int stage = 0, part = 0;
 #pragma unroll 1
     while (left_ > 0) {
       copy_wait<0>();
       __syncthreads();
-      const bool ends = group + kGroupsOfStage == kTileColumns / kGroup;
+      const bool ends = part + kPartsOfStage == kTileColumns / kPart;
       copies.skip(ends ? (step - 1) * kTileColumns + Shared::kColumns : Shared::kColumns);
       if (!ends || left_ > step) copies.begin(stage ^ 1);
       if (has_rows) {
 #pragma unroll 1
-        for (int i = 0; i < kGroupsOfStage; ++i) {
-          const uint32_t keys = shared_address(&shared_.keys[stage][i * kGroup][0]);
-#pragma unroll
-          for (int j = 0; j < kGroup / kColumns; ++j) {
-            // Otherwise the compiler computes all products first, and runs out of registers.
-            if (j) __syncwarp();
-            const int part = (group + i) * (kGroup / kColumns) + j;
-            float acc_0[kColumns / 2], acc_1[kColumns / 2];
-            multiply<kColumns>(acc_0, acc_1, keys + j * kColumns * Shared::kRowBytes);
-            const Factors factors = {&shared_.inv_k[stage][i * kGroup + j * kColumns]};
-            body(acc_0, factors, part, 0);
-            body(acc_1, factors, part, 1);
-          }
+        for (int i = 0; i < kPartsOfStage; ++i) {
+          const Factors factors = {&shared_.inv_k[stage][i * kPart]};
+          body(shared_address(&shared_.keys[stage][i * kPart][0]), factors, part + i);
         }
       }
       stage ^= 1;
-      group = ends ? 0 : group + kGroupsOfStage;
+      part = ends ? 0 : part + kPartsOfStage;
       left_ -= ends ? step : 0;
     }
     __syncthreads();
+  }
+
+  template <int kColumns, class Body>
+  __device__ __forceinline__ void sweep_tiles(const float* inv_k, int step, const Body& body) {
+    sweep_parts(inv_k, step, [&](uint32_t keys, const Factors& factors, int part) {
+#pragma unroll
+      for (int j = 0; j < kPart / kColumns; ++j) {
+        // Otherwise the compiler computes all products first, and runs out of registers.
+        if (j) __syncwarp();
+        float acc[2][kColumns / 2];
+        multiply<kColumns>(acc, keys + j * kColumns * Shared::kRowBytes);
+        const Factors of_columns = {factors.first + j * kColumns};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          body(acc[half], of_columns, part * (kPart / kColumns) + j, half);
+        }
+      }
+    });
+  }
+
+  // The main sweep.
+  __device__ __forceinline__ void find_hits() {
+    left_ = item().tiles;
+    sweep_parts(p_.inv_k, 1, [&](uint32_t keys, const Factors& factors, int part) {
+      float acc[2][kPart / 2];
+      multiply<kPart>(acc, keys);
+      this->look(acc, factors, part);
+    });
   }
 
   const KeyRows& keys_;

@@ -25,14 +25,15 @@ namespace convnn::cuda {
 //
 // Shared has slots, headers, ends, negative, inv_q, items and rows as SweepShared of
 // hopper_sweep.cuh; first_row(warp), the first row of a warp in the block, and kHalfRows, how far
-// the second half is from it; kChecked, the columns between two looks at how many slots are left;
-// and kSampled, the columns whose maxima are taken at a time.
+// the second half is from it; kReserve, the slots that may be filled between two looks at how many
+// are left; and kSampled, the columns whose maxima are taken at a time.
 template <class Derived, class T, int kD, class Shared>
 class WarpSweep {
  protected:
   static constexpr int kSteps = kD / 16;
   static constexpr int kGroups = 16;  // maxima of a lane for each row
   static constexpr int kFewNeighbors = 12, kBisections = 9;
+  static constexpr int kPart = 64;  // columns that are looked at at a time
   // Slots of a lane that are moved to the lists when one has few left. More keep lanes waiting for
   // the one that has most.
   static constexpr int kMoved = 12;
@@ -195,37 +196,47 @@ class WarpSweep {
     }
   }
 
-  // Puts the accumulators of hits into slots.
-  template <int kColumns, class Factors>
-  __device__ __forceinline__ void look(const float (&acc)[kColumns / 2], const Factors& factors,
-                                       int part, int half) {
-    constexpr int kReserve = Shared::kChecked / 8;
-    const float2 n = *reinterpret_cast<const float2*>(&negative()[2 * half]);
+  // Puts the accumulators of hits into slots: those of both halves with 64 columns, since they need
+  // the same factors.
+  template <class Factors>
+  __device__ __forceinline__ void look(const float (&acc)[2][kPart / 2], const Factors& factors,
+                                       int part) {
+    constexpr int kReserve = Shared::kReserve;
+    float n[4];
+    copy16(n, negative());
 #pragma unroll
-    for (int first = 0; first < kColumns / 8; first += kReserve) {
+    for (int first = 0; first < kPart / 8; first += kReserve / 2) {
       if (__any_sync(kAllLanes, slot_ > first_slot_ + (slots_ - kReserve) * kSlotBytes)) {
-        push_header(part * (kColumns / 8), half);
+        push_header(part);
         drain(false);
       }
 #pragma unroll
-      for (int i = first; i < first + kReserve; i += 2) {
+      for (int i = first; i < first + kReserve / 2; i += 2) {
         const float4 f = factors(i);
-        const float* x = acc + 4 * i;
-        const float even[4] = {multiply_add(x[0], f.x, n.x), multiply_add(x[1], f.y, n.x),
-                               multiply_add(x[2], f.x, n.y), multiply_add(x[3], f.y, n.y)};
-        append(slot_, mask_, 0x10000u << i, even, x);
-        const float odd[4] = {multiply_add(x[4], f.z, n.x), multiply_add(x[5], f.w, n.x),
-                              multiply_add(x[6], f.z, n.y), multiply_add(x[7], f.w, n.y)};
-        append(slot_, mask_, 0x20000u << i, odd, x + 4);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* x = acc[half] + 4 * i;
+          const float above[4] = {
+              multiply_add(x[0], f.x, n[2 * half]), multiply_add(x[1], f.y, n[2 * half]),
+              multiply_add(x[2], f.x, n[2 * half + 1]), multiply_add(x[3], f.y, n[2 * half + 1])};
+          append(slot_, mask_, 0x10000u << (2 * i + half), above, x);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* x = acc[half] + 4 * i + 4;
+          const float above[4] = {
+              multiply_add(x[0], f.z, n[2 * half]), multiply_add(x[1], f.w, n[2 * half]),
+              multiply_add(x[2], f.z, n[2 * half + 1]), multiply_add(x[3], f.w, n[2 * half + 1])};
+          append(slot_, mask_, 0x40000u << (2 * i + half), above, x);
+        }
       }
     }
-    push_header(part * (kColumns / 8), half);
+    push_header(part);
   }
-  // Describes the slots that were filled since the last header, from eight columns number `first`
-  // of the tile on.
-  __device__ __forceinline__ void push_header(int first, int half) {
+  // Describes the slots that were filled since the last header.
+  __device__ __forceinline__ void push_header(int part) {
     if (mask_) {
-      store_word(header_, mask_ << first | uint32_t(left_) << 1 | uint32_t(half));
+      store_word(header_, mask_ | uint32_t(2 * left_ - part));
       header_ += kHeaderBytes;
     }
     mask_ = 0;
@@ -274,10 +285,10 @@ class WarpSweep {
     const uint32_t t = lane_again() % 4, last = slot_ - uint32_t(count * kSlotBytes);
     // Eight columns, counted from the end of the split.
     const int64_t end_column = int64_t(item().first_tile + item().tiles) * kTileColumns;
-    const uint32_t column_0 = uint32_t(end_column) + 2 * t - 16 * 8;
+    const uint32_t column_0 = uint32_t(end_column) + 2 * t - 8 * 8;
     const char* inv_k =
         reinterpret_cast<const char*>(p_.inv_k + item().batch * p_.m_padded + end_column + 4 * t) -
-        16 * 32;
+        8 * 32;
     uint64_t* all = hits();
     uint32_t word = 0;
 #pragma unroll 1
@@ -285,11 +296,11 @@ class WarpSweep {
       next_header(header_, word);
       slot_ -= kSlotBytes;
       const float4 x = load_slot(slot_);
-      const uint32_t bit = highest_bit(word), eight = bit - (word & 0xFFFEu) * 8;
+      const uint32_t bit = highest_bit(word), eight = bit / 2 - (word & 0xFFFFu) * 8;
       const uint32_t column = column_0 + eight * 8;
-      const int32_t place = int32_t(eight * 32 - (bit & 1) * 24);
+      const int32_t place = int32_t(eight * 32 - (bit / 2 & 1) * 24);
       const float2 f = __ldg(reinterpret_cast<const float2*>(inv_k + place));
-      const bool second = (word & 1) != 0;
+      const bool second = (bit & 1) != 0;
       word = bits_below(word, bit);
       uint32_t end_0 = second ? end[2] : end[0], end_1 = second ? end[3] : end[1];
       const float bound_0 = -(second ? negative[2] : negative[0]);
