@@ -7,7 +7,6 @@ complete late. Threads, copies and products come in an order drawn from a seed.
 
 import math
 import random
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -91,15 +90,16 @@ def assert_equal_rows_by_index(
     for batch, (K, ok) in enumerate(zip(rows_of_key, allowed, strict=True)):
         bits = K.contiguous().view(torch.int16)
         _, kind, counts = torch.unique(bits, dim=0, return_inverse=True, return_counts=True)
+        if bool((counts == 1).all()):
+            continue
         similarities = s.reshape(-1, *s.shape[-2:])[batch]
         indices = I.reshape(-1, *I.shape[-2:])[batch]
         for row, at in zip(similarities, indices, strict=True):
             there = row != -math.inf
             chosen = torch.zeros(M, dtype=torch.bool)
             chosen[at[there]] = True
-            for which in kind[at[there]].unique():
-                if counts[which] == 1:
-                    continue
+            kinds = kind[at[there]].unique()
+            for which in kinds[counts[kinds] > 1]:
                 taken = chosen[ok & (kind == which)].long()
                 assert bool((taken.diff() <= 0).all()), (batch, which, taken)
                 values = row[there][kind[at[there]] == which].view(torch.int32)
@@ -149,8 +149,7 @@ def test_equal_keys(kinds: int, k: int, dtype: torch.dtype, device: HostCuda) ->
     """Ties go by index, and lists overflow."""
     key = normal(kinds, 64, dtype=dtype)[torch.arange(700) * 7 % kinds]
     query = normal(66, 64, seed=1, dtype=dtype)
-    for order in ("similarity", "index"):
-        check(device, query, key, k, order=order)
+    check(device, query, key, k, order="index" if kinds == 2 else "similarity")
 
 
 @both_types
@@ -271,7 +270,7 @@ def test_similarities_that_are_infinite(device: HostCuda) -> None:
 @pytest.mark.parametrize("D", [19, 64, 128])
 def test_exact_sums_as_in_float32(D: int, dtype: torch.dtype, device: HostCuda) -> None:
     query, key = integers(2, 9, D, dtype=dtype), integers(2, 400, D, seed=1, dtype=dtype)
-    for k, order in product((9, 40), ("similarity", "index")):
+    for k, order in ((9, "similarity"), (40, "index")):
         _, s, I = check(device, query, key, k, exact=True, metric="dot", order=order)
         # By groups of columns.
         expected = device.select(query.float(), key.float(), k, metric="dot", order=order)
