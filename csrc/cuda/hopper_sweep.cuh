@@ -90,9 +90,9 @@ struct SweepShared {
   alignas(1024) unsigned char keys[kStages][kD / 64][kTileColumns][128];
   float inv_k[kStages][kTileColumns];
   alignas(16) float slots[kSweepWarps][kSlots][kWarp][4];
-  // What fills the slots of a lane, a word for those of a tile and a half of the rows: bit 16 + i:
-  // columns 8 i + 2 t and 8 i + 2 t + 1 of the tile; the tiles left in the split, itself included,
-  // << 1; the half.
+  // What fills the slots of a lane, a word for those of 64 columns: bit 16 + 2 i + h: columns
+  // 8 i + 2 t and 8 i + 2 t + 1 and half h of the rows; below, how many times 64 columns are left
+  // in the split, themselves included.
   uint32_t headers[kSweepWarps][kSlots][kWarp];
   // Of each lane, by half and row: where its next hit goes, in fours of hits from all on.
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
@@ -128,8 +128,9 @@ class Sweep {
   static constexpr int kSteps = kD / 16;
   static constexpr int kGroups = 16;  // maxima of a lane for each row
   static constexpr int kFewNeighbors = 12, kBisections = 9;
-  // Columns between two looks at how many slots are left, and the slots they may fill.
-  static constexpr int kChecked = 64, kReserve = kChecked / 8;
+  // Columns that are looked at at a time; slots that may be filled between two looks at how many
+  // are left.
+  static constexpr int kPart = 64, kReserve = 8;
   // Slots of a lane that are moved to the lists when one has few left. More keep lanes waiting for
   // the one that has most.
   static constexpr int kMoved = 12;
@@ -229,6 +230,19 @@ class Sweep {
     for (int s = 0; s < kSteps; ++s) {
       constexpr int kBox = kTileColumns * 128;
       wgmma<T, kColumns>(acc, a[s], keys + (s / 4 * kBox + s % 4 * 32) / 16, s != 0);
+    }
+    wgmma_commit();
+  }
+
+  // The same of both halves.
+  __device__ __forceinline__ void multiply_both(float (&acc)[2][kPart / 2], uint64_t keys) {
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      constexpr int kBox = kTileColumns * 128;
+      const uint64_t of_step = keys + (s / 4 * kBox + s % 4 * 32) / 16;
+      wgmma<T, kPart>(acc[0], a_[0][s], of_step, s != 0);
+      wgmma<T, kPart>(acc[1], a_[1][s], of_step, s != 0);
     }
     wgmma_commit();
   }
@@ -343,6 +357,32 @@ class Sweep {
     }
   }
 
+  // The main sweep until `end` tiles are left: the products of the second half of a tile run while
+  // the accumulators of the first are looked at.
+  __device__ __forceinline__ void look_at_tiles(int end) {
+#pragma unroll 1
+    while (left_ > end) {
+      float acc_0[2][kPart / 2], acc_1[2][kPart / 2];
+      barrier_wait(&shared_.full[stage_.index], stage_.parity);
+      const uint32_t address = shared_address(shared_.keys[stage_.index]);
+      const uint64_t keys = descriptor(__shfl_sync(kAllLanes, address, 0));
+      multiply_both(acc_0, keys);
+      multiply_both(acc_1, keys + kPart * 128 / 16);
+      wgmma_wait<1>();
+      hold(acc_0[0]);
+      hold(acc_0[1]);
+      look(acc_0, 0);
+      wgmma_wait<0>();
+      hold(acc_1[0]);
+      hold(acc_1[1]);
+      look(acc_1, 1);
+      __syncwarp();
+      if (lane() == 0) barrier_arrive(&shared_.empty[stage_.index]);
+      stage_.advance();
+      --left_;
+    }
+  }
+
   // The main sweep. At D = 64 slots are moved after every `period` tiles even if none is needed
   // yet: by the four warps of a warpgroup together, because each of their products waits for all of
   // them, and by the two warpgroups in turn. At D = 128 the products leave time for it.
@@ -357,41 +397,50 @@ class Sweep {
     }
 #pragma unroll 1
     do {
-      sweep_tiles<kTileColumns>(
-          1, end > 0 ? end : 0,
-          [&](float (&acc)[kTileColumns / 2], int, int half) { look(acc, half); });
+      look_at_tiles(end > 0 ? end : 0);
       drain(!kTogether || left_ == 0);
       end -= period;
     } while (kTogether && left_ > 0);
   }
 
-  // Puts the accumulators of hits into slots.
-  __device__ __forceinline__ void look(const float (&acc)[kTileColumns / 2], int half) {
-    const float2 n = *reinterpret_cast<const float2*>(&negative()[2 * half]);
+  // Puts the accumulators of hits into slots: those of both halves with 64 columns, since they need
+  // the same factors.
+  __device__ __forceinline__ void look(const float (&acc)[2][kPart / 2], int part) {
+    float n[4];
+    copy16(n, negative());
 #pragma unroll
-    for (int first = 0; first < kTileColumns / 8; first += kReserve) {
+    for (int first = 0; first < kPart / 8; first += kReserve / 2) {
       if (__any_sync(kAllLanes, slot_ > first_slot_ + (Shared::kSlots - kReserve) * kSlotBytes)) {
-        push_header(half);
+        push_header(part);
         drain(false);
       }
 #pragma unroll
-      for (int i = first; i < first + kReserve; i += 2) {
-        const float4 f = factors(i);
-        const float* x = acc + 4 * i;
-        const float even[4] = {multiply_add(x[0], f.x, n.x), multiply_add(x[1], f.y, n.x),
-                               multiply_add(x[2], f.x, n.y), multiply_add(x[3], f.y, n.y)};
-        append(slot_, mask_, 0x10000u << i, even, x);
-        const float odd[4] = {multiply_add(x[4], f.z, n.x), multiply_add(x[5], f.w, n.x),
-                              multiply_add(x[6], f.z, n.y), multiply_add(x[7], f.w, n.y)};
-        append(slot_, mask_, 0x20000u << i, odd, x + 4);
+      for (int i = first; i < first + kReserve / 2; i += 2) {
+        const float4 f = factors(part * (kPart / 8) + i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* x = acc[half] + 4 * i;
+          const float above[4] = {
+              multiply_add(x[0], f.x, n[2 * half]), multiply_add(x[1], f.y, n[2 * half]),
+              multiply_add(x[2], f.x, n[2 * half + 1]), multiply_add(x[3], f.y, n[2 * half + 1])};
+          append(slot_, mask_, 0x10000u << (2 * i + half), above, x);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* x = acc[half] + 4 * i + 4;
+          const float above[4] = {
+              multiply_add(x[0], f.z, n[2 * half]), multiply_add(x[1], f.w, n[2 * half]),
+              multiply_add(x[2], f.z, n[2 * half + 1]), multiply_add(x[3], f.w, n[2 * half + 1])};
+          append(slot_, mask_, 0x40000u << (2 * i + half), above, x);
+        }
       }
     }
-    push_header(half);
+    push_header(part);
   }
   // Describes the slots that were filled since the last header.
-  __device__ __forceinline__ void push_header(int half) {
+  __device__ __forceinline__ void push_header(int part) {
     if (mask_) {
-      store_word(header_, mask_ | uint32_t(left_) << 1 | uint32_t(half));
+      store_word(header_, mask_ | uint32_t(2 * left_ - part));
       header_ += kHeaderBytes;
     }
     mask_ = 0;
@@ -444,10 +493,10 @@ class Sweep {
     const uint32_t t = lane_again() % 4, last = slot_ - uint32_t(count * kSlotBytes);
     // Eight columns, counted from the end of the split.
     const int64_t end_column = int64_t(item().first_tile + item().tiles) * kTileColumns;
-    const uint32_t column_0 = uint32_t(end_column) + 2 * t - 16 * 8;
+    const uint32_t column_0 = uint32_t(end_column) + 2 * t - 8 * 8;
     const char* inv_k =
         reinterpret_cast<const char*>(p_.inv_k + item().batch * p_.m_padded + end_column + 4 * t) -
-        16 * 32;
+        8 * 32;
     uint64_t* all = hits();
     uint32_t word = 0;
 #pragma unroll 1
@@ -455,11 +504,11 @@ class Sweep {
       next_header(header_, word);
       slot_ -= kSlotBytes;
       const float4 x = load_slot(slot_);
-      const uint32_t bit = highest_bit(word), eight = bit - (word & 0xFFFEu) * 8;
+      const uint32_t bit = highest_bit(word), eight = bit / 2 - (word & 0xFFFFu) * 8;
       const uint32_t column = column_0 + eight * 8;
-      const int32_t place = int32_t(eight * 32 - (bit & 1) * 24);
+      const int32_t place = int32_t(eight * 32 - (bit / 2 & 1) * 24);
       const float2 f = __ldg(reinterpret_cast<const float2*>(inv_k + place));
-      const bool second = (word & 1) != 0;
+      const bool second = (bit & 1) != 0;
       word = bits_below(word, bit);
       uint32_t end_0 = second ? end[2] : end[0], end_1 = second ? end[3] : end[1];
       const float bound_0 = -(second ? negative[2] : negative[0]);
