@@ -189,7 +189,7 @@ class MmaSweep : WarpSweep<MmaSweep<T, kD>, T, kD, MmaSweepShared<kD>> {
       part = ends ? 0 : part + kPartsOfStage;
       left_ -= ends ? step : 0;
     }
-    __syncthreads();
+    __syncthreads();  // before the next sweep fills stage 0
   }
 
   template <int kColumns, class Body>
