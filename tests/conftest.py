@@ -160,5 +160,5 @@ def device(programs: Path, shared_device: list[HostCuda]) -> HostCuda:
     if not shared_device or not shared_device[-1].alive():
         shared_device[:] = [HostCuda(programs / "host_cuda")]
     shared_device[0].seed, shared_device[0].most_bytes = 0, 2**26
-    shared_device[0].choices = Choices()
+    shared_device[0].choices, shared_device[0].portable = Choices(), False
     return shared_device[0]

@@ -48,13 +48,15 @@ class HostCuda:
     """A running program.
 
     For the following calls, ``seed`` determines the order of threads and blocks, ``most_bytes``
-    limits the workspace for group maxima and hits, and ``choices`` are those of Hopper.
+    limits the workspace for group maxima and hits, and ``choices`` are those of
+    the forward for Hopper, whose sweep is the portable one if ``portable``.
     """
 
     def __init__(self, program: Path) -> None:
         self.seed = 0
         self.most_bytes = 2**26
         self.choices = Choices()
+        self.portable = False
         # Several test runs may share the program.
         self._log = program.with_suffix(f".{os.getpid()}.log")
         options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
@@ -273,7 +275,7 @@ class HostCuda:
         numbers = (_batch(query), N, M, D, k, R, DTYPES[query.dtype])
         self.call(
             5,
-            (*numbers, METRICS[metric], ORDERS[order], *of_value, *self.choices),
+            (*numbers, METRICS[metric], ORDERS[order], *of_value, *self.choices, self.portable),
             [
                 *(query, _unless_same(key, query), candidates, self_indices, key_mask),
                 *(value, weight, bias),

@@ -25,6 +25,14 @@ TILE = 128
 # One multiprocessor has several items, and more of them than splits share the columns.
 ONE = Choices(multiprocessors=1, splits=1)
 
+
+@pytest.fixture(params=["hopper", "portable"])
+def device(device: HostCuda, request: pytest.FixtureRequest) -> HostCuda:
+    """By either sweep."""
+    device.portable = request.param == "portable"
+    return device
+
+
 both_types = pytest.mark.parametrize("dtype", HALVES, ids=SHORT.get)
 both_metrics = pytest.mark.parametrize("metric", ["cosine", "dot"])
 
@@ -180,6 +188,14 @@ def test_huge_and_tiny_rows(of_query: float, of_key: float, device: HostCuda) ->
 
 
 @both_types
+@pytest.mark.parametrize("D", [64, 128])
+def test_rows_of_many_norms(D: int, dtype: torch.dtype, device: HostCuda) -> None:
+    """The factors of a sample are those of its columns."""
+    key = normal(900, D, seed=1) * 2.0 ** integers(900, 1, seed=2)
+    check(device, normal(40, D, dtype=dtype), key.to(dtype), 9)
+
+
+@both_types
 @both_metrics
 @pytest.mark.parametrize("masked", [0.5, 0.97, 1.0])
 def test_masked_keys(masked: float, metric: str, dtype: torch.dtype, device: HostCuda) -> None:
@@ -252,13 +268,14 @@ def test_similarities_that_are_infinite(device: HostCuda) -> None:
 
 @both_types
 @pytest.mark.parametrize("D", [19, 64, 128])
-def test_exact_sums_as_the_portable_kernels(D: int, dtype: torch.dtype, device: HostCuda) -> None:
+def test_exact_sums_as_in_float32(D: int, dtype: torch.dtype, device: HostCuda) -> None:
     query, key = integers(2, 9, D, dtype=dtype), integers(2, 400, D, seed=1, dtype=dtype)
     for k, order in ((9, "similarity"), (40, "index")):
         _, s, I = check(device, query, key, k, exact=True, metric="dot", order=order)
-        portable = device.select(query, key, k, metric="dot", order=order)
-        assert torch.equal(s, portable[0])
-        assert torch.equal(I, portable[1])
+        # By groups of columns.
+        expected = device.select(query.float(), key.float(), k, metric="dot", order=order)
+        assert torch.equal(s, expected[0])
+        assert torch.equal(I, expected[1])
 
 
 @both_types

@@ -66,7 +66,7 @@ struct Keys {
 };
 
 template <class T>
-Keys<T> prepare_keys(const SelectParams& p, Context& context) {
+Keys<T> prepare_keys(const SelectParams& p, bool portable, Context& context) {
   const int64_t tiles = tiles_of(p), m_padded = tiles * kTileColumns, width = p.d <= 64 ? 64 : 128;
   KeysWork<T> w = {};
   w.key = static_cast<const T*>(p.key.data);
@@ -79,7 +79,9 @@ Keys<T> prepare_keys(const SelectParams& p, Context& context) {
   w.cosine = p.metric == Metric::cosine;
   w.vectors = p.d % 8 == 0 && aligned16(w.key);
   const bool scaled = w.cosine && std::is_same_v<T, BFloat16>;
-  const bool as_they_are = w.vectors && !scaled && !p.candidates;
+  // The bulk engine fills up narrower rows.
+  const bool as_they_are =
+      w.vectors && !scaled && !p.candidates && (!portable || p.d == width);
   if (!as_they_are) w.copy = allocate<T>(context, p.batch * m_padded * width);
   float* inverse = allocate<float>(context, p.batch * m_padded);
   float* inverse_sample = allocate<float>(context, p.batch * m_padded);
@@ -129,8 +131,7 @@ FinishWork<T> finish_work(const SelectParams& p, const AggregateParams* a, const
 template <class T>
 void forward_as(const SelectParams& p, const AggregateParams* a, const HopperChoices& choices,
                 Context& context) {
-  const Keys<T> keys = prepare_keys<T>(p, context);
-  const TensorMap map = map_rows(keys.rows, p.batch, keys.count, keys.width, kTileColumns);
+  const Keys<T> keys = prepare_keys<T>(p, choices.portable, context);
   SweepParams s = sweep_params(p, keys, choices);
   FinishWork<T> f = finish_work<T>(p, a, keys.columns, choices.splits);
   const int64_t blocks = blocks_of(p), at_once = blocks_at_once(p, choices, context.most_bytes);
@@ -144,8 +145,13 @@ void forward_as(const SelectParams& p, const AggregateParams* a, const HopperCho
     s.first_block = first;
     f.first_block = int(first);
     s.blocks = f.blocks = int(std::min(at_once, blocks - first));
-    launch_sweep<T>(map, s, choices.multiprocessors, context);
-    launch_finish<T>(f, choices.multiprocessors, context);
+    if (choices.portable) {
+      launch_mma_sweep<T>({keys.rows, keys.count}, s, context);
+    } else {
+      const TensorMap map = map_rows(keys.rows, p.batch, keys.count, keys.width, kTileColumns);
+      launch_sweep<T>(map, s, choices.multiprocessors, context);
+    }
+    launch_finish<T>(f, choices.multiprocessors, /*dependent=*/!choices.portable, context);
   }
 }
 

@@ -186,15 +186,19 @@ __device__ __forceinline__ void release_registers() {
   CONVNN_PTX("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// Dependent launches
+// Dependent launches, which devices of compute capability 9.0 and newer have
 
 // Lets a dependent launch behind this kernel begin once every block has come here or ended.
 __device__ __forceinline__ void launch_dependents() {
-  CONVNN_PTX("griddepcontrol.launch_dependents;" :: : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 // In a dependent launch, waits until the kernel before it has ended and its writes are visible.
 __device__ __forceinline__ void wait_for_previous() {
-  CONVNN_PTX("griddepcontrol.wait;" :: : "memory");
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 #undef CONVNN_PTX

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The forward for Hopper, compiled for sm_90a: selection in 16 bits by the asynchronous matrix
-// instruction, with the aggregation behind it.
+// The forward in 16 bits: a sweep over all similarities that leaves the hits of every query, and a
+// kernel behind it that ranks them and aggregates. One sweep is for Hopper, compiled for sm_90a, by
+// the asynchronous matrix instruction; the other is portable.
 #pragma once
 
 #include "operators.h"
@@ -12,6 +13,7 @@ struct HopperChoices {
   int multiprocessors = 0;  // of the device
   int splits = 0;           // parts of the columns that different blocks sweep
   int step = 0;             // every step-th tile of columns is sampled for a threshold
+  bool portable = false;    // the sweep that runs on any device
 };
 // `given`, with what is 0 chosen.
 HopperChoices choose(const SelectParams& select, HopperChoices given);
@@ -21,7 +23,7 @@ HopperChoices choose(const SelectParams& select, HopperChoices given);
 const char* hopper_refuses(const SelectParams& select, const AggregateParams* aggregate);
 
 // select(), and aggregate() of its results unless that is null. The arguments must not be refused.
-// The device must be of compute capability 9.0.
+// Unless `portable`, the device must be of compute capability 9.0.
 void hopper_forward(const SelectParams& select, const AggregateParams* aggregate, Context& context,
                     HopperChoices choices = {});
 

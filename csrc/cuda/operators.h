@@ -28,6 +28,8 @@ class Context {
 // Each throws std::runtime_error if a launch fails, and select() if there are 2^32 or more rows of
 // key, except in float64. Index values out of range are ignored.
 void select(const SelectParams& params, Context& context);
+// select(), and aggregate() of its results.
+void forward(const SelectParams& select, const AggregateParams& aggregate, Context& context);
 void select_backward(const SelectBackwardParams& params, Context& context);
 void aggregate(const AggregateParams& params, Context& context);
 void aggregate_backward(const AggregateBackwardParams& params, Context& context);

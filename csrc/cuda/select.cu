@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "select.cuh"
 
+#include "hopper.h"
 #include "sort.h"
 
 namespace convnn::cuda {
@@ -95,6 +96,12 @@ void select(const SelectParams& p, Context& context) {
                              " rows unless it is float64, got " + std::to_string(p.m));
   }
   if (p.batch == 0 || p.n == 0) return;
+  if (!hopper_refuses(p, nullptr)) {
+    HopperChoices choices;
+    choices.portable = true;
+    hopper_forward(p, nullptr, context, choices);
+    return;
+  }
   with_type(p.dtype, [&](auto t) { select_as<decltype(t)>(p, context); });
 }
 

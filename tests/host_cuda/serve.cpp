@@ -174,7 +174,8 @@ void forward_backward(Call& call) {
 }
 
 // Its numbers are those of select(); the columns of value or -1, outputs, convolution, rho and the
-// type of value; and the multiprocessors, splits and step to use.
+// type of value; the multiprocessors, splits and step to use; and whether the sweep is the portable
+// one.
 void hopper_forward(Call& call) {
   const int64_t* n = call.numbers;
   SelectParams p = {};
@@ -200,6 +201,7 @@ void hopper_forward(Call& call) {
   }
   cuda::HopperChoices choices;
   choices.multiprocessors = int(n[14]), choices.splits = int(n[15]), choices.step = int(n[16]);
+  choices.portable = n[17] != 0;
   cuda::hopper_forward(p, aggregate, call.memory, choices);
 }
 

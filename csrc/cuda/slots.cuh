@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Steps of the sweep on Hopper that must not become branches: accumulators into slots in shared
+// Steps of a sweep that must not become branches: accumulators into slots in shared
 // memory, and from there into lists in global memory. Predicated instructions on the device; their
 // addresses in shared memory are numbers, because a pointer would be taken for a generic one.
 #pragma once

@@ -6,8 +6,8 @@
 // what stays in a full list is decided by s and the column, and what may still enter by a.
 #pragma once
 
-#include "hopper_queries.cuh"
 #include "order.cuh"
+#include "query_rows.cuh"
 
 namespace convnn::cuda {
 
