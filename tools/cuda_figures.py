@@ -43,7 +43,7 @@ def sweep_figures(d: int) -> dict[str, float]:
             main, sampled = "while (left_ > end) @ look_at_tiles(", "for (int part = 0; part <"
             # How often each loop is entered.
             times = items * expected.loops["} while (kTogether && left_ > 0)"](n)
-            of_tiles = items * expected.loops["for (int tile = 0; tile < item().tiles"](n)
+            of_tiles = items * expected.loops["for (; left_ > 0; left_ -= step)"](n)
             return {
                 "main": (issued(program, expected, n, main) - base) / (MAIN * times),
                 "sampled": (issued(program, expected, n, sampled) - base) / (SAMPLED * of_tiles),

@@ -59,10 +59,10 @@ def _rules(n: Numbers) -> cuda_hits.Rules:
         columns=round(sweep.columns / sweep.splits),
         k=sweep.k,
         step=sweep.step,
-        groups=32 if sweep.k <= cuda_code.constant("hopper_sweep.cuh", "kFewNeighbors") else 64,
-        halvings=cuda_code.constant("hopper_sweep.cuh", "kBisections"),
+        groups=32 if sweep.k <= cuda_code.constant("warp_sweep.cuh", "kFewNeighbors") else 64,
+        halvings=cuda_code.constant("warp_sweep.cuh", "kBisections"),
         slots=sweep.slots,
-        moved=cuda_code.constant("hopper_sweep.cuh", "kMoved"),
+        moved=cuda_code.constant("warp_sweep.cuh", "kMoved"),
         list=sweep.list,
         period=_period(sweep),
     )
@@ -107,8 +107,8 @@ def _share_that_hits(n: Numbers) -> float:
 _SWEEP = Expected(
     {
         "for (int i = blockIdx.x": lambda n: n.items / n.blocks,
-        "for (begin(blockIdx.x)": lambda n: n.items / n.blocks,
-        "for (int tile = 0; tile < item().tiles": _sampled,
+        "for (this->begin(blockIdx.x)": lambda n: n.items / n.blocks,
+        "for (; left_ > 0; left_ -= step)": _sampled,
         "for (int part = 0; part < kTileColumns / kPart": lambda n: 2,
         "while (left_ > end) @ look_at_tiles(": lambda n: _tiles(n) / _hits(n).planned,
         "} while (kTogether && left_ > 0)": lambda n: _hits(n).planned,
