@@ -80,8 +80,7 @@ Keys<T> prepare_keys(const SelectParams& p, bool portable, Context& context) {
   w.vectors = p.d % 8 == 0 && aligned16(w.key);
   const bool scaled = w.cosine && std::is_same_v<T, BFloat16>;
   // The bulk engine fills up narrower rows.
-  const bool as_they_are =
-      w.vectors && !scaled && !p.candidates && (!portable || p.d == width);
+  const bool as_they_are = w.vectors && !scaled && !p.candidates && (!portable || p.d == width);
   if (!as_they_are) w.copy = allocate<T>(context, p.batch * m_padded * width);
   float* inverse = allocate<float>(context, p.batch * m_padded);
   float* inverse_sample = allocate<float>(context, p.batch * m_padded);

@@ -19,7 +19,8 @@ void number(const char* name, int64_t value);
 // The argument in that place of a kernel.
 void number(size_t place, int64_t value);
 
-// An argument of a kernel. Structures that have something to tell have an overload in NAME_numbers.h, for NAME.cu.
+// An argument of a kernel. Structures that have something to tell have an overload in
+// NAME_numbers.h, for NAME.cu.
 template <class T>
 void describe(const T& argument, size_t place) {
   if constexpr (std::is_integral_v<T>) number(place, int64_t(argument));

@@ -115,8 +115,8 @@ namespace execution {
 void planned(const char* name, intptr_t address, int64_t blocks, int threads, size_t shared_bytes) {
   std::printf(
       "%s{\"kernel\": \"%s\", \"at\": %lld, \"blocks\": %lld, \"threads\": %d, \"shared\": %zu",
-      is_first ? "" : "}\n", name, static_cast<long long>(address),
-      static_cast<long long>(blocks), threads, shared_bytes);
+      is_first ? "" : "}\n", name, static_cast<long long>(address), static_cast<long long>(blocks),
+      threads, shared_bytes);
   is_first = false;
 }
 
@@ -139,8 +139,10 @@ int main(int argc, char** argv) {
   for (int i = 2; i < argc; ++i) {
     const std::string name(argv[i], std::strcspn(argv[i], "="));
     const char* value = argv[i] + name.size() + 1;
-    if (name == "dtype") call.dtype = kTypes.at(value);
-    else call.numbers[name] = std::atoll(value);
+    if (name == "dtype")
+      call.dtype = kTypes.at(value);
+    else
+      call.numbers[name] = std::atoll(value);
   }
   try {
     operators.at(argv[1])(call);
