@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convnn_kernels.backends import cuda, first_use, gradients
+from convnn_kernels.backends import cuda, first_use, gradients, hopper
 from convnn_kernels.triton import backend as triton
 
 CPU = torch.device("cpu")
@@ -167,3 +167,14 @@ def test_where_the_gradients_may_be_chosen(
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
         assert not gradients.can_run(gradients.OPERATOR, GPU)
         assert gradients.report() == {}
+
+
+def test_where_there_is_no_choice_nothing_is_checked(
+    device: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is the library asked, with no arguments."""
+    for forced in ("triton", "cuda"):
+        assert gradients.choice(gradients.OPERATOR, GPU, None, forced) == hopper.Choice()
+    monkeypatch.setattr(triton, "unavailable", lambda: "not installed")
+    assert gradients.choice(gradients.OPERATOR, GPU, None, None) == hopper.Choice()
+    assert device["ran"] == 0
