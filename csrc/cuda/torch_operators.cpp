@@ -49,9 +49,7 @@ class Cuda : protected cuda::Context {
     if (runs_on_hopper(Operator::forward, selecting, &aggregating)) {
       cuda::hopper_forward(selecting, &aggregating, *this);
     } else {
-      cuda::select(selecting, *this);
-      workspace_.clear();  // work in the stream goes on using it before the allocator's next user
-      cuda::aggregate(aggregating, *this);
+      portable_forward(selecting, aggregating);
     }
   }
   void select_backward(const SelectBackwardParams& params) { cuda::select_backward(params, *this); }
@@ -64,6 +62,12 @@ class Cuda : protected cuda::Context {
   }
 
  private:
+  void portable_forward(const SelectParams& selecting, const AggregateParams& aggregating) {
+    cuda::select(selecting, *this);
+    workspace_.clear();  // work in the stream goes on using it before the allocator's next user
+    cuda::aggregate(aggregating, *this);
+  }
+
   bool runs_on_hopper(Operator op, const SelectParams& select, const AggregateParams* aggregate) {
     return cuda::is_right(like_.device_index(), op, cuda::hopper_kind(select)) &&
            !cuda::hopper_refuses(select, aggregate);
