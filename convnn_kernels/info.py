@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from convnn_kernels import introspect, native
-from convnn_kernels.backends import hopper, selection
+from convnn_kernels.backends import gradients, hopper, selection
 from convnn_kernels.version import __version__
 
 
@@ -18,7 +18,8 @@ def collect() -> dict[str, Any]:
     """The report as JSON values.
 
     A version or a machine's property is None where there is none; a backend is None where nothing
-    keeps it from running here. The kernels for Hopper are checked on each device that has some.
+    keeps it from running here. The kernels for Hopper and the gradients in CUDA C++ are checked
+    on each device where they may be chosen.
     """
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -42,6 +43,7 @@ def collect() -> dict[str, Any]:
             "takes": hopper.TAKES,
             "devices": hopper.report(),
         },
+        "gradients": {"takes": gradients.TAKES, "devices": gradients.report()},
     }
 
 
@@ -96,6 +98,9 @@ def render(report: dict[str, Any]) -> str:
     sections["kernels for Hopper (cuda)"] = {"take": hopper_kernels["takes"]} | (
         hopper_kernels["devices"] or {"here": f"no: {reason}"}
     )
+    if on_devices := report["gradients"]["devices"]:
+        takes = {"may take": report["gradients"]["takes"]}
+        sections["gradients in CUDA C++ instead of Triton's"] = takes | on_devices
     lines = []
     for title, facts in sections.items():
         lines.append(title)

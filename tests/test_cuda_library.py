@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import convnn_kernels  # noqa: F401
-from convnn_kernels.backends import hopper
+from convnn_kernels.backends import gradients, hopper
 
 ROOT = Path(__file__).parent.parent
 BUILD = Path(os.environ.get("CONVNN_CUDA_BUILD", ""))
@@ -95,14 +95,16 @@ def test_introspect_knows_every_kernel() -> None:
     kernels = built.cuda_kernels()
     # What introspect.py reads in its place.
     assert kernels == json.loads((BUILD / "cuda_kernels.json").read_text())
-    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
-    names = set(re.findall(r"__launch_bounds__\([^)]*\) void (\w+_kernel)\(", sources))
+    names: dict[str, bool] = {}  # and whether each is only for Hopper
+    for path in (ROOT / "csrc" / "cuda").glob("*.cuh"):
+        for name in re.findall(r"__launch_bounds__\([^)]*\) void (\w+_kernel)\(", path.read_text()):
+            names[name] = path.name.startswith("hopper_")
     assert len(names) > 20
     for architecture in built.cuda_architectures():
         if architecture.startswith("sm_"):
             of_it = [name for name in kernels if name.startswith(f"{architecture} ")]
             is_hopper = architecture == "sm_90a"
-            expected = {name for name in names if is_hopper or not name.startswith("hopper_")}
+            expected = {name for name, only_hopper in names.items() if is_hopper or not only_hopper}
             assert {re.split(r"[ <]", name)[1] for name in of_it} == expected
     for numbers in kernels.values():
         assert 16 <= numbers["registers"] <= 255
@@ -208,6 +210,30 @@ def test_what_the_kernels_for_hopper_take(run_python: Callable[..., str]) -> Non
     found = run_python(load + code)
     assert found.strip() == "['bfloat16', 'float16'] ['cosine', 'dot'] 128 64"
     assert hopper.TAKES == "float16 and bfloat16, cosine and dot, D up to 128, k up to 64"
+
+
+@needs_build
+def test_what_the_gradients_take(run_python: Callable[..., str]) -> None:
+    """As `gradients.TAKES` says."""
+    if torch.version.cuda is not None:
+        pytest.skip("a CUDA PyTorch")
+    load = LOAD.format(stub=str(BUILD / "libtorch_cuda.so"), library=str(LIBRARY))
+    code = """
+    taken = []
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    for dtype, D, C, k in itertools.product(dtypes, (1, 64, 65), (1, 64, 65), (1, 16, 17)):
+        number = torch.zeros(1, dtype=getattr(torch, dtype))
+        X, V = (number.expand(4, 4096, each) for each in (D, C))
+        s = torch.zeros(1, dtype=torch.float64 if dtype == "float64" else torch.float32)
+        s, I = s.expand(4, 4096, k), torch.zeros(1, dtype=torch.long).expand(4, 4096, k)
+        options = (False, "cosine", "softmax", 1.0, *[True] * 5)
+        if torch.ops.convnn_cuda.forward_backward_choice(V, None, X, X, V, None, s, I, *options):
+            taken.append((dtype, D, C, k))
+    print(len(taken), *(sorted({*each}) for each in zip(*taken)))
+    """
+    found = run_python(load + code)
+    assert found.strip() == "16 ['bfloat16', 'float16'] [1, 64] [1, 64] [1, 16]"
+    assert gradients.TAKES == "float16 and bfloat16, D and C up to 64, k up to 16"
 
 
 @needs_build

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The way of calls to the Hopper kernels, on CPU tensors: through C++, and through Python at first.
+"""The way of calls to the kernels in CUDA C++, on CPU tensors: through C++, and through Python.
 
 way_in_program.py makes the calls, in one process, and says which kernels ran.
 """
@@ -96,7 +96,8 @@ def test_a_wrong_kernel_is_not_used(results: dict[str, Any]) -> None:
 def test_nothing_is_checked_while_a_graph_is_captured(results: dict[str, Any]) -> None:
     assert results["captured"] == [["triton", 1]] * 2
     assert results["warm"] == [["hopper", 1], ["hopper", 0]]
-    assert len([line for line in results["log"] if "captured in a CUDA graph" in line]) == 1
+    before = [line for line in results["log"] if "captured in a CUDA graph" in line]
+    assert len([line for line in before if "Hopper" in line]) == 1
 
 
 def test_autograd_autocast_and_vmap(results: dict[str, Any]) -> None:
@@ -104,6 +105,33 @@ def test_autograd_autocast_and_vmap(results: dict[str, Any]) -> None:
     assert results["has gradient"]
     assert results["autocast"] == ["hopper", 0]
     assert results["vmap"] == 7.0
+
+
+def test_gradients_that_cpp_is_faster_at(results: dict[str, Any]) -> None:
+    assert set(results["backward: taken"].values()) == {"cuda"}, results["backward: taken"]
+    assert set(results["backward: left"].values()) == {"triton"}, results["backward: left"]
+    assert results["backward: autograd"] == 5.0
+
+
+def test_gradients_are_checked_before_their_first_use(results: dict[str, Any]) -> None:
+    assert results["backward: captured"] == "triton"
+    assert results["backward: checked"] == ["torch.float16", "torch.bfloat16"]
+    log = results["log"]
+    wrong = "cpu: the CUDA C++ gradients are wrong and not used for bfloat16 (planted)"
+    assert log.count(wrong) == 1
+    before = "captured in a CUDA graph before the CUDA C++ gradients were checked"
+    assert len([line for line in log if before in line]) == 1
+
+
+def test_the_choice_for_gradients_is_logged_once(results: dict[str, Any]) -> None:
+    lines = [line for line in results["log"] if line.startswith("convnn::forward_backward")]
+    # For each list of dtypes: with a weight, with candidates, with neither.
+    chosen = "convnn::forward_backward runs on cuda: predicted to be faster than triton"
+    assert lines.count(chosen) == 3
+    assert "convnn::forward_backward runs on triton: forced" in lines
+    assert "convnn::forward_backward runs on cuda: forced" in lines
+    assert results["backward: triton"] == "triton"
+    assert results["backward: cuda"] == "cuda"
 
 
 def test_errors_of_arguments(results: dict[str, Any]) -> None:

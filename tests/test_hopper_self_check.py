@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convnn_kernels import native
-from convnn_kernels.backends import hopper
+from convnn_kernels.backends import first_use, hopper
 from convnn_kernels.known_searches import Case, Result
 
 CPU = torch.device("cpu")
@@ -146,8 +146,8 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return state["faults"]
 
     monkeypatch.setattr(hopper, "faults", faults)
-    monkeypatch.setattr(hopper, "_faults", {})
-    monkeypatch.setattr(hopper, "_captured", set())
+    monkeypatch.setattr(first_use, "_faults", {})
+    monkeypatch.setattr(first_use, "_captured", set())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["captures"])
     return state
 

@@ -56,17 +56,16 @@ def test_kernels_are_right(metric: str, dtype: torch.dtype, D: int, k: int) -> N
 def test_kernels_of_one_launch(
     metric: str, is_right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And one that forgets what equals the threshold."""
+    """And one that looks for ties in columns out of their order, with no rotation of tiles."""
     from convnn_kernels.triton import select_medium, self_check
 
     append_ties = select_medium._append_ties
 
-    def above_only(*arguments: Any) -> Any:
-        _, above = append_ties(*arguments)
-        return above, above
+    def out_of_order(*arguments: Any) -> Any:
+        return append_ties(*arguments[:-1], 0)
 
     if not is_right:
-        monkeypatch.setattr(select_medium, "_append_ties", above_only)
+        monkeypatch.setattr(select_medium, "_append_ties", out_of_order)
     kind = self_check.Kind(metric, torch.float16, False, 16, 9, False, is_medium=True)
     assert (self_check.faults(CPU, kind, rows=20) == []) == is_right
 

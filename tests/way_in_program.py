@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import convnn_kernels
-from convnn_kernels import functional
-from convnn_kernels.backends import hopper, selection
+from convnn_kernels import functional, schemas
+from convnn_kernels.backends import cuda, gradients, hopper, selection
 from convnn_kernels.triton import backend as triton
 from tools import way_in
 
@@ -48,6 +48,8 @@ def watch_python() -> None:
         return ["planted"] if kind.dtype is torch.bfloat16 else []
 
     def by_triton(name: str, device: torch.device, arguments: Any) -> Any:
+        if name == gradients.OPERATOR:
+            return gradients_full_of(3.0, arguments)
         s = torch.full((*arguments.query.shape[:-1], arguments.k), 3.0)
         return (s, s.long()) if name == "convnn::select" else (arguments.query.clone(), s, s.long())
 
@@ -132,7 +134,7 @@ def python_functions() -> None:
         results[f"python: {name}"] = seen
 
 
-def gradients() -> None:
+def transforms() -> None:
     tensors = [X.requires_grad_() for X in tokens()]
     results["gradients"] = ran(lambda: forward(*tensors, 9))
     results["has gradient"] = forward(*tensors, 9)[0].requires_grad
@@ -141,6 +143,82 @@ def gradients() -> None:
         results["autocast"] = ran(lambda: forward(*tokens()[:2], V, 9))
     mapped = torch.func.vmap(lambda *X: forward(*X, 9))(*tokens())
     results["vmap"] = float(mapped[1].flatten()[0])
+
+
+def gradients_full_of(number: float, call: Any) -> tuple[Tensor, ...]:
+    none = torch.empty(0)
+    of_weight = none if call.weight is None else torch.full_like(call.weight, number)
+    return (
+        *[torch.full_like(X, number) for X in (call.query, call.key, call.value)],
+        of_weight,
+        none,
+    )
+
+
+def gradients_by(call: list[Any], **changes: Any) -> str:
+    """Which backend computes the gradients of a call of ``forward``, so changed."""
+    arguments = schemas.arguments("convnn::forward")(*call)._replace(**changes)
+    Q, V, k, W = arguments.query, arguments.value, arguments.k, arguments.weight
+    s = torch.zeros(*Q.shape[:-1], k)
+    outputs = V.shape[-1] if W is None else len(W)
+    grad = torch.zeros(*Q.shape[:-1], outputs, dtype=V.dtype)
+    tensors = (grad, None, Q, arguments.key, V, W, s, s.long())
+    needs = [True] * 5
+    grads = torch.ops.convnn.forward_backward(
+        *tensors, False, arguments.metric, "softmax", 1.0, *needs, arguments.candidates
+    )
+    return {5.0: "cuda", 3.0: "triton"}[float(grads[0].flatten()[0])]
+
+
+def backward() -> None:
+    """Which backend computes gradients."""
+    gradient_checks: list[str] = []
+
+    def faults(device: torch.device, dtype: torch.dtype) -> list[str]:
+        gradient_checks.append(str(dtype))
+        return ["planted"] if dtype is torch.bfloat16 else []
+
+    run = cuda.run
+    cuda.run = lambda name, call: (
+        gradients_full_of(5.0, call) if name == gradients.OPERATOR else run(name, call)
+    )
+    gradients.can_run = lambda name, device: name == gradients.OPERATOR  # type: ignore[assignment]
+    gradients.faults = faults  # type: ignore[assignment]
+    selection.register(schemas.OPERATORS[gradients.OPERATOR], "CPU")
+    Q, K, V = tokens()
+    call = [Q, K, V, 9]
+    torch.cuda.is_current_stream_capturing = lambda: True
+    results["backward: captured"] = gradients_by(call)
+    torch.cuda.is_current_stream_capturing = lambda: False
+    results["backward: taken"] = {
+        "as it is": gradients_by(call),
+        "again": gradients_by(call),
+        "depthwise": gradients_by(call, weight=torch.randn(16, 1, 9).half()),
+        "k = 16": gradients_by(call, k=16),
+        "D = C = 64": gradients_by([*tokens(D=64), 9]),
+        "candidates": gradients_by(call, candidates=torch.arange(2049)),
+        "batch": gradients_by([X.expand(4, -1, -1) for X in (Q[:, :4096], K, V)] + [9]),
+    }
+    results["backward: left"] = {
+        "dense": gradients_by(call, weight=torch.randn(8, 16, 9).half()),
+        "k = 17": gradients_by(call, k=17),
+        "D = 72": gradients_by([*tokens(D=72)[:2], V, 9]),
+        "C = 72": gradients_by([Q, K, tokens(D=72)[2], 9]),
+        "candidates": gradients_by(call, candidates=torch.arange(2048)),
+        "few keys": gradients_by(call, key=K[:, :2048], value=V[:, :2048]),
+        "few queries": gradients_by(call, query=Q[:, 1:]),
+        "value in float32": gradients_by(call, value=V.float()),
+        "float32": gradients_by([*tokens(torch.float32), 9]),
+        "wrong": gradients_by([*tokens(torch.bfloat16), 9]),
+    }
+    for name in ("triton", "cuda"):
+        with convnn_kernels.backend(name):
+            results[f"backward: {name}"] = gradients_by(call)
+    leaves = [X.requires_grad_() for X in tokens()]
+    output = functional.convnn(*leaves, 9)
+    (grad,) = torch.autograd.grad(output, leaves[:1], torch.zeros_like(output))
+    results["backward: autograd"] = float(grad.flatten()[0])
+    results["backward: checked"] = gradient_checks
 
 
 def errors() -> None:
@@ -201,7 +279,8 @@ def main() -> None:
     choices()
     without_python()
     python_functions()
-    gradients()
+    transforms()
+    backward()
     errors()
     exceptions()
     print(json.dumps(results | {"log": log, "kinds": checked}))

@@ -11,7 +11,6 @@ kernels.
 
 import ctypes
 import functools
-import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from convnn_kernels import known_searches, native
+from convnn_kernels.backends import first_use
 from convnn_kernels.known_searches import Case, Result
 from convnn_kernels.triton import backend as triton
 from convnn_kernels.triton.hardware import interpreted
@@ -26,12 +26,10 @@ from convnn_kernels.triton.hardware import interpreted
 # In the order of `Operator` in csrc/cuda/choice.h.
 OPERATORS = ("convnn::forward", "convnn::select")
 TAKES = "float16 and bfloat16, cosine and dot, D up to 128, k up to 64"
-_CAPABILITY = (9, 0)
+CAPABILITY = (9, 0)
 # `Routing` and `Verdict` there.
 _CHOOSE, _TO_PYTHON = 1, 2
 _RIGHT, _WRONG = 1, 2
-
-_log = logging.getLogger("convnn_kernels")
 
 
 class Kind(NamedTuple):
@@ -120,7 +118,7 @@ def can_run(name: str, device: torch.device) -> bool:
         name in OPERATORS
         and device.type == "cuda"
         and unavailable() is None
-        and torch.cuda.get_device_capability(device) == _CAPABILITY
+        and torch.cuda.get_device_capability(device) == CAPABILITY
     )
 
 
@@ -130,37 +128,10 @@ def ask(name: str, arguments: Any) -> tuple[int, bool, str]:
     return op.default(*arguments)
 
 
-# The cases that came out wrong, by device and kind.
-_faults: dict[tuple[torch.device, int], list[str]] = {}
-_captured: set[tuple[torch.device, int]] = set()
-
-
 def passes(device: torch.device, number: int) -> bool | None:
-    """Whether the kernels are right for a kind, by its number.
-
-    None, for this time, while a CUDA graph is captured and the kind was not checked before.
-    """
-    key = device, number
-    if key not in _faults:
-        if torch.cuda.is_current_stream_capturing():
-            if key not in _captured:
-                _captured.add(key)
-                _log.warning(
-                    "%s: a call is captured in a CUDA graph before the Hopper kernels were "
-                    "checked, so that it takes other ones: %s",
-                    device,
-                    kind_of(number),
-                )
-            return None
-        _faults[key] = faults(device, kind_of(number))
-        if _faults[key]:
-            _log.warning(
-                "%s: the Hopper kernels are wrong and not used for %s (%s)",
-                device,
-                kind_of(number),
-                ", ".join(_faults[key]),
-            )
-    return not _faults[key]
+    """Whether the kernels are right for a kind, by its number; None if that cannot be told yet."""
+    kind = kind_of(number)
+    return first_use.passes(device, "Hopper kernels", kind, lambda: faults(device, kind))
 
 
 def faults(device: torch.device, kind: Kind, rows: int = 4096) -> list[str]:
@@ -214,7 +185,7 @@ def report() -> dict[str, str]:
     outcomes = {}
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        if torch.cuda.get_device_capability(device) != _CAPABILITY:
+        if torch.cuda.get_device_capability(device) != CAPABILITY:
             continue
         with torch.cuda.device(device):
             wrong = [str(kind_of(i)) for i in range(KINDS) if not passes(device, i)]

@@ -2,8 +2,9 @@
 """Which backend runs a call, and why the others cannot.
 
 CPU tensors go from the dispatcher straight to the C++ kernels. So do CUDA tensors in calls that the
-Hopper kernels run (hopper.py), where nothing is forced. All other CUDA tensors come here. Where
-``TRITON_INTERPRET=1`` or ``CONVNN_BACKEND`` was set at import, CPU tensors come here first as well.
+Hopper kernels run (hopper.py), where nothing is forced. All other CUDA tensors come here, gradients
+that are left to CUDA C++ (gradients.py) among them. Where ``TRITON_INTERPRET=1`` or
+``CONVNN_BACKEND`` was set at import, CPU tensors come here first as well.
 
 A backend is chosen once for each operator, device, list of dtypes, kind of call that the Hopper
 kernels run, and forced backend. The reason is logged then, at level INFO of the logger
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from convnn_kernels import checks, native, raised, schemas, torch_internals
-from convnn_kernels.backends import cuda, hopper
+from convnn_kernels.backends import cuda, gradients, hopper
 from convnn_kernels.triton import backend as triton
 from convnn_kernels.triton.hardware import interpreted
 
@@ -51,8 +52,8 @@ class Call(NamedTuple):
     # Whether a dimension exceeds what Triton's kernels can count.
     is_huge: bool
     forced: str | None
-    # What the Hopper kernels make of it.
-    by_hopper: hopper.Choice = hopper.Choice()
+    # What the kernels in CUDA C++ that may be faster than Triton's make of it.
+    by_cuda: hopper.Choice = hopper.Choice()
 
 
 # The backends chosen so far.
@@ -217,14 +218,15 @@ def _check(name: str, arguments: Any, forced: str | None) -> tuple[tuple[torch.d
     tensors = [each for each in arguments if isinstance(each, Tensor)]
     device = tensors[0].device
     dtypes = tuple(X.dtype for X in tensors)
-    by_hopper = hopper.choice(name, device, arguments, forced)
-    call = Call(name, device, dtypes, triton.is_huge(tensors), forced, by_hopper)
+    chooser = gradients if name == gradients.OPERATOR else hopper
+    by_cuda = chooser.choice(name, device, arguments, forced)
+    call = Call(name, device, dtypes, triton.is_huge(tensors), forced, by_cuda)
     if call not in _chosen:
         _chosen[call], why = choose(call)
-        runs_hopper = _chosen[call] == "cuda" and by_hopper.kind is not None
-        where = f"cuda (Hopper: {by_hopper.kind})" if runs_hopper else _chosen[call]
+        runs_hopper = _chosen[call] == "cuda" and by_cuda.kind is not None
+        where = f"cuda (Hopper: {by_cuda.kind})" if runs_hopper else _chosen[call]
         _log.info(f"{name} runs on {where}: {why}")
-    return (device, _chosen[call]), by_hopper.is_final
+    return (device, _chosen[call]), by_cuda.is_final
 
 
 def _check_values(name: str, arguments: Any) -> None:
@@ -260,7 +262,7 @@ def choose(call: Call) -> tuple[str, str]:
                 f"{call.device}: {reasons[call.forced]}"
             )
         return call.forced, "forced"
-    if call.by_hopper.is_faster and not reasons["cuda"]:
+    if call.by_cuda.is_faster and not reasons["cuda"]:
         return "cuda", "predicted to be faster than triton"
     if not reasons["triton"]:
         return "triton", "the default for CUDA tensors"

@@ -40,16 +40,42 @@ bool may_run_hopper(int device) {
   return exists(device) && any_right[device].load(std::memory_order_relaxed);
 }
 
-bool hopper_is_faster(const SelectParams& select, const AggregateParams* aggregate) {
-  // By the predictions of python -m tools.predict, D = 64, k = 9: 157 us here and 154 there for
-  // 64 x 2048 x 2048, 36 and 47 for 4 x 4096 x 4096, but 36 and 18 for 1 x 4096 x 4096, where too
-  // few items of 256 rows are on their way.
-  constexpr int64_t kFewestColumns = 2048, kFewestRows = 16384;
+// All thresholds of the choice. They come from the predictions of python -m tools.predict, in us at
+// 65% of the limit, these kernels against Triton's; nothing was measured.
+namespace {
+
+// Forward, D = 64, k = 9: a ratio of 0.67 to 0.99 for 4,096 to 16,384 columns, about 1 for 65,536
+// and 100,000. For 64 x 2048 x 2048 it is 157 against 154, and 36 against 18 for 1 x 4096 x 4096,
+// where too few items of 256 rows are on their way. Triton's backward of few tokens ends at 2,048,
+// too.
+constexpr int64_t kFewestColumns = 2048, kFewestRows = 16384;
+// Forward, D = 128, 16,384 x 100,000: 2,334 against 1,232 for k = 32 and 5,238 against 1,690 for
+// k = 64. Gradients were predicted for k = 9 only.
+constexpr int64_t kMostNeighbors = 16;
+// Gradients, 64 x 4096, bfloat16, k = 9: 457 against 484 for D = C = 64, but 983 against 902 for
+// 128.
+constexpr int64_t kWidestGradients = 64;
+
+// Whether the call is large enough, and depthwise or without weight in the dtype of query: anything
+// else takes launches of its own.
+bool is_suited(const SelectParams& select, const AggregateParams* aggregate) {
   const int64_t columns = select.candidates ? select.r : select.m;
-  // Anything else is aggregated in launches of its own.
   const bool in_one = !aggregate || (aggregate->convolution != Convolution::dense &&
                                      aggregate->dtype == select.dtype);
-  return in_one && columns > kFewestColumns && select.batch * select.n >= kFewestRows;
+  return in_one && columns > kFewestColumns && select.batch * select.n >= kFewestRows &&
+         select.k <= kMostNeighbors;
+}
+
+}  // namespace
+
+bool hopper_is_faster(const SelectParams& select, const AggregateParams* aggregate) {
+  return is_suited(select, aggregate);
+}
+
+bool gradients_are_faster(const SelectParams& select, const AggregateParams& aggregate) {
+  const bool is_short = select.dtype == DType::float16 || select.dtype == DType::bfloat16;
+  return is_short && is_suited(select, &aggregate) && select.d <= kWidestGradients &&
+         aggregate.c <= kWidestGradients;
 }
 
 void set_routing(Routing routing) { current_routing = routing; }

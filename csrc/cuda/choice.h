@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Which calls the Hopper kernels run instead of Triton's or the portable ones, when nothing is
-// forced. Nothing here launches a kernel or includes PyTorch.
+// Which calls the kernels of this library run instead of Triton's, and the Hopper kernels instead
+// of the portable ones, when nothing is forced. Nothing here launches a kernel or includes PyTorch.
 #pragma once
 
 #include "../params.h"
@@ -26,6 +26,10 @@ bool may_run_hopper(int device);
 // Whether the Hopper kernels, which can run the call, are predicted to be faster than Triton's.
 // `aggregate` is null for select.
 bool hopper_is_faster(const SelectParams& select, const AggregateParams* aggregate);
+
+// Whether the gradients of such a forward are predicted to be faster by the portable kernels than
+// by Triton's, on a device of compute capability 9.0.
+bool gradients_are_faster(const SelectParams& select, const AggregateParams& aggregate);
 
 // Who runs a call. Without Python, a program that loaded only the libraries, there are no others
 // than these kernels and the portable ones. Where a backend is forced, all calls are left to

@@ -49,9 +49,7 @@ class Cuda : protected cuda::Context {
     if (runs_on_hopper(Operator::forward, selecting, &aggregating)) {
       cuda::hopper_forward(selecting, &aggregating, *this);
     } else {
-      cuda::select(selecting, *this);
-      workspace_.clear();  // work in the stream goes on using it before the allocator's next user
-      cuda::aggregate(aggregating, *this);
+      cuda::forward(selecting, aggregating, *this);
     }
   }
   void select_backward(const SelectBackwardParams& params) { cuda::select_backward(params, *this); }

@@ -37,7 +37,7 @@ class WarpSweep {
  protected:
   static constexpr int kSteps = kD / 16;
   static constexpr int kGroups = 16;  // maxima of a lane for each row
-  static constexpr int kFewNeighbors = 12, kBisections = 9;
+  static constexpr int kFewNeighbors = 8, kBisections = 9;
   static constexpr int kPart = 64;  // columns that are looked at at a time
   // Slots of a lane that are moved to the lists when one has few left. More keep lanes waiting for
   // the one that has most.

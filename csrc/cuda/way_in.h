@@ -241,6 +241,27 @@ Answer forward_choice(const Tensor& query, const Tensor& key, const Tensor& valu
       choice_of(outline(query, key, k, candidates, self_indices, key_mask, metric, order), &more));
 }
 
+// Of a backward, only whether the portable kernels are predicted to be faster.
+std::tuple<bool> forward_backward_choice(const Tensor& grad_output,
+                                         const OptionalTensor& grad_similarities,
+                                         const Tensor& query, const Tensor& key,
+                                         const Tensor& value, const OptionalTensor& weight,
+                                         const Tensor& similarities, const Tensor& indices, bool,
+                                         const std::string& metric, const std::string& rho,
+                                         double scale, bool, bool, bool, bool, bool,
+                                         const OptionalTensor& candidates) {
+  int64_t outputs = 0;
+  const Convolution convolution = check_forward_backward(
+      "forward_backward", grad_output, grad_similarities, query, key, value, weight, similarities,
+      indices, candidates, metric, rho, scale, outputs);
+  const int64_t k = columns_of(similarities);
+  const AggregateParams aggregate =
+      outline(query, value, k, weight, std::nullopt, convolution, outputs, rho, scale);
+  const SelectParams select =
+      outline(query, key, k, candidates, std::nullopt, std::nullopt, metric, "similarity");
+  return {cuda::gradients_are_faster(select, aggregate)};
+}
+
 // The library convnn_python.
 template <class Library>
 void define_python(Library& library) {
@@ -261,12 +282,14 @@ void define_questions(Library& library) {
                           " -> (int kind, bool is_faster, str refusal)")
                     .c_str());
   }
+  library.def(schema_of("forward_backward", "forward_backward_choice", " -> bool").c_str());
 }
 
 template <class Library>
 void implement_choices(Library& library) {
   library.impl("forward_choice", &Boxed<&forward_choice>::call);
   library.impl("select_choice", &Boxed<&select_choice>::call);
+  library.impl("forward_backward_choice", &Boxed<&forward_backward_choice>::call);
 }
 // `Hopper` is a backend of these kernels only.
 template <class Hopper, class Library>
