@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The kernels for Hopper and the way in to them, on a device of compute capability 9.0."""
+"""CUDA C++ in the place of Triton, on a device of compute capability 9.0: the kernels for Hopper,
+the way in to them, and gradients."""
 
 import logging
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 import convnn_kernels
-from convnn_kernels.backends import hopper, selection
+from convnn_kernels.backends import gradients, hopper, selection
 
 ops = torch.ops.convnn
 pytestmark = pytest.mark.cuda_only
@@ -77,3 +78,35 @@ def test_captured_in_a_graph(device: torch.device) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("dtype", gradients.DTYPES, ids=str)
+def test_gradients_pass_their_check(dtype: torch.dtype, device: torch.device) -> None:
+    assert gradients.faults(device, dtype) == []
+
+
+@pytest.mark.parametrize("dtype", gradients.DTYPES, ids=str)
+def test_gradients_by_default(
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The backward takes the kernels in C++, and agrees with that of float32."""
+    tensors = tokens(device, dtype, 4, 4096, 64)
+    monkeypatch.setattr(selection, "_chosen", {})
+    monkeypatch.setattr(selection, "_checked", {})
+    leaves = [X.requires_grad_() for X in tensors]
+    Y, s, I = ops.forward(*leaves[:3], 9, *leaves[3:])
+    grad = torch.randn(Y.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    with caplog.at_level(logging.INFO, "convnn_kernels"):
+        found = torch.autograd.grad(Y, leaves, grad)
+    assert "forward_backward runs on cuda: predicted to be faster than triton" in caplog.text
+    Q, K, V, W = (X.detach().float() for X in leaves[:4])
+    needs = [True] * 5
+    exact = ops.forward_backward(
+        grad.float(), None, Q, K, V, W, s, I, True, "cosine", "softmax", 1.0, *needs
+    )
+    for X, E in zip(found, exact, strict=True):
+        atol = float(E.abs().mean()) * 0.02
+        torch.testing.assert_close(X.float(), E, atol=atol, rtol=0.02)
