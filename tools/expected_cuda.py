@@ -232,14 +232,14 @@ _FINISH = Expected(
 )
 
 _KEYS = Expected(
-    {"for (int i = 0; i < kTileColumns; i += kStep)": lambda n: 8},
+    {"for (int i = 0; i < kRowsOfWarp": lambda n: 8},
     {
-        "if (copy || w.cosine)": lambda n: float(n.copies or n.cosine),
+        "if (copy) copy_rows": lambda n: n.copies,
         "if (w.cosine)": lambda n: n.cosine,
-        "if (copy)": lambda n: n.copies,
+        "if (__any_sync(kAllLanes, huge))": lambda n: 0,
         "if (vectors)": lambda n: n.vectors,
+        "if (w.inverse_sample)": lambda n: n.sampled,
     },
-    {"inverse": lambda n: 1 / 8},
 )
 
 # Of the gradients. A group of eight lanes has 64 columns of 16 bits at a time.
