@@ -215,6 +215,21 @@ def test_masked_keys(masked: float, metric: str, dtype: torch.dtype, device: Hos
 
 
 @both_types
+def test_columns_without_a_neighbor_count_for_nothing(
+    dtype: torch.dtype, device: HostCuda
+) -> None:
+    """Though all similarities are below 0: masked, or without a candidate in the last tile of as
+    many as there are keys, or beyond the keys."""
+    query = integers(40, 64, dtype=dtype).abs()
+    key = -integers(256, 64, seed=1, dtype=dtype).abs()
+    mask = torch.arange(256) % 3 == 0
+    check(device, query, key, 9, key_mask=mask, metric="dot", exact=True)
+    candidates = torch.randperm(256, generator=torch.Generator().manual_seed(2))[:130]
+    check(device, query, key, 9, candidates=candidates, metric="dot", exact=True)
+    check(device, query, key[:133], 9, metric="dot", exact=True)
+
+
+@both_types
 @pytest.mark.parametrize("R", [1, 5, 130, 400])
 def test_candidates(R: int, dtype: torch.dtype, device: HostCuda) -> None:
     """In any order; ties go by the row of key."""
@@ -348,7 +363,7 @@ def test_the_workspace_limits_the_rows_of_a_launch(
     """In whole waves of the device, here two blocks with their four splits."""
     device = HostCuda(programs / "host_cuda")
     device.choices = Choices(multiprocessors=8, splits=4)
-    bytes_of_block = 256 * 4 * (4 * 30 * 8 + 4)
+    bytes_of_block = 256 * 4 * (4 * 28 * 8 + 4)
     device.most_bytes = blocks_of_room * bytes_of_block
     device.hopper_select(normal(5, 3, 16), normal(5, 512, 16, seed=1), 9)
     counts = {kernel.name: ran.count for kernel, ran in device.close().items()}

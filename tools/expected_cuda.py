@@ -170,14 +170,15 @@ def _of_finish(n: Numbers) -> cuda_hits.Finish:
     most = int(n.template[1])
     sweep = n.before["hopper_sweep_kernel"]
     kept = 16 if most == 10 else 2 * most
-    return cuda_hits.finish(_rules(n), sweep.d, kept, 32 // _lanes(n), _held(n))
+    return cuda_hits.finish(_rules(n), sweep.d, kept, 32 // _lanes(n), _usual(n))
 
 
-def _held(n: Numbers) -> int:
+def _usual(n: Numbers) -> int:
     """Hits of a list for which kShort registers of each lane suffice."""
-    of_lane = 4 * n.list // _lanes(n)
-    short = 8 if of_lane > 8 and _lanes(n) == 8 else of_lane // 2
-    return short * _lanes(n) // 4
+    step = _lanes(n) // 2
+    long = cdiv(n.list, step) * 2
+    short = 10 if _lanes(n) == 8 else (long * 3 // 4 + 1) // 2 * 2
+    return short // 2 * step
 
 
 def _places(n: Numbers) -> float:
@@ -199,7 +200,8 @@ _FINISH = Expected(
         "for (; j + 2 * kStep < count": lambda n: cdiv(8 * n.k, _lanes(n)) // 3,
         "for (; j < count; j += kStep) @ gather<true>": lambda n: cdiv(8 * n.k, _lanes(n)) % 3,
         "for (; j < count; j += kStep)": lambda n: cdiv(8 * n.k, _lanes(n)),
-        "for (int i = int(threadIdx.x)": lambda n: cdiv(n.k * 64 * cdiv(n.c, 64), 128),
+        "for (int c = own": lambda n: cdiv(n.c, 64),
+        "for (int j = first": lambda n: n.k / 2,
     },
     {
         "if (w.weight_staged)": lambda n: n.weight_staged,
@@ -216,9 +218,18 @@ _FINISH = Expected(
         "if (w_.bias)": lambda n: n.bias,
     },
     {
-        # Lists as long as the longest of a row, because four lanes share a sector.
-        "hit[e] = @ ? merge<Shape::kLong>": lambda n: _of_finish(n).list / n.list,
-        "hit[e] =": lambda n: min(1.0, _of_finish(n).list / _held(n)),
+        # Whole sectors. What is beyond kUsual, with what is usual.
+        **dict.fromkeys(
+            (
+                " @ if (e / 2 * Shape::kStep < own) @ ? merge<Shape::kLong>",
+                "if (e / 2 * Shape::kStep < own) @ ? merge<Shape::kLong>",
+            ),
+            lambda n: _of_finish(n).sectors * 4 / n.list,
+        ),
+        **dict.fromkeys(
+            (" @ if (e / 2 * Shape::kStep < own)", "if (e / 2 * Shape::kStep < own)"),
+            lambda n: _of_finish(n).sectors * 4 / _usual(n),
+        ),
         # One number of each row
         **dict.fromkeys(
             (" @ if (exists) copy4(&counts", "const int found = select(local"),

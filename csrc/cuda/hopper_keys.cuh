@@ -56,7 +56,8 @@ __device__ __forceinline__ void load_eight(uint32_t (&pairs)[4], const T* row, i
 constexpr int kRowsOfWarp = 32, kRowsAtOnce = 4, kTurns = kRowsOfWarp / kRowsAtOnce;
 static_assert(kTurns == kWarp / kRowsAtOnce);
 
-// Copies the columns from `column` on to copy [kRowsOfWarp, kD]. keys [m, d]
+// Copies the columns from `column` on to copy [kRowsOfWarp, kD], each lane what sum_squares() lets
+// it read. keys [m, d]
 template <class T, int kD>
 __device__ __forceinline__ void copy_rows(const KeysWork<T>& w, const T* keys, int column,
                                           T* copy) {
@@ -70,7 +71,6 @@ __device__ __forceinline__ void copy_rows(const KeysWork<T>& w, const T* keys, i
       copy16(copy + at * kD + first, pairs);
     }
   }
-  __syncwarp();
 }
 
 // The row of which a lane gets the sum.

@@ -36,7 +36,8 @@ inline __host__ __device__ int64_t place_of(int64_t c) {
 
 // Room for the hits of one row in one of its four lists. Of a sample of a quarter of the tiles
 // about 1.1 k are expected in each (k <= 32; for k = 64, of a sample of all of them), so that a
-// list is seldom full. Then at most k stay in it, and there is room for at least 14 more.
+// list is seldom full. Then at most k stay in it, and there is room for at least 14 more. Even, so
+// that the finish can read two hits at a time.
 inline __host__ __device__ constexpr int hits_per_list(int64_t k) {
   return k <= 10 ? 30 : k <= 16 ? 40 : k <= 32 ? 64 : 128;
 }
@@ -53,8 +54,8 @@ struct SweepParams {
                               // may not be a neighbor: -0.0f, a key that counts as zero: +0.0f
   const float* inv_k_sample;  // [batch, m_padded] the same, but NaN instead of -0.0f
   float* inv_q;               // [batch, n] written: the factor of a row: s = rn(a * inv_q); dot: 1
-  uint64_t* hits;             // [splits, blocks * 256, hits_per_list(k), 4]; entry i of list t of a
-                              // row at [i][t]: bits of a = rd(acc * inv_k) << 32 | column
+  uint64_t* hits;             // [splits, blocks * 256, 4, hits_per_list(k)]; entry i of list t of a
+                              // row at [t][i]: bits of a = rd(acc * inv_k) << 32 | column
   uint8_t* counts;            // [splits, blocks * 256, 4] entries of each list
   int64_t n, d, m_padded;     // m_padded = 128 * tiles
   int64_t first_block;
@@ -177,11 +178,10 @@ class Sweep {
   __device__ __forceinline__ int64_t launch_row(int row) const {
     return (int64_t(item().split) * p_.blocks + item().block) * kSweepRows + row;
   }
-  // Where the list of this lane for row i begins, in fours of hits from all on.
+  // Where the list of this lane for row i begins, in hits.
   __device__ __forceinline__ uint32_t list_begin(int i) const {
-    return uint32_t(launch_row(row(i))) * uint32_t(p_.list);
+    return (uint32_t(launch_row(row(i))) * 4 + uint32_t(lane() % 4)) * uint32_t(p_.list);
   }
-  __device__ __forceinline__ uint64_t* hits() const { return p_.hits + lane() % 4; }
   __device__ __forceinline__ uint32_t (&ends() const)[4] { return shared_.ends[warp_][lane()]; }
   __device__ __forceinline__ float (&negative() const)[4] {
     return shared_.negative[warp_][lane()];
@@ -475,7 +475,7 @@ class Sweep {
     const char* inv_k =
         reinterpret_cast<const char*>(p_.inv_k + item().batch * p_.m_padded + end_column + 4 * t) -
         8 * 32;
-    uint64_t* all = hits();
+    uint64_t* all = p_.hits;
     uint32_t word = 0;
 #pragma unroll 1
     while (slot_ != last) {
@@ -497,8 +497,8 @@ class Sweep {
       put_hit(all, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
       put_hit(all, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
       ends = {end_0, end_1};
-      const uint32_t limit = limit_0 + (second ? 64u * uint32_t(p_.list) : 0);
-      full = end_0 > limit || end_1 - 8u * uint32_t(p_.list) > limit;
+      const uint32_t limit = limit_0 + (second ? 4u * 64u * uint32_t(p_.list) : 0);
+      full = end_0 > limit || end_1 - 4u * 8u * uint32_t(p_.list) > limit;
       last = full ? slot_ : last;
     }
     if (word >= 0x10000u) {
@@ -544,7 +544,7 @@ class Sweep {
       const bool cut = (full >> (lane() & 28) & 15) && !closed;
       if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k);
       if (!__any_sync(kAllLanes, cut)) continue;
-      HitList list = {hits() + 4 * int64_t(begin), count, shared_.inv_q[row(i)]};
+      HitList list = {p_.hits + begin, count, shared_.inv_q[row(i)]};
       const float bound = keep_nearest(list, p_.k, !cut);
       if (!cut) continue;
       negative()[i] = 0 - bound;

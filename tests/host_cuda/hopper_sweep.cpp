@@ -313,7 +313,7 @@ int check(const Case& c, const Problem& p, const SweepParams& params, const floa
         const int count = params.counts[at * 4 + list];
         if (count > capacity) why = "a list is too long";
         for (int i = 0; i < count && i < capacity; ++i) {
-          const uint64_t hit = params.hits[(at * capacity + i) * 4 + list];
+          const uint64_t hit = params.hits[(at * 4 + list) * capacity + i];
           if (!hits.emplace(uint32_t(hit), uint32_t(hit >> 32)).second)
             why = "a column comes twice";
           ++total;
