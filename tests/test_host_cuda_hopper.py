@@ -363,7 +363,7 @@ def test_the_workspace_limits_the_rows_of_a_launch(
     """In whole waves of the device, here two blocks with their four splits."""
     device = HostCuda(programs / "host_cuda")
     device.choices = Choices(multiprocessors=8, splits=4)
-    bytes_of_block = 256 * 4 * (4 * 28 * 8 + 4)
+    bytes_of_block = 256 * 4 * (4 * 30 * 8 + 4)
     device.most_bytes = blocks_of_room * bytes_of_block
     device.hopper_select(normal(5, 3, 16), normal(5, 512, 16, seed=1), 9)
     counts = {kernel.name: ran.count for kernel, ran in device.close().items()}
