@@ -206,6 +206,7 @@ _FINISH = Expected(
     {
         "if (w.weight_staged)": lambda n: n.weight_staged,
         "kept = __any_sync": lambda n: _of_finish(n).long,
+        "return __any_sync(kAllLanes, low_of(bound) != 0)": lambda n: 0,  # no ties
         "if (!__any_sync(kAllLanes, too_many)) return": lambda n: _of_finish(n).many,
         "if (__any_sync(kAllLanes, low != high))": lambda n: 0,
         "if (!__any_sync(kAllLanes, some_infinite)) return": lambda n: 0,

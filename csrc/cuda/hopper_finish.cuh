@@ -216,11 +216,10 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     if (w_.by_index) {
       // Again, with similarity and index swapped.
 #pragma unroll
-      for (int e = 0; e < kPlaces; ++e) {
+      for (int e = 0; e < Shape::kOwnKept; ++e) {
         const int j = lane_ + e * kLanes;
-        if (j < found) kept_[j] = pack(low_of(places_[j]), high_of(places_[j]));
+        kept_[j] = j < found ? pack(low_of(places_[j]), high_of(places_[j])) : 0;
       }
-      if (lane_ == 0 && found % 2) kept_[found] = 0;
       __syncwarp();
       rank(found);
     }
@@ -257,7 +256,9 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       __syncwarp();
     }
     const uint64_t bound = bound_of(keys, count + kept, reaching);
-    return keep(keys, bound, reaching);
+    // The lower half of the bound decides only among ties.
+    return __any_sync(kAllLanes, low_of(bound) != 0) ? keep<true>(keys, bound, reaching)
+                                                     : keep<false>(keys, bound, reaching);
   }
 
   // A bound that between k and kKept keys of the group reach, any key if there are at most kKept.
@@ -326,10 +327,10 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     return searching ? ~uint64_t(0) : bound;
   }
 
-  // Moves the keys that reach the bound, `own` of this lane, to kept_, with a 0 behind an odd
-  // number of them, and returns how many there are.
-  template <int kSlots>
-  __device__ int keep(const uint64_t (&keys)[kSlots], uint64_t bound, int own) {
+  // Moves the keys that reach the bound, `own` of this lane, to kept_, with zeros behind them, and
+  // returns how many there are.
+  template <bool kTies, int kSlots>
+  __device__ __forceinline__ int keep(const uint64_t (&keys)[kSlots], uint64_t bound, int own) {
     int before = own;
 #pragma unroll
     for (int span = 1; span < kLanes; span *= 2) {
@@ -340,24 +341,26 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     uint64_t* next = kept_ + (before - own);
 #pragma unroll
     for (int e = 0; e < kSlots; ++e) {
-      if (keys[e] >= bound) *next++ = keys[e];
+      if (kTies ? keys[e] >= bound : high_of(keys[e]) >= high_of(bound)) *next++ = keys[e];
     }
-    if (lane_ == 0 && count % 2) kept_[count] = 0;
+#pragma unroll
+    for (int e = 0; e < Shape::kOwnKept; ++e) {
+      if (lane_ + e * kLanes >= count) kept_[lane_ + e * kLanes] = 0;
+    }
     __syncwarp();
     return count;
   }
 
-  // Writes the k largest of kept_ [count] to places_, the largest first.
+  // Writes the k largest of kept_ [count], with zeros behind, to places_, the largest first.
   __device__ void rank(int count) {
     uint64_t own[Shape::kOwnKept];
     int above[Shape::kOwnKept];  // keys that are at least as large: itself, too
 #pragma unroll
     for (int e = 0; e < Shape::kOwnKept; ++e) {
-      own[e] = lane_ + e * kLanes < count ? kept_[lane_ + e * kLanes] : 0;
+      own[e] = kept_[lane_ + e * kLanes];
       above[e] = -1;
     }
-#pragma unroll 2
-    for (int j = 0; j < count; j += 2) {
+    const auto compare_two = [&](int j) {
       alignas(16) uint64_t other[2];
       copy16(other, kept_ + j);
 #pragma unroll
@@ -365,6 +368,14 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
         count_reaching(above[e], other[0], own[e]);
         count_reaching(above[e], other[1], own[e]);
       }
+    };
+    if constexpr (kKept == 16) {
+      // Comparing zeros, too, costs less than a loop.
+#pragma unroll
+      for (int j = 0; j < kKept; j += 2) compare_two(j);
+    } else {
+#pragma unroll 2
+      for (int j = 0; j < count; j += 2) compare_two(j);
     }
 #pragma unroll
     for (int e = 0; e < Shape::kOwnKept; ++e) {
