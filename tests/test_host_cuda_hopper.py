@@ -177,14 +177,39 @@ def test_many_keys_of_nan(k: int, dtype: torch.dtype, device: HostCuda) -> None:
 
 @pytest.mark.parametrize("of_query", [1e38, 1.0, 1e-40])
 @pytest.mark.parametrize("of_key", [1e38, 1.0, 1e-40])
-def test_huge_and_tiny_rows(of_query: float, of_key: float, device: HostCuda) -> None:
-    """Norms and products neither overflow nor vanish, but below 1e-12 a row counts as zero."""
-    query, key = normal(20, 33), normal(200, 33, seed=1)
+@pytest.mark.parametrize("D", [33, 64])
+def test_huge_and_tiny_rows(D: int, of_query: float, of_key: float, device: HostCuda) -> None:
+    """Norms and products neither overflow nor vanish, but below 1e-12 a row counts as zero. At
+    D = 33 rows of key are copied."""
+    query, key = normal(20, D), normal(200, D, seed=1)
     query = (query.double() / query.abs().max() * of_query).to(BF16)
     key = (key.double() / key.abs().max() * of_key).to(BF16)
     _, s, _ = check(device, query, key, 9)
     assert bool(s.isfinite().all())
     assert bool((s != 0).all()) == (of_query > 1e-12 and of_key > 1e-12)
+
+
+@pytest.mark.parametrize("D", [33, 64, 128])
+def test_norms_near_the_limits(D: int, device: HostCuda) -> None:
+    """All elements as large as can be, norms just above and below 1e-12, and subnormal elements."""
+
+    def rows(n: int, seed: int) -> tuple[Tensor, Tensor]:
+        X = normal(n, D, seed=seed).double()
+        sizes = X.new_tensor([0, 1.05e-12, 0.95e-12, 1e-39, 1])[torch.arange(n) % 5, None]
+        X = X / X.norm(dim=1, keepdim=True) * sizes
+        X[::5] = X.new_tensor(3.38e38).copysign(normal(len(X[::5]), D, seed=seed + 1))
+        X = X.to(BF16)
+        assert bool(X.isfinite().all())
+        return X, X.double().norm(dim=1) > 1e-12
+
+    (query, of_query), (key, of_key) = rows(20, 0), rows(200, 2)
+    _, s, I = check(device, query, key, 64)
+    counts = of_query[:, None] & of_key[I]
+    assert bool((s[~counts] == 0).all())
+    # Those of elements of one size may be at right angles.
+    assert bool((s[counts] != 0).double().mean() > 0.95)
+    # Not only those of one size are near.
+    assert len((I[0] % 5).unique()) > 2
 
 
 @both_types
@@ -203,6 +228,21 @@ def test_masked_keys(masked: float, metric: str, dtype: torch.dtype, device: Hos
     mask = torch.rand(2, 400, generator=torch.Generator().manual_seed(2)) >= masked
     for order in ("similarity", "index"):
         check(device, query, key, 16, key_mask=mask, metric=metric, order=order)
+
+
+@both_types
+def test_columns_without_a_neighbor_count_for_nothing(
+    dtype: torch.dtype, device: HostCuda
+) -> None:
+    """Though all similarities are below 0: masked, or without a candidate in a tile of as many
+    columns as there are keys, or beyond the keys."""
+    query = integers(40, 64, dtype=dtype).abs()
+    key = -integers(256, 64, seed=1, dtype=dtype).abs()
+    mask = torch.arange(256) % 3 == 0
+    check(device, query, key, 9, key_mask=mask, metric="dot", exact=True)
+    candidates = torch.randperm(TILE, generator=torch.Generator().manual_seed(2))[:100]
+    check(device, query, key[:TILE], 9, candidates=candidates, metric="dot", exact=True)
+    check(device, query, key[:100], 9, metric="dot", exact=True)
 
 
 @both_types

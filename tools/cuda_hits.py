@@ -242,23 +242,25 @@ def simulate(rules: Rules, d: int) -> Hits:
 class Finish:
     """Means of what hopper_finish_kernel does with the hits of a row, `together` rows at a time."""
 
-    list: float  # the longest list of a row
-    long: float  # how probable it is that a list is longer than `held`
+    sectors: float  # of a list, with four hits each
+    long: float  # how probable it is that a list is longer than `usual`
     many: float  # how probable it is that a row has more than `most` hits
     halvings: float  # until at most `most` are left, in the row that takes most
     left: float  # hits of the row that has most then
 
 
 @functools.cache
-def finish(rules: Rules, d: int, most: int, together: int, held: int) -> Finish:
+def finish(rules: Rules, d: int, most: int, together: int, usual: int) -> Finish:
     """Of the hits of one split."""
     rows = [lists for warp in _simulated(rules, d) for lists in warp.of_rows()]
-    longest = np.array([max(map(len, lists)) for lists in rows])
+    lengths = np.array([list(map(len, lists)) for lists in rows])
     cuts = np.array([halvings([x for own in lists for x in own], rules.k, most) for lists in rows])
     of_groups = cuts.reshape(-1, together, 2).max(1).mean(0)
-    long = longest.reshape(-1, together).max(1) > held
-    hits = np.array([sum(map(len, lists)) for lists in rows])
-    many = hits.reshape(-1, together).max(1) > most
+    long = lengths.reshape(-1, 4 * together).max(1) > usual
+    hits = lengths.sum(1).reshape(-1, together).max(1)
     return Finish(
-        float(longest.mean()), float(long.mean()), float(many.mean()), *of_groups.tolist()
+        float((-(-(lengths + rules.list * np.arange(4) % 4) // 4)).mean()),
+        float(long.mean()),
+        float((hits > most).mean()),
+        *of_groups.tolist(),
     )

@@ -13,6 +13,8 @@ from tools import cuda_code, cuda_hits
 from tools.expected import cdiv, filled, poisson
 
 MULTIPROCESSORS = 132
+# Of a multiprocessor, beside 64 KiB of shared memory.
+L1_BYTES = 192 << 10
 
 # Of a launch: what cuda_plan/*_numbers.h tells, and predict_cuda.numbers_of().
 Numbers = Any
@@ -170,14 +172,15 @@ def _of_finish(n: Numbers) -> cuda_hits.Finish:
     most = int(n.template[1])
     sweep = n.before["hopper_sweep_kernel"]
     kept = 16 if most == 10 else 2 * most
-    return cuda_hits.finish(_rules(n), sweep.d, kept, 32 // _lanes(n), _held(n))
+    return cuda_hits.finish(_rules(n), sweep.d, kept, 32 // _lanes(n), _usual(n))
 
 
-def _held(n: Numbers) -> int:
+def _usual(n: Numbers) -> int:
     """Hits of a list for which kShort registers of each lane suffice."""
-    of_lane = 4 * n.list // _lanes(n)
-    short = 8 if of_lane > 8 and _lanes(n) == 8 else of_lane // 2
-    return short * _lanes(n) // 4
+    step = _lanes(n) // 2
+    long = cdiv(n.list, step) * 2
+    short = 10 if _lanes(n) == 8 else (long * 3 // 4 + 1) // 2 * 2
+    return short // 2 * step
 
 
 def _places(n: Numbers) -> float:
@@ -185,9 +188,22 @@ def _places(n: Numbers) -> float:
     return filled(n.k, _lanes(n))
 
 
+def _in_l1(n: Numbers) -> float:
+    """Of the rows of V that the blocks of a multiprocessor gather, those that are still in L1 from
+    before, if neighbors are random: V has its share of what they read and write."""
+    row = 2 * n.c
+    others = 8 * _hits(n.before["hopper_sweep_kernel"]).stored + 12 * n.k + row
+    capacity = L1_BYTES / row * (n.k * row) / (n.k * row + others)
+    gathered = 256 * n.row_blocks / n.processors * n.k
+    kept = min(capacity, n.m * (1 - math.exp(-gathered / n.m)))
+    filled_after = -n.m * math.log(1 - kept / n.m) if kept < n.m else math.inf
+    found = filled_after - kept + (gathered - filled_after) * kept / n.m
+    return min(1.0, found / gathered)
+
+
 _FINISH = Expected(
     {
-        "for (int unit = int(blockIdx.x)": lambda n: 4 * n.row_blocks / n.blocks,
+        "for (int unit = begin + number": lambda n: 4 * n.row_blocks / n.blocks,
         "for (int i = finish.group()": lambda n: 64 * _lanes(n) / 128,
         "for (int split = 0": lambda n: n.splits,
         "} while (__any_sync(kAllLanes, high - low > 1))": lambda n: (
@@ -199,11 +215,13 @@ _FINISH = Expected(
         "for (; j + 2 * kStep < count": lambda n: cdiv(8 * n.k, _lanes(n)) // 3,
         "for (; j < count; j += kStep) @ gather<true>": lambda n: cdiv(8 * n.k, _lanes(n)) % 3,
         "for (; j < count; j += kStep)": lambda n: cdiv(8 * n.k, _lanes(n)),
-        "for (int i = int(threadIdx.x)": lambda n: cdiv(n.k * 64 * cdiv(n.c, 64), 128),
+        "for (int c = own": lambda n: cdiv(n.c, 64),
+        "for (int j = first": lambda n: n.k / 2,
     },
     {
         "if (w.weight_staged)": lambda n: n.weight_staged,
         "kept = __any_sync": lambda n: _of_finish(n).long,
+        "return __any_sync(kAllLanes, low_of(bound) != 0)": lambda n: 0,  # no ties
         "if (!__any_sync(kAllLanes, too_many)) return": lambda n: _of_finish(n).many,
         "if (__any_sync(kAllLanes, low != high))": lambda n: 0,
         "if (!__any_sync(kAllLanes, some_infinite)) return": lambda n: 0,
@@ -216,9 +234,18 @@ _FINISH = Expected(
         "if (w_.bias)": lambda n: n.bias,
     },
     {
-        # Lists as long as the longest of a row, because four lanes share a sector.
-        "hit[e] = @ ? merge<Shape::kLong>": lambda n: _of_finish(n).list / n.list,
-        "hit[e] =": lambda n: min(1.0, _of_finish(n).list / _held(n)),
+        # Whole sectors. What is beyond kUsual, with what is usual.
+        **dict.fromkeys(
+            (
+                " @ if (e / 2 * Shape::kStep < own) @ ? merge<Shape::kLong>",
+                "if (e / 2 * Shape::kStep < own) @ ? merge<Shape::kLong>",
+            ),
+            lambda n: _of_finish(n).sectors * 4 / n.list,
+        ),
+        **dict.fromkeys(
+            (" @ if (e / 2 * Shape::kStep < own)", "if (e / 2 * Shape::kStep < own)"),
+            lambda n: _of_finish(n).sectors * 4 / _usual(n),
+        ),
         # One number of each row
         **dict.fromkeys(
             (" @ if (exists) copy4(&counts", "const int found = select(local"),
@@ -226,20 +253,21 @@ _FINISH = Expected(
         ),
         **dict.fromkeys(("similarities[e * kLanes] =", "indices[e * kLanes] ="), _places),
         "weight[at] =": lambda n: 0,  # read by all blocks
+        " @ load_columns<kFast>(row_of(": lambda n: 1 - _in_l1(n),
         " @ load_columns<kFast>(w_.bias": lambda n: n.bias,
     },
     busiest=lambda n: in_waves(4 * n.row_blocks, n.blocks),
 )
 
 _KEYS = Expected(
-    {"for (int i = 0; i < kTileColumns; i += kStep)": lambda n: 8},
+    {"for (int i = 0; i < kRowsOfWarp": lambda n: 8},
     {
-        "if (copy || w.cosine)": lambda n: float(n.copies or n.cosine),
+        "if (copy) copy_rows": lambda n: n.copies,
         "if (w.cosine)": lambda n: n.cosine,
-        "if (copy)": lambda n: n.copies,
+        "if (__any_sync(kAllLanes, huge))": lambda n: 0,
         "if (vectors)": lambda n: n.vectors,
+        "if (w.inverse_sample)": lambda n: n.sampled,
     },
-    {"inverse": lambda n: 1 / 8},
 )
 
 # Of the gradients. A group of eight lanes has 64 columns of 16 bits at a time.

@@ -30,14 +30,14 @@ __device__ inline float next_threshold(float s, float inv_q) {
 
 // One of the four lists of a row. All lanes of a warp call each function together.
 struct HitList {
-  uint64_t* hits;  // [count] at a stride of 4
+  uint64_t* hits;  // [count]
   int count;
   float inv_q;
 
   __device__ float similarity(int i) const {
-    return __uint_as_float(uint32_t(hits[4 * i] >> 32)) * inv_q;
+    return __uint_as_float(uint32_t(hits[i] >> 32)) * inv_q;
   }
-  __device__ uint32_t column(int i) const { return uint32_t(hits[4 * i]); }
+  __device__ uint32_t column(int i) const { return uint32_t(hits[i]); }
 
   // Hits of the row, in all four lists, of which holds(s, column).
   template <class Predicate>
@@ -121,7 +121,7 @@ __device__ __forceinline__ float keep_nearest(HitList& list, int k, bool idle) {
   for (int i = 0; i < list.count; ++i) {
     const float s = list.similarity(i);
     if (!cut.keeps(s, list.column(i))) continue;
-    list.hits[4 * kept++] = list.hits[4 * i];
+    list.hits[kept++] = list.hits[i];
     last = fminf(last, s);
   }
   list.count = kept;

@@ -78,15 +78,16 @@ Keys<T> prepare_keys(const SelectParams& p, bool portable, Context& context) {
   w.m = int(p.m), w.columns = int(columns_of(p)), w.tiles = int(tiles), w.d = int(p.d);
   w.cosine = p.metric == Metric::cosine;
   w.vectors = p.d % 8 == 0 && aligned16(w.key);
-  const bool scaled = w.cosine && std::is_same_v<T, BFloat16>;
   // The bulk engine fills up narrower rows.
-  const bool as_they_are = w.vectors && !scaled && !p.candidates && (!portable || p.d == width);
+  const bool as_they_are = w.vectors && !p.candidates && (!portable || p.d == width);
   if (!as_they_are) w.copy = allocate<T>(context, p.batch * m_padded * width);
   float* inverse = allocate<float>(context, p.batch * m_padded);
-  float* inverse_sample = allocate<float>(context, p.batch * m_padded);
-  w.inverse = inverse, w.inverse_sample = inverse_sample;
+  const bool all = !p.candidates && !p.key_mask && p.m == m_padded;
+  if (!all) w.inverse_sample = allocate<float>(context, p.batch * m_padded);
+  w.inverse = inverse;
   launch("hopper_keys_kernel", width == 64 ? hopper_keys_kernel<T, 64> : hopper_keys_kernel<T, 128>,
          p.batch * tiles, 0, context, w);
+  const float* inverse_sample = all ? inverse : w.inverse_sample;
   if (as_they_are) return {w.key, p.m, p.d, inverse, inverse_sample, w.rows};
   return {w.copy, m_padded, width, inverse, inverse_sample, w.rows};
 }

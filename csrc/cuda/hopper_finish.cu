@@ -7,14 +7,15 @@ namespace convnn::cuda {
 namespace {
 
 template <class T, int kMostNeighbors, bool kSplits>
-void launch_as(const FinishWork<T>& w, int multiprocessors, bool dependent, Context& context) {
+void launch_as(FinishWork<T> w, int multiprocessors, bool dependent, Context& context) {
   using Shape = FinishShape<kMostNeighbors, kSplits>;
   const size_t bytes =
       Shape::kBytes + (w.value && w.weight_staged ? staged_bytes(w.weight ? w.k : 1, w.c) : 0);
-  const int64_t blocks = std::min<int64_t>(int64_t(w.blocks) * (kSweepRows / kFinishUnit),
-                                           int64_t(multiprocessors) * kFinishBlocks);
-  launch_hopper("hopper_finish_kernel", hopper_finish_kernel<T, kMostNeighbors, kSplits>, blocks,
-                kThreads, bytes, dependent, context, w);
+  const int64_t units = int64_t(w.blocks) * (kSweepRows / kFinishUnit);
+  w.processors = int(std::min<int64_t>(units, multiprocessors));
+  w.range = int(units / w.processors), w.longer = int(units % w.processors);
+  launch_hopper("hopper_finish_kernel", hopper_finish_kernel<T, kMostNeighbors, kSplits>,
+                int64_t(w.processors) * kFinishBlocks, kThreads, bytes, dependent, context, w);
 }
 
 template <class T, int kMostNeighbors>

@@ -33,7 +33,7 @@ struct FinishWork {
   int first_block, blocks, blocks_each;
   int n, k;
   int splits;
-  const uint64_t* hits;        // [splits][rows of the launch][hits_per_list(k)][4] bits of
+  const uint64_t* hits;        // [splits][rows of the launch][4][hits_per_list(k)] bits of
                                // rd(acc * inv_k) << 32 | column
   const uint8_t* counts;       // [splits][rows of the launch][4] hits in each list
   const float* inverse_query;  // [batch, n]
@@ -53,6 +53,9 @@ struct FinishWork {
   bool vectors;        // weight_staged, and rows of value, bias and output are aligned to 16 bytes
   const T* bias;       // [c] or null
   T* output;           // [batch, n, c]
+  // Blocks with the same number modulo `processors` share a range of units: `range` of them, and
+  // the first `longer` processors one more.
+  int processors, range, longer;
 
   __device__ int launch_rows() const { return blocks * kSweepRows; }
 };
@@ -67,12 +70,15 @@ template <int kMostNeighbors, bool kSplits>
 struct FinishShape {
   // Of a row.
   static constexpr int kLanes = kMostNeighbors <= 10 ? 8 : kMostNeighbors <= 16 ? 16 : 32;
-  static constexpr int kHits = 4 * hits_per_list(kMostNeighbors);
+  static constexpr int kList = hits_per_list(kMostNeighbors), kHits = 4 * kList;
   // Most keys that are ranked.
   static constexpr int kKept = kMostNeighbors == 10 ? 16 : 2 * kMostNeighbors;
+  // Each list belongs to a quarter of the lanes, which read two hits at a time.
+  static constexpr int kOfList = kLanes / 4, kStep = 2 * kOfList;
   // Keys in the registers of a lane: those of the lists of one split, for which kShort usually
   // suffice, and what was kept of the splits before.
-  static constexpr int kLong = kHits / kLanes, kShort = kLanes == 8 ? 8 : kLong * 3 / 4;
+  static constexpr int kLong = (kList + kStep - 1) / kStep * 2;
+  static constexpr int kShort = kLanes == 8 ? 10 : (kLong * 3 / 4 + 1) / 2 * 2;
   static constexpr int kOwnKept = kKept / kLanes;
   static constexpr int kPlaces = (kMostNeighbors + kLanes - 1) / kLanes;  // of a lane
   static constexpr int kGroups = kThreads / kLanes;                       // of a block
@@ -197,11 +203,13 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       const int row = split * w_.launch_rows() + local;
       uint32_t counts = 0;
       if (exists) copy4(&counts, w_.counts + row * 4);
-      const int own = int(counts >> (lane_ % 4 * 8) & 0xFF);
+      const int list = lane_ / Shape::kOfList, first = lane_ % Shape::kOfList * 2;
+      // Of its list, from the first that is this lane's
+      const int own = int(counts >> (8 * list) & 0xFF) - first;
       const uint32_t pairs = (counts & 0x00FF00FFu) + (counts >> 8 & 0x00FF00FFu);
       const int count = int((pairs & 0xFFFFu) + (pairs >> 16));
-      const uint64_t* hits = w_.hits + int64_t(row) * Shape::kHits + lane_;
-      constexpr int kMost = Shape::kShort * kLanes / 4;
+      const uint64_t* hits = w_.hits + (int64_t(row) * Shape::kHits + list * Shape::kList + first);
+      constexpr int kMost = Shape::kShort / 2 * Shape::kStep;
       kept = __any_sync(kAllLanes, own > kMost)
                  ? merge<Shape::kLong>(hits, own, count, kept, inverse_query)
                  : merge<Shape::kShort>(hits, own, count, kept, inverse_query);
@@ -211,35 +219,36 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     if (w_.by_index) {
       // Again, with similarity and index swapped.
 #pragma unroll
-      for (int e = 0; e < kPlaces; ++e) {
+      for (int e = 0; e < Shape::kOwnKept; ++e) {
         const int j = lane_ + e * kLanes;
-        if (j < found) kept_[j] = pack(low_of(places_[j]), high_of(places_[j]));
+        kept_[j] = j < found ? pack(low_of(places_[j]), high_of(places_[j])) : 0;
       }
-      if (lane_ == 0 && found % 2) kept_[found] = 0;
       __syncwarp();
       rank(found);
     }
     return found;
   }
 
-  // Adds the hits of one split to kept_, and returns how many keys are there now. The lane's list
-  // has `own` of the `count` hits.
+  // Adds the `count` hits of one split to kept_, and returns how many keys are there now. This lane
+  // has the first two of every kStep of hits [own].
   template <int kOfHits>
   __device__ int merge(const uint64_t* hits, int own, int count, int kept, float inverse_query) {
-    uint64_t keys[kOfHits + (kSplits ? Shape::kOwnKept : 0)];  // 0 where there is none
-    uint64_t hit[kOfHits];
+    // The order is 0 where there is none.
+    uint64_t keys[kOfHits + (kSplits ? Shape::kOwnKept : 0)];
+    alignas(16) uint64_t hit[kOfHits];
 #pragma unroll
-    for (int e = 0; e < kOfHits; ++e) {
-      hit[e] = lane_ / 4 + e * (kLanes / 4) < own ? hits[e * kLanes] : 0;
+    for (int e = 0; e < kOfHits; e += 2) {
+      hit[e] = hit[e + 1] = 0;
+      if (e / 2 * Shape::kStep < own) copy16(hit + e, hits + e / 2 * Shape::kStep);
     }
 #pragma unroll
     for (int e = 0; e < kOfHits; ++e) {
+      const bool there = e / 2 * Shape::kStep + e % 2 < own;
       const uint64_t key = key_of_hit(hit[e], inverse_query);
-      const bool there = lane_ / 4 + e * (kLanes / 4) < own;
-      keys[e] = pack(there ? high_of(key) : 0, there ? low_of(key) : 0);
+      keys[e] = pack(there ? high_of(key) : 0, low_of(key));
     }
-    // Those that this lane has: every (kLanes / 4)-th of its list.
-    int reaching = (own - lane_ / 4 + kLanes / 4 - 1) / (kLanes / 4);
+    const int rest = own % Shape::kStep;
+    int reaching = own <= 0 ? 0 : own / Shape::kStep * 2 + (rest < 2 ? rest : 2);
     if constexpr (kSplits) {
 #pragma unroll
       for (int e = 0; e < Shape::kOwnKept; ++e) {
@@ -250,7 +259,9 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       __syncwarp();
     }
     const uint64_t bound = bound_of(keys, count + kept, reaching);
-    return keep(keys, bound, reaching);
+    // The lower half of the bound decides only among ties.
+    return __any_sync(kAllLanes, low_of(bound) != 0) ? keep<true>(keys, bound, reaching)
+                                                     : keep<false>(keys, bound, reaching);
   }
 
   // A bound that between k and kKept keys of the group reach, any key if there are at most kKept.
@@ -258,7 +269,9 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
   template <int kSlots>
   __device__ uint64_t bound_of(const uint64_t (&keys)[kSlots], int count, int& own) {
     const bool too_many = count > kKept;
-    if (!__any_sync(kAllLanes, too_many)) return 1;
+    // Where there is no key, the lower half may be anything.
+    constexpr uint64_t kAny = uint64_t(1) << 32;
+    if (!__any_sync(kAllLanes, too_many)) return kAny;
     uint32_t low = ~0u, high = 0;
 #pragma unroll
     for (int e = 0; e < kSlots; ++e) {
@@ -286,7 +299,7 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
       high = reach > kKept ? high : middle;
     } while (__any_sync(kAllLanes, high - low > 1));
     own = too_many ? reaching : own;
-    uint64_t bound = pack(low, too_many ? 0u : 1u);
+    uint64_t bound = too_many ? pack(low, 0u) : kAny;
     if (__any_sync(kAllLanes, low != high)) {
       bound = bound_of_ties(keys, bound, high, low != high, own);
     }
@@ -317,10 +330,10 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     return searching ? ~uint64_t(0) : bound;
   }
 
-  // Moves the keys that reach the bound, `own` of this lane, to kept_, with a 0 behind an odd
-  // number of them, and returns how many there are.
-  template <int kSlots>
-  __device__ int keep(const uint64_t (&keys)[kSlots], uint64_t bound, int own) {
+  // Moves the keys that reach the bound, `own` of this lane, to kept_, with zeros behind them, and
+  // returns how many there are.
+  template <bool kTies, int kSlots>
+  __device__ __forceinline__ int keep(const uint64_t (&keys)[kSlots], uint64_t bound, int own) {
     int before = own;
 #pragma unroll
     for (int span = 1; span < kLanes; span *= 2) {
@@ -331,24 +344,26 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
     uint64_t* next = kept_ + (before - own);
 #pragma unroll
     for (int e = 0; e < kSlots; ++e) {
-      if (keys[e] >= bound) *next++ = keys[e];
+      if (kTies ? keys[e] >= bound : high_of(keys[e]) >= high_of(bound)) *next++ = keys[e];
     }
-    if (lane_ == 0 && count % 2) kept_[count] = 0;
+#pragma unroll
+    for (int e = 0; e < Shape::kOwnKept; ++e) {
+      if (lane_ + e * kLanes >= count) kept_[lane_ + e * kLanes] = 0;
+    }
     __syncwarp();
     return count;
   }
 
-  // Writes the k largest of kept_ [count] to places_, the largest first.
+  // Writes the k largest of kept_ [count], with zeros behind, to places_, the largest first.
   __device__ void rank(int count) {
     uint64_t own[Shape::kOwnKept];
     int above[Shape::kOwnKept];  // keys that are at least as large: itself, too
 #pragma unroll
     for (int e = 0; e < Shape::kOwnKept; ++e) {
-      own[e] = lane_ + e * kLanes < count ? kept_[lane_ + e * kLanes] : 0;
+      own[e] = kept_[lane_ + e * kLanes];
       above[e] = -1;
     }
-#pragma unroll 2
-    for (int j = 0; j < count; j += 2) {
+    const auto compare_two = [&](int j) {
       alignas(16) uint64_t other[2];
       copy16(other, kept_ + j);
 #pragma unroll
@@ -356,6 +371,14 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
         count_reaching(above[e], other[0], own[e]);
         count_reaching(above[e], other[1], own[e]);
       }
+    };
+    if constexpr (kKept == 16) {
+      // Comparing zeros, too, costs less than a loop.
+#pragma unroll
+      for (int j = 0; j < kKept; j += 2) compare_two(j);
+    } else {
+#pragma unroll 2
+      for (int j = 0; j < count; j += 2) compare_two(j);
     }
 #pragma unroll
     for (int e = 0; e < Shape::kOwnKept; ++e) {
@@ -571,11 +594,17 @@ class Finish : FinishShape<kMostNeighbors, kSplits> {
 // Fills weight [k][c rounded up to kGathered], of which there is one row if W is null.
 template <class T>
 __device__ inline void stage_weight(const FinishWork<T>& w, float* weight) {
-  const int row = (w.c + kGathered - 1) / kGathered * kGathered;
-  for (int i = int(threadIdx.x); i < (w.weight ? w.k : 1) * row; i += kThreads) {
-    const int j = i / row, c = i % row;
-    const int at = i - c % kGathered + staged_column(c % kGathered);
-    weight[at] = c >= w.c ? 0.0f : w.weight ? widen(w.weight[c * w.k + j]) : 1.0f;
+  const int row = (w.c + kGathered - 1) / kGathered * kGathered, count = w.weight ? w.k : 1;
+  // Two threads share a column.
+  constexpr int kShare = kThreads / kGathered;
+  const int own = int(threadIdx.x) % kGathered, first = int(threadIdx.x) / kGathered;
+  for (int c = own; c < row; c += kGathered) {
+    const T* from = w.weight ? w.weight + c * w.k : nullptr;
+    float* to = weight + (c - own + staged_column(own));
+#pragma unroll 4
+    for (int j = first; j < count; j += kShare) {
+      to[j * row] = c >= w.c ? 0.0f : from ? widen(from[j]) : 1.0f;
+    }
   }
 }
 
@@ -590,7 +619,13 @@ __global__ __launch_bounds__(kThreads,
   wait_for_previous();
   Finish<T, kMostNeighbors, kSplits> finish(w, weight, keys);
   constexpr int kUnits = kSweepRows / kFinishUnit;
-  for (int unit = int(blockIdx.x); unit < w.blocks * kUnits; unit += int(gridDim.x)) {
+  // Blocks that probably share a multiprocessor have rows side by side, so that some of the rows of
+  // V that they gather are in L1.
+  const int number = int(blockIdx.x) / w.processors;
+  const int processor = int(blockIdx.x) - number * w.processors;
+  const int begin = processor * w.range + min(processor, w.longer);
+  const int end = begin + w.range + (processor < w.longer);
+  for (int unit = begin + number; unit < end; unit += kFinishBlocks) {
     const int block = w.first_block + unit / kUnits;
     // Shuffled so that the compiler does not divide again for every row.
     const int batch = __shfl_sync(kAllLanes, block / w.blocks_each, 0);

@@ -33,7 +33,7 @@ struct SweepShared {
   // 8 i + 2 t and 8 i + 2 t + 1 and half h of the rows; below, how many times 64 columns are left
   // in the split, themselves included.
   uint32_t headers[kSweepWarps][kSlots][kWarp];
-  // Of each lane, by half and row: where its next hit goes, in fours of hits from all on.
+  // Of each lane, by half and row: where its next hit goes, in hits.
   alignas(16) uint32_t ends[kSweepWarps][kWarp][4];
   // -T of half and row, and what it was when no slot waited.
   alignas(16) float negative[kSweepWarps][kWarp][4], before[kSweepWarps][kWarp][4];

@@ -61,8 +61,13 @@ __device__ __forceinline__ float high_of_pair(uint32_t pair) {
   return widen(T{uint16_t(pair >> 16)});
 }
 
-// The power of two that brings the largest element of row r near 1, so that no square and no
-// product of finite rows overflows or vanishes. The range of float16 is too small to need it.
+// For the cosine, rows of query are scaled to norms near this, and the factors of keys are divided
+// by it. So no product of bfloat16 overflows, however large the key, and none loses digits that
+// matter: below 1e-12 a row of key counts as zero. The range of float16 is too small to need it.
+template <class T>
+constexpr float kQueryScale = std::is_same_v<T, Float16> ? 1.0f : 0x1p-20f;
+
+// The power of two that brings the largest element of row r near kQueryScale.
 template <class T, int kSteps>
 __device__ __forceinline__ float scale_of_row(const uint32_t (&a)[kSteps][4], int r) {
   if constexpr (std::is_same_v<T, Float16>) return 1;
@@ -77,11 +82,12 @@ __device__ __forceinline__ float scale_of_row(const uint32_t (&a)[kSteps][4], in
   largest = over_quad(largest, [](uint32_t x, uint32_t y) { return x > y ? x : y; });
   const int exponent = int(largest >> 23) - 127;
   const int least = exponent < -120 ? -120 : exponent;
-  return __uint_as_float(uint32_t(127 - (least > 120 ? 120 : least)) << 23);
+  // May be subnormal, and is exact all the same.
+  return __uint_as_float(uint32_t(127 - (least > 120 ? 120 : least)) << 23) * kQueryScale<T>;
 }
 
-// Scales row r and returns 1 / norm of the scaled row: 0 of a row that counts as zero, NaN of one
-// that is not finite. Either becomes zeros, so that all its products are equal.
+// Scales row r and returns kQueryScale / norm of the scaled row: 0 of a row that counts as zero,
+// NaN of one that is not finite. Either becomes zeros, so that all its products are equal.
 template <class T, int kSteps>
 __device__ __forceinline__ float normalize_row(uint32_t (&a)[kSteps][4], int r) {
   const float scale = scale_of_row<T>(a, r);
@@ -98,7 +104,7 @@ __device__ __forceinline__ float normalize_row(uint32_t (&a)[kSteps][4], int r) 
     }
   }
   const float norm = sqrtf(quad_sum(sum));
-  float inverse = norm / scale <= float(kCosineEpsilon) ? 0.0f : 1 / norm;
+  float inverse = norm <= float(kCosineEpsilon) * scale ? 0.0f : kQueryScale<T> / norm;
   if (!(norm < kInfinity<float>)) inverse = kNan<float>;
   if (!(inverse > 0)) {
 #pragma unroll

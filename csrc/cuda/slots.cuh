@@ -118,8 +118,8 @@ __device__ __forceinline__ void next_header(uint32_t& header, uint32_t& word) {
 }
 static_assert(kHeaderBytes == 128);
 
-// Writes a over the column to entry `end` of a list from `hits` on, and moves the end on, unless a
-// is below the bound or the factor is the mark of a column that may not be a neighbor. Without a
+// Writes a over the column to entry `end` of the lists from `hits` on, and moves the end on, unless
+// a is below the bound or the factor is the mark of a column that may not be a neighbor. Without a
 // branch.
 __device__ __forceinline__ void put_hit(uint64_t* hits, uint32_t& end, float a, uint32_t column,
                                         float bound, float factor) {
@@ -127,7 +127,7 @@ __device__ __forceinline__ void put_hit(uint64_t* hits, uint32_t& end, float a, 
   asm volatile(
       "{\n.reg .pred p;\n.reg .b64 t;\n"
       "setp.ne.u32 p, %5, 0x80000000;\nsetp.geu.and.f32 p, %1, %3, p;\n"
-      "mad.wide.u32 t, %0, 32, %4;\n"
+      "mad.wide.u32 t, %0, 8, %4;\n"
       "@p st.global.v2.b32 [t], {%2, %6};\n"
       "@p add.u32 %0, %0, 1;\n}\n"
       : "+r"(end)
@@ -136,7 +136,7 @@ __device__ __forceinline__ void put_hit(uint64_t* hits, uint32_t& end, float a, 
       : "memory");
 #else
   if (a < bound || __float_as_uint(factor) == 0x80000000u) return;
-  hits[4 * int64_t(end++)] = pack(__float_as_uint(a), column);
+  hits[end++] = pack(__float_as_uint(a), column);
 #endif
 }
 

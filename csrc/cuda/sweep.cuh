@@ -29,7 +29,8 @@ inline __host__ __device__ int64_t place_of(int64_t c) {
 
 // Room for the hits of one row in one of its four lists. Of a sample of a quarter of the tiles
 // about 1.1 k are expected in each (k <= 32; for k = 64, of a sample of all of them), so that a
-// list is seldom full. Then at most k stay in it, and there is room for at least 14 more.
+// list is seldom full. Then at most k stay in it, and there is room for at least 14 more. Even, so
+// that the finish can read two hits at a time.
 inline __host__ __device__ constexpr int hits_per_list(int64_t k) {
   return k <= 10 ? 30 : k <= 16 ? 40 : k <= 32 ? 64 : 128;
 }
@@ -46,8 +47,8 @@ struct SweepParams {
                               // may not be a neighbor: -0.0f, a key that counts as zero: +0.0f
   const float* inv_k_sample;  // [batch, m_padded] the same, but NaN instead of -0.0f
   float* inv_q;               // [batch, n] written: the factor of a row: s = rn(a * inv_q); dot: 1
-  uint64_t* hits;             // [splits, blocks * 256, hits_per_list(k), 4]; entry i of list t of a
-                              // row at [i][t]: bits of a = rd(acc * inv_k) << 32 | column
+  uint64_t* hits;             // [splits, blocks * 256, 4, hits_per_list(k)]; entry i of list t of a
+                              // row at [t][i]: bits of a = rd(acc * inv_k) << 32 | column
   uint8_t* counts;            // [splits, blocks * 256, 4] entries of each list
   int64_t n, d, m_padded;     // m_padded = 128 * tiles
   int64_t first_block;

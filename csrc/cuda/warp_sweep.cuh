@@ -65,11 +65,10 @@ class WarpSweep {
   __device__ __forceinline__ int64_t launch_row(int row) const {
     return (int64_t(item().split) * p_.blocks + item().block) * kSweepRows + row;
   }
-  // Where the list of this lane for row i begins, in fours of hits from all on.
+  // Where the list of this lane for row i begins, in hits.
   __device__ __forceinline__ uint32_t list_begin(int i) const {
-    return uint32_t(launch_row(row(i))) * uint32_t(p_.list);
+    return (uint32_t(launch_row(row(i))) * 4 + lane_again() % 4) * uint32_t(p_.list);
   }
-  __device__ __forceinline__ uint64_t* hits() const { return p_.hits + lane() % 4; }
   __device__ __forceinline__ uint32_t (&ends() const)[4] { return shared_.ends[warp_][lane()]; }
   __device__ __forceinline__ float (&negative() const)[4] {
     return shared_.negative[warp_][lane()];
@@ -284,7 +283,7 @@ class WarpSweep {
     const char* inv_k =
         reinterpret_cast<const char*>(p_.inv_k + item().batch * p_.m_padded + end_column + 4 * t) -
         8 * 32;
-    uint64_t* all = hits();
+    uint64_t* all = p_.hits;
     uint32_t word = 0;
 #pragma unroll 1
     while (slot_ != last) {
@@ -306,8 +305,8 @@ class WarpSweep {
       put_hit(all, end_0, multiply_down(x.y, f.y), column + 1, bound_0, f.y);
       put_hit(all, end_1, multiply_down(x.w, f.y), column + 1, bound_1, f.y);
       ends = {end_0, end_1};
-      const uint32_t limit = limit_0 + (second ? uint32_t(Shared::kHalfRows * p_.list) : 0);
-      full = end_0 > limit || end_1 - 8u * uint32_t(p_.list) > limit;
+      const uint32_t limit = limit_0 + (second ? uint32_t(4 * Shared::kHalfRows * p_.list) : 0);
+      full = end_0 > limit || end_1 - 4u * 8u * uint32_t(p_.list) > limit;
       last = full ? slot_ : last;
     }
     if (word >= 0x10000u) {
@@ -334,7 +333,7 @@ class WarpSweep {
       const bool cut = (full >> (lane() & 28) & 15) && !closed;
       if (closed && count > p_.k) ends()[i] = begin + uint32_t(p_.k);
       if (!__any_sync(kAllLanes, cut)) continue;
-      HitList list = {hits() + 4 * int64_t(begin), count, shared_.inv_q[row(i)]};
+      HitList list = {p_.hits + begin, count, shared_.inv_q[row(i)]};
       const float bound = keep_nearest(list, p_.k, !cut);
       if (!cut) continue;
       negative()[i] = 0 - bound;

@@ -184,13 +184,13 @@ bool is_allowed(const Case& c, int64_t column) {
   return c.kind != Kind::all_masked;
 }
 
-// Rows padded to `padded` columns, scaled by powers of two for the cosine, and the factors of their
-// sums.
+// Rows padded to `padded` columns, those of query scaled by powers of two for the cosine, and the
+// factors of their sums.
 struct Rows {
   std::vector<float> x;  // [rows, padded]
   std::vector<float> inverse;
 };
-Rows prepare(const Case& c, const Bits& bits, int64_t rows, int64_t padded, bool zero_odd) {
+Rows prepare(const Case& c, const Bits& bits, int64_t rows, int64_t padded, bool is_query) {
   Rows result = {std::vector<float>(size_t(rows * padded)), std::vector<float>(size_t(rows), 1)};
   for (int64_t row = 0; row < rows; ++row) {
     float* x = &result.x[size_t(row * padded)];
@@ -201,7 +201,11 @@ Rows prepare(const Case& c, const Bits& bits, int64_t rows, int64_t padded, bool
     }
     if (!c.cosine) continue;
     const int exponent = largest > 0 && largest < kInfinity<float> ? std::ilogb(largest) : 0;
-    const float scale = c.is_half ? 1 : std::exp2(-float(std::clamp(exponent, -120, 120)));
+    const float scale_of_query = c.is_half ? 1 : kQueryScale<BFloat16>;
+    float scale = 1;
+    if (is_query && !c.is_half) {
+      scale = std::exp2(-float(std::clamp(exponent, -120, 120))) * scale_of_query;
+    }
     double sum = 0;
     for (int64_t i = 0; i < c.d; ++i) {
       x[i] *= scale;
@@ -209,9 +213,10 @@ Rows prepare(const Case& c, const Bits& bits, int64_t rows, int64_t padded, bool
     }
     const double norm = std::sqrt(sum);
     float& inverse = result.inverse[size_t(row)];
-    inverse = norm / double(scale) <= 1e-12 ? 0 : float(1 / norm);
-    if (!(norm < double(kInfinity<float>))) inverse = kNan<float>;
-    if (zero_odd && !(inverse > 0)) std::fill(x, x + padded, 0.0f);
+    const double numerator = is_query ? scale_of_query : 1 / scale_of_query;
+    inverse = norm / double(scale) <= 1e-12 ? 0 : float(numerator / norm);
+    if (!(sum < kInfinity<double>)) inverse = kNan<float>;
+    if (is_query && !(inverse > 0)) std::fill(x, x + padded, 0.0f);
   }
   return result;
 }
@@ -308,7 +313,7 @@ int check(const Case& c, const Problem& p, const SweepParams& params, const floa
         const int count = params.counts[at * 4 + list];
         if (count > capacity) why = "a list is too long";
         for (int i = 0; i < count && i < capacity; ++i) {
-          const uint64_t hit = params.hits[(at * capacity + i) * 4 + list];
+          const uint64_t hit = params.hits[(at * 4 + list) * capacity + i];
           if (!hits.emplace(uint32_t(hit), uint32_t(hit >> 32)).second)
             why = "a column comes twice";
           ++total;

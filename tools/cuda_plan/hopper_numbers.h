@@ -11,6 +11,7 @@ template <class T>
 void describe(const KeysWork<T>& w, size_t) {
   using execution::number;
   number("copies", w.copy != nullptr), number("cosine", w.cosine), number("vectors", w.vectors);
+  number("sampled", w.inverse_sample != nullptr);
 }
 
 }  // namespace convnn::cuda
