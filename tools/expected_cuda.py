@@ -151,7 +151,7 @@ _SWEEP = Expected(
         " @ append(slot_": lambda n: _hits(n).lanes,
         " @ put_hit(": _share_that_hits,
         # Read from L2 once, when room is made, and then again and again.
-        "return __uint_as_float(uint32_t(hits[4 * i]": lambda n: 1 / (5 + _hits(n).cut),
+        "return __uint_as_float(uint32_t(hits[i]": lambda n: 1 / (5 + _hits(n).cut),
     },
     {
         "CONVNN_PTX( @ load_box(": lambda n: 128 * 128,
