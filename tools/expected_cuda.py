@@ -237,7 +237,7 @@ _FINISH = Expected(
             lambda n: 1 / _lanes(n),
         ),
         **dict.fromkeys(("similarities[e * kLanes] =", "indices[e * kLanes] ="), _places),
-        "weight[at] =": lambda n: 0,  # read by all blocks
+        "to[j * row] =": lambda n: 0,  # read by all blocks
         " @ load_columns<kFast>(w_.bias": lambda n: n.bias,
     },
     busiest=lambda n: in_waves(4 * n.row_blocks, n.blocks),
