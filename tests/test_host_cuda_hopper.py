@@ -231,9 +231,7 @@ def test_masked_keys(masked: float, metric: str, dtype: torch.dtype, device: Hos
 
 
 @both_types
-def test_columns_without_a_neighbor_count_for_nothing(
-    dtype: torch.dtype, device: HostCuda
-) -> None:
+def test_columns_without_a_neighbor_count_for_nothing(dtype: torch.dtype, device: HostCuda) -> None:
     """Though all similarities are below 0: masked, or without a candidate in a tile of as many
     columns as there are keys, or beyond the keys."""
     query = integers(40, 64, dtype=dtype).abs()

@@ -153,7 +153,7 @@ _SWEEP = Expected(
         " @ append(slot_": lambda n: _hits(n).lanes,
         " @ put_hit(": _share_that_hits,
         # Read from L2 once, when room is made, and then again and again.
-        "return __uint_as_float(uint32_t(hits[4 * i]": lambda n: 1 / (5 + _hits(n).cut),
+        "return __uint_as_float(uint32_t(hits[i]": lambda n: 1 / (5 + _hits(n).cut),
     },
     {
         "CONVNN_PTX( @ load_box(": lambda n: 128 * 128,
@@ -252,7 +252,7 @@ _FINISH = Expected(
             lambda n: 1 / _lanes(n),
         ),
         **dict.fromkeys(("similarities[e * kLanes] =", "indices[e * kLanes] ="), _places),
-        "weight[at] =": lambda n: 0,  # read by all blocks
+        "to[j * row] =": lambda n: 0,  # read by all blocks
         " @ load_columns<kFast>(row_of(": lambda n: 1 - _in_l1(n),
         " @ load_columns<kFast>(w_.bias": lambda n: n.bias,
     },

@@ -63,7 +63,7 @@ struct FinishWork {
 // Rows, all of one query block, that a block of the finish takes at a time.
 constexpr int kFinishUnit = 64;
 // Blocks of the finish on a multiprocessor: with this bound the compiler spills nothing.
-constexpr int kFinishBlocks = 5;
+constexpr int kFinishBlocks = 4;
 
 // kMostNeighbors is 10, 16, 32 or 64.
 template <int kMostNeighbors, bool kSplits>
