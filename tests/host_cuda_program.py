@@ -46,7 +46,7 @@ class Choices(NamedTuple):
 
 
 class Sweep(enum.IntEnum):
-    """Of the forward in 16 bits; ANY: of operator forward, where a device has no sweep of its own."""
+    """Of the forward in 16 bits. ANY: what forward takes on a device without one of its own."""
 
     HOPPER = 0
     PORTABLE = 1

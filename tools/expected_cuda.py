@@ -15,6 +15,8 @@ from tools.expected import cdiv, filled, poisson
 MULTIPROCESSORS = 132
 # Of a multiprocessor, beside 64 KiB of shared memory.
 L1_BYTES = 192 << 10
+# Of a multiprocessor, beside up to 132 KiB: what four blocks of the query side have.
+L1_BESIDE_ARRAYS = 124 << 10
 
 # Of a launch: what cuda_plan/*_numbers.h tells, and predict_cuda.numbers_of().
 Numbers = Any
@@ -188,19 +190,34 @@ def _places(n: Numbers) -> float:
     return filled(n.k, _lanes(n))
 
 
-def _in_l1(n: Numbers) -> float:
-    """Of the rows of V that the blocks of a multiprocessor gather, those that are still in L1 from
-    before, if neighbors are random: V has its share of what they read and write."""
+def _in_l1(gathered: float, rows: int, row: float, others: float, cache: int) -> float:
+    """Of the random rows that a multiprocessor gathers one after the other from so many, those that
+    are still in L1 from before. row: the bytes of one; others: what else is read and written for
+    each; cache: bytes, of which these rows have their share."""
+    capacity = cache / (row + others)
+    kept = min(capacity, rows * (1 - math.exp(-gathered / rows)))
+    filled_after = -rows * math.log(1 - kept / rows) if kept < rows else math.inf
+    found = filled_after - kept + (gathered - filled_after) * kept / rows
+    return min(1.0, found / gathered)
+
+
+def _value_in_l1(n: Numbers) -> float:
+    """Of the rows of V that the finish gathers."""
     if not n.aggregates:
         return 0.0
     row = 2 * n.c
     others = 8 * _hits(n.before["hopper_sweep_kernel"]).stored + 12 * n.k + row
-    capacity = L1_BYTES / row * (n.k * row) / (n.k * row + others)
     gathered = 256 * n.row_blocks / n.processors * n.k
-    kept = min(capacity, n.m * (1 - math.exp(-gathered / n.m)))
-    filled_after = -n.m * math.log(1 - kept / n.m) if kept < n.m else math.inf
-    found = filled_after - kept + (gathered - filled_after) * kept / n.m
-    return min(1.0, found / gathered)
+    return _in_l1(gathered, n.m, row, others / n.k, L1_BYTES)
+
+
+def _gathered_in_l1(n: Numbers) -> float:
+    """Of the rows of V and K that the query side gathers, of one batch element after the other."""
+    both = 2 * (n.c + n.d)
+    others = 3 * both / 2 + 30 * n.k
+    elements = max(1.0, n.rows / n.n / n.processors)
+    gathered = n.rows / n.processors * n.k / elements
+    return _in_l1(gathered, n.m, both, others / n.k, L1_BESIDE_ARRAYS)
 
 
 _FINISH = Expected(
@@ -255,7 +272,7 @@ _FINISH = Expected(
         ),
         **dict.fromkeys(("similarities[e * kLanes] =", "indices[e * kLanes] ="), _places),
         "to[j * row] =": lambda n: 0,  # read by all blocks
-        " @ load_columns<kFast>(row_of(": lambda n: 1 - _in_l1(n),
+        " @ load_columns<kFast>(row_of(": lambda n: 1 - _value_in_l1(n),
         " @ load_columns<kFast>(w_.bias": lambda n: n.bias,
     },
     busiest=lambda n: in_waves(4 * n.row_blocks, n.blocks),
@@ -290,7 +307,7 @@ _UNITS = Expected(
 _QUERY_SIDE = Expected(
     {
         **_UNIT_LOOPS,
-        "for (Row first = Row(grid_warp())": lambda n: (
+        "for (Row first = begin": lambda n: (
             n.rows / (n.blocks * n.warps * 4 * int(n.template[2]))
         ),
         "for (int64_t j = 0; j < w.k": lambda n: n.k,
@@ -315,6 +332,12 @@ _QUERY_SIDE = Expected(
         # Read twice, and then once more.
         "const S s = similarities[j]": lambda n: 0.5,
         "along += ds * A(similarities[j])": lambda n: 0,
+        " @ for (int t = 0; t < kRows; ++t) v[t] = load_row(w.value": lambda n: (
+            1 - _gathered_in_l1(n)
+        ),
+        " @ for (int t = 0; t < kTogether; ++t) x[t] = load_row(w.key": lambda n: (
+            1 - _gathered_in_l1(n)
+        ),
         # k rows, which all warps read
         " @ unpack<T>(load_row(w.weight": lambda n: 0,
         "if (direct)": lambda n: n.direct,

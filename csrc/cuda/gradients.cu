@@ -11,8 +11,9 @@ namespace {
 
 // Shared memory of a block of query_side_kernel, at most.
 constexpr int64_t kMostShared = 48 << 10;
-// Blocks of query_side_kernel, at most, and bytes of what they have in the workspace.
-constexpr int64_t kMostBlocks = 1024;
+// Multiprocessors that query_side_kernel divides its queries for, the blocks of each, and bytes of
+// what all have in the workspace. On any device, so that sums of dW do not depend on it.
+constexpr int64_t kProcessors = 132, kBlocksEach = 4;
 constexpr int64_t kBytesOfBlocks = int64_t(16) << 20;
 // Queries of a group of eight lanes: as many as its lanes, or for larger k fewer.
 constexpr int kMany = kGroup, kFew = 2;
@@ -135,9 +136,14 @@ QuerySideLaunch place_arrays(QuerySideWork<T>& w, Context& context) {
   const int64_t of_block = (w.arrays_are_shared ? 0 : of_arrays) +
                            (w.parts_are_shared ? size * int64_t(sizeof(A)) : of_parts);
   const int64_t bytes = std::min(kBytesOfBlocks, context.most_bytes / 4);
-  const int64_t most = std::clamp<int64_t>(bytes / std::max<int64_t>(of_block, 1), 1, kMostBlocks);
+  const int64_t tiles = ceil_div(w.rows, int64_t(Arrays::kTileRows));
+  const int64_t wanted = std::min(ceil_div(tiles, int64_t(kWarps)), kProcessors * kBlocksEach);
+  const int64_t most = std::clamp<int64_t>(bytes / std::max<int64_t>(of_block, 1), 1, wanted);
+  w.processors = int(std::min(most, kProcessors));
+  w.each = int(most / w.processors);
+  w.range = ceil_div(tiles, int64_t(w.processors));
   QuerySideLaunch launch = {};
-  launch.blocks = std::min(ceil_div(w.rows, kWarps * Arrays::kTileRows), most);
+  launch.blocks = int64_t(w.processors) * w.each;
   launch.parts = w.parts_are_shared ? launch.blocks : launch.blocks * kWarps;
   launch.shared_bytes =
       size_t((w.arrays_are_shared ? of_arrays : 0) + (w.parts_are_shared ? of_parts : 0));

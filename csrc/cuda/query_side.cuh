@@ -417,8 +417,14 @@ __global__ __launch_bounds__(kThreads,
     __syncwarp();
   }
   using Row = RowNumber<kFast>;
-  for (Row first = Row(grid_warp()) * Arrays::kTileRows; first < w.rows;
-       first += Row(gridDim.x) * kWarps * Arrays::kTileRows) {
+  // Blocks that probably share a multiprocessor have queries side by side, so that some of the rows
+  // of V and K that they gather are in L1.
+  const int number = int(blockIdx.x) / w.processors;
+  const int processor = int(blockIdx.x) - number * w.processors;
+  const Row end = min(Row(processor + 1) * Row(w.range) * Arrays::kTileRows, Row(w.rows));
+  const Row step = Row(w.each) * kWarps * Arrays::kTileRows;
+  const Row begin = Row(processor) * Row(w.range) + Row(number * kWarps + warp());
+  for (Row first = begin * Arrays::kTileRows; first < end; first += step) {
 #ifdef __CUDACC__
     // The compiler would keep multiples of this number, too, for which there are no registers.
     if constexpr (kFast) asm volatile("" : "+r"(first));

@@ -48,7 +48,10 @@ struct QuerySideWork {
   bool adds;                // to the parts that there are
   A* parts;                 // [blocks, size_of_part()], of warps if they are not in shared memory
   bool parts_are_shared;    // summed in shared memory
-  unsigned char* arrays;    // [warps, bytes_of_arrays()] if they are not in shared memory
+  // Blocks with the same number modulo `processors`, `each` of them, share a range of tiles.
+  int processors, each;
+  int64_t range;
+  unsigned char* arrays;  // [warps, bytes_of_arrays()] if they are not in shared memory
   bool arrays_are_shared;
 
   __device__ bool has_ds() const { return through_rho || direct || grad_similarities; }
