@@ -11,7 +11,8 @@ namespace convnn::cuda {
 template <class T>
 void describe(const QuerySideWork<T>& w, size_t) {
   using execution::number;
-  number("rows", w.rows), number("n", w.n), number("processors", w.processors), number("m", w.m), number("c", w.c), number("d", w.d);
+  number("rows", w.rows), number("n", w.n), number("processors", w.processors), number("m", w.m),
+      number("c", w.c), number("d", w.d);
   number("k", w.k), number("cosine", w.metric == Metric::cosine), number("part", w.size_of_part());
   number("through_rho", w.through_rho), number("parts_are_shared", w.parts_are_shared);
   number("of_weight", w.of_weight), number("of_bias", w.of_bias);
