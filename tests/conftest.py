@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from building import tool
-from host_cuda_program import Choices, HostCuda
+from host_cuda_program import Choices, HostCuda, Sweep
 from instruction_sets import INSTRUCTION_SETS, quick_last
 
 ROOT = Path(__file__).parent.parent
@@ -160,5 +160,5 @@ def device(programs: Path, shared_device: list[HostCuda]) -> HostCuda:
     if not shared_device or not shared_device[-1].alive():
         shared_device[:] = [HostCuda(programs / "host_cuda")]
     shared_device[0].seed, shared_device[0].most_bytes = 0, 2**26
-    shared_device[0].choices, shared_device[0].portable = Choices(), False
+    shared_device[0].choices, shared_device[0].sweep = Choices(), Sweep.HOPPER
     return shared_device[0]

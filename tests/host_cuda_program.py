@@ -5,6 +5,7 @@ A separate program, built from ``tests/host_cuda`` with AddressSanitizer and
 UndefinedBehaviorSanitizer, runs them; calls and results go through its standard input and output.
 """
 
+import enum
 import math
 import os
 import struct
@@ -44,19 +45,27 @@ class Choices(NamedTuple):
     step: int = 0
 
 
+class Sweep(enum.IntEnum):
+    """Of the forward in 16 bits; ANY: of operator forward, where a device has no sweep of its own."""
+
+    HOPPER = 0
+    PORTABLE = 1
+    ANY = 2
+
+
 class HostCuda:
     """A running program.
 
     For the following calls, ``seed`` determines the order of threads and blocks, ``most_bytes``
-    limits the workspace for group maxima and hits, and ``choices`` are those of
-    the forward for Hopper, whose sweep is the portable one if ``portable``.
+    limits the workspace for group maxima and hits, and ``choices`` are those of the forward in 16
+    bits, by ``sweep``.
     """
 
     def __init__(self, program: Path) -> None:
         self.seed = 0
         self.most_bytes = 2**26
         self.choices = Choices()
-        self.portable = False
+        self.sweep = Sweep.HOPPER
         # Several test runs may share the program.
         self._log = program.with_suffix(f".{os.getpid()}.log")
         options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
@@ -275,7 +284,7 @@ class HostCuda:
         numbers = (_batch(query), N, M, D, k, R, DTYPES[query.dtype])
         self.call(
             5,
-            (*numbers, METRICS[metric], ORDERS[order], *of_value, *self.choices, self.portable),
+            (*numbers, METRICS[metric], ORDERS[order], *of_value, *self.choices, self.sweep),
             [
                 *(query, _unless_same(key, query), candidates, self_indices, key_mask),
                 *(value, weight, bias),

@@ -19,7 +19,7 @@ import pytest
 import torch
 from cases import DTYPES, METRICS, SHORT, Case, make_case
 from host_cuda_program import DTYPES as DTYPE_NUMBERS
-from host_cuda_program import Choices, HostCuda
+from host_cuda_program import Choices, HostCuda, Sweep
 from torch import Tensor
 
 from python_ref import assert_aggregate, assert_forward, assert_select, select
@@ -1096,7 +1096,8 @@ def test_every_kernel_of_every_type_runs(programs: Path) -> None:
     for dtype, D in product((torch.float16, torch.bfloat16), (64, 128)):
         query, key = normal(20, D, dtype=dtype), normal(300, D, seed=1, dtype=dtype)
         for k, splits in product((2, 11, 17, 33), (1, 2)):
-            device.choices, device.portable = Choices(splits=splits), splits == 1
+            device.choices = Choices(splits=splits)
+            device.sweep = Sweep.PORTABLE if splits == 1 else Sweep.HOPPER
             device.hopper_forward(query, key, key, k)
     launched = device.close()
     assert {instances[kernel.address] for kernel in launched} == set(instances.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import SHORT
-from host_cuda_program import Choices, HostCuda
+from host_cuda_program import Choices, HostCuda, Sweep
 from torch import Tensor
 
 from python_ref import assert_forward
@@ -29,7 +29,7 @@ ONE = Choices(multiprocessors=1, splits=1)
 @pytest.fixture(params=["hopper", "portable"])
 def device(device: HostCuda, request: pytest.FixtureRequest) -> HostCuda:
     """By either sweep."""
-    device.portable = request.param == "portable"
+    device.sweep = Sweep[request.param.upper()]
     return device
 
 
@@ -369,6 +369,31 @@ def test_any_schedule_gives_the_same(seed: int, device: HostCuda) -> None:
     device.most_bytes = draw.choice((1, 2**19, 2**26))
     results = device.hopper_forward(*SPLIT.values(), *arguments)
     assert all(map(torch.equal, expected, results))
+
+
+@pytest.mark.parametrize("kind", ["dense", "depthwise", "none"])
+@pytest.mark.parametrize("case", ["16 bits", "few columns", "self", "float32"])
+def test_forward_without_kernels_for_hopper(case: str, kind: str, programs: Path) -> None:
+    """A device other than Hopper has no machine code of these."""
+    device = HostCuda(programs / "host_cuda")
+    device.sweep = Sweep.ANY
+    dtype, D = torch.float32 if case == "float32" else BF16, 8 if case == "few columns" else 24
+    query, key, value = (
+        integers(2, rows, columns, seed=seed, dtype=dtype)
+        for seed, (rows, columns) in enumerate(((20, D), (300, D), (300, 16)))
+    )
+    weight = {"dense": normal(5, 16, 3), "depthwise": normal(16, 1, 3), "none": None}[kind]
+    weight = weight if weight is None else weight.to(dtype)
+    own = torch.arange(20) if case == "self" else None
+    assert_forward(
+        device.hopper_forward,
+        *(query, key, value, 3, weight, None, None, own, None),
+        *("dot", "softmax", 1.0, "similarity", True),
+        backward=False,
+    )
+    launched = {kernel.name for kernel in device.close()}
+    assert not launched & {"hopper_sweep_kernel", "hopper_dense_kernel", "dense_rho_kernel"}
+    assert ("mma_sweep_kernel" in launched) == (case == "16 bits")
 
 
 @pytest.mark.parametrize(("blocks_of_room", "launches"), [(0, 5), (1, 5), (2, 3), (4, 2), (5, 1)])

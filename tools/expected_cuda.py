@@ -191,6 +191,8 @@ def _places(n: Numbers) -> float:
 def _in_l1(n: Numbers) -> float:
     """Of the rows of V that the blocks of a multiprocessor gather, those that are still in L1 from
     before, if neighbors are random: V has its share of what they read and write."""
+    if not n.aggregates:
+        return 0.0
     row = 2 * n.c
     others = 8 * _hits(n.before["hopper_sweep_kernel"]).stored + 12 * n.k + row
     capacity = L1_BYTES / row * (n.k * row) / (n.k * row + others)

@@ -9,8 +9,8 @@ namespace convnn::cuda {
 
 enum class Operator : int { forward, select };
 
-// Calls that the same instances of the Hopper kernels serve are of one kind: one check of results,
-// before the first use on a device, stands for all of them.
+// Calls that the same instance of the sweep and of the finish serves, but for splits, are of one
+// kind: one check of results, before the first use on a device, stands for all of them.
 constexpr int kHopperKinds = 32;
 int hopper_kind(const SelectParams& params);
 

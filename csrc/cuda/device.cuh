@@ -184,6 +184,8 @@ T* allocate(Context& context, int64_t count) {
 #ifdef __CUDACC__
 inline void check_launch(const char* name, cudaError_t error) {
   if (error == cudaSuccess) return;
+  // Or the next launch would find this error, too.
+  [[maybe_unused]] const cudaError_t last = cudaGetLastError();
   throw std::runtime_error(std::string("convnn: the launch of ") + name +
                            " failed: " + cudaGetErrorString(error));
 }

@@ -253,14 +253,20 @@ class Reused : public Context {
     most_bytes = context.most_bytes;
   }
   void* allocate(size_t bytes) override {
-    if (next_ == blocks_.size()) blocks_.push_back(context_.allocate(bytes));
-    return blocks_[next_++];
+    if (next_ == blocks_.size()) blocks_.push_back({context_.allocate(bytes), bytes});
+    const Block& block = blocks_[next_++];
+    if (bytes > block.bytes) throw std::logic_error("convnn: a later part needs more memory");
+    return block.data;
   }
   void restart() { next_ = 0; }
 
  private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
   Context& context_;
-  std::vector<void*> blocks_;
+  std::vector<Block> blocks_;
   size_t next_ = 0;
 };
 

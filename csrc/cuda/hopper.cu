@@ -20,7 +20,6 @@ int64_t blocks_of(const SelectParams& p) { return p.batch * ceil_div(p.n, kSweep
 bool is_dense(const StridedRows& rows, int64_t count, int64_t columns) {
   return rows == dense_rows(rows.data, count, columns);
 }
-bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // Of the current device, or a small number for tests.
 int multiprocessors_of_device() {
@@ -50,6 +49,8 @@ double cost(int64_t items, int64_t tiles, int splits, int multiprocessors, int s
 int64_t blocks_at_once(const SelectParams& p, const HopperChoices& choices, int64_t most_bytes) {
   const int64_t row_bytes =
       choices.splits * 4 * (hits_per_list(p.k) * int64_t(sizeof(uint64_t)) + 1);
+  // The kernels count hits in 32 bits.
+  most_bytes = std::min<int64_t>(most_bytes, int64_t(8) << 30);
   const int64_t most = std::max<int64_t>(1, most_bytes / (row_bytes * kSweepRows));
   if (most >= blocks_of(p)) return blocks_of(p);
   const int64_t wave = std::max(1, choices.multiprocessors / choices.splits);
@@ -77,7 +78,7 @@ Keys<T> prepare_keys(const SelectParams& p, bool portable, Context& context) {
   w.key_mask = p.key_mask;
   w.m = int(p.m), w.columns = int(columns_of(p)), w.tiles = int(tiles), w.d = int(p.d);
   w.cosine = p.metric == Metric::cosine;
-  w.vectors = p.d % 8 == 0 && aligned16(w.key);
+  w.vectors = p.d % 8 == 0 && is_aligned16(w.key);
   // The bulk engine fills up narrower rows.
   const bool as_they_are = w.vectors && !p.candidates && (!portable || p.d == width);
   if (!as_they_are) w.copy = allocate<T>(context, p.batch * m_padded * width);
@@ -123,8 +124,8 @@ FinishWork<T> finish_work(const SelectParams& p, const AggregateParams* a, const
   f.output = static_cast<T*>(a->output);
   f.weight_staged = staged_bytes(a->weight ? a->k : 1, a->c) <= kMostStaged;
   f.weight_stride = a->weight ? int(ceil_div(a->c, kGathered)) * kGathered : 0;
-  f.vectors = f.weight_staged && a->c % 8 == 0 && aligned16(f.value) && aligned16(f.output) &&
-              (!f.bias || aligned16(f.bias));
+  f.vectors = f.weight_staged && a->c % 8 == 0 && is_aligned16(f.value) && is_aligned16(f.output) &&
+              (!f.bias || is_aligned16(f.bias));
   return f;
 }
 
@@ -181,7 +182,8 @@ const char* hopper_refuses(const SelectParams& p, const AggregateParams*) {
   if (p.k > kMostNeighbors) return "k is more than 64";
   if (p.self_indices) return "self_indices are given";
   if (columns_of(p) == 0) return "there are no keys";
-  if (std::max(p.m, columns_of(p)) > kMostRows - kTileColumns) return "there are 2^31 keys or more";
+  if (std::max(p.m, columns_of(p)) > kMostRows - 8 * kTileColumns)
+    return "there are 2^31 keys or more";
   if (p.batch * ceil_div(p.n, kSweepRows) * kSweepRows > kMostRows) {
     return "there are 2^31 queries or more";
   }
@@ -228,7 +230,7 @@ void hopper_forward(const SelectParams& p, const AggregateParams* a, Context& co
     forward_as<BFloat16>(p, in_finish ? a : nullptr, choices, context);
   }
   if (!a || in_finish) return;
-  if (!hopper_dense_refuses(*a)) {
+  if (!choices.portable && !hopper_dense_refuses(*a)) {
     hopper_aggregate_dense(*a, context, choices.multiprocessors);
   } else {
     aggregate(*a, context);

@@ -188,7 +188,10 @@ __device__ __forceinline__ void release_registers() {
 
 // Dependent launches, which devices of compute capability 9.0 and newer have
 
-// Lets a dependent launch behind this kernel begin once every block has come here or ended.
+// Lets a dependent launch behind this kernel begin once every block has come here or ended. A
+// kernel that writes what the launch before it reads, as a sweep does with the hits that the finish
+// before it takes, must be behind one that does not call this: waiting for that one, it waits for
+// all before. So only sweeps call it.
 __device__ __forceinline__ void launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -18,8 +18,8 @@ struct HopperChoices {
 // `given`, with what is 0 chosen.
 HopperChoices choose(const SelectParams& select, HopperChoices given);
 
-// Why select(), or select() and aggregate(), cannot run here, or null if they can. Pointers to
-// results are not looked at.
+// Why hopper_forward() cannot run a call, or null if it can. Pointers to results are not looked
+// at.
 const char* hopper_refuses(const SelectParams& select, const AggregateParams* aggregate);
 
 // select(), and aggregate() of its results unless that is null. The arguments must not be refused.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The end of the forward on Hopper: s_i = k-max and I_i = k-argmax (Eq. 4, 5) of the hits that
-// hopper_sweep.cuh left, and the depthwise or weightless convolution of section 4.1,
+// The end of the forward in 16 bits: s_i = k-max and I_i = k-argmax (Eq. 4, 5) of the hits that a
+// sweep (sweep.cuh) has left, and the depthwise or weightless convolution of section 4.1,
 //
 //   y_i[c] = b[c] + sum_j rho_ij W[c, 0, j] V[I_ij, c]
 //
@@ -20,8 +20,8 @@
 #pragma once
 
 #include "hopper.cuh"
-#include "hopper_sweep.cuh"
 #include "order.cuh"
+#include "sweep.cuh"
 
 namespace convnn::cuda {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The keys K as the sweep on Hopper reads them, and the factors 1 / ||k_j|| of the cosine (section
+// The keys K as a sweep (sweep.cuh) reads them, and the factors 1 / ||k_j|| of the cosine (section
 // 4.1).
 //
 // A column of S is a row of key, or a candidate in ascending order. The sweep reads rows of key as
@@ -11,7 +11,8 @@
 // the sum of squares of a row of its own. Nothing is kept on chip but the rows, in registers.
 #pragma once
 
-#include "hopper_sweep.cuh"
+#include "query_rows.cuh"
+#include "sweep.cuh"
 
 namespace convnn::cuda {
 

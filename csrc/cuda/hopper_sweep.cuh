@@ -4,9 +4,10 @@
 // A block takes 256 queries and a range of tiles (a split), then the next such item. One thread
 // lets the bulk engine load tiles of keys into a ring of stages; two warpgroups have 128 queries
 // each, in registers, as two halves of 64. They multiply both with 64 columns, whose factors both
-// need; the products with the next 64 run while the accumulators are looked at. Accumulators do not
-// leave registers, but for four at a time, 2 rows by 2 columns, of which one is a hit: they wait in
-// slots in shared memory until a lane has many.
+// need; in the main sweep the products with the next 64 run while the accumulators are looked at,
+// in the sampled one those of the other warpgroup. Accumulators do not leave registers, but for
+// four at a time, 2 rows by 2 columns, of which one is a hit: they wait in slots in shared memory
+// until a lane has many.
 #pragma once
 
 #include "warp_sweep.cuh"

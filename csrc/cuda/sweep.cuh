@@ -7,8 +7,8 @@
 // stored. T is a lower bound of the k-th largest a of the row:
 //
 // 1. The sampled sweep over every step-th tile of 128 columns keeps the maxima of 64 groups of
-//    columns for each row. The k-th largest of these is T, lowered by a few ulp because different a
-//    may give equal s.
+//    columns for each row (32 for few neighbors). The k-th largest of these is T, lowered by a few
+//    ulp because different a may give equal s.
 // 2. The main sweep over all tiles writes the hits to four lists per row, one of each lane that
 //    holds columns of the row. When a list is full, the k nearest of the row stay and T rises to
 //    the least a that still enters (hit_lists.cuh).
@@ -29,7 +29,7 @@ inline __host__ __device__ int64_t place_of(int64_t c) {
 
 // Room for the hits of one row in one of its four lists. Of a sample of a quarter of the tiles
 // about 1.1 k are expected in each (k <= 32; for k = 64, of a sample of all of them), so that a
-// list is seldom full. Then at most k stay in it, and there is room for at least 14 more. Even, so
+// list is seldom full. Then at most k stay in it, and there is room for at least 20 more. Even, so
 // that the finish can read two hits at a time.
 inline __host__ __device__ constexpr int hits_per_list(int64_t k) {
   return k <= 10 ? 30 : k <= 16 ? 40 : k <= 32 ? 64 : 128;

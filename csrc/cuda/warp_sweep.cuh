@@ -147,7 +147,7 @@ class WarpSweep {
           }
         });
     if (p_.k <= kFewNeighbors) {
-      // Half of the groups leave a few hits more, and cost less.
+      // Half of the 64 groups leave a few hits more, and cost less.
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         most[0][i] = fmaxf(most[0][i], most[0][i + kGroups]);
@@ -293,7 +293,7 @@ class WarpSweep {
       const uint32_t bit = highest_bit(word), eight = bit / 2 - (word & 0xFFFFu) * 8;
       const uint32_t column = column_0 + eight * 8;
       const int32_t place = int32_t(eight * 32 - (bit / 2 & 1) * 24);
-      const float2 f = __ldg(reinterpret_cast<const float2*>(inv_k + place));
+      const float2 f = *reinterpret_cast<const float2*>(inv_k + place);
       const bool second = (bit & 1) != 0;
       word = bits_below(word, bit);
       RowEnds& ends = *reinterpret_cast<RowEnds*>(&this->ends()[2 * second]);

@@ -174,8 +174,8 @@ void forward_backward(Call& call) {
 }
 
 // Its numbers are those of select(); the columns of value or -1, outputs, convolution, rho and the
-// type of value; the multiprocessors, splits and step to use; and whether the sweep is the portable
-// one.
+// type of value; the multiprocessors, splits and step to use; and which sweep: 0 for Hopper, 1 the
+// portable one, 2 whatever the forward of a device without a sweep of its own takes.
 void hopper_forward(Call& call) {
   const int64_t* n = call.numbers;
   SelectParams p = {};
@@ -196,6 +196,7 @@ void hopper_forward(Call& call) {
   a.similarities = p.similarities, a.indices = p.indices;
   a.weight = call.inputs[6].data, a.bias = call.inputs[7].data, a.output = call.outputs[2].data;
   const AggregateParams* aggregate = n[9] < 0 ? nullptr : &a;
+  if (n[17] == 2) return cuda::forward(p, a, call.memory);
   if (const char* reason = cuda::hopper_refuses(p, aggregate)) {
     throw std::runtime_error(std::string("refused: ") + reason);
   }
