@@ -113,7 +113,7 @@ def compile(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "kernel.cu").write_text(source)
     command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-c", "kernel.cu", "-o", "kernel.o"]
     return subprocess.run(
-        [sys.executable, SOURCES / "checked_compile.py", *command],
+        [sys.executable, str(SOURCES / "checked_compile.py"), *command],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -141,9 +141,9 @@ def test_what_ptxas_says_of_serialized_products_is_an_error(
     compiler = tmp_path / "compiler"
     compiler.write_text(f"#!/bin/sh\ntouch kernel.o\necho '{message}' >&2\n")
     compiler.chmod(0o755)
-    command = [compiler, f"-D{definition}", "-c", "-o", "kernel.o"]
+    command = [str(compiler), f"-D{definition}", "-c", "-o", "kernel.o"]
     done = subprocess.run(
-        [sys.executable, SOURCES / "checked_compile.py", *command],
+        [sys.executable, str(SOURCES / "checked_compile.py"), *command],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -157,7 +157,7 @@ def test_what_ptxas_says_of_serialized_products_is_an_error(
 
 def test_a_failing_compiler_of_a_build_for_debugging() -> None:
     command = ["false", "-DCONVNN_BOUNDED_WAITS"]
-    done = subprocess.run([sys.executable, SOURCES / "checked_compile.py", *command])
+    done = subprocess.run([sys.executable, str(SOURCES / "checked_compile.py"), *command])
     assert done.returncode == 1
 
 
