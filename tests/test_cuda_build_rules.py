@@ -122,8 +122,8 @@ def compile(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def check(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """As the build does."""
-    command = [sys.executable, SOURCES / "hopper_rules.py", *options, folder / "kernel.o"]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [str(SOURCES / "hopper_rules.py"), *options, str(folder / "kernel.o")]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
