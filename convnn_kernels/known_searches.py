@@ -5,32 +5,63 @@ For kernels that are checked on each device before their first use: their instru
 there, or the product of a pair may have other bits in another tile.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Case(NamedTuple):
+    """A search, or one for each of B batch elements, of which some rows are compared."""
+
     name: str
-    query: Tensor  # [N, D]
-    key: Tensor  # [M, D]
+    query: Tensor  # [N, D] or [B, N, D]
+    key: Tensor  # [M, D] or [B, M, D]
     metric: str
     is_exact: bool  # whether every similarity is exact, so that neighbors are unique
+    candidates: Tensor | None = None  # [R]
+    key_mask: Tensor | None = None  # [M] or [B, M]
+    order: str = "similarity"
 
     @property
     def value(self) -> Tensor:
-        """[M, D], without NaN."""
+        """As key, without NaN."""
         return self.key.nan_to_num(1.0)
 
 
 class Result(NamedTuple):
-    similarities: Tensor  # [N, k]
-    indices: Tensor  # [N, k]
-    output: Tensor | None = None  # [N, O]: softmax, aggregation, convolution
+    similarities: Tensor  # [N, k] or [B, N, k]
+    indices: Tensor  # the same
+    output: Tensor | None = None  # [N, O] or [B, N, O]: softmax, aggregation, convolution
     weight: Tensor | None = None  # [D, 1, k] or [O, D, k]
     bias: Tensor | None = None  # [O]
+
+
+class _Rows:
+    """Makes rows of D numbers, always the same ones."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, D: int) -> None:
+        self.device, self.dtype, self.D = device, dtype, D
+        # Whatever the default device is.
+        self.options: dict[str, Any] = {
+            "generator": torch.Generator().manual_seed(0),
+            "device": torch.device("cpu"),
+        }
+
+    def signs(self, n: int) -> Tensor:
+        """Rows of 1, -1 and 0."""
+        D, cpu = self.D, self.options["device"]
+        # So many that a norm is a power of two.
+        nonzero = 4 ** ((D.bit_length() - 1) // 2)
+        first = torch.randint(0, D, (n, 1), **self.options)
+        where = (first + torch.arange(nonzero, device=cpu)) % D
+        which = torch.randint(0, 2, (n, nonzero), **self.options) * 2.0 - 1.0
+        rows = torch.zeros(n, D, device=cpu).scatter(1, where, which)
+        return rows.to(self.device, self.dtype)
+
+    def random(self, n: int) -> Tensor:
+        return torch.randn(n, self.D, **self.options).to(self.device, self.dtype)
 
 
 def cases(
@@ -48,25 +79,12 @@ def cases(
 
     One has `distinct` different keys, of which each is at every `distinct`-th column.
     """
-    generator = torch.Generator().manual_seed(0)
-    cpu = torch.device("cpu")  # whatever the default device is
-    # So many channels that a norm is a power of two.
-    nonzero = 4 ** ((D.bit_length() - 1) // 2)
-
-    def signs(n: int) -> Tensor:
-        """Rows of 1, -1 and 0."""
-        first = torch.randint(0, D, (n, 1), generator=generator, device=cpu)
-        where = (first + torch.arange(nonzero, device=cpu)) % D
-        which = torch.randint(0, 2, (n, nonzero), generator=generator, device=cpu) * 2.0 - 1.0
-        return torch.zeros(n, D, device=cpu).scatter(1, where, which).to(device, dtype)
-
-    def random(n: int) -> Tensor:
-        return torch.randn(n, D, generator=generator, device=cpu).to(device, dtype)
+    make = _Rows(device, dtype, D)
 
     def case(name: str, query: Tensor, key: Tensor, is_exact: bool = True) -> Case:
         return Case(name, query, key, metric, is_exact)
 
-    query, few, key = signs(queries), signs(distinct), signs(M)
+    query, few, key = make.signs(queries), make.signs(distinct), make.signs(M)
     yield case(f"{distinct} distinct keys", query, few.repeat(-(-M // distinct), 1)[:M])
     # Two of three keys are copies of others, 43 and 86 columns before.
     apart = torch.arange(M, device=device)
@@ -75,49 +93,108 @@ def cases(
     key = key.clone()
     key[M // 2], key[M - 1], query[3], query[4] = float("nan"), float("nan"), 0, float("nan")
     yield case("NaN and a zero query", query, key)
-    query, key = random(rows), random(M)
+    query, key = make.random(rows), make.random(M)
     query[5] = 0
     yield case("random rows", query, key, is_exact=False)
 
 
+def batches(
+    device: torch.device, metric: str, dtype: torch.dtype, D: int, M: int, N: int
+) -> Iterator[Case]:
+    """Searches of N queries in each of four batch elements: of all M keys, and of some."""
+    B = 4
+    make = _Rows(device, dtype, D)
+
+    def tensors(rows: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+        return rows(B * N).view(B, N, D), rows(B * M).view(B, M, D)
+
+    random, signs = tensors(make.random), tensors(make.signs)
+    yield Case("a batch of many queries", *random, metric, is_exact=False)
+    candidates = torch.randperm(M, **make.options)[: M * 5 // 6].to(device)
+    mask = (torch.rand(B, M, **make.options) < 0.8).to(device)
+    yield Case("candidates and a mask", *signs, metric, True, candidates, mask)
+    yield Case("order by index", *random, metric, False, candidates, mask, "index")
+
+
 def is_right(case: Case, result: Result, in_tf32: bool = False) -> bool:
     """Whether a result is that of a case; `in_tf32` for products of float32 in TF32."""
-    s, I = result.similarities, result.indices
-    if bool(((I < 0) | (len(case.key) <= I)).any()):
+    I = result.indices
+    if bool(((I < 0) | (case.key.shape[-2] <= I)).any()):
         return False
     # Some rows at a time: all of S in float64 would take more memory than a search.
-    blocks = [X.split(256) for X in (case.query, s, I)]
-    outputs = [None] * len(blocks[0]) if result.output is None else result.output.split(256)
     return all(
-        _rows_are_right(
-            case._replace(query=query),
-            result._replace(similarities=s_rows, indices=I_rows, output=output),
-            in_tf32,
-        )
-        for query, s_rows, I_rows, output in zip(*blocks, outputs, strict=True)
+        _rows_are_right(some, of_them, in_tf32)
+        for element in _elements(case, result)
+        for some, of_them in _blocks(*element)
     )
+
+
+def _elements(case: Case, result: Result) -> Iterator[tuple[Case, Result]]:
+    """Each batch element with every 37th row and the last ones, which may fill a block in part."""
+    if case.query.ndim == 2:
+        yield case, result
+        return
+    N, device = case.query.shape[1], case.query.device
+    last = torch.arange(max(N - 40, 0), N, device=device)
+    rows = torch.cat([torch.arange(0, N, 37, device=device), last]).unique()
+    for b in range(len(case.query)):
+        yield (
+            case._replace(
+                query=case.query[b, rows],
+                key=case.key[b],
+                key_mask=None if case.key_mask is None else case.key_mask[b],
+            ),
+            result._replace(
+                similarities=result.similarities[b, rows],
+                indices=result.indices[b, rows],
+                output=None if result.output is None else result.output[b, rows],
+            ),
+        )
+
+
+def _blocks(case: Case, result: Result) -> Iterator[tuple[Case, Result]]:
+    blocks = [X.split(256) for X in (case.query, result.similarities, result.indices)]
+    outputs = [None] * len(blocks[0]) if result.output is None else result.output.split(256)
+    for query, s, I, output in zip(*blocks, outputs, strict=True):
+        yield (
+            case._replace(query=query),
+            result._replace(similarities=s, indices=I, output=output),
+        )
 
 
 def _rows_are_right(case: Case, result: Result, in_tf32: bool) -> bool:
     s, I = result.similarities, result.indices
     k, D = I.shape[1], case.key.shape[1]
     S, size = _similarities(case.query, case.key, case.metric)
+    S = S.masked_fill(~_allowed(case), -torch.inf)
     chosen = S.gather(1, I)
     bound = torch.zeros_like(chosen)
     if case.is_exact:
         # A stable sort of what has NaN above every number is the total order.
-        order = S.nan_to_num(nan=torch.inf).sort(dim=1, descending=True, stable=True).indices
-        neighbors_are_right = torch.equal(I, order[:, :k])
+        S = S.masked_fill(S.isnan(), torch.inf)
+        expected = S.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        if case.order == "index":
+            expected = expected.sort(1).values
+        neighbors_are_right = torch.equal(I, expected)
     else:
         size *= 2.0**-9 if in_tf32 else (D + 8) * 2.0**-22
         bound = size.gather(1, I)
         rest = (S - size).scatter(1, I, -torch.inf).amax(1)
-        distinct = bool((I.sort(1).values.diff(dim=1) > 0).all())
-        neighbors_are_right = distinct and bool((rest <= s[:, -1] + bound[:, -1]).all())
+        ascending = I if case.order == "index" else I.sort(1).values
+        distinct = bool((ascending.diff(dim=1) > 0).all())
+        neighbors_are_right = distinct and bool((rest <= (s + bound).amin(1)).all())
     error = (s - chosen).abs()
     both_nan = s.isnan() & chosen.isnan()
     similarities_are_right = bool(((error <= bound) | both_nan).all())
     return neighbors_are_right and similarities_are_right and _output_is_right(case.value, result)
+
+
+def _allowed(case: Case) -> Tensor:
+    """Which keys may be neighbors, [M]."""
+    of_candidates = torch.ones(len(case.key), dtype=torch.bool, device=case.key.device)
+    if case.candidates is not None:
+        of_candidates.fill_(False)[case.candidates] = True
+    return of_candidates if case.key_mask is None else of_candidates & case.key_mask
 
 
 def _output_is_right(value: Tensor, result: Result) -> bool:

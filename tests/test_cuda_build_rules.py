@@ -80,6 +80,7 @@ SWEEP = """
         /*00b0*/              @P3 BRA 0xa0 ;
         /*00c0*/                   BRA 0x50 ;
 """
+SERIALIZED = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are"
 SPOTS = ("before", "item", "sweep", "after", "aside", "turns")
 # A sum that has no register: the loop is around a product.
 STACK = """
@@ -112,36 +113,52 @@ def compile(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
     (folder / "kernel.cu").write_text(source)
     command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-c", "kernel.cu", "-o", "kernel.o"]
     return subprocess.run(
-        [sys.executable, SOURCES / "checked_compile.py", *command],
+        [sys.executable, str(SOURCES / "checked_compile.py"), *command],
         cwd=folder,
         capture_output=True,
         text=True,
     )
 
 
-def check(folder: Path) -> subprocess.CompletedProcess[str]:
+def check(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """As the build does."""
-    command = [sys.executable, SOURCES / "hopper_rules.py", folder / "kernel.o"]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [str(SOURCES / "hopper_rules.py"), *options, str(folder / "kernel.o")]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True)
 
 
-def test_what_ptxas_says_of_serialized_products_is_an_error(tmp_path: Path) -> None:
-    line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are"
-    for message, fails in ((line, 1), ("ptxas info    : Used 168 registers", 0)):
-        compiler = tmp_path / "compiler"
-        compiler.write_text(f"#!/bin/sh\ntouch kernel.o\necho '{message}' >&2\n")
-        compiler.chmod(0o755)
-        done = subprocess.run(
-            [sys.executable, SOURCES / "checked_compile.py", compiler, "-c", "-o", "kernel.o"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == fails
-        assert message in done.stderr
-        assert ("so this is an error" in done.stderr) == bool(fails)
-        # What ninja would take for a result.
-        assert (tmp_path / "kernel.o").exists() != bool(fails)
+@pytest.mark.parametrize(
+    ("message", "definition", "fails"),
+    [
+        (SERIALIZED, "NDEBUG", True),
+        ("ptxas info    : Used 168 registers", "NDEBUG", False),
+        (SERIALIZED, "CONVNN_BOUNDED_WAITS", False),
+    ],
+)
+def test_what_ptxas_says_of_serialized_products_is_an_error(
+    message: str, definition: str, fails: bool, tmp_path: Path
+) -> None:
+    """Except in a build for debugging."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\ntouch kernel.o\necho '{message}' >&2\n")
+    compiler.chmod(0o755)
+    command = [str(compiler), f"-D{definition}", "-c", "-o", "kernel.o"]
+    done = subprocess.run(
+        [sys.executable, str(SOURCES / "checked_compile.py"), *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == fails
+    assert message in done.stderr
+    assert ("so this is an error" in done.stderr) == fails
+    # What ninja would take for a result.
+    assert (tmp_path / "kernel.o").exists() != fails
+
+
+def test_a_failing_compiler_of_a_build_for_debugging() -> None:
+    command = ["false", "-DCONVNN_BOUNDED_WAITS"]
+    done = subprocess.run([sys.executable, str(SOURCES / "checked_compile.py"), *command])
+    assert done.returncode == 1
 
 
 def test_a_failing_compiler_fails() -> None:
@@ -182,6 +199,8 @@ def test_register_pool(kept: int, tmp_path: Path) -> None:
     done = check(tmp_path)
     assert done.returncode == (kept == 80)
     assert ("hopper_pool_kernel: 3 warpgroups have 504" in done.stderr) == (kept == 80)
+    # That would hang, not be slow.
+    assert check(tmp_path, "--may-be-slow").returncode == (kept == 80)
 
 
 @pytest.mark.parametrize("spot", SPOTS)
@@ -205,3 +224,4 @@ def test_stack_of_a_kernel(name: str, tmp_path: Path) -> None:
     is_for_hopper = name.startswith("hopper")
     assert done.returncode == is_for_hopper
     assert ("accesses of the stack in every turn of a sweep" in done.stderr) == is_for_hopper
+    assert check(tmp_path, "--may-be-slow").returncode == 0

@@ -94,7 +94,8 @@ FAULTS = {
     weight: "weight of cosine, softmax",
     bias: "bias of cosine, ones",
     no_scale: "key of euclidean, softmax",
-    raises: "cosine, softmax, D = 64, C = 64, k = 9: convnn: the launch of key_side_kernel failed",
+    raises: "cosine, softmax, D = 64, C = 64, k = 9: convnn: the launch of key_side_kernel failed; "
+    "the CUDA context may be broken",
 }
 
 
@@ -103,6 +104,24 @@ def test_faults_are_found(fault: Callable[..., Gradients], monkeypatch: pytest.M
     monkeypatch.setattr(gradients, "run", lambda call: fault(call, run(call)))
     found = gradients.faults(CPU, torch.float16, rows=600)
     assert any(each.startswith(FAULTS[fault]) for each in found), found
+
+
+def test_an_exception_ends_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of an illegal access is raised by what comes next: the tensors of another case."""
+    monkeypatch.setattr(gradients, "run", run)
+    make = gradients._arguments
+
+    def arguments(case: gradients.Case, *args: Any) -> Any:
+        if case == gradients.CASES[1]:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access\nCompile with")
+        return make(case, *args)
+
+    monkeypatch.setattr(gradients, "_arguments", arguments)
+    found = gradients.faults(CPU, torch.float16, rows=600)
+    assert found == [
+        f"{gradients.CASES[1]}: CUDA error: an illegal memory access; "
+        "the CUDA context may be broken"
+    ]
 
 
 @pytest.fixture

@@ -37,3 +37,12 @@ def passes(
         if found:
             _log.warning("%s: the %s are wrong and not used for %s (%s)", *key, ", ".join(found))
     return not _faults[key]
+
+
+def failure(case: str, error: Exception) -> str:
+    """What a check says that an exception ended, in or after a case.
+
+    An illegal access of a kernel is only reported by a later call, and after it all others fail.
+    """
+    message = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return f"{case}: {message}; the CUDA context may be broken"

@@ -73,22 +73,21 @@ def passes(device: torch.device, dtype: torch.dtype) -> bool | None:
 
 
 def faults(device: torch.device, dtype: torch.dtype, rows: int = 2048) -> list[str]:
-    """What comes out wrong."""
-    wrong = []
-    for case in CASES:
-        arguments = _arguments(case, device, dtype, rows)
-        try:
-            results = run(arguments)
-        except RuntimeError as error:
-            wrong.append(f"{case}: {error}")
-            continue
-        names = ("query", "key", "value", "weight", "bias")
-        expected = _expected(arguments)
-        wrong += [
-            f"{name} of {case}"
-            for name, X, E in zip(names, results, expected, strict=True)
-            if not _are_close(X, E)
-        ]
+    """What comes out wrong; an exception ends the check."""
+    names = ("query", "key", "value", "weight", "bias")
+    wrong: list[str] = []
+    case = CASES[0]
+    try:
+        for case in CASES:
+            arguments = _arguments(case, device, dtype, rows)
+            results, expected = run(arguments), _expected(arguments)
+            wrong += [
+                f"{of} of {case}"
+                for of, X, E in zip(names, results, expected, strict=True)
+                if not _are_close(X, E)
+            ]
+    except Exception as error:
+        wrong.append(first_use.failure(str(case), error))
     return wrong
 
 

@@ -47,7 +47,7 @@ def test_the_way_in(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """By itself, the call goes to these kernels; results are those of the portable ones."""
+    """By itself, the call goes to these kernels; results agree with those of float32."""
     Q, K, V, W, b = tokens(device, dtype, B, M, D)
     # As if it were the first call.
     monkeypatch.setattr(selection, "_chosen", {})
@@ -66,8 +66,13 @@ def test_the_way_in(
     assert (exact[2] == I).float().mean() > 0.99
 
 
-def test_captured_in_a_graph(device: torch.device) -> None:
-    tensors = tokens(device, torch.bfloat16, 4, 4096, 64)
+# In one launch, and in four: up to k = 10, a launch has 264 blocks of 256 queries.
+SIZES = [4, 64]
+
+
+@pytest.mark.parametrize("B", SIZES)
+def test_captured_in_a_graph(B: int, device: torch.device) -> None:
+    tensors = tokens(device, torch.bfloat16, B, 4096, 64)
     convnn_kernels.warmup(*tensors[:3], 9, tensors[3], tensors[4])
     expected = ops.forward(*tensors[:3], 9, *tensors[3:])
     graph = torch.cuda.CUDAGraph()
@@ -78,6 +83,21 @@ def test_captured_in_a_graph(device: torch.device) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert all(map(torch.equal, results, expected))
+
+
+def test_several_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each batch element, some rows agree with those of float32."""
+    Q, K, V, W, b = tokens(device, torch.bfloat16, SIZES[-1], 4096, 64)
+    convnn_kernels.warmup(Q, K, V, 9, W, b)
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "_run", lambda *call: pytest.fail("this is left to Python"))
+        Y, s, I = ops.forward(Q, K, V, 9, W, b)
+    rows = torch.tensor([*range(0, 4096, 37), 4095], device=device)
+    Q = Q[:, rows]
+    exact = ops.forward(*(X.float() for X in (Q, K, V)), 9, W.float(), b.float())
+    torch.testing.assert_close(s[:, rows], exact[1], atol=2e-5, rtol=0.0)
+    torch.testing.assert_close(Y[:, rows].float(), exact[0], atol=0.05, rtol=0.02)
+    assert (exact[2] == I[:, rows]).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("dtype", gradients.DTYPES, ids=str)
