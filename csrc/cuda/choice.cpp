@@ -44,15 +44,16 @@ bool may_run_hopper(int device) {
 // 65% of the limit, these kernels against Triton's; nothing was measured.
 namespace {
 
-// Forward, D = 64, k = 9: a ratio of 0.67 to 0.99 for 4,096 to 16,384 columns, about 1 for 65,536
-// and 100,000. For 64 x 2048 x 2048 it is 157 against 154, and 36 against 18 for 1 x 4096 x 4096,
-// where too few items of 256 rows are on their way. Triton's backward of few tokens ends at 2,048,
-// too.
-constexpr int64_t kFewestColumns = 2048, kFewestRows = 16384;
-// Forward, D = 128, 16,384 x 100,000: 2,334 against 1,232 for k = 32 and 5,238 against 1,690 for
-// k = 64. Gradients were predicted for k = 9 only.
-constexpr int64_t kMostNeighbors = 16;
-// Gradients, 64 x 4096, bfloat16, k = 9: 457 against 484 for D = C = 64, but 983 against 902 for
+// Forward, k = 9 and 16, D = 64 and 128: a ratio of 0.59 to 0.94 for 1,024 to 16,384 columns; for
+// 65,536 and 100,000, 1.01 to 1.05 with k = 9. Triton has a kernel of its own for up to 1,280
+// columns of few channels, and few rows do not give each multiprocessor its 256.
+constexpr int64_t kFewestColumns = 1024, kMostColumns = 32768, kFewestRows = 16384;
+constexpr int64_t kFewChannels = 16, kMostOfFewChannels = 1280;
+// Forward, 16,384 x 100,000, D = 128: 2,346 against 1,257 for k = 32 and 5,248 against 1,733 for
+// k = 64. Gradients were predicted for k = 9 only, and 4,096 columns or more; Triton's backward of
+// few tokens ends at 2,048.
+constexpr int64_t kMostNeighbors = 16, kFewestOfGradients = 2049;
+// Gradients, 64 x 4096, bfloat16, k = 9: 464 against 484 for D = C = 64, but 962 against 902 for
 // 128.
 constexpr int64_t kWidestGradients = 64;
 
@@ -62,20 +63,22 @@ bool is_suited(const SelectParams& select, const AggregateParams* aggregate) {
   const int64_t columns = select.candidates ? select.r : select.m;
   const bool in_one = !aggregate || (aggregate->convolution != Convolution::dense &&
                                      aggregate->dtype == select.dtype);
-  return in_one && columns > kFewestColumns && select.batch * select.n >= kFewestRows &&
-         select.k <= kMostNeighbors;
+  return in_one && columns >= kFewestColumns && columns <= kMostColumns &&
+         select.batch * select.n >= kFewestRows && select.k <= kMostNeighbors;
 }
 
 }  // namespace
 
 bool hopper_is_faster(const SelectParams& select, const AggregateParams* aggregate) {
-  return is_suited(select, aggregate);
+  const int64_t columns = select.candidates ? select.r : select.m;
+  return is_suited(select, aggregate) && (select.d > kFewChannels || columns > kMostOfFewChannels);
 }
 
 bool gradients_are_faster(const SelectParams& select, const AggregateParams& aggregate) {
   const bool is_short = select.dtype == DType::float16 || select.dtype == DType::bfloat16;
-  return is_short && is_suited(select, &aggregate) && select.d <= kWidestGradients &&
-         aggregate.c <= kWidestGradients;
+  const int64_t columns = select.candidates ? select.r : select.m;
+  return is_short && is_suited(select, &aggregate) && columns >= kFewestOfGradients &&
+         select.d <= kWidestGradients && aggregate.c <= kWidestGradients;
 }
 
 void set_routing(Routing routing) { current_routing = routing; }
