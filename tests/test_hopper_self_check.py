@@ -274,6 +274,19 @@ def test_an_exception_ends_the_check(
     assert faults() == ["the first case: KeyError; the CUDA context may be broken"]
 
 
+def test_one_line_is_logged_for_an_exception(
+    plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant(raises)
+    monkeypatch.setattr(first_use, "_faults", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with caplog.at_level(logging.WARNING, "convnn_kernels"):
+        assert [hopper.passes(CPU, 3) for _ in range(2)] == [False] * 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("cpu: the Hopper kernels are wrong and not used for dot in bfloat16")
+    assert line.endswith("sweep_kernel failed; the CUDA context may be broken)")
+
+
 def test_a_default_device_changes_nothing(plant: Callable[..., None]) -> None:
     plant()
     with torch.device("meta"):
