@@ -118,11 +118,11 @@ _SWEEP = Expected(
         "} while (kTogether && left_ > 0)": lambda n: _hits(n).planned,
         "while (2 * period * p_.k": lambda n: math.log2(max(1, _period(n))),
         "for (int step = 0; step < kBisections": lambda n: _rules(n).halvings,
-        "} while (__any_sync(kAllLanes, move > 0)) @ drain(!kTogether": lambda n: (
+        "} while (__any_sync(kAllLanes, move > 0)) @ this->drain(!kTogether": lambda n: (
             _hits(n).planned_passes
         ),
         "} while (__any_sync(kAllLanes, move > 0))": lambda n: _hits(n).passes,
-        "while (slot_ != last) @ drain(!kTogether": lambda n: _hits(n).planned_moves,
+        "while (slot_ != last) @ this->drain(!kTogether": lambda n: _hits(n).planned_moves,
         "while (slot_ != last)": lambda n: _hits(n).moves,
         # What makes room
         "for (int i = 0; i < 4; ++i)": lambda n: 4,
@@ -146,7 +146,7 @@ _SWEEP = Expected(
         "if (p_.k <= kFewNeighbors)": lambda n: float(_rules(n).groups == 32),
         "if (__any_sync(kAllLanes, slot_ >": _share_of_drains,
         "if (mask_)": lambda n: _hits(n).headers,
-        "if (!crowded) break @ drain(!kTogether": lambda n: _hits(n).planned_crowded,
+        "if (!crowded) break @ this->drain(!kTogether": lambda n: _hits(n).planned_crowded,
         "if (!crowded) break": lambda n: _hits(n).crowded,
         "if (!__any_sync(kAllLanes, cut)) continue": lambda n: _hits(n).quarters / 4,
         "if (!(inverse > 0))": lambda n: 0,
