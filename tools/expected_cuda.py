@@ -307,9 +307,7 @@ _UNITS = Expected(
 _QUERY_SIDE = Expected(
     {
         **_UNIT_LOOPS,
-        "for (Row first = begin": lambda n: (
-            n.rows / (n.blocks * n.warps * 4 * int(n.template[2]))
-        ),
+        "for (Row first = begin": lambda n: n.rows / (n.blocks * n.warps * 4 * int(n.template[2])),
         "for (int64_t j = 0; j < w.k": lambda n: n.k,
         "for (int64_t c = member() * kVector<T>": lambda n: _columns(n.d),
         "for (int64_t c = member() * kCount; c - member() * kCount < w.c": lambda n: _columns(n.c),
