@@ -26,7 +26,7 @@ namespace {
 
 using namespace convnn;
 
-constexpr int64_t kQueries = 5, kKeys = 12, kColumns = 4, kChannels = 3, kNeighbors = 3;
+constexpr int64_t kQueries = 5, kKeys = 12, kColumns = 16, kChannels = 3, kNeighbors = 3;
 
 struct Tokens {
   std::vector<float> query, key, value;

@@ -1100,7 +1100,9 @@ def test_every_kernel_of_every_type_runs(programs: Path) -> None:
             device.sweep = Sweep.PORTABLE if splits == 1 else Sweep.HOPPER
             device.hopper_forward(query, key, key, k)
     launched = device.close()
-    assert {instances[kernel.address] for kernel in launched} == set(instances.values())
+    # Those of the dense convolution for Hopper run in test_host_cuda_dense.py.
+    of_dense = {name for name in instances.values() if name.startswith(("hopper_dense", "dense_"))}
+    assert {instances[kernel.address] for kernel in launched} == set(instances.values()) - of_dense
     by_size = "top_groups_kernel", "query_side_kernel", "count_pairs_kernel", "scatter_pairs_kernel"
     for kernel, launches in launched.items():
         expected = resources.dynamic_shared(instances[kernel.address])

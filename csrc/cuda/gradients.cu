@@ -137,7 +137,8 @@ QuerySideLaunch place_arrays(QuerySideWork<T>& w, Context& context) {
                            (w.parts_are_shared ? size * int64_t(sizeof(A)) : of_parts);
   const int64_t bytes = std::min(kBytesOfBlocks, context.most_bytes / 4);
   const int64_t tiles = ceil_div(w.rows, int64_t(Arrays::kTileRows));
-  const int64_t wanted = std::min(ceil_div(tiles, int64_t(kWarps)), kProcessors * kBlocksEach);
+  const int64_t wanted =
+      std::clamp<int64_t>(ceil_div(tiles, int64_t(kWarps)), 1, kProcessors * kBlocksEach);
   const int64_t most = std::clamp<int64_t>(bytes / std::max<int64_t>(of_block, 1), 1, wanted);
   w.processors = int(std::min(most, kProcessors));
   w.each = int(most / w.processors);
