@@ -95,7 +95,8 @@ struct Call {
   }
 };
 
-void select(Call& call) {
+// The numbers, inputs and outputs that select() and the forwards have first.
+SelectParams select_params(const Call& call) {
   const int64_t* n = call.numbers;
   SelectParams p = {};
   p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4], p.r = n[5];
@@ -107,8 +108,10 @@ void select(Call& call) {
   p.key_mask = call.inputs[4].as<bool>();
   p.similarities = call.outputs[0].data;
   p.indices = static_cast<int64_t*>(call.outputs[1].data);
-  cuda::select(p, call.memory);
+  return p;
 }
+
+void select(Call& call) { cuda::select(select_params(call), call.memory); }
 
 void select_backward(Call& call) {
   const int64_t* n = call.numbers;
@@ -178,16 +181,7 @@ void forward_backward(Call& call) {
 // portable one, 2 whatever the forward of a device without a sweep of its own takes.
 void hopper_forward(Call& call) {
   const int64_t* n = call.numbers;
-  SelectParams p = {};
-  p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4], p.r = n[5];
-  p.dtype = DType(n[6]), p.metric = Metric(n[7]), p.order = Order(n[8]);
-  p.query = dense_rows(call.inputs[0].data, p.n, p.d);
-  p.key = dense_rows(call.key(1), p.m, p.d);
-  p.candidates = call.inputs[2].as<int64_t>();
-  p.self_indices = call.inputs[3].as<int64_t>();
-  p.key_mask = call.inputs[4].as<bool>();
-  p.similarities = call.outputs[0].data;
-  p.indices = static_cast<int64_t*>(call.outputs[1].data);
+  const SelectParams p = select_params(call);
   AggregateParams a = {};
   a.batch = p.batch, a.n = p.n, a.m = p.m, a.c = n[9], a.o = n[10], a.k = p.k;
   a.dtype = DType(n[13]), a.similarity_dtype = DType::float32;
