@@ -97,6 +97,23 @@ def test_keys_do_not_depend_on_what_runs_first(run_python: Callable[..., str]) -
     assert len(keys) == 1
 
 
+@needs_compiler
+def test_no_kernel_uses_two_constants_of_one_name() -> None:
+    """Triton's key has them in the order of their modules' addresses: it differs by process."""
+    pytest.importorskip("triton")
+    from convnn_kernels.triton import backend
+    from convnn_kernels.triton.launch import KERNELS
+
+    backend.operators()
+    assert KERNELS
+    for kernel in KERNELS.values():
+        assert kernel.jit.cache_key
+        values: dict[str, set[str]] = {}
+        for (name, _), (value, _) in kernel.jit.used_global_vals.items():
+            values.setdefault(name, set()).add(repr(value))
+        assert {name for name, all_of in values.items() if len(all_of) > 1} == set(), kernel.name
+
+
 LAUNCHES = """
 import json
 from convnn_kernels.triton.launch import KERNELS

@@ -42,8 +42,10 @@ def _text(kind: str) -> str:
     return "\n".join((*lines, "}"))
 
 
-_BFLOAT16, _FLOAT16 = (tl.constexpr(_text(kind)) for kind in ("bf16", "f16"))
-_OPERANDS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 12))
+# Triton's cache key has constants of one name in the order of the addresses of their modules, which
+# differs from process to process: no names that row_products has, too.
+_CONVOLVE_BFLOAT16, _CONVOLVE_FLOAT16 = (tl.constexpr(_text(kind)) for kind in ("bf16", "f16"))
+_CONVOLVE_OPERANDS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 12))
 
 
 @triton.jit
@@ -74,9 +76,9 @@ def _products(
     if INTERPRETED:
         b_y = tl.join(_of_instruction(b_x, b_w, 0), _of_instruction(b_x, b_other_w, 1))
         return tl.reshape(tl.permute(b_y, [0, 1, 2, 5, 3, 4]), b_x.shape)
-    TEXT: tl.constexpr = _BFLOAT16 if b_x.dtype == tl.bfloat16 else _FLOAT16
+    TEXT: tl.constexpr = _CONVOLVE_BFLOAT16 if b_x.dtype == tl.bfloat16 else _CONVOLVE_FLOAT16
     operands = [b_x, b_w, b_other_w]
-    return tl.inline_asm_elementwise(TEXT, _OPERANDS, operands, tl.float32, True, 8)
+    return tl.inline_asm_elementwise(TEXT, _CONVOLVE_OPERANDS, operands, tl.float32, True, 8)
 
 
 @triton.jit
