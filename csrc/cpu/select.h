@@ -16,7 +16,6 @@
 #include "kernels.h"
 #include "normalize.h"
 #include "screen.h"
-#include "screen_amx.h"
 
 namespace convnn::CONVNN_ISA {
 
@@ -58,11 +57,7 @@ struct ScreenOf<half> {
 };
 template <>
 struct ScreenOf<bfloat16> {
-#if defined(__AMX_BF16__)
-  using type = AmxScreen;
-#else
   using type = FixedPointScreen;
-#endif
 };
 #endif
 
