@@ -103,6 +103,58 @@ def test_denormals_for_every_thread_count(flush: bool, run_python: Callable[...,
     """)
 
 
+def test_denormals_of_every_operator(run_python: Callable[..., str]) -> None:
+    """Every pass of every operator, forward and backward, has the mode of the calling thread."""
+    run_python("""
+        import torch, convnn_kernels
+        ops = torch.ops.convnn
+        torch.manual_seed(0)
+        N, C, K = 4000, 8, 5
+        X, s, indices = torch.randn(N, C), torch.randn(N, K), torch.randint(N, (N, K))
+        # value is denormal in half of the channels, the gradient of the output in the other half,
+        # so that every sum of products of the two is denormal
+        first, last = (torch.arange(C) < C // 2), (torch.arange(C) >= C // 2)
+        V = torch.where(first, X, X * 1e-39)
+        G = torch.where(last, X, X * 1e-39)
+        dense = torch.randn(C, C, K) * (first[:, None] == first)[..., None]
+        tiny_s = torch.full((N, K), 1e-39)
+
+        calls = {"select cosine": (lambda q, k: ops.select(q, k, K)[0], [X, X * 2], tiny_s)}
+        for metric in ("dot", "euclidean"):
+            calls[f"select {metric}"] = (
+                lambda q, k, m=metric: ops.select(q, k, K, metric=m)[0],
+                [X * 1e-20, X * 2e-20],
+                torch.full((N, K), 1e-19),
+            )
+        for kind, W in [("none", []), ("depthwise", [torch.randn(C, 1, K)]), ("dense", [dense])]:
+            bias = [] if not W else [torch.zeros(C)]
+            calls[f"aggregate {kind}"] = (
+                lambda v, s, *w: ops.aggregate(v, s, indices, *w), [V, s, *W, *bias], G)
+            calls[f"forward {kind}"] = (
+                lambda q, k, v, *w: ops.forward(q, k, v, K, *w)[0], [X, X * 2, V, *W, *bias], G)
+
+        def run(threads, function, tensors, grad):
+            torch.set_num_threads(threads)
+            leaves = [each.detach().clone().requires_grad_() for each in tensors]
+            output = function(*leaves)
+            return output.detach(), *torch.autograd.grad(output, leaves, grad)
+
+        run(4, *calls["forward dense"])  # a later thread would have the mode of its parent
+        for name, call in calls.items():
+            kept = run(1, *call)
+            torch.set_flush_denormal(True)
+            flushed = [run(threads, *call) for threads in (1, 2, 4)]
+            torch.set_flush_denormal(False)
+            for i, one in enumerate(flushed[0]):
+                if (name, i) != ("select cosine", 0):
+                    assert not torch.equal(one, kept[i]), f"{name}: {i} does not show the mode"
+                for other in flushed[1:]:
+                    assert torch.equal(one, other[i]), f"{name}: {i} depends on the threads"
+            for threads in (2, 4):
+                assert all(map(torch.equal, run(threads, *call), kept)), name
+    """)
+
+
 @each_metric
 @each_dtype
 @each_weight

@@ -10,8 +10,10 @@
 // rows of V, in registers, kChannels at a time. The sum is in float64, since k may be large; it
 // costs no more than reading V. A dense convolution is a matrix product over depth (j, c): a task
 // gathers the scaled rows of a few slots j at a time as one operand of the tile; the other operand
-// is the weight, packed once.
+// is the weight, packed once, by tasks of their own.
 #pragma once
+
+#include <algorithm>
 
 #include "kernels.h"
 #include "modulate.h"
@@ -20,6 +22,12 @@ namespace convnn::CONVNN_ISA {
 
 constexpr int64_t kChannels = 64;        // channels of a row in registers at a time
 constexpr int64_t kGatheredDepth = 512;  // depth gathered at a time, but at least one slot
+constexpr int64_t kNearDepth = 128;      // depth that all panels use while it is in the L1 cache
+// Blocks of rows at once if the weight is too large for a near cache, which then reads it less
+// often.
+constexpr int64_t kNearWeightBytes = 1 << 18;
+constexpr int64_t kFarWeightBlocks = 4;
+constexpr int64_t kPackedColumns = 256;  // of a panel of the weight, packed by one task
 
 // sum[c] += term(c), c < channels <= kChannels. With its constant trip count, a full block stays in
 // registers.
@@ -32,29 +40,95 @@ inline void add_channels(double* sum, int64_t channels, const Term& term) {
   }
 }
 
+// Transposes a block of a weight of one channel or output per lane. Element t < count <= kLanes of
+// row i, from[i * stride + t], goes to to(t)[i]; lanes from `rows` on become 0. `readable` elements
+// of the weight begin at `from`: whole vectors are read where there are that many.
+template <class A, class T, class To>
+inline void pack_block(const T* from, int64_t stride, int64_t readable, int64_t rows, int64_t count,
+                       const To& to) {
+  Vector<A> block[kLanes<A>] = {};
+  for (int64_t i = 0; i < min_of(rows, kLanes<A>); ++i) {
+    const T* row = from + i * stride;
+    A wide[kLanes<A>] = {};
+    if (i * stride + kLanes<A> <= readable) {
+      for (int t = 0; t < kLanes<A>; ++t) wide[t] = widen(row[t]);
+    } else {
+      for (int64_t t = 0; t < count; ++t) wide[t] = widen(row[t]);
+    }
+    block[i] = load(wide);
+  }
+  transpose<A>(block);
+  for (int64_t t = 0; t < count; ++t) store(to(t), block[t]);
+}
+
+// Multiplies rows [rows, stride], whole tiles of them, by panels [depth, kTileColumns<A>] that lie
+// panel_stride apart, of `columns` columns together. c [rows, ldc]; ldc has whole panels.
+template <class A>
+inline void multiply_panels(const A* a, int64_t stride, int64_t rows, const A* panels,
+                            int64_t panel_stride, int64_t depth, int64_t columns, A* c, int64_t ldc,
+                            bool accumulate = false) {
+  constexpr int64_t kPanel = kTileColumns<A>;
+  static_assert(kNearDepth % kSummedSteps == 0, "the sums are those of one product");
+  int64_t t = 0;
+  do {
+    const int64_t steps = min_of(kNearDepth, depth - t);
+    for (int64_t j = 0; j < columns; j += kPanel) {
+      multiply<A>({a + t, stride, 1}, rows, panels + j / kPanel * panel_stride + t * kPanel, steps,
+                  min_of(kPanel, columns - j), c + j, ldc, accumulate || t > 0);
+    }
+    t += steps;
+  } while (t < depth);
+}
+
+// Whole vectors of float64.
+inline Vector<double> load_wide(const double* from) { return load(from); }
+inline Vector<double> load_wide(const float* from) {
+  typedef float Narrow __attribute__((vector_size(kLanes<double> * sizeof(float))));
+  Narrow x;
+  std::memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(x, Vector<double>);
+}
+
+// to[c] = from[c]
+template <class T, class A>
+inline void widen_row(const T* __restrict from, int64_t count, A* __restrict to) {
+  for (int64_t c = 0; c < count; ++c) to[c] = widen(from[c]);
+}
+
+// to[c] = scale * v[c], rounded once.
+template <class T, class A>
+inline void scale_row(const T* __restrict v, double scale, int64_t channels, A* __restrict to) {
+  for (int64_t c = 0; c < channels; ++c) to[c] = A(scale * double(widen(v[c])));
+}
+
 template <class T>
 class Aggregate {
   using A = accumulate_t<T>;
   static constexpr int64_t kPanel = kTileColumns<A>;
 
   struct Scratch {
-    double* rho;  // [kBlockRows, k]
-    A* gathered;  // dense: [kBlockRows, padded_stride of slots_at_once * c]
-    A* output;    // dense: [kBlockRows, padded_outputs]
+    double* rho;  // [rows, k], kBlockRows, with a dense convolution blocks_at_once() times as many
+    A* gathered;  // dense: [rows, padded_stride of slots_at_once * c]
+    A* output;    // dense: [rows, padded_outputs]
     size_t bytes;
 
     Scratch(const AggregateParams& p, void* base) {
       const bool dense = p.convolution == Convolution::dense;
       Arena arena(base);
-      rho = arena.take<double>(kBlockRows * p.k);
-      gathered = arena.take<A>(dense ? kBlockRows * padded_stride<A>(slots_at_once(p) * p.c) : 0);
-      output = arena.take<A>(dense ? kBlockRows * padded_outputs(p) : 0);
+      const int64_t rows = dense ? blocks_at_once(p) * kBlockRows : kBlockRows;
+      rho = arena.take<double>(rows * p.k);
+      gathered = arena.take<A>(dense ? rows * padded_stride<A>(slots_at_once(p) * p.c) : 0);
+      output = arena.take<A>(dense ? rows * padded_outputs(p) : 0);
       bytes = arena.used();
     }
   };
 
   static int64_t slots_at_once(const AggregateParams& p) {
     return min_of(p.k, max_of(1, kGatheredDepth / max_of(1, p.c)));
+  }
+  // Blocks of rows that use a weight while it is in a near cache.
+  static int64_t blocks_at_once(const AggregateParams& p) {
+    return p.k * p.c * p.o * int64_t(sizeof(A)) > kNearWeightBytes ? kFarWeightBlocks : 1;
   }
   static int64_t padded_outputs(const AggregateParams& p) { return ceil_div(p.o, kPanel) * kPanel; }
 
@@ -66,22 +140,35 @@ class Aggregate {
     return size_t(padded_outputs(p) * p.k * p.c) * sizeof(A);
   }
 
-  static void pack_weight(const AggregateParams& p, void* packed) {
-    if (p.convolution == Convolution::none) return;
+  // Dense: blocks of kPackedColumns of [c, k] for each panel of outputs.
+  static int64_t pack_tasks(const AggregateParams& p) {
+    if (p.convolution != Convolution::dense) return p.convolution == Convolution::depthwise;
+    return padded_outputs(p) / kPanel * ceil_div(p.c * p.k, kPackedColumns);
+  }
+
+  static void pack_weight(const AggregateParams& p, void* packed, int64_t begin, int64_t end) {
     const T* weight = static_cast<const T*>(p.weight);
     A* to = static_cast<A*>(packed);
+    const int64_t columns = p.c * p.k;
     if (p.convolution == Convolution::depthwise) {
-      for (int64_t c = 0; c < p.c; ++c) {
-        for (int64_t j = 0; j < p.k; ++j) to[j * p.c + c] = widen(weight[c * p.k + j]);
-      }
+      for (int64_t i = 0; i < columns; ++i) to[i % p.k * p.c + i / p.k] = widen(weight[i]);
       return;
     }
-    for (int64_t o = 0; o < padded_outputs(p); ++o) {
-      A* panel = to + o / kPanel * kPanel * p.k * p.c + o % kPanel;
-      for (int64_t c = 0; c < p.c; ++c) {
-        for (int64_t j = 0; j < p.k; ++j) {
-          panel[(j * p.c + c) * kPanel] =
-              o < p.o ? A(widen(weight[(o * p.c + c) * p.k + j])) : A(0);
+    const int64_t blocks = ceil_div(columns, kPackedColumns);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / blocks * kPanel, from = task % blocks * kPackedColumns;
+      const int64_t count = min_of(kPackedColumns, columns - from);
+      A* rows[kPackedColumns];  // of the packed panel
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t c = (from + i) / p.k, j = (from + i) % p.k;
+        rows[i] = to + first * columns + (j * p.c + c) * kPanel;
+      }
+      for (int64_t o = first; o < first + kPanel; o += kLanes<A>) {
+        for (int64_t i = 0; i < count; i += kLanes<A>) {
+          const int64_t at = o * columns + from + i;
+          pack_block<A>(weight + at, columns, p.o * columns - at, p.o - o,
+                        min_of(kLanes<A>, count - i),
+                        [&](int64_t t) { return rows[i + t] + o - first; });
         }
       }
     }
@@ -92,19 +179,20 @@ class Aggregate {
   static void rows(const AggregateParams& p, const void* packed_weight, int64_t begin, int64_t end,
                    void* base) {
     const Scratch scratch(p, base);
-    const int64_t blocks = ceil_div(p.n, kBlockRows);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
-      const int64_t rows = min_of(kBlockRows, p.n - first_row);
-      const int64_t first = b * p.n + first_row;  // row of the flattened batch
-      const T* value = p.value.at<T>(b);
-      for (int64_t r = 0; r < rows; ++r) modulate(p, (first + r) * p.k, scratch.rho + r * p.k);
-      const A* weight = static_cast<const A*>(packed_weight);
-      if (p.convolution == Convolution::dense) {
-        dense(p, value, weight, first, rows, scratch);
+    const A* weight = static_cast<const A*>(packed_weight);
+    const bool dense = p.convolution == Convolution::dense;
+    const int64_t at_once = dense ? blocks_at_once(p) : 1;
+    for (int64_t task = begin; task < end; task += at_once) {
+      const int64_t first = task * kBlockRows;  // row of the flattened batch
+      const int64_t last = min_of(min_of(task + at_once, end) * kBlockRows, p.batch * p.n);
+      for (int64_t row = first; row < last; ++row) {
+        modulate(p, row * p.k, scratch.rho + (row - first) * p.k);
+      }
+      if (dense) {
+        convolve(p, weight, first, last - first, scratch);
       } else {
-        for (int64_t r = 0; r < rows; ++r) {
-          weighted_sum(p, value, weight, first + r, scratch.rho + r * p.k);
+        for (int64_t row = first; row < last; ++row) {
+          weighted_sum(p, weight, row, scratch.rho + (row - first) * p.k);
         }
       }
     }
@@ -112,8 +200,9 @@ class Aggregate {
 
  private:
   // One row without a dense convolution. weight [k, c] or null.
-  static void weighted_sum(const AggregateParams& p, const T* value, const A* weight, int64_t row,
+  static void weighted_sum(const AggregateParams& p, const A* weight, int64_t row,
                            const double* rho) {
+    const T* value = p.value.at<T>(row / p.n);
     const int64_t* indices = p.indices + row * p.k;
     T* output = static_cast<T*>(p.output) + row * p.o;
     for (int64_t first = 0; first < p.c; first += kChannels) {
@@ -139,32 +228,17 @@ class Aggregate {
     }
   }
 
-  // At most kBlockRows rows, starting at `first`. weight [o panels, k * c, kPanel].
-  static void dense(const AggregateParams& p, const T* value, const A* weight, int64_t first,
-                    int64_t rows, const Scratch& scratch) {
-    const int64_t tiles = ceil_div(rows, kTileRows);
+  // At most blocks_at_once() * kBlockRows rows with a dense convolution, starting at `first`.
+  // weight [o panels, k * c, kPanel].
+  static void convolve(const AggregateParams& p, const A* weight, int64_t first, int64_t rows,
+                       const Scratch& scratch) {
     const int64_t width = padded_outputs(p);
     for (int64_t slot = 0; slot < p.k; slot += slots_at_once(p)) {
       const int64_t slots = min_of(slots_at_once(p), p.k - slot);
       const int64_t depth = slots * p.c, stride = padded_stride<A>(depth);
-      for (int64_t r = 0; r < tiles * kTileRows; ++r) {
-        A* to = scratch.gathered + r * stride;
-        for (int64_t j = 0; j < slots; ++j, to += p.c) {
-          const int64_t entry = (first + r) * p.k + slot + j;
-          if (r >= rows || is_missing(similarity_at(p, entry))) {
-            for (int64_t c = 0; c < p.c; ++c) to[c] = 0;
-          } else {
-            const T* v = value + p.indices[entry] * p.value.row_stride;
-            const double scale = scratch.rho[r * p.k + slot + j];
-            for (int64_t c = 0; c < p.c; ++c) to[c] = A(scale * double(widen(v[c])));
-          }
-        }
-      }
-      for (int64_t o = 0; o < width; o += kPanel) {
-        const A* panel = weight + o * p.k * p.c + slot * p.c * kPanel;
-        multiply<A>({scratch.gathered, stride, 1}, rows, panel, depth, kPanel, scratch.output + o,
-                    width, slot > 0);
-      }
+      gather(p, first, rows, slot, slots, scratch.rho, scratch.gathered);
+      multiply_panels(scratch.gathered, stride, rows, weight + slot * p.c * kPanel,
+                      p.k * p.c * kPanel, depth, p.o, scratch.output, width, slot > 0);
     }
     const T* bias = static_cast<const T*>(p.bias);
     for (int64_t r = 0; r < rows; ++r) {
@@ -175,12 +249,35 @@ class Aggregate {
       }
     }
   }
+
+  // rho V[I] of some slots of some rows to [whole tiles of rows, padded_stride(slots * c)].
+  static void gather(const AggregateParams& p, int64_t first, int64_t rows, int64_t slot,
+                     int64_t slots, const double* rho, A* gathered) {
+    const int64_t stride = padded_stride<A>(slots * p.c);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = (first + r) / p.n;
+      const T* value = p.value.at<T>(b);
+      A* to = gathered + r * stride;
+      for (int64_t j = slot; j < slot + slots; ++j, to += p.c) {
+        const int64_t entry = (first + r) * p.k + j;
+        if (is_missing(similarity_at(p, entry))) {
+          std::fill_n(to, p.c, A(0));
+        } else {
+          scale_row(value + p.indices[entry] * p.value.row_stride, rho[r * p.k + j], p.c, to);
+        }
+      }
+    }
+    for (int64_t r = rows; r < ceil_div(rows, kTileRows) * kTileRows; ++r) {
+      std::fill_n(gathered + r * stride, slots * p.c, A(0));
+    }
+  }
 };
 
 template <class T>
 AggregateKernel aggregate_kernel() {
-  return {kBlockRows, Aggregate<T>::packed_weight_bytes, Aggregate<T>::pack_weight,
-          Aggregate<T>::scratch_bytes, Aggregate<T>::rows};
+  using K = Aggregate<T>;
+  return {kBlockRows,     K::packed_weight_bytes, K::pack_tasks,
+          K::pack_weight, K::scratch_bytes,       K::rows};
 }
 
 }  // namespace convnn::CONVNN_ISA

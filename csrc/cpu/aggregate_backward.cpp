@@ -33,7 +33,7 @@ class Call {
         weight_(needs_weight(p_) ? kernel_.packed_weight_bytes(p_) : 0),
         rho_(p_.grad_value || p_.grad_weight || (is_dense(p_) && needs_weight(p_)) ? rho_bytes(p_)
                                                                                    : 0) {
-    if (needs_weight(p_)) kernel_.pack_weight(p_, weight_.get());
+    if (needs_weight(p_)) pack_weight();
   }
 
   void run_passes() const {
@@ -49,6 +49,13 @@ class Call {
 
  private:
   double* rho() const { return rho_.as<double>(); }
+
+  void pack_weight() const {
+    const int64_t tasks = kernel_.pack_tasks(p_);
+    const double elements = double(f_.c * f_.k) * double(is_dense(p_) ? f_.o : 1);
+    run(parallel_for_, tasks, elements / double(tasks),
+        [&](int64_t begin, int64_t end) { kernel_.pack_weight(p_, weight_.get(), begin, end); });
+  }
 
   // rho, and grad_similarities without a dense convolution.
   void query_rows() const {

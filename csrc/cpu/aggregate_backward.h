@@ -24,8 +24,9 @@
 
 namespace convnn::CONVNN_ISA {
 
-constexpr int64_t kWeightRows = 256;      // dense: rows of one product of grad_weight
-constexpr int64_t kSummedRows = 32;       // rows summed before the sum is added to the total
+constexpr int64_t kPackedOutputs = 16;  // of a panel of channels of the weight, packed by one task
+constexpr int64_t kWeightRows = 256;    // dense: rows of one product of grad_weight
+constexpr int64_t kSummedRows = 32;     // rows summed before the sum is added to the total
 constexpr int64_t kWeightChannels = 128;  // dense: input channels of one grad_weight task
 constexpr int64_t kWeightTasks = 32;      // rows are divided into about this many grad_weight tasks
 
@@ -98,16 +99,32 @@ class AggregateBackward {
     return Aggregate<T>::packed_weight_bytes(f);
   }
 
-  static void pack_weight(const AggregateBackwardParams& p, void* packed) {
+  // Dense: blocks of kPackedOutputs outputs for each panel of channels.
+  static int64_t pack_tasks(const AggregateBackwardParams& p) {
     const AggregateParams& f = p.forward;
-    if (f.convolution != Convolution::dense) return Aggregate<T>::pack_weight(f, packed);
+    if (f.convolution != Convolution::dense) return Aggregate<T>::pack_tasks(f);
+    return padded_channels(f) / kPanel * ceil_div(f.o, kPackedOutputs);
+  }
+
+  static void pack_weight(const AggregateBackwardParams& p, void* packed, int64_t begin,
+                          int64_t end) {
+    const AggregateParams& f = p.forward;
+    if (f.convolution != Convolution::dense) {
+      return Aggregate<T>::pack_weight(f, packed, begin, end);
+    }
     const T* weight = static_cast<const T*>(f.weight);
-    A* to = static_cast<A*>(packed);
-    for (int64_t o = 0; o < f.o; ++o) {
-      for (int64_t c = 0; c < padded_channels(f); ++c) {
-        A* panel = to + (c / kPanel * f.k * f.o + o) * kPanel + c % kPanel;
-        for (int64_t j = 0; j < f.k; ++j) {
-          panel[j * f.o * kPanel] = c < f.c ? A(widen(weight[(o * f.c + c) * f.k + j])) : A(0);
+    const int64_t blocks = ceil_div(f.o, kPackedOutputs);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / blocks * kPanel, from = task % blocks * kPackedOutputs;
+      for (int64_t o = from; o < min_of(from + kPackedOutputs, f.o); ++o) {
+        A* panel = static_cast<A*>(packed) + first * f.k * f.o + o * kPanel - first;
+        for (int64_t c = first; c < first + kPanel; c += kLanes<A>) {
+          for (int64_t j = 0; j < f.k; j += kLanes<A>) {
+            const int64_t at = (o * f.c + c) * f.k + j;
+            pack_block<A>(weight + at, f.k, f.o * f.c * f.k - at, f.c - c,
+                          min_of(kLanes<A>, f.k - j),
+                          [&](int64_t t) { return panel + (j + t) * f.o * kPanel + c; });
+          }
         }
       }
     }
@@ -252,13 +269,15 @@ class AggregateBackward {
     const int64_t count = weight_parts(p);
     const int64_t elements = (f.convolution == Convolution::dense ? f.o : 1) * f.c;
     T* to = static_cast<T*>(p.grad_weight);
-    for (int64_t element = begin; element < end; ++element) {
+    for (int64_t first = begin; first < end; first += kChannels) {
+      const int64_t block = min_of(kChannels, end - first);
       for (int64_t slot = 0; slot < f.k; ++slot) {
-        double sum = 0;
+        double sum[kChannels] = {};
         for (int64_t part = 0; part < count; ++part) {
-          sum += parts[(part * f.k + slot) * elements + element];
+          const double* addend = parts + (part * f.k + slot) * elements + first;
+          add_channels(sum, block, [&](int64_t i) { return addend[i]; });
         }
-        narrow(A(sum), to[element * f.k + slot]);
+        for (int64_t i = 0; i < block; ++i) narrow(A(sum[i]), to[(first + i) * f.k + slot]);
       }
     }
   }
@@ -402,14 +421,14 @@ class AggregateBackward {
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t i = scratch.queries[first + r];
           A* to = scratch.gathered + r * stride;
-          for (int64_t o = 0; o < f.o; ++o) {
-            to[o] = i < 0 ? A(0) : A(widen(grad_output[i * f.o + o]));
+          if (i < 0) {
+            std::fill_n(to, f.o, A(0));
+          } else {
+            widen_row(grad_output + i * f.o, f.o, to);
           }
         }
-        for (int64_t c = 0; c < width; c += kPanel) {
-          multiply<A>({scratch.gathered, stride, 1}, rows, weight + (c * f.k + slot * kPanel) * f.o,
-                      f.o, min_of(kPanel, f.c - c), scratch.product + first * width + c, width);
-        }
+        multiply_panels(scratch.gathered, stride, rows, weight + slot * f.o * kPanel,
+                        f.k * f.o * kPanel, f.o, f.c, scratch.product + first * width, width);
       }
     }
   }
@@ -432,15 +451,13 @@ class AggregateBackward {
     }
     for (int64_t c = 0; c < f.c; c += kChannels) {
       const int64_t channels = min_of(kChannels, f.c - c);
-      double sum[kChannels] = {};
+      double sum[kChannels] = {}, wide[kChannels];
+      widen_row(v + c, channels, wide);
       for (int64_t i = first - pairs.first; i < last - pairs.first; ++i) {
         const int64_t entry = b * f.n * f.k + scratch.positions[i];
         const A* x = scratch.product + scratch.rows[i] * padded_channels(f) + c;
-        if (p.grad_value) {
-          const double scale = rho[entry];
-          add_channels(sum, channels, [&](int64_t j) { return scale * double(x[j]); });
-        }
-        if (grad_rho) grad_rho[entry] += dot(x, v + c, channels);
+        const double product = add_and_dot(x, rho[entry], wide, channels, sum);
+        if (grad_rho) grad_rho[entry] += product;
       }
       if (!p.grad_value) continue;
       if (whole) {
@@ -449,6 +466,28 @@ class AggregateBackward {
         std::copy_n(sum, channels, cuts + (from_before ? 0 : f.c) + c);
       }
     }
+  }
+
+  // sum[c] += scale * x[c]; returns x . v, added up as by dot().
+  static double add_and_dot(const A* x, double scale, const double* v, int64_t channels,
+                            double* sum) {
+    if (channels < kChannels) {
+      for (int64_t c = 0; c < channels; ++c) sum[c] += scale * double(x[c]);
+      return dot(x, v, channels);
+    }
+    constexpr int kWide = kLanes<double>;
+    Vector<double> partial[kPartial / kWide] = {};
+    for (int64_t c = 0; c < kChannels; c += kPartial) {
+      for (int i = 0; i < kPartial / kWide; ++i) {
+        const int64_t at = c + i * kWide;
+        const Vector<double> wide = load_wide(x + at);
+        store(sum + at, load(sum + at) + wide * scale);
+        partial[i] += wide * load(v + at);
+      }
+    }
+    double lanes[kPartial];
+    for (int i = 0; i < kPartial / kWide; ++i) store(lanes + i * kWide, partial[i]);
+    return sum_of_partial(lanes);
   }
 
   // The channels of one grad_weight task, and how many tasks all slots have.
@@ -528,8 +567,8 @@ class AggregateBackward {
     for (int64_t t = 0; t < depth; ++t, g += outputs, rows += height) {
       const bool missing = is_missing(similarity_at(p.forward, (row + t) * p.forward.k + slot));
       const int64_t filled = missing ? 0 : outputs;
-      for (int64_t o = 0; o < filled; ++o) rows[o] = widen(g[o]);
-      for (int64_t o = filled; o < height; ++o) rows[o] = 0;
+      widen_row(g, filled, rows);
+      std::fill_n(rows + filled, height - filled, A(0));
     }
   }
 
@@ -543,10 +582,10 @@ class AggregateBackward {
       const T* v = missing ? nullptr : value_row(f, row + t, entry) + first;
       for (int64_t panel = 0; panel < channels; panel += kPanel) {
         A* to = packed + panel * depth + t * kPanel;
-        const int64_t filled = missing ? 0 : min_of(kPanel, channels - panel);
-        const double scale = rho[entry];
-        for (int64_t c = 0; c < filled; ++c) to[c] = A(scale * double(widen(v[panel + c])));
-        for (int64_t c = filled; c < kPanel; ++c) to[c] = 0;
+        const int64_t columns = min_of(kPanel, channels - panel);
+        const int64_t filled = missing ? 0 : columns;
+        scale_row(missing ? nullptr : v + panel, rho[entry], filled, to);
+        for (int64_t c = filled; c < ceil_div(columns, kLanes<A>) * kLanes<A>; ++c) to[c] = 0;
       }
     }
   }
@@ -555,11 +594,14 @@ class AggregateBackward {
 template <class T>
 AggregateBackwardKernel aggregate_backward_kernel() {
   using K = AggregateBackward<T>;
-  return {kBlockRows,       K::packed_weight_bytes, K::pack_weight,
-          K::scratch_bytes, K::query_rows,          K::similarities,
-          K::key_rows,      K::pair_tasks,          K::pairs,
-          K::cut_keys,      K::weight_parts,        K::weight_tasks,
-          K::weight,        K::sum_weight,          K::bias_tasks,
+  return {kBlockRows,       K::packed_weight_bytes,
+          K::pack_tasks,    K::pack_weight,
+          K::scratch_bytes, K::query_rows,
+          K::similarities,  K::key_rows,
+          K::pair_tasks,    K::pairs,
+          K::cut_keys,      K::weight_parts,
+          K::weight_tasks,  K::weight,
+          K::sum_weight,    K::bias_tasks,
           K::bias};
 }
 

@@ -54,17 +54,21 @@ struct SelectBackwardKernel {
 struct AggregateKernel {
   int64_t rows_per_task;
   size_t (*packed_weight_bytes)(const AggregateParams&);  // 0 without a weight: null below
-  void (*pack_weight)(const AggregateParams&, void* packed);
+  // Tasks: pack_tasks(), 0 without a weight.
+  int64_t (*pack_tasks)(const AggregateParams&);
+  void (*pack_weight)(const AggregateParams&, void* packed, int64_t begin, int64_t end);
   size_t (*scratch_bytes)(const AggregateParams&);
-  // Tasks: blocks of query rows of each batch element.
+  // Tasks: blocks of query rows of the flattened batch.
   void (*rows)(const AggregateParams&, const void* packed_weight, int64_t begin, int64_t end,
                void* scratch);
 };
 
 struct AggregateBackwardKernel {
-  int64_t rows_per_task;                                          // query rows or key rows
-  size_t (*packed_weight_bytes)(const AggregateBackwardParams&);  // as for AggregateKernel
-  void (*pack_weight)(const AggregateBackwardParams&, void* packed);
+  int64_t rows_per_task;  // query rows or key rows
+  // As for AggregateKernel.
+  size_t (*packed_weight_bytes)(const AggregateBackwardParams&);
+  int64_t (*pack_tasks)(const AggregateBackwardParams&);
+  void (*pack_weight)(const AggregateBackwardParams&, void* packed, int64_t begin, int64_t end);
   size_t (*scratch_bytes)(const AggregateBackwardParams&);
   // Tasks: blocks of query rows of each batch element. Writes rho [batch, n, k] for the passes
   // below if it is not null, and grad_similarities if it is needed, except that of a dense

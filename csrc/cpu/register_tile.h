@@ -71,8 +71,11 @@ inline void multiply_tile(TileRows<A> a, const A* b, int64_t steps, A* c, int64_
   V sum[kTileRows][Vectors] = {};
   for (int64_t t = 0; t < steps; ++t) {
     V column[Vectors];
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) column[v] = load(b + v * kLanes<A>);
+#pragma GCC unroll 6
     for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
         if constexpr (SquaredDifference) {
           const V difference = column[v] - a.at[r * a.row_stride];
@@ -85,7 +88,9 @@ inline void multiply_tile(TileRows<A> a, const A* b, int64_t steps, A* c, int64_
     a.at += a.step_stride;
     b += kTileColumns<A>;
   }
+#pragma GCC unroll 6
   for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
       A* to = c + r * ldc + v * kLanes<A>;
       store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
