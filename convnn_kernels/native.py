@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Loads the C++ libraries, which define the ``convnn`` operators and implement them."""
 
+import contextlib
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,57 @@ def cpu_instruction_set() -> str:
     one it names cannot run here.
     """
     # Not cached, because the variable may change.
-    return (_instruction_set_question()() or b"").decode()
+    return (_cpu_library().convnn_cpu_instruction_set() or b"").decode()
+
+
+def usable_cpu_instruction_sets() -> list[str]:
+    """The instruction sets of the CPU library that run on this machine, the widest first."""
+    return _cpu_library().convnn_cpu_usable_instruction_sets().decode().split(",")
+
+
+@contextlib.contextmanager
+def use_cpu_instruction_set(name: str | None) -> Iterator[None]:
+    """Has the process use one instruction set on the CPU, within a ``with`` block.
+
+    It holds for all threads, from the next operator that each of them calls, and takes precedence
+    over ``CONVNN_CPU_ISA``. Blocks may be nested, but not overlap between threads: the last one to
+    be left decides what is used then.
+
+    Args:
+        name: one of `usable_cpu_instruction_sets`, or None for what is used outside all blocks.
+
+    Raises:
+        ValueError: if it cannot run on this machine.
+
+    Example:
+        >>> import torch
+        >>> from convnn_kernels import native
+        >>> from convnn_kernels.functional import convnn
+        >>> x = torch.randn(2, 64, 16)
+        >>> with native.use_cpu_instruction_set("portable"):
+        ...     y = convnn(x, x, x, k=9)
+    """
+    use = _cpu_library().convnn_cpu_use_instruction_set
+    before = ctypes.c_char_p()
+    if not use(None if name is None else name.encode(), ctypes.byref(before)):
+        can = ", ".join(usable_cpu_instruction_sets())
+        raise ValueError(
+            f"name must be one of the instruction sets that run here ({can}), got {name!r}"
+        )
+    try:
+        yield
+    finally:
+        use(before.value, ctypes.byref(ctypes.c_char_p()))
 
 
 @functools.cache
-def _instruction_set_question() -> Callable[[], bytes | None]:
-    """The function of the CPU library that answers; cached, so that the library is opened once."""
-    ask = ctypes.CDLL(str(library("cpu"))).convnn_cpu_instruction_set
-    ask.restype = ctypes.c_char_p
-    return ask
+def _cpu_library() -> ctypes.CDLL:
+    """The CPU library, for its functions that are not operators; cached, so it is opened once."""
+    opened = ctypes.CDLL(str(library("cpu")))
+    opened.convnn_cpu_instruction_set.restype = ctypes.c_char_p
+    opened.convnn_cpu_usable_instruction_sets.restype = ctypes.c_char_p
+    opened.convnn_cpu_use_instruction_set.restype = ctypes.c_bool
+    return opened
 
 
 def _load_cuda() -> str:

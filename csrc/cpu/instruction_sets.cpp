@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "instruction_sets.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -39,13 +40,17 @@ bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #if defined(CONVNN_WITH_AMX)
 // Whether the processor has AMX for bfloat16, Linux lets this process use it, and a test product
 // comes out right.
-bool has_amx() {
+bool try_amx() {
   unsigned a, b, c, d;
   constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
   if (!has_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   if (!(d & kBfloat16) || !(d & kTiles)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 && amx::multiplies_correctly();
+}
+bool has_amx() {
+  static const bool has = try_amx();
+  return has;
 }
 #endif
 
@@ -66,24 +71,53 @@ constexpr InstructionSet kInstructionSets[] = {
     {"portable", [] { return true; }, portable::kernels},
 };
 
-// Calls runs_here() of no other set than the requested one: for AMX it executes instructions.
+// The instruction set of this name if it runs here, or null. Calls runs_here() of no other: for AMX
+// it executes instructions.
+const InstructionSet* find(const char* name) {
+  for (const InstructionSet& set : kInstructionSets) {
+    if (std::strcmp(name, set.name) == 0) return set.runs_here() ? &set : nullptr;
+  }
+  return nullptr;
+}
+
 const Kernels& choose_kernels() {
   const char* requested = std::getenv("CONVNN_CPU_ISA");
-  const bool any = !requested || !*requested;
-  for (const InstructionSet& set : kInstructionSets) {
-    if ((any || std::strcmp(requested, set.name) == 0) && set.runs_here()) return set.kernels();
-  }
+  if (!requested || !*requested) return find(usable_instruction_sets()[0].c_str())->kernels();
+  if (const InstructionSet* set = find(requested)) return set->kernels();
   std::string names;
-  for (const InstructionSet& set : kInstructionSets) {
-    if (set.runs_here()) names += (names.empty() ? "" : ", ") + std::string(set.name);
+  for (const std::string& name : usable_instruction_sets()) {
+    names += (names.empty() ? "" : ", ") + name;
   }
   throw std::runtime_error("CONVNN_CPU_ISA must be one of the instruction sets that run here (" +
                            names + "), got " + requested);
 }
 
+// What use_instruction_set() named, or null.
+std::atomic<const Kernels*> forced{nullptr};
+
 }  // namespace
 
+const std::vector<std::string>& usable_instruction_sets() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> found;
+    for (const InstructionSet& set : kInstructionSets) {
+      if (set.runs_here()) found.push_back(set.name);
+    }
+    return found;
+  }();
+  return names;
+}
+
+bool use_instruction_set(const char* name, const char** before) {
+  const InstructionSet* const set = name ? find(name) : nullptr;
+  if (name && !set) return false;
+  const Kernels* const replaced = forced.exchange(set ? &set->kernels() : nullptr);
+  *before = replaced ? replaced->instruction_set : nullptr;
+  return true;
+}
+
 const Kernels& kernels() {
+  if (const Kernels* named = forced.load()) return *named;
   static const Kernels& chosen = choose_kernels();
   return chosen;
 }
