@@ -74,15 +74,53 @@ def _require_only_copy(path: Path) -> None:
 def cpu_instruction_set() -> str:
     """The instruction set of the CPU kernels that run on this machine.
 
-    The best one by default; the environment variable ``CONVNN_CPU_ISA`` names another. Empty if the
-    one it names cannot run here.
+    The fastest here by default, which `cpu_choice` explains; the environment variable
+    ``CONVNN_CPU_ISA`` names another. Empty if the one it names cannot run here.
     """
     # Not cached, because the variable may change.
     return (_cpu_library().convnn_cpu_instruction_set() or b"").decode()
 
 
+def cpu_can_run() -> bool:
+    """Whether there is an instruction set for the CPU kernels, without choosing one."""
+    return _cpu_library().convnn_cpu_can_choose()
+
+
+def cpu_choice() -> dict[str, Any]:
+    """How the instruction set was chosen, outside of all blocks of `use_cpu_instruction_set`.
+
+    Chooses if nothing has been chosen yet.
+
+    Returns:
+        Under "source", "requested" by ``CONVNN_CPU_ISA``, "only" one, "measured" now, "remembered"
+        from an earlier measurement, or "default", if measuring failed. Under "milliseconds" the
+        time that measuring took; under "file" where the result is remembered, or with "is_kept"
+        false where it could not be; None without these. Under "select", for each dtype that was
+        timed, "instruction_set" and "picoseconds" per similarity with each set. Empty if the set
+        that ``CONVNN_CPU_ISA`` names cannot run here.
+    """
+    text = _cpu_library().convnn_cpu_describe_choice()
+    if text is None:
+        return {}
+    lines = dict(line.split(" ", 1) for line in text.decode().splitlines())
+    milliseconds, file = lines.get("milliseconds"), lines.get("file") or lines.get("file!")
+    choice: dict[str, Any] = {
+        "source": lines["source"],
+        "milliseconds": milliseconds and float(milliseconds),
+        "file": file,
+        "is_kept": "file" in lines,
+        "select": {},
+    }
+    for dtype in ("float32", "bfloat16"):
+        if dtype in lines:
+            chosen, *pairs = lines[dtype].split()
+            times = dict(zip(pairs[::2], map(int, pairs[1::2]), strict=True))
+            choice["select"][dtype] = {"instruction_set": chosen, "picoseconds": times}
+    return choice
+
+
 def usable_cpu_instruction_sets() -> list[str]:
-    """The instruction sets of the CPU library that run on this machine, the widest first."""
+    """The instruction sets of the CPU library that run on this machine, preferred first."""
     return _cpu_library().convnn_cpu_usable_instruction_sets().decode().split(",")
 
 
@@ -128,6 +166,8 @@ def _cpu_library() -> ctypes.CDLL:
     opened.convnn_cpu_instruction_set.restype = ctypes.c_char_p
     opened.convnn_cpu_usable_instruction_sets.restype = ctypes.c_char_p
     opened.convnn_cpu_use_instruction_set.restype = ctypes.c_bool
+    opened.convnn_cpu_can_choose.restype = ctypes.c_bool
+    opened.convnn_cpu_describe_choice.restype = ctypes.c_char_p
     return opened
 
 

@@ -1,13 +1,20 @@
 // SPDX-License-Identifier: MIT
 #include "instruction_sets.h"
 
+#include <pthread.h>
+
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
+#include "choice.h"
 #include "operators.h"
+#include "remembered.h"
+#include "timing.h"
 
 #if defined(CONVNN_WITH_AMX)
 #include <cpuid.h>
@@ -54,13 +61,14 @@ bool has_amx() {
 }
 #endif
 
-// Best first.
+// Preferred first, where several are equally fast. Tiles are a state of 8 KiB that Linux saves
+// whenever it interrupts a thread, so they must gain something.
 constexpr InstructionSet kInstructionSets[] = {
-#if defined(CONVNN_WITH_AMX)
-    {"amx", has_amx, amx::kernels},
-#endif
 #if defined(CONVNN_WITH_AVX512VNNI)
     {"avx512vnni", has_vnni, avx512vnni::kernels},
+#endif
+#if defined(CONVNN_WITH_AMX)
+    {"amx", has_amx, amx::kernels},
 #endif
 #if defined(CONVNN_WITH_AVX512)
     {"avx512", has_avx512, avx512::kernels},
@@ -80,16 +88,91 @@ const InstructionSet* find(const char* name) {
   return nullptr;
 }
 
-const Kernels& choose_kernels() {
-  const char* requested = std::getenv("CONVNN_CPU_ISA");
-  if (!requested || !*requested) return find(usable_instruction_sets()[0].c_str())->kernels();
-  if (const InstructionSet* set = find(requested)) return set->kernels();
-  std::string names;
-  for (const std::string& name : usable_instruction_sets()) {
-    names += (names.empty() ? "" : ", ") + name;
-  }
+const char* requested_set() {
+  const char* name = std::getenv("CONVNN_CPU_ISA");
+  return name && *name ? name : nullptr;
+}
+
+std::string list(const std::vector<std::string>& words, const char* between) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
+  return text;
+}
+
+struct Choice {
+  Kernels kernels;
+  std::string description;
+};
+
+Choice choose_requested(const char* name) {
+  if (const InstructionSet* set = find(name)) return {set->kernels(), "source requested\n"};
   throw std::runtime_error("CONVNN_CPU_ISA must be one of the instruction sets that run here (" +
-                           names + "), got " + requested);
+                           list(usable_instruction_sets(), ", ") + "), got " + name);
+}
+
+// The times of these sets: remembered, or else measured and remembered. Describes which.
+Times times_of(const std::vector<const Kernels*>& sets, std::string& description) {
+  Times times;
+  for (const Kernels* set : sets) times.sets.push_back(set->instruction_set);
+  const std::string key = processor_model() + "; " CONVNN_BUILD "; " + list(times.sets, " ");
+  const std::string file = remembered_file(key);
+  if (!file.empty() && from_text(read_file(file), key, times)) {
+    description = "source remembered\nfile " + file + "\n";
+    return times;
+  }
+  const Measurement measured = measure(sets);
+  description = "source measured\nmilliseconds " + std::to_string(measured.milliseconds) + "\n";
+  if (!file.empty()) {
+    const bool kept = measured.is_steady && write_file(file, to_text(key, measured.times));
+    description += (kept ? "file " : "file! ") + file + "\n";
+  }
+  return measured.times;
+}
+
+// Of each timed kernel the fastest set; the others follow float32. Never `portable`, whose results
+// differ, where another set runs.
+Choice choose_by_speed() {
+  std::vector<const Kernels*> sets;
+  for (const std::string& name : usable_instruction_sets()) {
+    if (sets.empty() || name != "portable") sets.push_back(&find(name.c_str())->kernels());
+  }
+  if (sets.size() == 1) return {*sets[0], "source only\n"};
+  try {
+    Choice choice;
+    const Times times = times_of(sets, choice.description);
+    choice.kernels = *sets[fastest(times.picoseconds[0])];
+    for (int i = 0; i < kTimed; ++i) {
+      const int dtype = int(kTimedDTypes[i]);
+      choice.kernels.select[dtype] = sets[fastest(times.picoseconds[i])]->select[dtype];
+      const auto is_chosen = [&](const Kernels* set) {
+        return set->select[dtype].rows == choice.kernels.select[dtype].rows;
+      };
+      choice.description += std::string(kTimedNames[i]) + " " +
+                            (*std::find_if(sets.begin(), sets.end(), is_chosen))->instruction_set +
+                            times_text(times, i) + "\n";
+    }
+    return choice;
+  } catch (const std::exception&) {
+    return {*sets[0], "source default\n"};
+  }
+}
+
+// What choice() made, once it has. Other threads wait for it, and so does a fork: in the new
+// process, nobody would release the mutex.
+std::atomic<const Choice*> chosen{nullptr};
+std::mutex choosing;
+[[maybe_unused]] const int fork_waits =
+    pthread_atfork([] { choosing.lock(); }, [] { choosing.unlock(); }, [] { choosing.unlock(); });
+
+const Choice& choice() {
+  if (const Choice* made = chosen.load()) return *made;
+  const std::lock_guard<std::mutex> lock(choosing);
+  if (!chosen.load()) {
+    const char* const requested = requested_set();
+    static const Choice made = requested ? choose_requested(requested) : choose_by_speed();
+    chosen.store(&made);
+  }
+  return *chosen.load();
 }
 
 // What use_instruction_set() named, or null.
@@ -118,9 +201,15 @@ bool use_instruction_set(const char* name, const char** before) {
 
 const Kernels& kernels() {
   if (const Kernels* named = forced.load()) return *named;
-  static const Kernels& chosen = choose_kernels();
-  return chosen;
+  return choice().kernels;
 }
+
+bool can_choose() {
+  const char* const requested = requested_set();
+  return forced.load() || chosen.load() || !requested || find(requested);
+}
+
+const std::string& describe_choice() { return choice().description; }
 
 const char* instruction_set() { return kernels().instruction_set; }
 

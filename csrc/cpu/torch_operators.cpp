@@ -66,7 +66,7 @@ CONVNN_EXPORTED bool convnn_cpu_use_instruction_set(const char* name, const char
   return convnn::cpu::use_instruction_set(name, before);
 }
 
-// The instruction sets that run here, best first, with commas between them.
+// The instruction sets that run here, preferred first, with commas between them.
 CONVNN_EXPORTED const char* convnn_cpu_usable_instruction_sets() {
   static const std::string list = [] {
     std::string names;
@@ -76,4 +76,14 @@ CONVNN_EXPORTED const char* convnn_cpu_usable_instruction_sets() {
     return names;
   }();
   return list.c_str();
+}
+
+// See can_choose() and describe_choice() there. Null where kernels() raises.
+CONVNN_EXPORTED bool convnn_cpu_can_choose() { return convnn::cpu::can_choose(); }
+CONVNN_EXPORTED const char* convnn_cpu_describe_choice() {
+  try {
+    return convnn::cpu::describe_choice().c_str();
+  } catch (const std::exception&) {
+    return nullptr;
+  }
 }
