@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -245,25 +246,39 @@ def test_remembered_times_decide_for_each_dtype(choose: Choose, tmp_path: Path) 
     assert choose()["name"] == slow
 
 
+@pytest.fixture(scope="module")
+def remembered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that a process wrote."""
+    folder = tmp_path_factory.mktemp("remembered")
+    code = "from convnn_kernels import native; native.cpu_choice()"
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "CONVNN_CACHE": str(folder)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    (file,) = folder.iterdir()
+    return file
+
+
 @several_sets
 @pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "another processor", "sets"])
-def test_a_file_that_does_not_fit_is_replaced(choose: Choose, tmp_path: Path, damage: str) -> None:
-    choose()
-    (file,) = tmp_path.iterdir()
-    text = file.read_text()
-    lines = text.splitlines(keepends=True)
+def test_a_file_that_does_not_fit_is_replaced(
+    choose: Choose, remembered: Path, tmp_path: Path, damage: str
+) -> None:
+    text = remembered.read_text()
+    title, key, *times = text.splitlines(keepends=True)
+    file = tmp_path / remembered.name
     file.write_bytes(
         {
             "empty": b"",
             "garbage": bytes(range(256)) * 1000,
             "truncated": text[: len(text) // 2].encode(),
-            "another processor": "".join([lines[0], "Z80 " + lines[1], *lines[2:]]).encode(),
+            "another processor": "".join([title, "Z80 " + key, *times]).encode(),
             "sets": text.replace("avx2", "abacus").encode(),
         }[damage]
     )
     assert choose()["source"] == "measured"
-    assert choose()["source"] == "remembered"
     assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text().startswith(title + key)
+    assert file.read_text().endswith("end\n")
 
 
 @several_sets
