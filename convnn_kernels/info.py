@@ -33,6 +33,7 @@ def collect() -> dict[str, Any]:
         "machine": {
             "platform": platform.platform(),
             "cpu_instruction_set": native.cpu_instruction_set() or None,
+            "cpu_choice": native.cpu_choice() or None,
             "cpu_threads": torch.get_num_threads(),
             "cuda_devices": devices,
         },
@@ -81,6 +82,7 @@ def render(report: dict[str, Any]) -> str:
         "machine": {
             "platform": machine["platform"],
             "CPU kernels": f"{instruction_set}, {machine['cpu_threads']} threads",
+            **_choice(machine["cpu_choice"]),
             "CUDA devices": devices,
         },
         "built": {
@@ -106,6 +108,29 @@ def render(report: dict[str, Any]) -> str:
         lines.append(title)
         lines += [f"  {name:<16}{fact}" for name, fact in facts.items()]
     return "\n".join(lines)
+
+
+def _choice(choice: dict[str, Any] | None) -> dict[str, str]:
+    """How the instruction set of the CPU kernels was chosen."""
+    if not choice or choice["source"] == "only":
+        return {}
+    reasons = {
+        "requested": "by CONVNN_CPU_ISA",
+        "default": "by default, because measuring failed",
+        "measured": f"as the fastest, measured in {choice['milliseconds'] or 0:.0f} ms",
+        "remembered": "as the fastest, measured before",
+    }
+    facts = {"chosen": reasons[choice["source"]]}
+    if choice["is_kept"]:
+        facts["remembered"] = f"in {choice['file']}; delete it to measure again"
+    elif choice["source"] == "measured":
+        file = choice["file"]
+        facts["remembered"] = f"no: not written to {file}" if file else "no: there is no folder"
+    for dtype, kernel in choice["select"].items():
+        name, times = kernel["instruction_set"], kernel["picoseconds"]
+        others = (f"{each} {times[each] / times[name]:.2f}" for each in times if each != name)
+        facts[f"select {dtype}"] = f"{name}; times as long: {', '.join(others)}"
+    return facts
 
 
 def _outcome(part: dict[str, str] | None) -> str:

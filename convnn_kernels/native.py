@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Loads the C++ libraries, which define the ``convnn`` operators and implement them."""
 
+import contextlib
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,101 @@ def _require_only_copy(path: Path) -> None:
 def cpu_instruction_set() -> str:
     """The instruction set of the CPU kernels that run on this machine.
 
-    The best one by default; the environment variable ``CONVNN_CPU_ISA`` names another. Empty if the
-    one it names cannot run here.
+    The fastest here by default, which `cpu_choice` explains; the environment variable
+    ``CONVNN_CPU_ISA`` names another. Empty if the one it names cannot run here.
     """
     # Not cached, because the variable may change.
-    return (_instruction_set_question()() or b"").decode()
+    return (_cpu_library().convnn_cpu_instruction_set() or b"").decode()
+
+
+def cpu_can_run() -> bool:
+    """Whether there is an instruction set for the CPU kernels, without choosing one."""
+    return _cpu_library().convnn_cpu_can_choose()
+
+
+def cpu_choice() -> dict[str, Any]:
+    """How the instruction set was chosen, outside of all blocks of `use_cpu_instruction_set`.
+
+    Chooses if nothing has been chosen yet.
+
+    Returns:
+        Under "source", "requested" by ``CONVNN_CPU_ISA``, "only" one, "measured" now, "remembered"
+        from an earlier measurement, or "default", if measuring failed. Under "milliseconds" the
+        time that measuring took; under "file" where the result is remembered, or with "is_kept"
+        false where it could not be; None without these. Under "select", for each dtype that was
+        timed, "instruction_set" and "picoseconds" per similarity with each set. Empty if the set
+        that ``CONVNN_CPU_ISA`` names cannot run here.
+    """
+    text = _cpu_library().convnn_cpu_describe_choice()
+    if text is None:
+        return {}
+    lines = dict(line.split(" ", 1) for line in text.decode().splitlines())
+    milliseconds, file = lines.get("milliseconds"), lines.get("file") or lines.get("file!")
+    choice: dict[str, Any] = {
+        "source": lines["source"],
+        "milliseconds": milliseconds and float(milliseconds),
+        "file": file,
+        "is_kept": "file" in lines,
+        "select": {},
+    }
+    for dtype in ("float32", "bfloat16"):
+        if dtype in lines:
+            chosen, *pairs = lines[dtype].split()
+            times = dict(zip(pairs[::2], map(int, pairs[1::2]), strict=True))
+            choice["select"][dtype] = {"instruction_set": chosen, "picoseconds": times}
+    return choice
+
+
+def usable_cpu_instruction_sets() -> list[str]:
+    """The instruction sets of the CPU library that run on this machine, preferred first."""
+    return _cpu_library().convnn_cpu_usable_instruction_sets().decode().split(",")
+
+
+@contextlib.contextmanager
+def use_cpu_instruction_set(name: str | None) -> Iterator[None]:
+    """Has the process use one instruction set on the CPU, within a ``with`` block.
+
+    It holds for all threads, from the next operator that each of them calls, and takes precedence
+    over ``CONVNN_CPU_ISA``. Blocks may be nested, but not overlap between threads: the last one to
+    be left decides what is used then.
+
+    Args:
+        name: one of `usable_cpu_instruction_sets`, or None for what is used outside all blocks.
+
+    Raises:
+        ValueError: if it cannot run on this machine.
+
+    Example:
+        >>> import torch
+        >>> from convnn_kernels import native
+        >>> from convnn_kernels.functional import convnn
+        >>> x = torch.randn(2, 64, 16)
+        >>> with native.use_cpu_instruction_set("portable"):
+        ...     y = convnn(x, x, x, k=9)
+    """
+    use = _cpu_library().convnn_cpu_use_instruction_set
+    before = ctypes.c_char_p()
+    if not use(None if name is None else name.encode(), ctypes.byref(before)):
+        can = ", ".join(usable_cpu_instruction_sets())
+        raise ValueError(
+            f"name must be one of the instruction sets that run here ({can}), got {name!r}"
+        )
+    try:
+        yield
+    finally:
+        use(before.value, ctypes.byref(ctypes.c_char_p()))
 
 
 @functools.cache
-def _instruction_set_question() -> Callable[[], bytes | None]:
-    """The function of the CPU library that answers; cached, so that the library is opened once."""
-    ask = ctypes.CDLL(str(library("cpu"))).convnn_cpu_instruction_set
-    ask.restype = ctypes.c_char_p
-    return ask
+def _cpu_library() -> ctypes.CDLL:
+    """The CPU library, for its functions that are not operators; cached, so it is opened once."""
+    opened = ctypes.CDLL(str(library("cpu")))
+    opened.convnn_cpu_instruction_set.restype = ctypes.c_char_p
+    opened.convnn_cpu_usable_instruction_sets.restype = ctypes.c_char_p
+    opened.convnn_cpu_use_instruction_set.restype = ctypes.c_bool
+    opened.convnn_cpu_can_choose.restype = ctypes.c_bool
+    opened.convnn_cpu_describe_choice.restype = ctypes.c_char_p
+    return opened
 
 
 def _load_cuda() -> str:

@@ -26,6 +26,8 @@ _gpu_tests_not_run: collections.Counter[str] = collections.Counter()
 
 def pytest_configure() -> None:
     _fill_new_memory()
+    # Tests neither read nor write the user's cache.
+    os.environ["CONVNN_CACHE"] = "0"
     if os.environ.get("TRITON_INTERPRET") == "1":
         _speed_up_interpreter()
 

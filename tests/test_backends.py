@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import logging
 import subprocess
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -266,14 +267,15 @@ def test_the_cpu_library_is_opened_once(fake: Fake, monkeypatch: pytest.MonkeyPa
     opened = []
     real = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda *args: opened.append(args) or real(*args))
-    native._instruction_set_question.cache_clear()
+    native._cpu_library.cache_clear()
     answers = [native.cpu_instruction_set()]
     for dtype in (torch.float32, torch.float16, torch.float64):
         run(x.to(dtype), x.to(dtype), 2)
         answers.append(native.cpu_instruction_set())
     assert len(opened) == 1
     assert len(set(answers)) == 1
-    monkeypatch.setattr(native, "_instruction_set_question", lambda: lambda: None)
+    impossible = types.SimpleNamespace(convnn_cpu_instruction_set=lambda: None)
+    monkeypatch.setattr(native, "_cpu_library", lambda: impossible)
     assert native.cpu_instruction_set() == ""
 
 

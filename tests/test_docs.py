@@ -150,6 +150,7 @@ PUBLIC = (convnn_kernels, convnn_kernels.functional, convnn_kernels.nn)
 SUBMODULES = [module.name for module in pkgutil.iter_modules(convnn_kernels.nn.__path__)]
 MODULES = [
     *(convnn_kernels, convnn_kernels.functional, convnn_kernels.backends.selection),
+    convnn_kernels.native,
     *(importlib.import_module(f"convnn_kernels.nn.{name}") for name in SUBMODULES),
 ]
 EXAMPLES = {

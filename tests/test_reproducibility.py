@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Bitwise equal results: for every thread count, alone or in a batch, in every process."""
+"""Bitwise equal results: for every number of threads, alone or in a batch, in every process, and
+for every instruction set with fused multiply-adds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
+from cases import Case, make_case
 from inputs import each_dtype, each_metric, each_weight, make_weight, randn
+from instruction_sets import INSTRUCTION_SETS
 from torch import Tensor
 
-import convnn_kernels  # noqa: F401
+from convnn_kernels import native
 
 ops = torch.ops.convnn
 
@@ -36,7 +40,7 @@ def backward(inputs: list[Tensor | None], metric: str) -> tuple[Tensor, ...]:
     return torch.autograd.grad((Y, s), [X for X in leaves if X is not None], grads)
 
 
-def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: object) -> None:
+def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], what: object) -> None:
     for i, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(one, other), f"result {i} differs: {what}"
 
@@ -201,3 +205,57 @@ def test_another_process_gives_the_same_bits(
     pytest.importorskip("numpy")
     first, second = (run_python(DIGEST, CONVNN_CPU_ISA=instruction_set) for _ in range(2))
     assert first == second
+
+
+# Those with fused multiply-adds; how fast each is decides which of them a process uses.
+FUSED = [name for name in INSTRUCTION_SETS if name != "portable"]
+needs_two_sets = pytest.mark.skipif(len(FUSED) < 2, reason="nothing to compare")
+
+
+def results_of(run: Callable[[], Sequence[Tensor]], name: str) -> list[Tensor]:
+    """The bits of what ``run`` returns with one instruction set."""
+    with native.use_cpu_instruction_set(name):
+        return [X.detach().contiguous().view(torch.uint8) for X in run() if X.numel()]
+
+
+def forward_and_gradients(case: Case) -> list[Tensor]:
+    arguments = case.arguments()
+    leaves = {
+        name: X.detach().requires_grad_()
+        for name, X in arguments.items()
+        if isinstance(X, Tensor) and X.is_floating_point()
+    }
+    Y, s, I = ops.forward(**{**arguments, **leaves})
+    generator = torch.Generator().manual_seed(case.seed)
+    grads = [torch.randn(X.shape, generator=generator).to(X.dtype) for X in (Y, s)]
+    found = torch.autograd.grad((Y, s), list(leaves.values()), grads, allow_unused=True)
+    return [Y, s, I, *(grad for grad in found if grad is not None)]
+
+
+# The first five have sums that were divided, or rounded, by instruction set.
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param((26, 374, 502, 890, 1195, *range(5000, 5060)), id="some"),
+        pytest.param(range(5060, 5600), id="many", marks=pytest.mark.slow),
+    ],
+)
+@needs_two_sets
+def test_random_cases_for_every_instruction_set(seeds: Sequence[int]) -> None:
+    for case in map(make_case, seeds):
+        expected, *others = (results_of(partial(forward_and_gradients, case), n) for n in FUSED)
+        for found in others:
+            assert_same(found, expected, case.id)
+
+
+@each_metric
+@each_dtype
+@needs_two_sets
+def test_many_columns_for_every_instruction_set(metric: str, dtype: torch.dtype) -> None:
+    """Enough to select in chunks, and from a screen."""
+    query, key = randn(1, 230, 61, dtype=dtype), randn(1, 1500, 61, dtype=dtype)
+    key[:, 700:800] = key[:, :100]
+    select = partial(ops.select, query, key, K, metric=metric)
+    expected, *others = (results_of(select, name) for name in FUSED)
+    for found in others:
+        assert_same(found, expected, metric)

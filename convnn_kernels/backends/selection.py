@@ -74,7 +74,7 @@ def available() -> dict[str, str | None]:
 
 def _why_not_cpu() -> str | None:
     # Without the library, importing the package fails.
-    if native.cpu_instruction_set():
+    if native.cpu_can_run():
         return None
     return "CONVNN_CPU_ISA names an instruction set that cannot run here"
 

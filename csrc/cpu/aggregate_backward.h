@@ -35,6 +35,7 @@ constexpr int64_t kWeightTasks = 32;      // rows are divided into about this ma
 constexpr int64_t kPairElements = 1 << 15;
 constexpr int64_t kPairsOfSlot = 32;
 constexpr int64_t kMostPairElements = 1 << 20;
+constexpr int64_t kPairChannels = 64;  // channels are padded to at most a multiple of this
 constexpr int64_t kMostWeightElements = 1 << 20;  // of all parts of grad_weight, if several
 
 template <class T>
@@ -76,11 +77,13 @@ class AggregateBackward {
     }
   };
 
+  static_assert(kPairChannels % kPanel == 0);
   static int64_t padded_channels(const AggregateParams& p) {
     return ceil_div(p.c, kPanel) * kPanel;
   }
+  // The same for all instruction sets: sums are divided where tasks are.
   static int64_t pairs_per_task(const AggregateParams& p) {
-    const int64_t width = max_of(1, padded_channels(p));
+    const int64_t width = max_of(1, ceil_div(p.c, kPairChannels) * kPairChannels);
     const int64_t pairs =
         min_of(max_of(kPairElements / width, kPairsOfSlot * p.k), kMostPairElements / width);
     return max_of(1, min_of(pairs, p.n * p.k));

@@ -1,12 +1,20 @@
 // SPDX-License-Identifier: MIT
 #include "instruction_sets.h"
 
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
+#include "choice.h"
 #include "operators.h"
+#include "remembered.h"
+#include "timing.h"
 
 namespace convnn::cpu {
 namespace {
@@ -31,7 +39,7 @@ bool has_avx512() {
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
-// Best first.
+// Preferred first, where several are equally fast.
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(CONVNN_WITH_AVX512VNNI)
     {"avx512vnni", has_vnni, avx512vnni::kernels},
@@ -45,26 +53,136 @@ constexpr InstructionSet kInstructionSets[] = {
     {"portable", [] { return true; }, portable::kernels},
 };
 
-const Kernels& choose_kernels() {
-  const char* requested = std::getenv("CONVNN_CPU_ISA");
-  const bool any = !requested || !*requested;
+// The instruction set of this name if it runs here, or null.
+const InstructionSet* find(const char* name) {
   for (const InstructionSet& set : kInstructionSets) {
-    if ((any || std::strcmp(requested, set.name) == 0) && set.runs_here()) return set.kernels();
+    if (std::strcmp(name, set.name) == 0) return set.runs_here() ? &set : nullptr;
   }
-  std::string names;
-  for (const InstructionSet& set : kInstructionSets) {
-    if (set.runs_here()) names += (names.empty() ? "" : ", ") + std::string(set.name);
-  }
-  throw std::runtime_error("CONVNN_CPU_ISA must be one of the instruction sets that run here (" +
-                           names + "), got " + requested);
+  return nullptr;
 }
+
+const char* requested_set() {
+  const char* name = std::getenv("CONVNN_CPU_ISA");
+  return name && *name ? name : nullptr;
+}
+
+std::string list(const std::vector<std::string>& words, const char* between) {
+  std::string text;
+  for (const std::string& word : words) text += (text.empty() ? "" : between) + word;
+  return text;
+}
+
+struct Choice {
+  Kernels kernels;
+  std::string description;
+};
+
+Choice choose_requested(const char* name) {
+  if (const InstructionSet* set = find(name)) return {set->kernels(), "source requested\n"};
+  throw std::runtime_error("CONVNN_CPU_ISA must be one of the instruction sets that run here (" +
+                           list(usable_instruction_sets(), ", ") + "), got " + name);
+}
+
+// The times of these sets: remembered, or else measured and remembered. Describes which.
+Times times_of(const std::vector<const Kernels*>& sets, std::string& description) {
+  Times times;
+  for (const Kernels* set : sets) times.sets.push_back(set->instruction_set);
+  const std::string key = processor_model() + "; " CONVNN_BUILD "; " + list(times.sets, " ");
+  const std::string file = remembered_file(key);
+  if (!file.empty() && from_text(read_file(file), key, times)) {
+    description = "source remembered\nfile " + file + "\n";
+    return times;
+  }
+  const Measurement measured = measure(sets);
+  description = "source measured\nmilliseconds " + std::to_string(measured.milliseconds) + "\n";
+  if (!file.empty()) {
+    const bool kept = measured.is_steady && write_file(file, to_text(key, measured.times));
+    description += (kept ? "file " : "file! ") + file + "\n";
+  }
+  return measured.times;
+}
+
+// Of each timed kernel the fastest set; the others follow float32. Never `portable`, whose results
+// differ, where another set runs.
+Choice choose_by_speed() {
+  std::vector<const Kernels*> sets;
+  for (const std::string& name : usable_instruction_sets()) {
+    if (sets.empty() || name != "portable") sets.push_back(&find(name.c_str())->kernels());
+  }
+  if (sets.size() == 1) return {*sets[0], "source only\n"};
+  try {
+    Choice choice;
+    const Times times = times_of(sets, choice.description);
+    choice.kernels = *sets[fastest(times.picoseconds[0])];
+    for (int i = 0; i < kTimed; ++i) {
+      const int dtype = int(kTimedDTypes[i]);
+      choice.kernels.select[dtype] = sets[fastest(times.picoseconds[i])]->select[dtype];
+      const auto is_chosen = [&](const Kernels* set) {
+        return set->select[dtype].rows == choice.kernels.select[dtype].rows;
+      };
+      choice.description += std::string(kTimedNames[i]) + " " +
+                            (*std::find_if(sets.begin(), sets.end(), is_chosen))->instruction_set +
+                            times_text(times, i) + "\n";
+    }
+    return choice;
+  } catch (const std::exception&) {
+    return {*sets[0], "source default\n"};
+  }
+}
+
+// What choice() made, once it has. Other threads wait for it, and so does a fork: in the new
+// process, nobody would release the mutex.
+std::atomic<const Choice*> chosen{nullptr};
+std::mutex choosing;
+[[maybe_unused]] const int fork_waits =
+    pthread_atfork([] { choosing.lock(); }, [] { choosing.unlock(); }, [] { choosing.unlock(); });
+
+const Choice& choice() {
+  if (const Choice* made = chosen.load()) return *made;
+  const std::lock_guard<std::mutex> lock(choosing);
+  if (!chosen.load()) {
+    const char* const requested = requested_set();
+    static const Choice made = requested ? choose_requested(requested) : choose_by_speed();
+    chosen.store(&made);
+  }
+  return *chosen.load();
+}
+
+// What use_instruction_set() named, or null.
+std::atomic<const Kernels*> forced{nullptr};
 
 }  // namespace
 
-const Kernels& kernels() {
-  static const Kernels& chosen = choose_kernels();
-  return chosen;
+const std::vector<std::string>& usable_instruction_sets() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> found;
+    for (const InstructionSet& set : kInstructionSets) {
+      if (set.runs_here()) found.push_back(set.name);
+    }
+    return found;
+  }();
+  return names;
 }
+
+bool use_instruction_set(const char* name, const char** before) {
+  const InstructionSet* const set = name ? find(name) : nullptr;
+  if (name && !set) return false;
+  const Kernels* const replaced = forced.exchange(set ? &set->kernels() : nullptr);
+  *before = replaced ? replaced->instruction_set : nullptr;
+  return true;
+}
+
+const Kernels& kernels() {
+  if (const Kernels* named = forced.load()) return *named;
+  return choice().kernels;
+}
+
+bool can_choose() {
+  const char* const requested = requested_set();
+  return forced.load() || chosen.load() || !requested || find(requested);
+}
+
+const std::string& describe_choice() { return choice().description; }
 
 const char* instruction_set() { return kernels().instruction_set; }
 

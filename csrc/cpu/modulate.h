@@ -8,6 +8,16 @@
 
 namespace convnn::CONVNN_ISA {
 
+// a b + c, rounded once if the processor can. A compiler that vectorizes such a sum as written may
+// round it once for one instruction set and twice for another.
+inline double multiply_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline double similarity_at(const AggregateParams& p, int64_t entry) {
   return p.similarity_dtype == DType::float64 ? static_cast<const double*>(p.similarities)[entry]
                                               : static_cast<const float*>(p.similarities)[entry];
@@ -35,7 +45,7 @@ inline void modulate(const AggregateParams& p, int64_t first, double* rho) {
   double sum = 0;
   for (int64_t j = 0; j < p.k; ++j) {
     const double s = similarity_at(p, first + j);
-    rho[j] = is_missing(s) ? 0 : std::exp(p.scale * s - largest);
+    rho[j] = is_missing(s) ? 0 : std::exp(multiply_add(p.scale, s, -largest));
     sum += rho[j];
   }
   for (int64_t j = 0; j < p.k; ++j) {
@@ -50,7 +60,7 @@ inline void modulate_backward(const AggregateBackwardParams& p, int64_t first, c
   double mean = 0;  // softmax: sum over j of rho_j grad_rho_j
   if (f.rho == Rho::softmax) {
     for (int64_t j = 0; j < f.k; ++j) {
-      if (!is_missing(similarity_at(f, first + j))) mean += rho[j] * grad_rho[j];
+      if (!is_missing(similarity_at(f, first + j))) mean = multiply_add(rho[j], grad_rho[j], mean);
     }
   }
   for (int64_t j = 0; j < f.k; ++j) {
