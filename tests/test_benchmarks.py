@@ -126,7 +126,8 @@ WRONG = {
         _with_outputs(lambda y: (y + (y - y.detach()),)),
         TRAINING[1:],
     ),
-    "dot": ("select-dot", _with_outputs(lambda s, i: (s * 1.0001, i)), TRAINING),
+    # Within the bound of any sum, but less accurate than eager PyTorch.
+    "dot": ("select-dot", _with_outputs(lambda s, i: (s * (1 + 6e-7), i)), TRAINING),
     "dot-order": ("select-dot", _with_outputs(lambda s, i: (s, i.flip(-1))), TRAINING),
     "dot-neighbor": ("select-dot", _with_outputs(_another_of_select), TRAINING),
     "dot-eager": ("eager-dot", _with_outputs(_another_of_select), TRAINING),
