@@ -75,9 +75,9 @@ gpu:
 	  TORCH_CUDA_ARCH_LIST=$$arch $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu $(if $(STAGES),--only $(STAGES)) $(if $(OUTPUT),--output $(OUTPUT))
 
-# What convnn_kernels, PyTorch, oneDNN, MKL, FAISS (of newer and older versions) and its OpenBLAS read.
+# What convnn_kernels, PyTorch, oneDNN, MKL, and FAISS of newer and older versions read.
 as_avx2 := CONVNN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-  MKL_ENABLE_INSTRUCTIONS=AVX2 FAISS_SIMD_LEVEL=AVX2 FAISS_OPT_LEVEL=AVX2 OPENBLAS_CORETYPE=Haswell
+  MKL_ENABLE_INSTRUCTIONS=AVX2 FAISS_SIMD_LEVEL=AVX2 FAISS_OPT_LEVEL=AVX2
 bench: $(VENV)/.bench $(VENV)/.faiss
 	$(if $(ISA),$(or $(as_$(ISA)),$(error ISA must be avx2, not $(ISA)))) $(python) -m benchmarks
 

@@ -24,10 +24,10 @@ _CPU_FEATURES = (
     *("amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "sve2", "bf16"),
 )
 # Variables that keep these libraries from using the widest instructions of the processor:
-# convnn_kernels, PyTorch, oneDNN, MKL, FAISS and its OpenBLAS.
+# convnn_kernels, PyTorch, oneDNN, MKL, and FAISS of newer and older versions.
 _FORCING = (
     *("CONVNN_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"),
-    *("FAISS_SIMD_LEVEL", "FAISS_OPT_LEVEL", "OPENBLAS_CORETYPE"),
+    *("FAISS_SIMD_LEVEL", "FAISS_OPT_LEVEL"),
 )
 _PACKAGES = ("torch", "triton", "numpy", "scikit-image", "faiss-cpu", "pykeops", "flashlib")
 

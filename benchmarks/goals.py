@@ -105,7 +105,7 @@ def _find(rows: Sequence[Row], peer: str, passes: str) -> tuple[Row | None, str 
     """The row of the peer, or why there are no times of it."""
     found = [row for row in rows if row["peer"] == peer and row["pass"] == passes]
     if not found:
-        return None, f"{PEERS[peer].label}, {passes}: not in this run"
+        return None, "not in this run"
     row = found[0]
     if row["seconds"]:
         return row, None

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from benchmarks.__main__ import main
 from benchmarks.call_checks import CallChecks
 from benchmarks.devices import DEVICES, Cpu
 from benchmarks.memory import MemoryNotMeasured, peak_bytes
-from benchmarks.peers import PEERS, TRAINING, run_pass
+from benchmarks.peers import PEERS, TRAINING, run_pass, search
 from benchmarks.runner import Case, Group
 from benchmarks.suites import MODELS, SUITES
 from benchmarks.workloads import (
@@ -287,6 +288,27 @@ def test_missing_peer_is_skipped_by_name(monkeypatch, capsys, tmp_path):
     assert (faiss["status"], select["status"]) == ("skipped", "measured")
     assert "pip install faiss-cpu" in faiss["reason"]
     assert "FAISS, exact inner product, forward: skipped: faiss is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("capability", "core"), [("AVX512", "SkylakeX"), ("AVX2", "Haswell"), ("DEFAULT", "Zen")]
+)
+def test_faiss_is_loaded_with_the_fastest_kernels(capability, core, monkeypatch):
+    """Whatever the environment says, which is as before afterwards."""
+    cores = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(
+        search, "_module", lambda *names: cores.append(os.environ["OPENBLAS_CORETYPE"])
+    )
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
+    search._import_faiss()
+    assert cores == [core]
+    assert os.environ["OPENBLAS_CORETYPE"] == "Zen"
+    monkeypatch.delenv("OPENBLAS_CORETYPE")
+    if core != "Zen":
+        search._import_faiss()
+        assert cores == [core, core]
+        assert "OPENBLAS_CORETYPE" not in os.environ
 
 
 def test_peer_that_needs_too_much_memory_is_skipped():
