@@ -88,7 +88,7 @@ def _few(workload: Workload) -> Group:
 
 
 def _decoding() -> Group:
-    peers = ("convnn-dot", "convnn-dot-avx2", "sdpa")
+    peers = ("convnn-dot", "convnn-dot-avx2", "sdpa", "sdpa-math")
     return Group(f"decoding {DECODING.shape}", _cases(DECODING, peers, _FORWARD), Effort(4))
 
 
