@@ -18,7 +18,7 @@ def _on_avx2(build: Build) -> Build:
         if inputs.query.device.type != "cpu":
             raise Unavailable("AVX2 is an instruction set of CPUs")
         default = native.cpu_instruction_set()
-        if not default.startswith(("avx512", "amx")):
+        if not default.startswith("avx512"):
             raise Unavailable(f"the kernels that run by default are for {default}, not AVX-512")
         block = partial(native.use_cpu_instruction_set, "avx2")
         try:
