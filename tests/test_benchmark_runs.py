@@ -224,6 +224,17 @@ def test_ratios_are_taken_within_rounds():
     assert lines[1][header.index("÷ SDPA")] == ""
 
 
+def test_avx2_is_divided_by_the_default_instruction_set():
+    for group in (group for group in GROUPS if any("avx2" in c.peer for c in group.cases)):
+        rows = synthetic_result([group])["rows"]
+        for row in (row for row in rows if row["peer"].endswith("-avx2")):
+            other = ratios.references(row, rows)["÷ AVX-512"]
+            assert other["peer"] == row["peer"].removesuffix("-avx2")
+            assert (other["pass"], other["workload"]) == (row["pass"], row["workload"])
+        others = [row for row in rows if not row["peer"].endswith("-avx2")]
+        assert not any("÷ AVX-512" in ratios.references(row, rows) for row in others)
+
+
 def test_rows_of_the_gpu_suite_have_their_references():
     rows = synthetic_result(SUITES["gpu"].groups("cuda"))["rows"]
 
