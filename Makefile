@@ -3,7 +3,8 @@
 #
 #   make test       run the quick tests
 #   make test-all   run the slow tests too
-#   make bench      measure on this CPU: tables, a JSON file and plots
+#   make bench      measure on this CPU: tables, goals, a JSON file and plots; with ISA=avx2 as on a
+#                   processor without AVX-512
 #   make lint       check formatting, lint and types
 #   make aot        compile the Triton kernels for each architecture, without a GPU
 #   make gpu-kit    build what a GPU machine without a network needs, with its version of Python
@@ -74,8 +75,16 @@ gpu:
 	  TORCH_CUDA_ARCH_LIST=$$arch $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu $(if $(STAGES),--only $(STAGES)) $(if $(OUTPUT),--output $(OUTPUT))
 
-bench: $(VENV)/.bench
-	$(python) -m benchmarks
+# What convnn_kernels, PyTorch, oneDNN, MKL, and FAISS of newer and older versions read.
+as_avx2 := CONVNN_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+  MKL_ENABLE_INSTRUCTIONS=AVX2 FAISS_SIMD_LEVEL=AVX2 FAISS_OPT_LEVEL=AVX2
+bench: $(VENV)/.bench $(VENV)/.faiss
+	$(if $(ISA),$(or $(as_$(ISA)),$(error ISA must be avx2, not $(ISA)))) $(python) -m benchmarks
+
+# Where there is no wheel, the benchmark leaves out what is compared with FAISS.
+$(VENV)/.faiss: $(VENV)/.bench constraints.txt
+	-$(python) -m pip install --only-binary :all: faiss-cpu
+	touch $@
 
 lint: $(VENV)/.dev
 	$(python) -m ruff check .

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import runner
 from benchmarks.devices import DEVICES
-from benchmarks.peers import PEERS, gradient_mode, run_pass
+from benchmarks.peers import PEERS, around, run_pass
 from benchmarks.workloads import Workload
 
 _OPERATORS = ("select", "aggregate", "convnn-all", "convnn-random")
@@ -33,5 +33,5 @@ def test_operator(case: runner.Case, benchmark: Any) -> None:
     device.prepare(device.default_threads())
     ready = runner.prepare("operators", case, device)
     assert isinstance(ready, runner.Ready), ready["reason"]
-    with gradient_mode(ready.passes):
+    with around(ready.call, ready.passes):
         benchmark(run_pass, ready.call, ready.passes)

@@ -23,11 +23,18 @@ _CPU_FEATURES = (
     *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "avx512_fp16"),
     *("amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "sve2", "bf16"),
 )
+# Variables that keep these libraries from using the widest instructions of the processor:
+# convnn_kernels, PyTorch, oneDNN, MKL, and FAISS of newer and older versions.
+_FORCING = (
+    *("CONVNN_CPU_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"),
+    *("FAISS_SIMD_LEVEL", "FAISS_OPT_LEVEL"),
+)
 _PACKAGES = ("torch", "triton", "numpy", "scikit-image", "faiss-cpu", "pykeops", "flashlib")
 
 
 def _cpu() -> dict[str, Any]:
     model, flags = platform.processor() or platform.machine(), set()
+    numbers: dict[str, str] = {}
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -36,6 +43,8 @@ def _cpu() -> dict[str, Any]:
         name, _, value = (part.strip() for part in line.partition(":"))
         if name == "model name":
             model = value
+        elif name in ("cpu family", "model"):
+            numbers[name.removeprefix("cpu ")] = value
         elif name in ("flags", "Features"):
             flags.update(value.split())
     cores, memory = None, None
@@ -45,13 +54,26 @@ def _cpu() -> dict[str, Any]:
         cores, memory = psutil.cpu_count(logical=False), psutil.virtual_memory().total
     return {
         "model": model,
+        # Tells generations apart where a virtual machine hides the name.
+        "family": ", ".join(f"{name} {value}" for name, value in numbers.items()),
         "architecture": platform.machine(),
         "cores": cores or os.cpu_count(),
         "logical_cores": os.cpu_count(),
         "memory_bytes": memory,
         "pytorch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "convnn_instruction_set": _our_instruction_set(),
         "features": [feature for feature in _CPU_FEATURES if feature in flags],
     }
+
+
+def _our_instruction_set() -> str | None:
+    """The default of the CPU kernels; None without the CPU library."""
+    try:
+        from convnn_kernels import native
+
+        return native.cpu_instruction_set() or None
+    except (ImportError, OSError):
+        return None
 
 
 def _git(*arguments: str) -> str | None:
@@ -96,6 +118,7 @@ def make_stamp(device: str, threads: int, gpu: dict[str, Any] | None = None) -> 
         "device": device,
         "threads": threads,
         "cpu": _cpu(),
+        "forced": {name: os.environ[name] for name in _FORCING if os.environ.get(name)},
         "gpu": gpu,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.release()}",

@@ -13,11 +13,11 @@ Markdown does not render:
     (this text is replaced)
     <!-- end -->
 
-A table is `machine` or the name of a group; `<!-- paper: run -->` and `<!-- paper: memory -->` are
-the tables of python -m benchmarks.paper. A figure that no run prints belongs between
-`<!-- by hand: how it was measured -->` and `<!-- end -->`; anywhere else a decimal number, a
-percentage, a factor, or a number with a unit of time, memory or rate is an error, except in code,
-after ≤ or ≥, and in versions.
+A table is `machine`, `goals` or the name of a group; `<!-- paper: run -->` and
+`<!-- paper: memory -->` are the tables of python -m benchmarks.paper. A figure that no run prints
+belongs between `<!-- by hand: how it was measured -->` and `<!-- end -->`; anywhere else a decimal
+number, a percentage, a factor, or a number with a unit of time, memory or rate is an error, except
+in code, after ≤ or ≥, and in versions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import ratios, report
+from . import goals, ratios, report
 from .environment import REPOSITORY, RESULTS
 
 DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md")
@@ -53,17 +53,29 @@ class WrongFigureError(ValueError):
     """A table or file that does not exist."""
 
 
+def _markdown(
+    header: list[str], lines: list[list[str]], notes: Sequence[str], left: int = 1
+) -> str:
+    """A table whose first `left` columns are aligned on the left, and a list of notes."""
+    rule = ["---"] * left + ["--:"] * (len(header) - left)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
+    listed = "".join(f"\n- {note}" for note in notes)
+    return f"\n{text}{listed}\n"
+
+
 def table(result: report.Result, what: str) -> str:
     if what == "machine":
         return f"Measured by `make bench`: {report.describe(result)}.\n"
+    if what == "goals":
+        if not result.get("goals"):
+            raise WrongFigureError("no goals")
+        header, lines = goals.table(result["goals"])
+        reasons = [f"not measured: {reason}" for reason in goals.notes(result["goals"])]
+        return f"\n{report.goals_heading(result)}\n{_markdown(header, lines, reasons, left=2)}"
     rows = ratios.groups(result["rows"]).get(what)
     if rows is None:
         raise WrongFigureError(f"no group {what!r}")
-    header, lines = report.table(rows, spread=False)
-    rule = ["---", *("--:" for _ in header[1:])]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))
-    notes = "".join(f"\n- {note}" for note in report.notes(rows))
-    return f"\n{text}{notes}\n"
+    return _markdown(*report.table(rows, spread=False), report.notes(rows))
 
 
 def paper_table(what: str) -> str:

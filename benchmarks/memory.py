@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .peers import PEERS, gradient_mode, run_pass
+from .peers import PEERS, around, gradient_mode, run_pass
 from .workloads import Workload, make_inputs
 
 _SECONDS_LIMIT = 600
@@ -73,6 +73,7 @@ def _measure(workload: Workload, peer_name: str, passes: str, threads: int) -> i
     with gradient_mode(passes):
         run_pass(peer.build(tiny, make_inputs(tiny, requires_grad=needs_gradient)), passes)
         call = peer.build(workload, make_inputs(workload, requires_grad=needs_gradient))
+    with around(call, passes):
         return rise(lambda: run_pass(call, passes))
 
 

@@ -29,7 +29,7 @@ _RATES = ("mm", "copy")
 # Titles of the columns in a table.
 TITLES = (
     *("÷ eager", "÷ original", "÷ SDPA", "÷ Conv2d", "÷ FAISS"),
-    *("÷ flashlib", "÷ matmul", "÷ bfloat16"),
+    *("÷ flashlib", "÷ matmul", "÷ bfloat16", "÷ AVX-512"),
 )
 
 
@@ -55,7 +55,7 @@ def ratio(row: Row, other: Row | None) -> Ratio | None:
     return float(median), float(p20), float(p80)
 
 
-def _fastest(row: Row, rows: Sequence[Row], names: Sequence[str], *same: str, **other: str) -> Any:
+def fastest(row: Row, rows: Sequence[Row], names: Sequence[str], *same: str, **other: str) -> Any:
     """The fastest of these peers in the same pass, on a workload that agrees in the fields `same`,
     or has the values `other`.
     """
@@ -92,17 +92,30 @@ def references(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
     """The rows of the group that `row` is divided by, by title."""
     tokens = ("batch", "tokens", "channels", "keys")
     found = {
-        title: _fastest(row, rows, names, *tokens, "dtype")
+        title: fastest(row, rows, names, *tokens, "dtype")
         for title, names in _others(row, rows).items()
     }
     peer = PEERS.get(row["peer"])
     if peer and peer.baseline not in (None, row["peer"]):
         title = "÷ original" if peer.computes == "model" else "÷ eager"
-        found[title] = _fastest(row, rows, [peer.baseline or ""], *tokens, "dtype", "source")
+        found[title] = fastest(row, rows, [peer.baseline or ""], *tokens, "dtype", "source")
+    same = (*tokens, "k", "source", "candidates", "outputs")
+    if row["peer"].endswith("-avx2"):
+        default = row["peer"].removesuffix("-avx2")
+        found["÷ AVX-512"] = fastest(row, rows, [default], *same, "dtype")
     if is_ours(row) and row["workload"]["dtype"] == "float32":
-        same = (*tokens, "k", "source", "candidates", "outputs")
-        found["÷ bfloat16"] = _fastest(row, rows, [row["peer"]], *same, dtype="bfloat16")
+        found["÷ bfloat16"] = fastest(row, rows, [row["peer"]], *same, dtype="bfloat16")
     return {title: found[title] for title in TITLES if found.get(title)}
+
+
+def share_of_rate(row: Row, rate: Row | None) -> float | None:
+    """Flops per second divided by those of torch.mm within each round; None if one of them was not
+    timed.
+    """
+    inverse = ratio(row, rate)
+    if inverse is None or rate is None:
+        return None
+    return float(row["flops"] / rate["flops"] / inverse[0])
 
 
 def bound(row: Row, rows: Sequence[Row]) -> float | None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import ratios
+from . import goals, ratios
 from .ratios import Row, groups
 from .workloads import Workload
 
@@ -31,6 +31,7 @@ FOOTNOTE = (
     "the same group, divided by the time; it exceeds 1 where a call is faster than torch.mm, whose "
     "product does not stay in the cache. "
     "MB: peak memory above the inputs, on a CPU the resident set of a separate process. "
+    "÷ AVX-512: the kernels for AVX2 divided by those for AVX-512 that run by default. "
     "With random or spatial candidates the token itself is always a neighbor."
 )
 
@@ -51,11 +52,14 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def write(result: Result, path: Path) -> None:
-    # One line per row: a list of samples is not worth forty.
-    rows = ",\n".join(json.dumps(row) for row in result["rows"])
-    others = {name: value for name, value in result.items() if name != "rows"}
-    head = json.dumps(others, indent=1).removesuffix("\n}")
-    replace_file(path, f'{head},\n "rows": [\n{rows}\n ]\n}}\n')
+    # One line per row and goal: a list of samples is not worth forty.
+    lists = {name: result[name] for name in ("goals", "rows") if name in result}
+    others = {name: value for name, value in result.items() if name not in lists}
+    parts = [json.dumps(others, indent=1).removesuffix("\n}")]
+    for name, each in lists.items():
+        lines = ",\n".join(json.dumps(line) for line in each)
+        parts.append(f' "{name}": [\n{lines}\n ]')
+    replace_file(path, ",\n".join(parts) + "\n}\n")
 
 
 def read(path: Path) -> Result:
@@ -214,15 +218,28 @@ def kernel_lines(rows: Iterable[Row], most: int) -> list[str]:
     ]
 
 
+def processor(result: Result) -> str:
+    """The processor, and which of its instructions were used."""
+    stamp = result["stamp"]
+    cpu = stamp["cpu"]
+    parts = [cpu["model"] + (f" ({cpu['family']})" if cpu.get("family") else "")]
+    parts += [f"{stamp['threads']} threads of {cpu['logical_cores']}"]
+    parts += [cpu["pytorch_instruction_set"]]
+    if ours := cpu.get("convnn_instruction_set"):
+        parts.append(f"convnn_kernels on {ours}")
+    if forced := stamp.get("forced"):
+        parts.append("forced by " + " ".join(f"{name}={forced[name]}" for name in forced))
+    return ", ".join(parts)
+
+
 def describe(result: Result) -> str:
     """Machine, versions and commit in one line."""
     stamp = result["stamp"]
-    cpu, versions = stamp["cpu"], stamp["versions"]
+    versions = stamp["versions"]
     commit = (stamp["commit"] or "no commit")[:12] + (" with changes" if stamp["dirty"] else "")
     gpu = "" if stamp.get("gpu") is None else f"{stamp['gpu']['name']}; "
     return (
-        f"{gpu}{cpu['model']}, {stamp['threads']} threads of {cpu['logical_cores']}, "
-        f"{cpu['pytorch_instruction_set']}; Python {versions['python']}, "
+        f"{gpu}{processor(result)}; Python {versions['python']}, "
         f"PyTorch {versions['torch']}, convnn_kernels {versions['convnn_kernels']} ({commit}); "
         f"{stamp['date'][:10]}"
     )
@@ -242,21 +259,40 @@ def caveats(result: Result) -> list[str]:
     return found
 
 
+def _aligned(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of text; the first `left` columns are aligned on the left."""
+    table = [header, *lines]
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    found = []
+    for line in table:
+        pairs = list(zip(line, widths, strict=True))
+        cells = [cell.ljust(width) for cell, width in pairs[:left]]
+        cells += [cell.rjust(width) for cell, width in pairs[left:]]
+        found.append("  ".join(cells).rstrip())
+    return found
+
+
+def goals_heading(result: Result) -> str:
+    return f"goals on {processor(result)}: {goals.summary(result['goals'])}"
+
+
+def _goals_block(result: Result) -> str:
+    """Every goal, what was measured, and whether it is met."""
+    lines = _aligned(*goals.table(result["goals"]), left=2)
+    reasons = [f"  not measured: {reason}" for reason in goals.notes(result["goals"])]
+    return "\n".join([goals_heading(result), *lines, *reasons])
+
+
 def terminal(result: Result) -> str:
-    """One table per group, then the ratios in short."""
+    """One table per group, the ratios in short, then the goals."""
     blocks = []
     for name, rows in groups(result["rows"]).items():
-        header, lines = table(rows, spread=True)
-        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-        block = [heading(name, rows)]
-        for line in (header, *lines):
-            cells = [line[0].ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-            block.append("  ".join(cells).rstrip())
+        block = [heading(name, rows), *_aligned(*table(rows, spread=True))]
         blocks.append("\n".join([*block, *(f"  {note}" for note in notes(rows))]))
     if short := summary(result["rows"]):
         blocks.append("\n".join(["in short, over the shapes above", *short]))
-    return "\n\n".join([describe(result), *blocks, FOOTNOTE, *caveats(result)])
+    last = [_goals_block(result)] if result.get("goals") else []
+    return "\n\n".join([describe(result), *blocks, FOOTNOTE, *caveats(result), *last])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from . import bounds, result_check
 from .devices import Cpu
 from .memory import MemoryNotMeasured
-from .peers import PEERS, Call, Peer, Unavailable, gradient_mode, run_pass
+from .peers import PEERS, Call, Peer, Unavailable, around, run_pass
 from .workloads import Workload, make_inputs
 
 Row = dict[str, Any]
@@ -80,13 +80,13 @@ class Ready:
         """Seconds of one pass, averaged over `repeats`."""
         if self.call.sample is not None:
             return self.call.sample()
-        with gradient_mode(self.passes):
+        with around(self.call, self.passes):
             return device.seconds(lambda: run_pass(self.call, self.passes), self.repeats)
 
     def cold_sample(self, device: Cpu) -> float | None:
         if self.call.sample is not None:
             return None
-        with gradient_mode(self.passes):
+        with around(self.call, self.passes):
             return device.cold_seconds(lambda: run_pass(self.call, self.passes))
 
 
@@ -231,7 +231,7 @@ def _time_kernels(cases: Sequence[Ready], backend: str, device: Cpu) -> None:
         if not PEERS[case.row["peer"]].exacting or case.row["status"] != "measured":
             continue
         try:
-            with gradient_mode(case.passes):
+            with around(case.call, case.passes):
                 found = device.kernels(partial(run_pass, case.call, case.passes))
         except Exception as error:
             _fail(case.row, error, device)

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from .peers import PEERS, TRAINING
 from .runner import Case, Effort, Group
 from .workloads import (
+    CPU_FEW,
     CPU_LAYERS,
     CPU_SEARCH,
+    DECODING,
     GPU_FLOAT32,
     GPU_LAYERS,
     GPU_SELECT,
@@ -48,17 +50,19 @@ def _layer(workload: Workload) -> Group:
     """Beside attention, exact search and eager PyTorch."""
     small = workload.batch * workload.tokens**2 <= 2**24
     peers = ["mm", "copy", "select", "faiss", "convnn-all", "sdpa"]
+    peers += ["select-avx2", "convnn-all-avx2"]
     # PyTorch does not always choose its faster kernel.
     peers += ["sdpa-math", "eager"] if small else []
     cases = _cases(workload, peers)
     cases += _cases(replace(workload, source="random"), ("select", "convnn-all"), _FORWARD)
-    effort = Effort(8 if small else 15, fewest_rounds=5 if small else 3)
+    effort = Effort(8 if small else 15, fewest_rounds=5)
     memory = MODELS if workload == CPU_LAYERS[1] else ()
     return Group(f"layer {workload.shape}", cases, effort, memory)
 
 
 def _beside_convolution(workload: Workload) -> Group:
-    cases = _cases(workload, ("conv2d", "aggregate-dense", "convnn-dense", "aggregate"))
+    peers = ("conv2d", "aggregate-dense", "aggregate-dense-avx2", "convnn-dense", "aggregate")
+    cases = _cases(workload, peers)
     for count in (32, 64):
         restricted = replace(workload, candidates=count)
         cases += _cases(restricted, ("convnn-random", "convnn-spatial"))
@@ -73,9 +77,19 @@ def _overhead() -> Group:
 
 
 def _bfloat16(workload: Workload) -> Group:
-    peers = ("mm", "select", "convnn-all", "sdpa")
+    peers = ("mm", "select", "convnn-all", "convnn-all-avx2", "sdpa")
     cases = _cases(replace(workload, dtype="bfloat16"), peers)
     return Group(f"bfloat16 {workload.shape}", cases, Effort(8))
+
+
+def _few(workload: Workload) -> Group:
+    peers = ("select-dot", "select-dot-avx2", "eager-dot")
+    return Group(f"few queries {workload.shape}", _cases(workload, peers), Effort(4))
+
+
+def _decoding() -> Group:
+    peers = ("convnn-dot", "convnn-dot-avx2", "sdpa", "sdpa-math")
+    return Group(f"decoding {DECODING.shape}", _cases(DECODING, peers, _FORWARD), Effort(4))
 
 
 def _against_n(tokens: int, effort: Effort) -> Group:
@@ -89,7 +103,9 @@ def cpu(device: str) -> list[Group]:
         *(_layer(w) for w in CPU_LAYERS),
         *(_beside_convolution(w) for w in CPU_LAYERS[1:3]),
         _overhead(),
-        *(_bfloat16(w) for w in CPU_LAYERS[2:4]),
+        *(_few(w) for w in CPU_FEW),
+        _decoding(),
+        *(_bfloat16(w) for w in CPU_LAYERS[1:]),
         *(_against_n(n, Effort(s)) for n, s in ((256, 3), (1024, 3), (4096, 5), (16384, 5))),
     ]
 

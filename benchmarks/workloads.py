@@ -50,6 +50,7 @@ class Workload:
     among the tokens themselves if that is None. A peer that restricts its search has `candidates`
     of them, a dense weight has `outputs` channels (`channels` if None). Random features have any
     number of tokens, photographs H^2, or H^2 + 1 with a class token: the mean of the others.
+    `heads` consecutive entries of the batch are the heads of one sequence, for peers with heads.
     """
 
     batch: int
@@ -61,14 +62,18 @@ class Workload:
     candidates: int = 64
     outputs: int | None = None
     dtype: str = "float32"
+    heads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch", "tokens", "channels", "k", "keys", "candidates", "outputs"):
+        numbers = ("batch", "tokens", "channels", "k", "keys", "candidates", "outputs", "heads")
+        for name in numbers:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if self.k > self.rows:
             raise ValueError(f"k must be at most the rows of key ({self.rows}), got {self.k}")
+        if self.batch % self.heads:
+            raise ValueError(f"batch must be a multiple of heads ({self.heads}), got {self.batch}")
         for name, allowed in (("source", SOURCES), ("dtype", DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -99,9 +104,10 @@ class Workload:
 
     @property
     def shape(self) -> str:
-        """(B, N, C, k), with the number of keys where it differs from N."""
+        """(B, N, C, k), with heads and the number of keys if there are any."""
+        batch = f"{self.batch // self.heads}×{self.heads}" if self.heads > 1 else self.batch
         keys = "" if self.keys is None else f" of {self.keys}"
-        return f"({self.batch}, {self.tokens}{keys}, {self.channels}, {self.k})"
+        return f"({batch}, {self.tokens}{keys}, {self.channels}, {self.k})"
 
     def __str__(self) -> str:
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
@@ -116,6 +122,14 @@ CPU_LAYERS = (
     Workload(1, 16384, 64, 16),
     Workload(1, 16384, 128, 64),
 )
+
+# Few queries among many keys, and one query of each head among the keys of its sequence.
+CPU_FEW = (
+    Workload(1, 1, 64, 10, "random", keys=200_000),
+    Workload(1, 32, 64, 10, "random", keys=200_000),
+    Workload(1, 1, 128, 10, "random", keys=1_000_000),
+)
+DECODING = Workload(4 * 32, 1, 64, 9, "random", keys=4096, heads=32)
 
 # The paper's models: ViT-Tiny on 224 x 224 images, and the input of each layer of VGG-11.
 VIT_TINY = Workload(256, 197, 192, 9)

@@ -21,7 +21,7 @@ pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip ins
 pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
 
 from benchmarks import __main__ as command
-from benchmarks import compare, devices, figures, gpu, ratios, report, runner
+from benchmarks import compare, devices, environment, figures, goals, gpu, ratios, report, runner
 from benchmarks.__main__ import main
 from benchmarks.environment import REPOSITORY, make_stamp
 from benchmarks.peers import PEERS
@@ -224,6 +224,17 @@ def test_ratios_are_taken_within_rounds():
     assert lines[1][header.index("÷ SDPA")] == ""
 
 
+def test_avx2_is_divided_by_the_default_instruction_set():
+    for group in (group for group in GROUPS if any("avx2" in c.peer for c in group.cases)):
+        rows = synthetic_result([group])["rows"]
+        for row in (row for row in rows if row["peer"].endswith("-avx2")):
+            other = ratios.references(row, rows)["÷ AVX-512"]
+            assert other["peer"] == row["peer"].removesuffix("-avx2")
+            assert (other["pass"], other["workload"]) == (row["pass"], row["workload"])
+        others = [row for row in rows if not row["peer"].endswith("-avx2")]
+        assert not any("÷ AVX-512" in ratios.references(row, rows) for row in others)
+
+
 def test_rows_of_the_gpu_suite_have_their_references():
     rows = synthetic_result(SUITES["gpu"].groups("cuda"))["rows"]
 
@@ -287,6 +298,163 @@ def test_bound_is_the_slower_of_flops_and_bytes():
     assert ratios.bound(select, rows) == pytest.approx(by_flops)
     copy["seconds"]["median"] *= 2 * by_flops / by_bytes
     assert ratios.bound(select, rows) == pytest.approx(2 * by_flops)
+
+
+# Goals.
+
+
+def outcome(outcomes, group, peer, passes, other):
+    what = (group, peer, passes, other)
+    (found,) = [
+        each
+        for each in outcomes
+        if (each["group"], each["peer"], each["passes"], each["other"]) == what
+    ]
+    return found
+
+
+LAYER = "layer (1, 4096, 64, 9)"
+SELECT_BESIDE_MM = LAYER, "select", "forward", "mm"
+FORWARD_BESIDE_SDPA = LAYER, "convnn-all", "forward", "sdpa"
+
+
+def exact_result(change=None):
+    """Every group of make bench; a case takes what `change` says, or a second."""
+
+    def seconds(case):
+        return change(case) if change and change(case) else 1.0
+
+    return synthetic_result(GROUPS, seconds, rounds=3, noise=0.0)
+
+
+def test_a_whole_run_measures_every_goal():
+    outcomes = goals.evaluate(exact_result()["rows"])
+    assert len(outcomes) == len(goals.GOALS)
+    assert {each["result"] for each in outcomes} <= {"met", "not met"}
+    for each in outcomes:
+        assert each["other"] == "mm" or each["measured"] == pytest.approx(1.0, rel=1e-4)
+    select = outcome(outcomes, *SELECT_BESIDE_MM)
+    assert select["measured"] == pytest.approx(4096**2 * 64 / 2048**3, rel=1e-4)
+    assert select["result"] == "not met"
+
+
+@pytest.mark.parametrize(("factor", "result"), [(0.999, "met"), (1.001, "not met")])
+def test_goals_are_met_up_to_their_bound(factor, result):
+    def seconds(case):
+        return factor * 0.4 if case.peer == "convnn-all" else None
+
+    def share(case):
+        return factor * 4096**2 * 64 / 2048**3 if case.peer == "select" else None
+
+    found = outcome(goals.evaluate(exact_result(seconds)["rows"]), *FORWARD_BESIDE_SDPA)
+    assert (found["bound"], found["result"]) == (0.4, result)
+    found = outcome(goals.evaluate(exact_result(share)["rows"]), *SELECT_BESIDE_MM)
+    assert (found["bound"], found["result"]) == (1.0, result)
+
+
+def test_goals_are_ratios_within_rounds_of_the_fastest_kernel_on_photographs():
+    def seconds(case):
+        if case.workload.source == "random":
+            return 100.0
+        return {"convnn-all": 0.2, "sdpa-math": 0.8}.get(case.peer)
+
+    result = exact_result(seconds)
+    found = outcome(goals.evaluate(result["rows"]), *FORWARD_BESIDE_SDPA)
+    assert found["measured"] == pytest.approx(0.25, rel=1e-4)
+    # The same as in the tables.
+    rows = [row for row in result["rows"] if row["group"] == LAYER]
+    (row,) = [
+        row
+        for row in rows
+        if (row["peer"], row["pass"], row["workload"]["source"])
+        == ("convnn-all", "forward", "photographs")
+    ]
+    other = ratios.references(row, rows)["÷ SDPA"]
+    assert found["measured"] == ratios.ratio(row, other)[0]
+
+
+def test_goals_that_were_not_measured_are_not_met():
+    rows = exact_result(lambda case: 0.01 if case.peer == "select" else None)["rows"]
+    rows = [row for row in rows if not row["group"].startswith("decoding")]
+    for row in rows:
+        if row["peer"] == "faiss":
+            row.update(status="skipped", reason="faiss is not installed", seconds=None)
+        if row["peer"] == "select-avx2":
+            row.update(status="refused", reason="a wrong neighbor", seconds=None)
+    outcomes = goals.evaluate(rows)
+    missing = [each for each in outcomes if each["measured"] is None]
+    assert {each["result"] for each in missing} == {"not measured"}
+    expected = {"faiss", "sdpa", "convnn-dot", "select"}
+    assert {each["other"] for each in missing} == expected
+    assert len(missing) == 5 + 5 + 2
+    reasons = goals.notes(outcomes)
+    assert any("faiss is not installed" in each for each in reasons)
+    assert any("a wrong neighbor" in each for each in reasons)
+    assert any("not in this run" in each for each in reasons)
+    counted = goals.summary(outcomes)
+    assert f"{len(missing)} not measured" in counted
+    assert int(counted.split()[0]) == sum(each["result"] == "met" for each in outcomes)
+
+
+def test_other_runs_have_no_goals():
+    assert goals.evaluate(synthetic_result(SUITES["quick"].groups("cpu"))["rows"]) == []
+    assert goals.evaluate(synthetic_result(SUITES["gpu"].groups("cuda"))["rows"]) == []
+
+
+def test_a_missed_goal_is_shown_and_no_error(tmp_path, monkeypatch, capsys):
+    group = "shape (1, 64, 16, 3) photographs"
+    planted = [
+        goals.Goal(group, "select", "forward", "sdpa", "≤", 0.0),
+        goals.Goal(group, "select", "forward", "sdpa", "≥", 0.0),
+        goals.Goal(group, "select", "forward", "faiss", "≤", 1.0),
+    ]
+    monkeypatch.setattr(goals, "GOALS", planted)
+    output = tmp_path / "run.json"
+    assert main([*TINY, "--output", str(output), "--no-plots"]) == 0
+    result = report.read(output)
+    assert [each["result"] for each in result["goals"]] == ["not met", "met", "not measured"]
+    assert len(result["rows"]) == 6
+    text = report.terminal(result)
+    assert text in capsys.readouterr().out
+    *_, heading, header, missed, met, other, reason = text.splitlines()
+    assert heading == f"goals on {report.processor(result)}: " + goals.summary(result["goals"])
+    assert result["stamp"]["cpu"]["model"] in heading
+    assert "1 of 3 goals met, 1 not met, 1 not measured" in heading
+    assert header.split()[:2] == ["row", "measured"]
+    assert missed.endswith(" not met")
+    assert met.endswith(" met")
+    assert not met.endswith(" not met")
+    assert other.endswith(" not measured")
+    assert reason == "  not measured: not in this run"
+
+
+def test_the_stamp_names_what_limits_the_instructions(monkeypatch):
+    from convnn_kernels import native
+
+    monkeypatch.setattr(native, "cpu_instruction_set", lambda: "avx2")
+    for name in environment._FORCING:
+        monkeypatch.delenv(name, raising=False)
+    result = {"stamp": make_stamp("cpu", 2)}
+    assert result["stamp"]["forced"] == {}
+    assert report.processor(result).endswith("convnn_kernels on avx2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    result = {"stamp": make_stamp("cpu", 2)}
+    assert report.processor(result).endswith(", forced by ONEDNN_MAX_CPU_ISA=AVX2")
+
+
+def test_make_bench_limits_every_library():
+    command = ["make", "-n", "-o", ".venv/.bench", "-o", ".venv/.faiss", "bench", "VENV=.venv"]
+    done = subprocess.run([*command, "ISA=avx2"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (line,) = [each for each in done.stdout.splitlines() if "-m benchmarks" in each]
+    assert {each.partition("=")[0] for each in line.split() if "=" in each} == {
+        *environment._FORCING
+    }
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert "avx2" not in done.stdout.lower()
+    done = subprocess.run([*command, "ISA=sse"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ISA must be avx2, not sse" in done.stderr
 
 
 # A faked GPU: its events count calls.
@@ -510,6 +678,23 @@ def test_wrong_figure_is_found(documented, change, problem):
     assert documented.read_text() != right
     found = figures.disagreements(documented, documented.parent)
     assert any(problem in each for each in found), found
+
+
+def test_goals_of_a_document(tmp_path):
+    text = "<!-- figures: run.json -->\n<!-- table: goals -->\nold\n<!-- end -->\n"
+    groups = [group for group in GROUPS if group.name == LAYER]
+    result = synthetic_result(groups)
+    report.write(result, tmp_path / "run.json")
+    with pytest.raises(figures.WrongFigureError, match="no goals"):
+        figures.rewrite(text, tmp_path)
+    result["goals"] = goals.evaluate(result["rows"])
+    report.write(result, tmp_path / "run.json")
+    assert report.read(tmp_path / "run.json") == json.loads(json.dumps(result))
+    written = figures.rewrite(text, tmp_path)
+    assert report.processor(result) in written
+    assert f"| {LAYER} | select, all candidates, forward, share of torch.mm | ≥ 1.00 |" in written
+    assert "- not measured: " in written
+    assert "old" not in written
 
 
 @pytest.mark.slow

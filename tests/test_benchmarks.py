@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The benchmarks at tiny sizes: a whole run, and wrong results, which must not be timed."""
 
+import contextlib
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -12,12 +14,12 @@ pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip ins
 pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
 
 from benchmarks import __main__ as command
-from benchmarks import bounds, report, runner
+from benchmarks import bounds, goals, report, runner
 from benchmarks.__main__ import main
 from benchmarks.call_checks import CallChecks
 from benchmarks.devices import DEVICES, Cpu
 from benchmarks.memory import MemoryNotMeasured, peak_bytes
-from benchmarks.peers import PEERS, TRAINING, run_pass
+from benchmarks.peers import PEERS, TRAINING, run_pass, search
 from benchmarks.runner import Case, Group
 from benchmarks.suites import MODELS, SUITES
 from benchmarks.workloads import (
@@ -109,6 +111,10 @@ def _another_neighbor(output, similarities, indices):
     return output, similarities, indices
 
 
+def _another_of_select(similarities, indices):
+    return _another_neighbor(None, similarities, indices)[1:]
+
+
 WRONG = {
     "output": ("convnn-all", _with_outputs(lambda y, s, i: (y * 1.0001, s, i)), TRAINING),
     "similarities": ("convnn-all", _with_outputs(lambda y, s, i: (y, s + 1e-5, i)), TRAINING),
@@ -119,6 +125,19 @@ WRONG = {
     "attention-gradient": (
         "sdpa",
         _with_outputs(lambda y: (y + (y - y.detach()),)),
+        TRAINING[1:],
+    ),
+    # Within the bound of any sum, but less accurate than eager PyTorch.
+    "dot": ("select-dot", _with_outputs(lambda s, i: (s * (1 + 6e-7), i)), TRAINING),
+    "dot-order": ("select-dot", _with_outputs(lambda s, i: (s, i.flip(-1))), TRAINING),
+    "dot-neighbor": ("select-dot", _with_outputs(_another_of_select), TRAINING),
+    "dot-eager": ("eager-dot", _with_outputs(_another_of_select), TRAINING),
+    "dot-values": ("eager-dot", _with_outputs(lambda s, i: (s * 1.01, i)), TRAINING),
+    "decoding": ("convnn-dot", _with_outputs(lambda y, s, i: (y * 1.0001, s, i)), TRAINING),
+    "decoding-neighbor": ("convnn-dot", _with_outputs(_another_neighbor), TRAINING),
+    "decoding-gradient": (
+        "convnn-dot",
+        _with_outputs(lambda y, s, i: (y + (y - y.detach()), s, i)),
         TRAINING[1:],
     ),
     "select": ("select", _with_outputs(lambda s, i: (s, i.flip(-1))), TRAINING),
@@ -154,6 +173,99 @@ def test_neighbors_of_half_precision_are_the_nearest_up_to_rounding(name, monkey
         assert status == expected, found
 
 
+def test_few_queries_and_decoding_are_checked():
+    """At small sizes: one query among keys, and one query of each head."""
+    for workload, peers in (
+        (Workload(1, 1, 16, 10, "random", keys=300), ("select-dot", "eager-dot")),
+        (Workload(6, 1, 16, 9, "random", keys=300, heads=3), ("convnn-dot", "sdpa")),
+    ):
+        for row in measure(peers, workload, TRAINING[:1]):
+            assert row["status"] == "measured", row["reason"]
+            assert "1 of 1 queries" in row["checked"]
+
+
+def test_heads_are_a_dimension():
+    workload = Workload(6, 5, 16, 3, "random", keys=40, heads=3)
+    assert workload.shape == "(2×3, 5 of 40, 16, 3)"
+    results = {}
+    for peer in ("convnn-dot", "sdpa"):
+        call = PEERS[peer].build(workload, make_inputs(workload, requires_grad=True))
+        results[peer] = run_pass(call, "forward+backward")
+        assert [list(each.shape) for each in results[peer]] == [
+            [2, 3, 5, 16],
+            [2, 3, 5, 16],
+            [2, 3, 40, 16],
+            [2, 3, 40, 16],
+        ]
+    # With all keys as neighbors it is attention.
+    everything = replace(workload, k=40)
+    call = PEERS["convnn-dot"].build(everything, make_inputs(everything))
+    torch.testing.assert_close(call.forward()[0], results["sdpa"][0])
+    with pytest.raises(ValueError, match="multiple of heads"):
+        replace(workload, heads=4)
+
+
+AVX2 = sorted(name for name in PEERS if name.endswith("-avx2"))
+
+
+@pytest.mark.parametrize("name", AVX2)
+def test_all_of_a_pass_runs_on_avx2(name, monkeypatch):
+    """The check, forward and backward of the peer, and nothing else."""
+    from convnn_kernels import native
+
+    used = []
+
+    @contextlib.contextmanager
+    def use(instruction_set):
+        used.append(instruction_set)
+        yield
+        used.append(None)
+
+    monkeypatch.setattr(native, "cpu_instruction_set", lambda: "avx512vnni")
+    monkeypatch.setattr(native, "use_cpu_instruction_set", use)
+    original = PEERS[name.removesuffix("-avx2")]
+    seen = {each: [] for each in (name, name.removesuffix("-avx2"))}
+
+    def record(peer):
+        def build(workload, inputs):
+            call = peer.build(workload, inputs)
+
+            def forward():
+                seen[peer_name].append(used[-1] if used else None)
+                first, *others = call.forward()
+                if first.requires_grad:
+                    first.register_hook(lambda _: seen[peer_name].append(used[-1]))
+                return first, *others
+
+            return replace(call, forward=forward)
+
+        peer_name = name if peer is not original else name.removesuffix("-avx2")
+        return replace(peer, build=build)
+
+    for each in seen:
+        monkeypatch.setitem(PEERS, each, record(PEERS[each]))
+    passes = [p for p in TRAINING if p in original.passes]
+    assert {row["status"] for row in measure(seen, passes=passes)} == {"measured"}
+    on_avx2, default = seen.values()
+    assert len(on_avx2) == len(default) > len(passes) * 3
+    assert set(on_avx2) == {"avx2"}
+    assert set(default) == {None}
+
+
+@pytest.mark.parametrize(("default", "reason"), [("avx2", "for avx2"), ("avx512", "not here")])
+def test_avx2_is_skipped_where_there_is_nothing_to_compare(default, reason, monkeypatch):
+    from convnn_kernels import native
+
+    def use(instruction_set):
+        raise ValueError("not here")
+
+    monkeypatch.setattr(native, "cpu_instruction_set", lambda: default)
+    monkeypatch.setattr(native, "use_cpu_instruction_set", use)
+    (row,) = measure(["select-avx2"], passes=TRAINING[:1])
+    assert row["status"] == "skipped"
+    assert reason in row["reason"]
+
+
 def test_refusal_ends_a_run_with_an_error(tmp_path, monkeypatch, capsys):
     peer = PEERS["sdpa"]
     _, make_wrong, _ = WRONG["attention"]
@@ -176,6 +288,27 @@ def test_missing_peer_is_skipped_by_name(monkeypatch, capsys, tmp_path):
     assert (faiss["status"], select["status"]) == ("skipped", "measured")
     assert "pip install faiss-cpu" in faiss["reason"]
     assert "FAISS, exact inner product, forward: skipped: faiss is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("capability", "core"), [("AVX512", "SkylakeX"), ("AVX2", "Haswell"), ("DEFAULT", "Zen")]
+)
+def test_faiss_is_loaded_with_the_fastest_kernels(capability, core, monkeypatch):
+    """Whatever the environment says, which is as before afterwards."""
+    cores = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(
+        search, "_module", lambda *names: cores.append(os.environ["OPENBLAS_CORETYPE"])
+    )
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
+    search._import_faiss()
+    assert cores == [core]
+    assert os.environ["OPENBLAS_CORETYPE"] == "Zen"
+    monkeypatch.delenv("OPENBLAS_CORETYPE")
+    if core != "Zen":
+        search._import_faiss()
+        assert cores == [core, core]
+        assert "OPENBLAS_CORETYPE" not in os.environ
 
 
 def test_peer_that_needs_too_much_memory_is_skipped():
@@ -291,6 +424,17 @@ def test_every_suite_names_peers_and_passes_that_exist():
             assert set(group.memory) <= PEERS.keys()
             for case in group.cases:
                 assert case.passes in PEERS[case.peer].passes
+
+
+def test_every_goal_is_of_a_row_of_make_bench():
+    """And of the first workload of its group, beside what it is divided by."""
+    groups = {group.name: group for group in SUITES["cpu"].groups("cpu")}
+    for goal in goals.GOALS:
+        cases = groups[goal.group].cases
+        for peer in (goal.peer, goal.other):
+            first = next(c for c in cases if (c.peer, c.passes) == (peer, goal.passes))
+            assert first.workload == cases[0].workload, goal
+    assert len({(g.group, g.peer, g.passes, g.other) for g in goals.GOALS}) == len(goals.GOALS)
 
 
 @pytest.mark.slow

@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
-from . import attention, convnn, convolution, host, models, rates, search
-from .base import PASSES, TRAINING, Call, Peer, Unavailable, gradient_mode, run_pass
+from . import (
+    attention,
+    convnn,
+    convolution,
+    dot,
+    host,
+    instruction_sets,
+    models,
+    rates,
+    search,
+)
+from .base import PASSES, TRAINING, Call, Peer, Unavailable, around, gradient_mode, run_pass
 
 PEERS: dict[str, Peer] = {
     **convnn.PEERS,
+    **dot.PEERS,
+    **instruction_sets.PEERS,
     **attention.PEERS,
     **convolution.PEERS,
     **search.PEERS,
@@ -23,6 +35,7 @@ __all__ = [
     "Call",
     "Peer",
     "Unavailable",
+    "around",
     "gradient_mode",
     "run_pass",
 ]

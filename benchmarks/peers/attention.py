@@ -14,25 +14,28 @@ from ..workloads import Inputs, Workload
 from .base import TRAINING, Build, Call, Peer, Unavailable, require_fast_product
 
 
-def _call(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Call:
-    def with_head(tensor: Tensor) -> Tensor:
-        """[B, 1, N, D]: a leaf, so that a call does not have to change the shape."""
-        return tensor.detach().unsqueeze(1).requires_grad_(tensor.requires_grad)
+def _call(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], workload: Workload, inputs: Inputs
+) -> Call:
+    def with_heads(tensor: Tensor) -> Tensor:
+        """[B / heads, heads, N, D]: a leaf, so that a call does not have to change the shape."""
+        split = tensor.detach().unflatten(0, (-1, workload.heads))
+        return split.requires_grad_(tensor.requires_grad)
 
-    query, key, value = (with_head(each) for each in (inputs.query, inputs.key, inputs.value))
+    query, key, value = (with_heads(each) for each in (inputs.query, inputs.key, inputs.value))
 
     def forward() -> tuple[Tensor, ...]:
         return (attend(query, key, value),)
 
     leaves = {"query": query, "key": key, "value": value}
-    return Call(forward, leaves, inputs.grad_output.unsqueeze(1))
+    return Call(forward, leaves, with_heads(inputs.grad_output))
 
 
 def _sdpa(workload: Workload, inputs: Inputs) -> Call:
     # Only its backward pass is slow then.
     if inputs.query.requires_grad:
         require_fast_product(inputs.query)
-    return _call(F.scaled_dot_product_attention, inputs)
+    return _call(F.scaled_dot_product_attention, workload, inputs)
 
 
 def _sdpa_kernel(kernel: SDPBackend) -> Build:
@@ -41,7 +44,7 @@ def _sdpa_kernel(kernel: SDPBackend) -> Build:
             return F.scaled_dot_product_attention(query, key, value)
 
     def build(workload: Workload, inputs: Inputs) -> Call:
-        call = _call(attend, inputs)
+        call = _call(attend, workload, inputs)
         on_cpu = inputs.query.device.type == "cpu"
         if on_cpu and kernel not in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
             raise Unavailable("PyTorch has no such kernel for the CPU")

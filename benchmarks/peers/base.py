@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +45,8 @@ class Call:
     indices: the neighbors [B, N, k], where they are an input.
     sample: returns the seconds of one pass; only for calls that are timed in a special way.
     exact: returns the output in float64, where there is no reference for it.
+    metric, scale: of the search and of the softmax.
+    block: passes run in such a block; entering it is not timed.
     """
 
     forward: Callable[[], tuple[Tensor, ...]]
@@ -54,6 +56,9 @@ class Call:
     indices: Tensor | None = None
     sample: Callable[[], float] | None = None
     exact: Callable[[], Tensor] | None = None
+    metric: str = "cosine"
+    scale: float = 1.0
+    block: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 Build = Callable[[Workload, Inputs], Call]
@@ -91,8 +96,15 @@ def gradient_mode(passes: str) -> AbstractContextManager[object]:
     return torch.no_grad() if passes == "forward" else torch.enable_grad()
 
 
+@contextmanager
+def around(call: Call, passes: str) -> Iterator[None]:
+    """What a pass runs in."""
+    with call.block(), gradient_mode(passes):
+        yield
+
+
 def run_pass(call: Call, passes: str) -> tuple[Tensor, ...]:
-    """Runs one pass, within its `gradient_mode`; gradients follow the output in a backward pass."""
+    """Runs one pass, within `around`; gradients follow the output in a backward pass."""
     if passes != "forward+backward":
         return call.forward()
     output = call.forward()[0]

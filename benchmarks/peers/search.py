@@ -9,6 +9,7 @@ building of an index.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,27 @@ def _matmul_topk(query: Tensor, key: Tensor, k: int) -> _Search:
     return lambda: tuple(torch.topk(query @ key.mT, k, dim=-1))
 
 
+# The core for which OpenBLAS has its fastest kernels with these instructions.
+_CORES = {"AVX512": "SkylakeX", "AVX2": "Haswell"}
+
+
+def _import_faiss() -> Any:
+    """FAISS at its best. The OpenBLAS of its wheels does not know newer processors, and takes the
+    kernels of old ones there unless it is told otherwise when it is loaded.
+    """
+    before = os.environ.get("OPENBLAS_CORETYPE")
+    if core := _CORES.get(torch.backends.cpu.get_cpu_capability()):
+        os.environ["OPENBLAS_CORETYPE"] = core
+    try:
+        return _module("faiss", "faiss-cpu")
+    finally:
+        os.environ.pop("OPENBLAS_CORETYPE", None)
+        if before is not None:
+            os.environ["OPENBLAS_CORETYPE"] = before
+
+
 def _faiss(query: Tensor, key: Tensor, k: int) -> _Search:
-    faiss = _module("faiss", "faiss-cpu")
+    faiss = _import_faiss()
     if query.device.type != "cpu" or query.dtype != torch.float32:
         raise Unavailable("FAISS on the CPU searches float32")
     faiss.omp_set_num_threads(torch.get_num_threads())
