@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: MIT
 // Selection from rows of S: the best k columns of a row, one chunk at a time.
 //
-// The columns of a chunk are divided into groups, one for each lane of a scan block of kScanVectors
-// vectors, and one pass over the row computes the maximum of every group. The k-th largest of these
-// maxima is a lower bound of the k-th similarity of the row, so only elements of groups that reach
-// it matter: on average little more than k of them. (A slightly lower bound works as well and is
-// found faster.) They are collected as ranks; as soon as there are k, only elements that precede
-// the k-th are. The buffer of ranks is reduced to the best k whenever it is full, and sorted at the
-// end.
+// 1. The columns of a chunk are divided into groups of four, those in the same lane of four
+//    adjacent vectors, and one pass over the row computes the maximum of every group.
+// 2. The k-th largest maximum of disjoint groups is a lower bound of the k-th similarity of the
+//    row. Merged groups, some 64, give a bound almost as high. It is found by counting, for each of
+//    some pivots, the groups that reach it: all rows take the same steps, without branches.
+// 3. Groups that reach the bound are listed by compressing lanes, and then those of their columns
+//    that do: on average little more than k.
+// 4. They are collected as ranks; as soon as there are k, only elements that precede the k-th are.
+//    The buffer of ranks is reduced to the best k whenever it is full, and sorted at the end. A few
+//    ranks are sorted by counting those that precede each (rank.h).
 //
 // From a row of screened similarities (screen.h), columns that its error cannot rule out are
 // collected with lower bounds of their similarities. Those that remain when exact similarities are
@@ -17,62 +20,15 @@
 #include <algorithm>
 
 #include "../params.h"
+#include "rank.h"
 #include "register_tile.h"
 
 namespace convnn::CONVNN_ISA {
 
-// A similarity and its column as one number, in the total order of neighbors:
-// similarity descending, NaN first, -0 equal to +0, then column ascending.
+constexpr int64_t kChunk = 1024;  // columns of S in memory at a time
+constexpr int64_t kGroup = 4;     // columns of a group
 template <class A>
-struct RankCode;
-template <>
-struct RankCode<float> {
-  using Bits = uint32_t;
-  using Code = uint64_t;
-};
-template <>
-struct RankCode<double> {
-  using Bits = uint64_t;
-  __extension__ typedef unsigned __int128 Code;
-};
-
-template <class A>
-class Rank {
-  using Bits = typename RankCode<A>::Bits;
-  using Code = typename RankCode<A>::Code;
-  static constexpr int kBits = 8 * sizeof(Bits);
-  static constexpr Bits kSign = Bits(1) << (kBits - 1);
-
- public:
-  Rank() = default;
-  Rank(A similarity, int64_t column) {
-    Bits key = 0;  // NaN: before every number
-    if (similarity == similarity) {
-      const A plus_zero = similarity + A(0);
-      std::memcpy(&key, &plus_zero, sizeof key);
-      key = key & kSign ? key : ~(key | kSign);
-    }
-    code_ = Code(key) << kBits | Bits(column);
-  }
-  int64_t column() const { return int64_t(Bits(code_)); }
-  A similarity() const {
-    Bits key = Bits(code_ >> kBits);
-    if (key == 0) return std::numeric_limits<A>::quiet_NaN();
-    key = key & kSign ? key : ~key & ~kSign;
-    A similarity;
-    std::memcpy(&similarity, &key, sizeof similarity);
-    return similarity;
-  }
-  bool operator<(const Rank& other) const { return code_ < other.code_; }
-
- private:
-  Code code_;
-};
-
-constexpr int64_t kChunk = 1024;     // columns of S in memory at a time
-constexpr int64_t kScanVectors = 8;  // vectors of one scan block
-template <class A>
-constexpr int64_t kScanColumns = kScanVectors * kLanes<A>;
+constexpr int64_t kScanColumns = kGroup * kLanes<A>;  // of a vector of groups
 static_assert(kChunk % kScanColumns<float> == 0 && kChunk % kScanColumns<double> == 0);
 static_assert(kChunk % kTileColumns<float> == 0 && kChunk % kTileColumns<double> == 0);
 
@@ -102,91 +58,103 @@ class BestColumns {
   }
 
   // Finds the bound that a column of a chunk has to reach. row [kChunk]: similarities of the first
-  // `columns` of a chunk, each with an error of at most `error`, then -inf; -inf also at the
-  // excluded column. Returns how many of the group_count(columns) groups are not ruled out.
-  int64_t survey(const A* row, int64_t columns, A error) {
+  // `columns` of a chunk, then -inf up to a multiple of kScanColumns; -inf also at the excluded
+  // column. They are exact, or Screened: without NaN, each with an error of at most `error`.
+  template <bool Screened>
+  void survey(const A* row, int64_t columns, A error) {
+    // The bound is the last of the best as soon as there are `wanted`. It is raised whenever enough
+    // columns were added to make it worthwhile.
+    if (wanted_ > 0 && count_ >= (complete_ ? kept_ + kept_ / 2 + kLanes<A> : wanted_)) {
+      keep_best();
+    }
     blocks_ = wanted_ == 0 ? 0 : ceil_div(columns, kScanColumns<A>);
     error_ = error;
-    if (blocks_ == 0) return 0;
     V unordered = {};
     for (int64_t block = 0; block < blocks_; ++block) {
       V largest = V{} - std::numeric_limits<A>::infinity();
-      for (int v = 0; v < kScanVectors; ++v) {
+      for (int v = 0; v < kGroup; ++v) {
         const V x = load(row + block * kScanColumns<A> + v * kLanes<A>);
         largest = x > largest ? x : largest;  // unchanged if x is NaN
-        unordered = x != x ? V{} - A(1) : unordered;
+        if constexpr (!Screened) unordered = x != x ? V{} - A(1) : unordered;
       }
-      group_max_[block] = largest;
+      store(group_max_ + block * kLanes<A>, largest);
     }
     has_nan_ = lane_bits(unordered) != 0;
-    if (!complete_) bound_ = bound_of_groups() - error_;
-    int64_t left = 0;
+    if (!complete_ && blocks_ > 0) bound_ = bound_of_groups() - error_;
+  }
+
+  // How many groups of the surveyed row are not ruled out.
+  int64_t open_groups() const {
+    int64_t open = 0;
     for (int64_t block = 0; block < blocks_; ++block) {
-      left += __builtin_popcount(lane_bits(as_mask(group_max_[block] >= V{} + (bound_ - error_))));
+      open += __builtin_popcount(lane_bits(as_mask(group_max(block) >= V{} + (bound_ - error_))));
     }
-    return left;
+    return open;
   }
   static int64_t group_count(int64_t columns) {
     return ceil_div(columns, kScanColumns<A>) * kLanes<A>;
   }
 
-  // Collects from a row that was surveyed with an error of 0; its first column is `first`. Columns
-  // collected with an error must have been resolved.
+  // Collects from a row that was surveyed as exact; its first column is `first`. Columns collected
+  // with an error must have been resolved.
   void collect(const A* row, int64_t first, int64_t columns) {
     if (has_nan_) {
-      for (int64_t c = 0; c < columns; ++c) {
-        consider(row[c], first + c);
-      }
+      for (int64_t c = 0; c < columns; ++c) consider(row[c], first + c);
     } else {
       int32_t positions[kChunk + kLanes<A>];
-      const int64_t listed = list(row, columns, bound_, too_late(first), positions);
-      for (int64_t i = 0; i < listed; ++i) consider(row[positions[i]], first + positions[i]);
+      const int64_t listed =
+          list(row, first, columns, too_late(first) ? next_above(bound_) : bound_, positions);
+      if (count_ + listed <= capacity_) {
+        for (int64_t i = 0; i < listed; ++i) add(row[positions[i]], first + positions[i]);
+      } else {
+        for (int64_t i = 0; i < listed; ++i) consider(row[positions[i]], first + positions[i]);
+      }
     }
-    end_chunk();
   }
 
-  // The same for a row that was surveyed with an error. exact(columns [kLanes]) computes the
-  // similarities of kLanes columns.
-  template <class Exact>
-  void collect_screened(const A* row, int64_t first, int64_t columns, const Exact& exact) {
+  // The same for a row that was surveyed as Screened. resolve() resolves the columns of this row.
+  template <class Resolve>
+  void collect_screened(const A* row, int64_t first, int64_t columns, const Resolve& resolve) {
     int32_t positions[kChunk + kLanes<A>];
-    const int64_t listed = list(row, columns, bound_ - error_, false, positions);
+    const int64_t listed = list(row, first, columns, bound_ - error_, positions);
     for (int64_t i = 0; i < listed; ++i) {
-      const int64_t column = first + positions[i];
-      if (column == excluded_) continue;
       if (count_ == capacity_) {
         keep_best();
-        if (count_ > capacity_ - capacity_ / 4) resolve(exact);
+        if (count_ > capacity_ - capacity_ / 4) resolve();
       }
       slack_ = 2 * error_ > slack_ ? 2 * error_ : slack_;
-      ranks_[count_++] = Rank<A>(row[positions[i]] - error_, column);
+      add(row[positions[i]] - error_, first + positions[i]);
     }
-    end_chunk();
   }
 
-  // Replaces the lower bounds of columns collected with an error by their similarities.
-  template <class Exact>
-  void resolve(const Exact& exact) {
+  // Returns how many columns are to be resolved: those collected with an error that may be among
+  // the best, column(0), column(1), ...
+  int64_t unresolved() {
+    if (slack_ == 0) return 0;
+    if (count_ > wanted_ + wanted_ / 2 + 4) keep_best();  // fewer are resolved as fast
+    return count_;
+  }
+  int64_t column(int64_t i) const { return ranks_[i].column(); }
+  // Replaces the lower bound of such a column by its similarity.
+  void resolve(int64_t i, A similarity) { ranks_[i] = Rank<A>(similarity, ranks_[i].column()); }
+  // To be called when all of them have been replaced, and before exact similarities follow.
+  void end_resolve() {
     if (slack_ == 0) return;
-    if (count_ > wanted_) keep_best();
-    for (int64_t i = 0; i < count_; i += kLanes<A>) {
-      int64_t columns[kLanes<A>];
-      for (int64_t j = 0; j < kLanes<A>; ++j)
-        columns[j] = ranks_[min_of(i + j, count_ - 1)].column();
-      const V similarities = exact(columns);
-      for (int64_t j = 0; j < min_of(kLanes<A>, count_ - i); ++j) {
-        ranks_[i + j] = Rank<A>(similarities[j], columns[j]);
-      }
-    }
     slack_ = 0;
     if (count_ >= wanted_) keep_best();
   }
 
-  // Sorts the best columns by rank or by column. Returns how many there are.
+  // Sorts the best columns, which must have been resolved, by rank or by column. Returns how many
+  // there are.
   int64_t finish(Order order) {
+    slack_ = 0;
+    if (order == Order::similarity && count_ <= kMostCounted<A>) {
+      sort_ranks(ranks_, count_);
+      return min_of(count_, wanted_);
+    }
     if (count_ > wanted_) keep_best();
     if (order == Order::similarity) {
-      std::sort(ranks_, ranks_ + count_);
+      sort_ranks(ranks_, count_);
     } else {
       std::sort(ranks_, ranks_ + count_,
                 [](const Rank<A>& x, const Rank<A>& y) { return x.column() < y.column(); });
@@ -203,96 +171,121 @@ class BestColumns {
     return mask;
   }
 
+  V group_max(int64_t block) const { return load(group_max_ + block * kLanes<A>); }
+
   // Whether `wanted` columns precede this one if its similarity only equals the bound. Similarities
   // must be exact.
   bool too_late(int64_t column) const { return complete_ && last_column_ < column; }
 
   void consider(A s, int64_t column) {
+    if (column == excluded_) return;
     if (s != s ? !(all_nan_ && too_late(column))
                : s > bound_ || (s == bound_ && !too_late(column))) {
+      if (count_ == capacity_) keep_best();
       add(s, column);
     }
   }
 
-  void add(A similarity, int64_t column) {
-    if (column == excluded_) return;
-    if (count_ == capacity_) keep_best();
-    ranks_[count_++] = Rank<A>(similarity, column);
-  }
+  void add(A similarity, int64_t column) { ranks_[count_++] = Rank<A>(similarity, column); }
 
-  // Lists the columns of the surveyed row that reach the bound, or exceed it, in ascending order.
-  // Returns how many.
-  int64_t list(const A* row, int64_t columns, A bound, bool exceed, int32_t* positions) const {
-    const V bounds = V{} + bound;
-    const auto bits_of = [&](V x) {
-      return lane_bits(exceed ? as_mask(x > bounds) : as_mask(x >= bounds));
-    };
+  // Lists the columns of the surveyed row whose similarity is at least this, but not the excluded
+  // one. Returns how many.
+  int64_t list(const A* row, int64_t first, int64_t columns, A least, int32_t* positions) const {
     int64_t count = 0;
+    if (least == -std::numeric_limits<A>::infinity()) {  // which is also after the last column
+      for (int64_t c = 0; c < columns; ++c) {
+        if (first + c != excluded_) positions[count++] = int32_t(c);
+      }
+      return count;
+    }
+    const V bounds = V{} + least;
+    int32_t groups[kChunk / kGroup + kLanes<A>];  // the first columns of groups
+    int64_t open = 0;
     for (int64_t block = 0; block < blocks_; ++block) {
-      if (bits_of(group_max_[block]) == 0) continue;
-      for (int64_t v = 0; v < kScanVectors; ++v) {
-        const int64_t position = block * kScanColumns<A> + v * kLanes<A>;
-        count += list_lanes<A>(bits_of(load(row + position)), int32_t(position), positions + count);
+      open += list_lanes<A>(lane_bits(as_mask(group_max(block) >= bounds)),
+                            int32_t(block * kScanColumns<A>), groups + open);
+    }
+    for (int64_t i = 0; i < open; ++i) {
+      for (int32_t v = 0; v < kGroup; ++v) {
+        positions[count] = groups[i] + v * kLanes<A>;
+        count += row[positions[count]] >= least;
       }
     }
-    while (count > 0 && positions[count - 1] >= columns) --count;
     return count;
   }
 
-  // Raises the bound to the last of the best as soon as there are `wanted`, and again whenever
-  // enough columns were added to make it worthwhile.
-  void end_chunk() {
-    if (wanted_ > 0 && count_ >= (complete_ ? kept_ + kept_ / 2 + kLanes<A> : wanted_)) keep_best();
+  // The least number above x.
+  static A next_above(A x) {
+    if (x == 0) return std::numeric_limits<A>::denorm_min();
+    Key bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits += x > 0 ? 1 : -1;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;  // NaN, which no number reaches, for infinity
   }
 
   // A number that at least `wanted` group maxima reach, and so the row's `wanted`-th similarity,
-  // but few more: found by bisection over the ordered floating-point numbers, counting lanes.
+  // but few more. Groups are merged to some more than 1.5 `wanted` pivots, and to twice as many or
+  // more of which each pivot is a maximum; the result is the largest pivot that enough of them
+  // reach. Groups side by side are not merged: neighbors in an image would be in one group.
   A bound_of_groups() const {
-    if (wanted_ > blocks_ * kLanes<A>) return -std::numeric_limits<A>::infinity();
-    Keys keys[kChunk / kScanColumns<A>];
-    Key low = std::numeric_limits<Key>::max(), high = std::numeric_limits<Key>::min();
-    for (int64_t block = 0; block < blocks_; ++block) {
-      keys[block] = in_order(group_max_[block]);
-      for (int lane = 0; lane < kLanes<A>; ++lane) {
-        low = keys[block][lane] < low ? keys[block][lane] : low;
-        high = keys[block][lane] > high ? keys[block][lane] : high;
+    constexpr A kLowest = -std::numeric_limits<A>::infinity();
+    constexpr int kChains = kLanes<A> < 4 ? kLanes<A> : 4;  // of independent sums
+    if (wanted_ > blocks_ * kLanes<A>) return kLowest;
+    const int64_t pivot_vectors = min_of(blocks_, ceil_div(wanted_ + wanted_ / 2, kLanes<A>));
+    const int64_t merged_vectors =
+        min_of(blocks_, max_of(2 * pivot_vectors, ceil_div(64, kLanes<A>)));
+    A merged[kChunk / kGroup], pivots[kChunk / kGroup];
+    merge(group_max_, blocks_, merged, merged_vectors);
+    merge(merged, merged_vectors, pivots, pivot_vectors);
+    V best = V{} + kLowest;
+    for (int64_t v = 0; v < pivot_vectors; ++v) {
+      const V pivot = load(pivots + v * kLanes<A>);
+      Keys reached[kChains] = {}, count = {};
+      for (int64_t i = 0; i < merged_vectors * kLanes<A>; i += kChains) {
+        for (int chain = 0; chain < kChains; ++chain) {
+          reached[chain] =
+              broadcast(merged[i + chain]) >= pivot ? reached[chain] + 1 : reached[chain];
+        }
       }
+      for (const Keys& part : reached) count += part;
+      const V candidate = count >= Key(wanted_) ? pivot : V{} + kLowest;
+      best = candidate > best ? candidate : best;
     }
-    const int64_t enough = wanted_ + wanted_ / 8;
-    int64_t reached = blocks_ * kLanes<A>;  // how many reach `low`
-    while (reached > enough && low < high) {
-      const Key middle = (low | high) - ((low ^ high) >> 1);  // rounded up, without overflow
-      int64_t count = 0;
-      for (int64_t block = 0; block < blocks_; ++block) {
-        count += __builtin_popcount(lane_bits(as_mask(keys[block] >= middle)));
-      }
-      if (count >= wanted_) {
-        low = middle;
-        reached = count;
-      } else {
-        high = middle - 1;
-      }
-    }
-    A bound;
-    low = in_order(low);
-    std::memcpy(&bound, &low, sizeof bound);
-    return bound;
+    return largest_lane(best);
   }
 
-  // Maps the bits of a number to an integer of the same order, and back.
-  template <class Bits>
-  static Bits in_order(Bits bits) {
-    return bits ^ ((bits >> (8 * sizeof(A) - 1)) & std::numeric_limits<Key>::max());
+  // Vector i of `to` is the maximum of the vectors i, i + to_count, ... of `from`.
+  static void merge(const A* from, int64_t count, A* to, int64_t to_count) {
+    for (int64_t i = 0; i < to_count; ++i) {
+      V largest = load(from + i * kLanes<A>);
+      for (int64_t j = i + to_count; j < count; j += to_count) {
+        const V x = load(from + j * kLanes<A>);
+        largest = x > largest ? x : largest;
+      }
+      store(to + i * kLanes<A>, largest);
+    }
   }
-  static Keys in_order(V x) {
-    Keys bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return in_order(bits);
+
+  static A largest_lane(V x) {
+    A lanes[kLanes<A>];
+    store(lanes, x);
+#pragma GCC unroll 4
+    for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) {
+        lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+      }
+    }
+    return lanes[0];
   }
 
   // Keeps the best `wanted` and those that may be among them.
   void keep_best() {
-    std::nth_element(ranks_, ranks_ + wanted_ - 1, ranks_ + count_);
+    if (count_ <= kMostCounted<A>) {
+      sort_ranks(ranks_, count_);
+    } else {
+      std::nth_element(ranks_, ranks_ + wanted_ - 1, ranks_ + count_);
+    }
     bound_ = ranks_[wanted_ - 1].similarity();
     last_column_ = ranks_[wanted_ - 1].column();
     complete_ = true;
@@ -313,16 +306,16 @@ class BestColumns {
 
   Rank<A>* ranks_;
   int64_t capacity_, wanted_, excluded_, count_;
-  int64_t kept_;                           // count_ when the bound was last raised
-  V group_max_[kChunk / kScanColumns<A>];  // of the surveyed row
-  int64_t blocks_;                         // how many of them
-  bool has_nan_;                           // whether that row contains NaN
-  A error_;                                // largest error of a similarity of that row
-  A bound_;                                // what an element has to reach
-  A slack_;                                // by how much a similarity may exceed its lower bound
-  bool complete_;                          // there are `wanted`, and the bound is the last of them
-  bool all_nan_;                           // they are all NaN
-  int64_t last_column_;                    // the column of the last of them
+  int64_t kept_;                  // count_ when the bound was last raised
+  A group_max_[kChunk / kGroup];  // of the surveyed row
+  int64_t blocks_;                // how many vectors of them
+  bool has_nan_;                  // whether that row contains NaN
+  A error_;                       // largest error of a similarity of that row
+  A bound_;                       // what an element has to reach
+  A slack_;                       // by how much a similarity may exceed its lower bound
+  bool complete_;                 // there are `wanted`, and the bound is the last of them
+  bool all_nan_;                  // they are all NaN
+  int64_t last_column_;           // the column of the last of them
 };
 
 }  // namespace convnn::CONVNN_ISA

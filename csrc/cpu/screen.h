@@ -55,6 +55,14 @@ inline float screening_error(const Extent& query, const Extent& key, int64_t d) 
   return std::isfinite(error) ? error : std::numeric_limits<float>::infinity();
 }
 
+// kLanes pairs of a query and a key.
+struct LanePairs {
+  int32_t query[kLanes<float>];     // which of kLanes queries
+  const float* key[kLanes<float>];  // [d], readable in whole vectors
+
+  void set(int64_t lane, int32_t q, const float* k) { query[lane] = q, key[lane] = k; }
+};
+
 #if defined(__AVX2__)
 
 struct FixedPointScreen {
@@ -68,26 +76,40 @@ struct FixedPointScreen {
   // Words of a row of d elements.
   static int64_t words(int64_t d) { return ceil_div(d, 2); }
 
-  // Rounds row [d] to words [words(d)].
+  // Rounds row [d], padded with zeros to whole vectors, to words [words(d)], also up to whole
+  // vectors.
   static Rounded round(const float* row, int64_t d, uint32_t* words) {
-    const double norm = std::sqrt(dot(row, row, d));
+    typedef int16_t Fixed __attribute__((vector_size(kVectorBytes / 2)));
+    typedef int32_t Whole __attribute__((vector_size(kVectorBytes)));
+    constexpr int64_t kStep = kLanes<float>;
+    // A sum of d squares in float32, divided by the exact sum, is at least 1 over this. Squares
+    // that are flushed to 0 do not count if the sum is not tiny.
+    const double above = 1 + 0x1p-20 + 0x1p-23 * double(d);
+    Vector<float> sum = {};
+    for (int64_t i = 0; i < d; i += kStep) sum += load(row + i) * load(row + i);
+    const float squares = sum_of_lanes(sum);
+    const double norm = std::sqrt(squares < 0x1p-90f ? dot(row, row, d) : squares * above);
     if (!(norm < kLargestNorm)) return {kNoBound, 0};
     const float bound = upper_bound(norm);
     const float scale = bound >= kSmallestNorm ? bound / kNorm : 0;
     const float inverse = scale > 0 ? 1 / scale : 0;
     // Adding this to a number below 2^22 leaves that number, rounded to nearest, in the last bits.
     constexpr float kShift = 0x1.8p23f;
-    typedef int16_t Fixed __attribute__((may_alias));
-    Fixed* fixed = reinterpret_cast<Fixed*>(words);
-    for (int64_t i = 0; i < d; ++i) {
-      fixed[i] = int16_t(bits_of(row[i] * inverse + kShift) - bits_of(kShift));
+    sum = Vector<float>{};
+    for (int64_t i = 0; i < d; i += kStep) {
+      const Vector<float> x = load(row + i) * inverse;
+      const Vector<float> shifted = x + kShift;
+      const Vector<float> error = x - (shifted - kShift);
+      sum += error * error;
+      Whole whole;
+      std::memcpy(&whole, &shifted, sizeof whole);
+      const Fixed fixed = __builtin_convertvector(whole - int32_t(bits_of(kShift)), Fixed);
+      std::memcpy(words + i / 2, &fixed, sizeof fixed);
     }
-    if (d % 2) fixed[d] = 0;
-    const double rounding = std::sqrt(sum_of(d, [&](int64_t i) {
-      const double error = double(row[i]) - double(scale) * fixed[i];
-      return error * error;
-    }));
-    return {{bound, upper_bound(rounding)}, scale};
+    // In units of the scale, x is off by at most 2^-24 of itself and as much for the inverse; a row
+    // has less than 2^15 units.
+    const double rounding = std::sqrt(sum_of_lanes(sum) * above) + 0x1p-7;
+    return {{bound, scale > 0 ? upper_bound(rounding * scale) : bound}, scale};
   }
 
   typedef int32_t Sum __attribute__((vector_size(kVectorBytes)));
@@ -142,32 +164,83 @@ struct FixedPointScreen {
   }
 };
 
+// Elements t ... t + 3 of kLanes rows, with lanes for rows. Rows are loaded four elements at a time
+// and transposed within 128 bits, which takes half as many shuffles as a transpose of whole rows.
+inline void load_columns(const float* const* rows, int64_t t, Vector<float> (&columns)[4]) {
+#if defined(__AVX512F__)
+  const auto load_rows = [&](int i) {
+    __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + t));
+    x = _mm512_maskz_insertf32x4(0xffff, x, _mm_loadu_ps(rows[i + 4] + t), 1);
+    x = _mm512_maskz_insertf32x4(0xffff, x, _mm_loadu_ps(rows[i + 8] + t), 2);
+    return _mm512_maskz_insertf32x4(0xffff, x, _mm_loadu_ps(rows[i + 12] + t), 3);
+  };
+  const auto low = [](__m512 x, __m512 y) { return _mm512_maskz_unpacklo_ps(0xffff, x, y); };
+  const auto high = [](__m512 x, __m512 y) { return _mm512_maskz_unpackhi_ps(0xffff, x, y); };
+  const auto lows = [](__m512 x, __m512 y) { return _mm512_maskz_shuffle_ps(0xffff, x, y, 0x44); };
+  const auto highs = [](__m512 x, __m512 y) { return _mm512_maskz_shuffle_ps(0xffff, x, y, 0xee); };
+#else
+  const auto load_rows = [&](int i) {
+    const __m256 x = _mm256_castps128_ps256(_mm_loadu_ps(rows[i] + t));
+    return _mm256_insertf128_ps(x, _mm_loadu_ps(rows[i + 4] + t), 1);
+  };
+  const auto low = [](__m256 x, __m256 y) { return _mm256_unpacklo_ps(x, y); };
+  const auto high = [](__m256 x, __m256 y) { return _mm256_unpackhi_ps(x, y); };
+  const auto lows = [](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, 0x44); };
+  const auto highs = [](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, 0xee); };
 #endif
+  const auto x0 = load_rows(0), x1 = load_rows(1), x2 = load_rows(2), x3 = load_rows(3);
+  const auto low01 = low(x0, x1), low23 = low(x2, x3);
+  const auto high01 = high(x0, x1), high23 = high(x2, x3);
+  columns[0] = Vector<float>(lows(low01, low23));
+  columns[1] = Vector<float>(highs(low01, low23));
+  columns[2] = Vector<float>(lows(high01, high23));
+  columns[3] = Vector<float>(highs(high01, high23));
+}
 
-// The products of a query row with kLanes key rows, as multiply_tile computes each of them.
-// query [d], keys: kLanes rows of d elements. Whole vectors of all rows can be read.
-inline Vector<float> products(const float* query, const float* const* keys, int64_t d) {
-  constexpr int64_t kSteps = kLanes<float>;
-  static_assert(kSummedSteps % kSteps == 0);
+// Transposes kLanes rows [kLanes, stride], readable in whole vectors, to columns [d, kLanes].
+inline void to_lanes(const float* rows, int64_t stride, int64_t d, float* columns) {
+  const float* row[kLanes<float>];
+  for (int i = 0; i < kLanes<float>; ++i) row[i] = rows + i * stride;
+  for (int64_t t = 0; t < d; t += 4) {
+    Vector<float> column[4];
+    load_columns(row, t, column);
+    for (int64_t j = 0; j < min_of(4, d - t); ++j)
+      store(columns + (t + j) * kLanes<float>, column[j]);
+  }
+}
+
+// The products of some pairs, as multiply_tile computes each of them. queries [d, kLanes].
+inline Vector<float> products(const float* queries, const LanePairs& pairs, int64_t d) {
+  static_assert(kSummedSteps % 4 == 0);
+  typedef int32_t Lanes __attribute__((vector_size(kVectorBytes)));
+  Lanes lanes;
+  std::memcpy(&lanes, pairs.query, sizeof lanes);
+  const auto query = [&](int64_t t) {
+    const Vector<float> all = load(queries + t * kLanes<float>);
+#if defined(__AVX512F__)
+    return Vector<float>(_mm512_maskz_permutexvar_ps(0xffff, __m512i(lanes), all));
+#else
+    return Vector<float>(_mm256_permutevar8x32_ps(all, __m256i(lanes)));
+#endif
+  };
   Vector<float> total = {};
   int64_t t = 0;
   do {
-    Vector<float> sum = {};
-    const int64_t stop = min_of(t + kSummedSteps, d);
-    for (; t < stop; t += kSteps) {
-      Vector<float> block[kSteps];
-      for (int i = 0; i < kSteps; ++i) block[i] = load(keys[i] + t);
-      transpose<float>(block);
-      const int64_t steps = min_of(kSteps, stop - t);
-      if (steps == kSteps) {
-        for (int64_t j = 0; j < kSteps; ++j) sum += block[j] * query[t + j];
-      } else {
-        for (int64_t j = 0; j < steps; ++j) sum += block[j] * query[t + j];
-      }
+    Vector<float> sum = {}, key[4];
+    const int64_t first = t, stop = min_of(t + kSummedSteps, d);
+    for (; t + 4 <= stop; t += 4) {
+      load_columns(pairs.key, t, key);
+      for (int64_t j = 0; j < 4; ++j) sum += key[j] * query(t + j);
     }
-    total = t <= kSummedSteps ? sum : total + sum;
+    if (t < stop) {
+      load_columns(pairs.key, t, key);
+      for (int64_t j = 0; t < stop; ++j, ++t) sum += key[j] * query(t);
+    }
+    total = first == 0 ? sum : total + sum;
   } while (t < d);
   return total;
 }
+
+#endif
 
 }  // namespace convnn::CONVNN_ISA

@@ -55,6 +55,7 @@ class Select {
   using Screen = typename ScreenOf<A>::type;
   static constexpr bool kScreens = !std::is_same_v<Screen, NoScreen>;
   static constexpr int64_t kPanel = kTileColumns<A>;
+  static constexpr int64_t kQueryGroups = (kBlockRows + kLanes<A> - 1) / kLanes<A>;
 
   // The prepared keys of one batch element.
   struct Keys {
@@ -80,9 +81,10 @@ class Select {
   };
 
   struct Scratch {
-    A* queries;            // [kBlockRows, padded_stride of d]
+    A* queries;            // [kQueryGroups * kLanes, padded_stride of d]; kBlockRows are used
     uint32_t* words;       // screened: [kBlockRows, padded_stride of words]
     float* scales;         // screened: [kBlockRows]
+    A* lanes;              // screened: [kQueryGroups, d, kLanes], the queries with lanes for rows
     A* strip;              // [kBlockRows, kStripStride]
     A* rows;               // [kLanes, padded_stride of d]
     A* panel;              // [d, kPanel]
@@ -93,9 +95,10 @@ class Select {
 
     Scratch(const SelectParams& p, void* base) {
       Arena arena(base);
-      queries = arena.take<A>(kBlockRows * padded_stride<A>(p.d));
+      queries = arena.take<A>(kQueryGroups * kLanes<A> * padded_stride<A>(p.d));
       words = arena.take<uint32_t>(kScreens ? kBlockRows * word_stride(p) : 0);
       scales = arena.take<float>(kScreens ? kBlockRows : 0);
+      lanes = arena.take<A>(kScreens ? kQueryGroups * p.d * kLanes<A> : 0);
       strip = arena.take<A>(kBlockRows * kStripStride<A>);
       rows = arena.take<A>(kLanes<A> * padded_stride<A>(p.d));
       panel = arena.take<A>(p.d * kPanel);
@@ -254,6 +257,12 @@ class Select {
         }
       }
     }
+    if constexpr (kScreens) {
+      for (int64_t group = 0; keys.screened && group < kQueryGroups; ++group) {
+        to_lanes(scratch.queries + group * kLanes<A> * stride, stride, p.d,
+                 scratch.lanes + group * p.d * kLanes<A>);
+      }
+    }
     if (p.self_indices) multiply_self(p, batch, first_row, rows, scratch);
 
     int64_t self_columns[kBlockRows];
@@ -279,7 +288,8 @@ class Select {
                            scratch)) {
             continue;
           }
-          resolve(p, keys, rows, best, scratch);
+          resolve(p, keys, 0, rows, best, scratch);
+          for (int64_t r = 0; r < rows; ++r) best[r].end_resolve();
         }
       }
       for (int64_t c = 0; c < chunk; c += kPanel) {
@@ -287,15 +297,13 @@ class Select {
                      scratch.strip + c, kStripStride<A>);
       }
       close_strip(first, chunk, rows, self_columns, scratch);
-      for (int64_t r = 0; r < rows; ++r) {
-        const A* strip = scratch.strip + r * kStripStride<A>;
-        best[r].survey(strip, chunk, 0);
-        best[r].collect(strip, first, chunk);
-      }
+      const auto strip = [&](int64_t r) { return scratch.strip + r * kStripStride<A>; };
+      for (int64_t r = 0; r < rows; ++r) best[r].template survey<false>(strip(r), chunk, 0);
+      for (int64_t r = 0; r < rows; ++r) best[r].collect(strip(r), first, chunk);
     }
 
     if constexpr (kScreens) {
-      if (keys.screened) resolve(p, keys, rows, best, scratch);
+      if (keys.screened) resolve(p, keys, 0, rows, best, scratch);
     }
     for (int64_t r = 0; r < rows; ++r) {
       write(p, work, b, first_row + r, best[r], scratch.self_similarities[r]);
@@ -348,34 +356,49 @@ class Select {
                        scratch.strip + c, kStripStride<A>);
     }
     close_strip(first, chunk, rows, self_columns, scratch);
-    int64_t left = 0;
+    int64_t open = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      left += best[r].survey(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
+      best[r].template survey<true>(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
     }
+    for (int64_t r = 0; r < rows; ++r) open += best[r].open_groups();
     const int64_t groups = BestColumns<A>::group_count(chunk);
     const int64_t most = is_first ? groups - groups / 4 : groups / 2;
-    if (left > rows * min_of(groups / kGroupsPerOpen + p.k, most)) return false;
+    if (open > rows * min_of(groups / kGroupsPerOpen + p.k, most)) return false;
     for (int64_t r = 0; r < rows; ++r) {
-      best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk,
-                               exact(p, keys, r, scratch));
+      best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk, [&] {
+        resolve(p, keys, r, r + 1, best, scratch);
+        best[r].end_resolve();
+      });
     }
     return true;
   }
 
-  static void resolve(const SelectParams& p, const Keys& keys, int64_t rows, BestColumns<A>* best,
-                      const Scratch& scratch) {
-    for (int64_t r = 0; r < rows; ++r) best[r].resolve(exact(p, keys, r, scratch));
-  }
-
-  // Returns a function that computes the similarities of row r to kLanes columns.
-  static auto exact(const SelectParams& p, const Keys& keys, int64_t r, const Scratch& scratch) {
-    const int64_t d = p.d, stride = padded_stride<A>(p.d);
-    const A* query = scratch.queries + r * stride;
-    return [=](const int64_t* columns) {
-      const A* rows[kLanes<A>];
-      for (int i = 0; i < kLanes<A>; ++i) rows[i] = keys.rows + columns[i] * stride;
-      return products(query, rows, d);
-    };
+  // Computes the similarities of columns that were collected with an error, kLanes of them at a
+  // time, of rows begin ... end - 1.
+  static void resolve(const SelectParams& p, const Keys& keys, int64_t begin, int64_t end,
+                      BestColumns<A>* best, const Scratch& scratch) {
+    const int64_t stride = padded_stride<A>(p.d);
+    for (int64_t stop, from = begin; from < end; from = stop) {
+      stop = min_of(end, (from / kLanes<A> + 1) * kLanes<A>);
+      const A* queries = scratch.lanes + from / kLanes<A> * p.d * kLanes<A>;
+      LanePairs pairs;
+      int64_t rows[kLanes<A>], places[kLanes<A>], count = 0;
+      const auto flush = [&] {
+        for (int64_t i = count; i < kLanes<A>; ++i) pairs.set(i, 0, pairs.key[0]);
+        const Vector<A> similarities = products(queries, pairs, p.d);
+        for (int64_t i = 0; i < count; ++i) best[rows[i]].resolve(places[i], similarities[i]);
+        count = 0;
+      };
+      for (int64_t r = from; r < stop; ++r) {
+        const int64_t unresolved = best[r].unresolved();
+        for (int64_t i = 0; i < unresolved; ++i) {
+          rows[count] = r, places[count] = i;
+          pairs.set(count, int32_t(r % kLanes<A>), keys.rows + best[r].column(i) * stride);
+          if (++count == kLanes<A>) flush();
+        }
+      }
+      if (count > 0) flush();
+    }
   }
 
   // The similarity of each query to the token itself, through the same tile as every other pair.

@@ -106,6 +106,23 @@ inline void store(A* to, Vector<A> x) {
   std::memcpy(to, &x, sizeof x);
 }
 
+// x in every lane.
+template <class A>
+inline Vector<A> broadcast(A x) {
+  return x - Vector<A>{};  // unlike x + 0, this is x also for -0, so nothing is computed
+}
+
+// The sum of the lanes.
+inline float sum_of_lanes(Vector<float> x) {
+  float lanes[kLanes<float>];
+  store(lanes, x);
+#pragma GCC unroll 4
+  for (int half = kLanes<float> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
 // One step of `transpose`: swaps lanes of two rows that are Step apart. J: 0 ... kLanes - 1.
 template <class A, int Step, int... J>
 inline void exchange(Vector<A>& upper, Vector<A>& lower, std::integer_sequence<int, J...>) {
@@ -157,6 +174,22 @@ inline uint32_t lane_bits(V a) {
 }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For eight bits, the positions of those that are set, ascending.
+struct SetBits {
+  alignas(8) uint8_t positions[256][8] = {};
+  constexpr SetBits() {
+    for (int bits = 0; bits < 256; ++bits) {
+      int count = 0;
+      for (uint8_t bit = 0; bit < 8; ++bit) {
+        if (bits >> bit & 1) positions[bits][count++] = bit;
+      }
+    }
+  }
+};
+inline constexpr SetBits kSetBits;
+#endif
+
 // Writes first + lane for every lane whose bit is set, ascending. Returns how many; `to` must have
 // room for kLanes.
 template <class A>
@@ -166,6 +199,15 @@ inline int64_t list_lanes(uint32_t bits, int32_t first, int32_t* to) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i positions = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(bits), positions));
+    return __builtin_popcount(bits);
+  }
+#elif defined(__AVX2__)
+  if constexpr (kLanes<A> == 8) {
+    int64_t positions;
+    std::memcpy(&positions, kSetBits.positions[bits], sizeof positions);
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(positions));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm256_add_epi32(lanes, _mm256_set1_epi32(first)));
     return __builtin_popcount(bits);
   }
 #endif
