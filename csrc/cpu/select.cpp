@@ -42,6 +42,26 @@ void select_batches(const SelectParams& p, const SelectKernel& kernel, const Sel
       });
 }
 
+// Selects the neighbors of a few queries in each of `count` batch elements.
+void select_few(const SelectParams& p, const FewQueriesKernel& kernel, const SelectWork& work,
+                int64_t count, ParallelFor parallel_for) {
+  const int64_t ranges = kernel.ranges(p, work.max_columns);
+  const int64_t entries = ranges > 1 ? count * p.n * ranges : 0;
+  const Workspace ranks(size_t(entries) * kernel.found_bytes(p));
+  const Workspace counts(size_t(entries) * sizeof(int64_t));
+  const FoundInRanges found = {ranges, ranks.get(), counts.as<int64_t>()};
+  const size_t scratch_bytes = kernel.scratch_bytes(p);
+  run(parallel_for, count * ranges, double(p.n * p.d) * double(work.max_columns / ranges),
+      scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
+        kernel.search(p, work, found, begin, end, scratch);
+      });
+  if (ranges == 1) return;
+  run(parallel_for, count * p.n, double(ranges) * double(p.k), scratch_bytes,
+      [&](int64_t begin, int64_t end, void* scratch) {
+        kernel.merge(p, work, found, begin, end, scratch);
+      });
+}
+
 // How many consecutive batch elements have the same keys, if all groups of as many have.
 int64_t batches_per_keys(const SelectParams& p) {
   const auto same = [&](int64_t a, int64_t b) {
@@ -114,15 +134,19 @@ class Folded {
 
 void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
   const SelectKernel& kernel = kernels().select[int(p.dtype)];
+  const FewQueriesKernel& few_kernel = kernels().select_few[int(p.dtype)];
   std::vector<int64_t> candidates(p.candidates, p.candidates + (p.candidates ? p.r : 0));
   std::sort(candidates.begin(), candidates.end());
 
   const int64_t columns = p.candidates ? p.r : p.m;
-  const size_t packed_bytes = kernel.packed_bytes(p, columns);
-  const int64_t batches =
-      std::clamp<int64_t>(int64_t(kPackedBytes / std::max<size_t>(packed_bytes, 1)), 1, p.batch);
-  const Workspace packed(size_t(batches) * packed_bytes);
   const bool listed = p.candidates || p.key_mask;
+  const bool few = few_kernel.pays(p);
+  // The workspace of a batch element.
+  const size_t packed_bytes = few ? 0 : kernel.packed_bytes(p, columns);
+  const size_t bytes = packed_bytes + (listed ? size_t(columns) * sizeof(int64_t) : 0);
+  const int64_t batches =
+      std::clamp<int64_t>(int64_t(kPackedBytes / std::max<size_t>(bytes, 1)), 1, p.batch);
+  const Workspace packed(size_t(batches) * packed_bytes);
   std::vector<int64_t> rows(listed ? size_t(batches * columns) : 0);
   std::vector<int64_t> counts(listed ? size_t(batches) : 0);
 
@@ -137,7 +161,11 @@ void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
     }
     const SelectWork work = {first, columns, listed ? rows.data() : nullptr,
                              listed ? counts.data() : nullptr, packed.get()};
-    select_batches(p, kernel, work, count, parallel_for);
+    if (few) {
+      select_few(p, few_kernel, work, count, parallel_for);
+    } else {
+      select_batches(p, kernel, work, count, parallel_for);
+    }
   }
 }
 

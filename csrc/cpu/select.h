@@ -68,6 +68,7 @@ struct ScreenOf<bfloat16> {
 
 template <class T>
 class Select {
+ protected:
   using A = accumulate_t<T>;
   using Screen = typename ScreenOf<T>::type;
   static constexpr bool kScreens = !std::is_same_v<Screen, NoScreen<T>>;
@@ -238,7 +239,7 @@ class Select {
     }
   }
 
- private:
+ protected:
   // Rounds x [d] (null for zeros), of which read_row made `row`, to row r of scratch.words, padded
   // with zeros to whole vectors.
   static Rounded round(const SelectParams& p, const T* x, const A* row, int64_t r,
@@ -324,8 +325,9 @@ class Select {
   }
 
   // Writes -inf after the last column of a strip and at the token itself.
+  template <class AnyScratch>
   static void close_strip(int64_t first, int64_t chunk, int64_t rows, const int64_t* self_columns,
-                          const Scratch& scratch) {
+                          const AnyScratch& scratch) {
     constexpr A kLowest = -std::numeric_limits<A>::infinity();
     const int64_t scanned = ceil_div(chunk, kScanColumns<A>) * kScanColumns<A>;
     for (int64_t r = 0; r < rows; ++r) {
@@ -400,8 +402,9 @@ class Select {
   }
 
   // The similarity of each query to the token itself, through the same tile as every other pair.
+  template <class AnyScratch>
   static void multiply_self(const SelectParams& p, int64_t batch, int64_t first_row, int64_t rows,
-                            const Scratch& scratch) {
+                            const AnyScratch& scratch) {
     const int64_t stride = padded_stride<A>(p.d);
     for (int64_t first = 0; first < rows; first += kTileRows) {
       const int64_t stop = min_of(first + kTileRows, rows);

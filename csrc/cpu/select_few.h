@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: MIT
+// select on the CPU for few queries: s_i = k-max(S)[i, :], I_i = k-argmax(S)[i, :] (Eq. 4, 5).
+//
+// With few queries, reading the keys costs more than the products. So they are neither packed nor
+// screened, but read once, where they lie: a task takes a range of the columns of one batch element
+// and all its queries. It transposes kLanes keys at a time in registers, multiplies them by every
+// query, and collects the best columns of its range. What the ranges of a query found is then
+// merged in the total order of neighbors.
+//
+// The number of ranges depends on the shapes only. A similarity has the same bits as from
+// multiply_tile, so a result depends neither on the number of queries nor on that of threads.
+#pragma once
+
+#include "select.h"
+
+namespace convnn::CONVNN_ISA {
+
+// Up to this many queries are few. With more, the packed keys are worth their time. Measured.
+constexpr int64_t kMostFewRows = 64;
+
+// A range has this many columns, so that merging takes little time, and for large k this many
+// times as many as a query has neighbors. There are not more ranges than make this many tasks.
+constexpr int64_t kRangeColumns = 4 * kChunk;
+constexpr int64_t kColumnsPerNeighbor = 8;
+constexpr int64_t kEnoughTasks = 256;
+
+// The products of this many queries are summed side by side: their sums are independent, and with
+// the columns they fit into the registers.
+constexpr int kRowsAtOnce = 4;
+
+template <class T>
+class SelectFew : Select<T> {
+  using Base = Select<T>;
+  using A = accumulate_t<T>;
+  using V = Vector<A>;
+
+  struct Scratch {
+    A* queries;             // [n, padded_stride of d]
+    A* self_similarities;   // [n, rounded up to kTileRows]
+    A* rows;                // [kLanes, padded_stride of d]
+    A* panel;               // with self: [d, kTileColumns]
+    A* tile;                // with self: [kTileRows, kTileColumns]
+    A* sums;                // [n, kLanes]
+    A* strip;               // [n, kStripStride]
+    Rank<A>* ranks;         // [n, capacity]
+    BestColumns<A>* best;   // [n]
+    int64_t* self_columns;  // [n]
+    size_t bytes;
+
+    Scratch(const SelectParams& p, void* base) {
+      const int64_t padded = ceil_div(p.n, kTileRows) * kTileRows;
+      Arena arena(base);
+      queries = arena.take<A>(padded * padded_stride<A>(p.d));
+      self_similarities = arena.take<A>(padded);
+      rows = arena.take<A>(kLanes<A> * padded_stride<A>(p.d));
+      panel = arena.take<A>(p.self_indices ? p.d * kTileColumns<A> : 0);
+      tile = arena.take<A>(p.self_indices ? kTileRows * kTileColumns<A> : 0);
+      sums = arena.take<A>(p.n * kLanes<A>);
+      strip = arena.take<A>(p.n * kStripStride<A>);
+      ranks = arena.take<Rank<A>>(p.n * BestColumns<A>::capacity(Base::most_found(p)));
+      best = arena.take<BestColumns<A>>(p.n);
+      self_columns = arena.take<int64_t>(p.n);
+      bytes = arena.used();
+    }
+  };
+
+ public:
+  static bool pays(const SelectParams& p) { return p.n <= kMostFewRows; }
+
+  static int64_t ranges(const SelectParams& p, int64_t columns) {
+    const int64_t shortest = max_of(kRangeColumns, kColumnsPerNeighbor * Base::most_found(p));
+    return max_of(1, min_of(ceil_div(columns, shortest), ceil_div(kEnoughTasks, p.batch)));
+  }
+
+  static size_t found_bytes(const SelectParams& p) {
+    return size_t(Base::most_found(p)) * sizeof(Rank<A>);
+  }
+  static size_t scratch_bytes(const SelectParams& p) { return Scratch(p, nullptr).bytes; }
+
+  static void search(const SelectParams& p, const SelectWork& work, const FoundInRanges& found,
+                     int64_t begin, int64_t end, void* base) {
+    const Scratch scratch(p, base);
+    int64_t prepared = -1;  // the batch element whose queries are in scratch
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / found.ranges, range = task % found.ranges;
+      if (b != prepared) read_queries(p, work.first_batch + b, scratch);
+      prepared = b;
+      search_range(p, work, b, range, found.ranges, scratch);
+      for (int64_t r = 0; r < p.n; ++r) {
+        if (found.ranges == 1) {
+          Base::write(p, work, b, r, scratch.best[r], scratch.self_similarities[r]);
+        } else {
+          keep(p, found, (b * p.n + r) * found.ranges + range, scratch.best[r]);
+        }
+      }
+    }
+  }
+
+  static void merge(const SelectParams& p, const SelectWork& work, const FoundInRanges& found,
+                    int64_t begin, int64_t end, void* base) {
+    const Scratch scratch(p, base);
+    const Rank<A>* ranks = static_cast<const Rank<A>*>(found.ranks);
+    int64_t prepared = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / p.n, r = task % p.n;
+      if (p.self_indices && b != prepared) read_queries(p, work.first_batch + b, scratch);
+      prepared = b;
+      BestColumns<A>& best = start(p, work, b, r, scratch);
+      for (int64_t i = task * found.ranges; i < (task + 1) * found.ranges; ++i) {
+        best.include(ranks + i * Base::most_found(p), found.counts[i]);
+      }
+      Base::write(p, work, b, r, best, scratch.self_similarities[r]);
+    }
+  }
+
+ private:
+  static void read_queries(const SelectParams& p, int64_t batch, const Scratch& scratch) {
+    const int64_t stride = padded_stride<A>(p.d);
+    for (int64_t r = 0; r < p.n; ++r) {
+      Base::read_row(p, p.query.at<T>(batch, r), scratch.queries + r * stride);
+    }
+    if (!p.self_indices) return;
+    for (int64_t r = p.n; r < ceil_div(p.n, kTileRows) * kTileRows; ++r) {
+      Base::pad_row(p, scratch.queries + r * stride, 0);
+    }
+    Base::multiply_self(p, batch, 0, p.n, scratch);
+  }
+
+  // The selection of query r from no columns yet.
+  static BestColumns<A>& start(const SelectParams& p, const SelectWork& work, int64_t b, int64_t r,
+                               const Scratch& scratch) {
+    const bool self = Base::has_self(p, work.first_batch + b, r);
+    scratch.self_columns[r] = self ? Base::column_of(work, b, p.self_indices[r]) : -1;
+    const int64_t most = Base::most_found(p);
+    scratch.best[r].start(scratch.ranks + r * BestColumns<A>::capacity(most), most - self,
+                          scratch.self_columns[r]);
+    return scratch.best[r];
+  }
+
+  // Stores what was found as entry i.
+  static void keep(const SelectParams& p, const FoundInRanges& found, int64_t i,
+                   BestColumns<A>& best) {
+    found.counts[i] = best.finish(Order::similarity);
+    std::copy(best.ranks(), best.ranks() + found.counts[i],
+              static_cast<Rank<A>*>(found.ranks) + i * Base::most_found(p));
+  }
+
+  static void search_range(const SelectParams& p, const SelectWork& work, int64_t b, int64_t range,
+                           int64_t ranges, const Scratch& scratch) {
+    const int64_t columns = Base::columns_of(work, b);
+    const int64_t length = ceil_div(ceil_div(columns, ranges), kLanes<A>) * kLanes<A>;
+    const int64_t end = min_of(columns, (range + 1) * length);
+    for (int64_t r = 0; r < p.n; ++r) start(p, work, b, r, scratch);
+    for (int64_t first = range * length; first < end; first += kChunk) {
+      const int64_t chunk = min_of(kChunk, end - first);
+      for (int64_t c = 0; c < chunk; c += kLanes<A>) {
+        similarities(p, work, b, first + c, end, scratch.strip + c, scratch);
+      }
+      Base::close_strip(first, chunk, p.n, scratch.self_columns, scratch);
+      for (int64_t r = 0; r < p.n; ++r) {
+        const A* strip = scratch.strip + r * kStripStride<A>;
+        scratch.best[r].survey(strip, chunk, 0);
+        scratch.best[r].collect(strip, first, chunk);
+      }
+    }
+  }
+
+  // The similarities of all queries to columns first ... first + kLanes - 1, or those before `end`;
+  // c [n, kStripStride].
+  static void similarities(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first,
+                           int64_t end, A* c, const Scratch& scratch) {
+    const int64_t stride = padded_stride<A>(p.d);
+    const A* rows[kLanes<A>];
+    for (int64_t i = 0; i < kLanes<A>; ++i) {
+      // Columns behind the last one are copies of it.
+      const T* x = Base::key_at(p, work, b, min_of(first + i, end - 1));
+      const T* next = Base::key_at(p, work, b, min_of(first + kLanes<A> + i, end - 1));
+      for (int64_t t = 0; t < p.d; t += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + t);
+      if constexpr (std::is_same_v<T, A>) {
+        if (p.metric != Metric::cosine && p.d % kLanes<A> == 0) {
+          rows[i] = x;
+          continue;
+        }
+      }
+      Base::read_row(p, x, scratch.rows + i * stride);
+      rows[i] = scratch.rows + i * stride;
+    }
+    if (p.metric == Metric::euclidean) {
+      multiply<true>(p, rows, c, scratch);
+    } else {
+      multiply<false>(p, rows, c, scratch);
+    }
+  }
+
+  // rows: kLanes keys, which can be read in whole vectors, with zeros from element d on.
+  template <bool SquaredDifference>
+  static void multiply(const SelectParams& p, const A* const* rows, A* c, const Scratch& scratch) {
+    const int64_t stride = padded_stride<A>(p.d);
+    int64_t t = 0;
+    do {
+      V columns[kLanes<A>];
+      for (int i = 0; i < kLanes<A>; ++i) columns[i] = p.d > 0 ? load(rows[i] + t) : V{};
+      transpose<A>(columns);
+      const Steps steps = {t % kSummedSteps == 0,
+                           (t + kLanes<A>) % kSummedSteps == 0 || t + kLanes<A> >= p.d,
+                           t < kSummedSteps};
+      int64_t r = 0;
+      for (; r + kRowsAtOnce <= p.n; r += kRowsAtOnce) {
+        add_products<SquaredDifference, kRowsAtOnce>(columns, scratch.queries + r * stride + t,
+                                                     stride, steps, scratch.sums + r * kLanes<A>,
+                                                     c + r * kStripStride<A>);
+      }
+      for (; r < p.n; ++r) {
+        add_products<SquaredDifference, 1>(columns, scratch.queries + r * stride + t, stride, steps,
+                                           scratch.sums + r * kLanes<A>, c + r * kStripStride<A>);
+      }
+      t += kLanes<A>;
+    } while (t < p.d);
+  }
+
+  // Where kLanes steps of a product stand among the kSummedSteps that are summed before they are
+  // added to c.
+  struct Steps {
+    bool begin, end;
+    bool first;  // of all sums: c has no value yet
+  };
+
+  // Adds the products of Rows queries with kLanes steps of kLanes keys to sums [Rows, kLanes].
+  template <bool SquaredDifference, int Rows>
+  static void add_products(const V (&columns)[kLanes<A>], const A* queries, int64_t stride,
+                           Steps steps, A* sums, A* c) {
+    V sum[Rows];
+    for (int r = 0; r < Rows; ++r) sum[r] = steps.begin ? V{} : load(sums + r * kLanes<A>);
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes<A>; ++j) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        if constexpr (SquaredDifference) {
+          const V difference = columns[j] - queries[r * stride + j];
+          sum[r] -= difference * difference;
+        } else {
+          sum[r] += columns[j] * queries[r * stride + j];
+        }
+      }
+    }
+    for (int r = 0; r < Rows; ++r) {
+      A* to = c + r * kStripStride<A>;
+      if (!steps.end) {
+        store(sums + r * kLanes<A>, sum[r]);
+      } else {
+        store(to, steps.first ? sum[r] : load(to) + sum[r]);
+      }
+    }
+  }
+};
+
+template <class T>
+FewQueriesKernel few_queries_kernel() {
+  return {SelectFew<T>::pays,          SelectFew<T>::ranges, SelectFew<T>::found_bytes,
+          SelectFew<T>::scratch_bytes, SelectFew<T>::search, SelectFew<T>::merge};
+}
+
+}  // namespace convnn::CONVNN_ISA
