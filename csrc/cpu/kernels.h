@@ -40,7 +40,7 @@ struct FoundInRanges {
 
 // Selection for few queries. `packed` of the work is not used.
 struct FewQueriesKernel {
-  bool (*pays)(const SelectParams&);
+  bool (*pays)(const SelectParams&, int64_t columns);
   int64_t (*ranges)(const SelectParams&, int64_t columns);
   size_t (*found_bytes)(const SelectParams&);  // the ranks of a query in a range
   size_t (*scratch_bytes)(const SelectParams&);

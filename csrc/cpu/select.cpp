@@ -10,7 +10,7 @@
 namespace convnn::cpu {
 namespace {
 
-// Packed keys in memory at a time, but at least those of one batch element.
+// Packed keys and lists of columns in memory at a time, but at least those of one batch element.
 constexpr size_t kPackedBytes = size_t(16) << 20;
 
 // The rows of key that may be neighbors in one batch element, ascending. Returns how many.
@@ -111,7 +111,9 @@ class Folded {
 
  private:
   void fold_queries(const SelectParams& p, int64_t shared) {
-    if (!p.query.offsets && p.query.batch_stride == p.n * p.query.row_stride) {
+    const int64_t row_stride = p.n == 1 ? p.query.batch_stride : p.query.row_stride;
+    if (!p.query.offsets && p.query.batch_stride == p.n * row_stride) {
+      params_.query.row_stride = row_stride;
       params_.query.batch_stride = shared * p.query.batch_stride;
       return;
     }
@@ -140,7 +142,7 @@ void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
 
   const int64_t columns = p.candidates ? p.r : p.m;
   const bool listed = p.candidates || p.key_mask;
-  const bool few = few_kernel.pays(p);
+  const bool few = few_kernel.pays(p, columns);
   // The workspace of a batch element.
   const size_t packed_bytes = few ? 0 : kernel.packed_bytes(p, columns);
   const size_t bytes = packed_bytes + (listed ? size_t(columns) * sizeof(int64_t) : 0);

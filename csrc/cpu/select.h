@@ -10,6 +10,8 @@
 // If the processor multiplies vectors of 16-bit numbers, the strip first holds approximate
 // similarities, a screen of S (screen.h). A chunk in which the screen rules out too few keys, such
 // as one of many nearly equal keys, is computed in full.
+//
+// Few queries are selected without packed keys (select_few.h).
 #pragma once
 
 #include "best_columns.h"
@@ -162,11 +164,10 @@ class Select {
 
   // Copies x [d] to row, normalized for the cosine and padded with zeros to whole vectors.
   static void read_row(const SelectParams& p, const T* x, A* row) {
+    for (int64_t t = 0; t < p.d; ++t) row[t] = widen(x[t]);
     if (p.metric == Metric::cosine) {
-      const Normalizer normalize = normalizer(x, p.d);
-      for (int64_t t = 0; t < p.d; ++t) row[t] = normalize(x[t]);
-    } else {
-      for (int64_t t = 0; t < p.d; ++t) row[t] = widen(x[t]);
+      const Normalizer normalize = normalizer(static_cast<const A*>(row), p.d);
+      for (int64_t t = 0; t < p.d; ++t) row[t] = normalize(row[t]);
     }
     pad_row(p, row, p.d);
   }

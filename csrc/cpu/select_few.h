@@ -15,12 +15,17 @@
 
 namespace convnn::CONVNN_ISA {
 
-// Up to this many queries are few. With more, the packed keys are worth their time. Measured.
-constexpr int64_t kMostFewRows = 64;
+// So many queries are few; with several tasks, so many are. Otherwise the packed keys are worth
+// their time: they are multiplied in larger tiles, and blocks of queries are divided among threads.
+// All measured.
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kMostFewRows = kVectorBytes == 64 ? 64 : 32;
+constexpr int64_t kSeveralTasks = 4;
 
-// A range has this many columns, so that merging takes little time, and for large k this many
-// times as many as a query has neighbors. There are not more ranges than make this many tasks.
-constexpr int64_t kRangeColumns = 4 * kChunk;
+// A range is worth this many multiply-adds, at least one chunk, and for large k this many columns
+// for each neighbor of a query: then merging takes little time. There are not more ranges than make
+// this many tasks.
+constexpr int64_t kRangeWork = int64_t(1) << 17;
 constexpr int64_t kColumnsPerNeighbor = 8;
 constexpr int64_t kEnoughTasks = 256;
 
@@ -65,11 +70,16 @@ class SelectFew : Select<T> {
   };
 
  public:
-  static bool pays(const SelectParams& p) { return p.n <= kMostFewRows; }
+  static bool pays(const SelectParams& p, int64_t columns) {
+    return p.n <= kFewRows ||
+           (p.n <= kMostFewRows && p.batch * ranges(p, columns) >= kSeveralTasks);
+  }
 
   static int64_t ranges(const SelectParams& p, int64_t columns) {
-    const int64_t shortest = max_of(kRangeColumns, kColumnsPerNeighbor * Base::most_found(p));
-    return max_of(1, min_of(ceil_div(columns, shortest), ceil_div(kEnoughTasks, p.batch)));
+    const int64_t work = ceil_div(kRangeWork, max_of(1, p.n * p.d));
+    const int64_t shortest =
+        max_of(max_of(work, kChunk), kColumnsPerNeighbor * Base::most_found(p));
+    return max_of(1, min_of(columns / shortest, ceil_div(kEnoughTasks, p.batch)));
   }
 
   static size_t found_bytes(const SelectParams& p) {
@@ -169,21 +179,22 @@ class SelectFew : Select<T> {
   // c [n, kStripStride].
   static void similarities(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first,
                            int64_t end, A* c, const Scratch& scratch) {
-    const int64_t stride = padded_stride<A>(p.d);
+    const T* keys[kLanes<A>];
+    locate(p, work, b, first + kLanes<A>, end, keys);
+    prefetch(p, keys);
+    locate(p, work, b, first, end, keys);
     const A* rows[kLanes<A>];
-    for (int64_t i = 0; i < kLanes<A>; ++i) {
-      // Columns behind the last one are copies of it.
-      const T* x = Base::key_at(p, work, b, min_of(first + i, end - 1));
-      const T* next = Base::key_at(p, work, b, min_of(first + kLanes<A> + i, end - 1));
-      for (int64_t t = 0; t < p.d; t += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + t);
-      if constexpr (std::is_same_v<T, A>) {
-        if (p.metric != Metric::cosine && p.d % kLanes<A> == 0) {
-          rows[i] = x;
-          continue;
-        }
+    bool in_place = false;
+    if constexpr (std::is_same_v<T, A>) {
+      in_place = p.metric != Metric::cosine && p.d % kLanes<A> == 0;
+      std::copy(keys, keys + kLanes<A>, rows);
+    }
+    if (!in_place) {
+      for (int i = 0; i < kLanes<A>; ++i) {
+        A* row = scratch.rows + i * padded_stride<A>(p.d);
+        Base::read_row(p, keys[i], row);
+        rows[i] = row;
       }
-      Base::read_row(p, x, scratch.rows + i * stride);
-      rows[i] = scratch.rows + i * stride;
     }
     if (p.metric == Metric::euclidean) {
       multiply<true>(p, rows, c, scratch);
@@ -192,45 +203,95 @@ class SelectFew : Select<T> {
     }
   }
 
+  // The rows of key of columns first ... first + kLanes - 1; behind the last column, its own.
+  static void locate(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first,
+                     int64_t end, const T** keys) {
+    const T* key = p.key.at<T>(work.first_batch + b);
+    if (!work.columns && first + kLanes<A> <= end) {
+      for (int i = 0; i < kLanes<A>; ++i) keys[i] = key + (first + i) * p.key.row_stride;
+    } else {
+      for (int i = 0; i < kLanes<A>; ++i) {
+        keys[i] = key + Base::key_row(work, b, min_of(first + i, end - 1)) * p.key.row_stride;
+      }
+    }
+  }
+
+  static void prefetch(const SelectParams& p, const T* const* keys) {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+    for (int64_t t = 0; t < p.d; t += kLine) {
+      for (int i = 0; i < kLanes<A>; ++i) __builtin_prefetch(keys[i] + t);
+    }
+  }
+
   // rows: kLanes keys, which can be read in whole vectors, with zeros from element d on.
   template <bool SquaredDifference>
   static void multiply(const SelectParams& p, const A* const* rows, A* c, const Scratch& scratch) {
+    if (p.n == 1) {
+      store(c, product<SquaredDifference>(p, rows, scratch.queries));
+      return;
+    }
     const int64_t stride = padded_stride<A>(p.d);
-    int64_t t = 0;
-    do {
+    if (p.d == 0) {
+      for (int64_t r = 0; r < p.n; ++r) store(c + r * kStripStride<A>, V{});
+    }
+    for (int64_t t = 0; t < p.d; t += kLanes<A>) {
       V columns[kLanes<A>];
-      for (int i = 0; i < kLanes<A>; ++i) columns[i] = p.d > 0 ? load(rows[i] + t) : V{};
-      transpose<A>(columns);
-      const Steps steps = {t % kSummedSteps == 0,
-                           (t + kLanes<A>) % kSummedSteps == 0 || t + kLanes<A> >= p.d,
-                           t < kSummedSteps};
+      read_columns(rows, t, columns);
+      const bool begins = t % kSummedSteps == 0;
+      const bool ends = (t + kLanes<A>) % kSummedSteps == 0 || t + kLanes<A> >= p.d;
+      const auto add = [&](auto count, int64_t r) {
+        constexpr int kRows = decltype(count)::value;
+        V sum[kRows];
+        for (int i = 0; i < kRows; ++i) {
+          sum[i] = begins ? V{} : load(scratch.sums + (r + i) * kLanes<A>);
+        }
+        add_products<SquaredDifference>(columns, scratch.queries + r * stride + t, stride, sum);
+        for (int i = 0; i < kRows; ++i) {
+          A* to = c + (r + i) * kStripStride<A>;
+          if (!ends) {
+            store(scratch.sums + (r + i) * kLanes<A>, sum[i]);
+          } else {
+            store(to, t < kSummedSteps ? sum[i] : load(to) + sum[i]);
+          }
+        }
+      };
       int64_t r = 0;
       for (; r + kRowsAtOnce <= p.n; r += kRowsAtOnce) {
-        add_products<SquaredDifference, kRowsAtOnce>(columns, scratch.queries + r * stride + t,
-                                                     stride, steps, scratch.sums + r * kLanes<A>,
-                                                     c + r * kStripStride<A>);
+        add(std::integral_constant<int, kRowsAtOnce>(), r);
       }
-      for (; r < p.n; ++r) {
-        add_products<SquaredDifference, 1>(columns, scratch.queries + r * stride + t, stride, steps,
-                                           scratch.sums + r * kLanes<A>, c + r * kStripStride<A>);
-      }
-      t += kLanes<A>;
-    } while (t < p.d);
+      for (; r < p.n; ++r) add(std::integral_constant<int, 1>(), r);
+    }
   }
 
-  // Where kLanes steps of a product stand among the kSummedSteps that are summed before they are
-  // added to c.
-  struct Steps {
-    bool begin, end;
-    bool first;  // of all sums: c has no value yet
-  };
+  // The similarities of one query to kLanes keys.
+  template <bool SquaredDifference>
+  static V product(const SelectParams& p, const A* const* rows, const A* query) {
+    V total = {};
+    for (int64_t t = 0; t < p.d;) {
+      V sum[1] = {};
+      const int64_t stop = min_of(t + kSummedSteps, p.d);
+      const bool first = t == 0;
+      for (; t < stop; t += kLanes<A>) {
+        V columns[kLanes<A>];
+        read_columns(rows, t, columns);
+        add_products<SquaredDifference>(columns, query + t, 0, sum);
+      }
+      total = first ? sum[0] : total + sum[0];
+    }
+    return total;
+  }
 
-  // Adds the products of Rows queries with kLanes steps of kLanes keys to sums [Rows, kLanes].
+  // Elements t ... t + kLanes - 1 of kLanes keys: columns[i] has element t + i of all of them.
+  static void read_columns(const A* const* rows, int64_t t, V (&columns)[kLanes<A>]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) columns[i] = load(rows[i] + t);
+    transpose<A>(columns);
+  }
+
+  // Adds the products of Rows queries with kLanes steps of kLanes keys.
   template <bool SquaredDifference, int Rows>
   static void add_products(const V (&columns)[kLanes<A>], const A* queries, int64_t stride,
-                           Steps steps, A* sums, A* c) {
-    V sum[Rows];
-    for (int r = 0; r < Rows; ++r) sum[r] = steps.begin ? V{} : load(sums + r * kLanes<A>);
+                           V (&sum)[Rows]) {
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes<A>; ++j) {
 #pragma GCC unroll 4
@@ -241,14 +302,6 @@ class SelectFew : Select<T> {
         } else {
           sum[r] += columns[j] * queries[r * stride + j];
         }
-      }
-    }
-    for (int r = 0; r < Rows; ++r) {
-      A* to = c + r * kStripStride<A>;
-      if (!steps.end) {
-        store(sums + r * kLanes<A>, sum[r]);
-      } else {
-        store(to, steps.first ? sum[r] : load(to) + sum[r]);
       }
     }
   }
