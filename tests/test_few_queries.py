@@ -126,6 +126,21 @@ AMONG_MANY = """
         yield "NaN and infinity", features(1, 200, 64), broken, 9
         yield "all NaN", features(1, 200, 64), broken * torch.nan, 9
         yield "zeros", torch.zeros(1, 200, 64), features(1, 9000, 64), 9
+        # The cosine of very few queries is screened, unless norms or products are out of range.
+        sizes = torch.logspace(-30, 18, 9000).reshape(1, -1, 1)
+        yield "norms of many decades", features(1, 200, 64), features(1, 9000, 64) * sizes, 9
+        yield "small norms", features(1, 200, 64) * 1e-16, features(1, 9000, 64) * 1e-11, 9
+        some = features(1, 9000, 64) * (torch.rand(1, 9000, 1) < 0.999)
+        yield "some zeros", features(1, 200, 64), some, 9
+        close = features(1, 1, 64) + 1e-4 * features(1, 9000, 64)
+        yield "nearly equal keys", close[:, :200], close, 9
+        close = torch.where(torch.rand(1, 9000, 1) < 0.02, close, features(1, 9000, 64))
+        yield "some nearly equal keys", close[:, :1] + features(1, 200, 64) * 1e-3, close, 9
+        rising = torch.linspace(-1, 1, 9000).reshape(1, -1, 1) * features(1, 1, 64)
+        yield "later is nearer", rising[:, -200:], rising + features(1, 9000, 64), 9
+        queries = features(1, 200, 64)
+        queries[0, 0], queries[0, 8, 3], queries[0, 101] = torch.nan, torch.inf, 0
+        yield "broken queries", queries, features(1, 9000, 64), 9
         yield "flushed", features(1, 200, 48) * 1e-19, features(1, 9000, 48) * 1e-20, 9
 
     torch.manual_seed(0)
@@ -166,7 +181,7 @@ def test_the_same_bits_among_many_queries(
     rotated = RESTRICTIONS[first:] + RESTRICTIONS[:first]
     code = AMONG_MANY.format(restrictions=rotated, count=len(rotated))
     lines = run_python(code, CONVNN_CPU_ISA=instruction_set).splitlines()
-    assert len(lines) == 12 * 4 * 3 * 4 * 2
+    assert len(lines) == 19 * 4 * 3 * 4 * 2
     assert [line for line in lines if not line.startswith("True ")] == []
 
 

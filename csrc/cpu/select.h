@@ -164,8 +164,13 @@ class Select {
 
   // Copies x [d] to row, normalized for the cosine and padded with zeros to whole vectors.
   static void read_row(const SelectParams& p, const T* x, A* row) {
-    for (int64_t t = 0; t < p.d; ++t) row[t] = widen(x[t]);
-    if (p.metric == Metric::cosine) {
+    if (std::is_same_v<T, A> && p.metric == Metric::cosine) {
+      const Normalizer normalize = normalizer(x, p.d);
+      for (int64_t t = 0; t < p.d; ++t) row[t] = normalize(x[t]);
+    } else {
+      for (int64_t t = 0; t < p.d; ++t) row[t] = widen(x[t]);
+    }
+    if (!std::is_same_v<T, A> && p.metric == Metric::cosine) {  // widened once
       const Normalizer normalize = normalizer(static_cast<const A*>(row), p.d);
       for (int64_t t = 0; t < p.d; ++t) row[t] = normalize(row[t]);
     }
@@ -376,14 +381,19 @@ class Select {
     for (int64_t r = 0; r < rows; ++r) {
       left += best[r].survey(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
     }
-    const int64_t groups = BestColumns<A>::group_count(chunk);
-    const int64_t most = is_first ? groups - groups / 4 : groups / 2;
-    if (left > rows * min_of(groups / kGroupsPerOpen + p.k, most)) return false;
+    if (left > rows * most_open(p, chunk, is_first)) return false;
     for (int64_t r = 0; r < rows; ++r) {
       best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk,
                                exact(p, keys, r, scratch));
     }
     return true;
+  }
+
+  // How many groups of a chunk a screen may leave undecided for a query.
+  static int64_t most_open(const SelectParams& p, int64_t chunk, bool is_first) {
+    const int64_t groups = BestColumns<A>::group_count(chunk);
+    const int64_t most = is_first ? groups - groups / 4 : groups / 2;
+    return min_of(groups / kGroupsPerOpen + p.k, most);
   }
 
   static void resolve(const SelectParams& p, const Keys& keys, int64_t rows, BestColumns<A>* best,

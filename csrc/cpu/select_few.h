@@ -7,6 +7,11 @@
 // query, and collects the best columns of its range. What the ranges of a query found is then
 // merged in the total order of neighbors.
 //
+// The cosine with very few queries does not need normalized keys either: the products of a key as
+// it is, divided by its norm, both in float32, are a screen (screen.h) of the similarities, which
+// are then computed exactly for the few keys that it does not rule out. Norms near the limits of
+// float32, NaN, and chunks of too similar keys are left to the normalized keys.
+//
 // The number of ranges depends on the shapes only. A similarity has the same bits as from
 // multiply_tile, so a result depends neither on the number of queries nor on that of threads.
 #pragma once
@@ -29,6 +34,14 @@ constexpr int64_t kRangeWork = int64_t(1) << 17;
 constexpr int64_t kColumnsPerNeighbor = 8;
 constexpr int64_t kEnoughTasks = 256;
 
+// Up to this many queries, a screened cosine pays. With more, computing exact similarities takes
+// longer than normalizing the keys. Measured.
+constexpr int64_t kMostScreenedRows = 16;
+
+// Squares of norms for which a float32 has no overflow and a relative error of at most the rounding
+// of its sum.
+constexpr float kLeastSquare = 0x1p-80f, kLargestSquare = 0x1p80f;
+
 // The products of this many queries are summed side by side: their sums are independent, and with
 // the columns they fit into the registers.
 constexpr int kRowsAtOnce = 4;
@@ -50,6 +63,7 @@ class SelectFew : Select<T> {
     Rank<A>* ranks;         // [n, capacity]
     BestColumns<A>* best;   // [n]
     int64_t* self_columns;  // [n]
+    bool queries_are_finite;
     size_t bytes;
 
     Scratch(const SelectParams& p, void* base) {
@@ -89,7 +103,7 @@ class SelectFew : Select<T> {
 
   static void search(const SelectParams& p, const SelectWork& work, const FoundInRanges& found,
                      int64_t begin, int64_t end, void* base) {
-    const Scratch scratch(p, base);
+    Scratch scratch(p, base);
     int64_t prepared = -1;  // the batch element whose queries are in scratch
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / found.ranges, range = task % found.ranges;
@@ -108,7 +122,7 @@ class SelectFew : Select<T> {
 
   static void merge(const SelectParams& p, const SelectWork& work, const FoundInRanges& found,
                     int64_t begin, int64_t end, void* base) {
-    const Scratch scratch(p, base);
+    Scratch scratch(p, base);
     const Rank<A>* ranks = static_cast<const Rank<A>*>(found.ranks);
     int64_t prepared = -1;
     for (int64_t task = begin; task < end; ++task) {
@@ -124,11 +138,15 @@ class SelectFew : Select<T> {
   }
 
  private:
-  static void read_queries(const SelectParams& p, int64_t batch, const Scratch& scratch) {
+  static void read_queries(const SelectParams& p, int64_t batch, Scratch& scratch) {
     const int64_t stride = padded_stride<A>(p.d);
+    A zero = 0;
     for (int64_t r = 0; r < p.n; ++r) {
-      Base::read_row(p, p.query.at<T>(batch, r), scratch.queries + r * stride);
+      A* row = scratch.queries + r * stride;
+      Base::read_row(p, p.query.at<T>(batch, r), row);
+      for (int64_t t = 0; t < p.d; ++t) zero += row[t] * 0;
     }
+    scratch.queries_are_finite = zero == 0;
     if (!p.self_indices) return;
     for (int64_t r = p.n; r < ceil_div(p.n, kTileRows) * kTileRows; ++r) {
       Base::pad_row(p, scratch.queries + r * stride, 0);
@@ -159,12 +177,24 @@ class SelectFew : Select<T> {
                            int64_t ranges, const Scratch& scratch) {
     const int64_t columns = Base::columns_of(work, b);
     const int64_t length = ceil_div(ceil_div(columns, ranges), kLanes<A>) * kLanes<A>;
-    const int64_t end = min_of(columns, (range + 1) * length);
+    const int64_t begin = range * length, end = min_of(columns, begin + length);
     for (int64_t r = 0; r < p.n; ++r) start(p, work, b, r, scratch);
-    for (int64_t first = range * length; first < end; first += kChunk) {
+    for (int64_t first = begin; first < end; first += kChunk) {
       const int64_t chunk = min_of(kChunk, end - first);
+      if constexpr (std::is_same_v<A, float>) {
+        if (p.metric == Metric::cosine && p.n <= kMostScreenedRows) {
+          if (screen_chunk(p, work, b, first, chunk, first == begin, end, scratch)) continue;
+          resolve(p, work, b, scratch);
+        }
+      }
       for (int64_t c = 0; c < chunk; c += kLanes<A>) {
-        similarities(p, work, b, first + c, end, scratch.strip + c, scratch);
+        const A* rows[kLanes<A>];
+        read_keys(p, work, b, first + c, end, p.metric == Metric::cosine, rows, scratch);
+        if (p.metric == Metric::euclidean) {
+          multiply<true>(p, rows, scratch.strip + c, scratch);
+        } else {
+          multiply<false>(p, rows, scratch.strip + c, scratch);
+        }
       }
       Base::close_strip(first, chunk, p.n, scratch.self_columns, scratch);
       for (int64_t r = 0; r < p.n; ++r) {
@@ -173,33 +203,102 @@ class SelectFew : Select<T> {
         scratch.best[r].collect(strip, first, chunk);
       }
     }
+    if constexpr (std::is_same_v<A, float>) {
+      resolve(p, work, b, scratch);
+    }
   }
 
-  // The similarities of all queries to columns first ... first + kLanes - 1, or those before `end`;
-  // c [n, kStripStride].
-  static void similarities(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first,
-                           int64_t end, A* c, const Scratch& scratch) {
+  // Selects from a chunk by screened cosines. Returns false, with nothing collected, if there is no
+  // bound for their error or they rule out too little.
+  static bool screen_chunk(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first,
+                           int64_t chunk, bool is_first, int64_t end, const Scratch& scratch) {
+    bool bounded = true;
+    for (int64_t c = 0; c < chunk && bounded; c += kLanes<A>) {
+      const A* rows[kLanes<A>];
+      read_keys(p, work, b, first + c, end, false, rows, scratch);
+      multiply<false>(p, rows, scratch.strip + c, scratch);
+      const V squares = squared_norms(p, rows);
+      for (int i = 0; i < kLanes<A>; ++i) {
+        bounded = bounded && squares[i] >= kLeastSquare && squares[i] <= kLargestSquare;
+      }
+      V inverse;
+      for (int i = 0; i < kLanes<A>; ++i) inverse[i] = 1 / std::sqrt(squares[i]);
+      for (int64_t r = 0; r < p.n; ++r) {
+        A* to = scratch.strip + r * kStripStride<A> + c;
+        store(to, load(to) * inverse);
+      }
+    }
+    if (!bounded || !scratch.queries_are_finite) return false;
+    // Normalized rows may be a little longer than 1.
+    const Extent unit = {1.0001f, 0};
+    const A error = screening_error(unit, unit, p.d);
+    Base::close_strip(first, chunk, p.n, scratch.self_columns, scratch);
+    int64_t left = 0;
+    for (int64_t r = 0; r < p.n; ++r) {
+      left += scratch.best[r].survey(scratch.strip + r * kStripStride<A>, chunk, error);
+    }
+    if (left > p.n * Base::most_open(p, chunk, is_first)) return false;
+    for (int64_t r = 0; r < p.n; ++r) {
+      scratch.best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk,
+                                       exact(p, work, b, r, scratch));
+    }
+    return true;
+  }
+
+  static void resolve(const SelectParams& p, const SelectWork& work, int64_t b,
+                      const Scratch& scratch) {
+    for (int64_t r = 0; r < p.n; ++r) scratch.best[r].resolve(exact(p, work, b, r, scratch));
+  }
+
+  // Returns a function that computes the cosines of query r and kLanes columns.
+  static auto exact(const SelectParams& p, const SelectWork& work, int64_t b, int64_t r,
+                    const Scratch& scratch) {
+    return [&p, &work, &scratch, b, r](const int64_t* columns) {
+      const int64_t stride = padded_stride<A>(p.d);
+      const A* rows[kLanes<A>];
+      for (int i = 0; i < kLanes<A>; ++i) {
+        Base::read_row(p, Base::key_at(p, work, b, columns[i]), scratch.rows + i * stride);
+        rows[i] = scratch.rows + i * stride;
+      }
+      return product<false>(p, rows, scratch.queries + r * stride);
+    };
+  }
+
+  // The sums of the squares of kLanes keys.
+  static V squared_norms(const SelectParams& p, const A* const* rows) {
+    V sums[2] = {};
+    for (int64_t t = 0; t < p.d; t += kLanes<A>) {
+      V columns[kLanes<A>];
+      read_columns(rows, t, columns);
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes<A>; ++j) sums[j % 2] += columns[j] * columns[j];
+    }
+    return sums[0] + sums[1];
+  }
+
+  // Finds the keys of columns first ... first + kLanes - 1, or those before `end`, as rows that can
+  // be read in whole vectors, with zeros from element d on; normalized or as they are.
+  static void read_keys(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first,
+                        int64_t end, bool normalized, const A** rows, const Scratch& scratch) {
     const T* keys[kLanes<A>];
     locate(p, work, b, first + kLanes<A>, end, keys);
     prefetch(p, keys);
     locate(p, work, b, first, end, keys);
-    const A* rows[kLanes<A>];
-    bool in_place = false;
     if constexpr (std::is_same_v<T, A>) {
-      in_place = p.metric != Metric::cosine && p.d % kLanes<A> == 0;
-      std::copy(keys, keys + kLanes<A>, rows);
-    }
-    if (!in_place) {
-      for (int i = 0; i < kLanes<A>; ++i) {
-        A* row = scratch.rows + i * padded_stride<A>(p.d);
-        Base::read_row(p, keys[i], row);
-        rows[i] = row;
+      if (!normalized && p.d % kLanes<A> == 0) {
+        std::copy(keys, keys + kLanes<A>, rows);
+        return;
       }
     }
-    if (p.metric == Metric::euclidean) {
-      multiply<true>(p, rows, c, scratch);
-    } else {
-      multiply<false>(p, rows, c, scratch);
+    for (int i = 0; i < kLanes<A>; ++i) {
+      A* row = scratch.rows + i * padded_stride<A>(p.d);
+      if (normalized) {
+        Base::read_row(p, keys[i], row);
+      } else {
+        for (int64_t t = 0; t < p.d; ++t) row[t] = widen(keys[i][t]);
+        Base::pad_row(p, row, p.d);
+      }
+      rows[i] = row;
     }
   }
 
