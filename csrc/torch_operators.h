@@ -138,6 +138,7 @@ class Contiguous {
 class Readable {
  public:
   static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
+  static constexpr int64_t kFew = 0;
 
   Readable(const Tensor& tensor, bool reads_strides, int64_t reads = kAll) {
     const int64_t rows = rows_of(tensor), columns = columns_of(tensor);
@@ -291,8 +292,8 @@ class SelectInputs {
       : candidates_(candidates),
         self_(self_indices),
         mask_(key_mask),
-        queries_(query, Backend::kReadsStrides),
-        keys_(key, Backend::kReadsStrides) {
+        queries_(query, Backend::kReadsStrides, reads_of(query)),
+        keys_(key, Backend::kReadsStrides, reads_of(query)) {
     const int64_t n = rows_of(query), m = rows_of(key);
     const int64_t columns = candidates ? candidates->size(0) : m;
     if (query.scalar_type() != ScalarType::Double &&
@@ -325,6 +326,13 @@ class SelectInputs {
   }
 
  private:
+  // Up to this many queries, reading the keys costs more than the products, and copying them costs
+  // as much again; with more, rows that are adjacent are worth it. Measured on the CPU.
+  static constexpr int64_t kMostInPlace = 64;
+  static int64_t reads_of(const Tensor& query) {
+    return rows_of(query) <= kMostInPlace ? Readable::kFew : Readable::kAll;
+  }
+
   Contiguous candidates_, self_, mask_;
   Readable queries_, keys_;
   SelectParams params_;

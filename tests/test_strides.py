@@ -27,7 +27,7 @@ ADJACENT: dict[str, Callable[[torch.dtype], Tensor]] = {
     "one-row-repeated": lambda dtype: torch.randn(B, H, 1, D).to(dtype).expand(B, H, M, D),
     "offset": lambda dtype: torch.randn(1 + B * H * M * D).to(dtype)[1:].view(B, H, M, D),
 }
-# Rows that are far apart: in place only where few of them are read.
+# Rows that are far apart: in place only for few queries, or where few of them are read.
 APART: dict[str, Callable[[torch.dtype], Tensor]] = {
     "every-other-row": lambda dtype: torch.randn(B, H, 2 * M, D).to(dtype)[:, :, ::2],
     "sliced-columns": lambda dtype: torch.randn(B, H, M, 3 * D).to(dtype)[..., D : 2 * D],
@@ -124,16 +124,20 @@ def test_copies(layout: str) -> None:
     few = copied(lambda: convnn.aggregate(value, *neighbors))
     many = copied(lambda: convnn.aggregate(value, *all_neighbors))
     search = copied(lambda: convnn.select(query, key, 4))
+    many_queries = torch.cat([key, key], -2)
+    many_search = copied(lambda: convnn.select(many_queries, key, 4))
     gradients = copied(backward(query, key, value))
     assert (few[0] > 0) == (layout in COPIED)
     assert (many[0] > 0) == (layout in APART | COPIED)
-    assert (search[0] > 0) == (layout in APART | COPIED)
+    assert (search[0] > 0) == (layout in COPIED)
+    assert (many_search[0] > 0) == (layout in APART | COPIED)
     assert (gradients[0] > 0) == (layout in APART | COPIED)
 
 
 @pytest.mark.parametrize("layout", ["channels-first-bank", "bank-of-columns"])
 def test_only_distinct_elements_are_copied(layout: str) -> None:
     query, key, value = (LAYOUTS[layout](torch.float32) for _ in range(3))
+    query = torch.cat([query, query], -2)
     bank = M * D * 4
     assert bank <= copied(lambda: convnn.forward(query, key, value, 4))[1] <= 3 * bank
     assert copied(backward(query, key, value))[1] <= 3 * bank
@@ -163,7 +167,7 @@ LARGE = {
     ),
     # 128 MiB are used; 16 MiB of them are packed at a time.
     "cache": (
-        "query = torch.randn(1, 8, 1, 64); key = torch.randn(1, 8, 131072, 64)[:, :, :65536]",
+        "query = torch.randn(1, 8, 65, 64); key = torch.randn(1, 8, 131072, 64)[:, :, :65536]",
         24,
     ),
 }

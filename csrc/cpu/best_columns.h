@@ -144,6 +144,14 @@ class BestColumns {
     if (count_ >= wanted_) keep_best();
   }
 
+  // Adds columns of which none is excluded.
+  void include(const Rank<A>* ranks, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (count_ == capacity_) keep_best();
+      ranks_[count_++] = ranks[i];
+    }
+  }
+
   // Sorts the best columns, which must have been resolved, by rank or by column. Returns how many
   // there are.
   int64_t finish(Order order) {

@@ -4,6 +4,7 @@
 #include "aggregate_backward.h"
 #include "select.h"
 #include "select_backward.h"
+#include "select_few.h"
 
 namespace convnn::CONVNN_ISA {
 
@@ -15,6 +16,8 @@ const Kernels& kernels() {
       CONVNN_NAME(CONVNN_ISA),
       {select_kernel<double>(), select_kernel<float>(), select_kernel<half>(),
        select_kernel<bfloat16>()},
+      {few_queries_kernel<double>(), few_queries_kernel<float>(), few_queries_kernel<half>(),
+       few_queries_kernel<bfloat16>()},
       {select_backward_kernel<double>(), select_backward_kernel<float>(),
        select_backward_kernel<half>(), select_backward_kernel<bfloat16>()},
       {aggregate_kernel<double>(), aggregate_kernel<float>(), aggregate_kernel<half>(),

@@ -31,6 +31,27 @@ struct SelectKernel {
   void (*rows)(const SelectParams&, const SelectWork&, int64_t begin, int64_t end, void* scratch);
 };
 
+// The neighbors of each query in each of several ranges of the columns of its batch element.
+struct FoundInRanges {
+  int64_t ranges;   // of each batch element
+  void* ranks;      // [batches, n, ranges, found_bytes]
+  int64_t* counts;  // [batches, n, ranges]
+};
+
+// Selection for few queries. `packed` of the work is not used.
+struct FewQueriesKernel {
+  bool (*pays)(const SelectParams&, int64_t columns);
+  int64_t (*ranges)(const SelectParams&, int64_t columns);
+  size_t (*found_bytes)(const SelectParams&);  // the ranks of a query in a range
+  size_t (*scratch_bytes)(const SelectParams&);
+  // Tasks: ranges of each batch element of the work. Writes the results if there is one range.
+  void (*search)(const SelectParams&, const SelectWork&, const FoundInRanges&, int64_t begin,
+                 int64_t end, void* scratch);
+  // Tasks: query rows of each batch element of the work. Writes the results of several ranges.
+  void (*merge)(const SelectParams&, const SelectWork&, const FoundInRanges&, int64_t begin,
+                int64_t end, void* scratch);
+};
+
 // The inverse of `indices`: for each key row of each batch element the pairs (slot, query row) that
 // chose it, in ascending order of (slot, query row), without missing neighbors.
 struct InverseList {
@@ -110,6 +131,7 @@ struct AggregateBackwardKernel {
 struct Kernels {
   const char* instruction_set;
   SelectKernel select[4];
+  FewQueriesKernel select_few[4];
   SelectBackwardKernel select_backward[4];
   AggregateKernel aggregate[4];
   AggregateBackwardKernel aggregate_backward[4];

@@ -10,7 +10,7 @@
 namespace convnn::cpu {
 namespace {
 
-// Packed keys in memory at a time, but at least those of one batch element.
+// Packed keys and lists of columns in memory at a time, but at least those of one batch element.
 constexpr size_t kPackedBytes = size_t(16) << 20;
 
 // The rows of key that may be neighbors in one batch element, ascending. Returns how many.
@@ -39,6 +39,26 @@ void select_batches(const SelectParams& p, const SelectKernel& kernel, const Sel
       double(p.d) * double(work.max_columns) * double(kernel.rows_per_task), scratch_bytes,
       [&](int64_t begin, int64_t end, void* scratch) {
         kernel.rows(p, work, begin, end, scratch);
+      });
+}
+
+// Selects the neighbors of a few queries in each of `count` batch elements.
+void select_few(const SelectParams& p, const FewQueriesKernel& kernel, const SelectWork& work,
+                int64_t count, ParallelFor parallel_for) {
+  const int64_t ranges = kernel.ranges(p, work.max_columns);
+  const int64_t entries = ranges > 1 ? count * p.n * ranges : 0;
+  const Workspace ranks(size_t(entries) * kernel.found_bytes(p));
+  const Workspace counts(size_t(entries) * sizeof(int64_t));
+  const FoundInRanges found = {ranges, ranks.get(), counts.as<int64_t>()};
+  const size_t scratch_bytes = kernel.scratch_bytes(p);
+  run(parallel_for, count * ranges, double(p.n * p.d) * double(work.max_columns / ranges),
+      scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
+        kernel.search(p, work, found, begin, end, scratch);
+      });
+  if (ranges == 1) return;
+  run(parallel_for, count * p.n, double(ranges) * double(p.k), scratch_bytes,
+      [&](int64_t begin, int64_t end, void* scratch) {
+        kernel.merge(p, work, found, begin, end, scratch);
       });
 }
 
@@ -91,7 +111,9 @@ class Folded {
 
  private:
   void fold_queries(const SelectParams& p, int64_t shared) {
-    if (!p.query.offsets && p.query.batch_stride == p.n * p.query.row_stride) {
+    const int64_t row_stride = p.n == 1 ? p.query.batch_stride : p.query.row_stride;
+    if (!p.query.offsets && p.query.batch_stride == p.n * row_stride) {
+      params_.query.row_stride = row_stride;
       params_.query.batch_stride = shared * p.query.batch_stride;
       return;
     }
@@ -114,15 +136,19 @@ class Folded {
 
 void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
   const SelectKernel& kernel = kernels().select[int(p.dtype)];
+  const FewQueriesKernel& few_kernel = kernels().select_few[int(p.dtype)];
   std::vector<int64_t> candidates(p.candidates, p.candidates + (p.candidates ? p.r : 0));
   std::sort(candidates.begin(), candidates.end());
 
   const int64_t columns = p.candidates ? p.r : p.m;
-  const size_t packed_bytes = kernel.packed_bytes(p, columns);
-  const int64_t batches =
-      std::clamp<int64_t>(int64_t(kPackedBytes / std::max<size_t>(packed_bytes, 1)), 1, p.batch);
-  const Workspace packed(size_t(batches) * packed_bytes);
   const bool listed = p.candidates || p.key_mask;
+  const bool few = few_kernel.pays(p, columns);
+  // The workspace of a batch element.
+  const size_t packed_bytes = few ? 0 : kernel.packed_bytes(p, columns);
+  const size_t bytes = packed_bytes + (listed ? size_t(columns) * sizeof(int64_t) : 0);
+  const int64_t batches =
+      std::clamp<int64_t>(int64_t(kPackedBytes / std::max<size_t>(bytes, 1)), 1, p.batch);
+  const Workspace packed(size_t(batches) * packed_bytes);
   std::vector<int64_t> rows(listed ? size_t(batches * columns) : 0);
   std::vector<int64_t> counts(listed ? size_t(batches) : 0);
 
@@ -137,7 +163,11 @@ void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
     }
     const SelectWork work = {first, columns, listed ? rows.data() : nullptr,
                              listed ? counts.data() : nullptr, packed.get()};
-    select_batches(p, kernel, work, count, parallel_for);
+    if (few) {
+      select_few(p, few_kernel, work, count, parallel_for);
+    } else {
+      select_batches(p, kernel, work, count, parallel_for);
+    }
   }
 }
 

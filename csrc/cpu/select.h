@@ -10,6 +10,8 @@
 // If the processor multiplies vectors of 16-bit numbers, the strip first holds approximate
 // similarities, a screen of S (screen.h). A chunk in which the screen rules out too few keys, such
 // as one of many nearly equal keys, is computed in full.
+//
+// Few queries are selected without packed keys (select_few.h).
 #pragma once
 
 #include "best_columns.h"
@@ -51,6 +53,7 @@ struct ScreenOf<float> {
 
 template <class T>
 class Select {
+ protected:
   using A = accumulate_t<T>;
   using Screen = typename ScreenOf<A>::type;
   static constexpr bool kScreens = !std::is_same_v<Screen, NoScreen>;
@@ -147,11 +150,15 @@ class Select {
 
   // Copies x [d] to row, normalized for the cosine and padded with zeros to whole vectors.
   static void read_row(const SelectParams& p, const T* x, A* row) {
-    if (p.metric == Metric::cosine) {
+    if (std::is_same_v<T, A> && p.metric == Metric::cosine) {
       const Normalizer normalize = normalizer(x, p.d);
       for (int64_t t = 0; t < p.d; ++t) row[t] = normalize(x[t]);
     } else {
       for (int64_t t = 0; t < p.d; ++t) row[t] = widen(x[t]);
+    }
+    if (!std::is_same_v<T, A> && p.metric == Metric::cosine) {  // widened once
+      const Normalizer normalize = normalizer(static_cast<const A*>(row), p.d);
+      for (int64_t t = 0; t < p.d; ++t) row[t] = normalize(row[t]);
     }
     pad_row(p, row, p.d);
   }
@@ -223,7 +230,7 @@ class Select {
     }
   }
 
- private:
+ protected:
   // Rounds row [d] to row r of scratch.words, padded with zeros to whole vectors.
   static Rounded round(const SelectParams& p, const A* row, int64_t r, const Scratch& scratch) {
     uint32_t* words = scratch.words + r * word_stride(p);
@@ -311,8 +318,9 @@ class Select {
   }
 
   // Writes -inf after the last column of a strip and at the token itself.
+  template <class AnyScratch>
   static void close_strip(int64_t first, int64_t chunk, int64_t rows, const int64_t* self_columns,
-                          const Scratch& scratch) {
+                          const AnyScratch& scratch) {
     constexpr A kLowest = -std::numeric_limits<A>::infinity();
     const int64_t scanned = ceil_div(chunk, kScanColumns<A>) * kScanColumns<A>;
     for (int64_t r = 0; r < rows; ++r) {
@@ -361,9 +369,7 @@ class Select {
       best[r].template survey<true>(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
     }
     for (int64_t r = 0; r < rows; ++r) open += best[r].open_groups();
-    const int64_t groups = BestColumns<A>::group_count(chunk);
-    const int64_t most = is_first ? groups - groups / 4 : groups / 2;
-    if (open > rows * min_of(groups / kGroupsPerOpen + p.k, most)) return false;
+    if (open > rows * most_open(p, chunk, is_first)) return false;
     for (int64_t r = 0; r < rows; ++r) {
       best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk, [&] {
         resolve(p, keys, r, r + 1, best, scratch);
@@ -371,6 +377,13 @@ class Select {
       });
     }
     return true;
+  }
+
+  // How many groups of a chunk a screen may leave undecided for a query.
+  static int64_t most_open(const SelectParams& p, int64_t chunk, bool is_first) {
+    const int64_t groups = BestColumns<A>::group_count(chunk);
+    const int64_t most = is_first ? groups - groups / 4 : groups / 2;
+    return min_of(groups / kGroupsPerOpen + p.k, most);
   }
 
   // Computes the similarities of columns that were collected with an error, kLanes of them at a
@@ -402,8 +415,9 @@ class Select {
   }
 
   // The similarity of each query to the token itself, through the same tile as every other pair.
+  template <class AnyScratch>
   static void multiply_self(const SelectParams& p, int64_t batch, int64_t first_row, int64_t rows,
-                            const Scratch& scratch) {
+                            const AnyScratch& scratch) {
     const int64_t stride = padded_stride<A>(p.d);
     for (int64_t first = 0; first < rows; first += kTileRows) {
       const int64_t stop = min_of(first + kTileRows, rows);
