@@ -90,7 +90,7 @@ def test_diagonal_times_rows() -> None:
     Y = torch.empty(8, 32)
     _call[(1,)](x, w, other, Y, convolve._products)
     words = _words(x, 8) | _words(w, 12) | _words(other, 16)
-    for text in (convolve._FLOAT16, convolve._BFLOAT16):
+    for text in (convolve._CONVOLVE_FLOAT16, convolve._CONVOLVE_BFLOAT16):
         found = _execute(text.value, words, {})
         np.testing.assert_allclose(found, Y.numpy().reshape(32, 8), rtol=1e-5, atol=1e-5)
 

@@ -8,12 +8,6 @@
 
 #include "operators.h"
 
-#if defined(CONVNN_WITH_AMX)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace convnn::cpu {
 namespace {
 
@@ -36,24 +30,9 @@ bool has_avx512() {
 #if defined(CONVNN_WITH_AVX512VNNI)
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
-#if defined(CONVNN_WITH_AMX)
-// Whether the processor has AMX for bfloat16, Linux lets this process use it, and a test product
-// comes out right.
-bool has_amx() {
-  unsigned a, b, c, d;
-  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
-  if (!has_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if (!(d & kBfloat16) || !(d & kTiles)) return false;
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 && amx::multiplies_correctly();
-}
-#endif
 
 // Best first.
 constexpr InstructionSet kInstructionSets[] = {
-#if defined(CONVNN_WITH_AMX)
-    {"amx", has_amx, amx::kernels},
-#endif
 #if defined(CONVNN_WITH_AVX512VNNI)
     {"avx512vnni", has_vnni, avx512vnni::kernels},
 #endif
@@ -66,7 +45,6 @@ constexpr InstructionSet kInstructionSets[] = {
     {"portable", [] { return true; }, portable::kernels},
 };
 
-// Calls runs_here() of no other set than the requested one: for AMX it executes instructions.
 const Kernels& choose_kernels() {
   const char* requested = std::getenv("CONVNN_CPU_ISA");
   const bool any = !requested || !*requested;

@@ -8,10 +8,6 @@
 
 namespace convnn::CONVNN_ISA {
 
-#if defined(__AMX_BF16__)
-bool multiplies_correctly() { return AmxScreen::multiplies_correctly(); }
-#endif
-
 #define CONVNN_STRING(x) #x
 #define CONVNN_NAME(x) CONVNN_STRING(x)
 

@@ -145,9 +145,5 @@ const Kernels& kernels();
 namespace avx512vnni {
 const Kernels& kernels();
 }
-namespace amx {
-const Kernels& kernels();
-bool multiplies_correctly();  // whether a test product of whole numbers comes out right
-}  // namespace amx
 
 }  // namespace convnn

@@ -68,9 +68,8 @@ struct FixedPointScreen {
   // Words of a row of d elements.
   static int64_t words(int64_t d) { return ceil_div(d, 2); }
 
-  // Rounds row [d] to words [words(d)]. Other screens also use the original row, here unnamed.
-  template <class T>
-  static Rounded round(const T*, const float* row, int64_t d, Metric, uint32_t* words) {
+  // Rounds row [d] to words [words(d)].
+  static Rounded round(const float* row, int64_t d, uint32_t* words) {
     const double norm = std::sqrt(dot(row, row, d));
     if (!(norm < kLargestNorm)) return {kNoBound, 0};
     const float bound = upper_bound(norm);
@@ -90,11 +89,6 @@ struct FixedPointScreen {
     }));
     return {{bound, upper_bound(rounding)}, scale};
   }
-
-  // Nothing to prepare.
-  struct Session {
-    explicit Session(int64_t) {}
-  };
 
   typedef int32_t Sum __attribute__((vector_size(kVectorBytes)));
 

@@ -18,7 +18,6 @@
 #include "kernels.h"
 #include "normalize.h"
 #include "screen.h"
-#include "screen_amx.h"
 
 namespace convnn::CONVNN_ISA {
 
@@ -37,34 +36,18 @@ constexpr int64_t kMostScreened = 96;
 template <class A>
 constexpr int64_t kStripStride = kChunk + kTileColumns<A>;
 
-// The screen for a selection from elements of T.
-template <class T>
+// The screen for a selection that accumulates in A.
 struct NoScreen {
   static int64_t words(int64_t) { return 0; }
-  struct Session {
-    explicit Session(int64_t) {}
-  };
 };
-template <class T>
+template <class A>
 struct ScreenOf {
-  using type = NoScreen<T>;
+  using type = NoScreen;
 };
 #if defined(__AVX2__)
 template <>
 struct ScreenOf<float> {
   using type = FixedPointScreen;
-};
-template <>
-struct ScreenOf<half> {
-  using type = FixedPointScreen;
-};
-template <>
-struct ScreenOf<bfloat16> {
-#if defined(__AMX_BF16__)
-  using type = AmxScreen;
-#else
-  using type = FixedPointScreen;
-#endif
 };
 #endif
 
@@ -72,8 +55,8 @@ template <class T>
 class Select {
  protected:
   using A = accumulate_t<T>;
-  using Screen = typename ScreenOf<T>::type;
-  static constexpr bool kScreens = !std::is_same_v<Screen, NoScreen<T>>;
+  using Screen = typename ScreenOf<A>::type;
+  static constexpr bool kScreens = !std::is_same_v<Screen, NoScreen>;
   static constexpr int64_t kPanel = kTileColumns<A>;
 
   // The prepared keys of one batch element.
@@ -221,8 +204,7 @@ class Select {
         if (keys.screened) {
           if constexpr (kScreens) {
             for (int64_t i = 0; i < kLanes<A>; ++i) {
-              const T* x = key_at(p, work, b, panel * kPanel + first + i);
-              const Rounded rounded = round(p, x, rows + i * stride, i, scratch);
+              const Rounded rounded = round(p, rows + i * stride, i, scratch);
               keys.scales[panel * kPanel + first + i] = rounded.scale;
               extent.include(rounded.extent);
             }
@@ -246,13 +228,11 @@ class Select {
   }
 
  protected:
-  // Rounds x [d] (null for zeros), of which read_row made `row`, to row r of scratch.words, padded
-  // with zeros to whole vectors.
-  static Rounded round(const SelectParams& p, const T* x, const A* row, int64_t r,
-                       const Scratch& scratch) {
+  // Rounds row [d] to row r of scratch.words, padded with zeros to whole vectors.
+  static Rounded round(const SelectParams& p, const A* row, int64_t r, const Scratch& scratch) {
     uint32_t* words = scratch.words + r * word_stride(p);
     for (int64_t t = words_of(p); t < word_stride(p); ++t) words[t] = 0;
-    return Screen::round(x, row, p.d, p.metric, words);
+    return Screen::round(row, p.d, words);
   }
 
   // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work.
@@ -275,7 +255,7 @@ class Select {
       }
       if constexpr (kScreens) {
         if (keys.screened) {
-          const Rounded rounded = round(p, x, row, r, scratch);
+          const Rounded rounded = round(p, row, r, scratch);
           extents[r] = rounded.extent;
           scratch.scales[r] = rounded.scale;
         }
@@ -292,7 +272,6 @@ class Select {
       best[r].start(scratch.ranks + r * capacity, most_found(p) - self, self_columns[r]);
     }
 
-    const typename Screen::Session session(keys.screened ? words_of(p) : 0);
     // The chunk with the same relative position as these rows comes first, then the others from
     // left to right: most neighbors of a token of an image are nearby, and with those the screen
     // rules out almost everything else.
