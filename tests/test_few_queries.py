@@ -139,7 +139,7 @@ AMONG_MANY = """
         rising = torch.linspace(-1, 1, 9000).reshape(1, -1, 1) * features(1, 1, 64)
         yield "later is nearer", rising[:, -200:], rising + features(1, 9000, 64), 9
         queries = features(1, 200, 64)
-        queries[0, 0], queries[0, 8, 3], queries[0, 101] = torch.nan, torch.inf, 0
+        queries[0, [0, 103]], queries[0, 8, 3], queries[0, 7] = torch.nan, torch.inf, 0
         yield "broken queries", queries, features(1, 9000, 64), 9
         yield "flushed", features(1, 200, 48) * 1e-19, features(1, 9000, 48) * 1e-20, 9
 
@@ -203,16 +203,18 @@ def head_layouts(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("N", [1, 3])
-@pytest.mark.parametrize("query_layout", ["contiguous", "heads behind tokens"])
+@pytest.mark.parametrize("query_layout", ["contiguous", "heads behind tokens", "some columns"])
 @pytest.mark.parametrize("restriction", ["none", "candidates", "self", "mask", "shared mask"])
 @each_dtype
 def test_heads_where_they_lie(
     restriction: str, query_layout: str, N: int, dtype: torch.dtype
 ) -> None:
     B, H, G, m, D = 2, 4, 3, 600, 32
-    query = randn(B, N, H, G, D, dtype=dtype).permute(0, 2, 3, 1, 4)
-    if query_layout == "contiguous":
-        query = query.contiguous()
+    query = {
+        "contiguous": randn(B, H, G, N, D, dtype=dtype),
+        "heads behind tokens": randn(B, N, H, G, D, dtype=dtype).permute(0, 2, 3, 1, 4),
+        "some columns": randn(B, N, H, G, 2 * D, dtype=dtype)[..., :D].permute(0, 2, 3, 1, 4),
+    }[query_layout]
     options = {
         "none": {},
         "candidates": {"candidates": torch.randperm(m)[:100]},
