@@ -130,6 +130,9 @@ AMONG_MANY = """
         sizes = torch.logspace(-30, 18, 9000).reshape(1, -1, 1)
         yield "norms of many decades", features(1, 200, 64), features(1, 9000, 64) * sizes, 9
         yield "small norms", features(1, 200, 64) * 1e-16, features(1, 9000, 64) * 1e-11, 9
+        unit = torch.nn.functional.normalize(features(1, 900, 64), dim=-1)
+        unit[:, ::3] *= 9.5e-13  # not more than epsilon, so the cosine is 0
+        yield "norms of about epsilon", features(1, 200, 64), unit, 9
         some = features(1, 9000, 64) * (torch.rand(1, 9000, 1) < 0.999)
         yield "some zeros", features(1, 200, 64), some, 9
         close = features(1, 1, 64) + 1e-4 * features(1, 9000, 64)
@@ -181,7 +184,7 @@ def test_the_same_bits_among_many_queries(
     rotated = RESTRICTIONS[first:] + RESTRICTIONS[:first]
     code = AMONG_MANY.format(restrictions=rotated, count=len(rotated))
     lines = run_python(code, CONVNN_CPU_ISA=instruction_set).splitlines()
-    assert len(lines) == 19 * 4 * 3 * 4 * 2
+    assert len(lines) == 20 * 4 * 3 * 4 * 2
     assert [line for line in lines if not line.startswith("True ")] == []
 
 

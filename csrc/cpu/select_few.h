@@ -39,8 +39,9 @@ constexpr int64_t kEnoughTasks = 256;
 constexpr int64_t kMostScreenedRows = 16;
 
 // Squares of norms for which a float32 has no overflow and a relative error of at most the rounding
-// of its sum.
-constexpr float kLeastSquare = 0x1p-80f, kLargestSquare = 0x1p80f;
+// of its sum, and which are surely above that of epsilon: up to there, the cosine is 0.
+constexpr float kLeastSquare = 0x1p-78f, kLargestSquare = 0x1p80f;
+static_assert(double(kLeastSquare) > 2 * kCosineEpsilon * kCosineEpsilon);
 
 // The products of this many queries are summed side by side: their sums are independent, and with
 // the columns they fit into the registers.
