@@ -120,17 +120,17 @@ def _choice(choice: dict[str, Any] | None) -> dict[str, str]:
         "measured": f"as the fastest, measured in {choice['milliseconds'] or 0:.0f} ms",
         "remembered": "as the fastest, measured before",
     }
-    facts = {"chosen": reasons[choice["source"]]}
+    text = reasons[choice["source"]]
+    name, times = choice["instruction_set"], choice["picoseconds"]
+    if times:
+        others = (f"{each} {times[each] / times[name]:.2f}" for each in times if each != name)
+        text += f" ({', '.join(others)} times as long)"
     if choice["is_kept"]:
-        facts["remembered"] = f"in {choice['file']}; delete it to measure again"
+        text += f"; delete {choice['file']} to measure again"
     elif choice["source"] == "measured":
         file = choice["file"]
-        facts["remembered"] = f"no: not written to {file}" if file else "no: there is no folder"
-    for dtype, kernel in choice["select"].items():
-        name, times = kernel["instruction_set"], kernel["picoseconds"]
-        others = (f"{each} {times[each] / times[name]:.2f}" for each in times if each != name)
-        facts[f"select {dtype}"] = f"{name}; times as long: {', '.join(others)}"
-    return facts
+        text += f"; not remembered: {f'cannot write {file}' if file else 'there is no folder'}"
+    return {"chosen": text}
 
 
 def _outcome(part: dict[str, str] | None) -> str:

@@ -92,31 +92,33 @@ def cpu_choice() -> dict[str, Any]:
     Chooses if nothing has been chosen yet.
 
     Returns:
-        Under "source", "requested" by ``CONVNN_CPU_ISA``, "only" one, "measured" now, "remembered"
-        from an earlier measurement, or "default", if measuring failed. Under "milliseconds" the
-        time that measuring took; under "file" where the result is remembered, or with "is_kept"
-        false where it could not be; None without these. Under "select", for each dtype that was
-        timed, "instruction_set" and "picoseconds" per similarity with each set. Empty if the set
-        that ``CONVNN_CPU_ISA`` names cannot run here.
+        "source": "requested" by ``CONVNN_CPU_ISA``, "only" one, "measured" now, "remembered" from
+        an earlier measurement, or "default", if measuring failed.
+
+        "instruction_set": its name.
+
+        "picoseconds": the time per similarity with each set, by name; empty unless measured or
+        remembered.
+
+        "milliseconds": the CPU time that measuring took, or None.
+
+        "file", "is_kept": where the times are remembered, or None; and whether they are.
+
+        Empty if the set that ``CONVNN_CPU_ISA`` names cannot run here.
     """
     text = _cpu_library().convnn_cpu_describe_choice()
     if text is None:
         return {}
     lines = dict(line.split(" ", 1) for line in text.decode().splitlines())
-    milliseconds, file = lines.get("milliseconds"), lines.get("file") or lines.get("file!")
-    choice: dict[str, Any] = {
+    times = lines.get("picoseconds", "").split()
+    return {
         "source": lines["source"],
-        "milliseconds": milliseconds and float(milliseconds),
-        "file": file,
+        "instruction_set": lines["instruction_set"],
+        "picoseconds": dict(zip(times[::2], map(int, times[1::2]), strict=True)),
+        "milliseconds": int(lines["microseconds"]) / 1000 if "microseconds" in lines else None,
+        "file": lines.get("file") or lines.get("file!"),
         "is_kept": "file" in lines,
-        "select": {},
     }
-    for dtype in ("float32", "bfloat16"):
-        if dtype in lines:
-            chosen, *pairs = lines[dtype].split()
-            times = dict(zip(pairs[::2], map(int, pairs[1::2]), strict=True))
-            choice["select"][dtype] = {"instruction_set": chosen, "picoseconds": times}
-    return choice
 
 
 def usable_cpu_instruction_sets() -> list[str]:

@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable
 
+import pytest
 import torch
 
 import convnn_kernels
@@ -33,6 +34,38 @@ def test_text_names_each_part_and_each_backend_once() -> None:
     for backend, reason in report["backends"].items():
         outcome = f"no: {reason}" if reason else "yes"
         assert [line.split(maxsplit=1) for line in text.splitlines()].count([backend, outcome]) == 1
+
+
+TIMES = {"wide": 100, "narrow": 150}
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "is_kept", "expected"),
+    [
+        ("measured", "/a b", True, "measured in 6 ms~; delete /a b to measure again"),
+        ("measured", "/a", False, "measured in 6 ms~; not remembered: cannot write /a"),
+        ("measured", None, False, "measured in 6 ms~; not remembered: there is no folder"),
+        ("remembered", "/a", True, "measured before~; delete /a to measure again"),
+        ("requested", None, False, "by CONVNN_CPU_ISA"),
+        ("default", None, False, "by default, because measuring failed"),
+        ("only", None, False, "no line"),
+    ],
+)
+def test_one_line_says_why_an_instruction_set_was_chosen(
+    source: str, file: str | None, is_kept: bool, expected: str
+) -> None:
+    report = info.collect()
+    report["machine"]["cpu_choice"] = {
+        "source": source,
+        "instruction_set": "wide",
+        "picoseconds": TIMES if source in ("measured", "remembered") else {},
+        "milliseconds": 5.6 if source == "measured" else None,
+        "file": file,
+        "is_kept": is_kept,
+    }
+    facts = dict(line.strip().partition(" ")[::2] for line in info.render(report).splitlines())
+    found = facts.get("chosen", "no line").strip().removeprefix("as the fastest, ")
+    assert found.replace(" (narrow 1.50 times as long)", "~") == expected
 
 
 def test_text_without_a_build_report() -> None:

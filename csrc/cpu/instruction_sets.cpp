@@ -3,7 +3,6 @@
 
 #include <pthread.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -73,12 +72,16 @@ std::string list(const std::vector<std::string>& words, const char* between) {
 }
 
 struct Choice {
-  Kernels kernels;
+  const Kernels* kernels;
   std::string description;
 };
 
+Choice describe(const Kernels& kernels, const std::string& how) {
+  return {&kernels, std::string("instruction_set ") + kernels.instruction_set + "\n" + how};
+}
+
 Choice choose_requested(const char* name) {
-  if (const InstructionSet* set = find(name)) return {set->kernels(), "source requested\n"};
+  if (const InstructionSet* set = find(name)) return describe(set->kernels(), "source requested\n");
   throw std::runtime_error("CONVNN_CPU_ISA must be one of the instruction sets that run here (" +
                            list(usable_instruction_sets(), ", ") + "), got " + name);
 }
@@ -91,42 +94,31 @@ Times times_of(const std::vector<const Kernels*>& sets, std::string& description
   const std::string file = remembered_file(key);
   if (!file.empty() && from_text(read_file(file), key, times)) {
     description = "source remembered\nfile " + file + "\n";
-    return times;
+  } else {
+    const Measurement measured = measure(sets);
+    times.picoseconds = measured.picoseconds;
+    description = "source measured\nmicroseconds " + std::to_string(measured.microseconds) + "\n";
+    if (!file.empty()) {
+      description += (write_file(file, to_text(key, times)) ? "file " : "file! ") + file + "\n";
+    }
   }
-  const Measurement measured = measure(sets);
-  description = "source measured\nmilliseconds " + std::to_string(measured.milliseconds) + "\n";
-  if (!file.empty()) {
-    const bool kept = measured.is_steady && write_file(file, to_text(key, measured.times));
-    description += (kept ? "file " : "file! ") + file + "\n";
-  }
-  return measured.times;
+  description += "picoseconds " + times_text(times) + "\n";
+  return times;
 }
 
-// Of each timed kernel the fastest set; the others follow float32. Never `portable`, whose results
-// differ, where another set runs.
+// Never `portable`, whose results differ, where another set runs.
 Choice choose_by_speed() {
   std::vector<const Kernels*> sets;
   for (const std::string& name : usable_instruction_sets()) {
     if (sets.empty() || name != "portable") sets.push_back(&find(name.c_str())->kernels());
   }
-  if (sets.size() == 1) return {*sets[0], "source only\n"};
+  if (sets.size() == 1) return describe(*sets[0], "source only\n");
   try {
-    Choice choice;
-    const Times times = times_of(sets, choice.description);
-    choice.kernels = *sets[fastest(times.picoseconds[0])];
-    for (int i = 0; i < kTimed; ++i) {
-      const int dtype = int(kTimedDTypes[i]);
-      choice.kernels.select[dtype] = sets[fastest(times.picoseconds[i])]->select[dtype];
-      const auto is_chosen = [&](const Kernels* set) {
-        return set->select[dtype].rows == choice.kernels.select[dtype].rows;
-      };
-      choice.description += std::string(kTimedNames[i]) + " " +
-                            (*std::find_if(sets.begin(), sets.end(), is_chosen))->instruction_set +
-                            times_text(times, i) + "\n";
-    }
-    return choice;
+    std::string how;
+    const Times times = times_of(sets, how);
+    return describe(*sets[fastest(times.picoseconds)], how);
   } catch (const std::exception&) {
-    return {*sets[0], "source default\n"};
+    return describe(*sets[0], "source default\n");
   }
 }
 
@@ -174,7 +166,7 @@ bool use_instruction_set(const char* name, const char** before) {
 
 const Kernels& kernels() {
   if (const Kernels* named = forced.load()) return *named;
-  return choice().kernels;
+  return *choice().kernels;
 }
 
 bool can_choose() {

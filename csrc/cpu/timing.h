@@ -2,20 +2,19 @@
 // How fast the kernels of each instruction set are on this processor.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
-#include "choice.h"
 #include "kernels.h"
 
 namespace convnn::cpu {
 
 struct Measurement {
-  Times times;
-  double milliseconds;  // that it took
-  bool is_steady;       // whether there was time for enough rounds to rely on
+  std::vector<int64_t> picoseconds;  // [sets] per similarity
+  int64_t microseconds;              // that measuring took
 };
 
-// Times these sets on the calling thread.
+// Times these sets on the calling thread. All times are CPU time of this thread.
 Measurement measure(const std::vector<const Kernels*>& sets);
 
 }  // namespace convnn::cpu
