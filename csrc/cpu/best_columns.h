@@ -289,19 +289,20 @@ class BestColumns {
 
   // Keeps the best `wanted` and those that may be among them.
   void keep_best() {
+    Rank<A> last;
     if (count_ <= kMostCounted<A>) {
       sort_ranks(ranks_, count_);
+      last = ranks_[wanted_ - 1];
     } else {
-      std::nth_element(ranks_, ranks_ + wanted_ - 1, ranks_ + count_);
+      last = move_best_to_front(ranks_, wanted_, count_);
     }
-    bound_ = ranks_[wanted_ - 1].similarity();
-    last_column_ = ranks_[wanted_ - 1].column();
+    bound_ = last.similarity();
+    last_column_ = last.column();
     complete_ = true;
     if (slack_ > 0) {
-      const Rank<A> last(bound_ - slack_, std::numeric_limits<uint32_t>::max());
-      count_ = std::partition(ranks_ + wanted_, ranks_ + count_,
-                              [&](const Rank<A>& rank) { return rank < last; }) -
-               ranks_;
+      const Rank<A> reached(bound_ - slack_, std::numeric_limits<uint32_t>::max());
+      count_ =
+          move_to_front(ranks_, wanted_, count_, [&](int64_t i) { return ranks_[i] < reached; });
     } else {
       count_ = wanted_;
     }

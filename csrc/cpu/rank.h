@@ -118,4 +118,74 @@ inline void sort_ranks(Rank<A>* ranks, int64_t count) {
   for (int64_t i = 0; i < count; i += 8) std::memcpy(ranks + i, sorted + i, 8 * sizeof *ranks);
 }
 
+// Moves those of ranks first ... count - 1 for which is_chosen(position) to the front of them,
+// without branches that depend on it. Returns the position behind the last of those.
+template <class A, class IsChosen>
+inline int64_t move_to_front(Rank<A>* ranks, int64_t first, int64_t count,
+                             const IsChosen& is_chosen) {
+  int64_t front = first;
+  for (int64_t i = first; i < count; ++i) {
+    const Rank<A> rank = ranks[i];
+    const bool chosen = is_chosen(i);
+    ranks[i] = ranks[front];
+    ranks[front] = rank;
+    front += chosen;
+  }
+  return front;
+}
+
+// Moves the best `wanted` of `count` ranks that are all different to the front, in any order.
+// Returns the last of them.
+template <class A>
+inline Rank<A> move_best_to_front(Rank<A>* ranks, int64_t wanted, int64_t count) {
+  std::nth_element(ranks, ranks + wanted - 1, ranks + count);
+  return ranks[wanted - 1];
+}
+
+// By bisection between the least and the greatest rank, which has no branches that depend on single
+// ranks.
+template <>
+inline Rank<float> move_best_to_front(Rank<float>* ranks, int64_t wanted, int64_t count) {
+  typedef int64_t Codes __attribute__((vector_size(kVectorBytes)));
+  constexpr int64_t kCodes = kVectorBytes / 8, kLeast = std::numeric_limits<int64_t>::min();
+  // The codes as signed numbers, which vectors compare.
+  const auto code_at = [&](int64_t i) {
+    int64_t code;
+    std::memcpy(&code, ranks + i, sizeof code);
+    return code ^ kLeast;
+  };
+  const auto reached = [&](int64_t most) {  // how many codes are at most this
+    Codes counts = {};
+    int64_t i = 0;
+    for (; i + kCodes <= count; i += kCodes) {
+      Codes codes;
+      std::memcpy(&codes, ranks + i, sizeof codes);
+      counts = (codes ^ kLeast) <= most ? counts + 1 : counts;
+    }
+    int64_t sum = 0;
+    for (int64_t lane = 0; lane < kCodes; ++lane) sum += counts[lane];
+    for (; i < count; ++i) sum += code_at(i) <= most;
+    return sum;
+  };
+  int64_t low = code_at(0), high = low;
+  for (int64_t i = 1; i < count; ++i) {
+    low = code_at(i) < low ? code_at(i) : low;
+    high = code_at(i) > high ? code_at(i) : high;
+  }
+  while (low < high) {
+    const int64_t middle = low + int64_t((uint64_t(high) - uint64_t(low)) / 2);
+    const int64_t found = reached(middle);
+    if (found >= wanted) high = middle;
+    if (found == wanted) break;
+    if (found < wanted) low = middle + 1;
+  }
+  move_to_front(ranks, 0, count, [&](int64_t i) { return code_at(i) <= high; });
+  int64_t last = low;
+  for (int64_t i = 0; i < wanted; ++i) last = code_at(i) > last ? code_at(i) : last;
+  Rank<float> result;
+  last ^= kLeast;
+  std::memcpy(static_cast<void*>(&result), &last, sizeof result);
+  return result;
+}
+
 }  // namespace convnn::CONVNN_ISA
