@@ -7,9 +7,9 @@
 A document names a file of benchmarks/results and then the tables that it shows, in comments that
 Markdown does not render:
 
-    <!-- figures: cpu-2026-11-22.json -->
+    <!-- figures: cpu-2026-11-29.json -->
 
-    <!-- table: required (8, 1024, 64, 9) -->
+    <!-- table: layer (8, 1024, 64, 9) -->
     (this text is replaced)
     <!-- end -->
 

@@ -2,7 +2,7 @@
 """What the CPU kernels are meant to reach, and whether a run reached it.
 
 A ratio is the same as in the tables of the run: the median of the ratios within each round, to the
-fastest kernel of SDPA. A goal whose row was not measured is not met.
+fastest kernel of SDPA. A goal whose row was not measured is neither met nor missed.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 from typing import Any
 
@@ -71,7 +72,10 @@ def render(report: dict[str, Any]) -> str:
     """The report as text, one fact per line."""
     versions, machine, build = report["versions"], report["machine"], report["build"]
     devices = ", ".join(machine["cuda_devices"]) or "none"
-    instruction_set = machine["cpu_instruction_set"] or "none: CONVNN_CPU_ISA cannot run here"
+    instruction_set = machine["cpu_instruction_set"] or (
+        f"none: CONVNN_CPU_ISA is {os.environ.get('CONVNN_CPU_ISA')!r}, but what runs here is "
+        f"{', '.join(native.usable_cpu_instruction_sets())}"
+    )
     sections = {
         "versions": {
             "convnn_kernels": versions["convnn_kernels"],
@@ -129,7 +133,8 @@ def _choice(choice: dict[str, Any] | None) -> dict[str, str]:
         text += f"; delete {choice['file']} to measure again"
     elif choice["source"] == "measured":
         file = choice["file"]
-        text += f"; not remembered: {f'cannot write {file}' if file else 'there is no folder'}"
+        no_folder = "CONVNN_CACHE or HOME must be the absolute path of a folder"
+        text += f"; not remembered: {f'cannot write {file}' if file else no_folder}"
     return {"chosen": text}
 
 

@@ -138,6 +138,7 @@ def use_cpu_instruction_set(name: str | None) -> Iterator[None]:
         name: one of `usable_cpu_instruction_sets`, or None for what is used outside all blocks.
 
     Raises:
+        TypeError: if it is neither a string nor None.
         ValueError: if it cannot run on this machine.
 
     Example:
@@ -148,6 +149,8 @@ def use_cpu_instruction_set(name: str | None) -> Iterator[None]:
         >>> with native.use_cpu_instruction_set("portable"):
         ...     y = convnn(x, x, x, k=9)
     """
+    if not isinstance(name, str | None):
+        raise TypeError(f"name must be a string or None, got {type(name).__name__}")
     use = _cpu_library().convnn_cpu_use_instruction_set
     before = ctypes.c_char_p()
     if not use(None if name is None else name.encode(), ctypes.byref(before)):

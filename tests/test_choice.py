@@ -57,6 +57,13 @@ def test_a_set_that_cannot_run_changes_nothing(name: str) -> None:
     assert native.cpu_instruction_set() == before
 
 
+@pytest.mark.parametrize("name", [b"avx2", 3])
+def test_a_set_is_named_by_a_string(name: Any) -> None:
+    message = f"name must be a string or None, got {type(name).__name__}"
+    with pytest.raises(TypeError, match=message), native.use_cpu_instruction_set(name):
+        pass
+
+
 def test_the_switch_reaches_every_thread_and_the_kernels() -> None:
     """Sums without fused multiply-adds, which only portable has, are rounded differently."""
     if len(INSTRUCTION_SETS) == 1:

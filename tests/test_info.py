@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import convnn_kernels
-from convnn_kernels import info, introspect
+from convnn_kernels import info, introspect, native
 
 
 def test_json_report(run_python: Callable[..., str]) -> None:
@@ -36,6 +36,7 @@ def test_text_names_each_part_and_each_backend_once() -> None:
         assert [line.split(maxsplit=1) for line in text.splitlines()].count([backend, outcome]) == 1
 
 
+NO_FOLDER = "CONVNN_CACHE or HOME must be the absolute path of a folder"
 TIMES = {"wide": 100, "narrow": 150}
 
 
@@ -44,7 +45,7 @@ TIMES = {"wide": 100, "narrow": 150}
     [
         ("measured", "/a b", True, "measured in 6 ms~; delete /a b to measure again"),
         ("measured", "/a", False, "measured in 6 ms~; not remembered: cannot write /a"),
-        ("measured", None, False, "measured in 6 ms~; not remembered: there is no folder"),
+        ("measured", None, False, f"measured in 6 ms~; not remembered: {NO_FOLDER}"),
         ("remembered", "/a", True, "measured before~; delete /a to measure again"),
         ("requested", None, False, "by CONVNN_CPU_ISA"),
         ("default", None, False, "by default, because measuring failed"),
@@ -76,7 +77,10 @@ def test_text_without_a_build_report() -> None:
 
 def test_impossible_instruction_set_is_reported(run_python: Callable[..., str]) -> None:
     code = "from convnn_kernels import info; print(info.render(info.collect()))"
-    assert "CONVNN_CPU_ISA" in run_python(code, CONVNN_CPU_ISA="abacus")
+    line = "none: CONVNN_CPU_ISA is 'abacus', but what runs here is "
+    assert line + ", ".join(native.usable_cpu_instruction_sets()) in run_python(
+        code, CONVNN_CPU_ISA="abacus"
+    )
 
 
 def test_imports_nothing_heavy_beyond_torch(run_python: Callable[..., str]) -> None:
