@@ -7,10 +7,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from convnn_kernels import functional
 from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import Candidates, require_candidates
+from convnn_kernels.nn.searching import Search, convolve
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 Projections: TypeAlias = Literal["identity", "learned", "value"]
@@ -54,8 +54,8 @@ class ConvNNAttention(nn.Module):
             4.2.1): None, "similarity", "aggregation" or "both".
         coordinates: "unit": from -1 to 1; "pixel": the position itself.
         candidates: which tokens may be neighbors (section 4.2.2): AllCandidates (if None),
-            RandomCandidates or SpatialCandidates. include_self applies to self-attention only: in
-            cross-attention, the query token is not among the keys.
+            RandomCandidates or SpatialCandidates. include_self and self_similarity apply to
+            self-attention only: in cross-attention, the query token is not among the keys.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -260,22 +260,17 @@ class ConvNNAttention(nn.Module):
         self_indices = None
         if is_self and self.candidates.include_self:
             self_indices = torch.arange(M, device=query.device)
-        # [B, heads, N, width of a head]
-        y = functional.convnn(
-            q,
-            k,
-            v,
+        search = Search(
             self.k,
-            self.weight,
-            self.bias,
             self.candidates((M,), 0, query.device),
             self_indices,
-            key_mask,
+            self.candidates.self_similarity,
             self.metric,
-            self.rho,
-            self.scale,
             self.order,
+            key_mask,
         )
+        # [B, heads, N, width of a head]
+        y = convolve(q, k, v, self.weight, self.bias, search, self.rho, self.scale)
         joined = self.dropout(y.transpose(1, 2).flatten(2))  # [B, N, width]
         return joined if self.output_projection is None else self.output_projection(joined)
 

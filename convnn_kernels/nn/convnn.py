@@ -16,6 +16,7 @@ from convnn_kernels import functional
 from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import Candidates, require_candidates
+from convnn_kernels.nn.searching import Search, convolve, select
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 # "coordinates": query and key are the coordinates alone, value is the input (section 5.1).
@@ -33,6 +34,8 @@ def require_settings(
     padding: int,
     projections: Projections,
     positional_encoding: settings.PositionalEncoding,
+    standardize: bool,
+    coordinate_order: settings.CoordinateOrder,
     **common: Any,
 ) -> tuple[int, int, int]:
     """Checks the settings of a layer over a sequence or a map; errors name `owner`.
@@ -52,12 +55,24 @@ def require_settings(
         positional_encoding=positional_encoding,
         **common,
     )
+    settings.require_choice(owner, "coordinate_order", coordinate_order, settings.COORDINATE_ORDERS)
+    for needs, setting in (
+        (projections == "coordinates", "projections='coordinates'"),
+        (standardize, "standardize=True"),
+    ):
+        settings.require(
+            not needs or positional_encoding in ("similarity", "both"),
+            owner,
+            "positional_encoding",
+            f"'similarity' or 'both' with {setting}",
+            positional_encoding,
+        )
     settings.require(
-        projections != "coordinates" or positional_encoding in ("similarity", "both"),
+        not standardize or projections != "coordinates",
         owner,
-        "positional_encoding",
-        "'similarity' or 'both' with projections='coordinates'",
-        positional_encoding,
+        "standardize",
+        "False with projections='coordinates', which does not compare features",
+        standardize,
     )
     return in_channels, k, padding
 
@@ -80,6 +95,9 @@ class _ConvNN(nn.Module):
     _dimensions: int
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    # For modules that were pickled before there were these settings.
+    standardize: bool = False
+    coordinate_order: settings.CoordinateOrder = "yx"
 
     def __init__(
         self,
@@ -101,6 +119,8 @@ class _ConvNN(nn.Module):
         bias: bool = True,
         positional_encoding: settings.PositionalEncoding = None,
         coordinates: settings.Coordinates = "unit",
+        coordinate_order: settings.CoordinateOrder = "yx",
+        standardize: bool = False,
         candidates: Candidates | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -120,6 +140,8 @@ class _ConvNN(nn.Module):
             aggregation=aggregation,
             positional_encoding=positional_encoding,
             coordinates=coordinates,
+            coordinate_order=coordinate_order,
+            standardize=standardize,
         )
         self.out_channels = settings.require_count(owner, "out_channels", out_channels)
         self.stride = settings.require_count(owner, "stride", stride)
@@ -131,6 +153,8 @@ class _ConvNN(nn.Module):
         self.aggregation = aggregation
         self.positional_encoding = positional_encoding
         self.coordinates = coordinates
+        self.coordinate_order = coordinate_order
+        self.standardize = bool(standardize)
         self.candidates = require_candidates(owner, candidates)
         options = {"device": device, "dtype": dtype}
         self._create_projections(key_channels, value_channels, projection_bias, options)
@@ -221,19 +245,8 @@ class _ConvNN(nn.Module):
             )
         else:
             query, key = self._query_and_key(x, tokens, shape)  # [B, N, D] and [B, M, D]
-            y = functional.convnn(
-                query,
-                key,
-                value,
-                self.k,
-                self.weight,
-                self.bias,
-                *self._searched(shape, x.device),
-                metric=self.metric,
-                rho=self.rho,
-                scale=self.scale,
-                order=self.order,
-            )
+            search = self._search(shape, x.device)
+            y = convolve(query, key, value, self.weight, self.bias, search, self.rho, self.scale)
         # [B, N, C'] → [B, C', *shape], whose strides are those of channels_last.
         y = y.unflatten(1, self._output_shape(shape)).movedim(-1, 1)
         # Not y.contiguous(), which keeps the strides of channels_last where sizes are 1.
@@ -260,13 +273,8 @@ class _ConvNN(nn.Module):
         shape = self._shape(x)
         if self.projections == "coordinates":
             return self._neighbors_by_position(x, shape)
-        return functional.select_neighbors(
-            *self._query_and_key(x, self._tokens(x), shape),
-            self.k,
-            *self._searched(shape, x.device),
-            metric=self.metric,
-            order=self.order,
-        )
+        query, key = self._query_and_key(x, self._tokens(x), shape)
+        return select(query, key, self._search(shape, x.device))
 
     def _shape(self, x: Tensor) -> Sequence[int]:
         sizes = ("L",) if self._dimensions == 1 else ("H", "W")
@@ -295,7 +303,8 @@ class _ConvNN(nn.Module):
         key = query = tokens  # [B, M, C]
         if self._encodes("similarity"):
             # Padding tokens have zero features, but they do have coordinates.
-            key = query = self._with_coordinates(key, shape)  # [B, M, C + dimensions]
+            features = self._standardized(tokens) if self.standardize else tokens
+            key = query = self._with_coordinates(features, shape)  # [B, M, C + dimensions]
         if self.padding or self.stride > 1:
             if self._encodes("similarity"):
                 query = key[:, self._queries(shape, x.device)]
@@ -312,33 +321,40 @@ class _ConvNN(nn.Module):
             value = self._with_coordinates(tokens, shape)
         return value if self.value_projection is None else self.value_projection(value)
 
+    def _standardized(self, tokens: Tensor) -> Tensor:
+        """[B, M, C], divided by the standard deviation over all numbers of a map."""
+        # A map of a single number has the deviation 0, and an unbiased estimate is 0 / 0.
+        correction = int(self.in_channels > 1 or tokens.shape[1] > 1)
+        deviation = tokens.std((1, 2), correction=correction, keepdim=True)  # [B, 1, 1]
+        return tokens / (deviation + 1e-6)
+
     def _with_coordinates(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
         """[B, M, C] → [B, M, C + dimensions]."""
-        grid = positional.grid(shape, self.padding, self.coordinates, tokens.dtype, tokens.device)
+        grid = self._grid(shape, tokens.dtype, tokens.device)
         return torch.cat([tokens, grid.expand(tokens.shape[0], -1, -1)], dim=-1)
 
-    def _searched(
-        self, shape: Sequence[int], device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Candidates, [R] or None, and self_indices, [N] or None."""
-        candidates = self.candidates(shape, self.padding, device)
-        if not self.candidates.include_self:
-            return candidates, None
-        return candidates, self._queries(shape, device)
+    def _grid(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[M, dimensions]: the coordinates of the padded map's tokens."""
+        return positional.grid(
+            shape, self.padding, self.coordinates, dtype, device, self.coordinate_order
+        )
+
+    def _search(self, shape: Sequence[int], device: torch.device) -> Search:
+        return Search(
+            self.k,
+            self.candidates(shape, self.padding, device),
+            self._queries(shape, device) if self.candidates.include_self else None,
+            self.candidates.self_similarity,
+            self.metric,
+            self.order,
+        )
 
     def _neighbors_by_position(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Similarities and indices, [B, N, k] each, from one search that serves the whole batch."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = positional.grid(shape, self.padding, self.coordinates, dtype, x.device)  # [M, 1 or 2]
+        key = self._grid(shape, dtype, x.device)  # [M, 1 or 2]
         query = key[self._queries(shape, x.device)]  # [N, 1 or 2]
-        neighbors = functional.select_neighbors(
-            query,
-            key,
-            self.k,
-            *self._searched(shape, x.device),
-            metric=self.metric,
-            order=self.order,
-        )
+        neighbors = select(query, key, self._search(shape, x.device))
         # [N, k] → [B, N, k]
         similarities, indices = (each.expand(x.shape[0], -1, -1) for each in neighbors)
         return similarities, indices
@@ -365,6 +381,9 @@ class _ConvNN(nn.Module):
         if self.positional_encoding is not None:
             parts += [f"positional_encoding={self.positional_encoding!r}"]
             parts += [f"coordinates={self.coordinates!r}"]
+            order = self.coordinate_order
+            parts += [f"coordinate_order={order!r}"] if order != "yx" else []
+            parts += ["standardize=True"] if self.standardize else []
         return ", ".join(parts)
 
 
@@ -398,6 +417,12 @@ _ARGUMENTS = """
             4.2.1): None, "similarity", "aggregation" or "both".
         coordinates: "unit": each axis of the padded input goes from -1 to 1; "pixel": the position
             itself, exact in 16-bit dtypes up to 256 (bfloat16) or 2048 (float16).
+        coordinate_order: the order of the two coordinates of a map: "yx" or "xy". A sequence has
+            one coordinate.
+        standardize: whether the features that are compared are divided by their standard deviation
+            before coordinates are concatenated: of all channels and key tokens of a map together,
+            padding included, unbiased, plus 1e-6. It needs positional_encoding="similarity" or
+            "both"; values are never divided.
         candidates: which tokens may be neighbors (section 4.2.2): AllCandidates (if None),
             RandomCandidates or SpatialCandidates.
         device: device of the parameters.

@@ -37,8 +37,9 @@ class HybridBranch2d(nn.Module):
         stride: stride of both branches.
         bias: whether both branches and the fusion have a bias.
         projections, rho, metric, scale, order, aggregation, positional_encoding, coordinates,
-            candidates: settings of the ConvNN branch, as in :class:`ConvNN2d`. The defaults of
-            projections and rho are those of the paper's VGG: no projections and rho="ones".
+            coordinate_order, standardize, candidates: settings of the ConvNN branch, as in
+            :class:`ConvNN2d`. The defaults of projections and rho are those of the paper's VGG: no
+            projections and rho="ones".
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -77,6 +78,8 @@ class HybridBranch2d(nn.Module):
         aggregation: settings.Aggregation = "dense",
         positional_encoding: settings.PositionalEncoding = None,
         coordinates: settings.Coordinates = "unit",
+        coordinate_order: settings.CoordinateOrder = "yx",
+        standardize: bool = False,
         candidates: Candidates | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -100,6 +103,8 @@ class HybridBranch2d(nn.Module):
             "aggregation": aggregation,
             "positional_encoding": positional_encoding,
             "coordinates": coordinates,
+            "coordinate_order": coordinate_order,
+            "standardize": standardize,
         }
         # Checked here, so that errors name this layer, also where branch_ratio=0 has no ConvNN.
         self.in_channels, _, _ = require_settings(owner, **chosen)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convnn_kernels.nn.settings import Coordinates
+from convnn_kernels.nn.settings import CoordinateOrder, Coordinates
 
 
 def count(shape: Sequence[int], padding: int) -> int:
@@ -47,6 +47,7 @@ def grid(
     coordinates: Coordinates,
     dtype: torch.dtype,
     device: torch.device,
+    order: CoordinateOrder = "yx",
 ) -> Tensor:
     """The coordinates of every token of the padded map.
 
@@ -57,9 +58,10 @@ def grid(
             "pixel": the position itself, starting at 0, with the same step along all axes.
         dtype: dtype of the result; coordinates are computed in float32, or in float64 for float64.
         device: device of the result.
+        order: "yx": coordinates in the order of shape; "xy": reversed.
 
     Returns:
-        [M, 1] or [M, 2]: the tokens row by row, with coordinates in the order of shape.
+        [M, 1] or [M, 2]: the tokens row by row.
     """
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     axes = []
@@ -70,6 +72,5 @@ def grid(
             # (2i - (n - 1)) / (n - 1) is exactly symmetric, and 0 for a single token.
             steps = (2.0 * steps - (length - 1)) / max(length - 1, 1)
         axes.append(steps)
-    return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1).to(
-        dtype
-    )
+    channels = [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]  # [M] each
+    return torch.stack(channels if order == "yx" else channels[::-1], -1).to(dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 from convnn_kernels.functional import Metric, Order, Rho
 
 Aggregation: TypeAlias = Literal["dense", "depthwise", "sum"]
+CoordinateOrder: TypeAlias = Literal["yx", "xy"]
 Coordinates: TypeAlias = Literal["unit", "pixel"]
 PositionalEncoding: TypeAlias = Literal["similarity", "aggregation", "both"] | None
 
@@ -21,6 +22,7 @@ ORDERS = get_args(Order)
 AGGREGATIONS = get_args(Aggregation)
 POSITIONAL_ENCODINGS = (None, "similarity", "aggregation", "both")
 COORDINATES = get_args(Coordinates)
+COORDINATE_ORDERS = get_args(CoordinateOrder)
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -59,6 +61,13 @@ def require_between(owner: str, name: str, got: Any, least: float, most: float) 
     """Checks a number; returns it as a float."""
     fits = _is_number(got) and least <= got <= most
     require(fits, owner, name, f"between {least:g} and {most:g}", got)
+    return float(got)
+
+
+def require_number(owner: str, name: str, got: Any) -> float:
+    """Checks a number that float32 can hold; returns it as a float."""
+    fits = _is_finite(got) and abs(got) <= torch.finfo(torch.float32).max
+    require(fits, owner, name, "a number that is finite in float32", got)
     return float(got)
 
 
