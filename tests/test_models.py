@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models import vgg11, vit_tiny
+from benchmarks.models import as_run, vgg11, vit_tiny
 from benchmarks.models.peers import Attention, LocalAttention, SparseAttention
+from benchmarks.models.vgg import CONFIGURATIONS
 from benchmarks.models.vit import sinusoids
 from benchmarks.paper.rows import REDUCED, ROWS, TABLE_1, TABLE_2
-from convnn_kernels.nn import ConvNN2d, ConvNNAttention, HybridBranch2d, RandomCandidates
+from convnn_kernels.nn import (
+    ConvNN2d,
+    ConvNNAttention,
+    HybridBranch2d,
+    RandomCandidates,
+    SpatialCandidates,
+)
 
 
 def parameters(model: nn.Module) -> int:
@@ -39,6 +46,17 @@ def test_parameters(make: Callable[..., nn.Module], layer: str, ten: int, hundre
     with torch.device("meta"):
         assert parameters(make(10, layer)) == ten
         assert parameters(make(100, layer)) == hundred
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters_of_torchvision"),
+    [(11, 132_868_840), (13, 133_053_736), (16, 138_365_992), (19, 143_678_248)],
+)
+def test_configurations_of_vgg(depth: int, parameters_of_torchvision: int) -> None:
+    """Those of torchvision's vgg11_bn, ... with 1000 classes."""
+    with torch.device("meta"):
+        model = vgg11(1000, "conv2d", channels=CONFIGURATIONS[depth])
+    assert parameters(model) == parameters_of_torchvision
 
 
 def test_parameters_do_not_depend_on_the_branch_ratio() -> None:
@@ -296,6 +314,105 @@ def test_sparse_attention() -> None:
         [[abs(i - j) < 4 or (i - j) % 4 == 0 for j in range(14)] for i in range(14)]
     )
     torch.testing.assert_close(layer(x), masked_attention(layer, x, mask))
+
+
+def test_random_candidates_of_the_padded_map() -> None:
+    """Padding is drawn like any other token, and all are candidates if there are fewer than r."""
+    candidates = as_run.PaddedRandomCandidates(16)
+    assert candidates.include_self
+    drawn = [candidates((4, 4), 1, torch.device("cpu")) for _ in range(50)]
+    assert all(rows is not None and rows.unique().numel() == 16 for rows in drawn)
+    assert torch.cat([rows for rows in drawn if rows is not None]).unique().numel() == 36
+    torch.manual_seed(0)
+    rows = candidates((4, 4), 1, torch.device("cpu"))
+    torch.manual_seed(0)
+    assert rows is not None
+    assert rows.tolist() == torch.randperm(36)[:16].tolist()
+    assert as_run.PaddedRandomCandidates(37)((4, 4), 1, torch.device("cpu")) is None
+    # With as many as there are, they are drawn all the same.
+    assert as_run.PaddedRandomCandidates(36)((4, 4), 1, torch.device("cpu")) is not None
+
+
+@pytest.mark.parametrize(("size", "side"), [(32, 4), (32, 32), (8, 6), (4, 4)])
+def test_spatial_candidates_in_rows_of_the_unpadded_map(size: int, side: int) -> None:
+    steps = torch.linspace(0, size - 1, side).long().tolist()
+    expected = [y * size + x for y in steps for x in steps]
+    rows = as_run.FlatRowCandidates(side)((size, size), 1, torch.device("cpu"))
+    assert rows is not None
+    assert rows.tolist() == expected
+    assert as_run.FlatRowCandidates(size + 1)((size, size), 1, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("length", [5, 8, 21])
+def test_rotary_local_attention(length: int) -> None:
+    """Pair by pair: queries 2w ahead of the first key of their block's window, padding included."""
+    w, d = 4, 6
+    layer = as_run.RotaryLocalAttention(12, w, head_dim=d).double()
+    x = torch.randn(2, length, 12, dtype=torch.float64)
+    q, k, v = layer.query_projection(x), layer.key_projection(x), layer.value_projection(x)
+    spare = -length % w
+    k, v = (F.pad(each, (0, 0, 0, spare)) for each in (k, v))
+    frequencies = (1.0 / 10000.0 ** (torch.arange(0, d, 2) / d)).double()
+
+    def rotated(x: Tensor, position: int) -> Tensor:
+        as_complex = torch.complex(x[..., : d // 2], x[..., d // 2 :])
+        turned = as_complex * torch.polar(torch.ones_like(frequencies), position * frequencies)
+        return torch.cat([turned.real, turned.imag], -1)
+
+    expected = torch.empty(2, length, d, dtype=torch.float64)
+    for i in range(length):
+        start = (i // w - 1) * w
+        others = [j for j in range(start, start + 3 * w) if 0 <= j < length + spare]
+        others = [j for j in others if abs(i - j) <= w]
+        keys = torch.stack([rotated(k[:, j], j - start) for j in others], 1)
+        logits = (rotated(q[:, i], 2 * w + i % w).unsqueeze(1) * keys).sum(-1) * d**-0.5
+        expected[:, i] = (logits.softmax(-1).unsqueeze(-1) * v[:, others]).sum(1)
+    torch.testing.assert_close(layer(x), layer.output_projection(expected))
+
+
+def test_band_attention() -> None:
+    layer = as_run.BandAttention(6, 5).double()
+    x = torch.randn(2, 14, 6, dtype=torch.float64)
+    mask = torch.tensor([[abs(i - j) <= 2 for j in range(14)] for i in range(14)])
+    torch.testing.assert_close(layer(x), masked_attention(layer, x, mask))
+    dropped = as_run.BandAttention(6, 5, dropout=0.5).double().eval()
+    assert not torch.equal(dropped(x), dropped(x))
+
+
+def test_attention_to_the_k_most_similar() -> None:
+    """In evaluation that of KVT; in training it drops weights."""
+    layer = as_run.TopKAttention(6, 3, dropout=0.5).double().eval()
+    kvt = ConvNNAttention(6, 1, 3, metric="dot", aggregation="sum", dtype=torch.float64)
+    kvt.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 14, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), kvt(x))
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    # A query of which all weights are dropped gets nothing; channels are not dropped alone.
+    mixed = layer.attend(x, x, x)
+    assert mixed.flatten(0, 1)[(mixed == 0).any(-1).flatten()].abs().sum() == 0
+
+
+def test_candidates_with_the_token_twice() -> None:
+    """Its own similarity is -0.1 among the candidates and 1 as the first neighbor."""
+    candidates = functools.partial(SpatialCandidates, 5, spacing="ends")
+    layer = as_run.CandidateAttention(6, 4, candidates()).double()
+    nn.init.normal_(layer.weight)
+    x = torch.randn(2, 9, 6, dtype=torch.float64)
+    q, k, v = layer.query_projection(x), layer.key_projection(x), layer.value_projection(x)
+    drawn = [0, 2, 4, 6, 8]
+    expected, twice = torch.zeros(2, 9, 6, dtype=torch.float64), 0
+    for b in range(2):
+        for i in range(9):
+            similar = {j: -0.1 if i == j else (q[b, i] @ k[b, j] / 6**0.5).item() for j in drawn}
+            nearest = sorted(similar, key=lambda j: -similar[j])[:3]
+            twice += i in nearest
+            rho = torch.tensor([1.0, *(similar[j] for j in nearest)], dtype=torch.float64)
+            for tap, (j, weight) in enumerate(zip([i, *nearest], rho.softmax(0), strict=True)):
+                expected[b, i] += weight * layer.weight[:, 0, tap] * v[b, j]
+    assert 0 < twice < 10
+    torch.testing.assert_close(layer(x), layer.output_projection(expected))
 
 
 def test_positions() -> None:

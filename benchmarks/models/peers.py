@@ -49,22 +49,33 @@ class LocalAttention(Attention):
         self.window = window
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[1]
+        q, k, v = self.blocks(q, k, v)
+        mask = self.mask(q.shape[1], length, q.device)
+        return self._attend(q, k, v, mask).flatten(1, 2)[:, :length]
+
+    def blocks(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries by block, [B, blocks, w, d], and keys and values of three blocks, [.., 3w, d]."""
         length, w = q.shape[1], self.window
         blocks = -(-length // w)
         spare = blocks * w - length
-        q = F.pad(q, (0, 0, 0, spare)).unflatten(1, (blocks, w))  # [B, blocks, w, d]
-        # With one more block on either side; [B, blocks, 3w, d] without a copy.
+        q = F.pad(q, (0, 0, 0, spare)).unflatten(1, (blocks, w))
+        # With one more block on either side, without a copy.
         k, v = (F.pad(each, (0, 0, w, w + spare)).unfold(1, 3 * w, w).mT for each in (k, v))
-        positions = torch.arange(blocks * w, device=q.device).view(blocks, w, 1)
+        return q, k, v
+
+    def mask(self, blocks: int, keys: int, device: torch.device) -> Tensor:
+        """[blocks, w, 3w]: which of the first `keys` tokens a token may attend to."""
+        w = self.window
+        positions = torch.arange(blocks * w, device=device).view(blocks, w, 1)
         # [blocks, 1, 3w]
-        others = torch.arange(-w, 2 * w, device=q.device) + w * torch.arange(
-            blocks, device=q.device
+        others = torch.arange(-w, 2 * w, device=device) + w * torch.arange(
+            blocks, device=device
         ).view(blocks, 1, 1)
-        mask = (positions - others).abs() <= w  # [blocks, w, 3w]
-        mask &= (others >= 0) & (others < length)
-        # Padding tokens of the last block are queries, too, and are dropped below.
-        mask |= positions >= length
-        return self._attend(q, k, v, mask).flatten(1, 2)[:, :length]
+        mask = (positions - others).abs() <= w
+        mask &= (others >= 0) & (others < keys)
+        # Padding tokens of the last block are queries, too, and what they get is not used.
+        return mask | (positions >= keys)
 
 
 class SparseAttention(Attention):

@@ -1,22 +1,40 @@
 # SPDX-License-Identifier: MIT
-"""VGG-11 (Simonyan and Zisserman, 2015; configuration A) with convolutions, ConvNN or both."""
+"""VGG (Simonyan and Zisserman, 2015) with convolutions, ConvNN or both; VGG-11 as in the paper."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from convnn_kernels.functional import Rho
 from convnn_kernels.nn import Candidates, ConvNN2d, HybridBranch2d
 from convnn_kernels.nn.candidates import require_maker
-from convnn_kernels.nn.settings import PositionalEncoding
+from convnn_kernels.nn.settings import CoordinateOrder, PositionalEncoding
 
 LAYERS = ("conv2d", "convnn", "hybrid")
 
 # Output channels of the layers; "pool" halves height and width.
 CHANNELS = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+
+
+def channels_of(repeats: Sequence[int]) -> tuple[int | str, ...]:
+    """The channels of a VGG with so many layers before each of its five pooling layers."""
+    channels: list[int | str] = []
+    for width, n in zip((64, 128, 256, 512, 512), repeats, strict=True):
+        channels += [*[width] * n, "pool"]
+    return tuple(channels)
+
+
+# By the number of layers with weights; three of them are the classifier's.
+CONFIGURATIONS: dict[int, tuple[int | str, ...]] = {
+    11: CHANNELS,
+    13: channels_of((2, 2, 2, 2, 2)),
+    16: channels_of((2, 2, 3, 3, 3)),
+    19: channels_of((2, 2, 4, 4, 4)),
+}
 
 
 class VGG(nn.Module):
@@ -63,7 +81,10 @@ def vgg11(
     k: int = 9,
     *,
     kernel_size: int | None = None,
+    padding: int | None = None,
     positional_encoding: PositionalEncoding = None,
+    standardize: bool = False,
+    coordinate_order: CoordinateOrder = "yx",
     candidates: Callable[[], Candidates] | None = None,
     rho: Rho = "ones",
     channels: Sequence[int | str] = CHANNELS,
@@ -80,11 +101,15 @@ def vgg11(
         k: neighbors. The smallest maps have fewer tokens than that; the padding of a √k kernel, 1
             for k = 9, adds keys.
         kernel_size: of the convolutions; √k if None.
+        padding: of the keys. If None, half the kernel, but at least 1 for k > 1.
         positional_encoding: None, or "similarity" for the second half of the paper's Table 1, whose
             parameter count implies that coordinates are not aggregated.
+        standardize: whether features are divided by their standard deviation beside coordinates.
+        coordinate_order: of the concatenated coordinates.
         candidates: returns the candidates of one layer; all tokens if None.
         rho: how neighbors are modulated.
-        channels: output channels of the layers, and "pool" for a pooling layer.
+        channels: output channels of the layers, and "pool" for a pooling layer; those of other VGGs
+            are in CONFIGURATIONS.
         hidden: width of the classifier.
         dropout: of the classifier.
 
@@ -98,34 +123,24 @@ def vgg11(
     size = math.isqrt(k) if kernel_size is None else kernel_size
     if kernel_size is None and size**2 != k:
         raise ValueError(f"vgg11: k must be a square number unless kernel_size is given, got {k}")
-    # Even kernels have no symmetric padding. At least 1 is needed to have k keys on small maps.
-    padding = max(size // 2, 1) if k > 1 else 0
+    if padding is None:
+        # Even kernels have no symmetric padding. 1 is needed to have k keys on small maps.
+        padding = max(size // 2, 1) if k > 1 else 0
 
     def make_layer(inputs: int, outputs: int) -> nn.Module:
         if layer == "conv2d":
             return nn.Conv2d(inputs, outputs, size, padding="same")
-        searched = None if candidates is None else candidates()
+        settings: dict[str, Any] = {
+            "k": k,
+            "padding": padding,
+            "rho": rho,
+            "positional_encoding": positional_encoding,
+            "standardize": standardize,
+            "coordinate_order": coordinate_order,
+            "candidates": None if candidates is None else candidates(),
+        }
         if layer == "convnn":
-            return ConvNN2d(
-                inputs,
-                outputs,
-                k,
-                padding=padding,
-                projections="identity",
-                rho=rho,
-                positional_encoding=positional_encoding,
-                candidates=searched,
-            )
-        return HybridBranch2d(
-            inputs,
-            outputs,
-            size,
-            branch_ratio,
-            k=k,
-            padding=padding,
-            rho=rho,
-            positional_encoding=positional_encoding,
-            candidates=searched,
-        )
+            return ConvNN2d(inputs, outputs, projections="identity", **settings)
+        return HybridBranch2d(inputs, outputs, size, branch_ratio, **settings)
 
     return VGG(num_classes, make_layer, channels, hidden, dropout)
