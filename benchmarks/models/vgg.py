@@ -81,7 +81,6 @@ def vgg11(
     k: int = 9,
     *,
     kernel_size: int | None = None,
-    padding: int | None = None,
     positional_encoding: PositionalEncoding = None,
     standardize: bool = False,
     coordinate_order: CoordinateOrder = "yx",
@@ -101,7 +100,6 @@ def vgg11(
         k: neighbors. The smallest maps have fewer tokens than that; the padding of a √k kernel, 1
             for k = 9, adds keys.
         kernel_size: of the convolutions; √k if None.
-        padding: of the keys. If None, half the kernel, but at least 1 for k > 1.
         positional_encoding: None, or "similarity" for the second half of the paper's Table 1, whose
             parameter count implies that coordinates are not aggregated.
         standardize: whether features are divided by their standard deviation beside coordinates.
@@ -123,9 +121,8 @@ def vgg11(
     size = math.isqrt(k) if kernel_size is None else kernel_size
     if kernel_size is None and size**2 != k:
         raise ValueError(f"vgg11: k must be a square number unless kernel_size is given, got {k}")
-    if padding is None:
-        # Even kernels have no symmetric padding. 1 is needed to have k keys on small maps.
-        padding = max(size // 2, 1) if k > 1 else 0
+    # Even kernels have no symmetric padding. At least 1 is needed to have k keys on small maps.
+    padding = max(size // 2, 1) if k > 1 else 0
 
     def make_layer(inputs: int, outputs: int) -> nn.Module:
         if layer == "conv2d":

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import vgg11, vit_tiny
+from benchmarks.models.as_run import FlatRowCandidates, PaddedRandomCandidates
 from benchmarks.models.vgg import CHANNELS
-from convnn_kernels.nn import RandomCandidates, SpatialCandidates
+from convnn_kernels.nn import AllCandidates, RandomCandidates, SpatialCandidates
 
 MODELS = {"vgg11": "VGG-11", "vit": "ViT-Tiny"}
 
@@ -39,16 +41,33 @@ class Paper:
 
 @dataclass(frozen=True)
 class Row:
-    """One model. `name` is "vgg11/..." or "vit/..."; `options` are passed to its factory."""
+    """One model, as the paper's text describes it.
+
+    Attributes:
+        name: "vgg11/..." or "vit/...".
+        label: for tables and figures.
+        options: passed to the factory of the model.
+        paper: the numbers in the paper.
+        changes: the options that the authors' run had otherwise; see docs/paper.md.
+    """
 
     name: str
     label: str
     options: dict[str, Any] = field(default_factory=dict)
     paper: Paper | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
         return self.name.split("/")[0]
+
+    def as_run(self) -> Row:
+        """The row as the authors ran it."""
+        return replace(self, options={**self.options, **self.changes})
+
+    def switches(self) -> list[str]:
+        """`changes` as text, such as "metric='dot'"."""
+        return [f"{name}={_described(value)}" for name, value in self.changes.items()]
 
     def build(self, num_classes: int, reduced: bool, **options: Any) -> nn.Module:
         """The model; `options` override those of the row."""
@@ -74,6 +93,13 @@ class Row:
         with counter, torch.no_grad():
             model(image)
         return counter.get_total_flops() / 1e9
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, functools.partial):
+        return repr(value)
+    named = (f"{name}={each!r}" for name, each in value.keywords.items())
+    return f"{value.func.__name__}({', '.join([*map(repr, value.args), *named])})"
 
 
 def _paper(
@@ -115,22 +141,31 @@ _WITH_POSITIONS = {
 }
 
 
+_SELF_FIRST = {"candidates": functools.partial(AllCandidates, include_self=True)}
+
+
 def _hybrid(ratio: float, has_positions: bool) -> Row:
     loss, accuracy = (_WITH_POSITIONS if has_positions else _WITHOUT_POSITIONS)[ratio]
     gflops = 0.331 if has_positions else 0.325
     name, label = f"vgg11/hybrid-{ratio:g}", f"λ = {ratio:g}"
     options: dict[str, Any] = {"layer": "hybrid", "branch_ratio": ratio}
+    changes: dict[str, Any] = dict(_SELF_FIRST)
     if has_positions:
         name, label = name + "-positions", label + ", positions"
         options["positional_encoding"] = "similarity"
-    return Row(name, label, options, _paper(loss, accuracy, gflops, _VGG_PARAMETERS))
+        changes |= {"standardize": True, "coordinate_order": "xy"}
+    return Row(name, label, options, _paper(loss, accuracy, gflops, _VGG_PARAMETERS), changes)
 
+
+# A 1×1 fusion follows each convolution.
+_WITHOUT_CONVNN = {"layer": "hybrid", "branch_ratio": 0.0}
 
 _CONV2D = Row(
     "vgg11/conv2d",
     "Conv2D",
     {"layer": "conv2d"},
     _paper((1.529, 3.939), (80.65, 44.83), 0.293, _VGG_PARAMETERS),
+    _WITHOUT_CONVNN,
 )
 
 TABLE_1 = (
@@ -139,54 +174,67 @@ TABLE_1 = (
     *(_hybrid(ratio, True) for ratio in _WITH_POSITIONS),
 )
 
+# Of all rows of ViT.
+_BLOCKS = {"residual_dropout": 0.1, "class_token_deviation": 1.0}
+_AMONG_CANDIDATES = {"layer": "convnn-candidates", **_BLOCKS}
+_TO_BOTH_ENDS = functools.partial(SpatialCandidates, spacing="ends")
+
 TABLE_2 = (
     Row(
         "vit/attention",
         "Attention",
         {"layer": "attention"},
         _paper((1.558, 3.817), (77.41, 50.07), 2.507, _VIT_PARAMETERS),
+        _BLOCKS,
     ),
     Row(
         "vit/local",
         "Local attention",
         {"layer": "local"},
         _paper((1.626, 3.688), (76.51, 49.73), 1.991, ("4.299M", "4.317M")),
+        {"layer": "local-rotary", **_BLOCKS},
     ),
     Row(
         "vit/kvt-9",
         "KVT, k = 9",
         {"layer": "kvt", "k": 9},
         _paper((1.775, 3.883), (75.77, 48.21), 2.508, _VIT_PARAMETERS),
+        {"layer": "kvt-weights", **_BLOCKS},
     ),
     Row(
         "vit/kvt-100",
         "KVT, k = 100",
         {"layer": "kvt", "k": 100},
         _paper((1.593, 3.738), (76.41, 50.34), 2.508, _VIT_PARAMETERS),
+        {"layer": "kvt-weights", **_BLOCKS},
     ),
     Row(
         "vit/sparse",
         "Sparse attention",
         {"layer": "sparse"},
         _paper((2.026, 4.565), (72.50, 44.62), 2.509, _VIT_PARAMETERS),
+        {"layer": "band", "window": 49, **_BLOCKS},
     ),
     Row(
         "vit/convnn-all",
         "ConvNN, all",
         {"layer": "convnn"},
         _paper((1.978, 3.983), (73.67, 48.67), 2.333, _CONVNN_PARAMETERS),
+        {"metric": "dot", **_BLOCKS},
     ),
     Row(
         "vit/convnn-random-32",
         "ConvNN, random, r = 32",
         {"layer": "convnn", "candidates": functools.partial(RandomCandidates, 32)},
         _paper((0.779, 2.341), (79.82, 53.60), 2.037, _CONVNN_PARAMETERS),
+        _AMONG_CANDIDATES,
     ),
     Row(
         "vit/convnn-spatial-32",
         "ConvNN, spatial, r = 32",
         {"layer": "convnn", "candidates": functools.partial(SpatialCandidates, 32)},
         _paper((2.737, 5.020), (63.01, 38.22), 2.037, _CONVNN_PARAMETERS),
+        {**_AMONG_CANDIDATES, "candidates": functools.partial(_TO_BOTH_ENDS, 32)},
     ),
 )
 
@@ -223,43 +271,60 @@ def _sparse(family: str, kind: str, r: int, **options: Any) -> Row:
     suffix = "".join(f"-{name}{value}" for name, value in options.items())
     name = {"vgg11": f"vgg11/hybrid-0.5-{kind}-{r}", "vit": f"vit/convnn-{kind}-{r}{suffix}"}
     candidates = functools.partial(_KINDS[kind], r)
+    changes: dict[str, Any] = {} if family == "vgg11" else dict(_AMONG_CANDIDATES)
+    if family == "vgg11" and kind == "random":
+        changes["candidates"] = functools.partial(PaddedRandomCandidates, r)
+    elif family == "vgg11":
+        changes["candidates"] = functools.partial(FlatRowCandidates, math.isqrt(r))
+    elif kind == "spatial":
+        changes["candidates"] = functools.partial(_TO_BOTH_ENDS, r)
     label = f"ConvNN, {kind}, r = {r}"
-    return Row(name[family], label, {**layer, "candidates": candidates, **options})
+    options = {**layer, "candidates": candidates, **options}
+    return Row(name[family], label, options, changes=changes)
 
 
 def _named(name: str) -> Row:
     return next(row for row in (*TABLE_1, *TABLE_2) if row.name == name)
 
 
-def _kernel(layer: str, size: int) -> Row:
+def _convolution(size: int) -> Row:
     if size == 3:
-        return _named("vgg11/conv2d" if layer == "conv2d" else "vgg11/hybrid-0.5")
-    return Row(
-        f"vgg11/{layer}-k{size**2}", f"{layer}, k = {size**2}", {"layer": layer, "k": size**2}
-    )
+        return _CONV2D
+    options = {"layer": "conv2d", "kernel_size": size}
+    label = f"Conv2D, {size}×{size}"
+    return Row(f"vgg11/conv2d-kernel{size}", label, options, changes=_WITHOUT_CONVNN)
+
+
+def _vgg_k(size: int, k: int) -> Row:
+    if (size, k) == (3, 9):
+        return _named("vgg11/hybrid-0.5")
+    options = {"layer": "hybrid", "kernel_size": size, "k": k}
+    label = f"λ = 0.5, {size}×{size}, k = {k}"
+    return Row(f"vgg11/hybrid-0.5-kernel{size}-k{k}", label, options, changes=_SELF_FIRST)
 
 
 def _vit_k(layer: str, k: int) -> Row:
-    names = {("kvt", 9): "vit/kvt-9", ("kvt", 100): "vit/kvt-100", ("convnn", 9): "vit/convnn-all"}
-    if (layer, k) in names:
-        return _named(names[layer, k])
-    return Row(f"vit/{layer}-k{k}", f"{layer}, k = {k}", {"layer": layer, "k": k})
+    if k == 9:
+        return _named({"kvt": "vit/kvt-9", "convnn": "vit/convnn-all"}[layer])
+    changes = {"kvt": {"layer": "kvt-weights"}, "convnn": {"metric": "dot"}}[layer]
+    options = {"layer": layer, "k": k}
+    return Row(f"vit/{layer}-k{k}", f"{layer}, k = {k}", options, changes={**changes, **_BLOCKS})
 
 
 def _vit_random_k(k: int) -> Row:
-    if k == 9:
-        return _named("vit/convnn-random-32")
-    return _sparse("vit", "random", 32, k=k)
+    return _named("vit/convnn-random-32") if k == 9 else _sparse("vit", "random", 32, k=k)
 
 
 def _vit_r(kind: str, r: int) -> Row:
     return _named(f"vit/convnn-{kind}-32") if r == 32 else _sparse("vit", kind, r)
 
 
-# The paper's text does not list the swept values, except k = 9 and 100, and r = 16 and 32. Spatial
-# candidates of a map must be a square number, and at least k.
-_VGG_R = (16, 36, 64, 144, 256)
-_VIT_R = (16, 32, 64, 128)
+# The swept values are those of the authors' runs; the paper's text has only k = 9 and 100, and
+# r = 16 and 32. Their figures leave out k = 1 of ViT, r = 32² of VGG-11 and r = 32 of ViT.
+_KERNELS = (1, 2, 3)
+_K = tuple(range(1, 13))
+_VGG_R = tuple(side**2 for side in range(4, 33, 2))
+_VIT_R = tuple(range(16, 193, 16))
 
 FIGURES = {
     3: Figure(
@@ -270,8 +335,8 @@ FIGURES = {
         "VGG-11, λ = 0.5",
         variable="k",
         sweeps=(
-            Sweep("Conv2D", {size**2: _kernel("conv2d", size) for size in (1, 2, 3, 4, 5)}),
-            Sweep("Hybrid", {size**2: _kernel("hybrid", size) for size in (1, 2, 3, 4, 5)}),
+            *(Sweep(f"hybrid, {n}×{n}", {k: _vgg_k(n, k) for k in _K}) for n in _KERNELS),
+            *(Sweep(f"Conv2D, {n}×{n}", {0: _convolution(n)}) for n in _KERNELS),
         ),
     ),
     5: Figure(
@@ -292,9 +357,10 @@ FIGURES = {
         "ViT-Tiny",
         variable="k",
         sweeps=(
-            Sweep("ConvNN, all", {k: _vit_k("convnn", k) for k in (4, 9, 16, 25, 50, 100)}),
-            Sweep("ConvNN, random, r = 32", {k: _vit_random_k(k) for k in (4, 9, 16, 25)}),
-            Sweep("KVT", {k: _vit_k("kvt", k) for k in (4, 9, 16, 25, 50, 100)}),
+            Sweep("ConvNN, all", {k: _vit_k("convnn", k) for k in _K}),
+            Sweep("ConvNN, random, r = 32", {k: _vit_random_k(k) for k in _K}),
+            Sweep("KVT", {k: _vit_k("kvt", k) for k in _K}),
+            Sweep("KVT, k = 100", {0: _named("vit/kvt-100")}),
             Sweep("Attention", {0: _named("vit/attention")}),
         ),
     ),
@@ -313,7 +379,7 @@ FIGURES = {
 TABLES = {1: TABLE_1, 2: TABLE_2}
 
 # A variant of VGG-11 that no table of the paper has: ConvNN2d without fusion.
-_CONVNN2D = Row("vgg11/convnn", "ConvNN2d alone", {"layer": "convnn"})
+_CONVNN2D = Row("vgg11/convnn", "ConvNN2d alone", {"layer": "convnn"}, changes=_SELF_FIRST)
 
 ROWS = {
     row.name: row
