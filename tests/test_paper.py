@@ -210,6 +210,117 @@ def test_a_run_with_a_break_is_the_run_without(folder: Path, tmp_path: Path) -> 
         run(folder, tmp_path / "b", "--rows", row, "--epochs", "3")
 
 
+def test_a_run_of_either_kind(folder: Path, tmp_path: Path, capsys) -> None:
+    """Each has a folder of its own, and neither goes on where the other stopped."""
+    row, out = "vit/convnn-spatial-32", tmp_path / "runs"
+    options = ("--rows", row, "--epochs", "1", "--batch-size", "25")
+    run(folder, out, *options)
+    written = capsys.readouterr().out
+    run(folder, out, *options, "--as-run")
+    as_run = capsys.readouterr().out
+    switches = ROWS[row].switches()
+    assert len(switches) == 4
+    for printed, head in ((written, "The authors ran"), (as_run, "The paper's text has these")):
+        assert head in printed
+        assert f"- ConvNN, spatial, r = 32: {', '.join(switches)}\n" in printed
+        assert "- all: seed 42, set after the weights are drawn; " in printed
+    assert "as the authors ran it, cifar10" in as_run
+    results = [
+        json.loads((out / kind / "cifar10-rows.json").read_text()) for kind in (".", "as-run")
+    ]
+    assert [result["as_run"] for result in results] == [False, True]
+    assert all(result["rows"][0]["switches"] == switches for result in results)
+    assert " --as-run" in results[1]["command"]
+    logs = [result["logs"][row] for result in results]
+    assert [log["recipe"]["as_run"] for log in logs] == [False, True]
+    assert logs[0]["epochs"][0]["test_loss"] != logs[1]["epochs"][0]["test_loss"]
+    assert logs[1]["data"]["mean"] == pytest.approx([0.4914, 0.4822, 0.4465])
+    # Moved into the folder of the other.
+    (out / "as-run" / "cifar10").rename(out / "moved")
+    (out / "cifar10").rename(out / "as-run" / "cifar10")
+    with pytest.raises(SystemExit, match="holds a run with another as_run: False, now True"):
+        run(folder, out, *options, "--as-run")
+
+
+def test_a_run_from_before_this_setting_goes_on(folder: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    loaded = data.load(folder, "cifar10")
+    recipe = Recipe(epochs=1, batch_size=20, reduced=True, train_limit=20, test_limit=10)
+    row = ROWS["vit/attention"]
+    asdict = dataclasses.asdict
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train, "asdict", lambda each: {k: v for k, v in asdict(each).items() if k != "as_run"}
+        )
+        before = train.train(row, loaded, recipe, tmp_path, {})
+    assert "as_run" not in before["recipe"]
+    log = train.train(row, loaded, dataclasses.replace(recipe, epochs=2), tmp_path, {})
+    assert [epoch["epoch"] for epoch in log["epochs"]] == [1, 2]
+
+
+def test_seeds_as_run() -> None:
+    """The seed draws the weights; what follows is the same for all."""
+    assert [Recipe(as_run=True, seed=seed).seed_of(3) for seed in (0, 1)] == [42_000_129] * 2
+    assert [Recipe(seed=seed).seed_of(3) for seed in (0, 1)] == [3, 1_000_006]
+
+
+def test_metrics_as_run(folder: Path) -> None:
+    """Means over batches, in which an image of the last batch counts more."""
+    torch.set_num_threads(1)
+    dataset = data.load(folder, "cifar10")
+    model = ROWS["vit/attention"].build(10, reduced=True).eval()
+    recipe = Recipe(batch_size=7, as_run=True)
+    scale = train._scale(dataset, recipe)
+    loss, accuracy = train.evaluate(model, dataset.test, recipe, scale, 32)
+    mean, deviation = (torch.tensor(each)[:, None, None] for each in data.AS_RUN_SCALE["cifar10"])
+    with torch.no_grad():
+        logits = model((dataset.test.images / 255 - mean) / deviation)
+    losses = torch.nn.functional.cross_entropy(logits, dataset.test.labels, reduction="none")
+    correct = (logits.argmax(1) == dataset.test.labels).double()
+    assert loss == pytest.approx(sum(part.mean().item() for part in losses.split(7)) / 3, rel=1e-5)
+    assert accuracy == pytest.approx(sum(part.mean().item() for part in correct.split(7)) / 3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(32, 224), (5, 23)])
+def test_images_are_enlarged_as_by_pillow(before: int, after: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (before, before, 3), dtype=np.uint8)
+    expected = Image.fromarray(pixels).resize((after, after), Image.Resampling.BILINEAR)
+    images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    assert torch.equal(
+        data.enlarged(images, after)[0].permute(1, 2, 0), torch.tensor(np.array(expected)).float()
+    )
+    # In the recipe, before they are normalized; as written, after.
+    split = data.Split(images, torch.tensor([0]))
+    scale = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
+    inputs, _ = train._inputs(split, torch.tensor([0]), scale, after, Recipe(as_run=True))
+    torch.testing.assert_close(inputs, (data.enlarged(images, after) / 255 - 0.4) / 0.2)
+    inputs, _ = train._inputs(split, torch.tensor([0]), scale, after, Recipe())
+    assert (inputs - (data.enlarged(images, after) / 255 - 0.4) / 0.2).abs().max() > 1e-3
+
+
+def test_every_row_of_the_tables_says_what_was_run(capsys) -> None:
+    command.main(["--list"])
+    printed = capsys.readouterr().out.splitlines()
+    for row in (*TABLES[1], *TABLES[2]):
+        assert row.changes
+        at = next(i for i, line in enumerate(printed) if line.split()[:1] == [row.name])
+        assert printed[at + 1].split(maxsplit=2)[2] == ", ".join(row.switches())
+    assert ROWS["vgg11/conv2d"].switches() == ["layer='hybrid'", "branch_ratio=0.0"]
+
+
+@pytest.mark.parametrize("name", [row.name for row in (*TABLES[1], *TABLES[2])])
+def test_rows_as_run(name: str) -> None:
+    """They have the parameters that the paper prints, all of them this time."""
+    row = ROWS[name]
+    as_run = row.as_run()
+    assert as_run.as_run() == as_run
+    assert as_run.options != row.options
+    assert row.paper is not None
+    for dataset, classes in (("cifar10", 10), ("cifar100", 100)):
+        count = as_run.parameters(classes, reduced=False)
+        assert f"{count // 1000 / 1000:.3f}M" == row.paper.parameters[dataset]
+
+
 @pytest.mark.slow
 def test_checkpoints_now_and_then(folder: Path, tmp_path: Path) -> None:
     """The log has every epoch; a run goes on from the last checkpoint."""
@@ -420,6 +531,38 @@ def colored_pixels(path: Path) -> int:
     return int((np.ptp(pixels, axis=2) > 60).sum())
 
 
+def test_sweeps_are_those_of_the_authors() -> None:
+    """As in their argument files; the horizontal lines are at 0."""
+    values = {
+        number: {tuple(sweep.rows) for sweep in FIGURES[number].sweeps} for number in (4, 5, 7, 8)
+    }
+    assert values == {
+        4: {(*range(1, 13),), (0,)},
+        5: {tuple(n * n for n in range(4, 33, 2)), (0,)},
+        7: {(*range(1, 13),), (0,)},
+        8: {(*range(16, 193, 16),), (0,)},
+    }
+    spatial = ROWS["vgg11/hybrid-0.5-spatial-36"]
+    assert spatial.switches() == ["candidates=FlatRowCandidates(6)"]
+
+
+def test_figures_as_run_show_the_best_epoch(tmp_path: Path) -> None:
+    drawn = []
+
+    class Axis:
+        def __getattr__(self, name: str):
+            return lambda *values, **_: drawn.append((name, values))
+
+    figure = FIGURES[8]
+    for as_run in (False, True):
+        logs = {row.name: log_of(3, as_run=as_run) for row in figure.all_rows()}
+        for log in logs.values():
+            log["epochs"][1]["test_accuracy"] = 0.7
+        report._sweep(figure, logs, Axis(), "test_accuracy", 100.0, "accuracy")
+    heights = [values[0] for name, values in drawn if name == "axhline"]
+    assert heights == pytest.approx([40, 40, 70, 70])
+
+
 @pytest.mark.parametrize("number", sorted(FIGURES))
 def test_figures(number: int, tmp_path: Path) -> None:
     figure = FIGURES[number]
@@ -585,6 +728,7 @@ def test_rows_have_names_of_their_own() -> None:
         (["--rows", "vgg16"], "--rows must be of those that --list prints, got vgg16"),
         (["--table", "3"], "invalid choice"),
         (["--table", "1", "--figure", "3"], "not allowed with argument"),
+        (["--table", "1", "--as-run", "--as-written"], "not allowed with argument"),
         (
             ["--table", "1", "--rows", "vit/local", "vgg11/conv2d"],
             "--rows must be of that table or figure, got vit/local",

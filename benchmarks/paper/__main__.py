@@ -6,6 +6,9 @@ share rows train them only once. For a full row of Table 1 and of Table 2, on a 
 
   python -m benchmarks.paper --data FOLDER --table 1 --rows vgg11/conv2d vgg11/hybrid-0.5
   python -m benchmarks.paper --data FOLDER --table 2 --rows vit/attention vit/convnn-random-32
+
+With --as-run, models and recipe are those of the authors' code, which differ from the paper's text
+(docs/paper.md); --list says how. Such runs have a folder of their own.
 """
 
 from __future__ import annotations
@@ -65,6 +68,14 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--list", action="store_true", help="list all rows")
     what.add_argument("--no-training", action="store_true", help="only print or draw finished rows")
     what.add_argument("--memory", action="store_true", help="print the peak memory of one step")
+    text_or_run = what.add_mutually_exclusive_group()
+    text_or_run.add_argument(
+        "--as-written", dest="as_run", action="store_false", help="as the paper's text has it"
+    )
+    text_or_run.add_argument(
+        "--as-run", action="store_true", help="as the authors ran it, see docs/paper.md"
+    )
+    what.set_defaults(as_run=False)
     where = parser.add_argument_group("where")
     where.add_argument(
         "--data",
@@ -137,11 +148,19 @@ def command_line(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
 
 def wanted(options: argparse.Namespace) -> list[Row]:
+    """The rows that are asked for, as the text has them or as the authors ran them."""
     if options.figure:
         rows = FIGURES[options.figure].all_rows()
     else:
         rows = list(TABLES[options.table]) if options.table else list(ROWS.values())
-    return [row for row in rows if not options.rows or row.name in options.rows]
+    rows = [row for row in rows if not options.rows or row.name in options.rows]
+    return [row.as_run() for row in rows] if options.as_run else rows
+
+
+def folder(options: argparse.Namespace) -> Path:
+    """Where runs and results go. Those as run and as written have the same names of rows."""
+    out: Path = options.out
+    return out / "as-run" if options.as_run else out
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.list:
-        print("\n".join(f"{row.name:34}{row.label}" for row in ROWS.values()))
+        print(report.listing(list(ROWS.values())))
         return
     stamp = make_stamp(_device_name(options.device), torch.get_num_threads())
     head = {"command": command_line(parser, options), "stamp": stamp}
@@ -175,13 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     lines = [report.entry(row, logs[row.name], options.dataset, options.reduced) for row in rows]
     parts = (report.table(lines), report.summary(lines, logs), report.what_was_run(logs))
-    print(*parts, *filter(None, [report.not_the_papers(lines)]), sep="\n\n")
+    notes = (report.not_the_papers(lines), report.switches(rows, options.as_run))
+    print(*parts, *filter(None, notes), sep="\n\n")
     kind = "figure" if options.figure else "table" if options.table else "rows"
     name = f"{options.dataset}-{kind}{options.figure or options.table or ''}"
-    _write(options.out / f"{name}.json", {**head, "rows": lines, "logs": logs})
+    what = {"as_run": options.as_run, "recipe_switches": report.RECIPE_SWITCHES}
+    _write(folder(options) / f"{name}.json", {**head, **what, "rows": lines, "logs": logs})
     title = f"Table {options.table}" if options.table else ""
     figure = FIGURES[options.figure] if options.figure else Figure(title, tuple(rows))
-    path = options.out / f"{name}.png"
+    path = folder(options) / f"{name}.png"
     report.draw(figure, logs, path)
     print(path)
 
@@ -194,9 +215,9 @@ def _trained(
     logs: report.Logs = {}
     dataset = None
     for row in rows:
-        folder = options.out / options.dataset / row.name
+        place = folder(options) / options.dataset / row.name
         if options.no_training:
-            path = folder / "log.json"
+            path = place / "log.json"
             logs[row.name] = json.loads(path.read_text()) if path.exists() else {"epochs": []}
             continue
         if dataset is None:
@@ -207,7 +228,7 @@ def _trained(
             dataset = data.load(
                 options.data, options.dataset, options.train_limit, options.test_limit
             )
-        logs[row.name] = train(row, dataset, recipe, folder, stamp)
+        logs[row.name] = train(row, dataset, recipe, place, stamp)
     return logs
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -64,6 +65,32 @@ class Dataset:
         mean = weights @ values
         deviation = (weights @ values.square() - mean.square()).clamp(min=1e-12).sqrt()
         return mean.float().view(3, 1, 1), deviation.float().view(3, 1, 1)
+
+
+# The mean and standard deviation by which the authors' code normalizes, in place of those of the
+# images that are used.
+AS_RUN_SCALE = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+def enlarged(images: Tensor, size: int) -> Tensor:
+    """Images as Pillow enlarges them, bilinearly, first along rows and then along columns.
+
+    Args:
+        images: [N, 3, H, W] uint8.
+        size: of the result, at least H and W.
+
+    Returns:
+        [N, 3, size, size] float32, with whole numbers: each of the two steps is rounded.
+    """
+    rows = _rounded(images.float(), (images.shape[2], size))
+    return _rounded(rows, (size, size))
+
+
+def _rounded(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return (F.interpolate(images, size, mode="bilinear", antialias=False) + 0.5).floor()
 
 
 def load(

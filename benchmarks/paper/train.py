@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,13 +22,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.paper.data import Dataset, Split
+from benchmarks.paper.data import AS_RUN_SCALE, Dataset, Split, enlarged
 from benchmarks.paper.rows import Row
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The defaults are those of the paper's section 6."""
+    """The defaults are those of the paper's section 6.
+
+    Attributes:
+        as_run: the authors' code: seed 42 for everything but the weights, which they did not seed
+            and `seed` does; images enlarged as bytes before they are normalized, and by constants;
+            losses and accuracies as means over batches, of which the last one may be smaller.
+        save_every: epochs between checkpoints; the log is written after every epoch.
+    """
 
     epochs: int = 150
     batch_size: int = 256
@@ -47,7 +54,7 @@ class Recipe:
     train_limit: int | None = None
     test_limit: int | None = None
     dataset: str = "cifar10"
-    # Epochs between checkpoints; the log is written after every epoch.
+    as_run: bool = False
     save_every: int = 1
 
     def fixed(self) -> dict[str, Any]:
@@ -56,6 +63,10 @@ class Recipe:
         if self.schedule != "none":
             free.remove("epochs")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
+    def seed_of(self, epoch: int) -> int:
+        """The seed of an epoch: a run that is resumed is like one without a break."""
+        return (42 if self.as_run else self.seed) * 1_000_003 + epoch
 
     def lr_of(self, epoch: int) -> float:
         """The learning rate in an epoch, counted from 0."""
@@ -86,7 +97,7 @@ def train(
     """Trains a row, or resumes its training, until it has had its epochs.
 
     Args:
-        row: the model.
+        row: the model; with recipe.as_run, that of ``Row.as_run``.
         data: images and labels.
         recipe: how to train.
         folder: of this row; holds "log.json" and "checkpoint.safetensors".
@@ -112,7 +123,7 @@ def train(
     train_split, test_split = (
         Split(split.images.to(device), split.labels.to(device)) for split in (data.train, data.test)
     )
-    mean, deviation = data.mean_and_deviation()
+    mean, deviation = _scale(data, recipe)
     scale = mean.to(device), deviation.to(device)
     size = row.image_size(recipe.reduced)
     new_log: dict[str, Any] = {
@@ -136,32 +147,14 @@ def train(
     run = torch.compile(model) if recipe.compile else model
 
     for epoch in range(len(log["epochs"]), recipe.epochs):
-        # A seed per epoch makes a resumed run identical to an uninterrupted one.
-        torch.manual_seed(recipe.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(train_split.labels)).to(device)
+        torch.manual_seed(recipe.seed_of(epoch))
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_of(epoch)
-        model.train()
         start = time.perf_counter()
-        total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-        bar = tqdm(
-            order.split(recipe.batch_size),
-            desc=f"{row.name} {epoch + 1}/{recipe.epochs}",
-            leave=False,
+        name = f"{row.name} {epoch + 1}/{recipe.epochs}"
+        train_loss, train_accuracy = _train_epoch(
+            run, optimizer, train_split, recipe, scale, size, name
         )
-        for rows in bar:
-            images, labels = _inputs(train_split, rows, scale, size, recipe.augmentation)
-            with _autocast(recipe):
-                logits = run(images)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            total += loss.detach() * len(rows)
-            correct += (logits.argmax(1) == labels).sum()
-        # Reading the sums waits for the device, so the time includes all its work.
-        train_loss, train_accuracy = (x.item() / len(order) for x in (total, correct))
         seconds = time.perf_counter() - start
         if not math.isfinite(train_loss):
             raise DivergedError(f"{row.name}: training loss is {train_loss} in epoch {epoch + 1}")
@@ -186,21 +179,68 @@ def train(
     return log
 
 
+def _scale(data: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation by channel, [3, 1, 1] each."""
+    if not recipe.as_run:
+        return data.mean_and_deviation()
+    mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in AS_RUN_SCALE[recipe.dataset])
+    return mean, deviation
+
+
+def _train_epoch(
+    run: nn.Module | Any,
+    optimizer: torch.optim.Optimizer,
+    split: Split,
+    recipe: Recipe,
+    scale: tuple[Tensor, ...],
+    size: int,
+    name: str,
+) -> tuple[float, float]:
+    """Mean loss, and accuracy from 0 to 1."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    device = split.images.device
+    count = len(split.labels)
+    batches = torch.randperm(count).to(device).split(recipe.batch_size)
+    run.train()
+    total, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+    for rows in tqdm(batches, desc=name, leave=False):
+        images, labels = _inputs(split, rows, scale, size, recipe, is_training=True)
+        with _autocast(recipe):
+            logits = run(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        optimizer.step()
+        weight = _weight(rows, batches, recipe)
+        total += loss.detach() * len(rows) * weight
+        correct += (logits.argmax(1) == labels).sum() * weight
+    # Reading the sums waits for the device, so that the time includes all its work.
+    return total.item() / count, correct.item() / count
+
+
+def _weight(rows: Tensor, batches: Sequence[Tensor], recipe: Recipe) -> float:
+    """How often an image of the batch `rows` counts in the mean over all."""
+    if not recipe.as_run:
+        return 1
+    return sum(map(len, batches)) / (len(batches) * len(rows))
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module | Any, split: Split, recipe: Recipe, scale: tuple[Tensor, ...], size: int
 ) -> tuple[float, float]:
     """Mean loss, and accuracy from 0 to 1."""
     model.eval()
-    total, correct = 0.0, 0
-    for rows in torch.arange(len(split.labels), device=split.labels.device).split(
-        recipe.batch_size
-    ):
-        images, labels = _inputs(split, rows, scale, size)
+    total, correct = 0.0, 0.0
+    batches = torch.arange(len(split.labels), device=split.labels.device).split(recipe.batch_size)
+    for rows in batches:
+        images, labels = _inputs(split, rows, scale, size, recipe)
         with _autocast(recipe):
             logits = model(images).float()
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
-        correct += int((logits.argmax(1) == labels).sum())
+        weight = _weight(rows, batches, recipe)
+        total += F.cross_entropy(logits, labels, reduction="sum").item() * weight
+        correct += int((logits.argmax(1) == labels).sum()) * weight
     return total / len(split.labels), correct / len(split.labels)
 
 
@@ -209,13 +249,18 @@ def _inputs(
     rows: Tensor,
     scale: tuple[Tensor, ...],
     size: int,
-    augmentation: str = "none",
+    recipe: Recipe,
+    is_training: bool = False,
 ) -> tuple[Tensor, Tensor]:
     mean, deviation = scale
-    images = (split.images[rows].float() / 255 - mean) / deviation
-    if augmentation == "flip-shift":
+    images = split.images[rows]
+    is_resized = images.shape[-2:] != (size, size)
+    if recipe.as_run and is_resized:
+        images = enlarged(images, size)
+    images = (images.float() / 255 - mean) / deviation
+    if is_training and recipe.augmentation == "flip-shift":
         images = _flip_and_shift(images)
-    if images.shape[-2:] != (size, size):
+    if is_resized and not recipe.as_run:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=False)
     return images, split.labels[rows]
 
@@ -256,8 +301,9 @@ def _resume(
     with safe_open(path, framework="pt") as file:
         log = json.loads(file.metadata()["log"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    wanted, before = recipe.fixed(), log["recipe"]
-    pairs = {name: (before.get(name), value) for name, value in wanted.items()}
+    # Logs of older runs lack settings that have been added.
+    wanted, before = recipe.fixed(), {**asdict(Recipe()), **log["recipe"]}
+    pairs = {name: (before[name], value) for name, value in wanted.items()}
     # Logs of older runs have no size of the images.
     pairs |= {
         name: (log["data"].get(name, value), value) for name, value in new_log["data"].items()
