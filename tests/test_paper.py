@@ -2,9 +2,12 @@
 """`python -m benchmarks.paper` from images to table and figure, at a small scale."""
 
 import dataclasses
+import functools
 import json
 import pickle
+import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from benchmarks.memory import in_own_process
 from benchmarks.models.vgg import LAYERS as VGG_LAYERS
@@ -817,3 +821,124 @@ def test_the_readme_prints_what_was_recorded() -> None:
     assert "](benchmarks/results/paper/cifar10-rows.png)" in readme
     assert (RECORDED / "cifar10-rows.png").exists()
     assert memory.table(json.loads((RECORDED / "memory.json").read_text())["steps"]) in readme
+
+
+class BasicBlock(nn.Module):
+    """That of torchvision's ResNet-18 and -34."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1:
+            self.downsample = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.downsample(x)).relu()
+
+
+def resnet(blocks: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Torchvision's, an eighth as wide."""
+    layers: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(3, 8, 7, 2, padding=3, bias=False),
+        "maxpool": nn.MaxPool2d(3, 2, padding=1),
+    }
+    width = 8
+    for i, count in enumerate(blocks):
+        stage = []
+        for j in range(count):
+            stage.append(BasicBlock(width, 8 * 2**i, 2 if i and not j else 1))
+            width = 8 * 2**i
+        layers[f"layer{i + 1}"] = nn.Sequential(*stage)
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    model.add_module("fc", nn.Linear(width, num_classes))
+    return model
+
+
+class DenseLayer(nn.Module):
+    """That of torchvision's DenseNet, with a growth of 4."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, 16, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(self.norm1(x).relu())
+        return torch.cat([x, self.conv2(self.norm2(y).relu())], 1)
+
+
+def densenet(num_classes: int) -> nn.Module:
+    """The blocks of DenseNet-121, an eighth as wide."""
+    features = nn.Sequential()
+    features.add_module("conv0", nn.Conv2d(3, 8, 7, 2, padding=3, bias=False))
+    width = 8
+    for i, count in enumerate((6, 12, 24, 16)):
+        block = nn.Sequential(*(DenseLayer(width + 4 * j) for j in range(count)))
+        features.add_module(f"denseblock{i + 1}", block)
+        width += 4 * count
+        if i < 3:
+            transition = nn.Sequential(nn.Conv2d(width, width // 2, 1), nn.AvgPool2d(2))
+            features.add_module(f"transition{i + 1}", transition)
+            width //= 2
+    model = nn.Sequential()
+    model.add_module("features", features)
+    model.add_module("head", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    model.add_module("classifier", nn.Linear(width, num_classes))
+    return model
+
+
+PAGE_TEXT = (ROOT / "docs" / "paper.md").read_text()
+PAGE = re.findall(r"```python\n(.*?)```", PAGE_TEXT, re.DOTALL)
+
+
+def test_other_networks_of_the_page(monkeypatch, capsys) -> None:
+    """Its code, with small networks of the same form and names in place of torchvision's."""
+    models = types.SimpleNamespace(
+        resnet18=functools.partial(resnet, (2, 2, 2, 2)),
+        resnet34=functools.partial(resnet, (3, 4, 6, 3)),
+        densenet121=densenet,
+    )
+    fake = types.ModuleType("torchvision")
+    fake.models = models  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchvision", fake)
+    torch.set_num_threads(1)
+    for code, expected in (
+        (PAGE[0].replace("resnet34", "resnet18"), (16, 3, 58, 58)),
+        (PAGE[0], (32, 3, 58, 58)),
+    ):
+        scope: dict[str, Any] = {}
+        exec(code, scope)
+        lines = re.findall(r"(\d+) layers swapped, (\d+) left", capsys.readouterr().out)
+        counts = [(int(swapped), int(left)) for swapped, left in lines]
+        assert len(counts) == 8
+        stages = [
+            [sum(column) for column in zip(*half, strict=True)] for half in (counts[:4], counts[4:])
+        ]
+        assert (*stages[0], *stages[1]) == expected
+        assert (
+            f"This swaps 16 convolutions of ResNet-18, 32 of ResNet-34 and {expected[2]} of"
+            in PAGE_TEXT
+        )
+    for model in (scope["resnet"], scope["densenet"]):
+        assert model(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+        loss = torch.nn.functional.cross_entropy(
+            model(torch.randn(2, 3, 64, 64)), torch.tensor([1, 2])
+        )
+        loss.backward()
+        assert all(each.grad is not None for each in model.parameters())
+
+
+def test_pixel_shuffle_of_the_page() -> None:
+    scope: dict[str, Any] = {}
+    exec(PAGE[1], scope)
+    assert scope["y"].shape == (2, 32, 32, 32)
+    assert (scope["layer"][1].in_channels, scope["layer"][1].out_channels) == (64, 128)
+    assert len(PAGE) == 2
