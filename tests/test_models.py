@@ -273,6 +273,17 @@ def test_vit_step(layer: str) -> None:
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.parametrize("row", TABLE_2, ids=lambda row: row.name)
+def test_vit_step_as_run(row) -> None:
+    """Under autocast, as the command for a GPU has it."""
+    model = row.as_run().build(10, reduced=True, depth=2, k=9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(torch.randn(2, 3, 32, 32))
+    F.cross_entropy(logits.float(), torch.tensor([1, 2])).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert all(block.attention_dropout.p == 0.1 for block in model.blocks)
+
+
 def test_kvt_and_convnn_differ() -> None:
     kvt = reduced_vit(layer="kvt").blocks[0].attention
     convnn = reduced_vit(layer="convnn").blocks[0].attention
