@@ -254,6 +254,14 @@ def test_dropout_of_vit(layer: str) -> None:
         assert [each.p for each in block.mlp if isinstance(each, nn.Dropout)] == [0.1, 0.1]
 
 
+def test_dropout_of_what_attention_adds() -> None:
+    block = reduced_vit(layer="attention", dropout=0.0, residual_dropout=1.0).blocks[0]
+    x = torch.randn(2, 65, 48)
+    torch.testing.assert_close(block(x), x + block.mlp(block.mlp_norm(x)))
+    block.eval()
+    assert not torch.allclose(block(x), x + block.mlp(block.mlp_norm(x)))
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("k", [1, 4, 9, 16, 25])
 def test_small_maps_have_enough_keys(k: int) -> None:

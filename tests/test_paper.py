@@ -239,6 +239,12 @@ def test_a_run_of_either_kind(folder: Path, tmp_path: Path, capsys) -> None:
     assert [log["recipe"]["as_run"] for log in logs] == [False, True]
     assert logs[0]["epochs"][0]["test_loss"] != logs[1]["epochs"][0]["test_loss"]
     assert logs[1]["data"]["mean"] == pytest.approx([0.4914, 0.4822, 0.4465])
+    # The class token, which one step has hardly changed, is drawn with 0.02 and with 1.
+    tokens = [
+        load_file(out / kind / "cifar10" / row / "checkpoint.safetensors")["model.class_token"]
+        for kind in (".", "as-run")
+    ]
+    assert tokens[0].std() < 0.1 < 0.5 < tokens[1].std()
     # Moved into the folder of the other.
     (out / "as-run" / "cifar10").rename(out / "moved")
     (out / "cifar10").rename(out / "as-run" / "cifar10")
