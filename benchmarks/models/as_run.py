@@ -112,10 +112,11 @@ class TopKAttention(Attention):
         self.k = k
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        similarities = (q @ k.mT).detach()  # [B, N, N]
-        chosen = similarities.topk(min(self.k, q.shape[1]), dim=-1).indices
-        mask = torch.zeros_like(similarities, dtype=torch.bool).scatter_(-1, chosen, True)
-        return self._attend(q, k, v, mask)
+        logits = (q @ k.mT) / math.sqrt(q.shape[-1])  # [B, N, N]
+        chosen = logits.topk(min(self.k, q.shape[1]), dim=-1).indices
+        others = torch.ones_like(logits, dtype=torch.bool).scatter_(-1, chosen, False)
+        weights = logits.masked_fill(others, -torch.inf).softmax(-1)
+        return F.dropout(weights, self.dropout, self.training).to(v.dtype) @ v
 
 
 class CandidateAttention(Attention):
