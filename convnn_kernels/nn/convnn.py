@@ -323,6 +323,8 @@ class _ConvNN(nn.Module):
 
     def _standardized(self, tokens: Tensor) -> Tensor:
         """[B, M, C], divided by the standard deviation over all numbers of a map."""
+        if tokens.numel() == 0:  # torch.std would warn
+            return tokens
         # A map of a single number has the deviation 0, and an unbiased estimate is 0 / 0.
         correction = int(self.in_channels > 1 or tokens.shape[1] > 1)
         deviation = tokens.std((1, 2), correction=correction, keepdim=True)  # [B, 1, 1]
