@@ -244,13 +244,18 @@ def test_cross_attention_has_no_self() -> None:
 
 
 @pytest.mark.parametrize("name", ["2d", "attention"])
-def test_modules_without_the_setting(name: str) -> None:
+def test_modules_without_the_settings(name: str) -> None:
     """As they come from a file that was written before there were these settings."""
-    layer = build(None, name)
+
+    def make() -> nn.Module:
+        layer = build(None, name, positional_encoding="similarity")
+        layer.candidates = SpatialCandidates(4)
+        return layer
+
+    layer, expected = make(), make()
     for module in layer.modules():
         for setting in ("self_similarity", "standardize", "coordinate_order", "spacing"):
             vars(module).pop(setting, None)
-    expected = build(None, name)
     x = torch.randn((2, 9, 4) if name == "attention" else (2, 4, 4, 4))
     for same in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert repr(same) == repr(expected)

@@ -152,14 +152,12 @@ class _ConvNN(nn.Module):
         self.order = order
         self.aggregation = aggregation
         self.positional_encoding = positional_encoding
-        self.coordinates = coordinates
-        self.coordinate_order = coordinate_order
+        self.coordinates, self.coordinate_order = coordinates, coordinate_order
         self.standardize = bool(standardize)
         self.candidates = require_candidates(owner, candidates)
         options = {"device": device, "dtype": dtype}
         self._create_projections(key_channels, value_channels, projection_bias, options)
         self._create_convolution(bias, options)
-        self._reset_convolution()
 
     def _create_projections(
         self,
@@ -216,6 +214,7 @@ class _ConvNN(nn.Module):
         }[self.aggregation]
         self.weight = None if shape is None else nn.Parameter(torch.empty(shape, **options))
         self.bias = nn.Parameter(torch.empty(self.out_channels, **options)) if has_bias else None
+        self._reset_convolution()
 
     def reset_parameters(self) -> None:
         """Reinitializes all weights, as ``nn.Conv1d`` and ``nn.Linear`` do."""
