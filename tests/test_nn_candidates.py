@@ -49,6 +49,30 @@ def test_spatial_count_in_2d() -> None:
     assert len(rows(SpatialCandidates(16), (8, 8))) == 16
 
 
+def test_spatial_count_from_end_to_end() -> None:
+    assert rows(SpatialCandidates(4, spacing="ends"), (16,)) == [0, 5, 10, 15]
+    assert rows(SpatialCandidates(3, spacing="ends"), (10,), padding=2) == [2, 6, 11]
+    assert rows(SpatialCandidates(1, spacing="ends"), (10,)) == [0]
+    assert rows(SpatialCandidates(9, spacing="ends"), (4, 6)) == [0, 2, 5, 6, 8, 11, 18, 20, 23]
+    assert rows(SpatialCandidates(4, spacing="ends"), (4, 6), padding=1) == [9, 14, 33, 38]
+    # The map has 10 tokens, the padded map 14.
+    drawn = rows(SpatialCandidates(12, spacing="ends"), (10,), padding=2)
+    assert (len(set(drawn)), drawn[0], drawn[-1]) == (12, 0, 13)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64, 100, 196])
+def test_spatial_count_from_end_to_end_is_linspace(size: int) -> None:
+    for r in range(1, size):
+        # In float64, a step that ends on a token may be rounded to slightly before it.
+        expected = (torch.linspace(0, size - 1, r, dtype=torch.float64) + 1e-9).long()
+        assert rows(SpatialCandidates(r, spacing="ends"), (size,)) == expected.tolist()
+
+
+def test_spacing_is_printed() -> None:
+    assert "spacing" not in repr(SpatialCandidates(4))
+    assert "spacing='ends'" in repr(SpatialCandidates(4, spacing="ends"))
+
+
 def test_spatial_stride_is_that_of_the_paper() -> None:
     assert rows(SpatialCandidates(stride=3), (10,)) == [0, 3, 6, 9]
     x = torch.arange(5 * 7).view(5, 7)
@@ -288,6 +312,14 @@ def test_include_self(include_self: bool) -> None:
         ),
         (lambda: draw(SpatialCandidates(5), (8, 8)), "r must be a square number in 2-D, got 5"),
         (lambda: draw(SpatialCandidates(9), (1, 50)), "fit into a map of"),
+        (
+            lambda: SpatialCandidates(4, spacing="round"),
+            "SpatialCandidates: spacing must be 'even' or 'ends', got 'round'",
+        ),
+        (
+            lambda: SpatialCandidates(stride=4, spacing="ends"),
+            "SpatialCandidates: spacing must be 'even' with a stride, got 'ends'",
+        ),
     ],
 )
 def test_wrong_settings(make, message: str) -> None:

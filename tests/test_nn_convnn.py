@@ -279,6 +279,86 @@ def test_tokens_of_a_map(
     assert torch.equal(indices, functional.select_neighbors(query, key, 4)[1])
 
 
+@pytest.mark.parametrize("positional_encoding", ["similarity", "both"])
+@pytest.mark.parametrize("projections", ["identity", "learned"])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_standardized_features(
+    stride: int, padding: int, projections: str, positional_encoding: str
+) -> None:
+    """The deviation of every map is computed from all its numbers, those of padding included."""
+    settings: dict[str, Any] = {
+        "padding": padding,
+        "stride": stride,
+        "projections": projections,
+        "positional_encoding": positional_encoding,
+    }
+    layer = ConvNN2d(2, 3, k=4, standardize=True, **settings).double()
+    x = torch.randn(2, 2, 3, 5, dtype=torch.float64) * torch.tensor([3.0, 0.1]).view(2, 1, 1, 1)
+    x.requires_grad_(True)
+    plain = F.pad(x, (padding,) * 4).flatten(2).mT  # [B, M, C]
+    numbers = plain.flatten(1)  # [B, M * C]
+    centered = numbers - numbers.mean(1, keepdim=True)
+    variance = centered.square().sum(1) / (numbers.shape[1] - 1)
+    scaled = plain / (variance.sqrt() + 1e-6).view(2, 1, 1)
+    shape = (3 + 2 * padding, 5 + 2 * padding)
+    axes = [torch.linspace(-1, 1, size, dtype=torch.float64) for size in shape]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(1, -1, 2).expand(2, -1, -1)
+    key = torch.cat([scaled, grid], -1)
+    value = torch.cat([plain, grid], -1) if positional_encoding == "both" else plain
+    rows = torch.arange(shape[0] * shape[1]).view(shape)
+    inside = rows[padding : 3 + padding, padding : 5 + padding][::stride, ::stride]
+    query = key[:, inside.flatten()]
+    if projections == "learned":
+        query, key = layer.query_projection(query), layer.key_projection(key)
+        value = layer.value_projection(value)
+    y, expected = layer(x), functional.convnn(query, key, value, 4, layer.weight, layer.bias)
+    expected = expected.mT.unflatten(-1, inside.shape)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad), rtol=1e-9, atol=0
+    )
+    assert not torch.allclose(y, ConvNN2d(2, 3, k=4, **settings).double()(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 4), (2, 3, 1), (1, 3, 4)], ids=str)
+def test_standardized_maps_without_a_deviation(shape: tuple[int, ...]) -> None:
+    layer = ConvNN1d(
+        shape[1], 2, k=3, standardize=True, positional_encoding="similarity", metric="euclidean"
+    )
+    for x in (torch.zeros(shape), torch.full(shape, 3.0)):
+        x.requires_grad_(True)
+        y = layer(x)
+        assert y.isfinite().all()
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("projections", ["identity", "learned", "coordinates"])
+def test_order_of_coordinates(projections: str) -> None:
+    """The last two channels of queries, keys and values are swapped."""
+    settings: dict[str, Any] = {
+        "k": 4,
+        "padding": 1,
+        "projections": projections,
+        "positional_encoding": "both",
+    }
+    yx = ConvNN2d(3, 4, **settings).double()
+    xy = ConvNN2d(3, 4, coordinate_order="xy", **settings).double()
+    swapped = torch.tensor([0, 1, 2, 4, 3])
+    inputs = [name for name in yx.state_dict() if name.endswith("projection.weight")]
+    state = {
+        name: each[:, swapped] if name in inputs or each.shape == (4, 5, 4) else each
+        for name, each in yx.state_dict().items()
+    }
+    xy.load_state_dict(state)
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    torch.testing.assert_close(xy(x), yx(x))
+    xy.load_state_dict(yx.state_dict())
+    assert not torch.allclose(xy(x), yx(x))
+
+
 def test_layer_against_the_reference() -> None:
     layer = ConvNN2d(3, 4, k=5, projections="identity", rho="ones", padding=1).double()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
@@ -350,6 +430,15 @@ def test_self_is_first_with_include_self() -> None:
         ({"scale": 2.0, "rho": "similarity"}, "scale must be 1.0 unless rho is 'softmax', got 2.0"),
         ({"positional_encoding": "add"}, "positional_encoding must be None, 'similarity', "),
         ({"coordinates": "polar"}, "coordinates must be 'unit' or 'pixel', got 'polar'"),
+        ({"coordinate_order": "zx"}, "coordinate_order must be 'yx' or 'xy', got 'zx'"),
+        (
+            {"standardize": True, "positional_encoding": "aggregation"},
+            "positional_encoding must be 'similarity' or 'both' with standardize=True, got 'agg",
+        ),
+        (
+            {"standardize": True, "projections": "coordinates", "positional_encoding": "both"},
+            "standardize must be False with projections='coordinates', which does not compare",
+        ),
         ({"projections": "coordinates"}, "positional_encoding must be 'similarity' or 'both'"),
         ({"projections": "identity", "key_channels": 4}, "key_channels must be None"),
         ({"value_channels": 0}, "value_channels must be a whole number"),
@@ -492,6 +581,21 @@ def test_hybrid_is_its_branches(kernel_size: int) -> None:
     assert layer(x).shape == (2, 5, 6, 6)
 
 
+def test_settings_of_the_branch() -> None:
+    layer = HybridBranch2d(
+        3,
+        4,
+        positional_encoding="both",
+        coordinate_order="xy",
+        standardize=True,
+        candidates=SpatialCandidates(4, spacing="ends", self_similarity=1.0),
+    )
+    text = repr(layer.convnn)
+    for part in ("coordinate_order='xy'", "standardize=True", "self_similarity=1.0", "'ends'"):
+        assert part in text
+        assert part not in repr(HybridBranch2d(3, 4, positional_encoding="both"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -510,6 +614,8 @@ def test_hybrid_is_its_branches(kernel_size: int) -> None:
         ({"order": "random"}, "order must be"),
         ({"scale": 2.0}, "scale must be 1.0 unless rho is 'softmax', got 2.0"),
         ({"coordinates": "polar"}, "coordinates must be"),
+        ({"coordinate_order": None}, "coordinate_order must be 'yx' or 'xy', got None"),
+        ({"standardize": True}, "positional_encoding must be 'similarity' or 'both' with standard"),
         ({"aggregation": "mean"}, "aggregation must be"),
         ({"projections": "learned"}, "projections must be other than learned"),
         ({"projections": "coordinates"}, "positional_encoding must be 'similarity' or 'both'"),

@@ -13,6 +13,7 @@ import torch._dynamo.testing
 from torch import Tensor, nn
 
 from convnn_kernels.nn import (
+    AllCandidates,
     ConvNN1d,
     ConvNN2d,
     ConvNNAttention,
@@ -49,10 +50,30 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
         ),
         (2, 3, 4, 5),
     ),
+    "2d-as-run": (
+        functools.partial(
+            ConvNN2d,
+            3,
+            4,
+            k=3,
+            padding=1,
+            positional_encoding="both",
+            coordinate_order="xy",
+            standardize=True,
+            candidates=SpatialCandidates(4, spacing="ends", self_similarity=0.5),
+        ),
+        (2, 3, 4, 5),
+    ),
     "hybrid": (functools.partial(HybridBranch2d, 3, 4), (2, 3, 4, 5)),
     "hybrid-conv": (functools.partial(HybridBranch2d, 3, 4, branch_ratio=0.0), (2, 3, 4, 5)),
     "hybrid-convnn": (functools.partial(HybridBranch2d, 3, 4, branch_ratio=1.0), (2, 3, 4, 5)),
     "attention": (functools.partial(ConvNNAttention, 6, 2, k=4), (2, 9, 6)),
+    "attention-as-run": (
+        functools.partial(
+            ConvNNAttention, 6, 2, k=4, candidates=AllCandidates(True, self_similarity=2.0)
+        ),
+        (2, 9, 6),
+    ),
     "kvt": (
         functools.partial(ConvNNAttention, 6, 2, k=4, metric="dot", aggregation="sum"),
         (2, 9, 6),
@@ -181,6 +202,7 @@ def test_channels_last_is_preserved(name: str) -> None:
 
 
 @every_layer
+@pytest.mark.filterwarnings("error")
 def test_empty_batch(name: str) -> None:
     layer, x = build(name)
     y = layer(x[:0])

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from convnn_kernels import functional
 from convnn_kernels.nn import (
+    AllCandidates,
     ConvNN1d,
     ConvNN2d,
     ConvNNAttention,
@@ -33,11 +34,28 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "2d-spatial": (lambda: ConvNN2d(4, 5, k=3, candidates=SpatialCandidates(9)), MAP),
     "2d-random": (lambda: ConvNN2d(4, 5, k=3, candidates=RandomCandidates(9)), MAP),
     "2d-fixed": (lambda: ConvNN2d(4, 5, k=3, candidates=fixed(9)).eval(), MAP),
+    "2d-as-run": (
+        lambda: ConvNN2d(
+            4,
+            5,
+            k=3,
+            padding=1,
+            positional_encoding="both",
+            coordinate_order="xy",
+            standardize=True,
+            candidates=SpatialCandidates(9, spacing="ends", self_similarity=0.5),
+        ),
+        MAP,
+    ),
     "from_conv2d": (lambda: ConvNN2d.from_conv2d(nn.Conv2d(4, 5, 3, padding=1)), MAP),
     "hybrid": (lambda: HybridBranch2d(4, 6, candidates=SpatialCandidates(16)), MAP),
     "attention": (lambda: ConvNNAttention(8, 2, k=3), TOKENS),
     "attention-coordinates": (lambda: ConvNNAttention(8, k=3, positional_encoding="both"), TOKENS),
     "attention-fixed": (lambda: ConvNNAttention(8, 2, k=3, candidates=fixed(6)).eval(), TOKENS),
+    "attention-as-run": (
+        lambda: ConvNNAttention(8, 2, k=3, candidates=AllCandidates(True, self_similarity=2.0)),
+        TOKENS,
+    ),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
@@ -261,6 +279,19 @@ def test_memory_format_is_that_of_a_convolution(
 def test_some_channels_of_a_channels_last_map() -> None:
     x = torch.randn(2, 6, 5, 6).to(memory_format=torch.channels_last)[:, :3]
     assert ConvNN2d(3, 4)(x).stride() == nn.Conv2d(3, 4, 1)(x).stride()
+
+
+# torch.export
+
+
+@pytest.mark.parametrize("name", ["2d-as-run", "attention-as-run"])
+def test_export_for_other_sizes(name: str) -> None:
+    layer, x = build(name)
+    sizes = dict.fromkeys((0, 1) if x.dim() == 3 else (0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(layer, (x,), dynamic_shapes=(sizes,))
+    more = [size + 3 * (axis in sizes) for axis, size in enumerate(x.shape)]
+    for inputs in (x, torch.randn(more)):
+        torch.testing.assert_close(program.module()(inputs), layer(inputs))
 
 
 # Compiled autograd

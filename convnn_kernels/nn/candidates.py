@@ -75,7 +75,7 @@ class AllCandidates(Candidates):
             other tokens are nearer. Without, it is not certain to be one, not even with the cosine
             metric and no projections: tokens of the same direction are as near, and rounding can
             put others first. In the first layer of the paper's VGG, 1.1% of the pixels of CIFAR-10
-            are not among their own neighbors.
+            are not among their own 9 neighbors.
         self_similarity: the similarity of a token to itself, as in :class:`Candidates`.
 
     Examples:

@@ -152,14 +152,12 @@ class _ConvNN(nn.Module):
         self.order = order
         self.aggregation = aggregation
         self.positional_encoding = positional_encoding
-        self.coordinates = coordinates
-        self.coordinate_order = coordinate_order
+        self.coordinates, self.coordinate_order = coordinates, coordinate_order
         self.standardize = bool(standardize)
         self.candidates = require_candidates(owner, candidates)
         options = {"device": device, "dtype": dtype}
         self._create_projections(key_channels, value_channels, projection_bias, options)
         self._create_convolution(bias, options)
-        self._reset_convolution()
 
     def _create_projections(
         self,
@@ -216,6 +214,7 @@ class _ConvNN(nn.Module):
         }[self.aggregation]
         self.weight = None if shape is None else nn.Parameter(torch.empty(shape, **options))
         self.bias = nn.Parameter(torch.empty(self.out_channels, **options)) if has_bias else None
+        self._reset_convolution()
 
     def reset_parameters(self) -> None:
         """Reinitializes all weights, as ``nn.Conv1d`` and ``nn.Linear`` do."""
@@ -323,6 +322,8 @@ class _ConvNN(nn.Module):
 
     def _standardized(self, tokens: Tensor) -> Tensor:
         """[B, M, C], divided by the standard deviation over all numbers of a map."""
+        if tokens.numel() == 0:  # torch.std would warn
+            return tokens
         # A map of a single number has the deviation 0, and an unbiased estimate is 0 / 0.
         correction = int(self.in_channels > 1 or tokens.shape[1] > 1)
         deviation = tokens.std((1, 2), correction=correction, keepdim=True)  # [B, 1, 1]
