@@ -948,3 +948,14 @@ def test_pixel_shuffle_of_the_page() -> None:
     assert scope["y"].shape == (2, 32, 32, 32)
     assert (scope["layer"][1].in_channels, scope["layer"][1].out_channels) == (64, 128)
     assert len(PAGE) == 2
+
+
+def test_the_tests_that_the_page_names() -> None:
+    names = set(re.findall(r"`(test_\w+)`", PAGE_TEXT))
+    files = ("test_paper.py", "test_paper_fixtures.py")
+    defined = "".join((ROOT / "tests" / name).read_text() for name in files)
+    assert len(names) > 15
+    assert [name for name in sorted(names) if f"def {name}(" not in defined] == []
+    numbers = [int(number) for number in re.findall(r"^\| (\d+) \|", PAGE_TEXT, re.MULTILINE)]
+    rows = numbers[: numbers.index(3, 3)]  # before the table of figures
+    assert rows == [*range(1, len(rows) + 1)]

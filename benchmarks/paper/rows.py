@@ -278,7 +278,7 @@ def _sparse(family: str, kind: str, r: int, **options: Any) -> Row:
         changes["candidates"] = functools.partial(FlatRowCandidates, math.isqrt(r))
     elif kind == "spatial":
         changes["candidates"] = functools.partial(_TO_BOTH_ENDS, r)
-    label = f"ConvNN, {kind}, r = {r}"
+    label = f"ConvNN, {kind}, r = {r}" + "".join(f", {n} = {value}" for n, value in options.items())
     options = {**layer, "candidates": candidates, **options}
     return Row(name[family], label, options, changes=changes)
 
