@@ -952,7 +952,7 @@ def test_pixel_shuffle_of_the_page() -> None:
 
 def test_the_tests_that_the_page_names() -> None:
     names = set(re.findall(r"`(test_\w+)`", PAGE_TEXT))
-    files = ("test_paper.py", "test_paper_fixtures.py")
+    files = ("test_models.py", "test_paper.py", "test_paper_fixtures.py")
     defined = "".join((ROOT / "tests" / name).read_text() for name in files)
     assert len(names) > 15
     assert [name for name in sorted(names) if f"def {name}(" not in defined] == []
