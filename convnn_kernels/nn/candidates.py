@@ -73,9 +73,10 @@ class AllCandidates(Candidates):
     Args:
         include_self: whether the token itself is always a neighbor, and the first one, even where k
             other tokens are nearer. Without, it is not certain to be one, not even with the cosine
-            metric and no projections: tokens of the same direction are as near, and rounding can
-            put others first. In the first layer of the paper's VGG, 1.1% of the pixels of CIFAR-10
-            are not among their own 9 neighbors.
+            metric and no projections: tokens of the same direction are as near, and order or
+            rounding can put others first. In the first layer of the paper's VGG, 1 to 3% of the
+            pixels of CIFAR-10 are not among their own 9 neighbors, mostly since nine others have
+            the same color.
         self_similarity: the similarity of a token to itself, as in :class:`Candidates`.
 
     Examples:
