@@ -41,7 +41,7 @@ class BestColumns {
   using Key = std::remove_reference_t<decltype(Keys{}[0])>;
 
  public:
-  static int64_t capacity(int64_t k) { return k + k / 4 + 256; }
+  static int64_t capacity(int64_t k) { return ceil_div(k + k / 4, 8) * 8 + 256; }
 
   void start(Rank<A>* ranks, int64_t wanted, int64_t excluded) {
     ranks_ = ranks;
@@ -312,17 +312,18 @@ class BestColumns {
       sort_ranks(ranks_, count_);
       last = ranks_[wanted_ - 1];
     } else {
-      last = move_best_to_front(ranks_, wanted_, count_);
+      last = last_of_best(ranks_, wanted_, count_);
     }
     bound_ = last.similarity();
     last_column_ = last.column();
     complete_ = true;
     if (slack_ > 0) {
-      const Rank<A> reached(bound_ - slack_, std::numeric_limits<uint32_t>::max());
-      count_ =
-          move_to_front(ranks_, wanted_, count_, [&](int64_t i) { return ranks_[i] < reached; });
-    } else {
+      last = Rank<A>(bound_ - slack_, std::numeric_limits<uint32_t>::max());
+      count_ = move_to_front(ranks_, count_, last);
+    } else if (count_ <= kMostCounted<A>) {
       count_ = wanted_;
+    } else {
+      count_ = move_to_front(ranks_, count_, last);
     }
     kept_ = count_;
     if (bound_ != bound_) {
