@@ -49,8 +49,9 @@ CODE = """
         mixed = features(1, 5120, 64)
         mixed[:, 1024:2048] = mixed[:, 3072:4096] = mixed[:, :1]
         yield "chunks of either kind", mixed[:, ::25], mixed, 20
-        # The error of a rounded row is parallel to the other row. A row of this norm is rounded to
-        # integers. The last keys are the nearest, but have the lowest screened similarities.
+        # The error of a rounded row is parallel to the other row, or to the part of it that is
+        # orthogonal to the rounded row. A row of this norm, most of it in one element, is rounded
+        # to integers. The last keys are the nearest, but have the lowest screened similarities.
         def of_norm(rows):
             rows[..., 0] = (32766.0**2 - rows[..., 1:].double().square().sum(-1)).sqrt()
             return rows
@@ -60,9 +61,11 @@ CODE = """
         low = of_norm(-10 * features(1, 2048, 64).abs())
         low[0, :12] = of_norm(1000.51 * ones)
         low[0, -4:] = of_norm(1000.49 * ones + (torch.arange(64) < 3))
-        yield "keys as far off as can be", ones.expand(1, 200, 64), low, 9
-        low[0, 1016:1020], low[0, -4:] = low[0, -4:], low[0, 100:104]
-        yield "in the chunk that sets the bound", ones.expand(1, 200, 64), low, 9
+        early = low.clone()
+        early[0, 1016:1020], early[0, -4:] = low[0, -4:], low[0, 100:104]
+        for query in (ones, of_norm(2500 * ones)):
+            yield "keys as far off as can be", query.expand(1, 200, 64), low, 9
+            yield "in the chunk that sets the bound", query.expand(1, 200, 64), early, 9
         signs = torch.where(torch.arange(64) % 2 == 0, 1, -1)
         query = of_norm((1000 * signs + 0.49) * ones)
         low = -0.01 * features(1, 2048, 64).abs()
@@ -132,5 +135,5 @@ CODE = """
 )
 def test_a_screen_changes_no_bit(run_python: Callable[..., str], instruction_set: str) -> None:
     lines = run_python(CODE, CONVNN_CPU_ISA=instruction_set).splitlines()
-    assert len(lines) == 27 * 12
+    assert len(lines) == 29 * 12
     assert [line for line in lines if not line.startswith("True ")] == []

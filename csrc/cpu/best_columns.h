@@ -22,6 +22,7 @@
 #include "../params.h"
 #include "rank.h"
 #include "register_tile.h"
+#include "screen.h"
 
 namespace convnn::CONVNN_ISA {
 
@@ -40,7 +41,7 @@ class BestColumns {
   using Key = std::remove_reference_t<decltype(Keys{}[0])>;
 
  public:
-  static int64_t capacity(int64_t k) { return k + k / 4 + 256; }
+  static int64_t capacity(int64_t k) { return ceil_div(k + k / 4, 8) * 8 + 256; }
 
   void start(Rank<A>* ranks, int64_t wanted, int64_t excluded) {
     ranks_ = ranks;
@@ -59,30 +60,25 @@ class BestColumns {
 
   // Finds the bound that a column of a chunk has to reach. row [kChunk]: similarities of the first
   // `columns` of a chunk, then -inf up to a multiple of kScanColumns; -inf also at the excluded
-  // column. They are exact, or Screened: without NaN, each with an error of at most `error`.
-  template <bool Screened>
-  void survey(const A* row, int64_t columns, A error) {
-    // The bound is the last of the best as soon as there are `wanted`. It is raised whenever enough
-    // columns were added to make it worthwhile.
-    if (wanted_ > 0 && count_ >= (complete_ ? kept_ + kept_ / 2 + kLanes<A> : wanted_)) {
-      keep_best();
-    }
-    blocks_ = wanted_ == 0 ? 0 : ceil_div(columns, kScanColumns<A>);
-    error_ = error;
-    V unordered = {};
-    for (int64_t block = 0; block < blocks_; ++block) {
-      V largest = V{} - std::numeric_limits<A>::infinity();
-      for (int v = 0; v < kGroup; ++v) {
-        const V x = load(row + block * kScanColumns<A> + v * kLanes<A>);
-        largest = x > largest ? x : largest;  // unchanged if x is NaN
-        if constexpr (!Screened) unordered = x != x ? V{} - A(1) : unordered;
-      }
-      store(group_max_ + block * kLanes<A>, largest);
-    }
-    has_nan_ = lane_bits(unordered) != 0;
-    if (!complete_ && blocks_ > 0) bound_ = bound_of_groups() - error_;
+  // column. They are exact.
+  void survey(const A* row, int64_t columns) {
+    find_group_maxima<false>(row, columns);
+    error_ = 0;
+    if (!complete_ && blocks_ > 0) bound_ = bound_of_groups();
   }
 
+  // The same for screened similarities, without NaN. Those below the bound by more than their
+  // largest error are no neighbors whatever it is, so only the error of the others matters.
+  void survey_screened(const A* row, int64_t columns, const ScreenError& error) {
+    find_group_maxima<true>(row, columns);
+    if (complete_) {
+      error_ = error.from(bound_ - error.largest());
+    } else if (blocks_ > 0) {
+      const A reached = bound_of_groups();
+      error_ = error.from(reached - 2 * error.largest());
+      bound_ = reached - error_;
+    }
+  }
   // How many groups of the surveyed row are not ruled out.
   int64_t open_groups() const {
     int64_t open = 0;
@@ -177,6 +173,28 @@ class BestColumns {
     V mask;
     std::memcpy(&mask, &comparison, sizeof mask);
     return mask;
+  }
+
+  // Raises the bound if that pays and computes the maximum of every group.
+  template <bool Screened>
+  void find_group_maxima(const A* row, int64_t columns) {
+    // The bound is the last of the best as soon as there are `wanted`. It is raised whenever enough
+    // columns were added to make it worthwhile.
+    if (wanted_ > 0 && count_ >= (complete_ ? kept_ + kept_ / 2 + kLanes<A> : wanted_)) {
+      keep_best();
+    }
+    blocks_ = wanted_ == 0 ? 0 : ceil_div(columns, kScanColumns<A>);
+    V unordered = {};
+    for (int64_t block = 0; block < blocks_; ++block) {
+      V largest = V{} - std::numeric_limits<A>::infinity();
+      for (int v = 0; v < kGroup; ++v) {
+        const V x = load(row + block * kScanColumns<A> + v * kLanes<A>);
+        largest = x > largest ? x : largest;  // unchanged if x is NaN
+        if constexpr (!Screened) unordered = x != x ? V{} - A(1) : unordered;
+      }
+      store(group_max_ + block * kLanes<A>, largest);
+    }
+    has_nan_ = lane_bits(unordered) != 0;
   }
 
   V group_max(int64_t block) const { return load(group_max_ + block * kLanes<A>); }
@@ -294,17 +312,18 @@ class BestColumns {
       sort_ranks(ranks_, count_);
       last = ranks_[wanted_ - 1];
     } else {
-      last = move_best_to_front(ranks_, wanted_, count_);
+      last = last_of_best(ranks_, wanted_, count_);
     }
     bound_ = last.similarity();
     last_column_ = last.column();
     complete_ = true;
     if (slack_ > 0) {
-      const Rank<A> reached(bound_ - slack_, std::numeric_limits<uint32_t>::max());
-      count_ =
-          move_to_front(ranks_, wanted_, count_, [&](int64_t i) { return ranks_[i] < reached; });
-    } else {
+      last = Rank<A>(bound_ - slack_, std::numeric_limits<uint32_t>::max());
+      count_ = move_to_front(ranks_, count_, last);
+    } else if (count_ <= kMostCounted<A>) {
       count_ = wanted_;
+    } else {
+      count_ = move_to_front(ranks_, count_, last);
     }
     kept_ = count_;
     if (bound_ != bound_) {
@@ -319,7 +338,7 @@ class BestColumns {
   A group_max_[kChunk / kGroup];  // of the surveyed row
   int64_t blocks_;                // how many vectors of them
   bool has_nan_;                  // whether that row contains NaN
-  A error_;                       // largest error of a similarity of that row
+  A error_;                       // largest error of what may be collected from that row
   A bound_;                       // what an element has to reach
   A slack_;                       // by how much a similarity may exceed its lower bound
   bool complete_;                 // there are `wanted`, and the bound is the last of them

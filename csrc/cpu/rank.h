@@ -118,74 +118,168 @@ inline void sort_ranks(Rank<A>* ranks, int64_t count) {
   for (int64_t i = 0; i < count; i += 8) std::memcpy(ranks + i, sorted + i, 8 * sizeof *ranks);
 }
 
-// Moves those of ranks first ... count - 1 for which is_chosen(position) to the front of them,
-// without branches that depend on it. Returns the position behind the last of those.
-template <class A, class IsChosen>
-inline int64_t move_to_front(Rank<A>* ranks, int64_t first, int64_t count,
-                             const IsChosen& is_chosen) {
-  int64_t front = first;
-  for (int64_t i = first; i < count; ++i) {
-    const Rank<A> rank = ranks[i];
-    const bool chosen = is_chosen(i);
-    ranks[i] = ranks[front];
-    ranks[front] = rank;
-    front += chosen;
-  }
-  return front;
-}
-
-// Moves the best `wanted` of `count` ranks that are all different to the front, in any order.
-// Returns the last of them.
+// The last of the best `wanted` of `count` ranks that are all different; may reorder them.
 template <class A>
-inline Rank<A> move_best_to_front(Rank<A>* ranks, int64_t wanted, int64_t count) {
+inline Rank<A> last_of_best(Rank<A>* ranks, int64_t wanted, int64_t count) {
   std::nth_element(ranks, ranks + wanted - 1, ranks + count);
   return ranks[wanted - 1];
 }
 
-// By bisection between the least and the greatest rank, which has no branches that depend on single
-// ranks.
-template <>
-inline Rank<float> move_best_to_front(Rank<float>* ranks, int64_t wanted, int64_t count) {
+// Moves those of `count` ranks that are not after `last` to the front. Returns how many.
+template <class A>
+inline int64_t move_to_front(Rank<A>* ranks, int64_t count, const Rank<A>& last) {
+  return std::partition(ranks, ranks + count, [&](const Rank<A>& rank) { return !(last < rank); }) -
+         ranks;
+}
+
+// Ranks as vectors of signed numbers, which vectors compare. Up to a multiple of eight can be
+// accessed.
+class RankCodes {
   typedef int64_t Codes __attribute__((vector_size(kVectorBytes)));
-  constexpr int64_t kCodes = kVectorBytes / 8, kLeast = std::numeric_limits<int64_t>::min();
-  // The codes as signed numbers, which vectors compare.
-  const auto code_at = [&](int64_t i) {
-    int64_t code;
-    std::memcpy(&code, ranks + i, sizeof code);
-    return code ^ kLeast;
-  };
-  const auto reached = [&](int64_t most) {  // how many codes are at most this
-    Codes counts = {};
-    int64_t i = 0;
-    for (; i + kCodes <= count; i += kCodes) {
-      Codes codes;
-      std::memcpy(&codes, ranks + i, sizeof codes);
-      counts = (codes ^ kLeast) <= most ? counts + 1 : counts;
+  static constexpr int64_t kCodes = kVectorBytes / 8;
+  static constexpr int64_t kLeast = std::numeric_limits<int64_t>::min();
+  static constexpr int64_t kGreatest = std::numeric_limits<int64_t>::max();
+  static constexpr int kInterpolations = 6;
+
+ public:
+  RankCodes(Rank<float>* ranks, int64_t count) : ranks_(ranks), count_(count) {}
+
+  // The last of the best `wanted`: searched between the least and the greatest rank as if those
+  // between were evenly spread, and by bisection if they are not, without branches that depend on
+  // single ranks.
+  Rank<float> last_of_best(int64_t wanted) const {
+    int64_t low, high, below = 0, reached = count_;  // of these, how many are below `low`
+    find_extremes(low, high);
+    fill_up(kGreatest);
+    for (int step = 0; low < high && reached > wanted; ++step) {
+      const double part =
+          step < kInterpolations ? (double(wanted - below) - 0.5) / double(reached - below) : 0.5;
+      const uint64_t range = uint64_t(high) - uint64_t(low);
+      const uint64_t offset = std::min(uint64_t(double(range) * part), range - 1);
+      const int64_t middle = int64_t(uint64_t(low) + offset);
+      const int64_t found = count_until(middle);
+      if (found >= wanted) {
+        high = middle, reached = found;
+      } else {
+        low = middle + 1, below = found;
+      }
     }
-    int64_t sum = 0;
-    for (int64_t lane = 0; lane < kCodes; ++lane) sum += counts[lane];
-    for (; i < count; ++i) sum += code_at(i) <= most;
-    return sum;
-  };
-  int64_t low = code_at(0), high = low;
-  for (int64_t i = 1; i < count; ++i) {
-    low = code_at(i) < low ? code_at(i) : low;
-    high = code_at(i) > high ? code_at(i) : high;
+    return to_rank(greatest_until(high));
   }
-  while (low < high) {
-    const int64_t middle = low + int64_t((uint64_t(high) - uint64_t(low)) / 2);
-    const int64_t found = reached(middle);
-    if (found >= wanted) high = middle;
-    if (found == wanted) break;
-    if (found < wanted) low = middle + 1;
+
+  int64_t move_to_front(const Rank<float>& last) const {
+    const int64_t most = code_of(last);
+    fill_up(kGreatest);
+    int64_t front = 0;
+    for (int64_t i = 0; i < count_; i += kCodes) {
+      front += compress(i, codes(i) <= most, front);
+    }
+    return min_of(front, count_);  // if the last rank of all is `last`
   }
-  move_to_front(ranks, 0, count, [&](int64_t i) { return code_at(i) <= high; });
-  int64_t last = low;
-  for (int64_t i = 0; i < wanted; ++i) last = code_at(i) > last ? code_at(i) : last;
-  Rank<float> result;
-  last ^= kLeast;
-  std::memcpy(static_cast<void*>(&result), &last, sizeof result);
-  return result;
+
+ private:
+  static int64_t code_of(const Rank<float>& rank) {
+    int64_t code;
+    std::memcpy(&code, &rank, sizeof code);
+    return code ^ kLeast;
+  }
+  static Rank<float> to_rank(int64_t code) {
+    Rank<float> rank;
+    code ^= kLeast;
+    std::memcpy(static_cast<void*>(&rank), &code, sizeof rank);
+    return rank;
+  }
+  Codes codes(int64_t i) const {
+    Codes codes;
+    std::memcpy(&codes, ranks_ + i, sizeof codes);
+    return codes ^ kLeast;
+  }
+  static uint32_t bits(Codes comparison) {
+    Vector<double> lanes;
+    std::memcpy(&lanes, &comparison, sizeof lanes);
+    return lane_bits(lanes);
+  }
+
+  // Fills the last vector up with this.
+  void fill_up(int64_t code) const {
+    for (int64_t i = count_; i % kCodes; ++i) ranks_[i] = to_rank(code);
+  }
+
+  void find_extremes(int64_t& least, int64_t& greatest) const {
+    least = greatest = code_of(ranks_[0]);
+    fill_up(least);
+    Codes low = Codes{} + least, high = low;
+    for (int64_t i = 0; i < count_; i += kCodes) {
+      const Codes x = codes(i);
+      low = x < low ? x : low;
+      high = x > high ? x : high;
+    }
+    for (int64_t lane = 0; lane < kCodes; ++lane) {
+      least = low[lane] < least ? low[lane] : least;
+      greatest = high[lane] > greatest ? high[lane] : greatest;
+    }
+  }
+
+  // The greatest code that is at most this.
+  int64_t greatest_until(int64_t most) const {
+    Codes lanes = Codes{} + kLeast;
+    for (int64_t i = 0; i < count_; i += kCodes) {
+      const Codes x = codes(i), allowed = x <= most ? x : kLeast + Codes{};
+      lanes = allowed > lanes ? allowed : lanes;
+    }
+    int64_t result = kLeast;
+    for (int64_t lane = 0; lane < kCodes; ++lane) {
+      result = lanes[lane] > result ? lanes[lane] : result;
+    }
+    return result;
+  }
+
+  // How many codes are at most this, which is less than the greatest.
+  int64_t count_until(int64_t most) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < count_; i += kCodes) {
+      count += __builtin_popcount(bits(codes(i) <= most));
+    }
+    return count;
+  }
+
+  // Moves the chosen ones of the vector of ranks at i to `front`, which is at most i; what follows
+  // them there is overwritten. Returns how many.
+  int64_t compress(int64_t i, Codes chosen, int64_t front) const {
+    const uint32_t lanes = bits(chosen);
+#if defined(__AVX512F__)
+    const __m512i x = _mm512_loadu_si512(ranks_ + i);
+    _mm512_storeu_si512(ranks_ + front, _mm512_maskz_compress_epi64(__mmask8(lanes), x));
+#elif defined(__AVX2__)
+    // The halves of a rank are two lanes of 32 bits.
+    const uint32_t halves = (lanes & 1) * 3 | (lanes & 2) * 6 | (lanes & 4) * 12 | (lanes & 8) * 24;
+    int64_t positions;
+    std::memcpy(&positions, kSetBits.positions[halves], sizeof positions);
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ranks_ + i));
+    const __m256i to_front = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(positions));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(ranks_ + front),
+                        _mm256_permutevar8x32_epi32(x, to_front));
+#else
+    for (int64_t lane = 0; lane < kCodes; ++lane) {
+      ranks_[front] = ranks_[i + lane];
+      front += lanes >> lane & 1;
+    }
+#endif
+    return __builtin_popcount(lanes);
+  }
+
+  Rank<float>* ranks_;
+  int64_t count_;
+};
+
+template <>
+inline Rank<float> last_of_best(Rank<float>* ranks, int64_t wanted, int64_t count) {
+  return RankCodes(ranks, count).last_of_best(wanted);
+}
+
+template <>
+inline int64_t move_to_front(Rank<float>* ranks, int64_t count, const Rank<float>& last) {
+  return RankCodes(ranks, count).move_to_front(last);
 }
 
 }  // namespace convnn::CONVNN_ISA

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: MIT
 // A screen for select: S~ = Q~ K~^T of rows rounded to a format that the processor multiplies
-// faster than float32, and a bound of |S~ - S| for a query row and a panel of keys:
+// faster than float32, and a bound of |S~ - S| for a query row and a panel of keys. A rounded row
+// is the multiple of a row of integers that is nearest to the row, so it is orthogonal to its
+// rounding error, and only the part of q~ that is orthogonal to k~ can have a product with the
+// error of k~, and vice versa. With the angle t between the rounded rows (Cauchy-Schwarz):
 //
-//   |q . k - q~ . k~| <= ||q|| ||k - k~|| + ||q - q~|| ||k~||        (Cauchy-Schwarz)
+//   |q . k - q~ . k~| = |q~ . (k - k~) + (q - q~) . k~ + (q - q~) . (k - k~)|
+//                    <= (||q~|| ||k - k~|| + ||q - q~|| ||k~||) sin t + ||q - q~|| ||k - k~||
 //
-// plus the rounding of the float32 sums. A key whose screened similarity is below that of a k-th
-// key by more than twice the bound is no neighbor; the others are computed again in float32, in the
+// plus the rounding of the float32 sums. The angle follows from S~. It is small for neighbors, so
+// their similarities are known best. A key whose screened similarity is below that of a k-th key by
+// more than the bounds of both is no neighbor; the others are computed again in float32, in the
 // order of multiply_tile. So the selection is the same, bit for bit, as without the screen.
 //
 // FixedPointScreen: 16-bit integers times a scale, at twice the rate of float32.
@@ -43,16 +48,38 @@ struct Rounded {
 // x rounded up. The sum covers subnormal results, which are rounded coarsely.
 inline float upper_bound(double x) { return float(x * 1.000001) + 0x1p-120f; }
 
-// The bound for a query row and a key row of these extents and d columns; inf if there is none.
+// The bound of the errors of screened similarities: of a query row to some key rows.
+struct ScreenError {
+  float fixed;    // at any angle
+  float angular;  // times the sine of the angle between the rounded rows
+  float norms;    // of the query row times the largest of the key rows
+
+  float largest() const { return fixed + angular; }
+  bool exists() const { return std::isfinite(largest()); }
+
+  // The bound for screened similarities that are at least this. 2^-18 covers the rounding of the
+  // cosine.
+  float from(float least) const {
+    const float cosine = (least - fixed) / norms;
+    if (!(cosine > 0)) return largest();
+    const float squared_sine = cosine < 1 ? 1 - cosine * cosine : 0;
+    return fixed + angular * std::sqrt(squared_sine + 0x1p-18f);
+  }
+};
+
+// The bound for a query row and key rows of these extents and d columns.
 //
-// Each of the d additions of the float32 product has an error of at most 2^-24 ||q|| ||k||, and so
-// have those of a screen in float32; 2^-22 also covers the scaling of a screened similarity and the
-// rounding of this bound and of what is computed from it. The last term is for products of scales
-// that are too small to be normal numbers and may be flushed to 0; a sum has up to 2^30 of them.
-inline float screening_error(const Extent& query, const Extent& key, int64_t d) {
-  const float error = query.norm * key.rounding + query.rounding * (key.norm + key.rounding) +
-                      0x1p-22f * float(d + 64) * query.norm * key.norm + 0x1p-94f;
-  return std::isfinite(error) ? error : std::numeric_limits<float>::infinity();
+// Each step of the float32 product has an error of at most 2^-24 ||q|| ||k||, or twice that without
+// fused operations; an element takes kSummedSteps and one for each piece of as many. 40 more cover
+// the scaling of a screened similarity, the rounding of scales, so that a rounded row is only
+// almost orthogonal to its error, and the rounding of this bound and of what is computed from it.
+// The last term is for products of scales that are too small to be normal numbers and may be
+// flushed to 0; a sum has up to 2^30 of them.
+inline ScreenError screen_error(const Extent& query, const Extent& key, int64_t d) {
+  const float norms = query.norm * key.norm;
+  const float steps = float(2 * kSummedSteps + d / kSummedSteps + 40);
+  return {0x1p-24f * steps * norms + query.rounding * key.rounding + 0x1p-94f,
+          query.norm * key.rounding + query.rounding * key.norm, norms};
 }
 
 // kLanes pairs of a query and a key.
@@ -66,10 +93,11 @@ struct LanePairs {
 #if defined(__AVX2__)
 
 struct FixedPointScreen {
-  // The norm of a row in units of its scale. Rounding makes no element larger than 2^15 - 1 and
-  // adds at most sqrt(d) / 2 to the norm. A sum of products, or a part of one, is at most the
-  // product of two norms, so it stays below 2^31 for every d that fits into memory.
-  static constexpr float kNorm = 32766;
+  // The norm of a row in units of its scale, so that a sum of products, or a part of one, which is
+  // at most the product of two norms, stays below 2^31: rounding adds at most sqrt(d) / 2. A row
+  // that has an element above kElement in these units gets this norm, which no element exceeds.
+  static float largest_norm(int64_t d) { return 46339 - std::sqrt(float(d)) / 2; }
+  static constexpr float kElement = 32766;
   // Below this norm the scale would not be a normal number. All elements are rounded to 0.
   static constexpr float kSmallestNorm = 0x1p-100f;
 
@@ -79,37 +107,59 @@ struct FixedPointScreen {
   // Rounds row [d], padded with zeros to whole vectors, to words [words(d)], also up to whole
   // vectors.
   static Rounded round(const float* row, int64_t d, uint32_t* words) {
-    typedef int16_t Fixed __attribute__((vector_size(kVectorBytes / 2)));
-    typedef int32_t Whole __attribute__((vector_size(kVectorBytes)));
-    constexpr int64_t kStep = kLanes<float>;
     // A sum of d squares in float32, divided by the exact sum, is at least 1 over this. Squares
     // that are flushed to 0 do not count if the sum is not tiny.
     const double above = 1 + 0x1p-20 + 0x1p-23 * double(d);
     Vector<float> sum = {};
-    for (int64_t i = 0; i < d; i += kStep) sum += load(row + i) * load(row + i);
+    for (int64_t i = 0; i < d; i += kLanes<float>) sum += load(row + i) * load(row + i);
     const float squares = sum_of_lanes(sum);
     const double norm = std::sqrt(squares < 0x1p-90f ? dot(row, row, d) : squares * above);
     if (!(norm < kLargestNorm)) return {kNoBound, 0};
     const float bound = upper_bound(norm);
-    const float scale = bound >= kSmallestNorm ? bound / kNorm : 0;
-    const float inverse = scale > 0 ? 1 / scale : 0;
+    float scale = bound >= kSmallestNorm ? bound / largest_norm(d) : 0;
+    Sums sums = round(row, d, scale > 0 ? 1 / scale : 0, words);
+    if (sums.may_exceed(kElement)) {
+      scale = bound / kElement;
+      sums = round(row, d, 1 / scale, words);
+    }
+    // In units of the scale, x is off by at most 2^-24 of itself and as much for the inverse; a row
+    // has less than 2^16 units.
+    const double rounding = std::sqrt(sum_of_lanes(sums.squared_errors) * above) + 0x1p-7;
+    const float square = sum_of_lanes(sums.squares);
+    const float nearest = square > 0 ? scale + scale * (sum_of_lanes(sums.products) / square) : 0;
+    return {{bound, scale > 0 ? upper_bound(rounding * scale) : bound}, nearest};
+  }
+
+  // Sums over the elements of a row times 1 / scale: of the squares of the integers that they are
+  // rounded to, of the squares of the errors, and of the products of integers and errors.
+  struct Sums {
+    Vector<float> squares = {}, squared_errors = {}, products = {};
+
+    // False if no integer exceeds `largest`.
+    bool may_exceed(float largest) const {
+      return lane_bits(Vector<float>(squares > largest * largest)) != 0;
+    }
+  };
+
+  static Sums round(const float* row, int64_t d, float inverse, uint32_t* words) {
+    typedef int16_t Fixed __attribute__((vector_size(kVectorBytes / 2)));
+    typedef int32_t Whole __attribute__((vector_size(kVectorBytes)));
     // Adding this to a number below 2^22 leaves that number, rounded to nearest, in the last bits.
     constexpr float kShift = 0x1.8p23f;
-    sum = Vector<float>{};
-    for (int64_t i = 0; i < d; i += kStep) {
+    Sums sums;
+    for (int64_t i = 0; i < d; i += kLanes<float>) {
       const Vector<float> x = load(row + i) * inverse;
       const Vector<float> shifted = x + kShift;
-      const Vector<float> error = x - (shifted - kShift);
-      sum += error * error;
+      const Vector<float> integer = shifted - kShift, error = x - integer;
+      sums.squares += integer * integer;
+      sums.squared_errors += error * error;
+      sums.products += error * integer;
       Whole whole;
       std::memcpy(&whole, &shifted, sizeof whole);
       const Fixed fixed = __builtin_convertvector(whole - int32_t(bits_of(kShift)), Fixed);
       std::memcpy(words + i / 2, &fixed, sizeof fixed);
     }
-    // In units of the scale, x is off by at most 2^-24 of itself and as much for the inverse; a row
-    // has less than 2^15 units.
-    const double rounding = std::sqrt(sum_of_lanes(sum) * above) + 0x1p-7;
-    return {{bound, scale > 0 ? upper_bound(rounding * scale) : bound}, scale};
+    return sums;
   }
 
   typedef int32_t Sum __attribute__((vector_size(kVectorBytes)));

@@ -305,7 +305,7 @@ class Select {
       }
       close_strip(first, chunk, rows, self_columns, scratch);
       const auto strip = [&](int64_t r) { return scratch.strip + r * kStripStride<A>; };
-      for (int64_t r = 0; r < rows; ++r) best[r].template survey<false>(strip(r), chunk, 0);
+      for (int64_t r = 0; r < rows; ++r) best[r].survey(strip(r), chunk);
       for (int64_t r = 0; r < rows; ++r) best[r].collect(strip(r), first, chunk);
     }
 
@@ -353,10 +353,10 @@ class Select {
     for (int64_t c = first; c < first + chunk; c += kPanel) {
       keys_extent.include(keys.extents[c / kPanel]);
     }
-    A errors[kBlockRows];
+    ScreenError errors[kBlockRows];
     for (int64_t r = 0; r < rows; ++r) {
-      errors[r] = screening_error(extents[r], keys_extent, p.d);
-      if (std::isinf(errors[r])) return false;
+      errors[r] = screen_error(extents[r], keys_extent, p.d);
+      if (!errors[r].exists()) return false;
     }
     for (int64_t c = 0; c < chunk; c += kPanel) {
       Screen::multiply(scratch.words, word_stride(p), scratch.scales, rows,
@@ -366,7 +366,7 @@ class Select {
     close_strip(first, chunk, rows, self_columns, scratch);
     int64_t open = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      best[r].template survey<true>(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
+      best[r].survey_screened(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
     }
     for (int64_t r = 0; r < rows; ++r) open += best[r].open_groups();
     if (open > rows * most_open(p, chunk, is_first)) return false;

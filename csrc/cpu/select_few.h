@@ -200,7 +200,7 @@ class SelectFew : Select<T> {
       Base::close_strip(first, chunk, p.n, scratch.self_columns, scratch);
       for (int64_t r = 0; r < p.n; ++r) {
         const A* strip = scratch.strip + r * kStripStride<A>;
-        scratch.best[r].template survey<false>(strip, chunk, 0);
+        scratch.best[r].survey(strip, chunk);
         scratch.best[r].collect(strip, first, chunk);
       }
     }
@@ -230,13 +230,14 @@ class SelectFew : Select<T> {
       }
     }
     if (!bounded || !scratch.queries_are_finite) return false;
-    // Normalized rows may be a little longer than 1.
-    const Extent unit = {1.0001f, 0};
-    const A error = screening_error(unit, unit, p.d);
+    // Each of the d additions of either product has an error of at most 2^-24, and normalized rows
+    // may be a little longer than 1. 2^-22 also covers the division by a norm and the rounding of
+    // what is computed from this bound.
+    const ScreenError error = {0x1p-22f * 1.001f * float(p.d + 64), 0, 1};
     Base::close_strip(first, chunk, p.n, scratch.self_columns, scratch);
     int64_t open = 0;
     for (int64_t r = 0; r < p.n; ++r) {
-      scratch.best[r].template survey<true>(scratch.strip + r * kStripStride<A>, chunk, error);
+      scratch.best[r].survey_screened(scratch.strip + r * kStripStride<A>, chunk, error);
       open += scratch.best[r].open_groups();
     }
     if (open > p.n * Base::most_open(p, chunk, is_first)) return false;
