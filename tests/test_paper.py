@@ -739,6 +739,7 @@ def test_rows_have_names_of_their_own() -> None:
         (["--table", "3"], "invalid choice"),
         (["--table", "1", "--figure", "3"], "not allowed with argument"),
         (["--table", "1", "--as-run", "--as-written"], "not allowed with argument"),
+        (["--memory", "--as-run"], "--memory is of the models as written, not allowed with"),
         (
             ["--table", "1", "--rows", "vit/local", "vgg11/conv2d"],
             "--rows must be of that table or figure, got vit/local",
