@@ -291,21 +291,22 @@ def test_metrics_as_run(folder: Path) -> None:
     assert accuracy == pytest.approx(sum(part.mean().item() for part in correct.split(7)) / 3)
 
 
-@pytest.mark.parametrize(("before", "after"), [(32, 224), (5, 23)])
+@pytest.mark.parametrize(("before", "after"), [(32, 224), (5, 23), (64, 32)])
 def test_images_are_enlarged_as_by_pillow(before: int, after: int) -> None:
+    """And shrunk: folders of images need not have 32×32 pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (before, before, 3), dtype=np.uint8)
     expected = Image.fromarray(pixels).resize((after, after), Image.Resampling.BILINEAR)
     images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     assert torch.equal(
-        data.enlarged(images, after)[0].permute(1, 2, 0), torch.tensor(np.array(expected)).float()
+        data.resized(images, after)[0].permute(1, 2, 0), torch.tensor(np.array(expected)).float()
     )
     # In the recipe, before they are normalized; as written, after.
     split = data.Split(images, torch.tensor([0]))
     scale = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
     inputs, _ = train._inputs(split, torch.tensor([0]), scale, after, Recipe(as_run=True))
-    torch.testing.assert_close(inputs, (data.enlarged(images, after) / 255 - 0.4) / 0.2)
+    torch.testing.assert_close(inputs, (data.resized(images, after) / 255 - 0.4) / 0.2)
     inputs, _ = train._inputs(split, torch.tensor([0]), scale, after, Recipe())
-    assert (inputs - (data.enlarged(images, after) / 255 - 0.4) / 0.2).abs().max() > 1e-3
+    assert (inputs - (data.resized(images, after) / 255 - 0.4) / 0.2).abs().max() > 1e-3
 
 
 def test_every_row_of_the_tables_says_what_was_run(capsys) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.paper.data import AS_RUN_SCALE, Dataset, Split, enlarged
+from benchmarks.paper.data import AS_RUN_SCALE, Dataset, Split, resized
 from benchmarks.paper.rows import Row
 
 
@@ -32,7 +32,7 @@ class Recipe:
 
     Attributes:
         as_run: the authors' code: seed 42 for everything but the weights, which they did not seed
-            and `seed` does; images enlarged as bytes before they are normalized, and by constants;
+            and `seed` does; images resized as bytes before they are normalized, and by constants;
             losses and accuracies as means over batches, of which the last one may be smaller.
         save_every: epochs between checkpoints; the log is written after every epoch.
     """
@@ -256,7 +256,7 @@ def _inputs(
     images = split.images[rows]
     is_resized = images.shape[-2:] != (size, size)
     if recipe.as_run and is_resized:
-        images = enlarged(images, size)
+        images = resized(images, size)
     images = (images.float() / 255 - mean) / deviation
     if is_training and recipe.augmentation == "flip-shift":
         images = _flip_and_shift(images)
