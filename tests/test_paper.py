@@ -264,6 +264,9 @@ def test_a_run_from_before_this_setting_goes_on(folder: Path, tmp_path: Path) ->
         )
         before = train.train(row, loaded, recipe, tmp_path, {})
     assert "as_run" not in before["recipe"]
+    with pytest.raises(train.AnotherRunError, match="another as_run: False, now True"):
+        as_run = dataclasses.replace(recipe, as_run=True)
+        train.train(row.as_run(), loaded, as_run, tmp_path, {})
     log = train.train(row, loaded, dataclasses.replace(recipe, epochs=2), tmp_path, {})
     assert [epoch["epoch"] for epoch in log["epochs"]] == [1, 2]
 

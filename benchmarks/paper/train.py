@@ -123,24 +123,9 @@ def train(
     train_split, test_split = (
         Split(split.images.to(device), split.labels.to(device)) for split in (data.train, data.test)
     )
-    mean, deviation = _scale(data, recipe)
-    scale = mean.to(device), deviation.to(device)
+    scale = tuple(each.to(device) for each in _scale(data, recipe))
     size = row.image_size(recipe.reduced)
-    new_log: dict[str, Any] = {
-        "row": row.name,
-        "recipe": asdict(recipe),
-        "data": {
-            "source": data.source,
-            "train": len(train_split.labels),
-            "test": len(test_split.labels),
-            "image_size": list(train_split.images.shape[-2:]),
-            "mean": mean.flatten().tolist(),
-            "deviation": deviation.flatten().tolist(),
-        },
-        "parts": [],
-        "epochs": [],
-    }
-    log = _resume(folder, model, optimizer, recipe, new_log)
+    log = _resume(folder, model, optimizer, recipe, _new_log(row, data, recipe))
     if len(log["epochs"]) < recipe.epochs:
         log["parts"].append({"first_epoch": len(log["epochs"]) + 1, "stamp": stamp})
         log["recipe"] = asdict(recipe)
@@ -177,6 +162,25 @@ def train(
             f"test {test_loss:.4f}, {100 * test_accuracy:.2f}%, {seconds:.1f} s"
         )
     return log
+
+
+def _new_log(row: Row, data: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """The log of a run that has not begun, on `data` as limited."""
+    mean, deviation = _scale(data, recipe)
+    return {
+        "row": row.name,
+        "recipe": asdict(recipe),
+        "data": {
+            "source": data.source,
+            "train": len(data.train.labels),
+            "test": len(data.test.labels),
+            "image_size": list(data.train.images.shape[-2:]),
+            "mean": mean.flatten().tolist(),
+            "deviation": deviation.flatten().tolist(),
+        },
+        "parts": [],
+        "epochs": [],
+    }
 
 
 def _scale(data: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
