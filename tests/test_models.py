@@ -292,6 +292,29 @@ def test_vit_step_as_run(row) -> None:
     assert all(block.attention_dropout.p == 0.1 for block in model.blocks)
 
 
+AS_RUN_COMPILED = (
+    *("vit/local", "vit/kvt-9", "vit/sparse", "vit/convnn-random-32"),
+    *("vgg11/hybrid-0.5-random-36", "vgg11/hybrid-0.5-spatial-36"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AS_RUN_COMPILED)
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_as_run_compile(name: str, training: bool) -> None:
+    """As one graph and with bfloat16, for --compile and --amp; the graph draws the same numbers."""
+    row = ROWS[name].as_run()
+    options = {"depth": 1} if row.family == "vit" else {}
+    model = row.build(10, reduced=True, **options).train(training)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x, results = torch.randn(2, 3, 32, 32), []
+    for each in (model, compiled):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append(each(x))
+    torch.testing.assert_close(*results)
+
+
 def test_kvt_and_convnn_differ() -> None:
     kvt = reduced_vit(layer="kvt").blocks[0].attention
     convnn = reduced_vit(layer="convnn").blocks[0].attention
@@ -467,6 +490,10 @@ def test_every_row_builds() -> None:
         (lambda: vgg11(10, k=5), "vgg11: k must be a square number unless kernel_size is given"),
         (lambda: vit_tiny(10, "none"), "vit_tiny: layer must be one of .*, got 'none'"),
         (lambda: vgg11(10, candidates=RandomCandidates(9)), "vgg11: candidates must be a function"),
+        (
+            lambda: vit_tiny(10, "convnn-candidates"),
+            "vit_tiny: candidates must be a function .* layer='convnn-candidates', got None",
+        ),
         (
             lambda: vit_tiny(10, candidates=RandomCandidates(9)),
             "vit_tiny: candidates must be a function",

@@ -264,6 +264,9 @@ def test_a_run_from_before_this_setting_goes_on(folder: Path, tmp_path: Path) ->
         )
         before = train.train(row, loaded, recipe, tmp_path, {})
     assert "as_run" not in before["recipe"]
+    with pytest.raises(train.AnotherRunError, match="another as_run: False, now True"):
+        as_run = dataclasses.replace(recipe, as_run=True)
+        train.train(row.as_run(), loaded, as_run, tmp_path, {})
     log = train.train(row, loaded, dataclasses.replace(recipe, epochs=2), tmp_path, {})
     assert [epoch["epoch"] for epoch in log["epochs"]] == [1, 2]
 
@@ -291,21 +294,22 @@ def test_metrics_as_run(folder: Path) -> None:
     assert accuracy == pytest.approx(sum(part.mean().item() for part in correct.split(7)) / 3)
 
 
-@pytest.mark.parametrize(("before", "after"), [(32, 224), (5, 23)])
+@pytest.mark.parametrize(("before", "after"), [(32, 224), (5, 23), (64, 32)])
 def test_images_are_enlarged_as_by_pillow(before: int, after: int) -> None:
+    """And shrunk: folders of images need not have 32×32 pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (before, before, 3), dtype=np.uint8)
     expected = Image.fromarray(pixels).resize((after, after), Image.Resampling.BILINEAR)
     images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     assert torch.equal(
-        data.enlarged(images, after)[0].permute(1, 2, 0), torch.tensor(np.array(expected)).float()
+        data.resized(images, after)[0].permute(1, 2, 0), torch.tensor(np.array(expected)).float()
     )
     # In the recipe, before they are normalized; as written, after.
     split = data.Split(images, torch.tensor([0]))
     scale = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.2)
     inputs, _ = train._inputs(split, torch.tensor([0]), scale, after, Recipe(as_run=True))
-    torch.testing.assert_close(inputs, (data.enlarged(images, after) / 255 - 0.4) / 0.2)
+    torch.testing.assert_close(inputs, (data.resized(images, after) / 255 - 0.4) / 0.2)
     inputs, _ = train._inputs(split, torch.tensor([0]), scale, after, Recipe())
-    assert (inputs - (data.enlarged(images, after) / 255 - 0.4) / 0.2).abs().max() > 1e-3
+    assert (inputs - (data.resized(images, after) / 255 - 0.4) / 0.2).abs().max() > 1e-3
 
 
 def test_every_row_of_the_tables_says_what_was_run(capsys) -> None:
@@ -739,6 +743,7 @@ def test_rows_have_names_of_their_own() -> None:
         (["--table", "3"], "invalid choice"),
         (["--table", "1", "--figure", "3"], "not allowed with argument"),
         (["--table", "1", "--as-run", "--as-written"], "not allowed with argument"),
+        (["--memory", "--as-run"], "--memory is of the models as written, not allowed with"),
         (
             ["--table", "1", "--rows", "vit/local", "vgg11/conv2d"],
             "--rows must be of that table or figure, got vit/local",

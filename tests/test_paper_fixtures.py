@@ -32,7 +32,7 @@ from benchmarks.models.as_run import (
     TopKAttention,
 )
 from benchmarks.models.peers import Attention, LocalAttention, SparseAttention
-from benchmarks.paper.data import AS_RUN_SCALE, Split, enlarged
+from benchmarks.paper.data import AS_RUN_SCALE, Split, resized
 from benchmarks.paper.train import Recipe, evaluate
 from convnn_kernels import nn as cnn
 from convnn_kernels.nn import (
@@ -498,7 +498,7 @@ def test_resize() -> None:
     """Seven times, as 32×32 to 224×224, to bytes, which are normalized by constants; in float32."""
     saved = read("resize")
     mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in AS_RUN_SCALE["cifar10"])
-    pixels = enlarged(saved["pixels"].unsqueeze(0), 28)[0]
+    pixels = resized(saved["pixels"].unsqueeze(0), 28)[0]
     assert torch.equal((pixels / 255 - mean) / deviation, saved["resized"])
 
 

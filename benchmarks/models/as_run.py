@@ -185,5 +185,8 @@ def make_attention(
     if layer == "local-rotary":
         return RotaryLocalAttention(embed_dim, window, dropout, head_dim=embed_dim // 3)
     if candidates is None:
-        raise ValueError("vit_tiny: candidates must be given with layer='convnn-candidates'")
+        raise ValueError(
+            "vit_tiny: candidates must be a function that returns them with "
+            "layer='convnn-candidates', got None"
+        )
     return CandidateAttention(embed_dim, k, candidates(), dropout)

@@ -102,7 +102,8 @@ def vgg11(
         kernel_size: of the convolutions; √k if None.
         positional_encoding: None, or "similarity" for the second half of the paper's Table 1, whose
             parameter count implies that coordinates are not aggregated.
-        standardize: whether features are divided by their standard deviation beside coordinates.
+        standardize: whether features are divided by their standard deviation before coordinates
+            are concatenated.
         coordinate_order: of the concatenated coordinates.
         candidates: returns the candidates of one layer; all tokens if None.
         rho: how neighbors are modulated.

@@ -123,7 +123,8 @@ def vit_tiny(
             authors ran it, see ``as_run.make_attention``.
         k: neighbors, for "convnn" and "kvt".
         metric: of "convnn". With "dot", similarities are divided by √embed_dim.
-        candidates: returns the candidates of one layer of "convnn"; all tokens if None.
+        candidates: returns the candidates of one layer of "convnn"; all tokens if None. It must be
+            given for "convnn-candidates".
         window: how far local attention reaches to either side; for "band", the width of the band.
             The paper gives neither. Theirs were 128 and 49.
         stride: of sparse attention: √196, one row of patches.
@@ -139,7 +140,7 @@ def vit_tiny(
 
     Raises:
         ValueError: if layer is unknown, if patch_size does not divide image_size, or if candidates
-            is not a function.
+            is not a function or is missing.
     """
     if image_size % patch_size:
         raise ValueError(

@@ -52,13 +52,18 @@ _at_least_one.__name__ = "positive number"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    recipe = Recipe()
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_argument_group("what")
+    _add_rows(parser.add_argument_group("what"))
+    _add_places(parser.add_argument_group("where"))
+    _add_recipe(parser.add_argument_group("how: the defaults are the paper's"))
+    return parser
+
+
+def _add_rows(what: argparse._ArgumentGroup) -> None:
     either = what.add_mutually_exclusive_group()
     either.add_argument(
         "--table", type=int, choices=sorted(TABLES), help="print this table and draw its curves"
@@ -76,19 +81,24 @@ def make_parser() -> argparse.ArgumentParser:
         "--as-run", action="store_true", help="as the authors ran it, see docs/paper.md"
     )
     what.set_defaults(as_run=False)
-    where = parser.add_argument_group("where")
+
+
+def _add_places(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--data",
         type=Path,
         default=os.environ.get("CONVNN_DATA"),
         help="folder of the dataset (default: the environment variable CONVNN_DATA)",
     )
-    where.add_argument("--dataset", choices=("cifar10", "cifar100"), default=recipe.dataset)
+    where.add_argument("--dataset", choices=("cifar10", "cifar100"), default=Recipe.dataset)
     where.add_argument("--out", type=Path, default=Path("paper_runs"), help="folder of the runs")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     where.add_argument("--device", default=default)
     where.add_argument("--threads", type=int, help="CPU threads")
-    how = parser.add_argument_group("how: the defaults are the paper's")
+
+
+def _add_recipe(how: argparse._ArgumentGroup) -> None:
+    recipe = Recipe()
     how.add_argument("--epochs", type=int, default=recipe.epochs)
     how.add_argument("--batch-size", type=int, default=recipe.batch_size)
     how.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default=recipe.optimizer)
@@ -115,7 +125,6 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--reduced", action="store_true", help="small models, for a CPU")
     how.add_argument("--train-limit", type=_at_least_one, help="total number of training images")
     how.add_argument("--test-limit", type=_at_least_one, help="total number of test images")
-    return parser
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -131,6 +140,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
             )
     if not (options.table or options.figure or options.rows or options.list or options.memory):
         parser.error("one of --table, --figure, --rows, --list and --memory is needed")
+    if options.memory and options.as_run:
+        parser.error("--memory is of the models as written, not allowed with --as-run")
     return options
 
 

@@ -75,12 +75,12 @@ AS_RUN_SCALE = {
 }
 
 
-def enlarged(images: Tensor, size: int) -> Tensor:
-    """Images as Pillow enlarges them, bilinearly, first along rows and then along columns.
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images as Pillow resizes them, bilinearly, first along rows and then along columns.
 
     Args:
         images: [N, 3, H, W] uint8.
-        size: of the result, at least H and W.
+        size: height and width of the result.
 
     Returns:
         [N, 3, size, size] float32, with whole numbers: each of the two steps is rounded.
@@ -90,7 +90,7 @@ def enlarged(images: Tensor, size: int) -> Tensor:
 
 
 def _rounded(images: Tensor, size: tuple[int, int]) -> Tensor:
-    return (F.interpolate(images, size, mode="bilinear", antialias=False) + 0.5).floor()
+    return (F.interpolate(images, size, mode="bilinear", antialias=True) + 0.5).floor()
 
 
 def load(

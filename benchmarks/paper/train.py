@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.paper.data import AS_RUN_SCALE, Dataset, Split, enlarged
+from benchmarks.paper.data import AS_RUN_SCALE, Dataset, Split, resized
 from benchmarks.paper.rows import Row
 
 
@@ -32,7 +32,7 @@ class Recipe:
 
     Attributes:
         as_run: the authors' code: seed 42 for everything but the weights, which they did not seed
-            and `seed` does; images enlarged as bytes before they are normalized, and by constants;
+            and `seed` does; images resized as bytes before they are normalized, and by constants;
             losses and accuracies as means over batches, of which the last one may be smaller.
         save_every: epochs between checkpoints; the log is written after every epoch.
     """
@@ -123,24 +123,9 @@ def train(
     train_split, test_split = (
         Split(split.images.to(device), split.labels.to(device)) for split in (data.train, data.test)
     )
-    mean, deviation = _scale(data, recipe)
-    scale = mean.to(device), deviation.to(device)
+    scale = tuple(each.to(device) for each in _scale(data, recipe))
     size = row.image_size(recipe.reduced)
-    new_log: dict[str, Any] = {
-        "row": row.name,
-        "recipe": asdict(recipe),
-        "data": {
-            "source": data.source,
-            "train": len(train_split.labels),
-            "test": len(test_split.labels),
-            "image_size": list(train_split.images.shape[-2:]),
-            "mean": mean.flatten().tolist(),
-            "deviation": deviation.flatten().tolist(),
-        },
-        "parts": [],
-        "epochs": [],
-    }
-    log = _resume(folder, model, optimizer, recipe, new_log)
+    log = _resume(folder, model, optimizer, recipe, _new_log(row, data, recipe))
     if len(log["epochs"]) < recipe.epochs:
         log["parts"].append({"first_epoch": len(log["epochs"]) + 1, "stamp": stamp})
         log["recipe"] = asdict(recipe)
@@ -177,6 +162,25 @@ def train(
             f"test {test_loss:.4f}, {100 * test_accuracy:.2f}%, {seconds:.1f} s"
         )
     return log
+
+
+def _new_log(row: Row, data: Dataset, recipe: Recipe) -> dict[str, Any]:
+    """The log of a run that has not begun, on `data` as limited."""
+    mean, deviation = _scale(data, recipe)
+    return {
+        "row": row.name,
+        "recipe": asdict(recipe),
+        "data": {
+            "source": data.source,
+            "train": len(data.train.labels),
+            "test": len(data.test.labels),
+            "image_size": list(data.train.images.shape[-2:]),
+            "mean": mean.flatten().tolist(),
+            "deviation": deviation.flatten().tolist(),
+        },
+        "parts": [],
+        "epochs": [],
+    }
 
 
 def _scale(data: Dataset, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -256,7 +260,7 @@ def _inputs(
     images = split.images[rows]
     is_resized = images.shape[-2:] != (size, size)
     if recipe.as_run and is_resized:
-        images = enlarged(images, size)
+        images = resized(images, size)
     images = (images.float() / 255 - mean) / deviation
     if is_training and recipe.augmentation == "flip-shift":
         images = _flip_and_shift(images)

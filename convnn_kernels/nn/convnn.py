@@ -423,7 +423,8 @@ _ARGUMENTS = """
         standardize: whether the features that are compared are divided by their standard deviation
             before coordinates are concatenated: of all channels and key tokens of a map together,
             padding included, unbiased, plus 1e-6. It needs positional_encoding="similarity" or
-            "both"; values are never divided.
+            "both"; values are never divided. In float16, a map of almost equal numbers, without
+            padding, overflows.
         candidates: which tokens may be neighbors (section 4.2.2): AllCandidates (if None),
             RandomCandidates or SpatialCandidates.
         device: device of the parameters.
