@@ -29,7 +29,7 @@ def test_keys_that_many_queries_choose(kind: str, chosen: list[int]) -> None:
 @pytest.mark.parametrize(("C", "O"), [(64, 40), (140, 70)])
 def test_dense_weight_of_many_channels(C: int, O: int) -> None:
     """Blocks of 64 channels, whole and in part, in sums of more than 64 products."""
-    B, N, M, k = 2, 150, 70, 3
+    B, N, M, k = 2, 197, 70, 3
     s = randn(B, N, k)
     s[torch.rand(B, N, k) < 0.2] = -INF
     I = torch.randint(M, (B, N, k))
