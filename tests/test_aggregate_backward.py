@@ -26,6 +26,18 @@ def test_keys_that_many_queries_choose(kind: str, chosen: list[int]) -> None:
     assert_aggregate(ops.aggregate, value, s, I, weight, rho="softmax", scale=0.5)
 
 
+@pytest.mark.parametrize(("C", "O"), [(64, 40), (140, 70)])
+def test_dense_weight_of_many_channels(C: int, O: int) -> None:
+    """Blocks of 64 channels, whole and in part, in sums of more than 64 products."""
+    B, N, M, k = 2, 197, 70, 3
+    s = randn(B, N, k)
+    s[torch.rand(B, N, k) < 0.2] = -INF
+    I = torch.randint(M, (B, N, k))
+    assert_aggregate(
+        ops.aggregate, randn(B, M, C), s, I, randn(O, C, k) / C**0.5, rho="softmax", scale=0.5
+    )
+
+
 @pytest.mark.parametrize("count", [8191, 8192, 8193])
 def test_pairs_of_a_key_end_at_a_task_boundary(count: int) -> None:
     """8192 is a multiple of the number of pairs in a task, for every instruction set."""

@@ -259,3 +259,19 @@ def test_many_columns_for_every_instruction_set(metric: str, dtype: torch.dtype)
     expected, *others = (results_of(select, name) for name in FUSED)
     for found in others:
         assert_same(found, expected, metric)
+
+
+@needs_two_sets
+def test_dense_weight_of_many_channels_for_every_instruction_set() -> None:
+    """Blocks of 64 channels, whole and in part, in sums of more than 64 products."""
+    B, N, C, O = 2, 300, 140, 70
+    s, I = randn(B, N, K), torch.randint(N, (B, N, K))
+    leaves = [X.requires_grad_() for X in (randn(B, N, C), s, randn(O, C, K))]
+
+    def run() -> list[Tensor]:
+        Y = ops.aggregate(leaves[0], leaves[1], I, leaves[2])
+        return [Y, *torch.autograd.grad(Y, leaves, torch.ones_like(Y).cumsum(1) / N)]
+
+    expected, *others = (results_of(run, name) for name in FUSED)
+    for found in others:
+        assert_same(found, expected, "dense")

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "modulate.h"
@@ -68,25 +69,27 @@ inline void multiply_panels(const A* a, int64_t stride, int64_t rows, const A* p
                             int64_t panel_stride, int64_t depth, int64_t columns, A* c, int64_t ldc,
                             bool accumulate = false) {
   constexpr int64_t kPanel = kTileColumns<A>;
-  static_assert(kNearDepth % kSummedSteps == 0, "the sums are those of one product");
+  static_assert(kNearDepth % kDenseSummedSteps == 0, "the sums are those of one product");
   int64_t t = 0;
   do {
     const int64_t steps = min_of(kNearDepth, depth - t);
     for (int64_t j = 0; j < columns; j += kPanel) {
-      multiply<A>({a + t, stride, 1}, rows, panels + j / kPanel * panel_stride + t * kPanel, steps,
-                  min_of(kPanel, columns - j), c + j, ldc, accumulate || t > 0);
+      multiply<A, false, kDenseSummedSteps>(
+          {a + t, stride, 1}, rows, panels + j / kPanel * panel_stride + t * kPanel, steps,
+          min_of(kPanel, columns - j), c + j, ldc, accumulate || t > 0);
     }
     t += steps;
   } while (t < depth);
 }
 
-// Whole vectors of float64.
-inline Vector<double> load_wide(const double* from) { return load(from); }
-inline Vector<double> load_wide(const float* from) {
-  typedef float Narrow __attribute__((vector_size(kLanes<double> * sizeof(float))));
-  Narrow x;
-  std::memcpy(&x, from, sizeof x);
-  return __builtin_convertvector(x, Vector<double>);
+// Begins to read a row that is gathered later; of a long row, what precedes its reading in order.
+template <class T>
+inline void prefetch_row(const T* row, int64_t count) {
+  constexpr int64_t kBytes = 256, kLine = 64;
+  const int64_t bytes = min_of(count * int64_t(sizeof(T)), kBytes);
+  for (int64_t at = 0; at < bytes; at += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + at);
+  }
 }
 
 // to[c] = from[c]
@@ -98,7 +101,13 @@ inline void widen_row(const T* __restrict from, int64_t count, A* __restrict to)
 // to[c] = scale * v[c], rounded once.
 template <class T, class A>
 inline void scale_row(const T* __restrict v, double scale, int64_t channels, A* __restrict to) {
-  for (int64_t c = 0; c < channels; ++c) to[c] = A(scale * double(widen(v[c])));
+  int64_t c = 0;
+  if constexpr (std::is_same_v<T, A>) {
+    for (; c + kLanes<double> <= channels; c += kLanes<double>) {
+      store_narrow(to + c, load_wide(v + c) * scale);
+    }
+  }
+  for (; c < channels; ++c) to[c] = A(scale * double(widen(v[c])));
 }
 
 template <class T>

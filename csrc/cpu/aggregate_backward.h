@@ -50,6 +50,8 @@ class AggregateBackward {
     int64_t* queries;    // dense: [pair_rows] the query row of each row of `product`
     int64_t* rows;       // dense: [pairs_per_task] the slot of each pair, then its row in `product`
     int64_t* positions;  // dense: [pairs_per_task] where each pair is in rho [n, k]
+    double* pair_rho;    // dense: [pairs_per_task] rho of each pair
+    double* pair_grad;   // dense: [pairs_per_task] grad_rho of each pair
     A* gathered;         // dense: [kBlockRows, padded_stride of o]
     A* product;          // dense: [pair_rows, padded_channels]
     A* outputs;          // dense: [kWeightRows, o padded to whole tiles]
@@ -68,6 +70,8 @@ class AggregateBackward {
       queries = arena.take<int64_t>(dense * pair_rows(p));
       rows = arena.take<int64_t>(dense * pairs_per_task(p));
       positions = arena.take<int64_t>(dense * pairs_per_task(p));
+      pair_rho = arena.take<double>(dense * pairs_per_task(p));
+      pair_grad = arena.take<double>(dense * pairs_per_task(p));
       gathered = arena.take<A>(dense * kBlockRows * padded_stride<A>(p.o));
       product = arena.take<A>(dense * pair_rows(p) * padded_channels(p));
       outputs = arena.take<A>(dense * padded_outputs * kWeightRows);
@@ -202,9 +206,15 @@ class AggregateBackward {
       const int64_t b = task / tasks;
       if (task % tasks >= tasks_with_pairs(f, inverse, b)) continue;
       const Pairs pairs = pairs_of(f, inverse, b, task % tasks);
-      multiply_pairs_by_slot(p, pairs, b, weight, scratch);
+      const int64_t count = pairs.last - pairs.first, first_entry = b * f.n * f.k;
+      sort_pairs_by_slot(f, pairs, rho + first_entry, scratch);
+      multiply_pairs_by_slot(p, b, weight, scratch);
+      std::fill_n(scratch.pair_grad, count, 0.0);
       for (int64_t key = first_key(f, pairs); key < f.m && !pairs.end_before(key); ++key) {
-        dense_key(p, pairs, b, key, rho, grad_rho, cuts ? cuts + task * 2 * f.c : nullptr, scratch);
+        dense_key(p, pairs, b, key, grad_rho, cuts ? cuts + task * 2 * f.c : nullptr, scratch);
+      }
+      for (int64_t i = 0; grad_rho && i < count; ++i) {
+        grad_rho[first_entry + scratch.positions[i]] = scratch.pair_grad[i];
       }
     }
   }
@@ -389,17 +399,17 @@ class AggregateBackward {
     return pairs.offsets[key] > pairs.first ? key - 1 : key;
   }
 
-  // Computes P of some pairs, slot by slot, to scratch.product [pair_rows, padded_channels].
-  static void multiply_pairs_by_slot(const AggregateBackwardParams& p, const Pairs& pairs,
-                                     int64_t b, const A* weight, const Scratch& scratch) {
-    const AggregateParams& f = p.forward;
-    const int64_t width = padded_channels(f), stride = padded_stride<A>(f.o);
+  // Divides scratch.product between the slots of some pairs, and finds rho of each pair here, where
+  // nothing waits for it. rho [n, k]
+  static void sort_pairs_by_slot(const AggregateParams& f, const Pairs& pairs, const double* rho,
+                                 const Scratch& scratch) {
     const int64_t count = pairs.last - pairs.first;
     std::fill_n(scratch.slots, f.k + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t slot = pairs.numbers[pairs.first + i] / f.n;
-      const int64_t query = pairs.numbers[pairs.first + i] % f.n;
-      scratch.positions[i] = query * f.k + slot;
+      const int64_t number = pairs.numbers[pairs.first + i];
+      const int64_t slot = int64_t(double(number) / double(f.n));  // exact below 2^52, and fast
+      scratch.positions[i] = (number - slot * f.n) * f.k + slot;
+      scratch.pair_rho[i] = rho[scratch.positions[i]];
       scratch.rows[i] = slot;
       ++scratch.slots[slot];
     }
@@ -415,14 +425,23 @@ class AggregateBackward {
       scratch.rows[i] = scratch.slots[slot]++;
       scratch.queries[scratch.rows[i]] = pairs.numbers[pairs.first + i] - slot * f.n;
     }
+  }
 
+  // Computes P of sorted pairs, slot by slot, to scratch.product [pair_rows, padded_channels].
+  static void multiply_pairs_by_slot(const AggregateBackwardParams& p, int64_t b, const A* weight,
+                                     const Scratch& scratch) {
+    const AggregateParams& f = p.forward;
+    const int64_t width = padded_channels(f), stride = padded_stride<A>(f.o);
     const T* grad_output = static_cast<const T*>(p.grad_output) + b * f.n * f.o;
+    const int64_t end = scratch.slots[f.k];  // of all slots
     for (int64_t slot = 0, first = 0; slot < f.k; ++slot) {
       const int64_t stop = ceil_div(scratch.slots[slot], kTileRows) * kTileRows;
       for (; first < stop; first += min_of(kBlockRows, stop - first)) {
         const int64_t rows = min_of(kBlockRows, stop - first);
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t i = scratch.queries[first + r];
+          const int64_t ahead = min_of(first + r + kBlockRows, end - 1);
+          prefetch_row(grad_output + max_of(0, scratch.queries[ahead]) * f.o, f.o);
           A* to = scratch.gathered + r * stride;
           if (i < 0) {
             std::fill_n(to, f.o, A(0));
@@ -440,8 +459,7 @@ class AggregateBackward {
   // tasks, the partial sum goes to cuts [2, c]: the first row is for a key that begins in an
   // earlier task, the second for one that begins here.
   static void dense_key(const AggregateBackwardParams& p, const Pairs& pairs, int64_t b,
-                        int64_t key, const double* rho, double* grad_rho, double* cuts,
-                        const Scratch& scratch) {
+                        int64_t key, bool grad_rho, double* cuts, const Scratch& scratch) {
     const AggregateParams& f = p.forward;
     const int64_t first = max_of(pairs.offsets[key], pairs.first);
     const int64_t last = min_of(pairs.offsets[key + 1], pairs.last);
@@ -449,19 +467,12 @@ class AggregateBackward {
     T* to = static_cast<T*>(p.grad_value) + (b * f.m + key) * f.c;
     const bool from_before = pairs.offsets[key] < pairs.first;
     const bool whole = !from_before && pairs.offsets[key + 1] <= pairs.last;
-    for (int64_t i = first - pairs.first; grad_rho && i < last - pairs.first; ++i) {
-      grad_rho[b * f.n * f.k + scratch.positions[i]] = 0;
-    }
     for (int64_t c = 0; c < f.c; c += kChannels) {
       const int64_t channels = min_of(kChannels, f.c - c);
       double sum[kChannels] = {}, wide[kChannels];
       widen_row(v + c, channels, wide);
-      for (int64_t i = first - pairs.first; i < last - pairs.first; ++i) {
-        const int64_t entry = b * f.n * f.k + scratch.positions[i];
-        const A* x = scratch.product + scratch.rows[i] * padded_channels(f) + c;
-        const double product = add_and_dot(x, rho[entry], wide, channels, sum);
-        if (grad_rho) grad_rho[entry] += product;
-      }
+      const auto add_pairs = channels == kChannels ? add_whole_pairs : add_part_of_pairs;
+      add_pairs(f, first - pairs.first, last - pairs.first, c, wide, grad_rho, sum, scratch);
       if (!p.grad_value) continue;
       if (whole) {
         for (int64_t j = 0; j < channels; ++j) narrow(A(sum[j]), to[c + j]);
@@ -471,26 +482,49 @@ class AggregateBackward {
     }
   }
 
-  // sum[c] += scale * x[c]; returns x . v, added up as by dot().
-  static double add_and_dot(const A* x, double scale, const double* v, int64_t channels,
-                            double* sum) {
-    if (channels < kChannels) {
+  // For some pairs, of one key, and P of them from `channel` on: sum[c] += rho P[c], and
+  // pair_grad += P . v if grad_rho is needed; for fewer than kChannels channels.
+  static void add_part_of_pairs(const AggregateParams& f, int64_t first, int64_t last,
+                                int64_t channel, const double* v, bool grad_rho, double* sum,
+                                const Scratch& scratch) {
+    const int64_t width = padded_channels(f), channels = f.c - channel;
+    for (int64_t i = first; i < last; ++i) {
+      const A* x = scratch.product + scratch.rows[i] * width + channel;
+      const double scale = scratch.pair_rho[i];
       for (int64_t c = 0; c < channels; ++c) sum[c] += scale * double(x[c]);
-      return dot(x, v, channels);
+      if (grad_rho) scratch.pair_grad[i] += dot(x, v, channels);
     }
-    constexpr int kWide = kLanes<double>;
-    Vector<double> partial[kPartial / kWide] = {};
-    for (int64_t c = 0; c < kChannels; c += kPartial) {
-      for (int i = 0; i < kPartial / kWide; ++i) {
-        const int64_t at = c + i * kWide;
-        const Vector<double> wide = load_wide(x + at);
-        store(sum + at, load(sum + at) + wide * scale);
-        partial[i] += wide * load(v + at);
+  }
+
+  // The same for kChannels channels, with the sums in registers where there are enough. A product
+  // is added up as by dot().
+  static void add_whole_pairs(const AggregateParams& f, int64_t first, int64_t last,
+                              int64_t channel, const double* v, bool grad_rho, double* sum,
+                              const Scratch& scratch) {
+    constexpr int kWide = kLanes<double>, kVectors = kChannels / kWide;
+    constexpr int kPartialVectors = kPartial / kWide;
+    const int64_t width = padded_channels(f);
+    Vector<double> total[kVectors] = {}, value[kVectors];
+#pragma GCC unroll 32
+    for (int u = 0; u < kVectors; ++u) value[u] = load(v + u * kWide);
+    for (int64_t i = first; i < last; ++i) {
+      const A* x = scratch.product + scratch.rows[i] * width + channel;
+      const double scale = scratch.pair_rho[i];
+      Vector<double> partial[kPartialVectors] = {};
+#pragma GCC unroll 32
+      for (int u = 0; u < kVectors; ++u) {
+        const Vector<double> wide = load_wide(x + u * kWide);
+        total[u] += wide * scale;
+        partial[u % kPartialVectors] += wide * value[u];
       }
+      if (!grad_rho) continue;
+      double lanes[kPartial];
+#pragma GCC unroll 8
+      for (int u = 0; u < kPartialVectors; ++u) store(lanes + u * kWide, partial[u]);
+      scratch.pair_grad[i] += sum_of_partial(lanes);
     }
-    double lanes[kPartial];
-    for (int i = 0; i < kPartial / kWide; ++i) store(lanes + i * kWide, partial[i]);
-    return sum_of_partial(lanes);
+#pragma GCC unroll 32
+    for (int u = 0; u < kVectors; ++u) store(sum + u * kWide, total[u]);
   }
 
   // The channels of one grad_weight task, and how many tasks all slots have.
@@ -551,8 +585,9 @@ class AggregateBackward {
       gather_channels(f, rho, slot, row, depth, first, channels, scratch.channels);
       for (int64_t c = 0; c < channels; c += kPanel) {
         const int64_t columns = min_of(kPanel, channels - c);
-        multiply<A>({scratch.outputs, 1, height}, height, scratch.channels + c * depth, depth,
-                    columns, scratch.tiles, kPanel);
+        multiply<A, false, kDenseSummedSteps>({scratch.outputs, 1, height}, height,
+                                              scratch.channels + c * depth, depth, columns,
+                                              scratch.tiles, kPanel);
         for (int64_t o = 0; o < f.o; ++o) {
           double* sum = to + o * f.c + c;
           for (int64_t i = 0; i < columns; ++i) sum[i] += scratch.tiles[o * kPanel + i];

@@ -29,8 +29,10 @@ constexpr int kBlockTiles = 4;
 constexpr int kBlockRows = kBlockTiles * kTileRows;
 
 // Steps summed before the sum is added to c. Short sums have small rounding errors, and that part
-// of the columns stays in the L1 cache.
+// of the columns stays in the L1 cache. The similarities of all paths are sums of kSummedSteps.
 constexpr int64_t kSummedSteps = 32;
+// Of the products of a dense convolution: c is read and written less often.
+constexpr int64_t kDenseSummedSteps = 64;
 
 // The rows a[r][t] of a product, with the strides between rows and between steps t.
 template <class A>
@@ -100,19 +102,21 @@ inline void multiply_tile(TileRows<A> a, const A* b, int64_t steps, A* c, int64_
 
 // Multiplies `rows` rows of a, rounded up to whole tiles, by the first `columns` of a panel,
 // rounded up to whole vectors. b [depth, kTileColumns], c [rows, ldc]. All rows use a short piece
-// of the panel, which stays in the L1 cache, before the next one.
-template <class A, bool SquaredDifference = false, int Vectors = kTileVectors>
+// of the panel, `Steps`, which stays in the L1 cache, before the next one.
+template <class A, bool SquaredDifference = false, int64_t Steps = kSummedSteps,
+          int Vectors = kTileVectors>
 inline void multiply(TileRows<A> a, int64_t rows, const A* b, int64_t depth, int64_t columns, A* c,
                      int64_t ldc, bool accumulate = false) {
   if constexpr (Vectors > 1) {
     if (columns <= (Vectors - 1) * kLanes<A>) {
-      multiply<A, SquaredDifference, Vectors - 1>(a, rows, b, depth, columns, c, ldc, accumulate);
+      multiply<A, SquaredDifference, Steps, Vectors - 1>(a, rows, b, depth, columns, c, ldc,
+                                                         accumulate);
       return;
     }
   }
   int64_t t = 0;
   do {
-    const int64_t steps = min_of(kSummedSteps, depth - t);
+    const int64_t steps = min_of(Steps, depth - t);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const TileRows<A> tile = {a.at + r * a.row_stride + t * a.step_stride, a.row_stride,
                                 a.step_stride};

@@ -106,6 +106,33 @@ inline void store(A* to, Vector<A> x) {
   std::memcpy(to, &x, sizeof x);
 }
 
+// A whole vector of float64 from or to memory. Without intrinsics, GCC converts floats in halves;
+// of the intrinsics, those without a mask warn.
+inline Vector<double> load_wide(const double* from) { return load(from); }
+inline void store_narrow(double* to, Vector<double> x) { store(to, x); }
+#if defined(__AVX512F__)
+inline Vector<double> load_wide(const float* from) {
+  return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
+}
+inline void store_narrow(float* to, Vector<double> x) {
+  _mm256_storeu_ps(to, _mm512_maskz_cvtpd_ps(0xff, x));
+}
+#elif defined(__AVX2__)
+inline Vector<double> load_wide(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+inline void store_narrow(float* to, Vector<double> x) { _mm_storeu_ps(to, _mm256_cvtpd_ps(x)); }
+#else
+typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+inline Vector<double> load_wide(const float* from) {
+  HalfVector x;
+  std::memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(x, Vector<double>);
+}
+inline void store_narrow(float* to, Vector<double> x) {
+  const HalfVector narrow = __builtin_convertvector(x, HalfVector);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+#endif
+
 // x in every lane.
 template <class A>
 inline Vector<A> broadcast(A x) {
