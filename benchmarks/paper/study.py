@@ -4,7 +4,7 @@
 Trains what is not finished, resumes what was interrupted, and writes study.json and a PNG per
 figure to the folder of the runs. The tables say what the spread over seeds allows to conclude.
 
-  python -m benchmarks.paper.study --data FOLDER --workers 2     # about two hours on two cores
+  python -m benchmarks.paper.study --data FOLDER --workers 2     # about an hour on two cores
   python -m benchmarks.paper.study --times 60                    # step times: run nothing beside it
   python -m benchmarks.paper.study --no-training                 # with these times
 

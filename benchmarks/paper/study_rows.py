@@ -18,7 +18,7 @@ from convnn_kernels.nn import RandomCandidates, SpatialCandidates
 SEEDS = (0, 1, 2)
 
 _RECIPE = Recipe(
-    epochs=6,
+    epochs=4,
     batch_size=50,
     lr=1e-3,
     schedule="cosine",
