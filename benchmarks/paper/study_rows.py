@@ -23,7 +23,7 @@ _RECIPE = Recipe(
     lr=1e-3,
     schedule="cosine",
     reduced=True,
-    train_limit=2000,
+    train_limit=1500,
     test_limit=1000,
 )
 # The same for all rows of a family, so none has the learning rate that suits it best.
