@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.environment import make_stamp
-from benchmarks.paper import data
-from benchmarks.paper.study_rows import OPTIONS, POINTS, RECIPES, SEEDS, TIMED
+from benchmarks.paper import data, study_report
+from benchmarks.paper.study_rows import FIGURES, OPTIONS, POINTS, RECIPES, SEEDS, TIMED
 from benchmarks.paper.train import AnotherRunError, DivergedError, Recipe, train
 
 PROGRAM = "python -m benchmarks.paper.study"
@@ -215,6 +215,9 @@ def make_parser() -> argparse.ArgumentParser:
     either.add_argument("--list", action="store_true", help="list all points")
     either.add_argument("--no-training", action="store_true", help="report the finished runs")
     either.add_argument(
+        "--draw", type=Path, metavar="FOLDER", help="report the study.json of this folder again"
+    )
+    either.add_argument(
         "--times", type=float, metavar="SECONDS", help="only time steps of some points"
     )
     return parser
@@ -231,6 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list:
         print("\n".join(f"{name:34}{row.label}" for name, row in POINTS.items()))
         return
+    if options.draw:
+        report(options.draw)
+        return
     stamp = make_stamp("cpu", 1)
     if options.times is not None:
         add_times(options.out, options.only or TIMED, options.times, stamp)
@@ -243,10 +249,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _train(wanted, options, stamp)
     if options.only or options.seed is not None:
         return
-    _write(
-        options.out / "study.json",
-        {"command": PROGRAM, "stamp": stamp, **collect(wanted, options.out)},
-    )
+    content = {"command": PROGRAM, "stamp": stamp, **collect(wanted, options.out)}
+    _write(options.out / "study.json", content)
+    report(options.out)
+
+
+def report(folder: Path) -> None:
+    """Prints the tables of study.json in a folder, and draws its figures there."""
+    content = json.loads((folder / "study.json").read_text())
+    print(study_report.tables(content))
+    for number in FIGURES:
+        path = folder / f"figure-{number}.png"
+        study_report.draw(content, number, path)
+        print(path)
 
 
 def _train(wanted: Sequence[Job], options: argparse.Namespace, stamp: dict[str, Any]) -> None:

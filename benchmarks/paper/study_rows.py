@@ -11,7 +11,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from benchmarks.paper.rows import ROWS, TABLES, Figure, Row, Sweep
+from benchmarks.paper import rows
+from benchmarks.paper.rows import ROWS, Figure, Row, Sweep
 from benchmarks.paper.train import Recipe
 from convnn_kernels.nn import RandomCandidates, SpatialCandidates
 
@@ -32,8 +33,16 @@ RECIPES = {"vgg11": _RECIPE, "vit": dataclasses.replace(_RECIPE, lr=2e-3)}
 # In so few steps, VGG-11 with an eighth of its channels learns nothing under a dropout of 0.5.
 OPTIONS: dict[str, dict[str, Any]] = {"vgg11": {"dropout": 0.0}, "vit": {}}
 
-# What every other row of the family is compared with.
-BASELINES = {"vgg11": "vgg11/conv2d", "vit": "vit/attention"}
+# The 1x1 fusion of a hybrid layer after a convolution with all channels: what ConvNN adds to that.
+_FUSED = Row("vgg11/hybrid-0", "λ = 0", {"layer": "hybrid", "branch_ratio": 0.0})
+
+# What the other rows of the family are compared with.
+BASELINES = {"vgg11": (ROWS["vgg11/conv2d"], _FUSED), "vit": (ROWS["vit/attention"],)}
+
+TABLES = {
+    1: (*BASELINES["vgg11"], *rows.TABLES[1][1:]),
+    2: rows.TABLES[2],
+}
 
 _KERNELS = (1, 2, 3)
 _VGG_K = (1, 4, 9, 12)
@@ -78,7 +87,7 @@ def _neighbors(layer: str, k: int) -> Row:
 
 def _sweeps_of_candidates(family: str, counts: tuple[int, ...], everything: str) -> list[Sweep]:
     """Random and spatial candidates, beside a row with all of them and the baseline."""
-    baseline = ROWS[BASELINES[family]]
+    baseline = BASELINES[family][0]
     return [
         *(
             Sweep(f"{kind} candidates", {r: _candidates(family, kind, r) for r in counts})
@@ -130,11 +139,11 @@ FIGURES = {
 
 
 def _points() -> dict[str, Row]:
-    rows = [row for table in TABLES.values() for row in table]
-    rows += [row for figure in FIGURES.values() for row in figure.all_rows()]
+    found = [row for table in TABLES.values() for row in table]
+    found += [row for figure in FIGURES.values() for row in figure.all_rows()]
     return {
         row.name: dataclasses.replace(row, options={**row.options, **OPTIONS[row.family]})
-        for row in rows
+        for row in found
     }
 
 
