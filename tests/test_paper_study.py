@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import figures
 from benchmarks.paper import study, study_report, train
 from benchmarks.paper.rows import MODELS, ROWS, Row
 from benchmarks.paper.rows import TABLES as THE_PAPERS
@@ -26,6 +27,7 @@ from benchmarks.paper.study_rows import (
 )
 
 ROOT = Path(__file__).parent.parent
+RECORDED = ROOT / "benchmarks" / "results" / "paper"
 PAIR = ["vit/attention", "vit/convnn-random-32"]
 
 
@@ -78,7 +80,7 @@ def test_points() -> None:
 
 
 def test_the_ends_of_every_sweep_run() -> None:
-    """In VGG-11 the smallest maps must have k tokens; ViT-Tiny has 65."""
+    """A kernel may be even, and r must be a square number for spatial candidates of maps."""
     sweeps = [list(sweep.rows.values()) for each in FIGURES.values() for sweep in each.sweeps]
     for name in {row.name for sweep in sweeps for row in (sweep[0], sweep[-1])}:
         model = POINTS[name].build(10, reduced=True).eval()
@@ -300,3 +302,31 @@ def test_wrong_arguments(arguments: list[str], message: str, monkeypatch, capsys
 def test_data_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has neither cifar-10-batches-py nor folders train and"):
         run(tmp_path, tmp_path / "runs", "--workers", "2")
+
+
+def test_the_recorded_study() -> None:
+    """Complete, from one commit, by the recipes of today, and as the README shows it."""
+    text = (RECORDED / "study.json").read_text()
+    assert len(text) < 300_000
+    result = json.loads(text)
+    assert set(result["points"]) == set(POINTS)
+    for name, point in result["points"].items():
+        assert set(point["runs"]) == {str(seed) for seed in SEEDS}, name
+    for family, recipe in result["recipes"].items():
+        now = {**dataclasses.asdict(RECIPES[family]), "seed": None}
+        assert recipe.items() <= now.items()
+    assert result["options"] == OPTIONS
+    assert set(result["times"]["steps"]) == set(TIMED)
+    (commit,) = result["commits"]
+    assert commit["commit"]
+    assert not commit["dirty"]
+    # One of ten classes is right by chance.
+    for baseline in (each for family in BASELINES.values() for each in family):
+        assert min(study_report.values(result, baseline.name).values()) > 20
+    readme = (ROOT / "README.md").read_text()
+    for part in ("study", "study sweeps", *(f"study table {number}" for number in TABLES)):
+        assert f"<!-- paper: {part} -->\n{figures.paper_table(part)}<!-- end -->" in readme
+    for number in FIGURES:
+        assert f"](benchmarks/results/paper/figure-{number}.png)" in readme
+        with Image.open(RECORDED / f"figure-{number}.png") as image:
+            assert image.width > 500

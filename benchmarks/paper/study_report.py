@@ -230,10 +230,12 @@ def draw(study: Study, number: int, path: Path) -> None:
     _accuracies(study, figure, axes[0][0])
     if figure.has_time:
         _times(study, figure, axes[0][1])
-    canvas.suptitle(f"Figure {number} on reduced models: {figure.title}", fontsize=10)
-    note = textwrap.fill(what_was_run(study), 75 * columns)
-    canvas.supxlabel(note, fontsize=6.5, color="gray")
-    canvas.tight_layout()
+    canvas.suptitle(f"Figure {number}, reduced: {figure.title}", fontsize=10)
+    bars = "Bars and bands: one standard deviation over seeds"
+    bars += "; of times, quartiles. " if figure.has_time else ". "
+    note = textwrap.fill(bars + what_was_run(study), 95 * columns)
+    canvas.supxlabel(note, fontsize=6.5, color="gray", y=0.01)
+    canvas.tight_layout(rect=(0, 0.02, 1, 1))
     canvas.savefig(path, dpi=100)
     plt.close(canvas)
 
@@ -245,7 +247,7 @@ def _accuracies(study: Study, figure: Figure, axis: Any) -> None:
         points = {at: list(values(study, row.name).values()) for at, row in sweep.rows.items()}
         points = {at: each for at, each in points.items() if each}
         # Shifted a little, so that bars of different curves do not hide each other.
-        shift = 1 + 0.015 * (i - (len(curves) - 1) / 2)
+        shift = 1 + 0.025 * (i - (len(curves) - 1) / 2)
         axis.errorbar(
             [at * shift for at in points],
             [statistics.fmean(each) for each in points.values()],
@@ -263,8 +265,8 @@ def _accuracies(study: Study, figure: Figure, axis: Any) -> None:
         color = _line_color(i, len(curves), len(lines))
         mean, deviation = statistics.fmean(each), statistics.stdev(each) if len(each) > 1 else 0.0
         axis.axhline(mean, color=color, linestyle="--", label=sweep.label)
-        axis.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.12, linewidth=0)
-    _finish(axis, figure, "test accuracy (%), mean ± standard deviation")
+        axis.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.1, linewidth=0)
+    _finish(axis, figure, "test accuracy (%)")
 
 
 def _line_color(i: int, curves: int, lines: int) -> str:
@@ -296,7 +298,7 @@ def _times(study: Study, figure: Figure, axis: Any) -> None:
                 markersize=4,
                 label=sweep.label,
             )
-    _finish(axis, figure, "one training step (ms), median and quartiles")
+    _finish(axis, figure, "one training step (ms)")
     axis.set_ylim(bottom=0)
 
 
