@@ -94,20 +94,19 @@ def test_a_study_is_resumed_where_it_was_interrupted(
     only = ["--only", *PAIR, "--seed", "1"]
     run(folder, tmp_path / "whole", *only)
     out = tmp_path / "runs"
-    save = train._save
+    save = train._save_log
 
-    def save_and_stop(to: Path, *rest: Any) -> None:
-        save(to, *rest)
+    def save_and_stop(to: Path, log: dict[str, Any]) -> None:
+        save(to, log)
         if to == out / PAIR[1] / "seed1":
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_save", save_and_stop)
+        patch.setattr(train, "_save_log", save_and_stop)
         with pytest.raises(SystemExit, match="interrupted; the same command resumes"):
             run(folder, out, *only)
     first, second = ((out / name / "seed1" / "log.json") for name in PAIR)
-    assert first.exists()
-    assert not second.exists()
+    assert [len(json.loads(each.read_text())["epochs"]) for each in (first, second)] == [2, 1]
     before = first.stat().st_mtime_ns
     capsys.readouterr()
     run(folder, out, *only)
@@ -272,15 +271,34 @@ def test_a_table_with_two_baselines() -> None:
 
 
 @pytest.mark.parametrize("number", sorted(FIGURES))
-def test_drawing(number: int, tmp_path: Path) -> None:
-    """With missing points, and pixels of the colors of its curves."""
+def test_drawing(number: int, tmp_path: Path, monkeypatch) -> None:
+    """Means and deviations of the curves, without the point that was not run, and medians."""
+    from matplotlib.axes import Axes
+
     names = [row.name for row in FIGURES[number].all_rows()]
-    content = made({name: [30.0 + i, 31.0, 33.0] for i, name in enumerate(names[1:])})
+    content = made({name: [30.0 + i, 31.0 + i, 33.5 + i] for i, name in enumerate(names[1:])})
+    drawn, errorbar = [], Axes.errorbar
+
+    def record(axes: Axes, x: Any, y: Any, error: Any, **style: Any) -> Any:
+        drawn.append((style["label"], list(y), error))
+        return errorbar(axes, x, y, error, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", record)
     path = tmp_path / "figure.png"
     study_report.draw(content, number, path)
-    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):
-        assert (np.abs(pixels.astype(int) - color).max(1) < 8).sum() > 20
+    curves = [sweep for sweep in FIGURES[number].sweeps if len(sweep.rows) > 1]
+    for sweep, (label, means, deviations) in zip(curves, drawn, strict=False):
+        rows = [row for row in sweep.rows.values() if row.name != names[0]]
+        assert label == sweep.label
+        assert means == pytest.approx([30.5 + names.index(row.name) for row in rows])
+        assert deviations == pytest.approx([3.25**0.5] * len(rows))
+    if FIGURES[number].has_time:
+        for sweep, (_, medians, _) in zip(curves, drawn[len(curves) :], strict=True):
+            assert medians == [11.0] * len(sweep.rows)
+    else:
+        assert len(drawn) == len(curves)
+    with Image.open(path) as image:
+        assert image.width > 500
 
 
 @pytest.mark.parametrize(
