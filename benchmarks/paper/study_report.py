@@ -21,6 +21,8 @@ _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
 _CHANCE = 0.05
 # The least number of standard errors that is mentioned.
 _LEAST = 2.0
+# So many rows are named in a sentence; of more, only the number is given.
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ def _compared(study: Study, names: Sequence[str], baseline: Row) -> str:
             for name, each in found.items()
             if each.verdict == verdict and sign * each.mean > 0
         ]
-        return f"{len(chosen)} ({'; '.join(chosen)})" if chosen else "none"
+        names = f" ({'; '.join(chosen)})" if 0 < len(chosen) <= _NAMED else ""
+        return f"{len(chosen) or 'none'}{names}"
 
     if not found:
         return ""
