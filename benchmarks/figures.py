@@ -14,7 +14,8 @@ Markdown does not render:
     <!-- end -->
 
 A table is `machine`, `goals` or the name of a group; `<!-- paper: run -->` and
-`<!-- paper: memory -->` are the tables of python -m benchmarks.paper. A figure that no run prints
+`<!-- paper: memory -->` are the tables of python -m benchmarks.paper, and `<!-- paper: study -->`,
+`study table 1`, `study table 2` and `study sweeps` those of its study. A figure that no run prints
 belongs between `<!-- by hand: how it was measured -->` and `<!-- end -->`; anywhere else a decimal
 number, a percentage, a factor, or a number with a unit of time, memory or rate is an error, except
 in code, after ≤ or ≥, and in versions.
@@ -26,6 +27,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,9 +81,11 @@ def table(result: report.Result, what: str) -> str:
 
 
 def paper_table(what: str) -> str:
-    """The recorded training ("run"), or the memory of its steps ("memory")."""
+    """The recorded training ("run"), the memory of its steps ("memory"), or a part of the study."""
     from .paper import memory, report
 
+    if what.startswith("study"):
+        return f"\n{_study_table(what)}\n\n"
     name = {"run": "cifar10-rows.json", "memory": "memory.json"}.get(what)
     if name is None:
         raise WrongFigureError(f"no table {what!r} of the paper's command")
@@ -89,6 +93,23 @@ def paper_table(what: str) -> str:
     if what == "memory":
         return f"\n{memory.table(result['steps'])}\n\n"
     return f"\n{report.summary(result['rows'], result['logs'])}\n\n"
+
+
+def _study_table(what: str) -> str:
+    from .paper import study_report
+    from .paper.study_rows import TABLES
+
+    study = json.loads((RESULTS / "paper" / "study.json").read_text())
+    if what == "study":
+        return textwrap.fill(f"{study_report.what_was_run(study)}.", 100)
+    if what == "study sweeps":
+        return study_report.sweeps_table(study)
+    tables = {f"study table {number}": rows for number, rows in TABLES.items()}
+    if what not in tables:
+        raise WrongFigureError(f"no part {what!r} of the study")
+    names = [row.name for row in tables[what]]
+    words = textwrap.fill(study_report.conclusion(study, names), 100)
+    return f"{study_report.table(study, names)}\n\n{words}"
 
 
 def rewrite(text: str, folder: Path = RESULTS) -> str:
