@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Keeps the figures in the documentation equal to those in result files.
 
-    python -m benchmarks.figures             rewrite the tables of README.md and docs/performance.md
+    python -m benchmarks.figures             rewrite the tables of the three pages
     python -m benchmarks.figures --check     only report differences; a test does the same
 
 A document names a file of benchmarks/results and then the tables that it shows, in comments that
@@ -34,7 +34,10 @@ from pathlib import Path
 from . import goals, ratios, report
 from .environment import REPOSITORY, RESULTS
 
-DOCUMENTS = (REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md")
+DOCUMENTS = (
+    REPOSITORY / "README.md",
+    *(REPOSITORY / "docs" / name for name in ("performance.md", "study.md")),
+)
 
 _FILE = re.compile(r"<!-- figures: (\S+) -->")
 _BLOCK = re.compile(

@@ -323,7 +323,7 @@ def test_data_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_recorded_study() -> None:
-    """Complete, from one commit, by the recipes of today, and as the README shows it."""
+    """Complete, from one commit, by the recipes of today, and as its page shows it."""
     text = (RECORDED / "study.json").read_text()
     assert len(text) < 300_000
     result = json.loads(text)
@@ -341,10 +341,10 @@ def test_the_recorded_study() -> None:
     # One of ten classes is right by chance.
     for baseline in (each for family in BASELINES.values() for each in family):
         assert min(study_report.values(result, baseline.name).values()) > 20
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "study.md").read_text()
     for part in ("study", "study sweeps", *(f"study table {number}" for number in TABLES)):
-        assert f"<!-- paper: {part} -->\n{figures.paper_table(part)}<!-- end -->" in readme
+        assert f"<!-- paper: {part} -->\n{figures.paper_table(part)}<!-- end -->" in page
     for number in FIGURES:
-        assert f"](benchmarks/results/paper/figure-{number}.png)" in readme
+        assert f"](../benchmarks/results/paper/figure-{number}.png)" in page
         with Image.open(RECORDED / f"figure-{number}.png") as image:
             assert image.width > 500

@@ -59,7 +59,8 @@ def finished(out: Path, job: Job) -> dict[str, Any] | None:
     if not path.exists():
         return None
     log: dict[str, Any] = json.loads(path.read_text())
-    is_same = log["recipe"] == asdict(job[1])
+    # Logs of older runs lack settings that have been added.
+    is_same = {**asdict(Recipe()), **log["recipe"]} == asdict(job[1])
     return log if is_same and len(log["epochs"]) == job[1].epochs else None
 
 
