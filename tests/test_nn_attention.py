@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import python_ref
 from convnn_kernels import functional
+from convnn_kernels.functional import Order
 from convnn_kernels.nn import ConvNNAttention, RandomCandidates, SpatialCandidates
 
 
@@ -201,6 +202,35 @@ def test_a_temperature_that_learns() -> None:
     y.square().sum().backward()
     assert temperature.grad is not None
     assert temperature.grad != 0
+
+
+@pytest.mark.parametrize("is_self", [True, False])
+@pytest.mark.parametrize("order", ["similarity", "index"])
+def test_neighbors_are_those_of_forward(is_self: bool, order: Order) -> None:
+    """Aggregating what ``neighbors`` returns gives the output of forward."""
+    torch.manual_seed(0)
+    candidates = SpatialCandidates(7, self_similarity=0.5)
+    layer = ConvNNAttention(8, 2, k=4, candidates=candidates, scale=3.0, order=order)
+    layer.query_norm, layer.key_norm = torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)
+    torch.nn.init.normal_(layer.query_norm.weight)
+    x = torch.randn(3, 11, 8)
+    key = None if is_self else torch.randn(3, 10, 8)
+    mask = torch.rand(3, 11 if is_self else 10) < 0.7
+    similarities, indices = layer.neighbors(x, key, key_mask=mask)
+    assert similarities.shape == indices.shape == (3, 2, 11, 4)
+    assert (similarities == 0.5).any().item() == is_self
+    value = layer.value_projection(x if key is None else key).unflatten(2, (2, 4)).transpose(1, 2)
+    y = functional.aggregate_neighbors(value, similarities, indices, layer.weight, scale=3.0)
+    expected = layer.output_projection(y.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, key, key_mask=mask), expected)
+
+
+def test_neighbors_reject_what_forward_rejects() -> None:
+    layer = ConvNNAttention(8, k=3)
+    with pytest.raises(ValueError, match=r"ConvNNAttention: query must have shape \[B, N, 8\]"):
+        layer.neighbors(torch.zeros(2, 9, 7))
+    with pytest.raises(ValueError, match=r"key_mask must have shape \[2, 9\], got \[2, 8\]"):
+        layer.neighbors(torch.zeros(2, 9, 8), key_mask=torch.ones(2, 8, dtype=torch.bool))
 
 
 def test_settings_may_be_numbers_of_numpy() -> None:

@@ -4,6 +4,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -325,3 +326,17 @@ def test_include_self(include_self: bool) -> None:
 def test_wrong_settings(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("got", ["yes", 1, None, torch.tensor(True)])
+def test_flags_must_be_bools(got: Any) -> None:
+    with pytest.raises(ValueError, match="AllCandidates: include_self must be True or False, got"):
+        AllCandidates(include_self=got)
+    with pytest.raises(ValueError, match="RandomCandidates: fixed_in_eval must be True or False"):
+        RandomCandidates(4, fixed_in_eval=got)
+    with pytest.raises(ValueError, match="ConvNN2d: standardize must be True or False, got"):
+        ConvNN2d(4, 4, positional_encoding="similarity", standardize=got)
+
+
+def test_flags_may_be_bools_of_numpy() -> None:
+    assert AllCandidates(include_self=np.bool_(True)).include_self is True

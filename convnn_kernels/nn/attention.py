@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from convnn_kernels.functional import Metric, Order, Rho
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import Candidates, require_candidates
-from convnn_kernels.nn.searching import Search, convolve
+from convnn_kernels.nn.searching import Search, convolve, select
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 Projections: TypeAlias = Literal["identity", "learned", "value"]
@@ -236,27 +236,59 @@ class ConvNNAttention(nn.Module):
         if is_symbolic(query, key, value, key_mask):
             return symbolic_call(self, query, key, value, key_mask)
         owner = type(self).__name__
-        settings.require_input(owner, "query", query, ("B", "N", self.embed_dim))
         if key is None and value is not None:
             raise ValueError(f"{owner}: key must be given if value is, got None")
-        is_self = key is None or key is query
+        q, k, search = self._query_and_key(query, key, key_mask)
         key = query if key is None else key
         value = key if value is None else value
+        settings.require_input(owner, "value", value, (*key.shape[:2], self.embed_dim))
+        v = self._heads(self._inputs(value, "aggregation"), self.value_projection)
+        # [B, heads, N, width of a head]
+        y = convolve(q, k, v, self.weight, self.bias, search, self.rho, self.scale)
+        joined = self.dropout(y.transpose(1, 2).flatten(2))  # [B, N, width]
+        return joined if self.output_projection is None else self.output_projection(joined)
+
+    def neighbors(
+        self, query: Tensor, key: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the neighbors that each head picks.
+
+        Random candidates are drawn anew, so they differ from those of any forward.
+
+        Args:
+            query: [B, N, E].
+            key: [B, M, E]; same as query if None.
+            key_mask: [B, M] bool, True where a key may be a neighbor.
+
+        Returns:
+            similarities, [B, heads, N, k] float32 (float64 if the input is), before ``scale``, and
+            indices, [B, heads, N, k] int64: rows of key. See ``functional.select_neighbors``.
+
+        Example:
+            >>> layer = ConvNNAttention(192, num_heads=3, k=9)
+            >>> similarities, indices = layer.neighbors(torch.randn(2, 100, 192))
+            >>> indices.shape
+            torch.Size([2, 3, 100, 9])
+        """
+        return select(*self._query_and_key(query, key, key_mask))
+
+    def _query_and_key(
+        self, query: Tensor, key: Tensor | None, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Search]:
+        """[B, heads, N, width of a head] and [B, heads, M, width of a head], and how to search."""
+        owner = type(self).__name__
+        settings.require_input(owner, "query", query, ("B", "N", self.embed_dim))
+        is_self = key is None or key is query
+        key = query if key is None else key
         batch = query.shape[0]
         settings.require_input(owner, "key", key, (batch, "M", self.embed_dim))
         M = key.shape[1]
-        settings.require_input(owner, "value", value, (batch, M, self.embed_dim))
         if key_mask is not None:
             settings.require_shape(owner, "key_mask", key_mask, (batch, M))
             settings.require_dtype(owner, "key_mask", key_mask, torch.bool)
             key_mask = key_mask.unsqueeze(1).expand(-1, self.num_heads, -1)  # [B, heads, M]
-
-        # [B, heads, N or M, width of a head]
         q = self._heads(self._inputs(query, "similarity"), self.query_projection)
         k = self._heads(self._inputs(key, "similarity"), self.key_projection)
-        v = self._heads(self._inputs(value, "aggregation"), self.value_projection)
-        q = q if self.query_norm is None else self.query_norm(q)
-        k = k if self.key_norm is None else self.key_norm(k)
         self_indices = None
         if is_self and self.candidates.include_self:
             self_indices = torch.arange(M, device=query.device)
@@ -269,10 +301,9 @@ class ConvNNAttention(nn.Module):
             self.order,
             key_mask,
         )
-        # [B, heads, N, width of a head]
-        y = convolve(q, k, v, self.weight, self.bias, search, self.rho, self.scale)
-        joined = self.dropout(y.transpose(1, 2).flatten(2))  # [B, N, width]
-        return joined if self.output_projection is None else self.output_projection(joined)
+        q = q if self.query_norm is None else self.query_norm(q)
+        k = k if self.key_norm is None else self.key_norm(k)
+        return q, k, search
 
     def _encodes(self, role: str) -> bool:
         return self.positional_encoding in (role, "both")

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from convnn_kernels.nn import positional
-from convnn_kernels.nn.settings import require, require_choice, require_count, require_number
+from convnn_kernels.nn.settings import (
+    require,
+    require_choice,
+    require_count,
+    require_flag,
+    require_number,
+)
 
 Spacing: TypeAlias = Literal["even", "ends"]
 SPACINGS = get_args(Spacing)
@@ -25,7 +31,8 @@ class Candidates(nn.Module):
             change which others are neighbors: only how the token itself is weighted.
 
     Raises:
-        ValueError: if self_similarity is not a finite number, or given without include_self.
+        ValueError: if include_self is not a bool, or if self_similarity is not a finite number or
+            given without include_self.
 
     Examples:
         >>> class FirstCandidates(Candidates):
@@ -40,9 +47,9 @@ class Candidates(nn.Module):
 
     def __init__(self, include_self: bool, self_similarity: float | None = None) -> None:
         super().__init__()
-        self.include_self = include_self
+        owner = type(self).__name__
+        self.include_self = include_self = require_flag(owner, "include_self", include_self)
         if self_similarity is not None:
-            owner = type(self).__name__
             self_similarity = require_number(owner, "self_similarity", self_similarity)
             expected = "None with include_self=False"
             require(include_self, owner, "self_similarity", expected, self_similarity)
@@ -128,7 +135,7 @@ class RandomCandidates(Candidates):
     ) -> None:
         super().__init__(include_self, self_similarity)
         self.r = require_count("RandomCandidates", "r", r)
-        self.fixed_in_eval = fixed_in_eval
+        self.fixed_in_eval = require_flag("RandomCandidates", "fixed_in_eval", fixed_in_eval)
         # The bits of two words as signs, which survive what is done to buffers: averages of equal
         # buffers, which may be rounded, and casts to any floating-point dtype.
         self.register_buffer("seed", torch.ones(2, 32) if fixed_in_eval else None)

@@ -56,6 +56,7 @@ def require_settings(
         **common,
     )
     settings.require_choice(owner, "coordinate_order", coordinate_order, settings.COORDINATE_ORDERS)
+    settings.require_flag(owner, "standardize", standardize)
     for needs, setting in (
         (projections == "coordinates", "projections='coordinates'"),
         (standardize, "standardize=True"),

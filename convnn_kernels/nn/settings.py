@@ -64,6 +64,13 @@ def require_between(owner: str, name: str, got: Any, least: float, most: float) 
     return float(got)
 
 
+def require_flag(owner: str, name: str, got: Any) -> bool:
+    """Checks a truth value, which may be one of NumPy; returns it as a bool."""
+    # NumPy's type is called bool, and before NumPy 2 bool_.
+    require(type(got).__name__ in ("bool", "bool_"), owner, name, "True or False", got)
+    return bool(got)
+
+
 def require_number(owner: str, name: str, got: Any) -> float:
     """Checks a number that float32 can hold; returns it as a float."""
     fits = _is_finite(got) and abs(got) <= torch.finfo(torch.float32).max
