@@ -82,7 +82,8 @@ inline void multiply_panels(const A* a, int64_t stride, int64_t rows, const A* p
   } while (t < depth);
 }
 
-// Begins to read a row that is gathered later; of a long row, what precedes its reading in order.
+// Begins to read a row that is gathered later; of a long row only the beginning, as processors read
+// ahead of what is read in order.
 template <class T>
 inline void prefetch_row(const T* row, int64_t count) {
   constexpr int64_t kBytes = 256, kLine = 64;

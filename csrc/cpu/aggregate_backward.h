@@ -211,7 +211,8 @@ class AggregateBackward {
       multiply_pairs_by_slot(p, b, weight, scratch);
       std::fill_n(scratch.pair_grad, count, 0.0);
       for (int64_t key = first_key(f, pairs); key < f.m && !pairs.end_before(key); ++key) {
-        dense_key(p, pairs, b, key, grad_rho, cuts ? cuts + task * 2 * f.c : nullptr, scratch);
+        dense_key(p, pairs, b, key, grad_rho != nullptr, cuts ? cuts + task * 2 * f.c : nullptr,
+                  scratch);
       }
       for (int64_t i = 0; grad_rho && i < count; ++i) {
         grad_rho[first_entry + scratch.positions[i]] = scratch.pair_grad[i];

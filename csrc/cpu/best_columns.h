@@ -79,6 +79,7 @@ class BestColumns {
       bound_ = reached - error_;
     }
   }
+
   // How many groups of the surveyed row are not ruled out.
   int64_t open_groups() const {
     int64_t open = 0;

@@ -73,13 +73,17 @@ struct ScreenError {
 // fused operations; an element takes kSummedSteps and one for each piece of as many. 40 more cover
 // the scaling of a screened similarity, the rounding of scales, so that a rounded row is only
 // almost orthogonal to its error, and the rounding of this bound and of what is computed from it.
-// The last term is for products of scales that are too small to be normal numbers and may be
-// flushed to 0; a sum has up to 2^30 of them.
+// Two sums of d steps in eight or more lanes, from which the scale of x~ follows, make ||x~|| wrong
+// by at most 2^-26 (d + 64) ||x - x~||, which matters for thousands of columns. The last term is
+// for products of scales that are too small to be normal numbers and may be flushed to 0; a sum has
+// up to 2^30 of them.
 inline ScreenError screen_error(const Extent& query, const Extent& key, int64_t d) {
   const float norms = query.norm * key.norm;
   const float steps = float(2 * kSummedSteps + d / kSummedSteps + 40);
-  return {0x1p-24f * steps * norms + query.rounding * key.rounding + 0x1p-94f,
-          query.norm * key.rounding + query.rounding * key.norm, norms};
+  const float angular = query.norm * key.rounding + query.rounding * key.norm;
+  return {0x1p-24f * steps * norms + query.rounding * key.rounding +
+              0x1p-26f * float(d + 64) * angular + 0x1p-94f,
+          angular, norms};
 }
 
 // kLanes pairs of a query and a key.

@@ -238,16 +238,10 @@ class Select {
     return Screen::round(row, p.d, words);
   }
 
-  // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work.
-  static void block(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
-                    const Scratch& scratch) {
-    const int64_t batch = work.first_batch + b;
-    const int64_t rows = min_of(kBlockRows, p.n - first_row);
-    const int64_t columns = columns_of(work, b);
+  // Reads `rows` query rows for a block, zeros after them, and rounds them if they are screened.
+  static void read_queries(const SelectParams& p, int64_t batch, int64_t first_row, int64_t rows,
+                           bool screened, Extent* extents, const Scratch& scratch) {
     const int64_t stride = padded_stride<A>(p.d);
-    const Keys keys = keys_of(p, work, b);
-
-    Extent extents[kBlockRows];
     for (int64_t r = 0; r < kBlockRows; ++r) {
       A* row = scratch.queries + r * stride;
       const T* x = r < rows ? p.query.at<T>(batch, first_row + r) : nullptr;
@@ -257,7 +251,7 @@ class Select {
         pad_row(p, row, 0);
       }
       if constexpr (kScreens) {
-        if (keys.screened) {
+        if (screened) {
           const Rounded rounded = round(p, row, r, scratch);
           extents[r] = rounded.extent;
           scratch.scales[r] = rounded.scale;
@@ -265,11 +259,23 @@ class Select {
       }
     }
     if constexpr (kScreens) {
-      for (int64_t group = 0; keys.screened && group < kQueryGroups; ++group) {
+      for (int64_t group = 0; screened && group < kQueryGroups; ++group) {
         to_lanes(scratch.queries + group * kLanes<A> * stride, stride, p.d,
                  scratch.lanes + group * p.d * kLanes<A>);
       }
     }
+  }
+
+  // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work.
+  static void block(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
+                    const Scratch& scratch) {
+    const int64_t batch = work.first_batch + b;
+    const int64_t rows = min_of(kBlockRows, p.n - first_row);
+    const int64_t columns = columns_of(work, b);
+    const Keys keys = keys_of(p, work, b);
+
+    Extent extents[kBlockRows];
+    read_queries(p, batch, first_row, rows, keys.screened, extents, scratch);
     if (p.self_indices) multiply_self(p, batch, first_row, rows, scratch);
 
     int64_t self_columns[kBlockRows];
