@@ -733,6 +733,15 @@ def test_rows_have_names_of_their_own() -> None:
     assert len(TABLES[2]) == 8
 
 
+def test_labels_of_swept_rows_begin_as_their_curve() -> None:
+    for sweep in FIGURES[7].sweeps:
+        for k, row in sweep.rows.items():
+            swept = "" if k == 0 or row.name in {row.name for row in TABLES[2]} else f", k = {k}"
+            assert row.label.removesuffix(", k = 9") == sweep.label + swept
+    assert ROWS["vit/convnn-k1"].label == "ConvNN, all, k = 1"
+    assert ROWS["vit/kvt-k1"].label == "KVT, k = 1"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
