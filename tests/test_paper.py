@@ -312,6 +312,15 @@ def test_images_are_enlarged_as_by_pillow(before: int, after: int) -> None:
     assert (inputs - (data.resized(images, after) / 255 - 0.4) / 0.2).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("as_run", [False, True])
+def test_only_rows_of_vit_tiny_have_its_images(as_run: bool) -> None:
+    vgg, vit = ROWS["vgg11/conv2d"], ROWS["vit/attention"]
+    for rows, has_images in (([vgg], False), ([vit], True), ([vgg, vit], True)):
+        last = report.switches(rows, as_run).splitlines()[-1]
+        assert last.startswith("- all: seed 42")
+        assert ("images of ViT-Tiny" in last) == has_images
+
+
 def test_every_row_of_the_tables_says_what_was_run(capsys) -> None:
     command.main(["--list"])
     printed = capsys.readouterr().out.splitlines()

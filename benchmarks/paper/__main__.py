@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(*parts, *filter(None, notes), sep="\n\n")
     kind = "figure" if options.figure else "table" if options.table else "rows"
     name = f"{options.dataset}-{kind}{options.figure or options.table or ''}"
-    what = {"as_run": options.as_run, "recipe_switches": report.RECIPE_SWITCHES}
+    what = {"as_run": options.as_run, "recipe_switches": report.recipe_switches(rows)}
     _write(folder(options) / f"{name}.json", {**head, **what, "rows": lines, "logs": logs})
     title = f"Table {options.table}" if options.table else ""
     figure = FIGURES[options.figure] if options.figure else Figure(title, tuple(rows))
