@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -603,6 +604,26 @@ def test_a_figure_without_training(tmp_path: Path) -> None:
         path.write_text(json.dumps(log_of(2)))
     run(tmp_path, tmp_path, "--figure", "6", "--no-training")
     assert (tmp_path / "cifar10-figure6.png").stat().st_size > 1000
+
+
+def test_nothing_has_been_trained(tmp_path: Path, capsys) -> None:
+    """Of the rows that are asked for; with one of them there is a table, and a panel for it."""
+    path = tmp_path / "cifar10" / "vit" / "attention" / "log.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(log_of(2)))
+    for arguments in (["--figure", "3"], ["--table", "1"], ["--table", "2", "--as-run"]):
+        place = tmp_path / ("as-run" if "--as-run" in arguments else ".") / "cifar10"
+        message = f"none of these rows has been trained in {re.escape(str(place))}$"
+        with pytest.raises(SystemExit, match=message):
+            run(tmp_path, tmp_path, *arguments, "--no-training")
+    assert capsys.readouterr().out == ""
+    assert not [*tmp_path.rglob("*.png"), *tmp_path.glob("*.json")]
+    # A panel for VGG-11 would have an empty legend, of which matplotlib warns.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = ["vit/attention", "vgg11/conv2d"]
+        run(tmp_path, tmp_path, "--rows", *rows, "--no-training")
+    assert colored_pixels(tmp_path / "cifar10-rows.png") > 200
 
 
 def test_what_was_run_names_every_recipe() -> None:

@@ -212,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = {"as_run": options.as_run, "recipe_switches": report.recipe_switches(rows)}
     _write(folder(options) / f"{name}.json", {**head, **what, "rows": lines, "logs": logs})
     title = f"Table {options.table}" if options.table else ""
-    figure = FIGURES[options.figure] if options.figure else Figure(title, tuple(rows))
+    trained = tuple(row for row in rows if logs[row.name]["epochs"])
+    figure = FIGURES[options.figure] if options.figure else Figure(title, trained)
     path = folder(options) / f"{name}.png"
     report.draw(figure, logs, path)
     print(path)
@@ -240,6 +241,9 @@ def _trained(
                 options.data, options.dataset, options.train_limit, options.test_limit
             )
         logs[row.name] = train(row, dataset, recipe, place, stamp)
+    if not any(log["epochs"] for log in logs.values()):
+        place = folder(options) / options.dataset
+        raise SystemExit(f"{PROGRAM}: none of these rows has been trained in {place}")
     return logs
 
 
