@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import re
 import sys
@@ -330,6 +331,32 @@ def test_every_row_of_the_tables_says_what_was_run(capsys) -> None:
         at = next(i for i, line in enumerate(printed) if line.split()[:1] == [row.name])
         assert printed[at + 1].split(maxsplit=2)[2] == ", ".join(row.switches())
     assert ROWS["vgg11/conv2d"].switches() == ["layer='hybrid'", "branch_ratio=0.0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ([], list(ROWS)),
+        (["--table", "2"], [row.name for row in TABLES[2]]),
+        (["--figure", "5"], [row.name for row in FIGURES[5].all_rows()]),
+        (["--rows", "vit/local", "vgg11/conv2d"], ["vgg11/conv2d", "vit/local"]),
+        (["--table", "1", "--rows", "vgg11/hybrid-1", "--as-run"], ["vgg11/hybrid-1"]),
+    ],
+)
+def test_rows_that_are_listed(arguments: list[str], names: list[str], capsys) -> None:
+    command.main([*arguments, "--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[::2]] == names
+
+
+@pytest.mark.parametrize("rows", [[], ["--rows", "vit/local"]], ids=["long", "short"])
+def test_a_list_whose_reader_stops_early(rows: list[str], monkeypatch) -> None:
+    """A short one stays in the buffer, and Python writes it once more at its exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        command.main(["--list", *rows])
+        pipe.flush()
 
 
 @pytest.mark.parametrize("name", [row.name for row in (*TABLES[1], *TABLES[2])])

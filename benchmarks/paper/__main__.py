@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _add_rows(what: argparse._ArgumentGroup) -> None:
     )
     either.add_argument("--figure", type=int, choices=sorted(FIGURES), help="draw this figure")
     what.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, see --list")
-    what.add_argument("--list", action="store_true", help="list all rows")
+    what.add_argument("--list", action="store_true", help="list these rows, or all")
     what.add_argument("--no-training", action="store_true", help="only print or draw finished rows")
     what.add_argument("--memory", action="store_true", help="print the peak memory of one step")
     text_or_run = what.add_mutually_exclusive_group()
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.list:
-        print(report.listing(list(ROWS.values())))
+        _print_to_pipe(report.listing(wanted(options)))
         return
     stamp = make_stamp(_device_name(options.device), torch.get_num_threads())
     head = {"command": command_line(parser, options), "stamp": stamp}
@@ -249,6 +250,16 @@ def _trained(
 
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def _print_to_pipe(text: str) -> None:
+    """Prints to a reader that may stop early, such as head."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer is written when Python exits.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
