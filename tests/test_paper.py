@@ -802,8 +802,6 @@ def test_labels_of_swept_rows_begin_as_their_curve() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "vit/local", "--train-limit", "0"], "invalid positive number value: '0'"),
-        (["--rows", "vit/local", "--test-limit", "-1"], "invalid positive number value: '-1'"),
         ([], "one of --table, --figure, --rows, --list and --memory is needed"),
         (["--rows", "vgg16"], "--rows must be of those that --list prints, got vgg16"),
         (["--table", "3"], "invalid choice"),
@@ -819,6 +817,52 @@ def test_labels_of_swept_rows_begin_as_their_curve() -> None:
 def test_wrong_arguments(arguments: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit):
         command.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+_COUNT, _POSITIVE = "an integer of at least 1", "a positive number"
+
+
+@pytest.mark.parametrize(
+    ("option", "texts", "expected"),
+    [
+        ("--epochs", ("0", "-1", "1.5", "many"), _COUNT),
+        ("--batch-size", ("0",), _COUNT),
+        ("--threads", ("0", "-1"), _COUNT),
+        ("--save-every", ("0",), _COUNT),
+        ("--train-limit", ("0",), _COUNT),
+        ("--test-limit", ("-1",), _COUNT),
+        ("--lr", ("0", "-1", "nan", "inf", "fast"), _POSITIVE),
+        ("--clip", ("0", "-1", "nan", "inf"), _POSITIVE),
+        ("--weight-decay", ("-1", "nan", "inf"), "a number of at least 0"),
+        ("--label-smoothing", ("-0.1", "1.1", "nan"), "a number from 0 to 1"),
+        ("--device", ("foo", "cuda", "cuda:0", ""), "cpu, as there is no CUDA device"),
+    ],
+)
+def test_numbers_and_devices_that_are_refused(
+    option: str, texts: tuple[str, ...], expected: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for text in texts:
+        with pytest.raises(SystemExit) as raised:
+            command.parse(command.make_parser(), ["--rows", "vit/local", option, text])
+        assert raised.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.endswith(f"error: argument {option}: must be {expected}, got {text!r}")
+
+
+def test_numbers_and_devices_that_are_accepted(monkeypatch, capsys) -> None:
+    given = {"epochs": 1, "lr": 1e-9, "clip": 1e9, "weight_decay": 0, "label_smoothing": 1}
+    given |= {"threads": 1, "device": "cuda:1"}
+    flags = (f"--{name.replace('_', '-')}={value}" for name, value in given.items())
+    arguments = ["--table", "1", *flags]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = vars(command.parse(command.make_parser(), arguments))
+    assert given == {name: options[name] for name in given}
+    with pytest.raises(SystemExit):
+        command.parse(command.make_parser(), [*arguments, "--device", "cuda:2"])
+    message = "argument --device: must be one of cpu, cuda, cuda:0, cuda:1, got 'cuda:2'"
     assert message in capsys.readouterr().err
 
 

@@ -27,6 +27,13 @@ import torch
 from benchmarks.environment import make_stamp
 from benchmarks.memory import MemoryNotMeasured
 from benchmarks.paper import data, memory, report
+from benchmarks.paper.argument_types import (
+    at_least_one,
+    device,
+    fraction,
+    not_negative,
+    positive,
+)
 from benchmarks.paper.rows import FIGURES, ROWS, TABLES, Figure, Row
 from benchmarks.paper.train import (
     AUGMENTATIONS,
@@ -39,17 +46,6 @@ from benchmarks.paper.train import (
 )
 
 PROGRAM = "python -m benchmarks.paper"
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-# argparse uses the name in its message: "invalid positive number value: ...".
-_at_least_one.__name__ = "positive number"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -94,23 +90,26 @@ def _add_places(where: argparse._ArgumentGroup) -> None:
     where.add_argument("--dataset", choices=("cifar10", "cifar100"), default=Recipe.dataset)
     where.add_argument("--out", type=Path, default=Path("paper_runs"), help="folder of the runs")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    where.add_argument("--device", default=default)
-    where.add_argument("--threads", type=int, help="CPU threads")
+    where.add_argument("--device", type=device, default=default)
+    where.add_argument("--threads", type=at_least_one, help="CPU threads")
 
 
 def _add_recipe(how: argparse._ArgumentGroup) -> None:
     recipe = Recipe()
-    how.add_argument("--epochs", type=int, default=recipe.epochs)
-    how.add_argument("--batch-size", type=int, default=recipe.batch_size)
+    how.add_argument("--epochs", type=at_least_one, default=recipe.epochs)
+    how.add_argument("--batch-size", type=at_least_one, default=recipe.batch_size)
     how.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default=recipe.optimizer)
-    how.add_argument("--lr", type=float, default=recipe.lr)
-    how.add_argument("--weight-decay", type=float, default=recipe.weight_decay)
+    how.add_argument("--lr", type=positive, default=recipe.lr)
+    how.add_argument("--weight-decay", type=not_negative, default=recipe.weight_decay)
     how.add_argument("--schedule", choices=SCHEDULES, default=recipe.schedule)
     how.add_argument(
-        "--clip", type=float, default=recipe.clip, help="maximum norm of the gradients"
+        "--clip", type=positive, default=recipe.clip, help="maximum norm of the gradients"
     )
     how.add_argument(
-        "--label-smoothing", type=float, default=recipe.label_smoothing, help="of the cross-entropy"
+        "--label-smoothing",
+        type=fraction,
+        default=recipe.label_smoothing,
+        help="of the cross-entropy",
     )
     how.add_argument("--augmentation", choices=AUGMENTATIONS, default=recipe.augmentation)
     how.add_argument("--seed", type=int, default=recipe.seed)
@@ -118,14 +117,14 @@ def _add_recipe(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--compile", action="store_true")
     how.add_argument(
         "--save-every",
-        type=int,
+        type=at_least_one,
         default=recipe.save_every,
         metavar="EPOCHS",
         help="between checkpoints; one of VGG-11 has 1.6 GB",
     )
     how.add_argument("--reduced", action="store_true", help="small models, for a CPU")
-    how.add_argument("--train-limit", type=_at_least_one, help="total number of training images")
-    how.add_argument("--test-limit", type=_at_least_one, help="total number of test images")
+    how.add_argument("--train-limit", type=at_least_one, help="total number of training images")
+    how.add_argument("--test-limit", type=at_least_one, help="total number of test images")
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
