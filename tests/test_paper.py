@@ -866,6 +866,18 @@ def test_numbers_and_devices_that_are_accepted(monkeypatch, capsys) -> None:
     assert message in capsys.readouterr().err
 
 
+def test_help_shows_the_defaults(capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    options = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    shown = {text.split()[0]: text for text in re.split(" (?=--)", options)}
+    defaults = {**vars(Recipe()), "out": "paper_runs", "train_limit": "all", "test_limit": "all"}
+    for name, default in defaults.items():
+        if name not in ("as_run", "compile", "reduced", "device"):
+            assert f"(default: {default})" in shown["--" + name.replace("_", "-")]
+    assert shown["--no-training"] == "--no-training only print or draw rows trained so far"
+
+
 def test_data_must_be_named(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("CONVNN_DATA", raising=False)
     arguments = ["--rows", "vit/attention", "--out", str(tmp_path), "--reduced"]

@@ -46,6 +46,7 @@ from benchmarks.paper.train import (
 )
 
 PROGRAM = "python -m benchmarks.paper"
+_DEFAULT = "(default: %(default)s)"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,8 +68,12 @@ def _add_rows(what: argparse._ArgumentGroup) -> None:
     )
     either.add_argument("--figure", type=int, choices=sorted(FIGURES), help="draw this figure")
     what.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, see --list")
-    what.add_argument("--list", action="store_true", help="list these rows, or all")
-    what.add_argument("--no-training", action="store_true", help="only print or draw finished rows")
+    what.add_argument(
+        "--list", action="store_true", help="only list the rows that are chosen, or all"
+    )
+    what.add_argument(
+        "--no-training", action="store_true", help="only print or draw rows trained so far"
+    )
     what.add_argument("--memory", action="store_true", help="print the peak memory of one step")
     text_or_run = what.add_mutually_exclusive_group()
     text_or_run.add_argument(
@@ -87,44 +92,53 @@ def _add_places(where: argparse._ArgumentGroup) -> None:
         default=os.environ.get("CONVNN_DATA"),
         help="folder of the dataset (default: the environment variable CONVNN_DATA)",
     )
-    where.add_argument("--dataset", choices=("cifar10", "cifar100"), default=Recipe.dataset)
-    where.add_argument("--out", type=Path, default=Path("paper_runs"), help="folder of the runs")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    where.add_argument("--device", type=device, default=default)
-    where.add_argument("--threads", type=at_least_one, help="CPU threads")
+    where.add_argument(
+        "--dataset", choices=("cifar10", "cifar100"), default=Recipe.dataset, help=_DEFAULT
+    )
+    where.add_argument(
+        "--out", type=Path, default=Path("paper_runs"), help=f"folder of the runs {_DEFAULT}"
+    )
+    where.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:INDEX (default: cuda, or cpu without it)",
+    )
+    where.add_argument(
+        "--threads", type=at_least_one, help="CPU threads (default: as many as PyTorch uses)"
+    )
 
 
 def _add_recipe(how: argparse._ArgumentGroup) -> None:
-    recipe = Recipe()
-    how.add_argument("--epochs", type=at_least_one, default=recipe.epochs)
-    how.add_argument("--batch-size", type=at_least_one, default=recipe.batch_size)
-    how.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default=recipe.optimizer)
-    how.add_argument("--lr", type=positive, default=recipe.lr)
-    how.add_argument("--weight-decay", type=not_negative, default=recipe.weight_decay)
-    how.add_argument("--schedule", choices=SCHEDULES, default=recipe.schedule)
-    how.add_argument(
-        "--clip", type=positive, default=recipe.clip, help="maximum norm of the gradients"
-    )
-    how.add_argument(
-        "--label-smoothing",
-        type=fraction,
-        default=recipe.label_smoothing,
-        help="of the cross-entropy",
-    )
-    how.add_argument("--augmentation", choices=AUGMENTATIONS, default=recipe.augmentation)
-    how.add_argument("--seed", type=int, default=recipe.seed)
-    how.add_argument("--amp", choices=("none", "bfloat16"), default=recipe.amp)
-    how.add_argument("--compile", action="store_true")
-    how.add_argument(
+    def add(flag: str, text: str = "", **options: Any) -> None:
+        default = getattr(Recipe, flag[2:].replace("-", "_"))
+        how.add_argument(flag, default=default, help=f"{text} {_DEFAULT}".lstrip(), **options)
+
+    add("--epochs", type=at_least_one)
+    add("--batch-size", type=at_least_one)
+    add("--optimizer", choices=tuple(OPTIMIZERS))
+    add("--lr", "learning rate", type=positive)
+    add("--weight-decay", type=not_negative)
+    add("--schedule", choices=SCHEDULES)
+    add("--clip", "maximum norm of the gradients", type=positive)
+    add("--label-smoothing", "of the cross-entropy", type=fraction)
+    add("--augmentation", choices=AUGMENTATIONS)
+    add("--seed", type=int)
+    add("--amp", choices=("none", "bfloat16"))
+    how.add_argument("--compile", action="store_true", help="with torch.compile")
+    add(
         "--save-every",
+        "between checkpoints; one of VGG-11 has 1.6 GB",
         type=at_least_one,
-        default=recipe.save_every,
         metavar="EPOCHS",
-        help="between checkpoints; one of VGG-11 has 1.6 GB",
     )
     how.add_argument("--reduced", action="store_true", help="small models, for a CPU")
-    how.add_argument("--train-limit", type=at_least_one, help="total number of training images")
-    how.add_argument("--test-limit", type=at_least_one, help="total number of test images")
+    for split, name in (("train", "training"), ("test", "test")):
+        how.add_argument(
+            f"--{split}-limit",
+            type=at_least_one,
+            help=f"total number of {name} images (default: all)",
+        )
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
