@@ -4,10 +4,12 @@
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import re
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +314,15 @@ def test_images_are_enlarged_as_by_pillow(before: int, after: int) -> None:
     assert (inputs - (data.resized(images, after) / 255 - 0.4) / 0.2).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("as_run", [False, True])
+def test_only_rows_of_vit_tiny_have_its_images(as_run: bool) -> None:
+    vgg, vit = ROWS["vgg11/conv2d"], ROWS["vit/attention"]
+    for rows, has_images in (([vgg], False), ([vit], True), ([vgg, vit], True)):
+        last = report.switches(rows, as_run).splitlines()[-1]
+        assert last.startswith("- all: seed 42")
+        assert ("images of ViT-Tiny" in last) == has_images
+
+
 def test_every_row_of_the_tables_says_what_was_run(capsys) -> None:
     command.main(["--list"])
     printed = capsys.readouterr().out.splitlines()
@@ -320,6 +331,32 @@ def test_every_row_of_the_tables_says_what_was_run(capsys) -> None:
         at = next(i for i, line in enumerate(printed) if line.split()[:1] == [row.name])
         assert printed[at + 1].split(maxsplit=2)[2] == ", ".join(row.switches())
     assert ROWS["vgg11/conv2d"].switches() == ["layer='hybrid'", "branch_ratio=0.0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ([], list(ROWS)),
+        (["--table", "2"], [row.name for row in TABLES[2]]),
+        (["--figure", "5"], [row.name for row in FIGURES[5].all_rows()]),
+        (["--rows", "vit/local", "vgg11/conv2d"], ["vgg11/conv2d", "vit/local"]),
+        (["--table", "1", "--rows", "vgg11/hybrid-1", "--as-run"], ["vgg11/hybrid-1"]),
+    ],
+)
+def test_rows_that_are_listed(arguments: list[str], names: list[str], capsys) -> None:
+    command.main([*arguments, "--list"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[::2]] == names
+
+
+@pytest.mark.parametrize("rows", [[], ["--rows", "vit/local"]], ids=["long", "short"])
+def test_a_list_whose_reader_stops_early(rows: list[str], monkeypatch) -> None:
+    """A short one stays in the buffer, and Python writes it once more at its exit."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        command.main(["--list", *rows])
+        pipe.flush()
 
 
 @pytest.mark.parametrize("name", [row.name for row in (*TABLES[1], *TABLES[2])])
@@ -596,6 +633,26 @@ def test_a_figure_without_training(tmp_path: Path) -> None:
     assert (tmp_path / "cifar10-figure6.png").stat().st_size > 1000
 
 
+def test_nothing_has_been_trained(tmp_path: Path, capsys) -> None:
+    """Of the rows that are asked for; with one of them there is a table, and a panel for it."""
+    path = tmp_path / "cifar10" / "vit" / "attention" / "log.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(log_of(2)))
+    for arguments in (["--figure", "3"], ["--table", "1"], ["--table", "2", "--as-run"]):
+        place = tmp_path / ("as-run" if "--as-run" in arguments else ".") / "cifar10"
+        message = f"none of these rows has been trained in {re.escape(str(place))}$"
+        with pytest.raises(SystemExit, match=message):
+            run(tmp_path, tmp_path, *arguments, "--no-training")
+    assert capsys.readouterr().out == ""
+    assert not [*tmp_path.rglob("*.png"), *tmp_path.glob("*.json")]
+    # A panel for VGG-11 would have an empty legend, of which matplotlib warns.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = ["vit/attention", "vgg11/conv2d"]
+        run(tmp_path, tmp_path, "--rows", *rows, "--no-training")
+    assert colored_pixels(tmp_path / "cifar10-rows.png") > 200
+
+
 def test_what_was_run_names_every_recipe() -> None:
     logs = {"a": log_of(2), "b": log_of(2), "never": {"epochs": []}}
     logs["b"]["recipe"]["lr"] = 0.5
@@ -733,11 +790,18 @@ def test_rows_have_names_of_their_own() -> None:
     assert len(TABLES[2]) == 8
 
 
+def test_labels_of_swept_rows_begin_as_their_curve() -> None:
+    for sweep in FIGURES[7].sweeps:
+        for k, row in sweep.rows.items():
+            swept = "" if k == 0 or row.name in {row.name for row in TABLES[2]} else f", k = {k}"
+            assert row.label.removesuffix(", k = 9") == sweep.label + swept
+    assert ROWS["vit/convnn-k1"].label == "ConvNN, all, k = 1"
+    assert ROWS["vit/kvt-k1"].label == "KVT, k = 1"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rows", "vit/local", "--train-limit", "0"], "invalid positive number value: '0'"),
-        (["--rows", "vit/local", "--test-limit", "-1"], "invalid positive number value: '-1'"),
         ([], "one of --table, --figure, --rows, --list and --memory is needed"),
         (["--rows", "vgg16"], "--rows must be of those that --list prints, got vgg16"),
         (["--table", "3"], "invalid choice"),
@@ -754,6 +818,64 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert message in capsys.readouterr().err
+
+
+_COUNT, _POSITIVE = "an integer of at least 1", "a positive number"
+
+
+@pytest.mark.parametrize(
+    ("option", "texts", "expected"),
+    [
+        ("--epochs", ("0", "-1", "1.5", "many"), _COUNT),
+        ("--batch-size", ("0",), _COUNT),
+        ("--threads", ("0", "-1"), _COUNT),
+        ("--save-every", ("0",), _COUNT),
+        ("--train-limit", ("0",), _COUNT),
+        ("--test-limit", ("-1",), _COUNT),
+        ("--lr", ("0", "-1", "nan", "inf", "fast"), _POSITIVE),
+        ("--clip", ("0", "-1", "nan", "inf"), _POSITIVE),
+        ("--weight-decay", ("-1", "nan", "inf"), "a number of at least 0"),
+        ("--label-smoothing", ("-0.1", "1.1", "nan"), "a number from 0 to 1"),
+        ("--device", ("foo", "cuda", "cuda:0", ""), "cpu, as there is no CUDA device"),
+    ],
+)
+def test_numbers_and_devices_that_are_refused(
+    option: str, texts: tuple[str, ...], expected: str, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for text in texts:
+        with pytest.raises(SystemExit) as raised:
+            command.parse(command.make_parser(), ["--rows", "vit/local", option, text])
+        assert raised.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.endswith(f"error: argument {option}: must be {expected}, got {text!r}")
+
+
+def test_numbers_and_devices_that_are_accepted(monkeypatch, capsys) -> None:
+    given = {"epochs": 1, "lr": 1e-9, "clip": 1e9, "weight_decay": 0, "label_smoothing": 1}
+    given |= {"threads": 1, "device": "cuda:1"}
+    flags = (f"--{name.replace('_', '-')}={value}" for name, value in given.items())
+    arguments = ["--table", "1", *flags]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    options = vars(command.parse(command.make_parser(), arguments))
+    assert given == {name: options[name] for name in given}
+    with pytest.raises(SystemExit):
+        command.parse(command.make_parser(), [*arguments, "--device", "cuda:2"])
+    message = "argument --device: must be one of cpu, cuda, cuda:0, cuda:1, got 'cuda:2'"
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults(capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    options = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    shown = {text.split()[0]: text for text in re.split(" (?=--)", options)}
+    defaults = {**vars(Recipe()), "out": "paper_runs", "train_limit": "all", "test_limit": "all"}
+    for name, default in defaults.items():
+        if name not in ("as_run", "compile", "reduced", "device"):
+            assert f"(default: {default})" in shown["--" + name.replace("_", "-")]
+    assert shown["--no-training"] == "--no-training only print or draw rows trained so far"
 
 
 def test_data_must_be_named(tmp_path: Path, monkeypatch) -> None:

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ import torch
 from benchmarks.environment import make_stamp
 from benchmarks.memory import MemoryNotMeasured
 from benchmarks.paper import data, memory, report
+from benchmarks.paper.argument_types import (
+    at_least_one,
+    device,
+    fraction,
+    not_negative,
+    positive,
+)
 from benchmarks.paper.rows import FIGURES, ROWS, TABLES, Figure, Row
 from benchmarks.paper.train import (
     AUGMENTATIONS,
@@ -38,17 +46,7 @@ from benchmarks.paper.train import (
 )
 
 PROGRAM = "python -m benchmarks.paper"
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-# argparse uses the name in its message: "invalid positive number value: ...".
-_at_least_one.__name__ = "positive number"
+_DEFAULT = "(default: %(default)s)"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -70,8 +68,12 @@ def _add_rows(what: argparse._ArgumentGroup) -> None:
     )
     either.add_argument("--figure", type=int, choices=sorted(FIGURES), help="draw this figure")
     what.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows, see --list")
-    what.add_argument("--list", action="store_true", help="list all rows")
-    what.add_argument("--no-training", action="store_true", help="only print or draw finished rows")
+    what.add_argument(
+        "--list", action="store_true", help="only list the rows that are chosen, or all"
+    )
+    what.add_argument(
+        "--no-training", action="store_true", help="only print or draw rows trained so far"
+    )
     what.add_argument("--memory", action="store_true", help="print the peak memory of one step")
     text_or_run = what.add_mutually_exclusive_group()
     text_or_run.add_argument(
@@ -90,41 +92,53 @@ def _add_places(where: argparse._ArgumentGroup) -> None:
         default=os.environ.get("CONVNN_DATA"),
         help="folder of the dataset (default: the environment variable CONVNN_DATA)",
     )
-    where.add_argument("--dataset", choices=("cifar10", "cifar100"), default=Recipe.dataset)
-    where.add_argument("--out", type=Path, default=Path("paper_runs"), help="folder of the runs")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    where.add_argument("--device", default=default)
-    where.add_argument("--threads", type=int, help="CPU threads")
+    where.add_argument(
+        "--dataset", choices=("cifar10", "cifar100"), default=Recipe.dataset, help=_DEFAULT
+    )
+    where.add_argument(
+        "--out", type=Path, default=Path("paper_runs"), help=f"folder of the runs {_DEFAULT}"
+    )
+    where.add_argument(
+        "--device",
+        type=device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:INDEX (default: cuda, or cpu without it)",
+    )
+    where.add_argument(
+        "--threads", type=at_least_one, help="CPU threads (default: as many as PyTorch uses)"
+    )
 
 
 def _add_recipe(how: argparse._ArgumentGroup) -> None:
-    recipe = Recipe()
-    how.add_argument("--epochs", type=int, default=recipe.epochs)
-    how.add_argument("--batch-size", type=int, default=recipe.batch_size)
-    how.add_argument("--optimizer", choices=tuple(OPTIMIZERS), default=recipe.optimizer)
-    how.add_argument("--lr", type=float, default=recipe.lr)
-    how.add_argument("--weight-decay", type=float, default=recipe.weight_decay)
-    how.add_argument("--schedule", choices=SCHEDULES, default=recipe.schedule)
-    how.add_argument(
-        "--clip", type=float, default=recipe.clip, help="maximum norm of the gradients"
-    )
-    how.add_argument(
-        "--label-smoothing", type=float, default=recipe.label_smoothing, help="of the cross-entropy"
-    )
-    how.add_argument("--augmentation", choices=AUGMENTATIONS, default=recipe.augmentation)
-    how.add_argument("--seed", type=int, default=recipe.seed)
-    how.add_argument("--amp", choices=("none", "bfloat16"), default=recipe.amp)
-    how.add_argument("--compile", action="store_true")
-    how.add_argument(
+    def add(flag: str, text: str = "", **options: Any) -> None:
+        default = getattr(Recipe, flag[2:].replace("-", "_"))
+        how.add_argument(flag, default=default, help=f"{text} {_DEFAULT}".lstrip(), **options)
+
+    add("--epochs", type=at_least_one)
+    add("--batch-size", type=at_least_one)
+    add("--optimizer", choices=tuple(OPTIMIZERS))
+    add("--lr", "learning rate", type=positive)
+    add("--weight-decay", type=not_negative)
+    add("--schedule", choices=SCHEDULES)
+    add("--clip", "maximum norm of the gradients", type=positive)
+    add("--label-smoothing", "of the cross-entropy", type=fraction)
+    add("--augmentation", choices=AUGMENTATIONS)
+    add("--seed", type=int)
+    add("--amp", choices=("none", "bfloat16"))
+    how.add_argument("--compile", action="store_true", help="with torch.compile")
+    add(
         "--save-every",
-        type=int,
-        default=recipe.save_every,
+        "between checkpoints; one of VGG-11 has 1.6 GB",
+        type=at_least_one,
         metavar="EPOCHS",
-        help="between checkpoints; one of VGG-11 has 1.6 GB",
     )
     how.add_argument("--reduced", action="store_true", help="small models, for a CPU")
-    how.add_argument("--train-limit", type=_at_least_one, help="total number of training images")
-    how.add_argument("--test-limit", type=_at_least_one, help="total number of test images")
+    for split, name in (("train", "training"), ("test", "test")):
+        how.add_argument(
+            f"--{split}-limit",
+            type=at_least_one,
+            help=f"total number of {name} images (default: all)",
+        )
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -180,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.list:
-        print(report.listing(list(ROWS.values())))
+        _print_to_pipe(report.listing(wanted(options)))
         return
     stamp = make_stamp(_device_name(options.device), torch.get_num_threads())
     head = {"command": command_line(parser, options), "stamp": stamp}
@@ -209,10 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(*parts, *filter(None, notes), sep="\n\n")
     kind = "figure" if options.figure else "table" if options.table else "rows"
     name = f"{options.dataset}-{kind}{options.figure or options.table or ''}"
-    what = {"as_run": options.as_run, "recipe_switches": report.RECIPE_SWITCHES}
+    what = {"as_run": options.as_run, "recipe_switches": report.recipe_switches(rows)}
     _write(folder(options) / f"{name}.json", {**head, **what, "rows": lines, "logs": logs})
     title = f"Table {options.table}" if options.table else ""
-    figure = FIGURES[options.figure] if options.figure else Figure(title, tuple(rows))
+    trained = tuple(row for row in rows if logs[row.name]["epochs"])
+    figure = FIGURES[options.figure] if options.figure else Figure(title, trained)
     path = folder(options) / f"{name}.png"
     report.draw(figure, logs, path)
     print(path)
@@ -240,11 +255,24 @@ def _trained(
                 options.data, options.dataset, options.train_limit, options.test_limit
             )
         logs[row.name] = train(row, dataset, recipe, place, stamp)
+    if not any(log["epochs"] for log in logs.values()):
+        place = folder(options) / options.dataset
+        raise SystemExit(f"{PROGRAM}: none of these rows has been trained in {place}")
     return logs
 
 
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def _print_to_pipe(text: str) -> None:
+    """Prints to a reader that may stop early, such as head."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer is written when Python exits.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

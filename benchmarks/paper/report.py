@@ -135,13 +135,15 @@ def not_the_papers(lines: Sequence[dict[str, Any]]) -> str:
     )
 
 
-# What --as-run changes beside the options of a row.
-RECIPE_SWITCHES = (
-    "seed 42, set after the weights are drawn",
-    "images of ViT-Tiny enlarged as bytes before they are normalized",
-    "normalized by constants",
-    "losses and accuracies as means over batches",
-)
+def recipe_switches(rows: Sequence[Row]) -> list[str]:
+    """What --as-run changes beside the options of these rows."""
+    has_vit = any(row.family == "vit" for row in rows)
+    return [
+        "seed 42, set after the weights are drawn",
+        *["images of ViT-Tiny enlarged as bytes before they are normalized"] * has_vit,
+        "normalized by constants",
+        "losses and accuracies as means over batches",
+    ]
 
 
 def listing(rows: Sequence[Row]) -> str:
@@ -167,7 +169,7 @@ def switches(rows: Sequence[Row], as_run: bool) -> str:
         else "As the paper's text has them. The authors ran (--as-run, docs/paper.md):"
     )
     lines = [f"- {row.label}: {', '.join(row.switches())}" for row in rows]
-    return "\n".join([head, *lines, f"- all: {'; '.join(RECIPE_SWITCHES)}"])
+    return "\n".join([head, *lines, f"- all: {'; '.join(recipe_switches(rows))}"])
 
 
 def summary(lines: Sequence[dict[str, Any]], logs: Logs) -> str:

@@ -307,8 +307,9 @@ def _vit_k(layer: str, k: int) -> Row:
     if k == 9:
         return _named({"kvt": "vit/kvt-9", "convnn": "vit/convnn-all"}[layer])
     changes = {"kvt": {"layer": "kvt-weights"}, "convnn": {"metric": "dot"}}[layer]
+    label = {"kvt": "KVT", "convnn": "ConvNN, all"}[layer] + f", k = {k}"
     options = {"layer": layer, "k": k}
-    return Row(f"vit/{layer}-k{k}", f"{layer}, k = {k}", options, changes={**changes, **_BLOCKS})
+    return Row(f"vit/{layer}-k{k}", label, options, changes={**changes, **_BLOCKS})
 
 
 def _vit_random_k(k: int) -> Row:
