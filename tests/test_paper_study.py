@@ -305,7 +305,8 @@ def test_drawing(number: int, tmp_path: Path, monkeypatch) -> None:
     ("arguments", "message"),
     [
         (["--only", "vgg16"], "--only must be of those that --list prints, got vgg16"),
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--workers", "0"], "argument --workers: must be an integer of at least 1, got '0'"),
+        (["--times", "nan"], "argument --times: must be a number of at least 0, got 'nan'"),
         (["--seed", "3"], "invalid choice: 3"),
         ([], "--data, or CONVNN_DATA, must name the folder of the dataset"),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What options of ``python -m benchmarks.paper`` accept: argparse names the option in its error."""
+"""What options of the commands here accept; argparse names the option in its error."""
 
 from __future__ import annotations
 

@@ -287,7 +287,8 @@ def _named(name: str) -> Row:
     return next(row for row in (*TABLE_1, *TABLE_2) if row.name == name)
 
 
-def _convolution(size: int) -> Row:
+def convolution(size: int) -> Row:
+    """VGG-11 with size×size convolutions alone."""
     if size == 3:
         return _CONV2D
     options = {"layer": "conv2d", "kernel_size": size}
@@ -295,7 +296,8 @@ def _convolution(size: int) -> Row:
     return Row(f"vgg11/conv2d-kernel{size}", label, options, changes=_WITHOUT_CONVNN)
 
 
-def _vgg_k(size: int, k: int) -> Row:
+def hybrid(size: int, k: int) -> Row:
+    """VGG-11 with λ = 0.5, size×size convolutions and k neighbors."""
     if (size, k) == (3, 9):
         return _named("vgg11/hybrid-0.5")
     options = {"layer": "hybrid", "kernel_size": size, "k": k}
@@ -303,7 +305,8 @@ def _vgg_k(size: int, k: int) -> Row:
     return Row(f"vgg11/hybrid-0.5-kernel{size}-k{k}", label, options, changes=_SELF_FIRST)
 
 
-def _vit_k(layer: str, k: int) -> Row:
+def vit_k(layer: str, k: int) -> Row:
+    """ViT-Tiny with "convnn" or "kvt" over all tokens, and k neighbors."""
     if k == 9:
         return _named({"kvt": "vit/kvt-9", "convnn": "vit/convnn-all"}[layer])
     changes = {"kvt": {"layer": "kvt-weights"}, "convnn": {"metric": "dot"}}[layer]
@@ -312,12 +315,15 @@ def _vit_k(layer: str, k: int) -> Row:
     return Row(f"vit/{layer}-k{k}", label, options, changes={**changes, **_BLOCKS})
 
 
-def _vit_random_k(k: int) -> Row:
+def vit_random_k(k: int) -> Row:
+    """ViT-Tiny with k neighbors among 32 random candidates."""
     return _named("vit/convnn-random-32") if k == 9 else _sparse("vit", "random", 32, k=k)
 
 
-def _vit_r(kind: str, r: int) -> Row:
-    return _named(f"vit/convnn-{kind}-32") if r == 32 else _sparse("vit", kind, r)
+def among(family: str, kind: str, r: int) -> Row:
+    """The row with r "random" or "spatial" candidates."""
+    is_named = (family, r) == ("vit", 32)
+    return _named(f"vit/convnn-{kind}-32") if is_named else _sparse(family, kind, r)
 
 
 # The swept values are those of the authors' runs; the paper's text has only k = 9 and 100, and
@@ -336,8 +342,8 @@ FIGURES = {
         "VGG-11, λ = 0.5",
         variable="k",
         sweeps=(
-            *(Sweep(f"hybrid, {n}×{n}", {k: _vgg_k(n, k) for k in _K}) for n in _KERNELS),
-            *(Sweep(f"Conv2D, {n}×{n}", {0: _convolution(n)}) for n in _KERNELS),
+            *(Sweep(f"hybrid, {n}×{n}", {k: hybrid(n, k) for k in _K}) for n in _KERNELS),
+            *(Sweep(f"Conv2D, {n}×{n}", {0: convolution(n)}) for n in _KERNELS),
         ),
     ),
     5: Figure(
@@ -345,7 +351,7 @@ FIGURES = {
         variable="r",
         sweeps=(
             *(
-                Sweep(f"{kind} candidates", {r: _sparse("vgg11", kind, r) for r in _VGG_R})
+                Sweep(f"{kind} candidates", {r: among("vgg11", kind, r) for r in _VGG_R})
                 for kind in _KINDS
             ),
             Sweep("all candidates", {0: _named("vgg11/hybrid-0.5")}),
@@ -358,9 +364,9 @@ FIGURES = {
         "ViT-Tiny",
         variable="k",
         sweeps=(
-            Sweep("ConvNN, all", {k: _vit_k("convnn", k) for k in _K}),
-            Sweep("ConvNN, random, r = 32", {k: _vit_random_k(k) for k in _K}),
-            Sweep("KVT", {k: _vit_k("kvt", k) for k in _K}),
+            Sweep("ConvNN, all", {k: vit_k("convnn", k) for k in _K}),
+            Sweep("ConvNN, random, r = 32", {k: vit_random_k(k) for k in _K}),
+            Sweep("KVT", {k: vit_k("kvt", k) for k in _K}),
             Sweep("KVT, k = 100", {0: _named("vit/kvt-100")}),
             Sweep("Attention", {0: _named("vit/attention")}),
         ),
@@ -369,7 +375,10 @@ FIGURES = {
         "ViT-Tiny",
         variable="r",
         sweeps=(
-            *(Sweep(f"{kind} candidates", {r: _vit_r(kind, r) for r in _VIT_R}) for kind in _KINDS),
+            *(
+                Sweep(f"{kind} candidates", {r: among("vit", kind, r) for r in _VIT_R})
+                for kind in _KINDS
+            ),
             Sweep("all candidates", {0: _named("vit/convnn-all")}),
             Sweep("Attention", {0: _named("vit/attention")}),
         ),

@@ -2,7 +2,8 @@
 """``python -m benchmarks.paper.study``: reduced tables and figures, every point with three seeds.
 
 Trains what is not finished, resumes what was interrupted, and writes study.json and a PNG per
-figure to the folder of the runs. The tables say what the spread over seeds allows to conclude.
+figure to the folder of the runs. The tables say which differences stand out from the spread over
+seeds.
 
   python -m benchmarks.paper.study --data FOLDER --workers 2     # about an hour on two cores
   python -m benchmarks.paper.study --times 60                    # step times: run nothing beside it
@@ -28,9 +29,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.environment import make_stamp
-from benchmarks.paper import data, study_report
+from benchmarks.paper import argument_types, data, study_report
 from benchmarks.paper.study_rows import FIGURES, OPTIONS, POINTS, RECIPES, SEEDS, TIMED
-from benchmarks.paper.train import AnotherRunError, DivergedError, Recipe, train
+from benchmarks.paper.train import AnotherRunError, DivergedError, Recipe, replaced, train
 
 PROGRAM = "python -m benchmarks.paper.study"
 
@@ -188,9 +189,8 @@ def add_times(out: Path, names: Sequence[str], seconds: float, stamp: dict[str, 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     print(path)
 
 
@@ -207,7 +207,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder of CIFAR-10 (default: the environment variable CONVNN_DATA)",
     )
     parser.add_argument("--out", type=Path, default=Path("study_runs"), help="folder of the runs")
-    parser.add_argument("--workers", type=int, default=1, help="processes with one thread each")
+    parser.add_argument(
+        "--workers",
+        type=argument_types.at_least_one,
+        default=1,
+        help="processes with one thread each",
+    )
     parser.add_argument("--only", nargs="+", metavar="POINT", help="only these, see --list")
     parser.add_argument(
         "--seed", type=int, choices=SEEDS, help="only this; with it, or --only, writes no report"
@@ -219,7 +224,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--draw", type=Path, metavar="FOLDER", help="report the study.json of this folder again"
     )
     either.add_argument(
-        "--times", type=float, metavar="SECONDS", help="only time steps of some points"
+        "--times",
+        type=argument_types.not_negative,
+        metavar="SECONDS",
+        help="only time steps of some points",
     )
     return parser
 
@@ -230,8 +238,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = [name for name in options.only or () if name not in POINTS]
     if unknown:
         parser.error(f"--only must be of those that --list prints, got {', '.join(unknown)}")
-    if options.workers < 1:
-        parser.error(f"--workers must be at least 1, got {options.workers}")
     if options.list:
         print("\n".join(f"{name:34}{row.label}" for name, row in POINTS.items()))
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables and figures of the study, with the spread over seeds and what it allows to conclude."""
+"""Tables and figures of the study, with the spread over seeds and what stands out from it."""
 
 from __future__ import annotations
 

@@ -8,13 +8,11 @@ reduced models have room for: VGG-11 has maps of 32x32 to 2x2 pixels, ViT-Tiny 6
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 from benchmarks.paper import rows
 from benchmarks.paper.rows import ROWS, Figure, Row, Sweep
 from benchmarks.paper.train import Recipe
-from convnn_kernels.nn import RandomCandidates, SpatialCandidates
 
 SEEDS = (0, 1, 2)
 
@@ -49,40 +47,6 @@ _VGG_K = (1, 4, 9, 12)
 _VGG_R = tuple(n**2 for n in (4, 8, 12, 16, 24, 32))
 _VIT_K = (4, 9, 16, 25, 36)
 _VIT_R = (9, 16, 32, 48, 64)
-_KINDS = {"random": RandomCandidates, "spatial": SpatialCandidates}
-
-
-def _convolution(size: int) -> Row:
-    if size == 3:
-        return ROWS["vgg11/conv2d"]
-    options = {"layer": "conv2d", "k": size**2}
-    return Row(f"vgg11/conv2d-k{size**2}", f"Conv2D, {size}×{size}", options)
-
-
-def _hybrid(size: int, k: int) -> Row:
-    if (size, k) == (3, 9):
-        return ROWS["vgg11/hybrid-0.5"]
-    name, label = f"vgg11/hybrid-0.5-{size}x{size}-k{k}", f"λ = 0.5, {size}×{size}, k = {k}"
-    return Row(name, label, {"layer": "hybrid", "kernel_size": size, "k": k})
-
-
-def _candidates(family: str, kind: str, r: int, k: int = 9) -> Row:
-    name = {"vgg11": f"vgg11/hybrid-0.5-{kind}-{r}", "vit": f"vit/convnn-{kind}-{r}"}[family]
-    if k == 9 and name in ROWS:
-        return ROWS[name]
-    layer = {"vgg11": "hybrid", "vit": "convnn"}[family]
-    label = f"ConvNN, {kind}, r = {r}"
-    options: dict[str, Any] = {"layer": layer, "candidates": functools.partial(_KINDS[kind], r)}
-    if k == 9:
-        return Row(name, label, options)
-    return Row(f"{name}-k{k}", f"{label}, k = {k}", {**options, "k": k})
-
-
-def _neighbors(layer: str, k: int) -> Row:
-    if k == 9:
-        return ROWS[{"convnn": "vit/convnn-all", "kvt": "vit/kvt-9"}[layer]]
-    label = {"convnn": "ConvNN, all", "kvt": "KVT"}[layer]
-    return Row(f"vit/{layer}-k{k}", f"{label}, k = {k}", {"layer": layer, "k": k})
 
 
 def _sweeps_of_candidates(family: str, counts: tuple[int, ...], everything: str) -> list[Sweep]:
@@ -90,8 +54,8 @@ def _sweeps_of_candidates(family: str, counts: tuple[int, ...], everything: str)
     baseline = BASELINES[family][0]
     return [
         *(
-            Sweep(f"{kind} candidates", {r: _candidates(family, kind, r) for r in counts})
-            for kind in _KINDS
+            Sweep(f"{kind} candidates", {r: rows.among(family, kind, r) for r in counts})
+            for kind in ("random", "spatial")
         ),
         Sweep("all candidates", {0: ROWS[everything]}),
         Sweep(baseline.label, {0: baseline}),
@@ -104,10 +68,10 @@ FIGURES = {
         variable="k",
         sweeps=(
             *(
-                Sweep(f"hybrid, {size}×{size}", {k: _hybrid(size, k) for k in _VGG_K})
+                Sweep(f"hybrid, {size}×{size}", {k: rows.hybrid(size, k) for k in _VGG_K})
                 for size in _KERNELS
             ),
-            *(Sweep(f"Conv2D, {size}×{size}", {0: _convolution(size)}) for size in _KERNELS),
+            *(Sweep(f"Conv2D, {size}×{size}", {0: rows.convolution(size)}) for size in _KERNELS),
         ),
     ),
     5: Figure(
@@ -120,12 +84,12 @@ FIGURES = {
         "ViT-Tiny",
         variable="k",
         sweeps=(
-            Sweep("ConvNN, all", {k: _neighbors("convnn", k) for k in _VIT_K}),
+            Sweep("ConvNN, all", {k: rows.vit_k("convnn", k) for k in _VIT_K}),
             Sweep(
                 "ConvNN, random, r = 32",
-                {k: _candidates("vit", "random", 32, k) for k in _VIT_K if k <= 32},
+                {k: rows.vit_random_k(k) for k in _VIT_K if k <= 32},
             ),
-            Sweep("KVT", {k: _neighbors("kvt", k) for k in _VIT_K}),
+            Sweep("KVT", {k: rows.vit_k("kvt", k) for k in _VIT_K}),
             Sweep("Attention", {0: ROWS["vit/attention"]}),
         ),
     ),

@@ -343,18 +343,18 @@ def _save(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = value.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    with _replaced(folder / "checkpoint.safetensors") as path:
+    with replaced(folder / "checkpoint.safetensors") as path:
         save_file(tensors, path, metadata={"log": json.dumps(log)})
 
 
 def _save_log(folder: Path, log: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with _replaced(folder / "log.json") as path:
+    with replaced(folder / "log.json") as path:
         path.write_text(json.dumps(log, indent=1) + "\n")
 
 
 @contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
+def replaced(path: Path) -> Iterator[Path]:
     """Yields a path to write to; that file then replaces `path` atomically, or not at all."""
     temporary = path.with_name(path.name + ".new")
     yield temporary
