@@ -72,6 +72,8 @@ def require_types(function: str, op: torch._ops.OpOverload, args: Sequence[Any])
         elif kind == "str" and not isinstance(value, str):
             expected = checks.listed(_CHOICES[name])
             raise TypeError(f"{function}: {name} must be {expected}, got {_described(value)}")
+        elif kind == "bool" and not isinstance(value, bool):
+            raise TypeError(f"{function}: {name} must be True or False, got {_described(value)}")
         elif isinstance(value, int) and value >= 2**63:
             raise RuntimeError(f"{function}: {name} must be below 2**63, got {value}")
 

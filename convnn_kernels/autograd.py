@@ -61,6 +61,8 @@ class _Forward(_Node):
     def forward(ctx: Any, op: torch._ops.OpOverload, below: Any, *args: Any) -> Any:
         output, similarities, indices = torch_internals.redispatch(op, below, *args)
         arguments = _keep_options(ctx, op, args)
+        candidates = arguments.candidates
+        is_shared = candidates is not None and candidates.dim() == 1
         ctx.save_for_backward(
             arguments.query,
             arguments.key,
@@ -68,7 +70,7 @@ class _Forward(_Node):
             arguments.weight,
             similarities,
             indices,
-            arguments.candidates,
+            candidates if is_shared else None,
         )
         ctx.mark_non_differentiable(indices)
         return output, similarities, indices

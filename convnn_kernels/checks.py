@@ -82,33 +82,64 @@ def _check_query_and_key(op: str, query: Tensor, key: Tensor) -> None:
 
 
 def _check_restrictions(op: str, arguments: Any) -> None:
-    """Check what restricts the selection: candidates, self_indices and key_mask."""
-    query, key, candidates = arguments.query, arguments.key, arguments.candidates
+    """Check what restricts which keys may be neighbors."""
+    query, key, rows = arguments.query, arguments.key, arguments.query.shape[-2]
+    candidates, self_indices = arguments.candidates, arguments.self_indices
     if candidates is not None:
         _check_dtype(op, "candidates", candidates, torch.int64)
         _check_device(op, "candidates", candidates, "query", query)
-        if candidates.dim() != 1:
+        if candidates.dim() == 0 or not _has_lead(candidates.shape[:-1], query):
             raise RuntimeError(
-                f"{op}: candidates must have shape [R], got shape {list(candidates.shape)}"
+                f"{op}: candidates must have shape {_shapes_of_queries(query, 'R')}, "
+                f"got shape {list(candidates.shape)}"
             )
-    self_indices, rows = arguments.self_indices, query.shape[-2]
     if self_indices is not None:
         _check_dtype(op, "self_indices", self_indices, torch.int64)
         _check_device(op, "self_indices", self_indices, "query", query)
-        if self_indices.dim() != 1 or self_indices.shape[0] != rows:
+        if not (_ends_in(self_indices, rows) and _has_lead(self_indices.shape[:-1], query)):
             raise RuntimeError(
-                f"{op}: self_indices must have shape [{rows}], one row of key for each query, "
-                f"got shape {list(self_indices.shape)}"
+                f"{op}: self_indices must have shape {_shapes_of_queries(query, rows)}, one row of "
+                f"key for each query, got shape {list(self_indices.shape)}"
             )
-    key_mask = arguments.key_mask
-    if key_mask is not None:
-        _check_dtype(op, "key_mask", key_mask, torch.bool)
-        _check_device(op, "key_mask", key_mask, "query", query)
-        if list(key_mask.shape) != list(key.shape[:-1]):
+    elif arguments.exclude_self:
+        raise RuntimeError(f"{op}: exclude_self must be False without self_indices, got True")
+    _check_key_mask(op, arguments.key_mask, query, key)
+    key_range = arguments.key_range
+    if key_range is not None:
+        _check_dtype(op, "key_range", key_range, torch.int64)
+        _check_device(op, "key_range", key_range, "query", query)
+        if not (_ends_in(key_range, rows, 2) and _has_lead(key_range.shape[:-2], query)):
             raise RuntimeError(
-                f"{op}: key_mask must have shape {list(key.shape[:-1])}, "
-                f"got shape {list(key_mask.shape)}"
+                f"{op}: key_range must have shape {_shapes_of_queries(query, rows, 2)}, begin and "
+                f"end for each query, got shape {list(key_range.shape)}"
             )
+
+
+def _check_key_mask(op: str, key_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
+    if key_mask is None:
+        return
+    _check_dtype(op, "key_mask", key_mask, torch.bool)
+    _check_device(op, "key_mask", key_mask, "query", query)
+    if list(key_mask.shape) != list(key.shape[:-1]):
+        raise RuntimeError(
+            f"{op}: key_mask must have shape {list(key.shape[:-1])}, "
+            f"got shape {list(key_mask.shape)}"
+        )
+
+
+def _ends_in(tensor: Tensor, *last: int) -> bool:
+    return tensor.dim() >= len(last) and list(tensor.shape[-len(last) :]) == list(last)
+
+
+def _has_lead(lead: Sequence[int], query: Tensor) -> bool:
+    """Whether these leading dimensions are none, which the batch shares, or those of query."""
+    return len(lead) == 0 or list(lead) == list(query.shape[:-2])
+
+
+def _shapes_of_queries(query: Tensor, *last: Any) -> str:
+    """The shapes that such a tensor may have: "[5, 2]" or "[5, 2] or [3, 5, 2]"."""
+    shapes = [last] if query.dim() == 2 else [last, (*query.shape[:-2], *last)]
+    return " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
 
 
 def _check_k(op: str, k: int) -> None:
@@ -206,9 +237,24 @@ def check_candidates(op: str, candidates: Tensor | None, rows: int) -> None:
         return
     _check_range(op, "candidates", candidates, rows)
     in_order = candidates.sort().values
-    again = in_order[1:][in_order[1:] == in_order[:-1]]
+    again = in_order[..., 1:][in_order[..., 1:] == in_order[..., :-1]]
     if again.numel():
         raise RuntimeError(f"{op}: candidates must be distinct, got {int(again[0])} more than once")
+
+
+def check_key_range(op: str, key_range: Tensor | None, rows: int) -> None:
+    """Check, by reading them, that the values of ``key_range`` are ranges of rows of key."""
+    if key_range is None:
+        return
+    begin, end = key_range.unbind(-1)
+    wrong = ((begin < 0) | (begin > end) | (end > rows)).flatten().nonzero()
+    if wrong.numel():
+        position = int(wrong[0])
+        got = [int(each.flatten()[position]) for each in (begin, end)]
+        raise RuntimeError(
+            f"{op}: key_range must be 0 <= begin <= end <= {rows}, got {got[0]} and {got[1]} "
+            f"at position {position}"
+        )
 
 
 def check_self_indices(op: str, self_indices: Tensor | None, rows: int) -> None:

@@ -39,7 +39,7 @@ def _forward(arguments: Any) -> int:
 
 def _select(arguments: Any) -> int:
     candidates = arguments.candidates
-    searched = arguments.key[-2] if candidates is None else candidates[0]
+    searched = arguments.key[-2] if candidates is None else candidates[-1]
     return 2 * math.prod(arguments.query) * searched
 
 

@@ -48,6 +48,8 @@ def convnn(
     rho: Rho = "softmax",
     scale: float = 1.0,
     order: Order = "similarity",
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> Tensor:
     r"""Convolves the k nearest neighbors of every query among the keys (Algorithm 1).
 
@@ -77,10 +79,12 @@ def convnn(
         weight: laid out as ``nn.Conv1d.weight`` with kernel size k: [O, C, k] dense or [C, 1, k]
             depthwise; same dtype as value; shared by all leading dimensions.
         bias: [O] ([C] with a depthwise weight or none), same dtype as value.
-        candidates: [R] int64, the rows of key that may be neighbors (section 4.2.2), distinct and
-            in any order. Duplicates are not detected on CUDA; the result is then undefined.
-        self_indices: [N] int64, the row of key that is the token itself, for each query. It is
-            always a neighbor, even if it is not a candidate, and is never counted twice.
+        candidates: [R], or [..., R] with other ones for each batch element: int64, the rows of key
+            that may be neighbors (section 4.2.2), distinct and in any order. Duplicates are not
+            detected on CUDA; the result is then undefined.
+        self_indices: [N] or [..., N] int64, the row of key that is the token itself, for each
+            query. It is always a neighbor, even if it is not a candidate, unless ``key_mask`` or
+            ``key_range`` rules it out, and is never counted twice.
         key_mask: [..., M] bool, False where a key may not be a neighbor, not even of itself.
         metric: "cosine": :math:`q \cdot k / (\max(\|q\|, \epsilon) \max(\|k\|, \epsilon))` with
             :math:`\epsilon = 10^{-12}`; "dot": :math:`q \cdot k`; "euclidean":
@@ -91,6 +95,11 @@ def convnn(
             that is learned, see :func:`aggregate_neighbors`.
         order: which neighbor meets which of the k taps of weight. "similarity": nearest first
             (self before all others), ties by row; "index": by row of key, as in a convolution.
+        key_range: [N, 2] or [..., N, 2] int64, begin and end for each query: only rows of key with
+            begin <= row < end may be its neighbors, not even the token itself outside of them.
+            (0, i + 1) is causal. On the CPU the time follows the ranges.
+        exclude_self: the token itself is never a neighbor, rather than always one; the nearest
+            others take its place. Needs ``self_indices``.
 
     Returns:
         [..., N, O], or [..., N, C] with a depthwise weight or none; same dtype as value. Where
@@ -135,6 +144,8 @@ def convnn(
         rho,
         scale,
         order,
+        key_range,
+        exclude_self,
     )
     return output
 
@@ -148,6 +159,8 @@ def select_neighbors(
     key_mask: Tensor | None = None,
     metric: Metric = "cosine",
     order: Order = "similarity",
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Finds the k nearest neighbors of every query among the keys (Eq. 3, 4, 5).
 
@@ -160,13 +173,17 @@ def select_neighbors(
         key: [..., M, D], same dtype and leading dimensions as query.
         k: the number of neighbors, at least 1. Beyond the number of keys that are allowed,
             neighbors are missing.
-        candidates: [R] int64, the rows of key that may be neighbors (section 4.2.2), distinct.
-            Duplicates are not detected on CUDA; the result is then undefined.
-        self_indices: [N] int64, the row of key that is the token itself, for each query: always a
-            neighbor, and the first one with order="similarity".
+        candidates: [R] or [..., R] int64, the rows of key that may be neighbors (section 4.2.2),
+            distinct. Duplicates are not detected on CUDA; the result is then undefined.
+        self_indices: [N] or [..., N] int64, the row of key that is the token itself, for each
+            query: a neighbor unless ``key_mask`` or ``key_range`` rules it out, and the first one
+            with order="similarity".
         key_mask: [..., M] bool, False where a key may not be a neighbor.
         metric: "cosine", "dot" or "euclidean", as in :func:`convnn`.
         order: "similarity": nearest first; "index": by row of key.
+        key_range: [N, 2] or [..., N, 2] int64, begin and end of the rows of key that may be
+            neighbors of a query, as in :func:`convnn`.
+        exclude_self: the token itself is never a neighbor, as in :func:`convnn`.
 
     Returns:
         similarities, [..., N, k] float32 (float64 if query is), and indices, [..., N, k] int64:
@@ -206,6 +223,8 @@ def select_neighbors(
         key_mask,
         metric,
         order,
+        key_range,
+        exclude_self,
     )
 
 

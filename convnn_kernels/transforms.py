@@ -33,6 +33,10 @@ _BATCHED = {
     "convnn::aggregate_backward": {"grad_output", "value", "similarities", "indices"},
 }
 
+# The arguments of forward and select that have the leading dimensions, or none where the batch
+# shares them, and how many dimensions they have then.
+_OWN_DIMS = {"candidates": 1, "self_indices": 1, "key_range": 2}
+
 
 def autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
     """The kernel of ``op`` for the autocast key of one device.
@@ -87,14 +91,23 @@ def vmap(op: torch._ops.OpOverload) -> Callable[..., Any]:
     and ``op`` is called once. Otherwise ``op`` is called for each entry.
     """
     arguments_of = schemas.arguments(op)
-    batched = {arguments_of._fields.index(name) for name in _BATCHED[op.name()]}
+    fields = arguments_of._fields
+    batched = {fields.index(name) for name in _BATCHED[op.name()]}
+    restricting = {}
+    if op.name() in ("convnn::forward", "convnn::select"):
+        restricting = {fields.index(name): dims for name, dims in _OWN_DIMS.items()}
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         mapped = {i for i, dim in enumerate(in_dims) if dim is not None}
-        if not mapped <= batched or _sums_over_batch(arguments_of(*args)):
+        if not mapped <= batched | set(restricting) or _sums_over_batch(arguments_of(*args)):
             results = _loop(op, info.batch_size, in_dims, args)
         else:
-            results = op(*_fold(args, batched, info.batch_size, in_dims))
+            folded = _fold(args, batched, info.batch_size, in_dims)
+            for i, own_dims in restricting.items():
+                if i < len(args) and isinstance(args[i], Tensor):
+                    lead = folded[0].shape[:-2]
+                    folded[i] = _fold_restricting(args[i], in_dims[i], own_dims, lead)
+            results = op(*folded)
         if isinstance(results, Tensor):
             return results, 0
         # A folded call returns a gradient that is not needed as one empty tensor for all entries.
@@ -121,6 +134,18 @@ def _fold(
             arg, dim = args[i], in_dims[i]
             folded[i] = arg.expand(batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
     return folded
+
+
+def _fold_restricting(arg: Tensor, dim: int | None, own_dims: int, lead: Sequence[int]) -> Tensor:
+    """The argument with the leading dimensions ``lead``, the mapped one first, or with none."""
+    if dim is None:
+        is_shared = arg.dim() == own_dims
+        return arg if is_shared else arg.expand(*lead, *arg.shape[-own_dims:])
+    arg = arg.movedim(dim, 0)
+    own = arg.shape[-own_dims:]
+    if arg.dim() == own_dims + 1:  # shared by the leading dimensions of an entry
+        arg = arg.reshape(arg.shape[0], *[1] * (len(lead) - 1), *own)
+    return arg.expand(*lead, *own)
 
 
 def _loop(

@@ -4,8 +4,10 @@
 // and words, for calls that come through Python; a test compares them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -193,10 +195,83 @@ inline void check_leading_as(const char* op, const char* name, const Tensor& ten
   }
 }
 
+inline const OptionalTensor kNotGiven = std::nullopt;
+
+// The arguments of select and forward that restrict which keys may be neighbors.
+struct Restrictions {
+  const OptionalTensor& candidates = kNotGiven;
+  const OptionalTensor& self_indices = kNotGiven;
+  const OptionalTensor& key_mask = kNotGiven;
+  const OptionalTensor& key_range = kNotGiven;
+  bool exclude_self = false;
+};
+
+// Whether a tensor has these last dimensions, and before them none or those of query.
+inline bool has_shape_of_queries(const Tensor& tensor, const Tensor& query,
+                                 std::initializer_list<int64_t> last) {
+  const int64_t lead = tensor.dim() - int64_t(last.size());
+  if (lead != 0 && lead != query.dim() - 2) return false;
+  for (int64_t i = 0; i < lead; ++i) {
+    if (tensor.size(i) != query.size(i)) return false;
+  }
+  return std::equal(last.begin(), last.end(), tensor.sizes().begin() + lead);
+}
+// The shapes that it may have, "[5, 2]" or "[5, 2] or [3, 5, 2]".
+inline std::string shapes_of_queries(const Tensor& query, const std::string& last) {
+  const std::string lead = leading_of(query);
+  if (query.dim() == 2) return "[" + last + "]";
+  return "[" + last + "] or " + lead.substr(0, lead.size() - 1) + ", " + last + "]";
+}
+
+inline void check_restrictions(const char* op, const Tensor& query, const Tensor& key,
+                               const Restrictions& given) {
+  const std::string n = std::to_string(rows_of(query));
+  if (given.candidates) {
+    const Tensor& candidates = *given.candidates;
+    check_dtype(op, "candidates", candidates, ScalarType::Long);
+    check_device_as(op, "candidates", candidates, "query", query);
+    if (candidates.dim() == 0 ||
+        !has_shape_of_queries(candidates, query, {candidates.size(candidates.dim() - 1)})) {
+      fail(op, "candidates must have shape ", shapes_of_queries(query, "R"), ", got shape ",
+           shape_of(candidates));
+    }
+  }
+  if (given.self_indices) {
+    const Tensor& self_indices = *given.self_indices;
+    check_dtype(op, "self_indices", self_indices, ScalarType::Long);
+    check_device_as(op, "self_indices", self_indices, "query", query);
+    if (!has_shape_of_queries(self_indices, query, {rows_of(query)})) {
+      fail(op, "self_indices must have shape ", shapes_of_queries(query, n),
+           ", one row of key for each query, got shape ", shape_of(self_indices));
+    }
+  } else if (given.exclude_self) {
+    fail(op, "exclude_self must be False without self_indices, got True");
+  }
+  if (given.key_mask) {
+    const Tensor& key_mask = *given.key_mask;
+    check_dtype(op, "key_mask", key_mask, ScalarType::Bool);
+    check_device_as(op, "key_mask", key_mask, "query", query);
+    bool same = key_mask.dim() == key.dim() - 1;
+    for (int64_t i = 0; same && i < key_mask.dim(); ++i) same = key_mask.size(i) == key.size(i);
+    if (!same) {
+      fail(op, "key_mask must have shape ", name_of(key.sizes(), size_t(key.dim()) - 1),
+           ", got shape ", shape_of(key_mask));
+    }
+  }
+  if (given.key_range) {
+    const Tensor& key_range = *given.key_range;
+    check_dtype(op, "key_range", key_range, ScalarType::Long);
+    check_device_as(op, "key_range", key_range, "query", query);
+    if (!has_shape_of_queries(key_range, query, {rows_of(query), 2})) {
+      fail(op, "key_range must have shape ", shapes_of_queries(query, n + ", 2"),
+           ", begin and end for each query, got shape ", shape_of(key_range));
+    }
+  }
+}
+
 // The arguments that select and forward share.
 inline void check_select(const char* op, const Tensor& query, const Tensor& key, int64_t k,
-                         const OptionalTensor& candidates, const OptionalTensor& self_indices,
-                         const OptionalTensor& key_mask, const std::string& metric,
+                         const Restrictions& restrictions, const std::string& metric,
                          const std::string& order) {
   check_given(op, "query", query);
   check_given(op, "key", key);
@@ -216,32 +291,7 @@ inline void check_select(const char* op, const Tensor& query, const Tensor& key,
     fail(op, "metric must be 'cosine', 'dot' or 'euclidean', got '", metric, "'");
   }
   if (!order_of(order)) fail(op, "order must be 'similarity' or 'index', got '", order, "'");
-  if (candidates) {
-    check_dtype(op, "candidates", *candidates, ScalarType::Long);
-    check_device_as(op, "candidates", *candidates, "query", query);
-    if (candidates->dim() != 1) {
-      fail(op, "candidates must have shape [R], got shape ", shape_of(*candidates));
-    }
-  }
-  const int64_t n = rows_of(query);
-  if (self_indices) {
-    check_dtype(op, "self_indices", *self_indices, ScalarType::Long);
-    check_device_as(op, "self_indices", *self_indices, "query", query);
-    if (self_indices->dim() != 1 || self_indices->size(0) != n) {
-      fail(op, "self_indices must have shape [", n, "], one row of key for each query, got shape ",
-           shape_of(*self_indices));
-    }
-  }
-  if (key_mask) {
-    check_dtype(op, "key_mask", *key_mask, ScalarType::Bool);
-    check_device_as(op, "key_mask", *key_mask, "query", query);
-    bool same = key_mask->dim() == key.dim() - 1;
-    for (int64_t i = 0; same && i < key_mask->dim(); ++i) same = key_mask->size(i) == key.size(i);
-    if (!same) {
-      fail(op, "key_mask must have shape ", name_of(key.sizes(), size_t(key.dim()) - 1),
-           ", got shape ", shape_of(*key_mask));
-    }
-  }
+  check_restrictions(op, query, key, restrictions);
   if (k < 1) fail(op, "k must be at least 1, got ", k);
 }
 
@@ -332,6 +382,17 @@ inline void check_range(const char* op, const char* name, const int64_t* values,
   for (int64_t i = 0; i < count; ++i) {
     if (values[i] < 0 || values[i] >= m) {
       fail(op, name, " must be in [0, ", m, "), got ", values[i], " at position ", i);
+    }
+  }
+}
+
+// ranges [count, 2] in host memory.
+inline void check_key_range(const char* op, const int64_t* ranges, int64_t count, int64_t m) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = ranges[2 * i], end = ranges[2 * i + 1];
+    if (begin < 0 || begin > end || end > m) {
+      fail(op, "key_range must be 0 <= begin <= end <= ", m, ", got ", begin, " and ", end,
+           " at position ", i);
     }
   }
 }

@@ -51,12 +51,18 @@ struct SelectParams {
   Order order;
   StridedRows query;            // [batch, n, d] dtype
   StridedRows key;              // [batch, m, d] dtype
-  const int64_t* candidates;    // [r] or null: every row of key
+  const int64_t* candidates;    // [r] or [batch, r], or null: every row of key
   int64_t r;                    // number of candidates
-  const int64_t* self_indices;  // [n] or null
-  const bool* key_mask;         // [batch, m] or null: true = may be a neighbor
-  void* similarities;           // [batch, n, k] float32, float64 for float64
-  int64_t* indices;             // [batch, n, k]
+  int64_t candidates_stride;    // r, or 0: the batch shares them
+  const int64_t* self_indices;  // [n] or [batch, n], or null
+  int64_t self_stride;          // n, or 0
+  bool exclude_self;            // the token itself is no neighbor; otherwise it always is one
+  const int64_t* key_range;  // [n, 2] or [batch, n, 2], or null: begin and end of the rows of key
+                             // that may be neighbors of a query
+  int64_t range_stride;      // 2 n, or 0
+  const bool* key_mask;      // [batch, m] or null: true = may be a neighbor
+  void* similarities;        // [batch, n, k] float32, float64 for float64
+  int64_t* indices;          // [batch, n, k]
 };
 
 struct SelectBackwardParams {

@@ -7,17 +7,20 @@ namespace convnn {
 
 // In the backward operators, which are internal, a gradient that is not needed is an empty tensor.
 // The gradient of the similarities that forward returns is added to what comes from the output;
-// None stands for zero. The candidates of forward_backward are those of forward: from them a
-// backend knows that a query's neighbors are among so few rows of key, but for the token itself.
+// None stands for zero. The candidates of forward_backward are those of forward, if the batch
+// shares them: from them a backend knows that a query's neighbors are among so few rows of key, but
+// for the token itself.
 constexpr const char* kSchemas[] = {
     "forward(Tensor query, Tensor key, Tensor value, SymInt k, Tensor? weight=None, "
     "Tensor? bias=None, Tensor? candidates=None, Tensor? self_indices=None, "
     "Tensor? key_mask=None, str metric=\"cosine\", str rho=\"softmax\", float scale=1.0, "
-    "str order=\"similarity\") -> (Tensor output, Tensor similarities, Tensor indices)",
+    "str order=\"similarity\", Tensor? key_range=None, bool exclude_self=False) "
+    "-> (Tensor output, Tensor similarities, Tensor indices)",
 
     "select(Tensor query, Tensor key, SymInt k, Tensor? candidates=None, "
     "Tensor? self_indices=None, Tensor? key_mask=None, str metric=\"cosine\", "
-    "str order=\"similarity\") -> (Tensor similarities, Tensor indices)",
+    "str order=\"similarity\", Tensor? key_range=None, bool exclude_self=False) "
+    "-> (Tensor similarities, Tensor indices)",
 
     "aggregate(Tensor value, Tensor similarities, Tensor indices, Tensor? weight=None, "
     "Tensor? bias=None, str rho=\"softmax\", float scale=1.0) -> Tensor",

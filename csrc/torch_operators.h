@@ -282,39 +282,51 @@ SelectParams select_params(const Tensor& query, const Tensor& key, int64_t k,
   return params;
 }
 
+// The elements of the last dimension.
+int64_t last_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
+// The restrictions except their pointers.
+void set_restrictions(SelectParams& params, const Restrictions& given) {
+  // Those of a batch element, or 0 if the batch shares them: then there are no leading dimensions.
+  const auto stride = [](const OptionalTensor& tensor, int64_t dims, int64_t elements) {
+    return tensor && tensor->dim() > dims ? elements : 0;
+  };
+  params.r = given.candidates ? last_of(*given.candidates) : 0;
+  params.candidates_stride = stride(given.candidates, 1, params.r);
+  params.self_stride = stride(given.self_indices, 1, params.n);
+  params.range_stride = stride(given.key_range, 2, 2 * params.n);
+  params.exclude_self = given.exclude_self;
+}
+
 // What select reads: its checked arguments, and the copies that its parameters point to.
 template <class Backend>
 class SelectInputs {
  public:
   SelectInputs(const char* op, const Tensor& query, const Tensor& key, int64_t k,
-               const OptionalTensor& candidates, const OptionalTensor& self_indices,
-               const OptionalTensor& key_mask, const std::string& metric, const std::string& order)
-      : candidates_(candidates),
-        self_(self_indices),
-        mask_(key_mask),
+               const Restrictions& given, const std::string& metric, const std::string& order)
+      : candidates_(given.candidates),
+        self_(given.self_indices),
+        mask_(given.key_mask),
+        range_(given.key_range),
         queries_(query, Backend::kReadsStrides, reads_of(query)),
         keys_(key, Backend::kReadsStrides, reads_of(query)) {
-    const int64_t n = rows_of(query), m = rows_of(key);
-    const int64_t columns = candidates ? candidates->size(0) : m;
+    const int64_t m = rows_of(key);
+    const int64_t r = given.candidates ? last_of(*given.candidates) : 0;
+    const int64_t columns = given.candidates ? r : m;
     if (query.scalar_type() != ScalarType::Double &&
         columns > std::numeric_limits<uint32_t>::max()) {
       fail(op, "key must have at most ", std::numeric_limits<uint32_t>::max(),
            " rows that may be neighbors, got ", columns);
     }
-    if (Backend::kReadsIndices && candidates) {
-      check_range(op, "candidates", candidates_.data_as<int64_t>(), columns, m);
-      check_distinct(op, candidates_.data_as<int64_t>(), columns);
-    }
-    if (Backend::kReadsIndices && self_indices) {
-      check_range(op, "self_indices", self_.data_as<int64_t>(), n, m);
-    }
+    if (Backend::kReadsIndices) check_values(op, given, m);
     params_ = select_params(query, key, k, metric, order);
     params_.query = queries_.rows();
     params_.key = keys_.rows();
+    set_restrictions(params_, given);
     params_.candidates = candidates_.data_as<int64_t>();
-    params_.r = candidates ? columns : 0;
     params_.self_indices = self_.data_as<int64_t>();
     params_.key_mask = mask_.data_as<bool>();
+    params_.key_range = range_.data_as<int64_t>();
   }
 
   // The parameters, with results that are these tensors.
@@ -326,6 +338,22 @@ class SelectInputs {
   }
 
  private:
+  void check_values(const char* op, const Restrictions& given, int64_t m) const {
+    if (given.candidates) {
+      const int64_t count = given.candidates->numel(), r = last_of(*given.candidates);
+      check_range(op, "candidates", candidates_.data_as<int64_t>(), count, m);
+      for (int64_t i = 0; i < count; i += r) {
+        check_distinct(op, candidates_.data_as<int64_t>() + i, r);
+      }
+    }
+    if (given.self_indices) {
+      check_range(op, "self_indices", self_.data_as<int64_t>(), given.self_indices->numel(), m);
+    }
+    if (given.key_range) {
+      check_key_range(op, range_.data_as<int64_t>(), given.key_range->numel() / 2, m);
+    }
+  }
+
   // Up to this many queries, reading the keys costs more than the products, and copying them costs
   // as much again; with more, rows that are adjacent are worth it. Measured on the CPU.
   static constexpr int64_t kMostInPlace = 64;
@@ -333,7 +361,7 @@ class SelectInputs {
     return rows_of(query) <= kMostInPlace ? Readable::kFew : Readable::kAll;
   }
 
-  Contiguous candidates_, self_, mask_;
+  Contiguous candidates_, self_, mask_, range_;
   Readable queries_, keys_;
   SelectParams params_;
 };
@@ -398,12 +426,9 @@ Tensor new_output(const Tensor& value, int64_t rows, int64_t outputs) {
 
 template <class Backend>
 std::tuple<Tensor, Tensor> checked_select(const Tensor& query, const Tensor& key, int64_t k,
-                                          const OptionalTensor& candidates,
-                                          const OptionalTensor& self_indices,
-                                          const OptionalTensor& key_mask, const std::string& metric,
-                                          const std::string& order) {
-  const SelectInputs<Backend> inputs("select", query, key, k, candidates, self_indices, key_mask,
-                                     metric, order);
+                                          const Restrictions& restrictions,
+                                          const std::string& metric, const std::string& order) {
+  const SelectInputs<Backend> inputs("select", query, key, k, restrictions, metric, order);
   auto [similarities, indices] = new_neighbors(query, k);
   Backend(query).select(inputs.with(similarities, indices));
   return {std::move(similarities), std::move(indices)};
@@ -414,9 +439,11 @@ std::tuple<Tensor, Tensor> select(const Tensor& query, const Tensor& key, int64_
                                   const OptionalTensor& candidates,
                                   const OptionalTensor& self_indices,
                                   const OptionalTensor& key_mask, const std::string& metric,
-                                  const std::string& order) {
-  check_select("select", query, key, k, candidates, self_indices, key_mask, metric, order);
-  return checked_select<Backend>(query, key, k, candidates, self_indices, key_mask, metric, order);
+                                  const std::string& order, const OptionalTensor& key_range,
+                                  bool exclude_self) {
+  const Restrictions restrictions = {candidates, self_indices, key_mask, key_range, exclude_self};
+  check_select("select", query, key, k, restrictions, metric, order);
+  return checked_select<Backend>(query, key, k, restrictions, metric, order);
 }
 
 template <class Backend>
@@ -443,12 +470,11 @@ std::tuple<Tensor> aggregate(const Tensor& value, const Tensor& similarities, co
 // Returns the kind of convolution and, in `outputs`, its output channels.
 Convolution check_forward(const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
                           const OptionalTensor& weight, const OptionalTensor& bias,
-                          const OptionalTensor& candidates, const OptionalTensor& self_indices,
-                          const OptionalTensor& key_mask, const std::string& metric,
+                          const Restrictions& restrictions, const std::string& metric,
                           const std::string& rho, double scale, const std::string& order,
                           int64_t& outputs) {
   constexpr const char* op = "forward";
-  check_select(op, query, key, k, candidates, self_indices, key_mask, metric, order);
+  check_select(op, query, key, k, restrictions, metric, order);
   check_value_as(op, value, query, key);
   return check_convolution(op, value, k, weight, bias, rho, scale, outputs);
 }
@@ -456,12 +482,10 @@ Convolution check_forward(const Tensor& query, const Tensor& key, const Tensor& 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> checked_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
-    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& candidates,
-    const OptionalTensor& self_indices, const OptionalTensor& key_mask, const std::string& metric,
-    const std::string& rho, double scale, const std::string& order, Convolution convolution,
-    int64_t outputs) {
-  const SelectInputs<Backend> to_select("forward", query, key, k, candidates, self_indices,
-                                        key_mask, metric, order);
+    const OptionalTensor& weight, const OptionalTensor& bias, const Restrictions& restrictions,
+    const std::string& metric, const std::string& rho, double scale, const std::string& order,
+    Convolution convolution, int64_t outputs) {
+  const SelectInputs<Backend> to_select("forward", query, key, k, restrictions, metric, order);
   auto [similarities, indices] = new_neighbors(query, k);
   const AggregateInputs<Backend> to_aggregate(value, similarities, weight, bias);
   Tensor output = new_output(value, rows_of(query), outputs);
@@ -478,13 +502,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& candidates,
     const OptionalTensor& self_indices, const OptionalTensor& key_mask, const std::string& metric,
-    const std::string& rho, double scale, const std::string& order) {
+    const std::string& rho, double scale, const std::string& order, const OptionalTensor& key_range,
+    bool exclude_self) {
+  const Restrictions restrictions = {candidates, self_indices, key_mask, key_range, exclude_self};
   int64_t outputs = 0;
-  const Convolution convolution =
-      check_forward(query, key, value, k, weight, bias, candidates, self_indices, key_mask, metric,
-                    rho, scale, order, outputs);
-  return checked_forward<Backend>(query, key, value, k, weight, bias, candidates, self_indices,
-                                  key_mask, metric, rho, scale, order, convolution, outputs);
+  const Convolution convolution = check_forward(query, key, value, k, weight, bias, restrictions,
+                                                metric, rho, scale, order, outputs);
+  return checked_forward<Backend>(query, key, value, k, weight, bias, restrictions, metric, rho,
+                                  scale, order, convolution, outputs);
 }
 
 // A backward operator gets the arguments and results of its forward operator, so these checks are
@@ -522,7 +547,7 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
   constexpr const char* op = "select_backward";
   check_given(op, "similarities", similarities);
   const int64_t k = similarities.dim() >= 2 ? columns_of(similarities) : 1;
-  check_select(op, query, key, k, std::nullopt, std::nullopt, std::nullopt, metric, "similarity");
+  check_select(op, query, key, k, Restrictions{}, metric, "similarity");
   const bool is_float64 = query.scalar_type() == ScalarType::Double;
   const ScalarType dtype = is_float64 ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> shape = shape_with(query, rows_of(query), k);
@@ -613,7 +638,7 @@ Convolution check_forward_backward(const char* op, const Tensor& grad_output,
                                    int64_t& outputs) {
   check_aggregate(op, value, similarities, indices);
   const int64_t k = columns_of(similarities);
-  check_select(op, query, key, k, candidates, std::nullopt, std::nullopt, metric, "similarity");
+  check_select(op, query, key, k, Restrictions{candidates}, metric, "similarity");
   check_value_as(op, value, query, key);
   const Convolution convolution =
       check_convolution(op, value, k, weight, std::nullopt, rho, scale, outputs);

@@ -71,6 +71,8 @@ def assert_exact_selection(
     key_mask: Tensor | None = None,
     metric: str = "dot",
     order: str = "similarity",
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> None:
     """Asserts that indices and similarities equal those of the float64 reference.
 
@@ -94,10 +96,12 @@ def assert_exact_selection(
             K,
             k,
             candidates,
-            None if self_indices is None else self_indices[rows],
+            None if self_indices is None else self_indices[..., rows],
             key_mask,
             metric,
             order,
+            None if key_range is None else key_range[..., rows, :],
+            exclude_self,
         )
         got_I, got_s = indices[..., rows, :], similarities.detach()[..., rows, :].double()
         details = (
@@ -186,6 +190,8 @@ def assert_certified_selection(
     key_mask: Tensor | None = None,
     metric: str = "cosine",
     order: str = "similarity",
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> None:
     """Asserts the certificate of a selection, computed in float64 from the inputs as given.
 
@@ -206,13 +212,20 @@ def assert_certified_selection(
     Q, K = query.detach().double().reshape(B, N, D), key.detach().double().reshape(B, M, D)
     all_s, all_I = similarities.detach().double().reshape(B, N, k), indices.reshape(B, N, k)
     mask = None if key_mask is None else key_mask.reshape(B, M)
+    candidates, self_indices, key_range = (
+        None if X is None else X.expand(*lead, *X.shape[-dims:]).reshape(B, *X.shape[-dims:])
+        for X, dims in ((candidates, 1), (self_indices, 1), (key_range, 2))
+    )
     if M == 0:
         # Missing neighbors have index 0, so there must be a row 0. It may not be a neighbor.
         M, K, mask = 1, K.new_zeros(B, 1, D), torch.zeros(B, 1, dtype=torch.bool, device=K.device)
     per_query = B * M * (D if metric == "euclidean" else 4)
     for rows in query_chunks(N, per_query):
-        self_rows = None if self_indices is None else self_indices[rows]
-        allowed, is_self = allowed_keys(Q[:, rows], K, candidates, self_rows, mask)
+        self_rows = None if self_indices is None else self_indices[:, rows]
+        range_rows = None if key_range is None else key_range[:, rows]
+        allowed, is_self = allowed_keys(
+            Q[:, rows], K, candidates, self_rows, mask, range_rows, exclude_self
+        )
         S, least, greatest = _similarity_bounds(Q[:, rows], K, metric, similarities.dtype)
         _certify(S, least, greatest, all_s[:, rows], all_I[:, rows], allowed, is_self, order)
 

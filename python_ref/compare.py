@@ -412,6 +412,8 @@ def assert_select(
     key_mask: Tensor | None = None,
     metric: str = "cosine",
     order: str = "similarity",
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
     exact: bool = False,
     backward: bool = True,
     seed: int = 0,
@@ -420,7 +422,7 @@ def assert_select(
 
     `exact` adds the exact comparison. Returns similarities and indices.
     """
-    options = (candidates, self_indices, key_mask, metric, order)
+    options = (candidates, self_indices, key_mask, metric, order, key_range, exclude_self)
     chosen: list[Tensor] = []
 
     def run(leaves: Tensors) -> dict[str, Tensor]:
@@ -489,6 +491,8 @@ def assert_forward(
     rho: str = "softmax",
     scale: float = 1.0,
     order: str = "similarity",
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
     exact: bool = False,
     backward: bool = True,
     grad_output: Tensor | None = None,
@@ -500,11 +504,12 @@ def assert_forward(
     of the output. Returns output, similarities and indices.
     """
     options = (candidates, self_indices, key_mask, metric)
+    more = (order, key_range, exclude_self)
     chosen: list[Tensor] = []
 
     def run(leaves: Tensors) -> dict[str, Tensor]:
         query, key, value, weight, bias = leaves.values()
-        Y, s, I = operator(query, key, value, k, weight, bias, *options, rho, scale, order)
+        Y, s, I = operator(query, key, value, k, weight, bias, *options, rho, scale, *more)
         chosen.append(I)
         return {"output": Y, "similarities": s}
 
@@ -517,9 +522,9 @@ def assert_forward(
     }
     outputs, gradients, grads = _run(run, tensors, backward, {"output": grad_output}, seed)
     s, I = outputs["similarities"], chosen[0]
-    assert_certified_selection(query, key, s, I, k, *options, order)
+    assert_certified_selection(query, key, s, I, k, *options, *more)
     if exact:
-        assert_exact_selection(query, key, s, I, k, *options, order)
+        assert_exact_selection(query, key, s, I, k, *options, *more)
     problem = _Problem(tensors, I, s == -math.inf, metric, rho, scale, grads)
     _compare(problem, {**outputs, **gradients})
     return outputs["output"], s, I

@@ -21,8 +21,9 @@ The operators, and this module with them, deliberately differ from eager PyTorch
   gradient by 1e-12. The norm of a finite row does not overflow.
 - Neighbors are in a total order: similarity descending, then index ascending. NaN ranks above every
   number, as in `torch.topk`, which leaves the order of ties unspecified.
-- Masked keys are never neighbors, and k may exceed the number of keys. Where fewer than k keys
-  remain, missing neighbors come last, with similarity -inf and index 0.
+- Masked keys, and those out of a query's range, are never neighbors, and k may exceed the number of
+  keys. Where fewer than k keys remain, missing neighbors come last, with similarity -inf and index
+  0.
 - A similarity of -inf marks a missing neighbor. It contributes nothing to output or gradient, for
   any rho and any value in V; eager softmax over missing neighbors only would give NaN.
 """
@@ -121,22 +122,34 @@ def allowed_keys(
     candidates: Tensor | None = None,
     self_indices: Tensor | None = None,
     key_mask: Tensor | None = None,
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Which keys may be neighbors, and which key is the query itself: two bool [..., N, M].
 
-    The token itself need not be among the candidates, but if it is masked it is not a neighbor.
+    The token itself need not be among the candidates, but if it is masked or out of range it is not
+    a neighbor. With exclude_self it never is, and counts as no key.
     """
     N, M = query.shape[-2], key.shape[-2]
     shape = (*query.shape[:-2], N, M)
-    allowed = torch.ones(M, dtype=torch.bool, device=key.device)
+    allowed = torch.ones(1, M, dtype=torch.bool, device=key.device)
     if candidates is not None:
-        allowed = torch.zeros_like(allowed).index_fill(0, candidates, True)
+        none = torch.zeros(*candidates.shape[:-1], M, dtype=torch.bool, device=key.device)
+        allowed = none.scatter(-1, candidates, True).unsqueeze(-2)
     is_self = torch.zeros(N, M, dtype=torch.bool, device=key.device)
     if self_indices is not None:
-        is_self = is_self.scatter(1, self_indices.unsqueeze(1), True)
+        none = is_self.expand(*self_indices.shape[:-1], N, M)
+        is_self = none.scatter(-1, self_indices.unsqueeze(-1), True)
+    if exclude_self:
+        allowed, is_self = allowed & ~is_self, torch.zeros_like(is_self)
     allowed, is_self = (allowed | is_self).expand(shape), is_self.expand(shape)
     if key_mask is not None:
         allowed, is_self = allowed & key_mask.unsqueeze(-2), is_self & key_mask.unsqueeze(-2)
+    if key_range is not None:
+        rows = torch.arange(M, device=key.device)
+        begin, end = key_range.unsqueeze(-2).unbind(-1)  # [..., N, 1]
+        in_range = (begin <= rows) & (rows < end)
+        allowed, is_self = allowed & in_range, is_self & in_range
     return allowed, is_self
 
 
@@ -149,16 +162,21 @@ def select(
     key_mask: Tensor | None = None,
     metric: str = "cosine",
     order: str = "similarity",
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """s [..., N, k] and I [..., N, k]: the k nearest keys of every query (Eq. 4 and 5).
 
-    query [..., N, D], key [..., M, D], candidates [R], self_indices [N], key_mask [..., M].
+    query [..., N, D], key [..., M, D], candidates [R] or [..., R], self_indices [N] or [..., N],
+    key_mask [..., M], key_range [N, 2] or [..., N, 2].
     k may exceed the number of keys that may be neighbors, and even M.
     The gradient goes through all of S, so non-finite keys put 0 * inf into it even if they are not
     neighbors. `similarities_at` with the returned indices avoids that.
     """
     S = similarity(query, key, metric)
-    allowed, is_self = allowed_keys(query, key, candidates, self_indices, key_mask)
+    allowed, is_self = allowed_keys(
+        query, key, candidates, self_indices, key_mask, key_range, exclude_self
+    )
     with torch.no_grad():
         # Stable sorts, the last one decisive: by index, by similarity, then self before allowed
         # keys before all others.
@@ -254,7 +272,10 @@ def forward(
     rho: str = "softmax",
     scale: float = 1.0,
     order: str = "similarity",
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y, s and I from `select`, then `aggregate`, with their shapes."""
-    s, I = select(query, key, k, candidates, self_indices, key_mask, metric, order)
+    restrictions = (candidates, self_indices, key_mask, metric, order, key_range, exclude_self)
+    s, I = select(query, key, k, *restrictions)
     return aggregate(value, s, I, weight, bias, rho, scale), s, I

@@ -3,7 +3,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ SIZES = sorted({1, 2, 3, *(edge + step for edge in TILE_EDGES for step in (-1, 0
 LEADS = ((), (1,), (2,), (3,), (2, 2), (1, 3), (2, 1, 2), (0,))
 LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded")
 CONTENTS = ("normal", "integers", "duplicates", "zero_rows", "constant", "near_ties", "scales")
+RANGES = ("causal", "window", "segments", "random", "some_empty")
 
 # Limits that keep a case at a few milliseconds: products of similarities, and gathered elements.
 MAX_PRODUCTS = 2**19
@@ -56,6 +57,10 @@ class Case:
     key_mask: str
     layout: str
     content: str
+    key_range: str = "none"
+    exclude_self: bool = False
+    # Whether candidates, self_indices and key_range are others for each batch element.
+    for_each: bool = False
 
     @property
     def id(self) -> str:
@@ -68,6 +73,8 @@ class Case:
         parts += ["bias" if self.bias else "", "self" if self.has_self else ""]
         parts += [f"R{self.candidates}" if self.candidates is not None else ""]
         parts += [f"mask_{self.key_mask}" if self.key_mask != "none" else ""]
+        parts += [f"range_{self.key_range}" if self.key_range != "none" else ""]
+        parts += ["excluded" if self.exclude_self else "", "for_each" if self.for_each else ""]
         parts += ["by_index" if self.order == "index" else "", self.layout, self.content]
         return "-".join(part for part in parts if part)
 
@@ -77,7 +84,7 @@ class Case:
         return self.content == "integers" and self.metric != "cosine"
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """query, key, value, weight, bias, candidates, self_indices and key_mask."""
+        """The arguments of `forward` that are tensors, or None."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def randn(*shape: int) -> Tensor:
@@ -101,11 +108,15 @@ class Case:
             outputs = self.O if self.weight == "dense" else self.C
             bias = strided(randn(outputs), self.value_dtype)
         candidates = self_indices = None
+        lead = self.lead if self.for_each else ()
         if self.candidates is not None:
-            candidates = torch.randperm(self.M, generator=generator)[: self.candidates]
-            candidates = with_layout(candidates, self.layout)
+            if self.for_each:
+                permuted = torch.rand(*lead, self.M, generator=generator).argsort(dim=-1)
+            else:
+                permuted = torch.randperm(self.M, generator=generator)
+            candidates = with_layout(permuted[..., : self.candidates], self.layout)
         if self.has_self:
-            self_indices = with_layout(randint(self.M, (self.N,)), self.layout)
+            self_indices = with_layout(randint(self.M, (*lead, self.N)), self.layout)
         return {
             "query": strided(rows(*self.lead, self.N, self.D), self.query_dtype),
             "key": strided(rows(*self.lead, self.M, self.D), self.query_dtype),
@@ -115,6 +126,7 @@ class Case:
             "candidates": candidates,
             "self_indices": self_indices,
             "key_mask": self._mask(generator),
+            "key_range": self._range(lead, randint),
         }
 
     def _mask(self, generator: torch.Generator) -> Tensor | None:
@@ -123,6 +135,31 @@ class Case:
             return None
         mask = torch.rand(*self.lead, self.M, generator=generator) < keep[self.key_mask]
         return with_layout(mask, self.layout)
+
+    def _range(
+        self, lead: tuple[int, ...], randint: Callable[[int, tuple[int, ...]], Tensor]
+    ) -> Tensor | None:
+        """[N, 2] or [*lead, N, 2] rows of key, begin and end for each query."""
+        if self.key_range == "none":
+            return None
+        N, M = self.N, self.M
+        # Where the queries are among the keys, the last at the last key.
+        at = torch.arange(N) + M - N
+        width = randint(M, (*lead, 1)) + 1
+        if self.key_range == "causal":
+            begin, end = torch.zeros(*lead, N), (at + 1).expand(*lead, N)
+        elif self.key_range == "window":
+            begin, end = at - width, at + width
+        elif self.key_range == "segments":
+            begin = at // width * width
+            end = begin + width
+        else:
+            ends = randint(M + 1, (*lead, N, 2)).sort(dim=-1).values
+            begin, end = ends.unbind(-1)
+            if self.key_range == "some_empty":
+                begin = torch.where(randint(3, (*lead, N)) == 0, end, begin)
+        ranges = torch.stack([begin, end], dim=-1).clamp(0, M).long()
+        return with_layout(ranges, self.layout)
 
     def arguments(self) -> dict[str, object]:
         """All arguments of `forward`."""
@@ -133,6 +170,7 @@ class Case:
             "rho": self.rho,
             "scale": self.scale,
             "order": self.order,
+            "exclude_self": self.exclude_self,
         }
 
 
@@ -183,8 +221,12 @@ def with_layout(X: Tensor, layout: str) -> Tensor:
     return X
 
 
-def make_case(seed: int) -> Case:
-    """The case of a seed. Sizes are drawn again until the case is small enough."""
+def make_case(seed: int, restricted: bool = False) -> Case:
+    """The case of a seed. Sizes are drawn again until the case is small enough.
+
+    If it is restricted, most cases have ranges, many exclude the token itself, and half of them
+    restrict each batch element in its own way.
+    """
     draw = random.Random(seed)
     while True:
         lead = draw.choice(LEADS)
@@ -211,7 +253,7 @@ def make_case(seed: int) -> Case:
             break
     rho = draw.choice(RHOS)
     query_dtype = draw.choice(DTYPES)
-    return Case(
+    case = Case(
         seed=seed,
         lead=lead,
         N=N,
@@ -233,6 +275,16 @@ def make_case(seed: int) -> Case:
         key_mask=draw.choice(("none", "none", "half", "most", "all")),
         layout=draw.choice(LAYOUTS),
         content=draw.choice(CONTENTS),
+    )
+    if not restricted:
+        return case
+    has_self = draw.random() < 0.6
+    return replace(
+        case,
+        has_self=has_self,
+        exclude_self=has_self and draw.random() < 0.6,
+        key_range=draw.choice(("none", *RANGES, *RANGES)),
+        for_each=draw.random() < 0.5,
     )
 
 

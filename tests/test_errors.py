@@ -41,6 +41,8 @@ def base(op: str) -> dict[str, Any]:
         "key_mask": torch.rand(2, 8) < 0.8,
         "metric": "dot",
         "order": "index",
+        "key_range": torch.tensor([[0, 8], [0, 1], [2, 5], [3, 8], [8, 8], [1, 7]]),
+        "exclude_self": True,
     }
     convolution = {
         "value": torch.randn(2, 8, 5),
@@ -151,17 +153,23 @@ def select_cases(op: str) -> list[Case]:
         case("candidates must be int64, got int32", candidates=to(torch.int32)),
         case("candidates must be int64, got bool", candidates=flags(8)),
         case("candidates must be on {device} as query is, got {other}", candidates=elsewhere),
-        case("candidates must have shape [R], got shape [2, 5]", candidates=ints(2, 5)),
-        case("candidates must have shape [R], got shape []", candidates=ints()),
+        case("candidates must have shape [R] or [2, R], got shape [3, 5]", candidates=ints(3, 5)),
+        case("candidates must have shape [R] or [2, R], got shape []", candidates=ints()),
+        case(
+            "candidates must have shape [R] or [2, R], got shape [2, 1, 5]",
+            candidates=ints(2, 1, 5),
+        ),
         case("self_indices must be int64, got float32", self_indices=to(torch.float32)),
         case("self_indices must be on {device} as query is, got {other}", self_indices=elsewhere),
         case(
-            "self_indices must have shape [6], one row of key for each query, got shape [8]",
+            "self_indices must have shape [6] or [2, 6], one row of key for each query, "
+            "got shape [8]",
             self_indices=ints(8),
         ),
         case(
-            "self_indices must have shape [6], one row of key for each query, got shape [2, 6]",
-            self_indices=ints(2, 6),
+            "self_indices must have shape [6] or [2, 6], one row of key for each query, "
+            "got shape [1, 6]",
+            self_indices=ints(1, 6),
         ),
         case("key_mask must be bool, got float32", key_mask=to(torch.float32)),
         case("key_mask must be bool, got uint8", key_mask=to(torch.uint8)),
@@ -169,6 +177,20 @@ def select_cases(op: str) -> list[Case]:
         case("key_mask must have shape [2, 8], got shape [8]", key_mask=flags(8)),
         case("key_mask must have shape [2, 8], got shape [2, 6]", key_mask=flags(2, 6)),
         case("key_mask must have shape [2, 8], got shape [2, 6, 8]", key_mask=flags(2, 6, 8)),
+        case(
+            "exclude_self must be False without self_indices, got True",
+            self_indices=None,
+        ),
+        case("key_range must be int64, got int32", key_range=to(torch.int32)),
+        case("key_range must be on {device} as query is, got {other}", key_range=elsewhere),
+        *(
+            case(
+                "key_range must have shape [6, 2] or [2, 6, 2], begin and end for each query, "
+                f"got shape {list(shape)}",
+                key_range=ints(*shape),
+            )
+            for shape in ((2,), (8, 2), (6, 3), (1, 6, 2), (2, 1, 6, 2))
+        ),
         case("k must be at least 1, got 0", k=0),
         case("k must be at least 1, got 0", k=0, candidates=None),
         case("k must be at least 1, got -1", k=-1, candidates=None),
@@ -196,6 +218,30 @@ def select_cases(op: str) -> list[Case]:
             f"self_indices must be in [0, 8), got {-(2**63)} at position 5",
             needs_values=True,
             self_indices=torch.tensor([0, 1, 2, 3, 4, -(2**63)]),
+        ),
+        case(
+            "candidates must be in [0, 8), got 9 at position 3",
+            needs_values=True,
+            candidates=torch.tensor([[0, 1], [2, 9]]),
+        ),
+        case(
+            "candidates must be distinct, got 3 more than once",
+            needs_values=True,
+            candidates=torch.tensor([[0, 3], [3, 3]]),
+        ),
+        case(
+            "self_indices must be in [0, 8), got 8 at position 11",
+            needs_values=True,
+            self_indices=torch.arange(12).reshape(2, 6) % 6
+            + torch.arange(12).reshape(2, 6) // 11 * 3,
+        ),
+        *(
+            case(
+                f"key_range must be 0 <= begin <= end <= 8, got {begin} and {end} at position 7",
+                needs_values=True,
+                key_range=torch.tensor([[0, 8]] * 7 + [[begin, end]] + [[0, 0]] * 4).view(2, 6, 2),
+            )
+            for begin, end in ((-1, 3), (5, 4), (2, 9), (9, 9), (-(2**63), 2**63 - 1))
         ),
     ]
 

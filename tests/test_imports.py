@@ -228,7 +228,7 @@ def test_arguments_of_forward_are_listed_once() -> None:
         "f(0, {})",
         "x = [{}]",
         "x = a, {}",
-        "def f({}, key_range=None): pass",
+        "def f({}, more=None): pass",
         "class C:\n    " + "\n    ".join(f"{name}: int" for name in FORWARD),
         "x = {{" + ", ".join(f"'{name}': 1" for name in FORWARD) + "}}",
         "f(" + ", ".join(f"{name}=a.{name}" for name in FORWARD) + ")",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """2,000 random cases of `forward` with all gradients; every third one of `select` and `aggregate`.
 
-The quick tests include the first 300.
+Then 1,000 with restrictions: ranges, the token itself excluded, candidates, tokens and ranges of
+each batch element. The quick tests include the first 300 and the first 200 of these.
 """
 
 from collections.abc import Callable
@@ -14,18 +15,28 @@ import convnn_kernels  # noqa: F401
 from python_ref import assert_aggregate, assert_forward, assert_select
 
 QUICK, ALL = 300, 2000
+QUICK_RESTRICTED, ALL_RESTRICTED = 200, 1000
 
 
-def _parameters() -> list:
-    cases = [make_case(seed) for seed in range(ALL)]
+def _parameters(count: int, quick: int, restricted: bool) -> list:
+    cases = [make_case(seed, restricted) for seed in range(count)]
     return [
-        pytest.param(case, id=case.id, marks=[] if case.seed < QUICK else [pytest.mark.slow])
+        pytest.param(case, id=case.id, marks=[] if case.seed < quick else [pytest.mark.slow])
         for case in cases
     ]
 
 
-@pytest.mark.parametrize("case", _parameters())
+@pytest.mark.parametrize("case", _parameters(ALL, QUICK, restricted=False))
 def test_random_case(case: Case) -> None:
+    _compare(case)
+
+
+@pytest.mark.parametrize("case", _parameters(ALL_RESTRICTED, QUICK_RESTRICTED, restricted=True))
+def test_random_restricted_case(case: Case) -> None:
+    _compare(case)
+
+
+def _compare(case: Case) -> None:
     # No operator may raise if only deterministic algorithms are allowed.
     torch.use_deterministic_algorithms(case.seed % 2 == 1)
     # The reference is much faster on one thread: only every tenth case runs on two.
@@ -35,10 +46,10 @@ def test_random_case(case: Case) -> None:
         torch.ops.convnn.forward, **arguments, exact=case.exact, seed=case.seed
     )
     if case.seed % 3 == 0:
-        names = ("query", "key", "k", "candidates", "self_indices", "key_mask", "metric", "order")
+        no_selection = ("value", "weight", "bias", "rho", "scale")
         assert_select(
             torch.ops.convnn.select,
-            **{name: arguments[name] for name in names},
+            **{name: each for name, each in arguments.items() if name not in no_selection},
             exact=case.exact,
             seed=case.seed,
         )

@@ -235,6 +235,7 @@ def _check_values(name: str, arguments: Any) -> None:
         rows = arguments.key.shape[-2]
         checks.check_candidates(name, arguments.candidates, rows)
         checks.check_self_indices(name, arguments.self_indices, rows)
+        checks.check_key_range(name, arguments.key_range, rows)
     elif name == "convnn::aggregate":
         checks.check_indices(
             name, arguments.indices, arguments.similarities, arguments.value.shape[-2]

@@ -29,6 +29,8 @@ def forward(
     rho: str,
     scale: float,
     order: str,
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, similarities and indices; see schemas.py."""
     s, I = empty_results(query, k)

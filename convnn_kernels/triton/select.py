@@ -43,6 +43,8 @@ def select(
     key_mask: Tensor | None,
     metric: str,
     order: str,
+    key_range: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Similarities [..., N, k] and indices [..., N, k] of the neighbors; see schemas.py."""
     s, I = empty_results(query, k)

@@ -127,19 +127,18 @@ struct Chooser<Backend, op, function, boxed> {
 
 // The parameters of a checked call as far as a choice depends on them; of the pointers, only
 // whether they are null counts.
-SelectParams outline(const Tensor& query, const Tensor& key, int64_t k,
-                     const OptionalTensor& candidates, const OptionalTensor& self_indices,
-                     const OptionalTensor& key_mask, const std::string& metric,
-                     const std::string& order) {
+SelectParams outline(const Tensor& query, const Tensor& key, int64_t k, const Restrictions& given,
+                     const std::string& metric, const std::string& order) {
   static constexpr int64_t kGiven = 0;
   static constexpr bool kGivenMask = false;
   SelectParams params = select_params(query, key, k, metric, order);
   params.query = dense_rows(query.const_data_ptr(), params.n, params.d);
   params.key = dense_rows(key.const_data_ptr(), params.m, params.d);
-  params.candidates = candidates ? &kGiven : nullptr;
-  params.r = candidates ? candidates->size(0) : 0;
-  params.self_indices = self_indices ? &kGiven : nullptr;
-  params.key_mask = key_mask ? &kGivenMask : nullptr;
+  set_restrictions(params, given);
+  params.candidates = given.candidates ? &kGiven : nullptr;
+  params.self_indices = given.self_indices ? &kGiven : nullptr;
+  params.key_mask = given.key_mask ? &kGivenMask : nullptr;
+  params.key_range = given.key_range ? &kGiven : nullptr;
   return params;
 }
 AggregateParams outline(const Tensor& query, const Tensor& value, int64_t k,
@@ -170,25 +169,24 @@ bool is_chosen(int device, Operator op, const Choice& choice) {
 }
 
 // Index values are checked in Python, for those who ask for it.
-bool are_indices_checked() {
+bool has_values_to_check(const Restrictions& given) {
+  if (!given.candidates && !given.self_indices && !given.key_range) return false;
   const char* wanted = std::getenv("CONVNN_CHECK_INDICES");
   return wanted && std::string(wanted) == "1";
 }
 
 template <class Backend>
-std::optional<std::tuple<Tensor, Tensor>> try_select(const Tensor& query, const Tensor& key,
-                                                     int64_t k, const OptionalTensor& candidates,
-                                                     const OptionalTensor& self_indices,
-                                                     const OptionalTensor& key_mask,
-                                                     const std::string& metric,
-                                                     const std::string& order) {
-  check_select("select", query, key, k, candidates, self_indices, key_mask, metric, order);
-  if ((candidates || self_indices) && are_indices_checked()) return std::nullopt;
-  const SelectParams params =
-      outline(query, key, k, candidates, self_indices, key_mask, metric, order);
+std::optional<std::tuple<Tensor, Tensor>> try_select(
+    const Tensor& query, const Tensor& key, int64_t k, const OptionalTensor& candidates,
+    const OptionalTensor& self_indices, const OptionalTensor& key_mask, const std::string& metric,
+    const std::string& order, const OptionalTensor& key_range, bool exclude_self) {
+  const Restrictions restrictions = {candidates, self_indices, key_mask, key_range, exclude_self};
+  check_select("select", query, key, k, restrictions, metric, order);
+  if (has_values_to_check(restrictions)) return std::nullopt;
+  const SelectParams params = outline(query, key, k, restrictions, metric, order);
   const int device = Backend::device(query.device_type(), query.device_index());
   if (!is_chosen(device, Operator::select, choice_of(params, nullptr))) return std::nullopt;
-  return checked_select<Backend>(query, key, k, candidates, self_indices, key_mask, metric, order);
+  return checked_select<Backend>(query, key, k, restrictions, metric, order);
 }
 
 template <class Backend>
@@ -196,20 +194,20 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> try_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& candidates,
     const OptionalTensor& self_indices, const OptionalTensor& key_mask, const std::string& metric,
-    const std::string& rho, double scale, const std::string& order) {
+    const std::string& rho, double scale, const std::string& order, const OptionalTensor& key_range,
+    bool exclude_self) {
+  const Restrictions restrictions = {candidates, self_indices, key_mask, key_range, exclude_self};
   int64_t outputs = 0;
-  const Convolution convolution =
-      check_forward(query, key, value, k, weight, bias, candidates, self_indices, key_mask, metric,
-                    rho, scale, order, outputs);
-  if ((candidates || self_indices) && are_indices_checked()) return std::nullopt;
-  const SelectParams params =
-      outline(query, key, k, candidates, self_indices, key_mask, metric, order);
+  const Convolution convolution = check_forward(query, key, value, k, weight, bias, restrictions,
+                                                metric, rho, scale, order, outputs);
+  if (has_values_to_check(restrictions)) return std::nullopt;
+  const SelectParams params = outline(query, key, k, restrictions, metric, order);
   const AggregateParams more =
       outline(query, value, k, weight, bias, convolution, outputs, rho, scale);
   const int device = Backend::device(query.device_type(), query.device_index());
   if (!is_chosen(device, Operator::forward, choice_of(params, &more))) return std::nullopt;
-  return checked_forward<Backend>(query, key, value, k, weight, bias, candidates, self_indices,
-                                  key_mask, metric, rho, scale, order, convolution, outputs);
+  return checked_forward<Backend>(query, key, value, k, weight, bias, restrictions, metric, rho,
+                                  scale, order, convolution, outputs);
 }
 
 // For Python: the kind of a call that passed its checks, whether the Hopper kernels are predicted
@@ -221,24 +219,24 @@ Answer answer(const Choice& choice) {
 Answer select_choice(const Tensor& query, const Tensor& key, int64_t k,
                      const OptionalTensor& candidates, const OptionalTensor& self_indices,
                      const OptionalTensor& key_mask, const std::string& metric,
-                     const std::string& order) {
-  check_select("select", query, key, k, candidates, self_indices, key_mask, metric, order);
-  return answer(choice_of(outline(query, key, k, candidates, self_indices, key_mask, metric, order),
-                          nullptr));
+                     const std::string& order, const OptionalTensor& key_range, bool exclude_self) {
+  const Restrictions restrictions = {candidates, self_indices, key_mask, key_range, exclude_self};
+  check_select("select", query, key, k, restrictions, metric, order);
+  return answer(choice_of(outline(query, key, k, restrictions, metric, order), nullptr));
 }
 Answer forward_choice(const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
                       const OptionalTensor& weight, const OptionalTensor& bias,
                       const OptionalTensor& candidates, const OptionalTensor& self_indices,
                       const OptionalTensor& key_mask, const std::string& metric,
-                      const std::string& rho, double scale, const std::string& order) {
+                      const std::string& rho, double scale, const std::string& order,
+                      const OptionalTensor& key_range, bool exclude_self) {
+  const Restrictions restrictions = {candidates, self_indices, key_mask, key_range, exclude_self};
   int64_t outputs = 0;
-  const Convolution convolution =
-      check_forward(query, key, value, k, weight, bias, candidates, self_indices, key_mask, metric,
-                    rho, scale, order, outputs);
+  const Convolution convolution = check_forward(query, key, value, k, weight, bias, restrictions,
+                                                metric, rho, scale, order, outputs);
   const AggregateParams more =
       outline(query, value, k, weight, bias, convolution, outputs, rho, scale);
-  return answer(
-      choice_of(outline(query, key, k, candidates, self_indices, key_mask, metric, order), &more));
+  return answer(choice_of(outline(query, key, k, restrictions, metric, order), &more));
 }
 
 // Of a backward, only whether the portable kernels are predicted to be faster.
@@ -258,7 +256,7 @@ std::tuple<bool> forward_backward_choice(const Tensor& grad_output,
   const AggregateParams aggregate =
       outline(query, value, k, weight, std::nullopt, convolution, outputs, rho, scale);
   const SelectParams select =
-      outline(query, key, k, candidates, std::nullopt, std::nullopt, metric, "similarity");
+      outline(query, key, k, Restrictions{candidates}, metric, "similarity");
   return {cuda::gradients_are_faster(select, aggregate)};
 }
 
