@@ -179,18 +179,19 @@ class SelectFew : Select<T> {
               static_cast<Rank<A>*>(found.ranks) + i * Base::most_found(p));
   }
 
-  // The queries first ... last - 1 and the columns of a chunk that one of them may see. `end`: of the
-  // range that the chunk is from.
+  // The queries first ... last - 1 and the columns of a chunk that one of them may see. `end`: of
+  // the range that the chunk is from. query: the first one, as it is in scratch.
   struct Part {
     int64_t first, last;
     ColumnRange columns;
     int64_t end;
+    const A* query;
   };
 
   // What part of a chunk is seen; its `columns` are empty if nothing is.
   static Part part_of(const SelectParams& p, const ColumnRange& chunk, int64_t end,
                       const Scratch& scratch) {
-    Part part = {0, 0, {}, end};
+    Part part = {0, 0, {}, end, nullptr};
     for (int64_t r = 0; r < p.n; ++r) {
       scratch.parts[r] = scratch.seen[r].within(chunk);
       if (scratch.parts[r].count() == 0) continue;
@@ -198,6 +199,7 @@ class SelectFew : Select<T> {
       part.last = r + 1;
       part.columns.include(scratch.parts[r]);
     }
+    part.query = scratch.queries + part.first * padded_stride<A>(p.d);
     return part;
   }
 
@@ -332,8 +334,7 @@ class SelectFew : Select<T> {
   // Finds the keys of columns first ... first + kLanes - 1, or those of `part`, as rows that can be
   // read in whole vectors, with zeros from element d on; normalized or as they are.
   static void read_keys(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first,
-                        const Part& part, bool normalized, const A** rows,
-                        const Scratch& scratch) {
+                        const Part& part, bool normalized, const A** rows, const Scratch& scratch) {
     const T* keys[kLanes<A>];
     locate(p, work, b, first + kLanes<A>, part.end, keys);
     prefetch(p, keys);
@@ -381,12 +382,11 @@ class SelectFew : Select<T> {
   template <bool SquaredDifference>
   static void multiply(const SelectParams& p, const A* const* rows, const Part& part, A* c,
                        const Scratch& scratch) {
-    const int64_t stride = padded_stride<A>(p.d);
     if (part.last - part.first == 1) {
-      store(c + part.first * kStripStride<A>,
-            product<SquaredDifference>(p, rows, scratch.queries + part.first * stride));
+      store(c + part.first * kStripStride<A>, product<SquaredDifference>(p, rows, part.query));
       return;
     }
+    const int64_t stride = padded_stride<A>(p.d);
     if (p.d == 0) {
       for (int64_t r = part.first; r < part.last; ++r) store(c + r * kStripStride<A>, V{});
     }
