@@ -53,12 +53,13 @@ class BestColumns {
     has_nan_ = false;
     kept_ = wanted;
     bound_ = std::numeric_limits<A>::infinity();
+    error_ = 0;
     slack_ = 0;
     complete_ = false;
     all_nan_ = false;
   }
 
-  // Finds the bound that a column of a chunk has to reach. row [kChunk]: similarities of the first
+  // Finds the bound that a column of a chunk has to reach. row: similarities of some adjacent
   // `columns` of a chunk, then -inf up to a multiple of kScanColumns; -inf also at the excluded
   // column. They are exact.
   void survey(const A* row, int64_t columns) {

@@ -17,13 +17,17 @@ struct SelectWork {
   int64_t max_columns;     // m, or the number of candidates
   const int64_t* columns;  // [batches, max_columns] ascending rows of key; null: 0, 1, 2, ...
   const int64_t* counts;   // [batches] how many of those; null: max_columns
-  void* packed;            // [batches, packed_bytes]
+  const int64_t* seen;  // [batches, 2] columns outside begin ... end - 1 are in no query's range;
+                        // null: all may be
+  bool screened;        // whether what is packed contains a screen
+  void* packed;         // [batches, packed_bytes]
 };
 
 struct SelectKernel {
   int64_t rows_per_task;
   int64_t columns_per_panel;
-  size_t (*packed_bytes)(const SelectParams&, int64_t columns);
+  bool (*screen_pays)(const SelectParams&, int64_t columns);  // columns in the range of a query
+  size_t (*packed_bytes)(const SelectParams&, int64_t columns, bool screened);
   size_t (*scratch_bytes)(const SelectParams&);
   // Tasks: panels of columns of each batch element of the work.
   void (*pack)(const SelectParams&, const SelectWork&, int64_t begin, int64_t end, void* scratch);

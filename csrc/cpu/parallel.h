@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <vector>
 
 #include "operators.h"
 #include "workspace.h"
@@ -43,6 +44,30 @@ void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, size_t s
     }
   });
   if (failure) std::rethrow_exception(failure);
+}
+
+// Tasks of unequal cost: multiply-adds of each, more than 0. Every thread has ranges of tasks that
+// together cost about as much as those of every other.
+template <class Pass>
+void run(ParallelFor parallel_for, const std::vector<double>& costs, size_t scratch_bytes,
+         const Pass& pass) {
+  const int64_t tasks = int64_t(costs.size());
+  std::vector<double> before(costs.size());  // the cost of all tasks before each
+  double total = 0;
+  for (size_t task = 0; task < costs.size(); ++task) {
+    before[task] = total;
+    total += costs[task];
+  }
+  // The first task of one of as many equal shares of the cost as there are tasks.
+  const auto first_task = [&](int64_t share) {
+    if (share == tasks) return tasks;
+    const double cost = total * double(share) / double(tasks);
+    return int64_t(std::lower_bound(before.begin(), before.end(), cost) - before.begin());
+  };
+  run(parallel_for, tasks, total / std::max(1.0, double(tasks)), scratch_bytes,
+      [&](int64_t begin, int64_t end, void* scratch) {
+        pass(first_task(begin), first_task(end), scratch);
+      });
 }
 
 // A pass without scratch memory: pass(begin, end).

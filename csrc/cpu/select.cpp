@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "instruction_sets.h"
+#include "key_ranges.h"
 #include "operators.h"
 #include "parallel.h"
 
@@ -13,48 +15,92 @@ namespace {
 // Packed keys and lists of columns in memory at a time, but at least those of one batch element.
 constexpr size_t kPackedBytes = size_t(16) << 20;
 
+// What the queries cost beside their products, in columns: reading them, sorting their neighbors.
+constexpr int64_t kColumnsPerRow = 256;
+
 // The rows of key that may be neighbors in one batch element, ascending. Returns how many.
+// sorted_candidates: those of the whole batch, empty if each batch element has its own.
 int64_t list_columns(const SelectParams& p, const std::vector<int64_t>& sorted_candidates,
-                     int64_t batch, int64_t* columns) {
+                     const KeyRanges& ranges, int64_t batch, int64_t* columns) {
   const bool* mask = p.key_mask ? p.key_mask + batch * p.m : nullptr;
+  const KeyRanges::Rows seen = ranges.exist() ? ranges.seen(batch) : KeyRanges::Rows{0, p.m};
   int64_t count = 0;
-  const int64_t choices = p.candidates ? p.r : p.m;
-  for (int64_t i = 0; i < choices; ++i) {
-    const int64_t row = p.candidates ? sorted_candidates[size_t(i)] : i;
+  const auto add = [&](int64_t row) {
     if (!mask || mask[row]) columns[count++] = row;
+  };
+  if (!p.candidates) {
+    for (int64_t row = seen.begin; row < seen.end; ++row) add(row);
+    return count;
   }
+  const int64_t* sorted = sorted_candidates.data();
+  if (p.candidates_stride) {
+    const int64_t* candidates = p.candidates + batch * p.candidates_stride;
+    std::copy(candidates, candidates + p.r, columns);
+    std::sort(columns, columns + p.r);
+    sorted = columns;
+  }
+  const int64_t* end = std::lower_bound(sorted, sorted + p.r, seen.end);
+  for (const int64_t* row = std::lower_bound(sorted, end, seen.begin); row < end; ++row) add(*row);
   return count;
+}
+
+// How many columns lie in so many rows of key, on average.
+int64_t columns_in(const SelectParams& p, int64_t rows) {
+  if (!p.candidates || p.m == 0) return rows;
+  return int64_t(std::ceil(double(p.r) * double(rows) / double(p.m)));
 }
 
 // Packs the keys of `count` batch elements and selects the neighbors of their queries.
 void select_batches(const SelectParams& p, const SelectKernel& kernel, const SelectWork& work,
-                    int64_t count, ParallelFor parallel_for) {
+                    int64_t count, const KeyRanges& ranges, ParallelFor parallel_for) {
   const size_t scratch_bytes = kernel.scratch_bytes(p);
   run(parallel_for, count * ceil_div(work.max_columns, kernel.columns_per_panel),
       double(p.d * kernel.columns_per_panel), scratch_bytes,
       [&](int64_t begin, int64_t end, void* scratch) {
         kernel.pack(p, work, begin, end, scratch);
       });
-  run(parallel_for, count * ceil_div(p.n, kernel.rows_per_task),
-      double(p.d) * double(work.max_columns) * double(kernel.rows_per_task), scratch_bytes,
-      [&](int64_t begin, int64_t end, void* scratch) {
-        kernel.rows(p, work, begin, end, scratch);
-      });
+  const auto rows = [&](int64_t begin, int64_t end, void* scratch) {
+    kernel.rows(p, work, begin, end, scratch);
+  };
+  const int64_t blocks = ceil_div(p.n, kernel.rows_per_task);
+  if (!ranges.exist()) {
+    run(parallel_for, count * blocks,
+        double(p.d) * double(work.max_columns) * double(kernel.rows_per_task), scratch_bytes, rows);
+    return;
+  }
+  std::vector<double> costs(size_t(count * blocks));
+  for (int64_t task = 0; task < count * blocks; ++task) {
+    const int64_t pairs = ranges.pairs(work.first_batch + task / blocks, task % blocks);
+    const int64_t others = kernel.rows_per_task * kColumnsPerRow;
+    costs[size_t(task)] = double(p.d + 1) * double(columns_in(p, pairs) + others);
+  }
+  run(parallel_for, costs, scratch_bytes, rows);
 }
 
-// Selects the neighbors of a few queries in each of `count` batch elements.
+// Selects the neighbors of a few queries in each of `count` batch elements. columns: how many are
+// needed, of the one that needs most.
 void select_few(const SelectParams& p, const FewQueriesKernel& kernel, const SelectWork& work,
-                int64_t count, ParallelFor parallel_for) {
-  const int64_t ranges = kernel.ranges(p, work.max_columns);
+                int64_t columns, int64_t count, ParallelFor parallel_for) {
+  const int64_t ranges = kernel.ranges(p, columns);
   const int64_t entries = ranges > 1 ? count * p.n * ranges : 0;
   const Workspace ranks(size_t(entries) * kernel.found_bytes(p));
   const Workspace counts(size_t(entries) * sizeof(int64_t));
   const FoundInRanges found = {ranges, ranks.get(), counts.as<int64_t>()};
   const size_t scratch_bytes = kernel.scratch_bytes(p);
-  run(parallel_for, count * ranges, double(p.n * p.d) * double(work.max_columns / ranges),
-      scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
-        kernel.search(p, work, found, begin, end, scratch);
-      });
+  const auto search = [&](int64_t begin, int64_t end, void* scratch) {
+    kernel.search(p, work, found, begin, end, scratch);
+  };
+  if (!work.seen) {
+    run(parallel_for, count * ranges, double(p.n * p.d) * double(columns / ranges), scratch_bytes,
+        search);
+  } else {
+    std::vector<double> costs(size_t(count * ranges));
+    for (int64_t task = 0; task < count * ranges; ++task) {
+      const int64_t* seen = work.seen + task / ranges * 2;
+      costs[size_t(task)] = double(p.n * (p.d + 1)) * double((seen[1] - seen[0]) / ranges + 1);
+    }
+    run(parallel_for, costs, scratch_bytes, search);
+  }
   if (ranges == 1) return;
   run(parallel_for, count * p.n, double(ranges) * double(p.k), scratch_bytes,
       [&](int64_t begin, int64_t end, void* scratch) {
@@ -67,7 +113,10 @@ int64_t batches_per_keys(const SelectParams& p) {
   const auto same = [&](int64_t a, int64_t b) {
     return p.key.offset(a) == p.key.offset(b) &&
            (!p.key_mask ||
-            std::memcmp(p.key_mask + a * p.m, p.key_mask + b * p.m, size_t(p.m)) == 0);
+            std::memcmp(p.key_mask + a * p.m, p.key_mask + b * p.m, size_t(p.m)) == 0) &&
+           (!p.candidates_stride || std::equal(p.candidates + a * p.candidates_stride,
+                                               p.candidates + a * p.candidates_stride + p.r,
+                                               p.candidates + b * p.candidates_stride));
   };
   int64_t shared = 1;
   while (shared < p.batch && same(0, shared)) ++shared;
@@ -100,12 +149,10 @@ class Folded {
       }
       params_.key_mask = key_mask_.as<bool>();
     }
-    if (p.self_indices) {
-      for (int64_t i = 0; i < shared; ++i) {
-        self_indices_.insert(self_indices_.end(), p.self_indices, p.self_indices + p.n);
-      }
-      params_.self_indices = self_indices_.data();
-    }
+    params_.candidates_stride *= shared;
+    params_.self_indices =
+        fold_rows(p.self_indices, p.n, shared, params_.self_stride, self_indices_);
+    params_.key_range = fold_rows(p.key_range, 2 * p.n, shared, params_.range_stride, key_range_);
   }
   const SelectParams& params() const { return params_; }
 
@@ -129,44 +176,73 @@ class Folded {
     params_.query = dense_rows(queries_.get(), params_.n, p.d);
   }
 
+  // Numbers for each query: those of the batch elements that become one lie side by side, unless
+  // there are some for one batch element only, which are repeated.
+  static const int64_t* fold_rows(const int64_t* numbers, int64_t count, int64_t shared,
+                                  int64_t& stride, std::vector<int64_t>& repeated) {
+    stride *= shared;
+    if (!numbers || stride) return numbers;
+    for (int64_t i = 0; i < shared; ++i) {
+      repeated.insert(repeated.end(), numbers, numbers + count);
+    }
+    return repeated.data();
+  }
+
   SelectParams params_;
   Workspace queries_, key_mask_;
-  std::vector<int64_t> key_offsets_, self_indices_;
+  std::vector<int64_t> key_offsets_, self_indices_, key_range_;
 };
 
 void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
   const SelectKernel& kernel = kernels().select[int(p.dtype)];
   const FewQueriesKernel& few_kernel = kernels().select_few[int(p.dtype)];
-  std::vector<int64_t> candidates(p.candidates, p.candidates + (p.candidates ? p.r : 0));
+  const KeyRanges ranges(p, kernel.rows_per_task, parallel_for);
+  const bool shared = p.candidates && !p.candidates_stride;
+  std::vector<int64_t> candidates(p.candidates, p.candidates + (shared ? p.r : 0));
   std::sort(candidates.begin(), candidates.end());
 
   const int64_t columns = p.candidates ? p.r : p.m;
+  const int64_t most_seen = ranges.exist() ? columns_in(p, ranges.most_seen()) : columns;
   const bool listed = p.candidates || p.key_mask;
-  const bool few = few_kernel.pays(p, columns);
+  const bool few = few_kernel.pays(p, most_seen);
+  const bool screened =
+      kernel.screen_pays(p, ranges.exist() ? columns_in(p, ranges.average()) : columns);
   // The workspace of a batch element.
-  const size_t packed_bytes = few ? 0 : kernel.packed_bytes(p, columns);
+  const size_t packed_bytes = few ? 0 : kernel.packed_bytes(p, columns, screened);
   const size_t bytes = packed_bytes + (listed ? size_t(columns) * sizeof(int64_t) : 0);
   const int64_t batches =
       std::clamp<int64_t>(int64_t(kPackedBytes / std::max<size_t>(bytes, 1)), 1, p.batch);
   const Workspace packed(size_t(batches) * packed_bytes);
   std::vector<int64_t> rows(listed ? size_t(batches * columns) : 0);
   std::vector<int64_t> counts(listed ? size_t(batches) : 0);
+  std::vector<int64_t> seen(ranges.exist() ? size_t(2 * batches) : 0);
 
   for (int64_t first = 0; first < p.batch; first += batches) {
     const int64_t count = std::min(batches, p.batch - first);
     if (listed) {
       run(parallel_for, count, double(columns), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
-          counts[size_t(b)] = list_columns(p, candidates, first + b, rows.data() + b * columns);
+          counts[size_t(b)] =
+              list_columns(p, candidates, ranges, first + b, rows.data() + b * columns);
         }
       });
     }
-    const SelectWork work = {first, columns, listed ? rows.data() : nullptr,
-                             listed ? counts.data() : nullptr, packed.get()};
+    for (int64_t b = 0; ranges.exist() && b < count; ++b) {
+      const KeyRanges::Rows of = ranges.seen(first + b);
+      seen[size_t(2 * b)] = listed ? 0 : of.begin;
+      seen[size_t(2 * b + 1)] = listed ? counts[size_t(b)] : of.end;
+    }
+    const SelectWork work = {first,
+                             columns,
+                             listed ? rows.data() : nullptr,
+                             listed ? counts.data() : nullptr,
+                             ranges.exist() ? seen.data() : nullptr,
+                             screened,
+                             packed.get()};
     if (few) {
-      select_few(p, few_kernel, work, count, parallel_for);
+      select_few(p, few_kernel, work, most_seen, count, parallel_for);
     } else {
-      select_batches(p, kernel, work, count, parallel_for);
+      select_batches(p, kernel, work, count, ranges, parallel_for);
     }
   }
 }

@@ -7,6 +7,10 @@
 // columns: it fills a strip [kBlockRows, kChunk] of S, which stays in the L2 cache, and selects
 // from it row by row (best_columns.h).
 //
+// With key ranges, it walks only the columns that one of its rows may see, and rows whose ranges
+// have little in common one after the other (column_ranges.h). From a strip, each row selects
+// within its own range.
+//
 // If the processor multiplies vectors of 16-bit numbers, the strip first holds approximate
 // similarities, a screen of S (screen.h). A chunk in which the screen rules out too few keys, such
 // as one of many nearly equal keys, is computed in full.
@@ -14,7 +18,7 @@
 // Few queries are selected without packed keys (select_few.h).
 #pragma once
 
-#include "best_columns.h"
+#include "column_ranges.h"
 #include "kernels.h"
 #include "normalize.h"
 #include "screen.h"
@@ -34,7 +38,7 @@ constexpr int64_t kMostScreened = 96;
 // The rows of a strip are not a multiple of a page apart: they would map to the same few sets of
 // the L1 cache.
 template <class A>
-constexpr int64_t kStripStride = kChunk + kTileColumns<A>;
+constexpr int64_t kStripStride = kChunk + max_of(kTileColumns<A>, kScanColumns<A>);
 
 // The screen for a selection that accumulates in A.
 struct NoScreen {
@@ -70,9 +74,9 @@ class Select {
     Extent* extents;  // screened: [panels]
     size_t bytes;
 
-    Keys(const SelectParams& p, int64_t columns, void* base) {
+    Keys(const SelectParams& p, int64_t columns, bool has_screen, void* base) {
       const int64_t count = ceil_div(columns, kPanel);
-      screened = screen_pays(p, columns);
+      screened = has_screen;
       Arena arena(base);
       panels = arena.take<A>(screened ? 0 : count * p.d * kPanel);
       rows = arena.take<A>(screened ? count * kPanel * padded_stride<A>(p.d) : 0);
@@ -113,26 +117,20 @@ class Select {
     }
   };
 
-  // Whether a screen pays for these shapes. With few queries or columns, preparing the keys costs
-  // more than the product; with many neighbors or short rows, the selection does. A prepared key
-  // takes at most eight bytes per element.
-  static bool screen_pays(const SelectParams& p, int64_t columns) {
-    return kScreens && p.metric != Metric::euclidean && p.n >= kScreenedRows && columns >= 512 &&
-           p.d >= 16 && p.k <= min_of(kMostScreened, columns / 4) &&
-           padded_stride<A>(p.d) + words_of(p) + 1 <= 2 * p.d;
-  }
+  // Whether a query may be its own neighbor beside those that are selected.
+  static bool includes_self(const SelectParams& p) { return p.self_indices && !p.exclude_self; }
 
   // The most neighbors that a query can have: k may exceed the number of keys.
   static int64_t most_found(const SelectParams& p) {
-    return min_of(p.k, (p.candidates ? p.r : p.m) + (p.self_indices ? 1 : 0));
+    return min_of(p.k, (p.candidates ? p.r : p.m) + (includes_self(p) ? 1 : 0));
   }
 
   static int64_t words_of(const SelectParams& p) { return Screen::words(p.d); }
   static int64_t word_stride(const SelectParams& p) { return padded_stride<uint32_t>(words_of(p)); }
 
   static Keys keys_of(const SelectParams& p, const SelectWork& work, int64_t b) {
-    const size_t bytes = packed_bytes(p, work.max_columns);
-    return Keys(p, work.max_columns, static_cast<char*>(work.packed) + b * bytes);
+    const size_t bytes = packed_bytes(p, work.max_columns, work.screened);
+    return Keys(p, work.max_columns, work.screened, static_cast<char*>(work.packed) + b * bytes);
   }
 
   static int64_t columns_of(const SelectWork& work, int64_t b) {
@@ -140,6 +138,12 @@ class Select {
   }
   static int64_t key_row(const SelectWork& work, int64_t b, int64_t column) {
     return work.columns ? work.columns[b * work.max_columns + column] : column;
+  }
+
+  // The columns that any query of batch element b of the work may see.
+  static ColumnRange seen_columns(const SelectWork& work, int64_t b) {
+    if (!work.seen) return {0, columns_of(work, b)};
+    return {work.seen[2 * b], work.seen[2 * b + 1]};
   }
 
   // The key row [d] of a column of batch element b of the work; null after the last one.
@@ -178,8 +182,17 @@ class Select {
   }
 
  public:
-  static size_t packed_bytes(const SelectParams& p, int64_t columns) {
-    return Keys(p, columns, nullptr).bytes;
+  // Whether a screen pays for these shapes and as many columns in the range of a query. With few
+  // queries or columns, preparing the keys costs more than the product; with many neighbors or
+  // short rows, the selection does. A prepared key takes at most eight bytes per element.
+  static bool screen_pays(const SelectParams& p, int64_t columns) {
+    return kScreens && p.metric != Metric::euclidean && p.n >= kScreenedRows && columns >= 512 &&
+           p.d >= 16 && p.k <= min_of(kMostScreened, columns / 4) &&
+           padded_stride<A>(p.d) + words_of(p) + 1 <= 2 * p.d;
+  }
+
+  static size_t packed_bytes(const SelectParams& p, int64_t columns, bool screened) {
+    return Keys(p, columns, screened, nullptr).bytes;
   }
 
   static size_t scratch_bytes(const SelectParams& p) { return Scratch(p, nullptr).bytes; }
@@ -191,7 +204,8 @@ class Select {
     const int64_t stride = padded_stride<A>(p.d);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / panels, panel = task % panels;
-      if (panel * kPanel >= columns_of(work, b)) continue;
+      const ColumnRange seen = seen_columns(work, b);
+      if (panel * kPanel >= seen.end || (panel + 1) * kPanel <= seen.begin) continue;
       const Keys keys = keys_of(p, work, b);
       Extent extent;
       for (int64_t first = 0; first < kPanel; first += kLanes<A>) {
@@ -225,8 +239,15 @@ class Select {
   static void rows(const SelectParams& p, const SelectWork& work, int64_t begin, int64_t end,
                    void* scratch) {
     const int64_t blocks = ceil_div(p.n, kBlockRows);
+    ColumnRange ranges[kBlockRows];
     for (int64_t task = begin; task < end; ++task) {
-      block(p, work, task / blocks, task % blocks * kBlockRows, Scratch(p, scratch));
+      const int64_t b = task / blocks, first = task % blocks * kBlockRows;
+      const int64_t rows = min_of(kBlockRows, p.n - first);
+      for (int64_t r = 0; r < rows; ++r) ranges[r] = range_of(p, work, b, first + r);
+      for (int64_t count, r = 0; r < rows; r += count) {
+        count = p.key_range ? rows_together(ranges + r, rows - r) : rows;
+        block(p, work, b, first + r, count, ranges + r, Scratch(p, scratch));
+      }
     }
   }
 
@@ -238,11 +259,12 @@ class Select {
     return Screen::round(row, p.d, words);
   }
 
-  // Reads `rows` query rows for a block, zeros after them, and rounds them if they are screened.
+  // Reads `rows` query rows for a block, zeros after them up to whole tiles, and rounds them if
+  // they are screened.
   static void read_queries(const SelectParams& p, int64_t batch, int64_t first_row, int64_t rows,
                            bool screened, Extent* extents, const Scratch& scratch) {
     const int64_t stride = padded_stride<A>(p.d);
-    for (int64_t r = 0; r < kBlockRows; ++r) {
+    for (int64_t r = 0; r < ceil_div(rows, kTileRows) * kTileRows; ++r) {
       A* row = scratch.queries + r * stride;
       const T* x = r < rows ? p.query.at<T>(batch, first_row + r) : nullptr;
       if (x) {
@@ -259,45 +281,46 @@ class Select {
       }
     }
     if constexpr (kScreens) {
-      for (int64_t group = 0; screened && group < kQueryGroups; ++group) {
+      for (int64_t group = 0; screened && group < ceil_div(rows, kLanes<A>); ++group) {
         to_lanes(scratch.queries + group * kLanes<A> * stride, stride, p.d,
                  scratch.lanes + group * p.d * kLanes<A>);
       }
     }
   }
 
-  // Query rows first_row ... first_row + kBlockRows - 1 of batch element b of the work.
+  // `rows` query rows, first_row and following, of batch element b of the work, of which each may
+  // see one of `ranges`.
   static void block(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
-                    const Scratch& scratch) {
+                    int64_t rows, const ColumnRange* ranges, const Scratch& scratch) {
     const int64_t batch = work.first_batch + b;
-    const int64_t rows = min_of(kBlockRows, p.n - first_row);
-    const int64_t columns = columns_of(work, b);
     const Keys keys = keys_of(p, work, b);
 
     Extent extents[kBlockRows];
     read_queries(p, batch, first_row, rows, keys.screened, extents, scratch);
-    if (p.self_indices) multiply_self(p, batch, first_row, rows, scratch);
+    if (includes_self(p)) multiply_self(p, batch, first_row, rows, scratch);
 
     int64_t self_columns[kBlockRows];
     BestColumns<A> best[kBlockRows];
     const int64_t capacity = BestColumns<A>::capacity(most_found(p));
+    ColumnRange all;
     for (int64_t r = 0; r < rows; ++r) {
       const bool self = has_self(p, batch, first_row + r);
-      self_columns[r] = self ? column_of(work, b, p.self_indices[first_row + r]) : -1;
+      self_columns[r] = self_column(p, work, b, first_row + r);
       best[r].start(scratch.ranks + r * capacity, most_found(p) - self, self_columns[r]);
+      all.include(ranges[r]);
     }
 
     // The chunk with the same relative position as these rows comes first, then the others from
     // left to right: most neighbors of a token of an image are nearby, and with those the screen
     // rules out almost everything else.
-    const int64_t chunks = ceil_div(columns, kChunk);
-    const int64_t nearest = min_of(first_row * columns / p.n / kChunk, chunks - 1);
-    for (int64_t i = 0; i < chunks; ++i) {
-      const int64_t first = (i == 0 ? nearest : i <= nearest ? i - 1 : i) * kChunk;
-      const int64_t chunk = min_of(kChunk, columns - first);
+    Chunks<A> chunks(all, first_row * columns_of(work, b) / p.n);
+    ColumnRange chunk;
+    for (bool is_first = true; chunks.next(chunk); is_first = false) {
+      ColumnRange parts[kBlockRows];  // of the rows' ranges, in this chunk
+      for (int64_t r = 0; r < rows; ++r) parts[r] = ranges[r].within(chunk);
       if constexpr (kScreens) {
         if (keys.screened) {
-          if (screen_chunk(p, keys, first, chunk, i == 0, rows, extents, self_columns, best,
+          if (screen_chunk(p, keys, chunk, is_first, rows, parts, extents, self_columns, best,
                            scratch)) {
             continue;
           }
@@ -305,14 +328,18 @@ class Select {
           for (int64_t r = 0; r < rows; ++r) best[r].end_resolve();
         }
       }
-      for (int64_t c = 0; c < chunk; c += kPanel) {
-        similarities(p, scratch.queries, rows, panel_of(p, keys, first + c, scratch), chunk - c,
-                     scratch.strip + c, kStripStride<A>);
+      each_panel(chunk, [&](int64_t column, int64_t count) {
+        similarities(p, scratch.queries, rows, panel_of(p, keys, column, count, scratch), count,
+                     scratch.strip + column - chunk.begin, kStripStride<A>);
+      });
+      close_strip(chunk.begin, parts, 0, rows, self_columns, scratch);
+      for (int64_t r = 0; r < rows; ++r) {
+        best[r].survey(part_of_strip(r, chunk, parts[r], scratch), parts[r].count());
       }
-      close_strip(first, chunk, rows, self_columns, scratch);
-      const auto strip = [&](int64_t r) { return scratch.strip + r * kStripStride<A>; };
-      for (int64_t r = 0; r < rows; ++r) best[r].survey(strip(r), chunk);
-      for (int64_t r = 0; r < rows; ++r) best[r].collect(strip(r), first, chunk);
+      for (int64_t r = 0; r < rows; ++r) {
+        best[r].collect(part_of_strip(r, chunk, parts[r], scratch), parts[r].begin,
+                        parts[r].count());
+      }
     }
 
     if constexpr (kScreens) {
@@ -323,26 +350,45 @@ class Select {
     }
   }
 
-  // Writes -inf after the last column of a strip and at the token itself.
+  // The similarities of row r to the columns `part` of a chunk.
   template <class AnyScratch>
-  static void close_strip(int64_t first, int64_t chunk, int64_t rows, const int64_t* self_columns,
+  static A* part_of_strip(int64_t r, const ColumnRange& chunk, const ColumnRange& part,
                           const AnyScratch& scratch) {
+    return scratch.strip + r * kStripStride<A> + part.begin - chunk.begin;
+  }
+
+  // Writes -inf after the last column of the parts of rows begin ... end - 1 of a strip, which
+  // begins at column `first`, and at the tokens themselves.
+  template <class AnyScratch>
+  static void close_strip(int64_t first, const ColumnRange* parts, int64_t begin, int64_t end,
+                          const int64_t* self_columns, const AnyScratch& scratch) {
     constexpr A kLowest = -std::numeric_limits<A>::infinity();
-    const int64_t scanned = ceil_div(chunk, kScanColumns<A>) * kScanColumns<A>;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = begin; r < end; ++r) {
+      const ColumnRange part = parts[r];
       A* strip = scratch.strip + r * kStripStride<A>;
-      for (int64_t c = chunk; c < scanned; ++c) strip[c] = kLowest;
-      const int64_t self = self_columns[r] - first;
-      if (self >= 0 && self < chunk) strip[self] = kLowest;
+      const int64_t scanned = ceil_div(part.count(), kScanColumns<A>) * kScanColumns<A>;
+      for (int64_t c = part.end; c < part.begin + scanned; ++c) strip[c - first] = kLowest;
+      const int64_t self = self_columns[r];
+      if (self >= part.begin && self < part.end) strip[self - first] = kLowest;
     }
   }
 
-  // The panel [d, kPanel] that begins at `column`.
-  static const A* panel_of(const SelectParams& p, const Keys& keys, int64_t column,
+  // Calls visit(column, count) for the columns of a chunk that lie in one panel.
+  template <class Visit>
+  static void each_panel(const ColumnRange& chunk, const Visit& visit) {
+    for (int64_t count, column = chunk.begin; column < chunk.end; column += count) {
+      count = min_of(kPanel - column % kPanel, chunk.end - column);
+      visit(column, count);
+    }
+  }
+
+  // The panel [d, kPanel] of a column, from that column on. At least `count` columns of it can be
+  // read, in whole vectors.
+  static const A* panel_of(const SelectParams& p, const Keys& keys, int64_t column, int64_t count,
                            const Scratch& scratch) {
-    if (!keys.screened) return keys.panels + column * p.d;
+    if (!keys.screened) return keys.panels + column / kPanel * kPanel * p.d + column % kPanel;
     const int64_t stride = padded_stride<A>(p.d);
-    for (int64_t i = 0; i < kPanel; i += kLanes<A>) {
+    for (int64_t i = 0; i < count; i += kLanes<A>) {
       interleave(keys.rows + (column + i) * stride, stride, p.d, scratch.panel + i);
     }
     return scratch.panel;
@@ -350,44 +396,50 @@ class Select {
 
   // Selects from a chunk by its screen. Returns false, with nothing collected, if the screen rules
   // out too little.
-  static bool screen_chunk(const SelectParams& p, const Keys& keys, int64_t first, int64_t chunk,
-                           bool is_first, int64_t rows, const Extent* extents,
-                           const int64_t* self_columns, BestColumns<A>* best,
+  static bool screen_chunk(const SelectParams& p, const Keys& keys, const ColumnRange& chunk,
+                           bool is_first, int64_t rows, const ColumnRange* parts,
+                           const Extent* extents, const int64_t* self_columns, BestColumns<A>* best,
                            const Scratch& scratch) {
     const int64_t words = words_of(p);
     Extent keys_extent;
-    for (int64_t c = first; c < first + chunk; c += kPanel) {
-      keys_extent.include(keys.extents[c / kPanel]);
-    }
+    each_panel(chunk, [&](int64_t column, int64_t) {
+      keys_extent.include(keys.extents[column / kPanel]);
+    });
     ScreenError errors[kBlockRows];
     for (int64_t r = 0; r < rows; ++r) {
       errors[r] = screen_error(extents[r], keys_extent, p.d);
       if (!errors[r].exists()) return false;
     }
-    for (int64_t c = 0; c < chunk; c += kPanel) {
-      Screen::multiply(scratch.words, word_stride(p), scratch.scales, rows,
-                       keys.words + (first + c) * words, words, keys.scales + first + c, chunk - c,
-                       scratch.strip + c, kStripStride<A>);
-    }
-    close_strip(first, chunk, rows, self_columns, scratch);
-    int64_t open = 0;
+    each_panel(chunk, [&](int64_t column, int64_t count) {
+      const uint32_t* panel = keys.words + column / kPanel * kPanel * words + column % kPanel;
+      Screen::multiply(scratch.words, word_stride(p), scratch.scales, rows, panel, words,
+                       keys.scales + column, count, scratch.strip + column - chunk.begin,
+                       kStripStride<A>);
+    });
+    close_strip(chunk.begin, parts, 0, rows, self_columns, scratch);
+    int64_t open = 0, most = 0;
     for (int64_t r = 0; r < rows; ++r) {
-      best[r].survey_screened(scratch.strip + r * kStripStride<A>, chunk, errors[r]);
+      best[r].survey_screened(part_of_strip(r, chunk, parts[r], scratch), parts[r].count(),
+                              errors[r]);
     }
-    for (int64_t r = 0; r < rows; ++r) open += best[r].open_groups();
-    if (open > rows * most_open(p, chunk, is_first)) return false;
     for (int64_t r = 0; r < rows; ++r) {
-      best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk, [&] {
-        resolve(p, keys, r, r + 1, best, scratch);
-        best[r].end_resolve();
-      });
+      open += best[r].open_groups();
+      most += most_open(p, parts[r].count(), is_first);
+    }
+    if (open > most) return false;
+    for (int64_t r = 0; r < rows; ++r) {
+      best[r].collect_screened(part_of_strip(r, chunk, parts[r], scratch), parts[r].begin,
+                               parts[r].count(), [&] {
+                                 resolve(p, keys, r, r + 1, best, scratch);
+                                 best[r].end_resolve();
+                               });
     }
     return true;
   }
 
-  // How many groups of a chunk a screen may leave undecided for a query.
-  static int64_t most_open(const SelectParams& p, int64_t chunk, bool is_first) {
-    const int64_t groups = BestColumns<A>::group_count(chunk);
+  // How many groups of as many columns a screen may leave undecided for a query.
+  static int64_t most_open(const SelectParams& p, int64_t columns, bool is_first) {
+    const int64_t groups = BestColumns<A>::group_count(columns);
     const int64_t most = is_first ? groups - groups / 4 : groups / 2;
     return min_of(groups / kGroupsPerOpen + p.k, most);
   }
@@ -431,7 +483,7 @@ class Select {
         const int64_t count = min_of(kLanes<A>, stop - step);
         for (int64_t i = 0; i < kLanes<A>; ++i) {
           if (i < count) {
-            read_row(p, p.key.at<T>(batch, p.self_indices[first_row + step + i]),
+            read_row(p, p.key.at<T>(batch, self_of(p, batch, first_row + step + i)),
                      scratch.rows + i * stride);
           } else {
             pad_row(p, scratch.rows + i * stride, 0);
@@ -447,24 +499,45 @@ class Select {
     }
   }
 
-  static bool has_self(const SelectParams& p, int64_t batch, int64_t row) {
-    return p.self_indices && (!p.key_mask || p.key_mask[batch * p.m + p.self_indices[row]]);
+  static int64_t self_of(const SelectParams& p, int64_t batch, int64_t row) {
+    return p.self_indices[batch * p.self_stride + row];
+  }
+  static const int64_t* key_range_of(const SelectParams& p, int64_t batch, int64_t row) {
+    return p.key_range + batch * p.range_stride + 2 * row;
   }
 
-  // The column of a row of key, or -1 if it is not among the columns.
-  static int64_t column_of(const SelectWork& work, int64_t b, int64_t row) {
+  // Whether the token itself is a neighbor.
+  static bool has_self(const SelectParams& p, int64_t batch, int64_t row) {
+    if (!includes_self(p)) return false;
+    const int64_t self = self_of(p, batch, row);
+    if (p.key_mask && !p.key_mask[batch * p.m + self]) return false;
+    if (!p.key_range) return true;
+    const int64_t* range = key_range_of(p, batch, row);
+    return range[0] <= self && self < range[1];
+  }
+
+  // The column of the token itself, or -1 if it is not among the columns.
+  static int64_t self_column(const SelectParams& p, const SelectWork& work, int64_t b,
+                             int64_t row) {
+    if (!p.self_indices) return -1;
+    const int64_t self = self_of(p, work.first_batch + b, row);
+    const int64_t column = first_column(work, b, self);
+    return column < columns_of(work, b) && key_row(work, b, column) == self ? column : -1;
+  }
+
+  // The columns that a query may see.
+  static ColumnRange range_of(const SelectParams& p, const SelectWork& work, int64_t b,
+                              int64_t row) {
+    if (!p.key_range) return {0, columns_of(work, b)};
+    const int64_t* range = key_range_of(p, work.first_batch + b, row);
+    return {first_column(work, b, range[0]), first_column(work, b, range[1])};
+  }
+
+  // The first column whose row of key is at least this one.
+  static int64_t first_column(const SelectWork& work, int64_t b, int64_t row) {
     if (!work.columns) return row;
     const int64_t* columns = work.columns + b * work.max_columns;
-    int64_t low = 0, high = columns_of(work, b);
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (columns[middle] < row) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low < columns_of(work, b) && columns[low] == row ? low : -1;
+    return std::lower_bound(columns, columns + columns_of(work, b), row) - columns;
   }
 
   static void write(const SelectParams& p, const SelectWork& work, int64_t b, int64_t row,
@@ -481,13 +554,13 @@ class Select {
     bool self_pending = has_self(p, batch, row);
     for (int64_t j = 0; j < found; ++j) {
       const int64_t index = key_row(work, b, best.ranks()[j].column());
-      if (self_pending && (p.order == Order::similarity || p.self_indices[row] < index)) {
-        put(self_similarity, p.self_indices[row]);
+      if (self_pending && (p.order == Order::similarity || self_of(p, batch, row) < index)) {
+        put(self_similarity, self_of(p, batch, row));
         self_pending = false;
       }
       put(best.ranks()[j].similarity(), index);
     }
-    if (self_pending) put(self_similarity, p.self_indices[row]);
+    if (self_pending) put(self_similarity, self_of(p, batch, row));
     while (count < p.k) put(-std::numeric_limits<A>::infinity(), 0);
   }
 };
@@ -496,6 +569,7 @@ template <class T>
 SelectKernel select_kernel() {
   return {kBlockRows,
           kTileColumns<accumulate_t<T>>,
+          Select<T>::screen_pays,
           Select<T>::packed_bytes,
           Select<T>::scratch_bytes,
           Select<T>::pack,

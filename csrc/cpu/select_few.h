@@ -5,15 +5,16 @@
 // screened, but read once, where they lie: a task takes a range of the columns of one batch element
 // and all its queries. It transposes kLanes keys at a time in registers, multiplies them by every
 // query, and collects the best columns of its range. What the ranges of a query found is then
-// merged in the total order of neighbors.
+// merged in the total order of neighbors. With key ranges, it reads only what one of the queries
+// may see, and multiplies it only by those from the first to the last that may.
 //
 // The cosine with very few queries does not need normalized keys either: the products of a key as
 // it is, divided by its norm, both in float32, are a screen (screen.h) of the similarities, which
 // are then computed exactly for the few keys that it does not rule out. Norms near the limits of
 // float32, NaN, and chunks of too similar keys are left to the normalized keys.
 //
-// The number of ranges depends on the shapes only. A similarity has the same bits as from
-// multiply_tile, so a result depends neither on the number of queries nor on that of threads.
+// The number of ranges depends on shapes and key ranges only. A similarity has the same bits as
+// from multiply_tile, so a result depends neither on the number of queries nor on that of threads.
 #pragma once
 
 #include "select.h"
@@ -64,6 +65,8 @@ class SelectFew : Select<T> {
     Rank<A>* ranks;         // [n, capacity]
     BestColumns<A>* best;   // [n]
     int64_t* self_columns;  // [n]
+    ColumnRange* seen;      // [n] the columns that each may see
+    ColumnRange* parts;     // [n] those of a chunk
     bool queries_are_finite;
     size_t bytes;
 
@@ -73,13 +76,15 @@ class SelectFew : Select<T> {
       queries = arena.take<A>(padded * padded_stride<A>(p.d));
       self_similarities = arena.take<A>(padded);
       rows = arena.take<A>(kLanes<A> * padded_stride<A>(p.d));
-      panel = arena.take<A>(p.self_indices ? p.d * kTileColumns<A> : 0);
-      tile = arena.take<A>(p.self_indices ? kTileRows * kTileColumns<A> : 0);
+      panel = arena.take<A>(Base::includes_self(p) ? p.d * kTileColumns<A> : 0);
+      tile = arena.take<A>(Base::includes_self(p) ? kTileRows * kTileColumns<A> : 0);
       sums = arena.take<A>(p.n * kLanes<A>);
       strip = arena.take<A>(p.n * kStripStride<A>);
       ranks = arena.take<Rank<A>>(p.n * BestColumns<A>::capacity(Base::most_found(p)));
       best = arena.take<BestColumns<A>>(p.n);
       self_columns = arena.take<int64_t>(p.n);
+      seen = arena.take<ColumnRange>(p.n);
+      parts = arena.take<ColumnRange>(p.n);
       bytes = arena.used();
     }
   };
@@ -128,7 +133,7 @@ class SelectFew : Select<T> {
     int64_t prepared = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / p.n, r = task % p.n;
-      if (p.self_indices && b != prepared) read_queries(p, work.first_batch + b, scratch);
+      if (Base::includes_self(p) && b != prepared) read_queries(p, work.first_batch + b, scratch);
       prepared = b;
       BestColumns<A>& best = start(p, work, b, r, scratch);
       for (int64_t i = task * found.ranges; i < (task + 1) * found.ranges; ++i) {
@@ -148,7 +153,7 @@ class SelectFew : Select<T> {
       for (int64_t t = 0; t < p.d; ++t) zero += row[t] * 0;
     }
     scratch.queries_are_finite = zero == 0;
-    if (!p.self_indices) return;
+    if (!Base::includes_self(p)) return;
     for (int64_t r = p.n; r < ceil_div(p.n, kTileRows) * kTileRows; ++r) {
       Base::pad_row(p, scratch.queries + r * stride, 0);
     }
@@ -159,7 +164,7 @@ class SelectFew : Select<T> {
   static BestColumns<A>& start(const SelectParams& p, const SelectWork& work, int64_t b, int64_t r,
                                const Scratch& scratch) {
     const bool self = Base::has_self(p, work.first_batch + b, r);
-    scratch.self_columns[r] = self ? Base::column_of(work, b, p.self_indices[r]) : -1;
+    scratch.self_columns[r] = Base::self_column(p, work, b, r);
     const int64_t most = Base::most_found(p);
     scratch.best[r].start(scratch.ranks + r * BestColumns<A>::capacity(most), most - self,
                           scratch.self_columns[r]);
@@ -174,58 +179,91 @@ class SelectFew : Select<T> {
               static_cast<Rank<A>*>(found.ranks) + i * Base::most_found(p));
   }
 
+  // The queries first ... last - 1 and the columns of a chunk that one of them may see.
+  struct Part {
+    int64_t first, last;
+    ColumnRange columns;
+  };
+
+  // What part of a chunk is seen; its `columns` are empty if nothing is.
+  static Part part_of(const SelectParams& p, const ColumnRange& chunk, const Scratch& scratch) {
+    Part part = {0, 0, {}};
+    for (int64_t r = 0; r < p.n; ++r) {
+      scratch.parts[r] = scratch.seen[r].within(chunk);
+      if (scratch.parts[r].count() == 0) continue;
+      if (part.last == 0) part.first = r;
+      part.last = r + 1;
+      part.columns.include(scratch.parts[r]);
+    }
+    return part;
+  }
+
   static void search_range(const SelectParams& p, const SelectWork& work, int64_t b, int64_t range,
                            int64_t ranges, const Scratch& scratch) {
-    const int64_t columns = Base::columns_of(work, b);
-    const int64_t length = ceil_div(ceil_div(columns, ranges), kLanes<A>) * kLanes<A>;
-    const int64_t begin = range * length, end = min_of(columns, begin + length);
-    for (int64_t r = 0; r < p.n; ++r) start(p, work, b, r, scratch);
+    const ColumnRange all = Base::seen_columns(work, b);
+    const int64_t length = ceil_div(ceil_div(all.count(), ranges), kLanes<A>) * kLanes<A>;
+    const int64_t begin = all.begin + range * length, end = min_of(all.end, begin + length);
+    for (int64_t r = 0; r < p.n; ++r) {
+      start(p, work, b, r, scratch);
+      scratch.seen[r] = Base::range_of(p, work, b, r);
+    }
+    bool is_first = true;
     for (int64_t first = begin; first < end; first += kChunk) {
-      const int64_t chunk = min_of(kChunk, end - first);
-      if constexpr (std::is_same_v<A, float>) {
-        if (p.metric == Metric::cosine && p.n <= kMostScreenedRows) {
-          if (screen_chunk(p, work, b, first, chunk, first == begin, end, scratch)) continue;
-          for (int64_t r = 0; r < p.n; ++r) resolve(p, work, b, r, scratch);
-        }
-      }
-      for (int64_t c = 0; c < chunk; c += kLanes<A>) {
-        const A* rows[kLanes<A>];
-        read_keys(p, work, b, first + c, end, p.metric == Metric::cosine, rows, scratch);
-        if (p.metric == Metric::euclidean) {
-          multiply<true>(p, rows, scratch.strip + c, scratch);
-        } else {
-          multiply<false>(p, rows, scratch.strip + c, scratch);
-        }
-      }
-      Base::close_strip(first, chunk, p.n, scratch.self_columns, scratch);
-      for (int64_t r = 0; r < p.n; ++r) {
-        const A* strip = scratch.strip + r * kStripStride<A>;
-        scratch.best[r].survey(strip, chunk);
-        scratch.best[r].collect(strip, first, chunk);
-      }
+      const Part part = part_of(p, {first, min_of(end, first + kChunk)}, scratch);
+      if (part.columns.count() == 0) continue;
+      search_part(p, work, b, part, is_first, scratch);
+      is_first = false;
     }
     if constexpr (std::is_same_v<A, float>) {
       for (int64_t r = 0; r < p.n; ++r) resolve(p, work, b, r, scratch);
     }
   }
 
-  // Selects from a chunk by screened cosines. Returns false, with nothing collected, if there is no
-  // bound for their error or they rule out too little.
-  static bool screen_chunk(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first,
-                           int64_t chunk, bool is_first, int64_t end, const Scratch& scratch) {
-    bool bounded = true;
-    for (int64_t c = 0; c < chunk && bounded; c += kLanes<A>) {
+  static void search_part(const SelectParams& p, const SelectWork& work, int64_t b,
+                          const Part& part, bool is_first, const Scratch& scratch) {
+    if constexpr (std::is_same_v<A, float>) {
+      if (p.metric == Metric::cosine && p.n <= kMostScreenedRows) {
+        if (screen_part(p, work, b, part, is_first, scratch)) return;
+        for (int64_t r = part.first; r < part.last; ++r) resolve(p, work, b, r, scratch);
+      }
+    }
+    const ColumnRange& columns = part.columns;
+    for (int64_t c = columns.begin; c < columns.end; c += kLanes<A>) {
       const A* rows[kLanes<A>];
-      read_keys(p, work, b, first + c, end, false, rows, scratch);
-      multiply<false>(p, rows, scratch.strip + c, scratch);
+      read_keys(p, work, b, c, columns.end, p.metric == Metric::cosine, rows, scratch);
+      if (p.metric == Metric::euclidean) {
+        multiply<true>(p, rows, part, scratch.strip + c - columns.begin, scratch);
+      } else {
+        multiply<false>(p, rows, part, scratch.strip + c - columns.begin, scratch);
+      }
+    }
+    close_strip(part, scratch);
+    for (int64_t r = part.first; r < part.last; ++r) {
+      const A* strip = Base::part_of_strip(r, columns, scratch.parts[r], scratch);
+      scratch.best[r].survey(strip, scratch.parts[r].count());
+      scratch.best[r].collect(strip, scratch.parts[r].begin, scratch.parts[r].count());
+    }
+  }
+
+  // Selects from a part of a chunk by screened cosines. Returns false, with nothing collected, if
+  // there is no bound for their error or they rule out too little.
+  static bool screen_part(const SelectParams& p, const SelectWork& work, int64_t b,
+                          const Part& part, bool is_first, const Scratch& scratch) {
+    bool bounded = true;
+    const ColumnRange& columns = part.columns;
+    for (int64_t c = columns.begin; c < columns.end && bounded; c += kLanes<A>) {
+      const A* rows[kLanes<A>];
+      A* strip = scratch.strip + c - columns.begin;
+      read_keys(p, work, b, c, columns.end, false, rows, scratch);
+      multiply<false>(p, rows, part, strip, scratch);
       const V squares = squared_norms(p, rows);
       for (int i = 0; i < kLanes<A>; ++i) {
         bounded = bounded && squares[i] >= kLeastSquare && squares[i] <= kLargestSquare;
       }
       V inverse;
       for (int i = 0; i < kLanes<A>; ++i) inverse[i] = 1 / std::sqrt(squares[i]);
-      for (int64_t r = 0; r < p.n; ++r) {
-        A* to = scratch.strip + r * kStripStride<A> + c;
+      for (int64_t r = part.first; r < part.last; ++r) {
+        A* to = strip + r * kStripStride<A>;
         store(to, load(to) * inverse);
       }
     }
@@ -234,18 +272,26 @@ class SelectFew : Select<T> {
     // may be a little longer than 1. 2^-22 also covers the division by a norm and the rounding of
     // what is computed from this bound.
     const ScreenError error = {0x1p-22f * 1.001f * float(p.d + 64), 0, 1};
-    Base::close_strip(first, chunk, p.n, scratch.self_columns, scratch);
-    int64_t open = 0;
-    for (int64_t r = 0; r < p.n; ++r) {
-      scratch.best[r].survey_screened(scratch.strip + r * kStripStride<A>, chunk, error);
+    close_strip(part, scratch);
+    int64_t open = 0, most = 0;
+    for (int64_t r = part.first; r < part.last; ++r) {
+      scratch.best[r].survey_screened(Base::part_of_strip(r, columns, scratch.parts[r], scratch),
+                                      scratch.parts[r].count(), error);
       open += scratch.best[r].open_groups();
+      most += Base::most_open(p, scratch.parts[r].count(), is_first);
     }
-    if (open > p.n * Base::most_open(p, chunk, is_first)) return false;
-    for (int64_t r = 0; r < p.n; ++r) {
-      scratch.best[r].collect_screened(scratch.strip + r * kStripStride<A>, first, chunk,
+    if (open > most) return false;
+    for (int64_t r = part.first; r < part.last; ++r) {
+      scratch.best[r].collect_screened(Base::part_of_strip(r, columns, scratch.parts[r], scratch),
+                                       scratch.parts[r].begin, scratch.parts[r].count(),
                                        [&] { resolve(p, work, b, r, scratch); });
     }
     return true;
+  }
+
+  static void close_strip(const Part& part, const Scratch& scratch) {
+    Base::close_strip(part.columns.begin, scratch.parts, part.first, part.last,
+                      scratch.self_columns, scratch);
   }
 
   // Computes the cosines of query r and the columns that were collected with an error.
@@ -326,16 +372,19 @@ class SelectFew : Select<T> {
     }
   }
 
+  // c [n, kStripStride]: the similarities of the queries of `part`.
   // rows: kLanes keys, which can be read in whole vectors, with zeros from element d on.
   template <bool SquaredDifference>
-  static void multiply(const SelectParams& p, const A* const* rows, A* c, const Scratch& scratch) {
-    if (p.n == 1) {
-      store(c, product<SquaredDifference>(p, rows, scratch.queries));
+  static void multiply(const SelectParams& p, const A* const* rows, const Part& part, A* c,
+                       const Scratch& scratch) {
+    const int64_t stride = padded_stride<A>(p.d);
+    if (part.last - part.first == 1) {
+      store(c + part.first * kStripStride<A>,
+            product<SquaredDifference>(p, rows, scratch.queries + part.first * stride));
       return;
     }
-    const int64_t stride = padded_stride<A>(p.d);
     if (p.d == 0) {
-      for (int64_t r = 0; r < p.n; ++r) store(c + r * kStripStride<A>, V{});
+      for (int64_t r = part.first; r < part.last; ++r) store(c + r * kStripStride<A>, V{});
     }
     for (int64_t t = 0; t < p.d; t += kLanes<A>) {
       V columns[kLanes<A>];
@@ -358,11 +407,11 @@ class SelectFew : Select<T> {
           }
         }
       };
-      int64_t r = 0;
-      for (; r + kRowsAtOnce <= p.n; r += kRowsAtOnce) {
+      int64_t r = part.first;
+      for (; r + kRowsAtOnce <= part.last; r += kRowsAtOnce) {
         add(std::integral_constant<int, kRowsAtOnce>(), r);
       }
-      for (; r < p.n; ++r) add(std::integral_constant<int, 1>(), r);
+      for (; r < part.last; ++r) add(std::integral_constant<int, 1>(), r);
     }
   }
 

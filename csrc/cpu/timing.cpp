@@ -61,7 +61,8 @@ class Trial {
     size_t packed = 0, scratch = 0;
     for (const Kernels* set : sets) {
       for (int64_t rows : kRows) {
-        packed = std::max(packed, select(*set).packed_bytes(params(rows), rows));
+        const bool screened = select(*set).screen_pays(params(rows), rows);
+        packed = std::max(packed, select(*set).packed_bytes(params(rows), rows, screened));
         scratch = std::max(scratch, select(*set).scratch_bytes(params(rows)));
       }
     }
@@ -77,6 +78,7 @@ class Trial {
       const SelectParams p = params(rows);
       SelectWork work{};
       work.max_columns = rows;
+      work.screened = kernel.screen_pays(p, rows);
       work.packed = packed_.get();
       const double start = seconds();
       kernel.pack(p, work, 0, ceil_div(rows, kernel.columns_per_panel), scratch_.get());
