@@ -22,7 +22,8 @@ PACKAGE = "convnn_kernels"
 ALLOWED = {
     "": {"functional", "nn", "backends", "version"},
     "nn": {"functional"},
-    "functional": {"arguments", "torch_internals", "ops"},
+    "functional": {"arguments", "key_ranges", "torch_internals", "ops"},
+    "key_ranges": {"arguments"},
     "arguments": {"checks"},
     "ops": {"autograd", "backends", "checks", "flops", "schemas", "transforms"},
     "autograd": {"raised", "schemas", "torch_internals"},
