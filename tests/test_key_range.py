@@ -115,7 +115,10 @@ def test_packed_sequences_equal_each_alone(dtype: torch.dtype, weight: str) -> N
         assert torch.equal(results[1][:, rows], s)
         assert torch.equal(results[2][:, rows], (I + first).masked_fill(missing, 0))
         of_alone = torch.autograd.grad(Y, alone, gradient[:, rows])
-        assert_same(tuple(X[:, rows] for X in of_packed), of_alone)
+        for of_all, of_one in zip(of_packed, of_alone, strict=True):
+            # Dense, the sum over the queries of a key is divided among tasks.
+            bounds = {} if weight == "dense" else {"rtol": 0.0, "atol": 0.0}
+            torch.testing.assert_close(of_all[:, rows], of_one, **bounds)
         first += length
 
 
