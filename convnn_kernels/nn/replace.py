@@ -217,8 +217,6 @@ class _Replacement:
             raise CannotReplaceError("not an attention layer of a known form")
         else:
             return None
-        if isinstance(parent, nn.TransformerDecoderLayer) and child_name == "self_attn":
-            raise CannotReplaceError("the self-attention of a decoder is masked")
         if child_name == "_orig_mod":
             raise CannotReplaceError("it is compiled: swap first, then compile")
         if child in self.new:
@@ -268,10 +266,10 @@ class _Replacement:
         adapter = (
             MultiheadAdapter if isinstance(old, nn.MultiheadAttention) else SelfAttentionAdapter
         )
-        outputs, masks = require_attention(old, adapter)
+        seen = require_attention(old, adapter)
         k = 9 if self.k is None else self.k
         new = adapter(old, Target(k, self.attention == "kvt", self._make_candidates()))
-        new.outputs, new.masks = outputs, masks
+        seen.give(new)
         return new
 
 
