@@ -221,10 +221,10 @@ def select_neighbors(
         At most two within a radius of 1.5:
 
         >>> select_neighbors(points, points, 2, metric="euclidean", within=1.5)[0]
-        tensor([[0., -1.],
-                [0., -1.],
-                [0., -inf],
-                [0., -inf]])
+        tensor([[ 0., -1.],
+                [ 0., -1.],
+                [ 0., -inf],
+                [ 0., -inf]])
     """
     if type(k) is not int:
         k = arguments.whole("select_neighbors", "k", k)
