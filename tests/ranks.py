@@ -17,23 +17,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# How long a rank waits for another one, and a test for the ranks.
+# How long a rank waits for another one, in seconds. A test waits twice as long for a rank.
 TIMEOUT = 60.0
 
-# In a rank: the groups of its first ranks, by their number.
+# In a rank: the groups of the last ranks, by their number. So the ranks of a smaller group are not
+# those of the default group.
 groups: dict[int, Any] = {}
 
 
 class Ranks:
-    """The processes; `call` runs a function on the first of them."""
+    """The processes; `call` runs a function on as many of them as it has arguments for."""
 
-    def __init__(self, size: int, folder: Path) -> None:
+    def __init__(self, size: int, folder: Path, timeout: float) -> None:
         context = multiprocessing.get_context("spawn")
         pairs = [context.Pipe() for _ in range(size)]
         self.pipes = [pipe for pipe, _ in pairs]
         self.processes = [
             context.Process(
-                target=_serve, args=(rank, size, str(folder / "store"), theirs), daemon=True
+                target=_serve,
+                args=(rank, size, str(folder / "store"), timeout, theirs),
+                daemon=True,
             )
             for rank, (_, theirs) in enumerate(pairs)
         ]
@@ -43,17 +46,17 @@ class Ranks:
             theirs.close()
 
     def call(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """What the function returns on each rank, given these arguments there."""
-        for pipe, each in zip(self.pipes, arguments, strict=False):
+        """What the function returns on each of the last ranks, given these arguments there."""
+        pipes = self.pipes[len(self.pipes) - len(arguments) :]
+        for pipe, each in zip(pipes, arguments, strict=True):
             pipe.send_bytes(pickle.dumps((function, each)))
-        answers = [self._answer(rank) for rank in range(len(arguments))]
-        for rank, (is_error, answer) in enumerate(answers):
-            assert not is_error, f"rank {rank} raised:\n{answer}"
-        return [answer for _, answer in answers]
-
-    def _answer(self, rank: int) -> Any:
-        assert self.pipes[rank].poll(2 * TIMEOUT), f"rank {rank} does not answer"
-        return pickle.loads(self.pipes[rank].recv_bytes())
+        results = []
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(2 * TIMEOUT), f"rank {rank} does not answer"
+            error, result = pickle.loads(pipe.recv_bytes())
+            assert error is None, f"rank {rank} raised:\n{error}"
+            results.append(result)
+        return results
 
     def close(self) -> None:
         for process in self.processes:
@@ -62,32 +65,32 @@ class Ranks:
 
 
 @contextmanager
-def started(size: int, folder: Path) -> Iterator[Ranks]:
-    ranks = Ranks(size, folder)
+def started(size: int, folder: Path, timeout: float = TIMEOUT) -> Iterator[Ranks]:
+    ranks = Ranks(size, folder, timeout)
     try:
         yield ranks
     finally:
         ranks.close()
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store: str, timeout: float, pipe: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         f"file://{store}",
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
+        timeout=datetime.timedelta(seconds=timeout),
     )
     for count in range(1, size + 1):
-        groups[count] = dist.new_group(range(count))
+        groups[count] = dist.new_group(range(size - count, size))
     while True:
         try:
             function, arguments = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
-            answer = (False, function(*arguments))
+            answer = (None, function(*arguments))
         except Exception:
-            answer = (True, traceback.format_exc())
+            answer = (traceback.format_exc(), None)
         pipe.send_bytes(pickle.dumps(answer))

@@ -12,7 +12,7 @@ from ranks import Ranks, groups, started
 from torch import Tensor
 
 import python_ref.compare as compare
-from convnn_kernels import distributed
+from convnn_kernels import distributed, functional
 from convnn_kernels.distributed import exchange
 
 # Arguments of which each rank has its rows, and the dimension of the rows.
@@ -139,9 +139,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def assert_same(found: Any, expected: Any) -> None:
-    for name, one, other in zip(("output", "s", "I"), found, expected, strict=True):
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert one.dtype is other.dtype and one.shape == other.shape
-        assert same_bits(one, other), name
+        assert same_bits(one, other), f"result {i} differs"
 
 
 def check_case(ranks: Ranks, seed: int, restricted: bool) -> None:
@@ -154,6 +154,132 @@ def check_case(ranks: Ranks, seed: int, restricted: bool) -> None:
     assert_same(found, torch.ops.convnn.forward(**arguments))
 
 
-@pytest.mark.parametrize("seed", range(200))
+def seeds(count: int, quick: int) -> list[Any]:
+    return [
+        pytest.param(seed, marks=[] if seed < quick else [pytest.mark.slow])
+        for seed in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", seeds(150, 8))
 def test_random_cases(seed: int, ranks: Ranks) -> None:
     check_case(ranks, seed, restricted=False)
+
+
+@pytest.mark.parametrize("seed", seeds(150, 12))
+def test_random_restricted_cases(seed: int, ranks: Ranks) -> None:
+    check_case(ranks, seed, restricted=True)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("order", ["similarity", "index"])
+def test_total_order_across_shards(k: int, order: str, ranks: Ranks) -> None:
+    """Ties, NaN, both zeros, and similarities of -inf, which are not missing neighbors."""
+    key = torch.tensor([-3e38, 0.0, 1.0, torch.nan, -0.0, 1.0, -3e38, torch.nan, 2.0, torch.inf])
+    key = key.repeat(3)[:, None]
+    query = torch.tensor([[10.0], [1.0], [-1.0], [0.0], [torch.nan]])
+    mask = torch.arange(30) != 11
+    for own in (None, torch.tensor([0, 11, 3, 29, 6])):
+        arguments = {
+            "query": query,
+            "key": key,
+            "k": k,
+            "key_mask": mask,
+            "self_indices": own,
+            "metric": "dot",
+            "order": order,
+        }
+        expected = functional.select_neighbors(**arguments)
+        split = [2, 0, 3], [10, 7, 13]
+        found = ranks.call(select, [(3, each) for each in shards(arguments, *split)])
+        assert_same([torch.cat(parts) for parts in zip(*found, strict=True)], expected)
+
+
+def select(size: int, arguments: dict[str, Any]) -> Any:
+    return distributed.select_neighbors(**arguments, group=groups[size])
+
+
+@pytest.mark.parametrize(
+    ("of_queries", "of_keys"),
+    [([0, 0, 5], [0, 12, 0]), ([5, 0, 0], [0, 0, 12]), ([2, 2, 1], [0, 0, 0]), ([0] * 3, [4] * 3)],
+)
+def test_empty_shards(of_queries: list[int], of_keys: list[int], ranks: Ranks) -> None:
+    arguments: dict[str, Any] = {
+        "query": torch.randn(2, sum(of_queries), 3),
+        "key": torch.randn(2, sum(of_keys), 3),
+        "value": torch.randn(2, sum(of_keys), 4),
+        "k": 3,
+        "bias": torch.randn(4),
+    }
+    each = shards(arguments, of_queries, of_keys)
+    needed = dict.fromkeys(("query", "key", "value", "bias"), True)
+    found = ranks.call(run, [(3, 1, own, needed) for own in each])
+    results = [torch.cat(parts, -2) for parts in zip(*found, strict=True)]
+    assert_same(results, torch.ops.convnn.forward(**arguments))
+    grads = ranks.call(run_backward, [tuple(map(torch.ones_like, own[:2])) for own in found])
+    for own, gradients in zip(each, grads, strict=True):
+        for name in ("query", "key", "value"):
+            assert gradients[name].shape == own[name].shape
+
+
+def test_one_rank_and_all_agree(ranks: Ranks) -> None:
+    """A group of one, and gradients that are the same in every run."""
+    arguments = {
+        "query": torch.randn(2, 50, 8),
+        "key": torch.randn(2, 60, 8),
+        "value": torch.randn(2, 60, 5),
+        "k": 7,
+        "weight": torch.randn(6, 5, 7),
+    }
+    expected = torch.ops.convnn.forward(**arguments)
+    needed = dict.fromkeys(("query", "key", "value", "weight"), True)
+    for of_queries, of_keys in (([50], [60]), ([20, 30], [31, 29])):
+        each = shards(arguments, of_queries, of_keys)
+        runs = []
+        for _ in range(2):
+            found = ranks.call(run, [(len(each), 30, own, needed) for own in each])
+            results = [torch.cat(parts, -2) for parts in zip(*found, strict=True)]
+            assert_same(results, expected)
+            ones = [tuple(map(torch.ones_like, own[:2])) for own in found]
+            runs.append(ranks.call(run_backward, ones))
+        for first, second in zip(*runs, strict=True):
+            assert all(same_bits(first[name], second[name]) for name in needed)
+
+
+def under_autocast(arguments: dict[str, Any]) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        output = distributed.convnn(**arguments, group=groups[2])
+    arguments["value"].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        distributed.convnn(**arguments, group=groups[2]).sum().backward()
+    return output, arguments["value"].grad
+
+
+def test_autocast(ranks: Ranks) -> None:
+    rows = torch.randn(40, 4)
+    arguments = {"query": rows, "key": rows, "value": rows, "k": 3, "weight": torch.randn(4, 1, 3)}
+    found = ranks.call(under_autocast, [(own,) for own in shards(arguments, [10, 30], [25, 15])])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = functional.convnn(**arguments)
+    assert expected.dtype is torch.bfloat16
+    assert same_bits(torch.cat([output for output, _ in found]), expected)
+    assert all(gradient.dtype is torch.float32 for _, gradient in found)
+
+
+def aggregate(arguments: dict[str, Any]) -> Tensor:
+    return distributed.aggregate_neighbors(**arguments, group=groups[2])
+
+
+def test_aggregate_neighbors(ranks: Ranks) -> None:
+    """With neighbors that are given, some of them missing."""
+    value, similarities = torch.randn(2, 20, 3), torch.randn(2, 11, 4)
+    similarities[:, ::3, 2:] = -torch.inf
+    indices = torch.randint(20, (2, 11, 4))
+    expected = functional.aggregate_neighbors(value, similarities, indices)
+    each = [
+        ({"value": V.clone(), "similarities": s.clone(), "indices": I.clone()},)
+        for V, s, I in zip(
+            value.split([13, 7], 1), similarities.split([5, 6], 1), indices.split([5, 6], 1)
+        )
+    ]
+    assert same_bits(torch.cat(ranks.call(aggregate, each), 1), expected)
