@@ -47,16 +47,22 @@ class Ranks:
 
     def call(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """What the function returns on each of the last ranks, given these arguments there."""
-        pipes = self.pipes[len(self.pipes) - len(arguments) :]
-        for pipe, each in zip(pipes, arguments, strict=True):
-            pipe.send_bytes(pickle.dumps((function, each)))
         results = []
-        for rank, pipe in enumerate(pipes):
+        for rank, pipe in enumerate(self.send(function, arguments)):
             assert pipe.poll(2 * TIMEOUT), f"rank {rank} does not answer"
             error, result = pickle.loads(pipe.recv_bytes())
             assert error is None, f"rank {rank} raised:\n{error}"
             results.append(result)
         return results
+
+    def send(
+        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]
+    ) -> list[Connection]:
+        """Calls the function there without waiting for it."""
+        pipes = self.pipes[len(self.pipes) - len(arguments) :]
+        for pipe, each in zip(pipes, arguments, strict=True):
+            pipe.send_bytes(pickle.dumps((function, each)))
+        return pipes
 
     def close(self) -> None:
         for process in self.processes:

@@ -51,7 +51,9 @@ def shards(
 last: dict[str, Any] = {}
 
 
-def run(size: int, table_rows: int, arguments: dict[str, Any], needed: dict[str, bool]) -> list[Tensor]:
+def run(
+    size: int, table_rows: int, arguments: dict[str, Any], needed: dict[str, bool]
+) -> list[Tensor]:
     """In a rank: output, similarities and indices."""
     exchange.LEAST_TABLE_ROWS = table_rows
     leaves = {
@@ -140,7 +142,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 def assert_same(found: Any, expected: Any) -> None:
     for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-        assert one.dtype is other.dtype and one.shape == other.shape
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert same_bits(one, other), f"result {i} differs"
 
 
@@ -276,10 +278,10 @@ def test_aggregate_neighbors(ranks: Ranks) -> None:
     similarities[:, ::3, 2:] = -torch.inf
     indices = torch.randint(20, (2, 11, 4))
     expected = functional.aggregate_neighbors(value, similarities, indices)
+    rows = value.split([13, 7], 1), similarities.split([5, 6], 1), indices.split([5, 6], 1)
+    names = ("value", "similarities", "indices")
     each = [
-        ({"value": V.clone(), "similarities": s.clone(), "indices": I.clone()},)
-        for V, s, I in zip(
-            value.split([13, 7], 1), similarities.split([5, 6], 1), indices.split([5, 6], 1)
-        )
+        ({name: X.clone() for name, X in zip(names, own, strict=True)},)
+        for own in zip(*rows, strict=True)
     ]
     assert same_bits(torch.cat(ranks.call(aggregate, each), 1), expected)

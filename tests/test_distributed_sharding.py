@@ -54,20 +54,31 @@ def compute(arguments: dict[str, Any], dims: dict[str, int], grads: Any) -> Any:
         if placed[name] is not None:
             leaves[name] = placed[name].requires_grad_()
     results = torch.ops.convnn.forward(**placed)
-    out = [place(name, grad) for name, grad in zip(("output","similarities"), grads)]
+    out = [place(name, grad) for name, grad in zip(("output", "similarities"), grads)]
     found = torch.autograd.grad(results[:2], [*leaves.values()], out, allow_unused=True)
     where = [str(X.placements[0]) for X in (*results, *found) if X is not None]
-    return [X.full_tensor().detach() for X in results], [None if X is None else X.full_tensor() for X in found], where
+    return (
+        [X.full_tensor().detach() for X in results],
+        [None if X is None else X.full_tensor() for X in found],
+        where,
+    )
 
 
 def test_x(ranks):
-    q,k,v=(torch.randn(4,6,n,8) for n in (10,12,12))
-    w=torch.randn(8,1,3)
-    a=dict(query=q,key=k,value=v,k=3,weight=w,bias=None)
-    g=torch.randn(4,6,10,8),torch.randn(4,6,10,3)
-    for dims in ({}, {n:0 for n in ("query","key","value","output","similarities")}, {n:1 for n in ("query","key","value","output","similarities")},{n:2 for n in ("query","output","similarities")},{"query":0}):
-        r=ranks.call(compute,[(a,dims,g)]*2)
+    q, k, v = (torch.randn(4, 6, n, 8) for n in (10, 12, 12))
+    w = torch.randn(8, 1, 3)
+    a = dict(query=q, key=k, value=v, k=3, weight=w, bias=None)
+    g = torch.randn(4, 6, 10, 8), torch.randn(4, 6, 10, 3)
+    for dims in (
+        {},
+        {n: 0 for n in ("query", "key", "value", "output", "similarities")},
+        {n: 1 for n in ("query", "key", "value", "output", "similarities")},
+        {n: 2 for n in ("query", "output", "similarities")},
+        {"query": 0},
+    ):
+        r = ranks.call(compute, [(a, dims, g)] * 2)
         print(r[0][2])
-        e=torch.ops.convnn.forward(**a)
-        for x,y in zip(r[0][0],e): assert torch.equal(x,y)
+        e = torch.ops.convnn.forward(**a)
+        for x, y in zip(r[0][0], e):
+            assert torch.equal(x, y)
     assert 0

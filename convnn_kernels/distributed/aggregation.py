@@ -84,7 +84,7 @@ class Aggregate(torch.autograd.Function):
         return (
             grad_value.to(value.dtype).view(value.shape) if need_value else None,
             grad_similarities.view(similarities.shape) if need_similarities else None,
-            grad_weight.to(value.dtype) if need_weight else None,
+            grad_weight.to(value.dtype) if grad_weight is not None and need_weight else None,
             grad_bias.to(value.dtype) if need_bias else None,
             None,
             None,

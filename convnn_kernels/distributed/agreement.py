@@ -65,11 +65,12 @@ def agree(
         RuntimeError: on every rank, naming the argument, if it is wrong on a rank or differs
             between two; what ``describe`` raised, where it did.
     """
-    same, queries, keys = {}, 0, 0
+    same: dict[str, Any] = {}
+    queries = keys = 0
     error = None
     try:
         same, queries, keys = describe()
-    except (TypeError, RuntimeError) as raised:
+    except Exception as raised:
         error = raised
     told = _gather((None if error is None else str(error), same, queries, keys), group)
     _raise_first(function, error, [each[0] for each in told])

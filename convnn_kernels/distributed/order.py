@@ -11,9 +11,7 @@ from torch import Tensor
 MISSING = torch.iinfo(torch.int64).max
 
 
-def best_of(
-    similarities: list[Tensor], indices: list[Tensor], k: int
-) -> tuple[Tensor, Tensor]:
+def best_of(similarities: list[Tensor], indices: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The best k of all given neighbors, [..., k] of several [..., any]; missing ones fill up."""
     s, i = torch.cat(similarities, -1), torch.cat(indices, -1)
     by_index = i.argsort(dim=-1, stable=True)

@@ -50,13 +50,9 @@ def _pass_on(held: Tensor, coming: Tensor, ranks: Ranks) -> list[dist.Work]:
     operations = []
     # Nothing is sent of a shard without rows, as both ranks know.
     if held.numel():
-        operations.append(
-            dist.P2POp(dist.isend, held, group=ranks.group, group_peer=following)
-        )
+        operations.append(dist.P2POp(dist.isend, held, group=ranks.group, group_peer=following))
     if coming.numel():
-        operations.append(
-            dist.P2POp(dist.irecv, coming, group=ranks.group, group_peer=previous)
-        )
+        operations.append(dist.P2POp(dist.irecv, coming, group=ranks.group, group_peer=previous))
     return dist.batch_isend_irecv(operations) if operations else []
 
 
