@@ -285,3 +285,60 @@ def test_aggregate_neighbors(ranks: Ranks) -> None:
         for own in zip(*rows, strict=True)
     ]
     assert same_bits(torch.cat(ranks.call(aggregate, each), 1), expected)
+
+
+def raised(transform: str) -> str:
+    """In a rank: what a transform of a function over ranks raises."""
+    X = torch.randn(2, 10, 3, requires_grad=True)
+
+    def function(X: Tensor) -> Tensor:
+        return distributed.convnn(X.sin(), X, X, 3, group=groups[1]).sum()
+
+    def second_derivative(X: Tensor) -> Any:
+        (gradient,) = torch.autograd.grad(function(X), X, create_graph=True)
+        return torch.autograd.grad(gradient.sum(), X)
+
+    transforms = {
+        "vmap": lambda: torch.vmap(function)(X.detach()),
+        "grad": lambda: torch.func.grad(function)(X.detach()),
+        "second derivative": lambda: second_derivative(X),
+    }
+    try:
+        transforms[transform]()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        ("vmap", "distributed.convnn: vmap and the other transforms of torch.func cannot be used"),
+        ("grad", "distributed.convnn: vmap and the other transforms of torch.func cannot be used"),
+        ("second derivative", "distributed.select_neighbors: second derivatives are not"),
+    ],
+)
+def test_transforms_raise(transform: str, expected: str, ranks: Ranks) -> None:
+    (found,) = ranks.call(raised, [(transform,)])
+    assert found.startswith(expected)
+
+
+def compiled(of_rank: Tensor) -> tuple[bool, bool]:
+    """In a rank: whether output and gradient are the same with torch.compile."""
+
+    def function(X: Tensor) -> Tensor:
+        return distributed.convnn(X.sin(), X, X, 3, group=groups[2]) * 2
+
+    results = []
+    for run in (function, torch.compile(function, backend="eager")):
+        X = of_rank.clone().requires_grad_()
+        output = run(X)
+        output.sum().backward()
+        results.append((output, X.grad))
+    (output, gradient), (other, other_gradient) = results
+    return torch.equal(output, other), torch.equal(gradient, other_gradient)
+
+
+@pytest.mark.slow
+def test_compile(ranks: Ranks) -> None:
+    assert ranks.call(compiled, [(torch.randn(9, 4),), (torch.randn(7, 4),)]) == [(True, True)] * 2

@@ -23,7 +23,7 @@ ALLOWED = {
     "": {"functional", "nn", "backends", "version"},
     "nn": {"functional"},
     # Beside nn; with the operators themselves, because every rank must first hear of a wrong call.
-    "distributed": {"arguments", "checks", "functional", "schemas", "transforms"},
+    "distributed": {"arguments", "checks", "functional", "schemas", "torch_internals", "transforms"},
     "functional": {"arguments", "key_ranges", "torch_internals", "ops"},
     "key_ranges": {"arguments"},
     "arguments": {"checks"},

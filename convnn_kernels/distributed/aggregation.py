@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from convnn_kernels import functional
-from convnn_kernels.distributed import exchange
+from convnn_kernels.distributed import exchange, gradients
 from convnn_kernels.distributed.agreement import Ranks
 
 
@@ -48,44 +47,59 @@ class Aggregate(torch.autograd.Function):
         return output.view(*indices.shape[:-1], channels)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        value, similarities, indices, weight = ctx.saved_tensors
-        need_value, need_similarities, need_weight, need_bias = ctx.needs_input_grad[:4]
+        options = ctx.has_bias, ctx.rho, ctx.scale
+        grads = AggregateBackward.apply(
+            grad_output, *ctx.saved_tensors, options, ctx.needs_input_grad[:4], ctx.ranks
+        )
+        return *grads, None, None
+
+
+class AggregateBackward(gradients.Gradient):
+    """Gradients of value, similarities, weight and bias, by blocks of queries."""
+
+    function = "distributed.aggregate_neighbors"
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_output: Tensor,
+        value: Tensor,
+        similarities: Tensor,
+        indices: Tensor,
+        weight: Tensor | None,
+        options: tuple[bool, str, float],
+        needs: tuple[bool, bool, bool, bool],
+        ranks: Ranks,
+    ) -> tuple[Tensor | None, ...]:
         grads = exchange.as_rows(grad_output)
-        grad_value = exchange.to_sum(torch.zeros_like(exchange.as_rows(value)))
-        grad_similarities = similarities.new_zeros(len(grads), indices.shape[-1])
-        weight = None if weight is None else exchange.to_sum(weight)
-        grad_weight = None if weight is None else torch.zeros_like(weight)
-        grad_bias = exchange.to_sum(grads.new_zeros(grads.shape[-1]))
-        for block in exchange.blocks(value, similarities, indices, ctx.ranks):
-            of_rows, of_similarities, of_weight, of_bias = torch.ops.convnn.aggregate_backward(
-                exchange.to_sum(grads[block.queries]),
-                exchange.to_sum(block.rows),
+        weight = None if weight is None else gradients.to_sum(weight)
+        totals = (
+            gradients.to_sum(torch.zeros_like(exchange.as_rows(value))),
+            similarities.new_zeros(len(grads), indices.shape[-1]),
+            grads.new_zeros(0) if weight is None else torch.zeros_like(weight),
+            gradients.to_sum(grads.new_zeros(grads.shape[-1])),
+        )
+        for block in exchange.blocks(value, similarities, indices, ranks):
+            of_rows, of_similarities, *of_parameters = torch.ops.convnn.aggregate_backward(
+                gradients.to_sum(grads[block.queries]),
+                gradients.to_sum(block.rows),
                 block.similarities,
                 block.indices,
                 weight,
-                ctx.has_bias,
-                ctx.rho,
-                ctx.scale,
-                need_value,
-                need_similarities,
-                need_weight,
-                need_bias,
+                *options,
+                *needs,
             )
-            if need_value:
-                exchange.send_back(of_rows, block, grad_value, ctx.ranks)
-            if need_similarities:
-                grad_similarities[block.queries] = of_similarities
-            if need_weight:
-                grad_weight += of_weight
-            if need_bias:
-                grad_bias += of_bias
-        return (
-            grad_value.to(value.dtype).view(value.shape) if need_value else None,
-            grad_similarities.view(similarities.shape) if need_similarities else None,
-            grad_weight.to(value.dtype) if grad_weight is not None and need_weight else None,
-            grad_bias.to(value.dtype) if need_bias else None,
-            None,
-            None,
+            if needs[0]:
+                exchange.send_back(of_rows, block, totals[0], ranks)
+            if needs[1]:
+                totals[1][block.queries] = of_similarities
+            for total, part, need in zip(totals[2:], of_parameters, needs[2:], strict=True):
+                if need:
+                    total += part
+        shaped = (totals[0].view(value.shape), totals[1].view(similarities.shape), *totals[2:])
+        dtypes = (value.dtype, similarities.dtype, value.dtype, value.dtype)
+        return tuple(
+            total.to(dtype) if need else None
+            for total, dtype, need in zip(shaped, dtypes, needs, strict=True)
         )

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from convnn_kernels import torch_internals
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -36,15 +38,20 @@ class Ranks:
 
 
 def check_group(function: str, group: Any) -> None:
-    """Check that this process is one of the group.
+    """Check that this process is one of the group and can make a call.
 
     Raises:
-        RuntimeError: if torch.distributed is not initialized, or the group has no such process.
+        RuntimeError: if torch.distributed is not initialized, the group has no such process, or a
+            transform of torch.func is active.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"{function}: torch.distributed must be initialized "
             "(torch.distributed.init_process_group)"
+        )
+    if torch_internals.transforms_are_active():
+        raise RuntimeError(
+            f"{function}: vmap and the other transforms of torch.func cannot be used over ranks"
         )
     if dist.get_rank(group) < 0:
         raise RuntimeError(f"{function}: group must be a process group that this process is in")

@@ -43,14 +43,6 @@ def as_rows(X: Tensor) -> Tensor:
     return X.reshape(X.shape[:-1].numel(), X.shape[-1])
 
 
-def to_sum(X: Tensor) -> Tensor:
-    """X in a dtype in which gradients are computed and summed: of 16 bits, as float32.
-
-    A gradient is a sum over blocks and ranks, and must be rounded once, not for each of them.
-    """
-    return X if X.dtype is torch.float64 else X.float()
-
-
 def blocks(X: Tensor, similarities: Tensor, indices: Tensor, ranks: Ranks) -> Iterator[Block]:
     """The queries of this rank in blocks, each with the rows of X that are their neighbors.
 

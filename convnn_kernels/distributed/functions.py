@@ -18,7 +18,9 @@ call, the others raise what the process group raises: with gloo, as soon as the 
 ends, otherwise after the timeout of the group.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +33,26 @@ from convnn_kernels.distributed.selection import Select
 from convnn_kernels.functional import Metric, Order, Rho
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _not_compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, called as it is by what torch.compile compiles.
+
+    ``torch.compiler.disable`` as a decorator would import the compiler with this module.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_not_compiled
 def convnn(
     query: Tensor,
     key: Tensor,
@@ -120,6 +142,7 @@ def convnn(
     return _aggregate(arguments, similarities, indices, ranks)
 
 
+@_not_compiled
 def select_neighbors(
     query: Tensor,
     key: Tensor,
@@ -192,6 +215,7 @@ def select_neighbors(
     return _select(arguments, ranks)
 
 
+@_not_compiled
 def aggregate_neighbors(
     value: Tensor,
     similarities: Tensor,

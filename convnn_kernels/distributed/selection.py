@@ -5,15 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from convnn_kernels import functional
-from convnn_kernels.distributed import exchange, order, ring
+from convnn_kernels.distributed import exchange, gradients, order, ring
 from convnn_kernels.distributed.agreement import Ranks
 
 
 class Select(torch.autograd.Function):
-    """Selects from every shard and keeps the k best of all; backward by blocks of queries.
+    """Selects from every shard and keeps the k best of all.
 
     ``arguments`` are those of ``convnn::select`` by name: rows of key, in candidates, self_indices
     and key_range, are those of all ranks; query, key and key_mask are those of this rank.
@@ -28,33 +27,51 @@ class Select(torch.autograd.Function):
         return similarities, indices
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_similarities: Tensor, _: Tensor) -> Any:
-        query, key, similarities, indices = ctx.saved_tensors
-        need_query, need_key = ctx.needs_input_grad[:2]
+        grads = SelectBackward.apply(
+            grad_similarities, *ctx.saved_tensors, ctx.metric, ctx.needs_input_grad[:2], ctx.ranks
+        )
+        return *grads, None, None
+
+
+class SelectBackward(gradients.Gradient):
+    """Gradients of query and key, by blocks of queries."""
+
+    function = "distributed.select_neighbors"
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        grad_similarities: Tensor,
+        query: Tensor,
+        key: Tensor,
+        similarities: Tensor,
+        indices: Tensor,
+        metric: str,
+        needs: tuple[bool, bool],
+        ranks: Ranks,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        need_query, need_key = needs
         queries, grads = exchange.as_rows(query), exchange.as_rows(grad_similarities)
         grad_query = torch.zeros_like(queries, memory_format=torch.contiguous_format)
         grad_key = similarities.new_zeros(key.shape[:-1].numel(), key.shape[-1])
-        for block in exchange.blocks(key, similarities, indices, ctx.ranks):
+        for block in exchange.blocks(key, similarities, indices, ranks):
             of_queries, of_rows = torch.ops.convnn.select_backward(
                 grads[block.queries],
-                exchange.to_sum(queries[block.queries]),
-                exchange.to_sum(block.rows),
+                gradients.to_sum(queries[block.queries]),
+                gradients.to_sum(block.rows),
                 block.similarities,
                 block.indices,
-                ctx.metric,
-                need_query,
-                need_key,
+                metric,
+                *needs,
             )
             if need_query:
                 grad_query[block.queries] = of_queries
             if need_key:
-                exchange.send_back(of_rows, block, grad_key, ctx.ranks)
+                exchange.send_back(of_rows, block, grad_key, ranks)
         return (
             grad_query.view(query.shape) if need_query else None,
             grad_key.to(key.dtype).view(key.shape) if need_key else None,
-            None,
-            None,
         )
 
 
