@@ -23,7 +23,14 @@ ALLOWED = {
     "": {"functional", "nn", "backends", "version"},
     "nn": {"functional"},
     # Beside nn; with the operators themselves, because every rank must first hear of a wrong call.
-    "distributed": {"arguments", "checks", "functional", "schemas", "torch_internals", "transforms"},
+    "distributed": {
+        "arguments",
+        "checks",
+        "functional",
+        "schemas",
+        "torch_internals",
+        "transforms",
+    },
     "functional": {"arguments", "key_ranges", "torch_internals", "ops"},
     "key_ranges": {"arguments"},
     "arguments": {"checks"},
@@ -206,8 +213,8 @@ def test_arguments_of_forward_are_listed_once() -> None:
 
     The schema, csrc/schemas.h, is the definition. functional.py has the signature that users see,
     and its call of the operator, as distributed/functions.py has; triton/forward.py the signature
-    of the implementation, which a type checker reads. python_ref imports nothing of the package, so its function and the
-    comparison with it have signatures of their own.
+    of the implementation, which a type checker reads. python_ref imports nothing of the package,
+    so its function and the comparison with it have signatures of their own.
     """
     found = {
         (str(path.relative_to(ROOT)), label)

@@ -32,7 +32,6 @@ from convnn_kernels.distributed.agreement import Ranks
 from convnn_kernels.distributed.selection import Select
 from convnn_kernels.functional import Metric, Order, Rho
 
-
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
