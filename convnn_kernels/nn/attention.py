@@ -270,7 +270,8 @@ class ConvNNAttention(nn.Module):
         key = query if key is None else key
         value = key if value is None else value
         settings.require_input(owner, "value", value, (*key.shape[:2], self.embed_dim))
-        v = self._heads(self._with_coordinates(value, "aggregation"), self.value_projection)
+        _, width = self._widths()
+        v = self._heads(self._with_coordinates(value, "aggregation"), self.value_projection, width)
         # [B, heads, N, width of a head]
         y = convolve(q, k, v, self.weight, self.bias, search, self.rho, self.scale)
         joined = self.dropout(y.transpose(1, 2).flatten(2))  # [B, N, width]
@@ -323,11 +324,14 @@ class ConvNNAttention(nn.Module):
         if key_mask is not None:
             settings.require_shape(owner, "key_mask", key_mask, (batch, M))
             settings.require_dtype(owner, "key_mask", key_mask, torch.bool)
-            key_mask = key_mask.unsqueeze(1).expand(-1, self.num_heads, -1)  # [B, heads, M]
         is_last = self.causal or self.window is not None
         tokens = self._with_coordinates(query, "similarity", M if is_last else None)
-        q = self._heads(tokens, self.query_projection)
-        k = self._heads(self._with_coordinates(key, "similarity"), self.key_projection)
+        width, _ = self._widths()
+        q = self._heads(tokens, self.query_projection, width)
+        k = self._heads(self._with_coordinates(key, "similarity"), self.key_projection, width)
+        heads = q.shape[1]
+        if key_mask is not None:
+            key_mask = key_mask.unsqueeze(1).expand(-1, heads, -1)  # [B, heads, M]
         candidates, self_indices = self.candidates, None
         if is_self and (candidates.include_self or candidates.exclude_self):
             self_indices = torch.arange(M, device=query.device)
@@ -339,7 +343,7 @@ class ConvNNAttention(nn.Module):
             self.metric,
             self.order,
             key_mask,
-            self._key_range(key_range, batch, N, M, query.device),
+            self._key_range(key_range, (batch, heads, N, M), query.device),
             candidates.exclude_self and is_self,
         )
         q = q if self.query_norm is None else self.query_norm(q)
@@ -347,22 +351,23 @@ class ConvNNAttention(nn.Module):
         return q, k, search
 
     def _key_range(
-        self, given: Tensor | None, batch: int, N: int, M: int, device: torch.device
+        self, given: Tensor | None, sizes: tuple[int, int, int, int], device: torch.device
     ) -> Tensor | None:
         """[N, 2], [B, 1, N, 2] or [B, heads, N, 2]: the given range and that of the settings."""
+        batch, heads, N, M = sizes
         own = None
         if self.causal or self.window is not None:
             own = window_ranges(N, M, self.window, self.causal, device)
         if given is None:
             return own
         owner = type(self).__name__
-        shapes = {2: (N, 2), 3: (batch, N, 2), 4: (batch, self.num_heads, N, 2)}
+        shapes = {2: (N, 2), 3: (batch, N, 2), 4: (batch, heads, N, 2)}
         expected = shapes.get(getattr(given, "ndim", 0), shapes[2])
         settings.require_shape(owner, "key_range", given, expected)
         settings.require_dtype(owner, "key_range", given, torch.int64)
         given = given.unsqueeze(1) if given.dim() == 3 else given
         if given.dim() == 4:
-            given = given.expand(-1, self.num_heads, -1, -1)
+            given = given.expand(-1, heads, -1, -1)
         return given if own is None else intersection(given, own, M)
 
     def _encodes(self, role: str) -> bool:
@@ -385,10 +390,14 @@ class ConvNNAttention(nn.Module):
         grid = grid[among - length :]
         return torch.cat([tokens, grid.expand(batch, -1, -1)], dim=-1)
 
-    def _heads(self, tokens: Tensor, projection: nn.Linear | None) -> Tensor:
-        """[B, L, E] → [B, heads, L, width of a head]."""
+    def _heads(self, tokens: Tensor, projection: nn.Linear | None, width: int) -> Tensor:
+        """[B, L, E] → [B, heads, L, width of a head].
+
+        ``width`` is that of all heads. With tensor parallel, the projection of a rank gives less
+        than that, which are fewer heads.
+        """
         projected = tokens if projection is None else projection(tokens)
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return projected.unflatten(-1, (-1, width // self.num_heads)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         parts = [f"{self.embed_dim}, num_heads={self.num_heads}, k={self.k}"]
