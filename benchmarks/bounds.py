@@ -14,7 +14,7 @@ import json
 from typing import Any
 
 from .environment import RESULTS
-from .peers import Peer
+from .peers import Peer, ranges
 from .peers.rates import COPY_BYTES, SIDE
 from .workloads import Workload
 
@@ -37,7 +37,8 @@ def flops(name: str, peer: Peer, workload: Workload, passes: str) -> float | Non
     if peer.computes == "convolution":
         return 2.0 * w.batch * w.tokens * 9 * w.channels * outputs * (3 if backward else 1)
     restricted = min(w.candidates, w.rows) if ("random" in name or "spatial" in name) else w.rows
-    search = 2.0 * w.batch * w.tokens * restricted * w.channels
+    searched = ranges.pairs(name, w.tokens) or w.tokens * restricted
+    search = 2.0 * w.batch * searched * w.channels
     # Products with the k rows of key, for the gradients of query and key.
     search_backward = 4.0 * w.batch * w.tokens * w.k * w.channels
     weights = outputs if "dense" in name else 2

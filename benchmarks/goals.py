@@ -14,7 +14,7 @@ from typing import Any
 from . import ratios
 from .peers import PEERS, TRAINING
 from .ratios import Row
-from .workloads import CPU_FEW, CPU_LAYERS, DECODING
+from .workloads import CPU_FEW, CPU_LAYERS, CPU_RANGES, DECODING
 
 _FORWARD, _BOTH = TRAINING
 
@@ -34,8 +34,8 @@ class Goal:
 
     @property
     def what(self) -> str:
-        label = f"{PEERS[self.peer].label}, {self.passes}"
-        return f"{label}, {_SHORT[self.other]}" if self.other in _SHORT else f"{label}, ÷ AVX-512"
+        by = "÷ AVX-512" if self.peer.endswith("-avx2") else _SHORT[self.other]
+        return f"{PEERS[self.peer].label}, {self.passes}, {by}"
 
     def met(self, value: float) -> bool:
         return value <= self.bound if self.comparison == "≤" else value >= self.bound
@@ -47,6 +47,8 @@ _SHORT = {
     "faiss": "÷ FAISS",
     "conv2d": "÷ Conv2d",
     "eager-dot": "÷ eager",
+    "select": "÷ all keys",
+    "select-alone": "÷ one by one",
 }
 
 # Of a layer (B, N, C, k): the share of torch.mm that select reaches, and ConvNN ÷ SDPA in a forward
@@ -61,6 +63,12 @@ _LAYERS = {
 _FAISS, _AVX2, _EAGER, _DECODING, _DENSE = 0.35, 2.2, 1.2, 1.0, 1.8
 # In bfloat16, from 1024 tokens.
 _BFLOAT16 = {_FORWARD: 1.0, _BOTH: 0.5}
+# With key ranges: what it is divided by, and the bound.
+_RANGES = {
+    "select-causal": ("select", 0.6),
+    "select-window": ("select", 0.1),
+    "select-packed": ("select-alone", 1.3),
+}
 
 
 def _on_avx2(group: str, *cases: tuple[str, str]) -> Iterator[Goal]:
@@ -89,6 +97,10 @@ def _all() -> Iterator[Goal]:
     group = f"decoding {DECODING.shape}"
     yield Goal(group, "convnn-dot", _FORWARD, "sdpa", "≤", _DECODING)
     yield from _on_avx2(group, ("convnn-dot", _FORWARD))
+    for w in CPU_RANGES:
+        for peer, (other, bound) in _RANGES.items():
+            group = f"key ranges {w.dtype} {w.shape}"
+            yield Goal(group, peer, _FORWARD, other, "≤", bound)
     for w in CPU_LAYERS[1:3]:
         group = f"beside Conv2d {w.shape}"
         yield Goal(group, "aggregate-dense", _BOTH, "conv2d", "≤", _DENSE)

@@ -11,6 +11,7 @@ from .runner import Case, Effort, Group
 from .workloads import (
     CPU_FEW,
     CPU_LAYERS,
+    CPU_RANGES,
     CPU_SEARCH,
     DECODING,
     GPU_FLOAT32,
@@ -92,6 +93,13 @@ def _decoding() -> Group:
     return Group(f"decoding {DECODING.shape}", _cases(DECODING, peers, _FORWARD), Effort(4))
 
 
+def _key_ranges(workload: Workload) -> Group:
+    peers = ("select", "select-causal", "select-window", "select-packed", "select-alone")
+    return Group(
+        f"key ranges {workload.dtype} {workload.shape}", _cases(workload, peers), Effort(5)
+    )
+
+
 def _against_n(tokens: int, effort: Effort) -> Group:
     """Time and memory on a photograph."""
     w = Workload(1, tokens, 64, 9)
@@ -105,6 +113,7 @@ def cpu(device: str) -> list[Group]:
         _overhead(),
         *(_few(w) for w in CPU_FEW),
         _decoding(),
+        *(_key_ranges(w) for w in CPU_RANGES),
         *(_bfloat16(w) for w in CPU_LAYERS[1:]),
         *(_against_n(n, Effort(s)) for n, s in ((256, 3), (1024, 3), (4096, 5), (16384, 5))),
     ]

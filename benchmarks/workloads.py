@@ -129,6 +129,8 @@ CPU_FEW = (
     Workload(1, 32, 64, 10, "random", keys=200_000),
     Workload(1, 1, 128, 10, "random", keys=1_000_000),
 )
+# Each query may see some of the keys only.
+CPU_RANGES = tuple(Workload(1, 16384, 64, 9, dtype=dtype) for dtype in DTYPES[:2])
 DECODING = Workload(4 * 32, 1, 64, 9, "random", keys=4096, heads=32)
 
 # The paper's models: ViT-Tiny on 224 x 224 images, and the input of each layer of VGG-11.

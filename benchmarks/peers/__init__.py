@@ -11,6 +11,7 @@ from . import (
     host,
     instruction_sets,
     models,
+    ranges,
     rates,
     search,
 )
@@ -23,6 +24,7 @@ PEERS: dict[str, Peer] = {
     **attention.PEERS,
     **convolution.PEERS,
     **search.PEERS,
+    **ranges.PEERS,
     **models.PEERS,
     **rates.PEERS,
     **host.PEERS,

@@ -42,6 +42,7 @@ class Call:
     leaves: the tensors that a backward pass differentiates, by name.
     grad_output: has the layout of the output.
     candidates: the rows of key that may be neighbors besides the token itself; None for all.
+    key_range: the rows of key that each query may see [N, 2]; None for all.
     indices: the neighbors [B, N, k], where they are an input.
     sample: returns the seconds of one pass; only for calls that are timed in a special way.
     exact: returns the output in float64, where there is no reference for it.
@@ -53,6 +54,7 @@ class Call:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     grad_output: Tensor | None = None
     candidates: Tensor | None = None
+    key_range: Tensor | None = None
     indices: Tensor | None = None
     sample: Callable[[], float] | None = None
     exact: Callable[[], Tensor] | None = None

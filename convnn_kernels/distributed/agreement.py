@@ -6,10 +6,12 @@ of one rank is an error on all of them. Were it raised on that rank alone, the o
 it.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from convnn_kernels import torch_internals
@@ -108,10 +110,24 @@ def check_together(function: str, group: Any, check: Callable[[], None]) -> None
 
 
 def _gather(told: Any, group: Any) -> list[Any]:
-    """What every rank tells, in the order of ranks."""
-    heard = [None] * dist.get_world_size(group)
-    dist.all_gather_object(heard, told, group=group)
-    return heard
+    """What every rank tells, in the order of ranks: None, numbers, texts, lists and dictionaries.
+
+    ``torch.distributed.all_gather_object`` needs numpy.
+    """
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    message = torch.tensor([*json.dumps(told).encode()], dtype=torch.uint8, device=device)
+    size = torch.tensor([len(message)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, size, group=group)
+    lengths = [int(each) for each in sizes]
+    padded = message.new_zeros(max(lengths))
+    padded[: len(message)] = message
+    messages = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(messages, padded, group=group)
+    return [
+        json.loads(bytes(each[:length].tolist()))
+        for each, length in zip(messages, lengths, strict=True)
+    ]
 
 
 def _raise_first(function: str, own: Exception | None, messages: list[str | None]) -> None:

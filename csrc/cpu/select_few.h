@@ -179,15 +179,18 @@ class SelectFew : Select<T> {
               static_cast<Rank<A>*>(found.ranks) + i * Base::most_found(p));
   }
 
-  // The queries first ... last - 1 and the columns of a chunk that one of them may see.
+  // The queries first ... last - 1 and the columns of a chunk that one of them may see. `end`: of the
+  // range that the chunk is from.
   struct Part {
     int64_t first, last;
     ColumnRange columns;
+    int64_t end;
   };
 
   // What part of a chunk is seen; its `columns` are empty if nothing is.
-  static Part part_of(const SelectParams& p, const ColumnRange& chunk, const Scratch& scratch) {
-    Part part = {0, 0, {}};
+  static Part part_of(const SelectParams& p, const ColumnRange& chunk, int64_t end,
+                      const Scratch& scratch) {
+    Part part = {0, 0, {}, end};
     for (int64_t r = 0; r < p.n; ++r) {
       scratch.parts[r] = scratch.seen[r].within(chunk);
       if (scratch.parts[r].count() == 0) continue;
@@ -209,7 +212,7 @@ class SelectFew : Select<T> {
     }
     bool is_first = true;
     for (int64_t first = begin; first < end; first += kChunk) {
-      const Part part = part_of(p, {first, min_of(end, first + kChunk)}, scratch);
+      const Part part = part_of(p, {first, min_of(end, first + kChunk)}, end, scratch);
       if (part.columns.count() == 0) continue;
       search_part(p, work, b, part, is_first, scratch);
       is_first = false;
@@ -230,7 +233,7 @@ class SelectFew : Select<T> {
     const ColumnRange& columns = part.columns;
     for (int64_t c = columns.begin; c < columns.end; c += kLanes<A>) {
       const A* rows[kLanes<A>];
-      read_keys(p, work, b, c, columns.end, p.metric == Metric::cosine, rows, scratch);
+      read_keys(p, work, b, c, part, p.metric == Metric::cosine, rows, scratch);
       if (p.metric == Metric::euclidean) {
         multiply<true>(p, rows, part, scratch.strip + c - columns.begin, scratch);
       } else {
@@ -254,7 +257,7 @@ class SelectFew : Select<T> {
     for (int64_t c = columns.begin; c < columns.end && bounded; c += kLanes<A>) {
       const A* rows[kLanes<A>];
       A* strip = scratch.strip + c - columns.begin;
-      read_keys(p, work, b, c, columns.end, false, rows, scratch);
+      read_keys(p, work, b, c, part, false, rows, scratch);
       multiply<false>(p, rows, part, strip, scratch);
       const V squares = squared_norms(p, rows);
       for (int i = 0; i < kLanes<A>; ++i) {
@@ -326,14 +329,15 @@ class SelectFew : Select<T> {
     return sums[0] + sums[1];
   }
 
-  // Finds the keys of columns first ... first + kLanes - 1, or those before `end`, as rows that can
-  // be read in whole vectors, with zeros from element d on; normalized or as they are.
+  // Finds the keys of columns first ... first + kLanes - 1, or those of `part`, as rows that can be
+  // read in whole vectors, with zeros from element d on; normalized or as they are.
   static void read_keys(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first,
-                        int64_t end, bool normalized, const A** rows, const Scratch& scratch) {
+                        const Part& part, bool normalized, const A** rows,
+                        const Scratch& scratch) {
     const T* keys[kLanes<A>];
-    locate(p, work, b, first + kLanes<A>, end, keys);
+    locate(p, work, b, first + kLanes<A>, part.end, keys);
     prefetch(p, keys);
-    locate(p, work, b, first, end, keys);
+    locate(p, work, b, first, part.columns.end, keys);
     if constexpr (std::is_same_v<T, A>) {
       if (!normalized && p.d % kLanes<A> == 0) {
         std::copy(keys, keys + kLanes<A>, rows);
