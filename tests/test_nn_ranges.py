@@ -313,6 +313,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1d": (lambda: ConvNN1d(4, 5, k=3, padding=1, causal=True), (3, 4, 12)),
     "2d": (lambda: ConvNN2d(4, 5, k=3, causal=True), (3, 4, 6, 6)),
     "attention": (lambda: ConvNNAttention(8, 2, k=3, causal=True, window=4), (3, 10, 8)),
+    "positions": (
+        lambda: ConvNNAttention(8, k=3, causal=True, positional_encoding="both"),
+        (3, 10, 8),
+    ),
     "exclude": (
         lambda: ConvNNAttention(8, 2, k=3, candidates=AllCandidates(exclude_self=True)),
         (3, 10, 8),

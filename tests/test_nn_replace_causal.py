@@ -167,6 +167,25 @@ def test_a_layer_without_dropout_takes_masks() -> None:
     torch.testing.assert_close(new(x, attention_mask=window)[0], old(x, attention_mask=window)[0])
 
 
+class Timm(Bidirectional):
+    """As in timm: PyTorch refuses a mask and is_causal together."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:  # type: ignore[override]
+        if attn_mask is not None and is_causal:
+            raise RuntimeError("Explicit attn_mask should not be set when is_causal=True")
+        return super().forward(x, attention_mask=attn_mask, is_causal=is_causal)
+
+
+def test_a_mask_or_is_causal_but_not_both() -> None:
+    old = Timm().eval()
+    new, x = swapped(old), torch.randn(2, 7, 8)
+    window = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril(1).triu(-2)
+    for options in ({}, {"is_causal": True}, {"attn_mask": window, "is_causal": False}):
+        torch.testing.assert_close(new(x, **options)[0], old(x, **options)[0])
+    with pytest.raises(ValueError, match="is_causal must be None or False with attn_mask, got Tru"):
+        new(x, window, True)
+
+
 class Rotated(Gpt2):
     """With a sine of the position, which is that of the token by default."""
 

@@ -77,11 +77,13 @@ class Mask(NamedTuple):
         name: the argument of forward.
         is_bool: whether it is bool rather than float.
         over_pairs: whether it differs between queries.
+        is_causal: whether is_causal=True, which then has no effect, is given beside it.
     """
 
     name: str
     is_bool: bool
     over_pairs: bool
+    is_causal: bool
 
 
 class Probe(NamedTuple):
@@ -309,10 +311,11 @@ class SelfAttentionAdapter(nn.Module):
             for allowed in (padding, pairs):
                 lowest = torch.finfo(few.dtype).min
                 added = torch.zeros_like(allowed, dtype=few.dtype).masked_fill(~allowed, lowest)
-                probes += [
-                    Probe(5, (few,), {name: mask}, Mask(name, mask is allowed, allowed is pairs))
-                    for mask in (added, allowed)
-                ]
+                for mask in (added, allowed):
+                    kind = Mask(name, mask is allowed, allowed is pairs, False)
+                    probes.append(Probe(5, (few,), {name: mask}, kind))
+                    options = {name: mask, "is_causal": True}
+                    probes.append(Probe(5, (few,), options, kind._replace(is_causal=True)))
         return probes
 
     def forward(self, *args: Any, **options: Any) -> Tensor | tuple[Tensor | None, ...]:
@@ -334,7 +337,11 @@ class SelfAttentionAdapter(nn.Module):
         x = given.pop(self.arguments[0])
         settings.require_shape(OWNER, self.arguments[0], x, ("B", "N", self.layer.embed_dim))
         is_causal = given.pop("is_causal", None)
-        masks = [self._visible(name, mask, x) for name, mask in given.items() if mask is not None]
+        masks = [
+            self._visible(name, mask, x, bool(is_causal))
+            for name, mask in given.items()
+            if mask is not None
+        ]
         seen = masks[0] if masks else Visible()
         if not masks and (self.is_causal if is_causal is None else is_causal):
             seen = Visible(None, window_ranges(x.shape[1], causal=True, device=x.device))
@@ -365,18 +372,20 @@ class SelfAttentionAdapter(nn.Module):
             settings.require(is_unused or name in kept, OWNER, name, expected, value)
         return {name: value for name, value in given.items() if name in kept}
 
-    def _visible(self, name: str, mask: Any, x: Tensor) -> Visible:
+    def _visible(self, name: str, mask: Any, x: Tensor, is_causal: bool) -> Visible:
         """What a mask, of a kind that the old layer took, lets each query see."""
         settings.require(isinstance(mask, Tensor), OWNER, name, "None or a tensor", mask)
         is_bool = mask.dtype == torch.bool
-        kinds = {kind.over_pairs for kind in self.masks if kind[:2] == (name, is_bool)}
+        kinds = [kind for kind in self.masks if (kind.name, kind.is_bool) == (name, is_bool)]
         if not kinds:
             raise ValueError(
                 f"{OWNER}: {name} must be None or {'float' if is_bool else 'bool'}, as the old "
                 f"layer read other masks in another way, got {mask.dtype}"
             )
+        kinds = [kind for kind in kinds if kind.is_causal == is_causal]
+        settings.require(bool(kinds), OWNER, "is_causal", f"None or False with {name}", is_causal)
         seen = read_masks(name, mask, x.shape[0], x.shape[1], x.shape[1])
-        if (seen.key_range is not None) not in kinds:
+        if (seen.key_range is not None) not in {kind.over_pairs for kind in kinds}:
             same = "for every query" if seen.key_range is not None else "not for every query"
             raise ValueError(
                 f"{OWNER}: {name} must mask the same keys {same}, as the old layer read other "

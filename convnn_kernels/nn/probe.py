@@ -138,10 +138,8 @@ def _masks(twin: nn.Module, new: SelfAttentionAdapter, probes: list[Probe]) -> t
     for probe in probes:
         if probe.mask is None:
             continue
-        flags = ({}, {"is_causal": True}, {"is_causal": False}) if new.reads_is_causal else ({},)
         try:
-            for flag in flags:
-                _require_same(twin, new, probe._replace(options={**probe.options, **flag}))
+            _require_same(twin, new, probe)
             masks.append(probe.mask)
         except CannotReplaceError as reason:
             reasons.append(reason)

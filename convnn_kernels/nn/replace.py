@@ -68,10 +68,10 @@ def replace(
 
     Convolutions are modules of type ``nn.Conv2d``, strided ones, too. Attention layers are
     ``nn.MultiheadAttention``, and self-attention with one or three linear projections, as in timm
-    and transformers. They are recognized by the names of their parts, and by what they compute: a
-    copy of the layer, with random weights, must give what ConvNNAttention gives for k = N,
-    metric="dot" and no weight. Other modules whose type is named attention are left, and the result
-    says so.
+    and transformers, causal or not. They are recognized by the names of their parts, and by what
+    they compute: a copy of the layer, with random weights, must give what ConvNNAttention gives for
+    k = N, metric="dot" and no weight. Other modules whose type is named attention are left, and the
+    result says so.
 
     Layers are left, with the reason, where something would be lost: hooks, parametrizations,
     subclasses, a forward of the instance, parameters shared with other layers, further parameters,
