@@ -100,7 +100,8 @@ def convnn(
             (self before all others), ties by row; "index": by row of key, as in a convolution.
         key_range: [N, 2] or [..., N, 2] int64, begin and end for each query: only rows of key with
             begin <= row < end may be its neighbors, not even the token itself outside of them.
-            (0, i + 1) is causal. On the CPU the time follows the ranges.
+            (0, i + 1) is causal; :func:`window_ranges` and :func:`segment_ranges` make such ranges,
+            also for windows and packed sequences. On the CPU the time follows the ranges.
         exclude_self: the token itself is never a neighbor, rather than always one; the nearest
             others take its place. Needs ``self_indices``.
 
