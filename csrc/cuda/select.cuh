@@ -21,9 +21,9 @@
 //
 // With exclude_self, the token itself is one more key that precedes, so k + 1 groups are taken.
 //
-// With key_range, step 2 skips tiles of columns between which and the ranges of its 64 rows there
-// is nothing in common; their maxima are not written. Step 3 reads those of the groups that a row
-// sees a column of, step 4 scores the members that it sees.
+// With key_range, step 2 skips the tiles of columns that none of its 64 rows sees, and writes no
+// maxima of their groups. Step 3 reads those of the groups of which a row sees a column. Step 4
+// scores the members that the row sees.
 //
 // With few columns, and for float64, steps 2 and 3 are skipped and exact_topk_kernel scores all
 // columns, or those that the row sees. So it does for k beyond the longest list, in several rounds:
