@@ -4,7 +4,6 @@
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,8 @@ from ranks import Ranks, groups, started
 
 from convnn_kernels import distributed
 
-# Longer than any test here: what does not raise before it hangs.
+# What does not raise long before it hangs.
 TIMEOUT = 600.0
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with started(2, tmp_path_factory.mktemp("ranks"), TIMEOUT) as each:
-        yield each
 
 
 def arguments() -> dict[str, Any]:

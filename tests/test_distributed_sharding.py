@@ -2,18 +2,18 @@
 """DTensor and tensor parallel: two ranks get what one process gets, forward and backward."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks, groups, started
+from ranks import Ranks, groups
 from torch import Tensor
 
 import convnn_kernels.nn as cnn
 from convnn_kernels import distributed
 
-SIZE = 2
+SIZE = 2  # how many ranks
+
 B, H, N, M, D, C, K = 2, 4, 10, 12, 5, 6, 3
 
 # By which dimension tensors are sharded; the others are replicated.
@@ -30,11 +30,9 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with started(SIZE, tmp_path_factory.mktemp("ranks")) as each:
-        each.call(distributed.register_sharding, [()] * SIZE)
-        yield each
+@pytest.fixture(autouse=True)
+def _registered(ranks: Ranks) -> None:
+    ranks.call(distributed.register_sharding, [()] * SIZE)
 
 
 def mesh() -> Any:

@@ -18,6 +18,7 @@ import torch
 
 import convnn_kernels
 import convnn_kernels.backends.selection
+import convnn_kernels.distributed.functions
 import convnn_kernels.key_ranges
 
 ROOT = Path(__file__).parent.parent
@@ -153,11 +154,16 @@ def test_the_shapes_in_the_page_on_graphs() -> None:
 
 
 # Modules of which every callable in __all__ has an example.
-PUBLIC = (convnn_kernels, convnn_kernels.functional, convnn_kernels.nn)
+PUBLIC = (
+    convnn_kernels,
+    convnn_kernels.distributed,
+    convnn_kernels.functional,
+    convnn_kernels.nn,
+)
 SUBMODULES = [module.name for module in pkgutil.iter_modules(convnn_kernels.nn.__path__)]
 MODULES = [
     *(convnn_kernels, convnn_kernels.functional, convnn_kernels.backends.selection),
-    convnn_kernels.native,
+    *(convnn_kernels.distributed, convnn_kernels.distributed.functions, convnn_kernels.native),
     convnn_kernels.key_ranges,
     *(importlib.import_module(f"convnn_kernels.nn.{name}") for name in SUBMODULES),
 ]
