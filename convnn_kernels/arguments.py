@@ -55,6 +55,28 @@ def real(function: str, name: str, value: Any) -> Any:
     raise TypeError(f"{function}: {name} must be a number, got {_described(value)}{hint}")
 
 
+def radius(function: str, value: Any, metric: Any) -> Any:
+    """The argument `within` as a float; otherwise like ``whole``.
+
+    Raises:
+        TypeError: if it is not a number.
+        RuntimeError: if the number is not a radius, or the metric has none.
+    """
+    if isinstance(value, Tensor) and not _is_traced(value):
+        raise TypeError(
+            f"{function}: within must be a number, got a tensor (within.item() reads its number)"
+        )
+    value = real(function, "within", value)
+    if not 0 <= value < math.inf:
+        raise RuntimeError(f"{function}: within must be finite and at least 0, got {value:g}")
+    if metric != "euclidean":
+        raise RuntimeError(
+            f"{function}: within must be None unless metric is 'euclidean', got {value:g} with "
+            f"metric {metric!r}"
+        )
+    return value
+
+
 def require_types(function: str, op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
     """Explain a call of ``op`` that the dispatcher refused, if a type is the reason.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from convnn_kernels import arguments, ops, torch_internals
+from convnn_kernels.key_ranges import segment_ranges, window_ranges
 
 __all__ = [
     "Metric",
@@ -20,8 +21,10 @@ __all__ = [
     "aggregate_neighbors",
     "convnn",
     "edge_index",
+    "segment_ranges",
     "select_neighbors",
     "warmup",
+    "window_ranges",
 ]
 
 Metric = Literal["cosine", "dot", "euclidean"]
@@ -97,7 +100,8 @@ def convnn(
             (self before all others), ties by row; "index": by row of key, as in a convolution.
         key_range: [N, 2] or [..., N, 2] int64, begin and end for each query: only rows of key with
             begin <= row < end may be its neighbors, not even the token itself outside of them.
-            (0, i + 1) is causal. On the CPU the time follows the ranges.
+            (0, i + 1) is causal; :func:`window_ranges` and :func:`segment_ranges` make such ranges,
+            also for windows and packed sequences. On the CPU the time follows the ranges.
         exclude_self: the token itself is never a neighbor, rather than always one; the nearest
             others take its place. Needs ``self_indices``.
 
@@ -161,6 +165,7 @@ def select_neighbors(
     order: Order = "similarity",
     key_range: Tensor | None = None,
     exclude_self: bool = False,
+    within: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Finds the k nearest neighbors of every query among the keys (Eq. 3, 4, 5).
 
@@ -184,12 +189,16 @@ def select_neighbors(
         key_range: [N, 2] or [..., N, 2] int64, begin and end of the rows of key that may be
             neighbors of a query, as in :func:`convnn`.
         exclude_self: the token itself is never a neighbor, as in :func:`convnn`.
+        within: a radius r, finite and at least 0, for metric="euclidean" only: a neighbor q, k with
+            :math:`\|q - k\| > r` becomes a missing one, the token itself, too. To be exact, it is
+            kept where its similarity, as returned, is at least -(r * r), computed in float64 and
+            rounded to the dtype of the similarities. For the other metrics, compare similarities.
 
     Returns:
         similarities, [..., N, k] float32 (float64 if query is), and indices, [..., N, k] int64:
-        rows of key, even with candidates. Where fewer than k keys are allowed, **the missing
-        neighbors come last, with similarity -inf and index 0**; :func:`edge_index` lists the edges
-        of a graph without them.
+        rows of key, even with candidates. Where fewer than k keys are allowed, or lie within the
+        radius, **the missing neighbors come last, with similarity -inf and index 0**;
+        :func:`edge_index` lists the edges of a graph without them.
 
     Raises:
         TypeError: if an argument has a wrong type, such as a numpy array for a tensor.
@@ -209,10 +218,20 @@ def select_neighbors(
                 [3, 2]])
         >>> similarities[:, 1]  # minus the squared distance to that one
         tensor([-1., -1., -4., -4.])
+
+        At most two within a radius of 1.5:
+
+        >>> select_neighbors(points, points, 2, metric="euclidean", within=1.5)[0]
+        tensor([[ 0., -1.],
+                [ 0., -1.],
+                [ 0., -inf],
+                [ 0., -inf]])
     """
     if type(k) is not int:
         k = arguments.whole("select_neighbors", "k", k)
-    return _call(
+    if within is not None:
+        within = arguments.radius("select_neighbors", within, metric)
+    similarities, indices = _call(
         "select_neighbors",
         ops.select,
         query,
@@ -226,6 +245,30 @@ def select_neighbors(
         key_range,
         exclude_self,
     )
+    if within is None:
+        return similarities, indices
+    is_sorted = order == "similarity" and (self_indices is None or exclude_self)
+    return _nearer(similarities, indices, within, is_sorted)
+
+
+def _nearer(
+    similarities: Tensor, indices: Tensor, radius: float, is_sorted: bool
+) -> tuple[Tensor, Tensor]:
+    """Makes neighbors beyond a radius missing ones.
+
+    Args:
+        similarities: [..., N, k], minus squared distances. NaN is within every radius.
+        indices: [..., N, k].
+        radius: at least 0.
+        is_sorted: whether the similarities descend, so that those beyond are last already.
+    """
+    beyond = similarities < -(radius * radius)  # [..., N, k]
+    similarities = similarities.masked_fill(beyond, -torch.inf)
+    indices = indices.masked_fill(beyond, 0)
+    if is_sorted:
+        return similarities, indices
+    places = beyond.byte().argsort(dim=-1, stable=True)  # [..., N, k]
+    return similarities.gather(-1, places), indices.gather(-1, places)
 
 
 def aggregate_neighbors(

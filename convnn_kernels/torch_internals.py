@@ -80,6 +80,11 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
         raise
 
 
+def transforms_are_active() -> bool:
+    """Whether a transform of ``torch.func`` is."""
+    return torch._C._are_functorch_transforms_active()  # test_distributed.py::test_transforms_raise
+
+
 def redispatcher(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """``op.redispatch`` without a Python method call, which takes 0.6 µs; no test needs it."""
     return op._handle.redispatch_boxed

@@ -52,7 +52,19 @@ def autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
     """
     arguments_of = schemas.arguments(op)
 
-    def cast(name: str, arg: Any, dtype: torch.dtype) -> Any:
+    def kernel(*args: Any) -> Any:
+        arguments = cast_arguments(arguments_of(*args), device_type)
+        with torch.autocast(device_type, enabled=False):
+            return op(*arguments)
+
+    return kernel
+
+
+def cast_arguments(arguments: Any, device_type: str) -> Any:
+    """The arguments as autocast casts them, on a device for which it is active."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(name: str, arg: Any) -> Any:
         eligible = (
             name in _CAST
             and isinstance(arg, Tensor)
@@ -62,15 +74,9 @@ def autocast(op: torch._ops.OpOverload, device_type: str) -> Callable[..., Any]:
         )
         return arg.to(dtype) if eligible else arg
 
-    def kernel(*args: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device_type)
-        arguments = arguments_of(*args)
-        with torch.autocast(device_type, enabled=False):
-            pairs = zip(arguments._fields, arguments, strict=True)
-            arguments = arguments_of(*[cast(name, arg, dtype) for name, arg in pairs])
-            return op(*_widen(arguments))
-
-    return kernel
+    with torch.autocast(device_type, enabled=False):
+        pairs = zip(arguments._fields, arguments, strict=True)
+        return _widen(type(arguments)(*[cast(name, arg) for name, arg in pairs]))
 
 
 def _widen(arguments: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from building import tool
 from host_cuda_program import Choices, HostCuda, Sweep
 from instruction_sets import INSTRUCTION_SETS, quick_last
+from ranks import Ranks, started
 
 ROOT = Path(__file__).parent.parent
 THREADS = 2
@@ -127,6 +128,13 @@ def run_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Three processes for all tests of several."""
+    with started(3, tmp_path_factory.mktemp("ranks")) as each:
+        yield each
 
 
 @pytest.fixture(scope="module")

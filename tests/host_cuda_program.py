@@ -20,7 +20,7 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 
 METRICS = {"cosine": 0, "dot": 1, "euclidean": 2}
 RHOS = {"softmax": 0, "ones": 1, "similarity": 2}
 ORDERS = {"similarity": 0, "index": 1}
-NUMBERS = 19
+NUMBERS = 23
 
 
 class Kernel(NamedTuple):
@@ -31,10 +31,12 @@ class Kernel(NamedTuple):
 
 
 class Launches(NamedTuple):
-    """How often a kernel was launched, and the most shared memory of a launch."""
+    """How often a kernel was launched, the most shared memory of a launch, and how many
+    instructions of whole warps all launches executed."""
 
     count: int
     shared_bytes: int
+    collectives: int
 
 
 class Choices(NamedTuple):
@@ -89,8 +91,8 @@ class HostCuda:
         lines = self._process.stdout.read().decode().splitlines()
         assert self._process.wait() == 0, self._log.read_text()
         return {
-            Kernel(int(address), name): Launches(int(count), int(shared))
-            for address, name, shared, count in map(str.split, lines)
+            Kernel(int(address), name): Launches(int(count), int(shared), int(collectives))
+            for address, name, shared, count, collectives in map(str.split, lines)
         }
 
     def select(
@@ -103,8 +105,10 @@ class HostCuda:
         key_mask: Tensor | None = None,
         metric: str = "cosine",
         order: str = "similarity",
+        key_range: Tensor | None = None,
+        exclude_self: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        options = (candidates, self_indices, key_mask, metric, order)
+        options = (candidates, self_indices, key_mask, metric, order, key_range, exclude_self)
         return _Select.apply(self, query, key, k, options)
 
     def aggregate(
@@ -129,18 +133,14 @@ class HostCuda:
         key_mask: Tensor | None,
         metric: str,
         order: str,
+        key_range: Tensor | None,
+        exclude_self: bool,
     ) -> tuple[Tensor, Tensor]:
-        (N, D), M = query.shape[-2:], key.shape[-2]
         s = query.new_empty((*query.shape[:-1], k), dtype=_similarity_dtype(query))
         I = query.new_empty((*query.shape[:-1], k), dtype=torch.int64)
-        R = 0 if candidates is None else candidates.shape[0]
-        numbers = (_batch(query), N, M, D, k, R, DTYPES[query.dtype])
-        return self.call(
-            0,
-            (*numbers, METRICS[metric], ORDERS[order]),
-            [query, _unless_same(key, query), candidates, self_indices, key_mask],
-            [s, I],
-        )
+        restrictions = (candidates, self_indices, key_mask, key_range, exclude_self)
+        numbers, inputs = _selection(query, key, k, metric, order, *restrictions)
+        return self.call(0, numbers, inputs, [s, I])
 
     def select_backward(
         self,
@@ -236,8 +236,10 @@ class HostCuda:
         rho: str = "softmax",
         scale: float = 1.0,
         order: str = "similarity",
+        key_range: Tensor | None = None,
+        exclude_self: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        options = (candidates, self_indices, key_mask, metric, order)
+        options = (candidates, self_indices, key_mask, metric, order, key_range, exclude_self)
         return _Forward.apply(self, query, key, value, weight, bias, k, options, rho, scale)
 
     def hopper_select(
@@ -250,10 +252,13 @@ class HostCuda:
         key_mask: Tensor | None = None,
         metric: str = "cosine",
         order: str = "similarity",
+        key_range: Tensor | None = None,
+        exclude_self: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """``select`` by the kernels for Hopper."""
-        options = (candidates, self_indices, key_mask, metric)
-        _, s, I = self.hopper_forward(query, key, None, k, None, None, *options, "ones", 1.0, order)
+        options = (candidates, self_indices, key_mask, metric, "ones", 1.0, order)
+        more = (key_range, exclude_self)
+        _, s, I = self.hopper_forward(query, key, None, k, None, None, *options, *more)
         return s, I
 
     def hopper_forward(
@@ -271,27 +276,20 @@ class HostCuda:
         rho: str = "softmax",
         scale: float = 1.0,
         order: str = "similarity",
+        key_range: Tensor | None = None,
+        exclude_self: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``forward`` by the kernels for Hopper; without a value, only the selection."""
-        (N, D), M = query.shape[-2:], key.shape[-2]
         s = query.new_empty((*query.shape[:-1], k), dtype=torch.float32)
         I = query.new_empty((*query.shape[:-1], k), dtype=torch.int64)
-        R = 0 if candidates is None else candidates.shape[0]
         of_value, output = (-1, 0, 0, 0, 0), None
         if value is not None:
             _, _, _, C, O, _, dtype, _, kind, number = _convolution(value, s, weight, rho)
             of_value, output = (C, O, kind, number, dtype), value.new_empty((*s.shape[:-1], O))
-        numbers = (_batch(query), N, M, D, k, R, DTYPES[query.dtype])
-        self.call(
-            5,
-            (*numbers, METRICS[metric], ORDERS[order], *of_value, *self.choices, self.sweep),
-            [
-                *(query, _unless_same(key, query), candidates, self_indices, key_mask),
-                *(value, weight, bias),
-            ],
-            [s, I, output],
-            scale,
-        )
+        restrictions = (candidates, self_indices, key_mask, key_range, exclude_self)
+        numbers, inputs = _selection(query, key, k, metric, order, *restrictions)
+        numbers = (*numbers, *of_value, *self.choices, self.sweep)
+        self.call(5, numbers, [*inputs, value, weight, bias], [s, I, output], scale)
         return (s if output is None else output), s, I
 
     def forward_backward(
@@ -443,6 +441,29 @@ def _similarity_dtype(query: Tensor) -> torch.dtype:
 
 def _batch(tensor: Tensor) -> int:
     return math.prod(tensor.shape[:-2])
+
+
+def _selection(
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    metric: str,
+    order: str,
+    candidates: Tensor | None,
+    self_indices: Tensor | None,
+    key_mask: Tensor | None,
+    key_range: Tensor | None,
+    exclude_self: bool,
+) -> tuple[tuple[int, ...], list[Tensor | None]]:
+    """The numbers and inputs of a selection."""
+    (N, D), M = query.shape[-2:], key.shape[-2]
+    R = 0 if candidates is None else candidates.shape[-1]
+    # Elements of each batch element, or 0 if it shares them.
+    own = ((candidates, 1, R), (self_indices, 1, N), (key_range, 2, 2 * N))
+    strides = (0 if X is None or X.ndim == dims else count for X, dims, count in own)
+    numbers = (_batch(query), N, M, D, k, R, DTYPES[query.dtype], METRICS[metric], ORDERS[order])
+    inputs = [query, _unless_same(key, query), candidates, self_indices, key_mask, key_range]
+    return (*numbers, *strides, int(exclude_self)), inputs
 
 
 def _convolution(

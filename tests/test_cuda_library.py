@@ -212,11 +212,28 @@ def test_what_the_kernels_for_hopper_take(run_python: Callable[..., str]) -> Non
     assert kinds == set(range(hopper.KINDS)), kinds
     dtypes, metrics, sizes, counts = ({*each} for each in zip(*taken))
     print(sorted(dtypes), sorted(metrics), max(sizes), max(counts))
+    from convnn_kernels import schemas
+    X, rows = torch.zeros(1, 200, 64, dtype=torch.half), torch.arange(200)
+    for restriction in (
+        {"candidates": rows},
+        {"key_mask": torch.ones(1, 200, dtype=torch.bool)},
+        {"self_indices": rows},
+        {"key_range": torch.stack([rows, rows], -1)},
+        {"candidates": rows[None]},
+    ):
+        for name, tensors in (("convnn::select", (X, X)), ("convnn::forward", (X, X, X))):
+            arguments = schemas.arguments(name)(*tensors, 9)._replace(**restriction)
+            print(hopper.ask(name, arguments)[2])
     """
-    found = run_python(load + code)
-    assert found.strip() == "['bfloat16', 'float16'] ['cosine', 'dot'] 128 64"
-    taken = "float16 and bfloat16, cosine and dot, D from 16 to 128, k up to 64, no self indices"
-    assert taken == hopper.TAKES
+    found = run_python(load + code).splitlines()
+    assert found[0] == "['bfloat16', 'float16'] ['cosine', 'dot'] 128 64"
+    refusals = ["", "", "self_indices are given", "key_range is given"]
+    refusals += ["candidates are those of each batch element"]
+    assert found[1::2] == found[2::2] == refusals
+    assert hopper.TAKES == (
+        "float16 and bfloat16, cosine and dot, D from 16 to 128, k up to 64, no self indices, "
+        "no key range, candidates shared by the batch"
+    )
 
 
 @needs_build

@@ -81,7 +81,9 @@ def test_checked_indices_are_read_in_python(results: dict[str, Any]) -> None:
     assert results["no indices"] == ["hopper", 0]
 
 
-@pytest.mark.parametrize("call", ["few", "self", "dense", "float32"])
+@pytest.mark.parametrize(
+    "call", ["few", "self", "dense", "float32", "range", "own candidates", "excluded"]
+)
 def test_other_calls_are_left_to_triton(call: str, results: dict[str, Any]) -> None:
     assert results[call] == [["triton", 1]] * 2
     assert results["few columns"] == [["triton", 1]]

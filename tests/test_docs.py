@@ -18,6 +18,8 @@ import torch
 
 import convnn_kernels
 import convnn_kernels.backends.selection
+import convnn_kernels.distributed.functions
+import convnn_kernels.key_ranges
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -133,12 +135,18 @@ def test_the_shapes_in_the_page_on_graphs() -> None:
         scope: dict[str, Any] = {}
         exec(snippet, scope)
         results.append(scope)
-    one, without_self, ragged = results
+    one, without_self, near, packed, ragged = results
     assert one["edges"].shape == (2, 16000)
     assert one["of_edges"].shape == (16000,)
     assert without_self["edges"].shape == (2, 16000)
     assert without_self["distances"].shape == (16000,)
     assert without_self["distances"].min() > 0
+    lengths = (near["points"][near["edges"][0]] - near["points"][near["edges"][1]]).norm(dim=-1)
+    assert 0 < lengths.max() < 0.1001
+    assert near["edges"][1].bincount().max() <= 16
+    assert packed["ranges"].shape == (177, 2)
+    assert packed["edges"].unique().numel() == 177
+    assert packed["edges"].shape == (2, 50 * 8 + 7 * 7 + 120 * 8)
     assert ragged["x"].shape == (177, 3)
     assert ragged["padded"].shape == (3, 120, 3)
     assert ragged["edges"].unique().numel() == 177
@@ -146,11 +154,17 @@ def test_the_shapes_in_the_page_on_graphs() -> None:
 
 
 # Modules of which every callable in __all__ has an example.
-PUBLIC = (convnn_kernels, convnn_kernels.functional, convnn_kernels.nn)
+PUBLIC = (
+    convnn_kernels,
+    convnn_kernels.distributed,
+    convnn_kernels.functional,
+    convnn_kernels.nn,
+)
 SUBMODULES = [module.name for module in pkgutil.iter_modules(convnn_kernels.nn.__path__)]
 MODULES = [
     *(convnn_kernels, convnn_kernels.functional, convnn_kernels.backends.selection),
-    convnn_kernels.native,
+    *(convnn_kernels.distributed, convnn_kernels.distributed.functions, convnn_kernels.native),
+    convnn_kernels.key_ranges,
     *(importlib.import_module(f"convnn_kernels.nn.{name}") for name in SUBMODULES),
 ]
 EXAMPLES = {
@@ -238,7 +252,8 @@ def test_operators_have_docstrings(name: str) -> None:
     assert "[..., N, " in text
     (function,) = re.findall(r"convnn_kernels\.functional\.(\w+)", text)
     arguments = [each.name for each in packet.default._schema.arguments]
-    assert arguments == [
+    of_python = ["within"] if name == "select" else []
+    assert [*arguments, *of_python] == [
         *inspect.signature(getattr(convnn_kernels.functional, function)).parameters
     ]
     assert packet.default.__doc__ == packet.__doc__

@@ -135,10 +135,10 @@ def run_hopper(programs: Path, seed: int, fault: str) -> "subprocess.CompletedPr
 # Random cases of all operators. Few columns: selection without groups.
 
 
-def small_cases() -> Iterator[Case]:
+def small_cases(restricted: bool = False) -> Iterator[Case]:
     seed = 0
     while True:
-        case = make_case(seed)
+        case = make_case(seed, restricted)
         seed += 1
         batch = math.prod(case.lead)
         if batch * max(case.N, case.M) <= 150 and max(case.D, case.C) <= 130:
@@ -200,23 +200,28 @@ class Selection:
     def check(self, device: HostCuda) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         query, key = self.rows(generator, self.N), self.rows(generator, self.M)
-        M = self.M
-        candidates = torch.randperm(M, generator=generator)[: M - 3] if self.listed else None
-        own = torch.randint(M, (self.N,), generator=generator) if self.own else None
-        mask = torch.rand(self.batch, M, generator=generator) >= self.masked
+        restrictions = self.restrictions(generator)
+        mask = torch.rand(self.batch, self.M, generator=generator) >= self.masked
         assert_select(
             device.select,
             query.to(self.dtype),
             key.to(self.dtype),
             self.k,
-            candidates,
-            own,
-            mask if self.masked else None,
-            self.metric,
-            self.order,
+            **restrictions,
+            key_mask=mask if self.masked else None,
+            metric=self.metric,
+            order=self.order,
             exact=self.content == "integers" and self.metric != "cosine",
             backward=False,
         )
+
+    def restrictions(self, generator: torch.Generator) -> dict[str, Any]:
+        M, given = self.M, {}
+        if self.listed:
+            given["candidates"] = torch.randperm(M, generator=generator)[: M - 3]
+        if self.own:
+            given["self_indices"] = torch.randint(M, (self.N,), generator=generator)
+        return given
 
 
 @pytest.mark.parametrize("case", [Selection(seed) for seed in range(216)], ids=lambda case: case.id)
@@ -370,7 +375,7 @@ def test_too_many_rows_of_key(device: HostCuda) -> None:
     """Rejected before anything is read, even if there are few candidates."""
     rows = 2**32
     numbers = (1, 1, rows, 1, 1, 1, DTYPE_NUMBERS[F32], 1, 0)
-    inputs = [torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.int64), None, None]
+    inputs = [torch.ones(1), torch.ones(1), torch.zeros(1, dtype=torch.int64), *[None] * 3]
     with pytest.raises(AssertionError, match=f"key must have at most {rows - 1} rows .*got {rows}"):
         device.call(0, numbers, inputs, [torch.empty(1), torch.empty(1, dtype=torch.int64)])
 
@@ -1081,7 +1086,7 @@ def test_every_kernel_of_every_type_runs(programs: Path) -> None:
     text = "".join(path.read_text() for path in SOURCES.glob("*.cuh"))
     written = set(re.findall(r"__launch_bounds__\([^)]*\) void (\w+_kernel)\(", text))
     assert {name.partition("<")[0] for name in instances.values()} == written
-    assert "group_maxima_kernel<BFloat16>" in instances.values()
+    assert "group_maxima_kernel<BFloat16, true>" in instances.values()
 
     device = HostCuda(program)
     for dtype in DTYPES:
@@ -1092,7 +1097,12 @@ def test_every_kernel_of_every_type_runs(programs: Path) -> None:
             bias = normal(weight.shape[0], dtype=dtype).requires_grad_()
             Y, s, _ = device.forward(*X, 2, weight, bias, torch.arange(600))
             (Y.sum() + s.sum()).backward()
-        device.select(*X[:2], 257)
+        ranges = torch.tensor([0, 600]).expand(CHUNK, 2)
+        for each in (None, ranges):
+            device.select(*X[:2], 257, key_range=each)
+        rows = torch.arange(600).expand(2, 600)
+        pairs = [x.detach().expand(2, -1, -1) for x in X[:2]]
+        device.select(*pairs, 2, rows, key_range=ranges)
     for dtype, D in product((torch.float16, torch.bfloat16), (64, 128)):
         query, key = normal(20, D, dtype=dtype), normal(300, D, seed=1, dtype=dtype)
         for k, splits in product((2, 11, 17, 33), (1, 2)):

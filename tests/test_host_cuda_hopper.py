@@ -429,15 +429,15 @@ def test_splits(k: int, splits: int, device: HostCuda) -> None:
         ("more than 128 columns", {"D": 129}),
         ("fewer than 16 columns", {"D": 15}),
         ("self_indices", {"self_indices": torch.zeros(4, dtype=torch.int64)}),
+        ("key_range", {"key_range": torch.zeros(4, 2, dtype=torch.int64)}),
+        ("candidates are those of each batch", {"candidates": torch.arange(9).expand(1, 9)}),
         ("no keys", {"M": 0}),
     ],
 )
 def test_what_is_refused(reason: str, change: dict[str, object], device: HostCuda) -> None:
-    given = {"metric": "cosine", "dtype": BF16, "k": 3, "D": 16, "M": 80, "self_indices": None}
-    given |= change
-    query = normal(4, given["D"], dtype=given["dtype"])
-    key = normal(given["M"], given["D"], dtype=given["dtype"])
-    options = {name: given[name] for name in ("k", "metric", "self_indices")}
+    options = {"metric": "cosine", "dtype": BF16, "k": 3, "D": 16, "M": 80} | change
+    D, dtype = options.pop("D"), options.pop("dtype")
+    query, key = normal(1, 4, D, dtype=dtype), normal(1, options.pop("M"), D, dtype=dtype)
     with pytest.raises(AssertionError, match=f"refused: .*{reason}"):
         device.hopper_select(query, key, **options)
 

@@ -22,7 +22,17 @@ PACKAGE = "convnn_kernels"
 ALLOWED = {
     "": {"functional", "nn", "backends", "version"},
     "nn": {"functional"},
-    "functional": {"arguments", "torch_internals", "ops"},
+    # Beside nn; with the operators themselves, because every rank must first hear of a wrong call.
+    "distributed": {
+        "arguments",
+        "checks",
+        "functional",
+        "schemas",
+        "torch_internals",
+        "transforms",
+    },
+    "functional": {"arguments", "key_ranges", "torch_internals", "ops"},
+    "key_ranges": {"arguments"},
     "arguments": {"checks"},
     "ops": {"autograd", "backends", "checks", "flops", "schemas", "transforms"},
     "autograd": {"raised", "schemas", "torch_internals"},
@@ -202,9 +212,9 @@ def test_arguments_of_forward_are_listed_once() -> None:
     """All other code passes them on as they are, or by name: a new argument is added to these.
 
     The schema, csrc/schemas.h, is the definition. functional.py has the signature that users see,
-    and its call of the operator; triton/forward.py the signature of the implementation, which a
-    type checker reads. python_ref imports nothing of the package, so its function and the
-    comparison with it have signatures of their own.
+    and its call of the operator, as distributed/functions.py has; triton/forward.py the signature
+    of the implementation, which a type checker reads. python_ref imports nothing of the package,
+    so its function and the comparison with it have signatures of their own.
     """
     found = {
         (str(path.relative_to(ROOT)), label)
@@ -215,6 +225,8 @@ def test_arguments_of_forward_are_listed_once() -> None:
     assert found == {
         (f"{PACKAGE}/functional.py", "def convnn"),
         (f"{PACKAGE}/functional.py", "_call(...)"),
+        (f"{PACKAGE}/distributed/functions.py", "def convnn"),
+        (f"{PACKAGE}/distributed/functions.py", "Tuple"),
         (f"{PACKAGE}/triton/forward.py", "def forward"),
         ("python_ref/convnn.py", "def forward"),
         ("python_ref/compare.py", "def assert_forward"),

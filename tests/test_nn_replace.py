@@ -205,8 +205,8 @@ def test_convnn_attention_keeps_the_projections() -> None:
     assert model.blocks[0]["attn"].proj_drop.p == 0.2
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    with pytest.raises(ValueError, match="attn_mask must mask the same keys for every query"):
-        model.blocks[0]["attn"](torch.randn(2, 16, 8), torch.ones(16, 16).tril() == 1)
+    with pytest.raises(ValueError, match="attn_mask must let each query see the keys of one range"):
+        model.blocks[0]["attn"](torch.randn(2, 16, 8), torch.eye(16) == 0)
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
@@ -258,9 +258,14 @@ def test_calls_of_multihead_attention(batch_first: bool) -> None:
         torch.testing.assert_close(got, expected)
     single = torch.randn(7, 8).double()
     torch.testing.assert_close(new(single, single, single)[0], old(single, single, single)[0])
-    for mask in ({"attn_mask": torch.zeros(5, 7)}, {"is_causal": True}):
-        with pytest.raises(ValueError, match="attn_mask must be None"):
-            new(query, key, value, **mask)
+    for shape in ((5, 7), (6, 5, 7)):
+        for hidden in (torch.rand(shape) < 0.2, torch.rand(shape)):
+            with pytest.raises(ValueError, match="attn_mask must let each query see the keys of"):
+                new(query, key, value, attn_mask=hidden)
+    with pytest.raises(
+        ValueError, match=r"attn_mask must be None or have shape \[5, 7\] or \[6, 5"
+    ):
+        new(query, key, value, attn_mask=torch.zeros(7, 5))
 
 
 @pytest.mark.parametrize(
@@ -292,12 +297,107 @@ def test_transformer_encoder(training: bool) -> None:
     torch.testing.assert_close(got[~padding], expected[~padding])
 
 
-def test_masked_attention_of_a_decoder_is_left() -> None:
-    model = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
-    done = replace(model, attention="convnn", k=3)
-    assert done.left == {"self_attn": "the self-attention of a decoder is masked"}
-    assert done.swapped == {"multihead_attn": "ConvNNAttention"}
-    assert model(torch.randn(2, 5, 8), torch.randn(2, 6, 8)).shape == (2, 5, 8)
+PAIRS = {
+    "causal": lambda N, M: torch.ones(N, M, dtype=torch.bool).tril(),
+    "window": lambda N, M: torch.ones(N, M, dtype=torch.bool).tril(2).triu(-1),
+    "blocks": lambda N, M: (torch.arange(N) // 2)[:, None] == torch.arange(M) // 2,
+    "columns": lambda N, M: (torch.arange(M) != 1).expand(N, M),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_masks_over_pairs_of_multihead_attention(batch_first: bool, name: str) -> None:
+    old = nn.MultiheadAttention(8, 2, batch_first=batch_first).double().eval()
+    new = copy.deepcopy(nn.Sequential(old))
+    replace(new, attention="kvt", k=6)
+    query, key = (torch.randn(3, n, 8).double() for n in (5, 6))
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    added = torch.zeros(3, 6).double().masked_fill(padding, -torch.inf)
+    if not batch_first:
+        query, key = query.transpose(0, 1), key.transpose(0, 1)
+    hidden = ~PAIRS[name](5, 6)
+    for mask in (hidden, torch.zeros(5, 6).double().masked_fill(hidden, -torch.inf)):
+        for attn_mask in (mask, mask.expand(6, -1, -1)):
+            for key_padding_mask in (None, padding if mask is hidden else added):
+                options = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask}
+                expected, _ = old(query, key, key, **options)
+                got, _ = new[0](query, key, key, **options)
+                seen = ~expected.isnan()  # of a query that sees no key
+                torch.testing.assert_close(got[seen], expected[seen])
+    single = key[0] if batch_first else key[:, 0]
+    hidden = ~PAIRS[name](6, 6)
+    expected, _ = old(single, single, single, attn_mask=hidden)
+    torch.testing.assert_close(new[0](single, single, single, attn_mask=hidden)[0], expected)
+
+
+def test_masks_of_each_batch_element_and_head() -> None:
+    old = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    new = copy.deepcopy(nn.Sequential(old))
+    replace(new, attention="kvt", k=6)
+    x = torch.randn(3, 6, 8).double()
+    hidden = torch.ones(6, 6, 6, dtype=torch.bool)
+    for i, each in enumerate(hidden):
+        each.fill_(True).masked_fill_(PAIRS["window"](6, 6).roll(i % 3, 0), False)
+    expected, _ = old(x, x, x, attn_mask=hidden)
+    torch.testing.assert_close(new[0](x, x, x, attn_mask=hidden)[0], expected)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_is_causal_of_multihead_attention(need_weights: bool) -> None:
+    """The mask is not read; with more keys than queries, it is of the first ones."""
+    old = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    new = copy.deepcopy(nn.Sequential(old))
+    replace(new, attention="kvt", k=7)
+    for N, M in ((5, 5), (5, 7), (7, 5)):
+        query, key = torch.randn(2, N, 8).double(), torch.randn(2, M, 8).double()
+        options = {"attn_mask": ~PAIRS["causal"](N, M), "need_weights": need_weights}
+        expected, _ = old(query, key, key, is_causal=True, **options)
+        got, _ = new[0](query, key, key, is_causal=True, **options)
+        torch.testing.assert_close(got, expected)
+        options["attn_mask"] = torch.rand(N, M) < 0.5
+        assert torch.equal(new[0](query, key, key, is_causal=True, **options)[0], got)
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("is_causal", [None, True, False])
+@pytest.mark.parametrize("training", [False, True])
+def test_causal_transformer_encoder(training: bool, is_causal: bool | None) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).double().train(training)
+    x = torch.randn(2, 6, 8).double()
+    mask = nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64)
+    padding = torch.zeros(2, 6, dtype=torch.float64)
+    padding[1, 4:] = -torch.inf
+    expected = model(x, mask, is_causal=is_causal)
+    padded = model(x, mask, padding, is_causal=is_causal)
+    done = replace(model, attention="kvt", k=6)
+    assert list(done.swapped) == ["layers.0.self_attn", "layers.1.self_attn"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, mask, is_causal=is_causal), expected)
+        torch.testing.assert_close(model(x, mask, padding, is_causal=is_causal), padded)
+    if is_causal is True:
+        torch.compiler.reset()
+        compiled = torch.compile(model.layers[0], fullgraph=True, backend="aot_eager")
+        y = model.layers[0](x, mask, is_causal=True)
+        torch.testing.assert_close(compiled(x, mask, is_causal=True), y)
+
+
+@pytest.mark.parametrize("tgt_is_causal", [None, True])
+def test_transformer_decoder(tgt_is_causal: bool | None) -> None:
+    layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerDecoder(layer, 2).double()
+    x, memory = torch.randn(2, 5, 8).double(), torch.randn(2, 6, 8).double()
+    mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
+    expected = model(x, memory, mask, tgt_is_causal=tgt_is_causal)
+    without = model(x, memory)
+    done = replace(model, attention="kvt", k=6)
+    assert not done.left
+    names = ("layers.0.self_attn", "layers.0.multihead_attn")
+    assert set(names) < set(done.swapped)
+    torch.testing.assert_close(model(x, memory, mask, tgt_is_causal=tgt_is_causal), expected)
+    torch.testing.assert_close(model(x, memory), without)
 
 
 def test_a_shared_layer_remains_shared() -> None:
@@ -472,9 +572,17 @@ def test_masks_of_separate_projections() -> None:
         expected, _ = old(hidden_states=x, attention_mask=mask)
         torch.testing.assert_close(new(hidden_states=x, attention_mask=mask)[0], expected)
         torch.testing.assert_close(new(x, mask, is_causal=False, cache=None)[0], expected)
+    pairs = torch.stack([torch.ones(7, 7).tril(), torch.ones(7, 7).triu(-2).tril(2)]).bool()
+    causal = torch.zeros(7, 7).double().masked_fill(~pairs[0], torch.finfo(torch.float64).min)
+    for mask in (pairs[0], pairs[1], pairs.unsqueeze(1), pairs.unsqueeze(1) & allowed, causal):
+        expected, _ = old(x, mask)
+        seen = ~expected.isnan()
+        torch.testing.assert_close(new(x, mask)[0][seen], expected[seen])
+    see = "attention_mask must let each query see the keys of one range, less some that it hides"
     for mask, message in (
-        (torch.ones(7, 7, dtype=torch.bool).tril(), "attention_mask must mask the same keys for"),
-        (torch.rand(2, 1, 1, 7), "attention_mask must mask the same keys for every query"),
+        (torch.eye(7) == 0, see),
+        (torch.rand(2, 1, 1, 7), see),
+        (torch.rand(2, 1, 7, 7), see),
         (allowed.expand(2, 2, 7, 7), r"attention_mask must be None or have shape .*, got \[2, 2"),
         (allowed[:, 0], r"attention_mask must be None or have shape .*, got \[2, 1, 7\]"),
     ):
@@ -545,8 +653,8 @@ class Maps(FusedAttention):
             "heads whose widths do not add up to that of the tokens",
         ),
         (
-            changed(lambda layer: setattr(layer, "is_causal", True), SeparateAttention()),
-            "it is causal, or part of a decoder",
+            changed(lambda layer: setattr(layer, "is_decoder", True), SeparateAttention()),
+            "it is part of a decoder, which may pass it other keys",
         ),
         (
             changed(lambda layer: layer.register_buffer("index", torch.zeros(3))),
@@ -703,22 +811,19 @@ def test_what_may_be_shared() -> None:
     assert model[0] is model[1][0]
 
 
-@pytest.mark.parametrize("decoder_first", [False, True])
-def test_a_shared_layer_that_one_place_must_keep_is_left(decoder_first: bool) -> None:
-    layers = [
-        kind(8, 2, 16, batch_first=True)
-        for kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    ]
-    layers[1].self_attn = layers[0].self_attn
-    encoder, decoder = ("1", "0") if decoder_first else ("0", "1")
-    model = nn.Sequential(*(layers[::-1] if decoder_first else layers))
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_shared_layer_that_one_place_must_keep_is_left(compiled_first: bool) -> None:
+    layer = FusedAttention()
+    places = [layer, nn.Sequential(torch.compile(layer, backend="eager")), FusedAttention()]
+    model = nn.Sequential(*(places[1::-1] if compiled_first else places[:2]), places[2])
+    plain, compiled = ("1", "0.0._orig_mod") if compiled_first else ("0", "1.0._orig_mod")
     done = replace(model, attention="kvt")
     assert done.left == {
-        f"{decoder}.self_attn": "the self-attention of a decoder is masked",
-        f"{encoder}.self_attn": "it is shared with a place where it is left",
+        compiled: "it is compiled: swap first, then compile",
+        plain: "it is shared with a place where it is left",
     }
-    assert list(done.swapped) == [f"{decoder}.multihead_attn"]
-    assert layers[0].self_attn is layers[1].self_attn
+    assert list(done.swapped) == ["2"]
+    assert model[int(plain)] is layer
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d, nn.MultiheadAttention])

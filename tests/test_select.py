@@ -239,3 +239,17 @@ def test_a_forked_process_does_not_hang() -> None:
         process.kill()
     assert not hangs
     assert process.exitcode == 0
+
+
+def test_no_candidates() -> None:
+    """Nothing but the token itself, and that only if its range has it."""
+    query, key, own = randn(2, 50, 8), randn(2, 6, 8), torch.randint(6, (50,))
+    ranges = torch.stack([own - own % 2, own + own % 2], dim=-1)
+    for key_range, present in ((None, torch.ones(50).bool()), (ranges, own % 2 == 1)):
+        options = {"candidates": own.new_empty(0), "key_range": key_range}
+        s, I = ops.select(query, key, 2, **options)
+        assert bool((s == -torch.inf).all())
+        s, I = ops.select(query, key, 2, self_indices=own, **options)
+        assert torch.equal(s[..., 0] != -torch.inf, present.expand(2, -1))
+        assert bool((s[..., 1] == -torch.inf).all())
+        assert torch.equal(I[..., 0], torch.where(present, own, 0).expand(2, -1))

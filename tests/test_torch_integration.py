@@ -115,7 +115,9 @@ def test_functions_have_the_arguments_of_the_schema(name: str) -> None:
         for each in schema.arguments
     ]
     parameters = inspect.signature(FUNCTIONS[name]).parameters.values()
-    assert [(each.name, each.default) for each in parameters] == arguments
+    # A radius is applied to what the operator finds.
+    of_operator = [each for each in parameters if each.name != "within"]
+    assert [(each.name, each.default) for each in of_operator] == arguments
     assert not any(each.kwarg_only for each in schema.arguments)
 
 
@@ -126,6 +128,7 @@ OPTIONS = {
     "no-weight": {"weight": None, "bias": True, "rho": "similarity"},
     "ones": {"weight": "dense", "rho": "ones", "metric": "dot"},
     "all": {"weight": "depthwise", "restricted": True, "order": "index", "metric": "euclidean"},
+    "each": {"weight": "dense", "restricted": True, "for_each": True},
     "float64": {"weight": "dense", "dtype": torch.float64},
     "bfloat16": {"weight": "depthwise", "dtype": torch.bfloat16},
 }
@@ -144,9 +147,12 @@ def call_with(op: str, options: dict[str, Any]) -> tuple[list[Any], dict[str, An
     if op != "aggregate":
         named |= {name: options[name] for name in ("metric", "order") if name in options}
         if options.get("restricted"):
-            named["candidates"] = torch.randperm(M)[:R]
-            named["self_indices"] = torch.randint(M, (N,))
+            lead = (B,) if options.get("for_each") else ()
+            named["candidates"] = torch.rand(*lead, M).argsort(dim=-1)[..., :R]
+            named["self_indices"] = torch.randint(M, (*lead, N))
             named["key_mask"] = torch.rand(B, M) < 0.7
+            named["key_range"] = torch.randint(M + 1, (*lead, N, 2)).sort(dim=-1).values
+            named["exclude_self"] = bool(lead)
     return args, named
 
 
@@ -538,18 +544,38 @@ def test_vmap(op: str, in_dims: tuple[int | None, ...]) -> None:
             torch.testing.assert_close(arg.grad, right.grad)
 
 
-@pytest.mark.parametrize("name", ["candidates", "self_indices", "key_mask"])
+@pytest.mark.parametrize("for_each", [False, True], ids=["shared", "for_each"])
+@pytest.mark.parametrize("name", ["candidates", "self_indices", "key_mask", "key_range"])
 @pytest.mark.parametrize("op", ["forward", "select"])
-def test_vmap_over_what_restricts(op: str, name: str) -> None:
-    args, named = call_with(op, OPTIONS["all"])
+def test_vmap_over_what_restricts(op: str, name: str, for_each: bool) -> None:
+    args, named = call_with(op, OPTIONS["each" if for_each else "all"])
+    lead = (3, B) if for_each else (3,)
     many = {
-        "candidates": torch.stack([torch.randperm(M)[:R] for _ in range(3)]),
-        "self_indices": torch.randint(M, (3, N)),
+        "candidates": torch.rand(*lead, M).argsort(dim=-1)[..., :R],
+        "self_indices": torch.randint(M, (*lead, N)),
         "key_mask": torch.rand(3, B, M) < 0.7,
+        "key_range": torch.randint(M + 1, (*lead, N, 2)).sort(dim=-1).values,
     }[name]
 
     def call(each: Tensor) -> tuple[Tensor, ...]:
         return getattr(convnn, op)(*args, **named | {name: each})
+
+    for result, right in zip(torch.vmap(call)(many), one_by_one(call, (0,), [many]), strict=True):
+        assert torch.equal(result, right)
+    # Mapped at the last dimension of those in front.
+    results = torch.vmap(call, len(lead) - 1)(many.movedim(0, len(lead) - 1))
+    for result, right in zip(results, one_by_one(call, (0,), [many]), strict=True):
+        assert torch.equal(result, right)
+
+
+@pytest.mark.parametrize("kind", ["all", "each"])
+@pytest.mark.parametrize("op", ["forward", "select"])
+def test_vmap_of_queries_with_the_same_restrictions(op: str, kind: str) -> None:
+    args, named = call_with(op, OPTIONS[kind])
+    many = torch.randn(3, *args[0].shape)
+
+    def call(query: Tensor) -> tuple[Tensor, ...]:
+        return getattr(convnn, op)(query, *args[1:], **named)
 
     for result, right in zip(torch.vmap(call)(many), one_by_one(call, (0,), [many]), strict=True):
         assert torch.equal(result, right)

@@ -90,6 +90,13 @@ def choices() -> None:
     results["few columns"] = [ran(lambda: forward(Q, K[:, :1023], V[:, :1023], 9))]
     own = torch.arange(16384) % 4096
     results["self"] = [ran(lambda: forward(Q, K, V, 9, None, None, None, own)) for _ in range(2)]
+    ranges = torch.tensor([0, 4096]).expand(16384, 2)
+    restricted = {"key_range": ranges}
+    results["range"] = [ran(lambda: forward(Q, K, V, 9, **restricted)) for _ in range(2)]
+    restricted = {"candidates": rows[None]}
+    results["own candidates"] = [ran(lambda: forward(Q, K, V, 9, **restricted)) for _ in range(2)]
+    restricted = {"self_indices": own[None], "exclude_self": True}
+    results["excluded"] = [ran(lambda: forward(Q, K, V, 9, **restricted)) for _ in range(2)]
     dense = torch.randn(8, 16, 9).half()
     results["dense"] = [ran(lambda: forward(Q, K, V, 9, dense)) for _ in range(2)]
     results["strided"] = ran(lambda: forward(*(X.mT.contiguous().mT for X in (Q, K, V)), 9))

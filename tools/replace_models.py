@@ -29,14 +29,14 @@ SMALL = {
 }
 
 
-def torchvision_models() -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+def torchvision_models() -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
     import torchvision
 
     for name in ("vit_b_16", "swin_t", "resnet18", "resnet50", "convnext_tiny"):
         yield name, torchvision.models.get_model(name), {"": torch.randn(1, 3, 224, 224)}
 
 
-def timm_models() -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+def timm_models() -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
     import timm
 
     for name, options in (
@@ -54,13 +54,14 @@ def timm_models() -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
         yield title, timm.create_model(name, **options), {"": torch.randn(1, 3, 224, 224)}
 
 
-def transformers_models() -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+def transformers_models() -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
     import transformers
 
     image = {"pixel_values": torch.randn(2, 3, 224, 224)}
     mask = torch.ones(2, 20, dtype=torch.int64)
     mask[1, 12:] = 0
     text = {"input_ids": torch.randint(5, 90, (2, 20)), "attention_mask": mask}
+    without_cache = {**text, "use_cache": False}
     names = {"dim": 64, "n_heads": 4, "n_layers": 2, "hidden_dim": 128}
     for name, options, inputs in (
         ("ViT", SMALL, image),
@@ -71,13 +72,14 @@ def transformers_models() -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
         ("Roberta", SMALL, text),
         ("DistilBert", names, text),
         ("CLIPText", SMALL, text),
-        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, text),
+        ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4}, without_cache),
+        ("OPT", {**SMALL, "ffn_dim": 128, "word_embed_proj_dim": 64}, without_cache),
     ):
         config = getattr(transformers, f"{name}Config")(**options)
         yield f"{name}Model", getattr(transformers, f"{name}Model")(config), inputs
 
 
-def call(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def call(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     y: Any = model(*inputs.values()) if "" in inputs else model(**inputs)[0]
     return y
 
@@ -91,7 +93,7 @@ def short(reason: str) -> str:
     return re.sub(": off by .*", "", reason)
 
 
-def row(model: nn.Module, inputs: dict[str, Tensor]) -> str:
+def row(model: nn.Module, inputs: dict[str, Any]) -> str:
     model.eval()
     for parameter in model.parameters():
         # Such as a scale that would hide its block.
@@ -114,7 +116,7 @@ def row(model: nn.Module, inputs: dict[str, Tensor]) -> str:
     return f"{cells[0] or '-'} | {cells[1] or '-'} | {off}"
 
 
-PACKAGES: dict[str, Callable[[], Iterator[tuple[str, nn.Module, dict[str, Tensor]]]]] = {
+PACKAGES: dict[str, Callable[[], Iterator[tuple[str, nn.Module, dict[str, Any]]]]] = {
     "torchvision": torchvision_models,
     "timm": timm_models,
     "transformers": transformers_models,

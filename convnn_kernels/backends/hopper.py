@@ -25,7 +25,10 @@ from convnn_kernels.triton.hardware import interpreted
 
 # In the order of `Operator` in csrc/cuda/choice.h.
 OPERATORS = ("convnn::forward", "convnn::select")
-TAKES = "float16 and bfloat16, cosine and dot, D from 16 to 128, k up to 64, no self indices"
+TAKES = (
+    "float16 and bfloat16, cosine and dot, D from 16 to 128, k up to 64, no self indices, "
+    "no key range, candidates shared by the batch"
+)
 CAPABILITY = (9, 0)
 # `Routing` and `Verdict` there.
 _CHOOSE, _TO_PYTHON = 1, 2

@@ -8,24 +8,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from convnn_kernels.functional import window_ranges
 from convnn_kernels.nn import settings
 from convnn_kernels.nn.attention import ConvNNAttention
 from convnn_kernels.nn.candidates import Candidates
+from convnn_kernels.nn.ranges import Visible, read_mask
 from convnn_kernels.nn.replaceable import CannotReplaceError, require_linear, require_no_extras
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
 # What attributes are called in timm and transformers.
 PROJECTIONS = (
     ("qkv",),
+    ("c_attn",),
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
 )
-OUTPUTS = ("proj", "o_proj", "out_proj", "out_lin")
-HEADS = ("num_heads", "num_attention_heads", "n_heads")
+OUTPUTS = ("proj", "o_proj", "out_proj", "out_lin", "c_proj")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 SCALES = ("scale", "scaling")
-DROPOUTS = ("attn_drop", "attention_dropout", "dropout", "dropout_prob")
-CAUSAL = ("is_causal", "is_decoder")
+DROPOUTS = ("attn_drop", "attn_dropout", "attention_dropout", "dropout", "dropout_prob")
+OUTPUT_DROPOUTS = ("proj_drop", "resid_dropout")
 MASKS = ("attn_mask", "attention_mask")
 # Arguments of forward, beside tokens and mask, that leave the result as it is while they are None
 # or False.
@@ -43,6 +46,7 @@ UNUSED = (
     "past_key_value",
     "past_key_values",
 )
+CACHES = ("cache", "past_key_value", "past_key_values")
 # What encoders pass on as options to layers that return no cache and no hidden states.
 WITHOUT_EFFECT = ("output_hidden_states", "return_dict", "use_cache")
 
@@ -67,10 +71,19 @@ class Target(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """A kind of mask: the argument of forward, and whether it is bool rather than float."""
+    """A kind of mask.
+
+    Attributes:
+        name: the argument of forward.
+        is_bool: whether it is bool rather than float.
+        over_pairs: whether it differs between queries.
+        is_causal: whether is_causal=True, which then has no effect, is given beside it.
+    """
 
     name: str
     is_bool: bool
+    over_pairs: bool
+    is_causal: bool
 
 
 class Probe(NamedTuple):
@@ -122,6 +135,7 @@ class MultiheadAdapter(nn.Module):
     in_proj_bias = None
     outputs = 2
     masks: tuple[Mask, ...] = ()
+    is_causal = reads_is_causal = ignores_positions = False
 
     def __init__(self, old: nn.Module, target: Target) -> None:
         super().__init__()
@@ -162,20 +176,16 @@ class MultiheadAdapter(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """Same as nn.MultiheadAttention, but without masks over pairs; the weights are None.
+        """Same as nn.MultiheadAttention, but the weights are None.
 
-        A float key_padding_mask masks keys where it is -inf and has no other effect.
+        A float key_padding_mask masks keys where it is -inf and has no other effect. attn_mask must
+        be one of ranges; see :func:`ranges.read_mask`. It is not read if is_causal says what it is.
         """
         if is_symbolic(query, key, value, key_padding_mask, attn_mask):
             return symbolic_call(
                 self,
                 *(query, key, value, key_padding_mask, need_weights),
                 *(attn_mask, average_attn_weights, is_causal),
-            )
-        if attn_mask is not None or is_causal:
-            got = "is_causal=True" if attn_mask is None else f"shape {list(attn_mask.shape)}"
-            raise ValueError(
-                f"attn_mask must be None: masks over pairs are not supported, got {got}"
             )
         key_mask = None
         if key_padding_mask is not None:
@@ -193,10 +203,42 @@ class MultiheadAdapter(nn.Module):
         elif not self.batch_first:
             query, key, value = (each.transpose(0, 1) for each in (query, key, value))
         # query [B, N, E], key and value [B, M, E]
-        y = self.layer(query, *((None, None) if is_self else (key, value)), key_mask)
+        sizes = (query.shape[0], query.shape[1], key.shape[1])
+        seen = self._visible(attn_mask, is_causal, *sizes, query.device)
+        if key_mask is None or seen.key_mask is None:
+            key_mask = seen.key_mask if key_mask is None else key_mask
+        else:
+            key_mask = key_mask & seen.key_mask
+        keys = (None, None) if is_self else (key, value)
+        y = self.layer(query, *keys, key_mask, seen.key_range)
         if not is_batched:
             return y.squeeze(0), None
         return y if self.batch_first else y.transpose(0, 1), None
+
+    def _visible(
+        self,
+        mask: Tensor | None,
+        is_causal: bool,
+        batch: int,
+        queries: int,
+        keys: int,
+        device: torch.device,
+    ) -> Visible:
+        """What attn_mask, True or -inf where a key is hidden, or is_causal lets each query see."""
+        if is_causal:  # of the first queries and keys
+            return Visible(None, window_ranges(queries, causal=True, device=device).clamp(max=keys))
+        if mask is None:
+            return Visible()
+        shapes = ([queries, keys], [batch * self.num_heads, queries, keys])
+        if list(mask.shape) not in shapes:
+            raise ValueError(
+                f"attn_mask must be None or have shape {shapes[0]} or {shapes[1]}, "
+                f"got {list(mask.shape)}"
+            )
+        mask = ~mask if mask.dtype == torch.bool else mask
+        # [B, heads, N, M] or [1, 1, N, M]
+        mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, -1))
+        return read_mask("attn_mask", mask, batch, queries)
 
 
 class SelfAttentionAdapter(nn.Module):
@@ -209,6 +251,9 @@ class SelfAttentionAdapter(nn.Module):
     Attributes:
         outputs: the length of the tuple that forward returns; 0 if it returns a tensor.
         masks: the kinds of masks that forward takes.
+        is_causal: whether a query sees no key behind it where no mask is given.
+        reads_is_causal: whether forward has an argument is_causal that says so in its place.
+        ignores_positions: whether position_ids, which forward takes, have no effect.
     """
 
     def __init__(self, old: nn.Module, target: Target) -> None:
@@ -219,8 +264,9 @@ class SelfAttentionAdapter(nn.Module):
         out = None if layout.output is None else require_linear(old, layout.output)
         num_heads = getattr(old, layout.heads)
         width = linears[0].in_features
-        parts = {"q_norm", "k_norm", "attn_drop", "dropout", "proj_drop", layout.output}
-        require_no_extras(old, {*layout.projections, *filter(None, parts)})
+        parts = {"q_norm", "k_norm", "attn_drop", "attn_dropout", "dropout", *OUTPUT_DROPOUTS}
+        parts.add(layout.output or "")
+        require_no_extras(old, {*layout.projections, *parts})
         widths = {linear.out_features * len(linears) for linear in linears}
         if out is not None:
             widths |= {3 * out.in_features, 3 * out.out_features}
@@ -228,11 +274,12 @@ class SelfAttentionAdapter(nn.Module):
             raise CannotReplaceError(f"{layout.heads} {num_heads}")
         if widths != {3 * width} or width % num_heads:
             raise CannotReplaceError("heads whose widths do not add up to that of the tokens")
-        if any(getattr(old, name, False) for name in CAUSAL):
-            raise CannotReplaceError("it is causal, or part of a decoder")
+        if getattr(old, "is_decoder", False):
+            raise CannotReplaceError("it is part of a decoder, which may pass it other keys")
         self.arguments = _arguments(old)
         self.outputs = 0
         self.masks: tuple[Mask, ...] = ()
+        self.is_causal = self.reads_is_causal = self.ignores_positions = False
         dropout = dropout_of(old)
         self.layer = _attention_layer(
             num_heads,
@@ -245,7 +292,8 @@ class SelfAttentionAdapter(nn.Module):
         )
         if isinstance(dropout, nn.Dropout):
             self.layer.dropout = dropout  # which may be in another mode than the layer
-        self.proj_drop = getattr(old, "proj_drop", nn.Identity())
+        drops = (old._modules.get(name) for name in OUTPUT_DROPOUTS)
+        self.proj_drop = next(filter(None, drops), nn.Identity())
 
     @staticmethod
     def probes(old: nn.Module, draw: Draw) -> list[Probe]:
@@ -254,39 +302,54 @@ class SelfAttentionAdapter(nn.Module):
         width = require_linear(old, layout.projections[0]).in_features
         few, many = draw(2, 5, width), draw(1, 50, width)
         probes = [Probe(5, (few,), {}), Probe(50, (many,), {})]
-        allowed = torch.ones(2, 1, 1, 5, dtype=torch.bool, device=few.device)
-        allowed[1, ..., 3:] = False
-        lowest = torch.finfo(few.dtype).min
-        added = torch.zeros_like(allowed, dtype=few.dtype).masked_fill(~allowed, lowest)
-        return probes + [
-            Probe(5, (few,), {name: mask}, Mask(name, mask is allowed))
-            for name in _arguments(old)
-            if name in MASKS
-            for mask in (added, allowed)
-        ]
+        padding = torch.ones(2, 1, 1, 5, dtype=torch.bool, device=few.device)
+        padding[1, ..., 3:] = False
+        # Queries see the past and, in the other batch element, themselves and the next token.
+        whole = torch.ones(5, 5, dtype=torch.bool, device=few.device)
+        pairs = torch.stack([whole.tril(), whole.triu() & whole.tril(1)]).unsqueeze(1)
+        for name in filter(MASKS.__contains__, _arguments(old)):
+            for allowed in (padding, pairs):
+                lowest = torch.finfo(few.dtype).min
+                added = torch.zeros_like(allowed, dtype=few.dtype).masked_fill(~allowed, lowest)
+                for mask in (added, allowed):
+                    kind = Mask(name, mask is allowed, allowed is pairs, False)
+                    probes.append(Probe(5, (few,), {name: mask}, kind))
+                    options = {name: mask, "is_causal": True}
+                    probes.append(Probe(5, (few,), options, kind._replace(is_causal=True)))
+        return probes
 
     def forward(self, *args: Any, **options: Any) -> Tensor | tuple[Tensor | None, ...]:
         """[B, N, E] → [B, N, E], in a tuple if the old layer returned one.
 
         Takes the arguments of the old layer. A mask (attn_mask or attention_mask) must be the same
-        for all queries and heads, and of a dtype that the old layer took; see :func:`key_mask`.
+        for all heads, of keys or of ranges, and of a kind that the old layer took; see
+        :func:`read_masks`. Without one, a layer may be causal, by itself or by is_causal.
 
         Raises:
-            ValueError: for a mask over pairs, and for any other argument that is not None or False,
-                except return_dict, use_cache and output_hidden_states.
+            ValueError: for another mask, and for any other argument that is not None or False,
+                except those that have no effect, such as use_cache.
             TypeError: if an argument is missing, given twice or one too many.
         """
         given = self._bind(args, options)
         if is_symbolic(*given.values()):
-            return symbolic_call(self, *(given.get(name) for name in self.arguments))
+            named = (given.pop(name, None) for name in self.arguments)
+            return symbolic_call(self, *named, **given)
         x = given.pop(self.arguments[0])
         settings.require_shape(OWNER, self.arguments[0], x, ("B", "N", self.layer.embed_dim))
-        masks = [self._key_mask(name, mask, x) for name, mask in given.items() if mask is not None]
-        y = self.proj_drop(self.layer(x, key_mask=masks[0] if masks else None))
+        is_causal = given.pop("is_causal", None)
+        masks = [
+            self._visible(name, mask, x, bool(is_causal))
+            for name, mask in given.items()
+            if mask is not None
+        ]
+        seen = masks[0] if masks else Visible()
+        if not masks and (self.is_causal if is_causal is None else is_causal):
+            seen = Visible(None, window_ranges(x.shape[1], causal=True, device=x.device))
+        y = self.proj_drop(self.layer(x, key_mask=seen.key_mask, key_range=seen.key_range))
         return (y, *[None] * (self.outputs - 1)) if self.outputs else y
 
     def _bind(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-        """The tokens and masks by name. All other arguments must have no effect."""
+        """The tokens, masks and is_causal by name. All other arguments must have no effect."""
         names = self.arguments
         if len(args) > len(names):
             counts = f"takes {len(names)} positional arguments but {len(args)} were given"
@@ -299,57 +362,60 @@ class SelfAttentionAdapter(nn.Module):
         if names[0] not in given:
             raise TypeError(f"{OWNER} is missing the argument {names[0]}")
         kept = [names[0], *(mask.name for mask in self.masks)]
+        kept += ["is_causal"] if self.reads_is_causal else []
+        ignored = (*WITHOUT_EFFECT, *["position_ids"] * self.ignores_positions)
         for name, value in given.items():
-            is_unused = value is None or value is False or name in WITHOUT_EFFECT
-            settings.require(is_unused or name in kept, OWNER, name, "None or False", value)
+            default = self.is_causal if name == "is_causal" else False
+            is_unused = value is None or value is default or name in ignored
+            expected = f"None or {default}"
+            expected += " (call the model with use_cache=False)" if name in CACHES else ""
+            settings.require(is_unused or name in kept, OWNER, name, expected, value)
         return {name: value for name, value in given.items() if name in kept}
 
-    def _key_mask(self, name: str, mask: Any, x: Tensor) -> Tensor:
-        """[B, M] bool, from a mask of a kind that the old layer took."""
+    def _visible(self, name: str, mask: Any, x: Tensor, is_causal: bool) -> Visible:
+        """What a mask, of a kind that the old layer took, lets each query see."""
         settings.require(isinstance(mask, Tensor), OWNER, name, "None or a tensor", mask)
-        if Mask(name, mask.dtype == torch.bool) not in self.masks:
-            wanted = "float" if mask.dtype == torch.bool else "bool"
+        is_bool = mask.dtype == torch.bool
+        kinds = [kind for kind in self.masks if (kind.name, kind.is_bool) == (name, is_bool)]
+        if not kinds:
             raise ValueError(
-                f"{OWNER}: {name} must be None or {wanted}, as the old layer read other masks in "
-                f"another way, got {mask.dtype}"
+                f"{OWNER}: {name} must be None or {'float' if is_bool else 'bool'}, as the old "
+                f"layer read other masks in another way, got {mask.dtype}"
             )
-        return key_mask(name, mask, x.shape[0], x.shape[1])
+        kinds = [kind for kind in kinds if kind.is_causal == is_causal]
+        settings.require(bool(kinds), OWNER, "is_causal", f"None or False with {name}", is_causal)
+        seen = read_masks(name, mask, x.shape[0], x.shape[1], x.shape[1])
+        if (seen.key_range is not None) not in {kind.over_pairs for kind in kinds}:
+            same = "for every query" if seen.key_range is not None else "not for every query"
+            raise ValueError(
+                f"{OWNER}: {name} must mask the same keys {same}, as the old layer read other "
+                f"masks in another way, got one of shape {list(mask.shape)}"
+            )
+        return seen
 
 
-def key_mask(name: str, mask: Tensor, batch: int, keys: int) -> Tensor:
-    """A mask of scaled_dot_product_attention as one of keys.
+def read_masks(name: str, mask: Tensor, batch: int, queries: int, keys: int) -> Visible:
+    """A mask of scaled_dot_product_attention for all heads, as ranges and a key mask.
 
     Args:
         name: the argument's name, for errors.
-        mask: [N or 1, M] or [B or 1, 1, N or 1, M], the same for every query: bool, True where a
-            key may be attended to; or float, 0 there, and -10000 or less elsewhere.
+        mask: [N or 1, M] or [B or 1, 1, N or 1, M]: bool, True where a key may be attended to; or
+            float, 0 there, and -10000 or less elsewhere.
         batch: B.
+        queries: N.
         keys: M.
 
-    Returns:
-        [B, M] bool.
-
     Raises:
-        ValueError: for any other mask. Reading its values waits for the GPU, and needs a graph
-            break in ``torch.compile``.
+        ValueError: for any other mask; see :func:`ranges.read_mask`.
     """
     shape = list(mask.shape)
     if mask.dim() == 2:
         mask = mask[None, None]
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != keys:
-        expected = f"[N or 1, {keys}] or [{batch} or 1, 1, N or 1, {keys}]"
+    fits = mask.dim() == 4 and mask.shape[1] == 1 and mask.shape[3] == keys
+    if not fits or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, queries):
+        expected = f"[{queries} or 1, {keys}] or [{batch} or 1, 1, {queries} or 1, {keys}]"
         raise ValueError(f"{name} must be None or have shape {expected}, got {shape}")
-    first = mask[:, 0, :1]  # [B, 1, M]
-    allowed = first if mask.dtype == torch.bool else first == 0
-    is_valid = (mask[:, 0] == first).all()
-    if mask.dtype != torch.bool:
-        is_valid &= (allowed | (first <= -1e4)).all()
-    if not is_valid:
-        raise ValueError(
-            f"{name} must mask the same keys for every query: masks over pairs (causal ones, too) "
-            f"and biases are not supported, got one of shape {shape}"
-        )
-    return allowed[:, 0].expand(batch, -1)
+    return read_mask(name, mask, batch, queries)
 
 
 def _arguments(old: nn.Module) -> tuple[str, ...]:

@@ -7,9 +7,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from convnn_kernels.functional import Metric, Order, Rho
+from convnn_kernels.functional import Metric, Order, Rho, window_ranges
 from convnn_kernels.nn import positional, settings
 from convnn_kernels.nn.candidates import Candidates, require_candidates
+from convnn_kernels.nn.ranges import intersection
 from convnn_kernels.nn.searching import Search, convolve, select
 from convnn_kernels.nn.symbolic import is_symbolic, symbolic_call
 
@@ -24,7 +25,8 @@ class ConvNNAttention(nn.Module):
 
     The defaults are the paper's layer: cosine similarity, softmax, four projections without bias,
     weights initialized to one. With metric="dot" and aggregation="sum" it is KVT attention, which
-    for k = M equals ``scaled_dot_product_attention``. Causal and N×M masks are not supported.
+    for k = M equals ``scaled_dot_product_attention``. Which keys a query may see is a range for
+    each query, by ``causal``, ``window`` or forward's key_range; other N×M masks are not supported.
 
     Args:
         embed_dim: E.
@@ -55,7 +57,14 @@ class ConvNNAttention(nn.Module):
         coordinates: "unit": from -1 to 1; "pixel": the position itself.
         candidates: which tokens may be neighbors (section 4.2.2): AllCandidates (if None),
             RandomCandidates or SpatialCandidates. include_self and self_similarity apply to
-            self-attention only: in cross-attention, the query token is not among the keys.
+            self-attention only: in cross-attention, the query token is not among the keys. The same
+            holds for exclude_self.
+        window: w; a query sees only the w keys nearest to it by position, itself included, or with
+            causal the last w. See ``functional.window_ranges``. If None, it sees all.
+        causal: whether a query sees no key behind it. With causal or a window, the queries are the
+            last N of the M tokens that the keys are (N = M if key is None): query i sees keys up to
+            M - N + i, so that the first M - N may be a cache; it also has the coordinate of that
+            token. As those of "unit" depend on M, encode positions by "pixel" where M grows.
         device: device of the parameters.
         dtype: dtype of the parameters.
 
@@ -73,7 +82,18 @@ class ConvNNAttention(nn.Module):
         >>> memory = torch.randn(2, 70, 192)
         >>> layer(tokens, memory, key_mask=torch.rand(2, 70) < 0.9).shape
         torch.Size([2, 100, 192])
+
+        Three sequences that are packed into one, each of which attends to its own past:
+
+        >>> from convnn_kernels.functional import segment_ranges
+        >>> layer = cnn.ConvNNAttention(192, k=9, causal=True)
+        >>> layer(torch.randn(1, 100, 192), key_range=segment_ranges([50, 7, 43])).shape
+        torch.Size([1, 100, 192])
     """
+
+    # For modules that were pickled before there were these settings.
+    window: int | None = None
+    causal: bool = False
 
     query_projection: nn.Linear | None
     key_projection: nn.Linear | None
@@ -103,6 +123,8 @@ class ConvNNAttention(nn.Module):
         positional_encoding: settings.PositionalEncoding = None,
         coordinates: settings.Coordinates = "unit",
         candidates: Candidates | None = None,
+        window: int | None = None,
+        causal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -131,6 +153,8 @@ class ConvNNAttention(nn.Module):
         self.positional_encoding = positional_encoding
         self.coordinates = coordinates
         self.candidates = require_candidates(owner, candidates)
+        self.window = None if window is None else settings.require_count(owner, "window", window)
+        self.causal = settings.require_flag(owner, "causal", causal)
         self.scale = self._default_scale() if scale is None else float(scale)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self._create_projections(output_projection, {"bias": projection_bias, **options})
@@ -220,6 +244,7 @@ class ConvNNAttention(nn.Module):
         key: Tensor | None = None,
         value: Tensor | None = None,
         key_mask: Tensor | None = None,
+        key_range: Tensor | None = None,
     ) -> Tensor:
         """Attends from each query to its k nearest keys.
 
@@ -229,27 +254,35 @@ class ConvNNAttention(nn.Module):
             value: [B, M, E]; same as key if None.
             key_mask: [B, M] bool, True where a key may be a neighbor. A query with fewer than k
                 such keys attends to those only.
+            key_range: [N, 2], [B, N, 2] or [B, heads, N, 2] int64: query i may see the keys
+                begin <= j < end only, such as those of its own sequence
+                (``functional.segment_ranges``), and of those only what window and causal leave.
 
         Returns:
             [B, N, E].
         """
-        if is_symbolic(query, key, value, key_mask):
-            return symbolic_call(self, query, key, value, key_mask)
+        if is_symbolic(query, key, value, key_mask, key_range):
+            return symbolic_call(self, query, key, value, key_mask, key_range)
         owner = type(self).__name__
         if key is None and value is not None:
             raise ValueError(f"{owner}: key must be given if value is, got None")
-        q, k, search = self._query_and_key(query, key, key_mask)
+        q, k, search = self._query_and_key(query, key, key_mask, key_range)
         key = query if key is None else key
         value = key if value is None else value
         settings.require_input(owner, "value", value, (*key.shape[:2], self.embed_dim))
-        v = self._heads(self._inputs(value, "aggregation"), self.value_projection)
+        _, width = self._widths()
+        v = self._heads(self._with_coordinates(value, "aggregation"), self.value_projection, width)
         # [B, heads, N, width of a head]
         y = convolve(q, k, v, self.weight, self.bias, search, self.rho, self.scale)
         joined = self.dropout(y.transpose(1, 2).flatten(2))  # [B, N, width]
         return joined if self.output_projection is None else self.output_projection(joined)
 
     def neighbors(
-        self, query: Tensor, key: Tensor | None = None, key_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        key_range: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns the neighbors that each head picks.
 
@@ -259,6 +292,7 @@ class ConvNNAttention(nn.Module):
             query: [B, N, E].
             key: [B, M, E]; same as query if None.
             key_mask: [B, M] bool, True where a key may be a neighbor.
+            key_range: as in forward.
 
         Returns:
             similarities, [B, heads, N, k] float32 (float64 if the input is), before ``scale``, and
@@ -270,10 +304,14 @@ class ConvNNAttention(nn.Module):
             >>> indices.shape
             torch.Size([2, 3, 100, 9])
         """
-        return select(*self._query_and_key(query, key, key_mask))
+        return select(*self._query_and_key(query, key, key_mask, key_range))
 
     def _query_and_key(
-        self, query: Tensor, key: Tensor | None, key_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        key_mask: Tensor | None,
+        key_range: Tensor | None,
     ) -> tuple[Tensor, Tensor, Search]:
         """[B, heads, N, width of a head] and [B, heads, M, width of a head], and how to search."""
         owner = type(self).__name__
@@ -282,45 +320,84 @@ class ConvNNAttention(nn.Module):
         key = query if key is None else key
         batch = query.shape[0]
         settings.require_input(owner, "key", key, (batch, "M", self.embed_dim))
-        M = key.shape[1]
+        N, M = query.shape[1], key.shape[1]
         if key_mask is not None:
             settings.require_shape(owner, "key_mask", key_mask, (batch, M))
             settings.require_dtype(owner, "key_mask", key_mask, torch.bool)
-            key_mask = key_mask.unsqueeze(1).expand(-1, self.num_heads, -1)  # [B, heads, M]
-        q = self._heads(self._inputs(query, "similarity"), self.query_projection)
-        k = self._heads(self._inputs(key, "similarity"), self.key_projection)
-        self_indices = None
-        if is_self and self.candidates.include_self:
+        is_last = self.causal or self.window is not None
+        tokens = self._with_coordinates(query, "similarity", M if is_last else None)
+        width, _ = self._widths()
+        q = self._heads(tokens, self.query_projection, width)
+        k = self._heads(self._with_coordinates(key, "similarity"), self.key_projection, width)
+        heads = q.shape[1]
+        if key_mask is not None:
+            key_mask = key_mask.unsqueeze(1).expand(-1, heads, -1)  # [B, heads, M]
+        candidates, self_indices = self.candidates, None
+        if is_self and (candidates.include_self or candidates.exclude_self):
             self_indices = torch.arange(M, device=query.device)
         search = Search(
             self.k,
-            self.candidates((M,), 0, query.device),
+            candidates((M,), 0, query.device),
             self_indices,
-            self.candidates.self_similarity,
+            candidates.self_similarity,
             self.metric,
             self.order,
             key_mask,
+            self._key_range(key_range, (batch, heads, N, M), query.device),
+            candidates.exclude_self and is_self,
         )
         q = q if self.query_norm is None else self.query_norm(q)
         k = k if self.key_norm is None else self.key_norm(k)
         return q, k, search
 
+    def _key_range(
+        self, given: Tensor | None, sizes: tuple[int, int, int, int], device: torch.device
+    ) -> Tensor | None:
+        """[N, 2], [B, 1, N, 2] or [B, heads, N, 2]: the given range and that of the settings."""
+        batch, heads, N, M = sizes
+        own = None
+        if self.causal or self.window is not None:
+            own = window_ranges(N, M, self.window, self.causal, device)
+        if given is None:
+            return own
+        owner = type(self).__name__
+        shapes = {2: (N, 2), 3: (batch, N, 2), 4: (batch, heads, N, 2)}
+        expected = shapes.get(getattr(given, "ndim", 0), shapes[2])
+        settings.require_shape(owner, "key_range", given, expected)
+        settings.require_dtype(owner, "key_range", given, torch.int64)
+        given = given.unsqueeze(1) if given.dim() == 3 else given
+        if given.dim() == 4:
+            given = given.expand(-1, heads, -1, -1)
+        return given if own is None else intersection(given, own, M)
+
     def _encodes(self, role: str) -> bool:
         return self.positional_encoding in (role, "both")
 
-    def _inputs(self, tokens: Tensor, role: str) -> Tensor:
-        """[B, L, E] → [B, L, E], or [B, L, E + 1] with a coordinate concatenated."""
+    def _with_coordinates(self, tokens: Tensor, role: str, among: int | None = None) -> Tensor:
+        """[B, L, E] → [B, L, E], or [B, L, E + 1] with a coordinate concatenated.
+
+        Args:
+            tokens: [B, L, E].
+            role: what the tokens are used for.
+            among: the number of tokens of which these are the last; L if None, and at least L.
+        """
         if not self._encodes(role):
             return tokens
         batch, length, _ = tokens.shape
+        among = length if among is None else max(among, length)
         # [L, 1]
-        grid = positional.grid((length,), 0, self.coordinates, tokens.dtype, tokens.device)
+        grid = positional.grid((among,), 0, self.coordinates, tokens.dtype, tokens.device)
+        grid = grid[among - length :]
         return torch.cat([tokens, grid.expand(batch, -1, -1)], dim=-1)
 
-    def _heads(self, tokens: Tensor, projection: nn.Linear | None) -> Tensor:
-        """[B, L, E] → [B, heads, L, width of a head]."""
+    def _heads(self, tokens: Tensor, projection: nn.Linear | None, width: int) -> Tensor:
+        """[B, L, E] → [B, heads, L, width of a head].
+
+        ``width`` is that of all heads. With tensor parallel, the projection of a rank gives less
+        than that, which are fewer heads.
+        """
         projected = tokens if projection is None else projection(tokens)
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return projected.unflatten(-1, (-1, width // self.num_heads)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         parts = [f"{self.embed_dim}, num_heads={self.num_heads}, k={self.k}"]
@@ -331,6 +408,8 @@ class ConvNNAttention(nn.Module):
         if self.positional_encoding is not None:
             parts += [f"positional_encoding={self.positional_encoding!r}"]
             parts += [f"coordinates={self.coordinates!r}"]
+        parts += [f"window={self.window}"] if self.window is not None else []
+        parts += ["causal=True"] if self.causal else []
         return ", ".join(parts)
 
 

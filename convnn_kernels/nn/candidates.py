@@ -29,10 +29,12 @@ class Candidates(nn.Module):
         self_similarity: the similarity, before ``scale``, that a token has to itself in place of
             its own, without a gradient; None for its own. It needs include_self, and it does not
             change which others are neighbors: only how the token itself is weighted.
+        exclude_self: whether the token itself is never a neighbor. It needs include_self=False,
+            which alone leaves it to the similarities whether the token is one.
 
     Raises:
-        ValueError: if include_self is not a bool, or if self_similarity is not a finite number or
-            given without include_self.
+        ValueError: if include_self or exclude_self is not a bool, if both are True, or if
+            self_similarity is not a finite number or given without include_self.
 
     Examples:
         >>> class FirstCandidates(Candidates):
@@ -42,13 +44,22 @@ class Candidates(nn.Module):
         torch.Size([16])
     """
 
-    # For modules that were pickled before there was this setting.
+    # For modules that were pickled before there were these settings.
     self_similarity: float | None = None
+    exclude_self: bool = False
 
-    def __init__(self, include_self: bool, self_similarity: float | None = None) -> None:
+    def __init__(
+        self,
+        include_self: bool,
+        self_similarity: float | None = None,
+        exclude_self: bool = False,
+    ) -> None:
         super().__init__()
         owner = type(self).__name__
         self.include_self = include_self = require_flag(owner, "include_self", include_self)
+        self.exclude_self = require_flag(owner, "exclude_self", exclude_self)
+        both = include_self and self.exclude_self
+        require(not both, owner, "include_self", "False with exclude_self=True", include_self)
         if self_similarity is not None:
             self_similarity = require_number(owner, "self_similarity", self_similarity)
             expected = "None with include_self=False"
@@ -71,6 +82,7 @@ class Candidates(nn.Module):
     def _self_repr(self) -> str:
         given = self.self_similarity
         own = "" if given is None else f", self_similarity={given}"
+        own += ", exclude_self=True" if self.exclude_self else ""
         return f"include_self={self.include_self}{own}"
 
 
@@ -85,14 +97,21 @@ class AllCandidates(Candidates):
             pixels of CIFAR-10 are not among their own 9 neighbors, mostly since nine others have
             the same color.
         self_similarity: the similarity of a token to itself, as in :class:`Candidates`.
+        exclude_self: whether the token itself is never a neighbor, as in :class:`Candidates`.
 
     Examples:
         >>> AllCandidates(include_self=True)
         AllCandidates(include_self=True)
     """
 
-    def __init__(self, include_self: bool = False, *, self_similarity: float | None = None) -> None:
-        super().__init__(include_self, self_similarity)
+    def __init__(
+        self,
+        include_self: bool = False,
+        *,
+        self_similarity: float | None = None,
+        exclude_self: bool = False,
+    ) -> None:
+        super().__init__(include_self, self_similarity, exclude_self)
 
     def forward(self, shape: Sequence[int], padding: int, device: torch.device) -> Tensor | None:
         return None
@@ -115,6 +134,7 @@ class RandomCandidates(Candidates):
             They are determined by the buffer ``seed``, which is saved with the model, survives
             averages and casts, and is the first rank's under DistributedDataParallel.
         self_similarity: the similarity of a token to itself, as in :class:`Candidates`.
+        exclude_self: whether the token itself is never a neighbor, as in :class:`Candidates`.
 
     Examples:
         >>> candidates = RandomCandidates(32, fixed_in_eval=True).eval()
@@ -132,8 +152,9 @@ class RandomCandidates(Candidates):
         fixed_in_eval: bool = False,
         *,
         self_similarity: float | None = None,
+        exclude_self: bool = False,
     ) -> None:
-        super().__init__(include_self, self_similarity)
+        super().__init__(include_self, self_similarity, exclude_self)
         self.r = require_count("RandomCandidates", "r", r)
         self.fixed_in_eval = require_flag("RandomCandidates", "fixed_in_eval", fixed_in_eval)
         # The bits of two words as signs, which survive what is done to buffers: averages of equal
@@ -194,6 +215,7 @@ class SpatialCandidates(Candidates):
         spacing: "even": r steps of equal length, the last of which ends behind the last token;
             "ends": both ends of each axis are candidates. Not with a stride.
         self_similarity: the similarity of a token to itself, as in :class:`Candidates`.
+        exclude_self: whether the token itself is never a neighbor, as in :class:`Candidates`.
 
     Examples:
         >>> SpatialCandidates(4)((8, 8), 0, torch.device("cpu"))
@@ -215,8 +237,9 @@ class SpatialCandidates(Candidates):
         include_self: bool = True,
         spacing: Spacing = "even",
         self_similarity: float | None = None,
+        exclude_self: bool = False,
     ) -> None:
-        super().__init__(include_self, self_similarity)
+        super().__init__(include_self, self_similarity, exclude_self)
         owner = "SpatialCandidates"
         if (r is None) == (stride is None):
             raise ValueError(

@@ -36,6 +36,7 @@ def require_settings(
     positional_encoding: settings.PositionalEncoding,
     standardize: bool,
     coordinate_order: settings.CoordinateOrder,
+    causal: bool = False,
     **common: Any,
 ) -> tuple[int, int, int]:
     """Checks the settings of a layer over a sequence or a map; errors name `owner`.
@@ -57,6 +58,7 @@ def require_settings(
     )
     settings.require_choice(owner, "coordinate_order", coordinate_order, settings.COORDINATE_ORDERS)
     settings.require_flag(owner, "standardize", standardize)
+    settings.require_flag(owner, "causal", causal)
     for needs, setting in (
         (projections == "coordinates", "projections='coordinates'"),
         (standardize, "standardize=True"),
@@ -73,6 +75,13 @@ def require_settings(
         owner,
         "standardize",
         "False with projections='coordinates', which does not compare features",
+        standardize,
+    )
+    settings.require(
+        not (standardize and causal),
+        owner,
+        "standardize",
+        "False with causal=True, since the deviation is that of all tokens",
         standardize,
     )
     return in_channels, k, padding
@@ -97,6 +106,7 @@ class _ConvNN(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     # For modules that were pickled before there were these settings.
+    causal: bool = False
     standardize: bool = False
     coordinate_order: settings.CoordinateOrder = "yx"
 
@@ -123,6 +133,7 @@ class _ConvNN(nn.Module):
         coordinate_order: settings.CoordinateOrder = "yx",
         standardize: bool = False,
         candidates: Candidates | None = None,
+        causal: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -143,6 +154,7 @@ class _ConvNN(nn.Module):
             coordinates=coordinates,
             coordinate_order=coordinate_order,
             standardize=standardize,
+            causal=causal,
         )
         self.out_channels = settings.require_count(owner, "out_channels", out_channels)
         self.stride = settings.require_count(owner, "stride", stride)
@@ -154,7 +166,7 @@ class _ConvNN(nn.Module):
         self.aggregation = aggregation
         self.positional_encoding = positional_encoding
         self.coordinates, self.coordinate_order = coordinates, coordinate_order
-        self.standardize = bool(standardize)
+        self.standardize, self.causal = bool(standardize), bool(causal)
         self.candidates = require_candidates(owner, candidates)
         options = {"device": device, "dtype": dtype}
         self._create_projections(key_channels, value_channels, projection_bias, options)
@@ -342,13 +354,21 @@ class _ConvNN(nn.Module):
         )
 
     def _search(self, shape: Sequence[int], device: torch.device) -> Search:
+        candidates = self.candidates
+        names_self = candidates.include_self or candidates.exclude_self
+        queries = self._queries(shape, device) if names_self or self.causal else None  # [N]
+        key_range = None
+        if self.causal and queries is not None:
+            key_range = torch.stack([torch.zeros_like(queries), queries + 1], -1)  # [N, 2]
         return Search(
             self.k,
-            self.candidates(shape, self.padding, device),
-            self._queries(shape, device) if self.candidates.include_self else None,
-            self.candidates.self_similarity,
+            candidates(shape, self.padding, device),
+            queries if names_self else None,
+            candidates.self_similarity,
             self.metric,
             self.order,
+            key_range=key_range,
+            exclude_self=candidates.exclude_self,
         )
 
     def _neighbors_by_position(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -375,6 +395,7 @@ class _ConvNN(nn.Module):
         parts = [f"{self.in_channels}, {self.out_channels}, k={self.k}"]
         parts += [f"padding={self.padding}"] if self.padding else []
         parts += [f"stride={self.stride}"] if self.stride > 1 else []
+        parts += ["causal=True"] if self.causal else []
         parts += [f"projections={self.projections!r}, rho={self.rho!r}, metric={self.metric!r}"]
         parts += [f"scale={self.scale}"] if self.scale != 1.0 else []
         parts += [f"order={self.order!r}"] if self.order != "similarity" else []
@@ -428,6 +449,11 @@ _ARGUMENTS = """
             padding, overflows.
         candidates: which tokens may be neighbors (section 4.2.2): AllCandidates (if None),
             RandomCandidates or SpatialCandidates.
+        causal: whether a token sees itself and the tokens before it only: its neighbors are the k
+            nearest of those (of a map, row by row). The first tokens have fewer than k. Padding
+            tokens before the first token are seen by all, those behind the last by none. Candidates
+            are picked as ever, and a token sees those that are not behind it. Coordinates of "unit"
+            depend on the length of the input, those of "pixel" do not. Not with standardize.
         device: device of the parameters.
         dtype: dtype of the parameters; the input must have the same, unless autocast is on.
 

@@ -3,11 +3,12 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from convnn_kernels.functional import window_ranges
 from convnn_kernels.nn.adapters import (
     Draw,
     Mask,
@@ -25,7 +26,25 @@ MANY = 600  # tokens, so that attention in windows of fewer is told apart
 TOLERANCE = 1e-4  # of the largest output; float32 is accurate to 1e-6
 
 
-def require_attention(old: nn.Module, adapter: Adapter) -> tuple[int, tuple[Mask, ...]]:
+class Seen(NamedTuple):
+    """What was seen of a layer's calls; see the attributes of SelfAttentionAdapter."""
+
+    outputs: int
+    masks: tuple[Mask, ...]
+    is_causal: bool
+    reads_is_causal: bool
+    ignores_positions: bool
+
+    @classmethod
+    def of(cls, adapter: Adapted) -> "Seen":
+        return cls(*(getattr(adapter, name) for name in cls._fields))
+
+    def give(self, adapter: Adapted) -> None:
+        for name, value in zip(self._fields, self, strict=True):
+            setattr(adapter, name, value)
+
+
+def require_attention(old: nn.Module, adapter: Adapter) -> Seen:
     """Compares a layer with its adapter in the setting that is attention: k = N, no weight.
 
     It is a copy of the layer that is called: in float32 on the CPU, in eval mode, with random
@@ -33,8 +52,7 @@ def require_attention(old: nn.Module, adapter: Adapter) -> tuple[int, tuple[Mask
     they are.
 
     Returns:
-        The length of the tuple that the layer returns, 0 if it returns a tensor; and the kinds of
-        masks that it reads as its adapter does.
+        What the adapter needs to know of the layer's calls.
 
     Raises:
         CannotReplaceError: if the results differ, or the layer cannot be called with tokens alone.
@@ -53,14 +71,17 @@ def require_attention(old: nn.Module, adapter: Adapter) -> tuple[int, tuple[Mask
         new = adapter(twin, Target(1, is_plain=True))
         new.eval()
         probes = adapter.probes(twin, draw)
-        for probe in probes:
-            if probe.mask is None:
-                _require_same(twin, new, probe)
-        masks = _masks(twin, new, probes)
+        plain = [probe for probe in probes if probe.mask is None]
         if isinstance(new, SelfAttentionAdapter):
+            _require_attention(twin, new, plain)
+            masks = _masks(twin, new, probes)
             _require_all_tokens(twin, new, draw)
-            _require_no_other_dropout(twin, new, probes[0])
-    return new.outputs, masks
+            _require_no_other_dropout(twin, new, plain[0])
+            new.masks = masks
+        else:
+            for probe in plain:
+                _require_same(twin, new, probe)
+    return Seen.of(new)
 
 
 def _copy_to_cpu(old: nn.Module, draw: Draw) -> nn.Module:
@@ -75,6 +96,32 @@ def _copy_to_cpu(old: nn.Module, draw: Draw) -> nn.Module:
     return twin
 
 
+def _require_attention(twin: nn.Module, new: SelfAttentionAdapter, probes: list[Probe]) -> None:
+    """Sees whether a layer is causal, and which options it takes or ignores."""
+    try:
+        for probe in probes:
+            _require_same(twin, new, probe)
+    except CannotReplaceError:
+        new.is_causal = True
+        try:
+            for probe in probes:
+                _require_same(twin, new, probe)
+        except CannotReplaceError:
+            new.is_causal = False
+        if not new.is_causal:
+            raise  # what keeps it from being attention to all tokens
+    positions = torch.tensor([[3, 1, 4, 0, 2]])
+    for attribute, options in (
+        ("reads_is_causal", {"is_causal": not new.is_causal}),
+        ("ignores_positions", {"position_ids": positions}),
+    ):
+        setattr(new, attribute, True)
+        try:
+            _require_same(twin, new, probes[0]._replace(options=options))
+        except CannotReplaceError:
+            setattr(new, attribute, False)
+
+
 def _require_same(twin: nn.Module, new: Adapted, probe: Probe) -> None:
     what = "it cannot be called with tokens alone"
     expected = _attempt(what, twin, *probe.args, **probe.options)
@@ -85,7 +132,7 @@ def _require_same(twin: nn.Module, new: Adapted, probe: Probe) -> None:
     _require_equal(*(each[0] if new.outputs else each for each in (got, expected)))
 
 
-def _masks(twin: nn.Module, new: Adapted, probes: list[Probe]) -> tuple[Mask, ...]:
+def _masks(twin: nn.Module, new: SelfAttentionAdapter, probes: list[Probe]) -> tuple[Mask, ...]:
     """The kinds of masks that the layer reads as its adapter does; at least one if it has any."""
     masks, reasons = [], []
     for probe in probes:
@@ -102,12 +149,13 @@ def _masks(twin: nn.Module, new: Adapted, probes: list[Probe]) -> tuple[Mask, ..
 
 
 def _require_all_tokens(twin: nn.Module, new: SelfAttentionAdapter, draw: Draw) -> None:
-    """Raises if tokens far from each other are not among the keys; a few queries show it."""
+    """Raises if tokens far from each other are not among the keys; the last queries show it."""
     tokens = draw(1, MANY, new.layer.embed_dim)
     expected = _attempt(f"it cannot be called with {MANY} tokens", twin, tokens)
     new.layer.k = MANY
-    got = new.layer(tokens[:, :4], tokens)
-    _require_equal(got, (expected[0] if new.outputs else expected)[:, :4], f"for {MANY} tokens")
+    key_range = window_ranges(4, MANY, causal=True) if new.is_causal else None
+    got = new.layer(tokens[:, -4:], tokens, key_range=key_range)
+    _require_equal(got, (expected[0] if new.outputs else expected)[:, -4:], f"for {MANY} tokens")
 
 
 def _require_no_other_dropout(twin: nn.Module, new: SelfAttentionAdapter, probe: Probe) -> None:

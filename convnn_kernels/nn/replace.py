@@ -68,10 +68,10 @@ def replace(
 
     Convolutions are modules of type ``nn.Conv2d``, strided ones, too. Attention layers are
     ``nn.MultiheadAttention``, and self-attention with one or three linear projections, as in timm
-    and transformers. They are recognized by the names of their parts, and by what they compute: a
-    copy of the layer, with random weights, must give what ConvNNAttention gives for k = N,
-    metric="dot" and no weight. Other modules whose type is named attention are left, and the result
-    says so.
+    and transformers, causal or not. They are recognized by the names of their parts, and by what
+    they compute: a copy of the layer, with random weights, must give what ConvNNAttention gives for
+    k = N, metric="dot" and no weight. Other modules whose type is named attention are left, and the
+    result says so.
 
     Layers are left, with the reason, where something would be lost: hooks, parametrizations,
     subclasses, a forward of the instance, parameters shared with other layers, further parameters,
@@ -217,8 +217,6 @@ class _Replacement:
             raise CannotReplaceError("not an attention layer of a known form")
         else:
             return None
-        if isinstance(parent, nn.TransformerDecoderLayer) and child_name == "self_attn":
-            raise CannotReplaceError("the self-attention of a decoder is masked")
         if child_name == "_orig_mod":
             raise CannotReplaceError("it is compiled: swap first, then compile")
         if child in self.new:
@@ -268,10 +266,10 @@ class _Replacement:
         adapter = (
             MultiheadAdapter if isinstance(old, nn.MultiheadAttention) else SelfAttentionAdapter
         )
-        outputs, masks = require_attention(old, adapter)
+        seen = require_attention(old, adapter)
         k = 9 if self.k is None else self.k
         new = adapter(old, Target(k, self.attention == "kvt", self._make_candidates()))
-        new.outputs, new.masks = outputs, masks
+        seen.give(new)
         return new
 
 

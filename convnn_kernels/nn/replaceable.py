@@ -4,6 +4,7 @@
 from collections import Counter
 from collections.abc import Collection
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -106,11 +107,34 @@ def require_plain_convolution(conv: nn.Conv2d) -> None:
 
 
 def require_linear(layer: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name, which may not be of a subclass, such as one with LoRA."""
+    """The linear layer of that name, which may not be of a subclass, such as one with LoRA.
+
+    A Conv1D of transformers, as in GPT-2, is a linear layer with a transposed weight; a Linear with
+    copies of its parameters is returned.
+    """
     linear = layer.get_submodule(name)
+    if _is_conv1d(linear):
+        return _transposed(linear, name)
     if type(linear) not in LINEARS:
         raise CannotReplaceError(f"its {name} is a {type(linear).__name__}, not a Linear")
     assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    kind = type(module)
+    return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _transposed(conv: nn.Module, name: str) -> nn.Linear:
+    """The linear layer that equals a Conv1D, frozen where it is."""
+    require_no_extras(conv, ("weight", "bias"), prefix=f"{name}.")
+    weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")  # [in, out], [out]
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    for part, values in (("weight", weight.detach().T), ("bias", bias.detach())):
+        learns = conv.get_parameter(part).requires_grad
+        copied = values.clone(memory_format=torch.contiguous_format)
+        setattr(linear, part, nn.Parameter(copied, requires_grad=learns))
     return linear
 
 

@@ -20,6 +20,8 @@ class Search(NamedTuple):
     metric: Metric
     order: Order
     key_mask: Tensor | None = None  # [..., M] bool
+    key_range: Tensor | None = None  # [N, 2] or [..., N, 2] int64
+    exclude_self: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """What ``functional.select_neighbors`` and ``functional.convnn`` take."""
@@ -30,6 +32,8 @@ class Search(NamedTuple):
             "key_mask": self.key_mask,
             "metric": self.metric,
             "order": self.order,
+            "key_range": self.key_range,
+            "exclude_self": self.exclude_self,
         }
 
 

@@ -12,14 +12,15 @@ def is_symbolic(*args: Any) -> bool:
     return any(isinstance(arg, Proxy) for arg in args)
 
 
-def symbolic_call(layer: nn.Module, *args: Any) -> Any:
+def symbolic_call(layer: nn.Module, *args: Any, **options: Any) -> Any:
     """Records a call of `layer` as one node, like a layer of PyTorch.
 
     What a layer computes depends on the sizes of its input, which are not known here.
 
     Args:
         layer: the layer whose forward was called.
-        args: the arguments of forward; at least one is a Proxy.
+        args: the arguments of forward; at least one of all is a Proxy.
+        options: its keyword arguments.
 
     Returns:
         The Proxy of the output.
@@ -29,7 +30,8 @@ def symbolic_call(layer: nn.Module, *args: Any) -> Any:
             is not this package's, which would run while tracing and again in the traced model.
     """
     owner = type(layer).__name__
-    tracer: Any = next(arg.tracer for arg in args if isinstance(arg, Proxy))
+    given = (*args, *options.values())
+    tracer: Any = next(arg.tracer for arg in given if isinstance(arg, Proxy))
     if not isinstance(tracer, Tracer) or tracer.root is layer:
         raise ValueError(
             f"{owner}: torch.fx keeps the layer as one node of the model that has it; to trace it "
@@ -43,4 +45,4 @@ def symbolic_call(layer: nn.Module, *args: Any) -> Any:
             f"{owner}: torch.fx cannot trace a forward that calls the layer's; make the layer a "
             f"leaf by Tracer.is_leaf_module"
         )
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, options)

@@ -213,7 +213,8 @@ void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
   const int64_t batches =
       std::clamp<int64_t>(int64_t(kPackedBytes / std::max<size_t>(bytes, 1)), 1, p.batch);
   const Workspace packed(size_t(batches) * packed_bytes);
-  std::vector<int64_t> rows(listed ? size_t(batches * columns) : 0);
+  // Not empty where nothing is listed: without a list, all rows of key are columns.
+  std::vector<int64_t> rows(listed ? size_t(batches * columns) + 1 : 0);
   std::vector<int64_t> counts(listed ? size_t(batches) : 0);
   std::vector<int64_t> seen(ranges.exist() ? size_t(2 * batches) : 0);
 

@@ -181,6 +181,8 @@ const char* hopper_refuses(const SelectParams& p, const AggregateParams*) {
   if (p.d < kFewestColumns) return "query has fewer than 16 columns";
   if (p.k > kMostNeighbors) return "k is more than 64";
   if (p.self_indices) return "self_indices are given";
+  if (p.key_range) return "key_range is given";
+  if (p.candidates_stride) return "candidates are those of each batch element";
   if (columns_of(p) == 0) return "there are no keys";
   if (std::max(p.m, columns_of(p)) > kMostRows - 8 * kTileColumns)
     return "there are 2^31 keys or more";

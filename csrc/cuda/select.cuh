@@ -19,64 +19,23 @@
 // of a selection; exact sums remain exact under the conditions of matmul_tile.cuh. A float32 sum
 // that is not finite in step 2 is recomputed in the order of step 4.
 //
+// With exclude_self, the token itself is one more key that precedes, so k + 1 groups are taken.
+//
+// With key_range, step 2 skips the tiles of columns that none of its 64 rows sees, and writes no
+// maxima of their groups. Step 3 reads those of the groups of which a row sees a column. Step 4
+// scores the members that the row sees.
+//
 // With few columns, and for float64, steps 2 and 3 are skipped and exact_topk_kernel scores all
-// columns. So it does for k beyond the longest list, in several rounds: each fills the list with
-// the keys that follow the last one of the round before.
+// columns, or those that the row sees. So it does for k beyond the longest list, in several rounds:
+// each fills the list with the keys that follow the last one of the round before.
 #pragma once
 
 #include "matmul_tile.cuh"
 #include "normalize.cuh"
 #include "order.cuh"
+#include "select_columns.cuh"
 
 namespace convnn::cuda {
-
-// The arguments of the kernels in one call.
-template <class T>
-struct SelectWork {
-  using A = Accumulate<T>;
-
-  SelectParams p;
-  const T* query;          // [batch, n, d], scaled for the cosine
-  const T* key;            // [batch, m, d], likewise
-  const A* inverse_query;  // [batch, n]: 1 / norm of the scaled row, cosine only
-  const A* inverse_key;    // [batch, m]
-  // [columns] rows of key, or null: all of them. Ascending if groups or an order by index require
-  // it. Values out of range are ignored.
-  const int64_t* rows;
-  int64_t columns;
-  int64_t group;         // columns in a group, or 0: no groups
-  int log_group;         // group = 2^log_group
-  int64_t groups;        // ceil(columns / group)
-  bool without_mma;      // group maxima without the matrix instruction
-  int64_t splits;        // blocks that share the column tiles of one row of tiles
-  int64_t first;         // the launch's first block of 64 rows; blocks do not cross batch elements
-  uint32_t* maxima;      // [blocks * 64, groups] order_of() the maximum, kNothing of an empty group
-  uint32_t* top_groups;  // [blocks * 64, k] groups, kNoGroup where there is none
-};
-constexpr uint32_t kNoGroup = 0xFFFFFFFFu;
-
-struct QueryRow {
-  int64_t batch, row;  // row within the batch element; n or more if there is none
-};
-// The query of row `local` of a launch. Without groups, rows are consecutive.
-template <class T>
-__device__ inline QueryRow query_row(const SelectWork<T>& w, int64_t local) {
-  if (!w.group) {
-    const bool exists = local < w.p.batch * w.p.n;
-    return {exists ? local / w.p.n : 0, exists ? local % w.p.n : w.p.n};
-  }
-  const int64_t block = w.first + local / kTile, blocks_each = (w.p.n + kTile - 1) / kTile;
-  return {block / blocks_each, block % blocks_each * kTile + local % kTile};
-}
-
-// The row of key in `column`, or -1: none, masked or out of range.
-template <class T>
-__device__ inline int64_t key_row(const SelectWork<T>& w, int64_t batch, int64_t column) {
-  if (column >= w.columns) return -1;
-  const int64_t row = w.rows ? w.rows[column] : column;
-  if (row < 0 || row >= w.p.m) return -1;
-  return !w.p.key_mask || w.p.key_mask[batch * w.p.m + row] ? row : -1;
-}
 
 // The similarity of query q [d] and key k [d], without the norms: eight interleaved sums, the same
 // for every pair and in every path. With kEndsAtNan it returns as soon as a sum is NaN, which no
@@ -127,7 +86,7 @@ __device__ inline Accumulate<T> raw_similarity(Metric metric, const T* q, const 
 
 // Maxima of the groups of S for 64 rows and every splits-th tile of 64 columns. A maximum only
 // decides which groups are scored again, so 1 / ||q|| is applied to it rather than to S.
-template <class T>
+template <class T, bool kHasRanges>
 __global__ __launch_bounds__(kThreads) void group_maxima_kernel(const SelectWork<T> w) {
   static_assert(!std::is_same_v<T, double>);
   T* tile_a = reinterpret_cast<T*>(shared_memory());
@@ -142,8 +101,11 @@ __global__ __launch_bounds__(kThreads) void group_maxima_kernel(const SelectWork
   const T* q = loaded.row < p.n ? w.query + (loaded.batch * p.n + loaded.row) * p.d : nullptr;
   const T* keys = w.key + loaded.batch * p.m * p.d;
 
-  for (int64_t tile = blockIdx.x % w.splits; tile * kTile < w.columns; tile += w.splits) {
-    const int64_t loaded_key = key_row(w, loaded.batch, tile * kTile + loaded_row());
+  const TileColumns<T, kHasRanges> seen(w, local * kTile, reinterpret_cast<int64_t*>(tile_a));
+
+  for (int64_t tile = seen.first_tile(blockIdx.x % w.splits, w.splits); tile * kTile < seen.end();
+       tile += w.splits) {
+    const int64_t loaded_key = key_row(w, loaded.batch, tile * kTile + loaded_row(), Range{0, p.m});
     const T* k = loaded_key < 0 ? nullptr : keys + loaded_key * p.d;
     if (threadIdx.x % 2 == 0) {
       allowed[loaded_row()] = loaded_key >= 0;
@@ -172,6 +134,7 @@ __global__ __launch_bounds__(kThreads) void group_maxima_kernel(const SelectWork
       const bool exists = at.row < p.n;
       const int64_t row = at.batch * p.n + at.row;
       const float factor = cosine && exists ? w.inverse_query[row] : 1;
+      const auto visible = seen.of_row(h, tile);
       uint32_t* maxima = w.maxima + (local * kTile + tile_row(h)) * w.groups;
       uint32_t largest = kNothing<float>;
 #pragma unroll
@@ -179,18 +142,18 @@ __global__ __launch_bounds__(kThreads) void group_maxima_kernel(const SelectWork
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = tile_column(n, e);
+          const bool counts = allowed[column] && visible.has(column);
           float x = s.value[n][2 * h + e];
           if constexpr (std::is_same_v<T, float>) {
             // Whether a sum overflows or is NaN may depend on its order: use exact_topk_kernel's.
             // Sums of scaled rows are finite unless a row is not, whose factor is then NaN.
-            if (!cosine && !isfinite(x) && exists && allowed[column]) {
-              x = raw_similarity<true>(p.metric, w.query + row * p.d,
-                                       keys + key_row(w, at.batch, tile * kTile + column) * p.d,
-                                       p.d);
+            if (!cosine && !isfinite(x) && exists && counts) {
+              const int64_t key = key_row(w, at.batch, tile * kTile + column, Range{0, p.m});
+              x = raw_similarity<true>(p.metric, w.query + row * p.d, keys + key * p.d, p.d);
             }
           }
           const uint32_t order = order_of(x * factors[column] * factor);
-          if (allowed[column] && order > largest) largest = order;
+          if (counts && order > largest) largest = order;
         }
         if ((n + 1) * 8 % w.group == 0) {
           for (int span = 1; span < 4; span *= 2) {
@@ -207,61 +170,65 @@ __global__ __launch_bounds__(kThreads) void group_maxima_kernel(const SelectWork
   }
 }
 
-// The groups with the largest maxima of each row.
-template <class T>
+// The groups with the largest maxima of each row, among those of which it sees a column.
+template <class T, bool kHasRanges>
 __global__ __launch_bounds__(kThreads) void top_groups_kernel(const SelectWork<T> w) {
   const int64_t local = grid_warp();
   const QueryRow at = query_row(w, local);
   if (at.row >= w.p.n) return;
-  const int k = int(w.p.k);
-  NearestList<float> list(shared_memory() + warp() * NearestList<float>::bytes(k), k);
+  const int chosen = int(w.chosen);
+  NearestList<float> list(shared_memory() + warp() * NearestList<float>::bytes(chosen), chosen);
   list.clear();
   const uint32_t* maxima = w.maxima + local * w.groups;
-  for (int64_t first = 0; first < w.groups; first += kWarp) {
+  const Range groups = visible_groups<kHasRanges>(w, at);
+  for (int64_t first = groups.begin; first < groups.end; first += kWarp) {
     const int64_t group = first + lane();
-    const uint32_t order = group < w.groups ? maxima[group] : kNothing<float>;
+    const uint32_t order = group < groups.end ? maxima[group] : kNothing<float>;
     list.push(order == kNothing<float> ? no_key<float>() : key_of<float>(order, group));
   }
   list.finish();
-  for (int i = lane(); i < k; i += kWarp) {
+  for (int i = lane(); i < chosen; i += kWarp) {
     const NarrowKey key = list[i];
-    w.top_groups[local * k + i] =
+    w.top_groups[local * chosen + i] =
         is_nothing<float>(key) ? kNoGroup : uint32_t(index_of<float>(key));
   }
 }
 
 // The members that exact_topk_kernel scores for one query, and their similarities.
-template <class T>
+template <class T, bool kHasRanges>
 class ScoredRow {
   using A = Accumulate<T>;
 
  public:
   __device__ ScoredRow(const SelectWork<T>& w, QueryRow at, int64_t local)
-      : w_(w), at_(at), local_(local), self_row_(-1), self_similarity_(0) {
-    if (w.p.self_indices) self_row_ = w.p.self_indices[at.row];
-    if (self_row_ < 0 || self_row_ >= w.p.m) self_row_ = -1;
-    if (self_row_ >= 0 && w.p.key_mask && !w.p.key_mask[at.batch * w.p.m + self_row_])
-      self_row_ = -1;
-    if (self_row_ >= 0) self_similarity_ = similarity(self_row_);
-  }
+      : w_(w),
+        at_(at),
+        local_(local),
+        visible_(visible_rows<kHasRanges>(w, at)),
+        members_(w.group ? Range{0, w.chosen * w.group} : visible_columns<kHasRanges>(w, at)),
+        own_row_(w.p.self_indices ? w.p.self_indices[at.batch * w.p.self_stride + at.row] : -1),
+        is_own_neighbor_(!w.p.exclude_self && own_row_ >= visible_.begin &&
+                         own_row_ < visible_.end &&
+                         (!w.p.key_mask || w.p.key_mask[at.batch * w.p.m + own_row_])),
+        self_similarity_(is_own_neighbor_ ? similarity(own_row_) : 0) {}
 
-  // The row of key that is the token itself, or -1, and its similarity.
-  __device__ int64_t self_row() const { return self_row_; }
+  // The row of key that is the token itself, or -1 if that is no neighbor, and its similarity.
+  __device__ int64_t self_row() const { return is_own_neighbor_ ? own_row_ : -1; }
   __device__ A self_similarity() const { return self_similarity_; }
 
-  // How many members there are: those of the top groups, or all columns.
-  __device__ int64_t members() const { return w_.group ? w_.p.k * w_.group : w_.columns; }
+  // The members: those of the top groups, or all columns that the query sees.
+  __device__ Range members() const { return members_; }
   // The row of key of a member, or -1. Never the token itself.
   __device__ int64_t row(int64_t member) const {
     int64_t column = member;
+    if (member >= members_.end) return -1;
     if (w_.group) {
-      if (member >= members()) return -1;
-      const uint32_t group = w_.top_groups[local_ * w_.p.k + (member >> w_.log_group)];
+      const uint32_t group = w_.top_groups[local_ * w_.chosen + (member >> w_.log_group)];
       if (group == kNoGroup) return -1;
       column = group * w_.group + (member & (w_.group - 1));
     }
-    const int64_t row = key_row(w_, at_.batch, column);
-    return row == self_row_ ? -1 : row;
+    const int64_t row = key_row(w_, at_.batch, column, visible_);
+    return row == own_row_ ? -1 : row;
   }
   __device__ A similarity(int64_t row) const {
     const int64_t i = at_.batch * w_.p.n + at_.row, j = at_.batch * w_.p.m + row;
@@ -274,19 +241,21 @@ class ScoredRow {
     return row < 0 ? no_key<A>() : key_of<A>(order_of(similarity(row)), row);
   }
   __device__ Key<A> self_key() const {
-    return self_row_ < 0 ? no_key<A>() : key_of<A>(kOrderOfSelf<A>, self_row_);
+    return is_own_neighbor_ ? key_of<A>(kOrderOfSelf<A>, own_row_) : no_key<A>();
   }
 
  private:
   const SelectWork<T>& w_;
   const QueryRow at_;
   const int64_t local_;
-  int64_t self_row_;
-  A self_similarity_;
+  const Range visible_, members_;
+  const int64_t own_row_;
+  const bool is_own_neighbor_;
+  const A self_similarity_;
 };
 
 // The neighbors of each row, from its top groups or from all columns.
-template <class T>
+template <class T, bool kHasRanges>
 __global__ __launch_bounds__(kThreads, 4) void exact_topk_kernel(const SelectWork<T> w) {
   using A = Accumulate<T>;
   const SelectParams& p = w.p;
@@ -295,7 +264,7 @@ __global__ __launch_bounds__(kThreads, 4) void exact_topk_kernel(const SelectWor
   if (at.row >= p.n) return;
   const int longest = int(min(p.k, int64_t(kLongestList)));
   NearestList<A> list(shared_memory() + warp() * NearestList<A>::bytes(longest), longest);
-  const ScoredRow<T> row(w, at, local);
+  const ScoredRow<T, kHasRanges> row(w, at, local);
   A* similarities = static_cast<A*>(p.similarities) + (at.batch * p.n + at.row) * p.k;
   int64_t* indices = p.indices + (at.batch * p.n + at.row) * p.k;
   const bool by_index = p.order == Order::index;
@@ -312,7 +281,7 @@ __global__ __launch_bounds__(kThreads, 4) void exact_topk_kernel(const SelectWor
   Key<A> last = highest_key<A>();
   for (int64_t slot = 0; slot < p.k; slot += longest) {
     list.clear();
-    for (int64_t first = 0; first < row.members(); first += kWarp) {
+    for (int64_t first = row.members().begin; first < row.members().end; first += kWarp) {
       const Key<A> key = row.key(first + lane());
       list.push(precedes(last, key) ? key : no_key<A>());
     }
@@ -336,7 +305,7 @@ __global__ __launch_bounds__(kThreads, 4) void exact_topk_kernel(const SelectWor
   // the token itself in between. Candidates that are not distinct may give more than k: those are
   // dropped.
   int64_t written = 0, before_self = 0;
-  for (int64_t first = 0; first < row.members(); first += kWarp) {
+  for (int64_t first = row.members().begin; first < row.members().end; first += kWarp) {
     const int64_t index = row.row(first + lane());
     const Key<A> key = row.key(first + lane());
     const bool keeps = index >= 0 && !precedes(last, key);

@@ -44,4 +44,19 @@ const int64_t* gather(const int64_t* values, const int64_t* positions, int64_t c
   return result;
 }
 
+const int64_t* sort_rows(const int64_t* rows, int64_t batch, int64_t count, int64_t limit,
+                         Context& context) {
+  const int64_t all = batch * count;
+  const int64_t* in_range = keys_in_range(rows, all, limit, context);
+  const int64_t* keys = in_range;
+  if (batch > 1) {
+    int64_t* of_batch = allocate<int64_t>(context, all);
+    launch("batch_keys_kernel", batch_keys_kernel, strided_blocks(all), 0, context, in_range,
+           of_batch, all, count, limit);
+    keys = of_batch;
+  }
+  const int64_t largest = batch * (limit + 1) - 1;
+  return gather(in_range, sort_positions(keys, all, largest, context), all, context);
+}
+
 }  // namespace convnn::cuda

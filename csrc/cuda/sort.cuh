@@ -131,6 +131,16 @@ static __global__ __launch_bounds__(kThreads) void keys_in_range_kernel(
   }
 }
 
+// Keys by which rows [batch, count], at most `limit`, are sorted in each batch element.
+static __global__ __launch_bounds__(kThreads) void batch_keys_kernel(const int64_t* rows,  // [all]
+                                                                     int64_t* result,      // [all]
+                                                                     int64_t all, int64_t count,
+                                                                     int64_t limit) {
+  for (int64_t i = grid_thread(); i < all; i += grid_threads()) {
+    result[i] = i / count * (limit + 1) + rows[i];
+  }
+}
+
 static __global__ __launch_bounds__(kThreads) void gather_kernel(
     const int64_t* values,     // [count]
     const int64_t* positions,  // [count]

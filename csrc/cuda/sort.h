@@ -14,6 +14,10 @@ const int64_t* sort_positions(const int64_t* keys, int64_t count, int64_t larges
 // keys [count] clamped into the range: those outside [0, limit) become `limit`.
 const int64_t* keys_in_range(const int64_t* keys, int64_t count, int64_t limit, Context& context);
 
+// rows [batch, count] ascending in each batch element; those outside [0, limit) become `limit`.
+const int64_t* sort_rows(const int64_t* rows, int64_t batch, int64_t count, int64_t limit,
+                         Context& context);
+
 // values [count] at the given positions [count], in their order.
 const int64_t* gather(const int64_t* values, const int64_t* positions, int64_t count,
                       Context& context);

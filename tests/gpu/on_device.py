@@ -15,15 +15,18 @@ DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 def on_device(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The operator for CPU tensors, computed on the device."""
 
-    def run(*args: Any) -> Any:
-        results = operator(*(_moved(X) if isinstance(X, Tensor) else X for X in args))
+    def run(*args: Any, **options: Any) -> Any:
+        options = {name: _moved(X) for name, X in options.items()}
+        results = operator(*map(_moved, args), **options)
         return tuple(X.cpu() for X in results) if isinstance(results, tuple) else results.cpu()
 
     return run
 
 
-def _moved(X: Tensor) -> Tensor:
-    """X on the device; like X, it may not be contiguous."""
+def _moved(X: Any) -> Any:
+    """A tensor on the device; like X, it may not be contiguous."""
+    if not isinstance(X, Tensor):
+        return X
     Y = X.to(DEVICE)
     if X.is_contiguous() or X.ndim < 2:
         return Y

@@ -105,6 +105,62 @@ def test_exact(metric: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert torch.equal(s, expected[0])
 
 
+def restrictions(kind: str, B: int, N: int, M: int) -> dict[str, Any]:
+    """Where the queries are among the keys, the last at the last key."""
+    at, generator = torch.arange(N) + M - N, torch.Generator().manual_seed(2)
+    if kind == "causal":
+        return {"key_range": torch.stack([0 * at, at + 1], -1).clamp(0, M)}
+    if kind == "window":
+        ranges = torch.stack([at - M // 8, at + M // 8], -1).clamp(0, M)
+        return {"key_range": ranges, "self_indices": at % M, "exclude_self": True}
+    if kind == "segments":
+        return {"key_range": torch.stack([at // 50 * 50, at // 50 * 50 + 50], -1).clamp(0, M)}
+    listed = torch.rand(B, M, generator=generator).argsort(-1)[:, : M - M // 5]
+    own = torch.randint(M, (B, N), generator=generator)
+    given = {"candidates": listed, "self_indices": own, "exclude_self": kind == "own, excluded"}
+    ends = torch.randint(M + 1, (B, N, 2), generator=generator)
+    return given if kind == "own" else {**given, "key_range": ends.sort(-1).values}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", EXACT, ids=str)
+@pytest.mark.parametrize("kind", ["causal", "window", "segments", "own", "own, excluded"])
+@pytest.mark.usefixtures("backend")
+def test_exact_restricted(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Ranges, the token itself excluded, candidates and tokens of each batch element."""
+    B, N, M, D, k = shape
+    query, key = integers(B, N, D, dtype=dtype), integers(B, M, D, seed=1, dtype=dtype)
+    given = {"metric": "dot", **restrictions(kind, B, N, M)}
+    run = on_device(ops.select)
+    s, I = assert_select(run, query, key, k, **given, exact=True, backward=False)
+    if not ON_CPU:
+        expected = ops.select(query, key, k, **given)
+        assert torch.equal(I, expected[1])
+        assert torch.equal(s, expected[0])
+
+
+@pytest.mark.parametrize("value", [-1, -(2**63), 2**63 - 1, 2**32])
+@pytest.mark.parametrize("name", ["candidates", "self_indices", "key_range"])
+@pytest.mark.usefixtures("backend")
+@pytest.mark.cuda_only
+def test_restrictions_out_of_range(name: str, value: int) -> None:
+    """Those of one batch element: nothing is read outside of the keys, and no key is a neighbor."""
+    query, key = integers(2, 40, 8), integers(2, 700, 8, seed=1)
+    given = {"candidates": torch.arange(700).repeat(2, 1)}
+    given |= {"self_indices": torch.full((2, 40), 3)}
+    given |= {"key_range": torch.tensor([0, 700]).repeat(2, 40, 1)}
+    is_left = {"candidates": torch.arange(700) == 3, "key_range": torch.zeros(700).bool()}
+    without = {**given, "key_mask": is_left.get(name, torch.ones(700).bool()).repeat(2, 1)}
+    if name == "self_indices":
+        del without[name]
+    select = on_device(ops.select)
+    expected = [select(query, key, 9, metric="dot", **each) for each in (without, given)]
+    given[name][0] = value
+    result = select(query, key, 9, metric="dot", **given)
+    for b in range(2):
+        assert all(torch.equal(X[b], Y[b]) for X, Y in zip(result, expected[b], strict=True))
+
+
 @pytest.mark.parametrize("bits", [9, 17] if ON_CPU else [2, 6, 9, 11, 12, 14, 17, 20])
 @pytest.mark.usefixtures("backend")
 def test_whole_numbers_of_many_bits(bits: int) -> None:
@@ -117,7 +173,7 @@ def test_whole_numbers_of_many_bits(bits: int) -> None:
     assert torch.equal((query.double() @ key.double().mT).gather(-1, I), expected.double())
 
 
-def random_cases() -> list[Any]:
+def random_cases(restricted: bool) -> list[Any]:
     def usable(case: Case) -> bool:
         batch = math.prod(case.lead)
         return 0 < batch * max(case.N, case.M) <= (40 if ON_CPU else 1000)
@@ -126,7 +182,7 @@ def random_cases() -> list[Any]:
         instead = {torch.float64: F32} | ({BF16: F16} if ON_CPU else {})
         return instead.get(dtype, dtype)
 
-    cases = filter(usable, map(make_case, range(1000, 2000)))
+    cases = filter(usable, (make_case(seed, restricted) for seed in range(1000, 2000)))
     return [
         pytest.param(
             dataclasses.replace(
@@ -138,7 +194,7 @@ def random_cases() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("case", random_cases())
+@pytest.mark.parametrize("case", [*random_cases(False), *random_cases(True)])
 @pytest.mark.usefixtures("backend")
 def test_random_case(case: Case) -> None:
     assert_forward(on_device(ops.forward), **case.arguments(), exact=case.exact, seed=case.seed)

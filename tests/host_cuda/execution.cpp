@@ -103,6 +103,7 @@ struct Event {
 struct Machine {
   std::mt19937_64 random{0};
   Launched launched;
+  int64_t collectives = 0;  // of the kernel that runs
   const char* kernel = "";
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -375,6 +376,7 @@ void collective(Site site, void* operand, void (*combine)(void* const* lanes)) {
         fail("lanes of a warp wait at different points", site);
       }
     }
+    ++machine.collectives;
     combine(lanes);
     for (int i = 0; i < kWarp; ++i) make_ready(first + i);
   }
@@ -392,6 +394,7 @@ void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t
   ++launches.count;
   size_t& most_shared_bytes = launches.most_shared_bytes;
   most_shared_bytes = std::max(most_shared_bytes, shared_bytes);
+  machine.collectives = 0;
   machine.body = &body;
   machine.threads = threads;
   while (int(machine.fibers.size()) < threads) {
@@ -417,6 +420,7 @@ void run(intptr_t address, const char* name, int64_t blocks, int threads, size_t
     std::memset(shared.get(), 0xFF, shared_bytes);
     run_block();
   }
+  launches.collectives += machine.collectives;
 }
 
 }  // namespace execution

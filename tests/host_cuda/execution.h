@@ -41,6 +41,7 @@ void seed(uint64_t value);
 // The kernels that ran, by address and name.
 struct Launches {
   int64_t count = 0;
+  int64_t collectives = 0;  // instructions that warps executed together: about how long they took
   size_t most_shared_bytes = 0;
 };
 using Launched = std::map<std::pair<intptr_t, std::string>, Launches>;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Runs operators on the host execution layer for tests/host_cuda_program.py: reads calls from
-// standard input and writes results to standard output. A call is an operator's number, a seed, 20
+// standard input and writes results to standard output. A call is an operator's number, a seed, 24
 // numbers (the last is the limit of the workspace), the scale, the input buffers, and the sizes of
 // the output buffers. A buffer is its size, -1 for null, and its contents. All numbers have 64
 // bits. Each buffer is allocated separately, so that AddressSanitizer detects accesses outside it;
@@ -22,7 +22,7 @@ namespace {
 
 using namespace convnn;
 
-constexpr size_t kNumbers = 20;
+constexpr size_t kNumbers = 24;
 
 class HostMemory : public cuda::Context {
  public:
@@ -101,11 +101,14 @@ SelectParams select_params(const Call& call) {
   SelectParams p = {};
   p.batch = n[0], p.n = n[1], p.m = n[2], p.d = n[3], p.k = n[4], p.r = n[5];
   p.dtype = DType(n[6]), p.metric = Metric(n[7]), p.order = Order(n[8]);
+  p.candidates_stride = n[9], p.self_stride = n[10], p.range_stride = n[11];
+  p.exclude_self = n[12] != 0;
   p.query = dense_rows(call.inputs[0].data, p.n, p.d);
   p.key = dense_rows(call.key(1), p.m, p.d);
   p.candidates = call.inputs[2].as<int64_t>();
   p.self_indices = call.inputs[3].as<int64_t>();
   p.key_mask = call.inputs[4].as<bool>();
+  p.key_range = call.inputs[5].as<int64_t>();
   p.similarities = call.outputs[0].data;
   p.indices = static_cast<int64_t*>(call.outputs[1].data);
   return p;
@@ -183,20 +186,20 @@ void hopper_forward(Call& call) {
   const int64_t* n = call.numbers;
   const SelectParams p = select_params(call);
   AggregateParams a = {};
-  a.batch = p.batch, a.n = p.n, a.m = p.m, a.c = n[9], a.o = n[10], a.k = p.k;
-  a.dtype = DType(n[13]), a.similarity_dtype = DType::float32;
-  a.convolution = Convolution(n[11]), a.rho = Rho(n[12]), a.scale = call.scale;
-  a.value = dense_rows(call.inputs[5].data, a.m, a.c);
+  a.batch = p.batch, a.n = p.n, a.m = p.m, a.c = n[13], a.o = n[14], a.k = p.k;
+  a.dtype = DType(n[17]), a.similarity_dtype = DType::float32;
+  a.convolution = Convolution(n[15]), a.rho = Rho(n[16]), a.scale = call.scale;
+  a.value = dense_rows(call.inputs[6].data, a.m, a.c);
   a.similarities = p.similarities, a.indices = p.indices;
-  a.weight = call.inputs[6].data, a.bias = call.inputs[7].data, a.output = call.outputs[2].data;
-  const AggregateParams* aggregate = n[9] < 0 ? nullptr : &a;
-  if (n[17] == 2) return cuda::forward(p, a, call.memory);
+  a.weight = call.inputs[7].data, a.bias = call.inputs[8].data, a.output = call.outputs[2].data;
+  const AggregateParams* aggregate = n[13] < 0 ? nullptr : &a;
+  if (n[21] == 2) return cuda::forward(p, a, call.memory);
   if (const char* reason = cuda::hopper_refuses(p, aggregate)) {
     throw std::runtime_error(std::string("refused: ") + reason);
   }
   cuda::HopperChoices choices;
-  choices.multiprocessors = int(n[14]), choices.splits = int(n[15]), choices.step = int(n[16]);
-  choices.portable = n[17] != 0;
+  choices.multiprocessors = int(n[18]), choices.splits = int(n[19]), choices.step = int(n[20]);
+  choices.portable = n[21] != 0;
   cuda::hopper_forward(p, aggregate, call.memory, choices);
 }
 
@@ -234,7 +237,8 @@ int main() {
   const auto origin = reinterpret_cast<intptr_t>(&execution::seed);
   for (const auto& [kernel, launches] : execution::launched()) {
     const auto& [address, name] = kernel;
-    std::printf("%lld %s %zu %lld\n", static_cast<long long>(address - origin), name.c_str(),
-                launches.most_shared_bytes, static_cast<long long>(launches.count));
+    std::printf("%lld %s %zu %lld %lld\n", static_cast<long long>(address - origin), name.c_str(),
+                launches.most_shared_bytes, static_cast<long long>(launches.count),
+                static_cast<long long>(launches.collectives));
   }
 }

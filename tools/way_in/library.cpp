@@ -9,7 +9,9 @@ namespace convnn::cuda {
 
 const char* hopper_refuses(const SelectParams& select, const AggregateParams*) {
   if (select.dtype != DType::float16 && select.dtype != DType::bfloat16) return "not of 16 bits";
-  return select.self_indices ? "it excludes the token itself" : nullptr;
+  if (select.self_indices) return "self_indices are given";
+  if (select.key_range) return "key_range is given";
+  return select.candidates_stride ? "candidates are those of each batch element" : nullptr;
 }
 
 // Takes the workspace of the kernels: a copy of the keys, three factors a row, hits, their counts.
