@@ -144,7 +144,7 @@ def test_code_that_is_not_understood_is_an_error() -> None:
 @needs_build
 def test_no_kernel_spills() -> None:
     command = [sys.executable, ROOT / "csrc" / "cuda" / "resources.py", LIBRARY]
-    assert "group_maxima_kernel<float>" in output(*command, "--most-stack", str(MOST_STACK))
+    assert "group_maxima_kernel<float, true>" in output(*command, "--most-stack", str(MOST_STACK))
     failed = subprocess.run([*command, "--most-stack", "-1"], capture_output=True, text=True)
     assert failed.returncode != 0
     assert "more than -1 bytes of stack" in failed.stderr

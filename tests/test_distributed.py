@@ -112,15 +112,17 @@ class OverRanks(torch.autograd.Function):
         return None, None, None, None, *whole
 
 
-def over(ranks: Ranks, size: int, draw: random.Random) -> Any:
-    """`forward` computed by so many ranks."""
+def over(ranks: Ranks, size: int, draw: random.Random, table_rows: int | None = None) -> Any:
+    """`forward` computed by so many ranks, with shards of random sizes."""
 
     def operator(*args: Any) -> Any:
         named = dict(zip(torch_arguments(), args, strict=True))
         tensors = [named.pop(name) for name in ("query", "key", "value", *PARAMETERS)]
         N, M = tensors[0].shape[-2], tensors[1].shape[-2]
         split = sizes(draw, N, size), sizes(draw, M, size)
-        return OverRanks.apply(ranks, split, draw.choice((1, 40, 4096)), named, *tensors)
+        return OverRanks.apply(
+            ranks, split, table_rows or draw.choice((1, 40, 4096)), named, *tensors
+        )
 
     return operator
 
@@ -164,6 +166,32 @@ def test_random_cases(seed: int, ranks: Ranks) -> None:
 @pytest.mark.parametrize("seed", seeds(150, 10))
 def test_random_restricted_cases(seed: int, ranks: Ranks) -> None:
     check_case(ranks, seed, restricted=True)
+
+
+def test_restrictions_of_each_batch_element(ranks: Ranks) -> None:
+    B, N, M = 2, 23, 40
+    arguments: dict[str, Any] = {
+        "query": torch.randn(B, N, 4),
+        "key": torch.randn(B, M, 4),
+        "value": torch.randn(B, M, 3),
+        "k": 6,
+        "candidates": torch.rand(B, M).argsort(-1)[:, :15],
+        "self_indices": torch.randint(M, (B, N)),
+        "key_range": torch.randint(M + 1, (B, N, 2)).sort(-1).values,
+        "key_mask": torch.rand(B, M) < 0.9,
+    }
+    for exclude_self in (False, True):
+        arguments["exclude_self"] = exclude_self
+        found = compare.assert_forward(over(ranks, 3, random.Random(1)), **arguments)
+        assert_same(found, torch.ops.convnn.forward(**arguments))
+
+
+def test_gradients_of_16_bits_are_rounded_once(ranks: Ranks) -> None:
+    """They are sums over as many blocks as there are queries."""
+    query, key, value = (torch.randn(n, 8).bfloat16() for n in (300, 4, 4))
+    weight, bias = torch.randn(6, 8, 4).bfloat16(), torch.randn(6).bfloat16()
+    operator = over(ranks, 2, random.Random(1), table_rows=1)
+    compare.assert_forward(operator, query, key, value, 4, weight, bias)
 
 
 @pytest.mark.parametrize("k", [1, 5, 40])

@@ -87,7 +87,7 @@ _ELEMENTS = {"double": (8, 8), "float": (4, 4), "unsigned long long": (8, 8)}
 
 
 def dynamic_shared(kernel: str) -> int:
-    """Bytes for a kernel such as "group_maxima_kernel<float>"."""
+    """Bytes for a kernel such as "group_maxima_kernel<float, true>"."""
     name, _, types = kernel.partition("<")
     if name in _HOPPER_SHARED:
         return _HOPPER_SHARED[name][_numbers(types)]
@@ -108,7 +108,7 @@ def find_cuobjdump() -> str | None:
 
 
 def readable(mangled: list[str]) -> list[str]:
-    """Demangled names, such as "group_maxima_kernel<float>"."""
+    """Demangled names, such as "group_maxima_kernel<float, true>"."""
     tool = shutil.which("c++filt")
     if tool is None:
         return mangled
@@ -131,7 +131,7 @@ def occupancy(architecture: str, registers: int, shared: int, warps: int = WARPS
 
 
 def resources(library: Path, tool: str) -> dict[str, dict[str, int]]:
-    """Resources by architecture and kernel, such as "sm_90 group_maxima_kernel<float>"."""
+    """Resources by architecture and kernel, such as "sm_90 scale_rows_kernel<float>"."""
     dump = subprocess.run(
         [tool, "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
     ).stdout
