@@ -342,6 +342,8 @@ def test_masks_of_each_batch_element_and_head() -> None:
         each.fill_(True).masked_fill_(PAIRS["window"](6, 6).roll(i % 3, 0), False)
     expected, _ = old(x, x, x, attn_mask=hidden)
     torch.testing.assert_close(new[0](x, x, x, attn_mask=hidden)[0], expected)
+    empty, none = x[:0], hidden[:0]
+    assert new[0](empty, empty, empty, attn_mask=none)[0].shape == (0, 6, 8)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

@@ -237,7 +237,8 @@ class MultiheadAdapter(nn.Module):
             )
         mask = ~mask if mask.dtype == torch.bool else mask
         # [B, heads, N, M] or [1, 1, N, M]
-        mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, (batch, -1))
+        sizes = (batch, self.num_heads)
+        mask = mask[None, None] if mask.dim() == 2 else mask.unflatten(0, sizes)
         return read_mask("attn_mask", mask, batch, queries)
 
 
