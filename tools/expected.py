@@ -218,7 +218,7 @@ EXPECTED = {
             "for block in range(pid % slots, tl.cdiv(count, ROWS), slots)": lambda n: (
                 0 if n.has("p_listed") else cdiv(n.N, n.ROWS) / n.slots
             ),
-            "for start in range(0, columns, TILE)": lambda n: cdiv(n.columns, 1 << n.LOG_TILE),
+            "for start in range(first, last, TILE)": lambda n: cdiv(n.columns, 1 << n.LOG_TILE),
             "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: (
                 _turns_of_tile(n, cdiv(n.columns, 1 << n.LOG_TILE), n.ROWS) / _share_that_enters(n)
             ),
