@@ -43,6 +43,11 @@ class Search(NamedTuple):
         return 8 * self.dtype.itemsize
 
     @property
+    def ranks(self) -> int:
+        """How many of the best columns of a row surely have its neighbors."""
+        return self.k + self.exclude_self
+
+    @property
     def is_plain(self) -> bool:
         """Whether all queries may see the same keys, and the tokens themselves are included."""
         own = self.has_range or self.candidates_stride > 0 or self.self_stride > 0

@@ -81,13 +81,14 @@ def select_alone(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -> No
 
 def is_tile(search: Search) -> bool:
     """Whether `select_network` takes a search that `select_large` does not take."""
-    return search.is_plain and configs.allows_select_network(
+    return configs.allows_select_network(
         search.arch,
         *_sizes(search),
         tf32=search.tf32,
         has_self=search.has_self,
         has_candidates=search.has_candidates,
         has_mask=search.has_mask,
+        has_range=search.has_range,
     )
 
 
@@ -120,5 +121,9 @@ def is_large(search: Search, device: torch.device) -> bool:
 
 @cache_plans
 def _has_many_columns(search: Search) -> bool:
-    D, columns, k = search.Q.D, search.columns, search.k
-    return search.is_plain and configs.allows_sweep(search.arch, search.bits, D, columns, k)
+    if search.has_range and search.has_candidates:
+        # Their rows have no order: which tiles have some of a range is not known.
+        return False
+    return configs.allows_sweep(
+        search.arch, search.bits, search.Q.D, search.columns, search.ranks, search.has_range
+    )
