@@ -60,6 +60,31 @@ def test_arguments_that_differ(changes: dict[str, Any], expected: str, ranks: Ra
         assert found.startswith(f"RuntimeError: distributed.convnn: {expected}")
 
 
+def called(name: str) -> str:
+    """In a rank: what a call of this function raises."""
+    given = arguments()
+    if name == "select_neighbors":
+        del given["value"]
+    try:
+        getattr(distributed, name)(**given, group=groups[2])
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_functions_that_differ(first: int, ranks: Ranks) -> None:
+    """All arguments of one are also arguments of the other."""
+    names = ["select_neighbors", "convnn"]
+    names = names[first:] + names[:first]
+    expected = (
+        f"the function must be the same on every rank, got distributed.{names[0]} on rank 0 and "
+        f"distributed.{names[1]} on rank 1"
+    )
+    found = ranks.call(called, [(name,) for name in names])
+    assert found == [f"distributed.{name}: {expected}" for name in names]
+
+
 WRONG = [
     ({"k": 0}, "k must be at least 1, got 0"),
     ({"k": 2.5}, "k must be a whole number, got 2.5"),

@@ -151,7 +151,7 @@ def test_restrictions_of_each_batch_element(
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
-def test_numbers_that_are_none(instruction_set: str, metric: str, size: str) -> None:
+def test_nan_and_infinity(instruction_set: str, metric: str, size: str) -> None:
     """NaN and -inf, inside and outside of ranges, of which some have fewer keys than k."""
     N, M, D = SIZES[size]
     query, key = randn(N, D).abs(), randn(M, D)

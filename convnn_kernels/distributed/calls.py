@@ -43,7 +43,8 @@ def prepare(op: str, args: Sequence[Any], group: Any) -> tuple[Any, Ranks]:
         queries = getattr(arguments, "query", None)
         queries = arguments.similarities if queries is None else queries
         keys = arguments.value if hasattr(arguments, "value") else arguments.key
-        return _in_common(arguments), queries.shape[-2], keys.shape[-2]
+        same = {"the function": function, **_in_common(arguments)}
+        return same, queries.shape[-2], keys.shape[-2]
 
     ranks = agreement.agree(function, group, describe)
     (arguments,) = checked

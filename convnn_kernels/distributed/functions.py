@@ -103,7 +103,8 @@ def convnn(
         TypeError: if an argument of this rank has a wrong type.
         RuntimeError: on every rank, if an argument is wrong on one of them, or differs where ranks
             must agree: in numbers, options, dtypes, the sizes of all dimensions but rows, which
-            tensors are given, and which require a gradient. Also if a rank has stopped.
+            tensors are given, and which require a gradient. Also if a rank has stopped or calls
+            another of these functions.
 
     Example:
         >>> import os, tempfile, torch
