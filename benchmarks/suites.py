@@ -94,7 +94,7 @@ def _decoding() -> Group:
 
 
 def _key_ranges(workload: Workload) -> Group:
-    peers = ("select", "select-causal", "select-window", "select-packed", "select-alone")
+    peers = ("mm", "select", "select-causal", "select-window", "select-packed", "select-alone")
     return Group(
         f"key ranges {workload.dtype} {workload.shape}", _cases(workload, peers), Effort(5)
     )

@@ -23,6 +23,7 @@ class Case(NamedTuple):
     candidates: Tensor | None = None  # [R]
     key_mask: Tensor | None = None  # [M] or [B, M]
     order: str = "similarity"
+    key_range: Tensor | None = None  # [N, 2], of a search without a batch
 
     @property
     def value(self) -> Tensor:
@@ -63,6 +64,13 @@ class _Rows:
     def random(self, n: int) -> Tensor:
         return torch.randn(n, self.D, **self.options).to(self.device, self.dtype)
 
+    def ranges(self, n: int, M: int, fewest: int = 64) -> Tensor:
+        """Of n queries, at least `fewest` of M keys; of every other one, the first keys."""
+        count = torch.randint(fewest, M + 1, (n,), **self.options)
+        begin = torch.randint(0, M, (n,), **self.options) % (M - count + 1)
+        begin[::2] = 0
+        return torch.stack([begin, begin + count], dim=1).to(self.device)
+
 
 def cases(
     device: torch.device,
@@ -74,15 +82,18 @@ def cases(
     distinct: int = 40,
     queries: int = 200,
     rows: int = 4096,
+    with_ranges: bool = False,
 ) -> Iterator[Case]:
-    """Searches of M keys; of `queries` rows, and in the last one, of `rows`.
+    """Searches of M keys, or of a range of them for each row; of `queries` rows, and in the last
+    one, of `rows`.
 
     One has `distinct` different keys, of which each is at every `distinct`-th column.
     """
     make = _Rows(device, dtype, D)
 
     def case(name: str, query: Tensor, key: Tensor, is_exact: bool = True) -> Case:
-        return Case(name, query, key, metric, is_exact)
+        ranges = make.ranges(len(query), M) if with_ranges else None
+        return Case(name, query, key, metric, is_exact, key_range=ranges)
 
     query, few, key = make.signs(queries), make.signs(distinct), make.signs(M)
     yield case(f"{distinct} distinct keys", query, few.repeat(-(-M // distinct), 1)[:M])
@@ -154,10 +165,11 @@ def _elements(case: Case, result: Result) -> Iterator[tuple[Case, Result]]:
 
 def _blocks(case: Case, result: Result) -> Iterator[tuple[Case, Result]]:
     blocks = [X.split(256) for X in (case.query, result.similarities, result.indices)]
-    outputs = [None] * len(blocks[0]) if result.output is None else result.output.split(256)
-    for query, s, I, output in zip(*blocks, outputs, strict=True):
+    none = [None] * len(blocks[0])
+    of_rows = (none if X is None else X.split(256) for X in (case.key_range, result.output))
+    for query, s, I, key_range, output in zip(*blocks, *of_rows, strict=True):
         yield (
-            case._replace(query=query),
+            case._replace(query=query, key_range=key_range),
             result._replace(similarities=s, indices=I, output=output),
         )
 
@@ -190,11 +202,15 @@ def _rows_are_right(case: Case, result: Result, in_tf32: bool) -> bool:
 
 
 def _allowed(case: Case) -> Tensor:
-    """Which keys may be neighbors, [M]."""
+    """Which keys may be neighbors, [M] or [N, M]."""
     of_candidates = torch.ones(len(case.key), dtype=torch.bool, device=case.key.device)
     if case.candidates is not None:
         of_candidates.fill_(False)[case.candidates] = True
-    return of_candidates if case.key_mask is None else of_candidates & case.key_mask
+    allowed = of_candidates if case.key_mask is None else of_candidates & case.key_mask
+    if case.key_range is None:
+        return allowed
+    rows = torch.arange(len(case.key), device=case.key.device)
+    return allowed & (rows >= case.key_range[:, :1]) & (rows < case.key_range[:, 1:])
 
 
 def _output_is_right(value: Tensor, result: Result) -> bool:

@@ -56,7 +56,8 @@ struct SelectParams {
   int64_t candidates_stride;    // r, or 0: the batch shares them
   const int64_t* self_indices;  // [n] or [batch, n], or null
   int64_t self_stride;          // n, or 0
-  bool exclude_self;            // the token itself is no neighbor; otherwise it always is one
+  bool exclude_self;            // the token itself is never a neighbor; otherwise it is one, unless
+                                // it is masked or out of range
   const int64_t* key_range;  // [n, 2] or [batch, n, 2], or null: begin and end of the rows of key
                              // that may be neighbors of a query
   int64_t range_stride;      // 2 n, or 0

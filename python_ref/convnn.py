@@ -128,7 +128,7 @@ def allowed_keys(
     """Which keys may be neighbors, and which key is the query itself: two bool [..., N, M].
 
     The token itself need not be among the candidates, but if it is masked or out of range it is not
-    a neighbor. With exclude_self it never is, and counts as no key.
+    a neighbor. With exclude_self it is neither allowed nor marked.
     """
     N, M = query.shape[-2], key.shape[-2]
     shape = (*query.shape[:-2], N, M)

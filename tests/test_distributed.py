@@ -360,22 +360,29 @@ def test_transforms_raise(transform: str, expected: str, ranks: Ranks) -> None:
     assert found.startswith(expected)
 
 
-def compiled(of_rank: Tensor) -> tuple[bool, bool]:
-    """In a rank: whether output and gradient are the same with torch.compile."""
+def compiled(of_rank: Tensor) -> tuple[bool, bool, list[str]]:
+    """In a rank: whether output and gradient are the same with torch.compile, and what it saw."""
+    seen: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        seen.extend(node.name for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph
 
     def function(X: Tensor) -> Tensor:
         return distributed.convnn(X.sin(), X, X, 3, group=groups[2]) * 2
 
     results = []
-    for run in (function, torch.compile(function, backend="eager")):
+    for run in (function, torch.compile(function, backend=backend)):
         X = of_rank.clone().requires_grad_()
         output = run(X)
         output.sum().backward()
         results.append((output, X.grad))
     (output, gradient), (other, other_gradient) = results
-    return torch.equal(output, other), torch.equal(gradient, other_gradient)
+    return torch.equal(output, other), torch.equal(gradient, other_gradient), seen
 
 
 @pytest.mark.slow
 def test_compile(ranks: Ranks) -> None:
-    assert ranks.call(compiled, [(torch.randn(9, 4),), (torch.randn(7, 4),)]) == [(True, True)] * 2
+    """The graphs have what is around the function, and nothing of the function."""
+    found = ranks.call(compiled, [(torch.randn(9, 4),), (torch.randn(7, 4),)])
+    assert found == [(True, True, ["sin", "mul"])] * 2

@@ -298,6 +298,7 @@ def test_the_cost_follows_the_ranges(
         "all": torch.tensor([0, M]).expand(M, 2),
         "causal": torch.stack([torch.zeros_like(at), at + 1], -1),
         "window": torch.stack([at - 31, at + 33], -1).clamp(0, M),
+        "empty": torch.stack([at, at], -1),
     }
     candidates = at.flip(0) if listed else None
     counts = {}
@@ -307,5 +308,6 @@ def test_the_cost_follows_the_ranges(
         ran = {kernel.name: launches for kernel, launches in device.close().items()}
         counts[name] = ran[kernel].collectives
     # The window has 28 of 100 tiles, or two of the 20 times that a warp scores 32 columns.
+    assert counts["empty"] < 0.2 * counts["all"]
     assert counts["window"] < 0.7 * counts["all"]
     assert counts["causal"] - counts["window"] < 0.55 * (counts["all"] - counts["window"])

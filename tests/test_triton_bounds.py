@@ -163,6 +163,31 @@ def test_accesses_with_wrong_candidates_are_inside(
     assert accesses.outside == set()
 
 
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize(("M", "k", "kernel"), [(19, 4, "exact_topk"), (200, 4, "sweep")])
+def test_accesses_with_wrong_restrictions_are_inside(
+    M: int, k: int, kernel: str, exclude_self: bool, accesses: Accesses
+) -> None:
+    """Ranges before the first key, behind the last, from their end to their begin, and beyond 32
+    bits; tokens and candidates that are no keys, others for each batch element."""
+    ends = [-5, -1, 0, 1, M - 1, M, M + 1, 2**31, 2**32 + 3, -(2**40)]
+    pairs = torch.cartesian_prod(torch.tensor(ends), torch.tensor(ends))
+    N = len(pairs)
+    query, key, value = (torch.randn(2, n, 18).half() for n in (N, M, M))
+    own = torch.stack([pairs[:, 0], pairs[:, 1]])
+    forward = backend.operators()["convnn::forward"]
+    options = ("dot", "softmax", 1.0, "similarity", torch.stack([pairs, pairs.flip(0)]))
+    candidates = torch.arange(M - 1).repeat(2, 1)
+    candidates[1, ::3] = torch.tensor(ends).repeat(M)[: candidates[1, ::3].numel()]
+    for rows in (None, candidates):
+        _, s, I = forward(query, key, value, k, None, None, rows, own, None, *options, exclude_self)
+        allowed = (pairs[:, 1].clamp(max=M) - pairs[:, 0].clamp(min=0)).clamp(min=0)
+        assert ((s[0] > -torch.inf).sum(-1) <= allowed).all()
+        assert ((I >= 0) & (I < M)).all()
+    assert f"{kernel}_kernel" in accesses.kernels
+    assert accesses.outside == set()
+
+
 @pytest.mark.parametrize("weight", ["depthwise", "none"])
 def test_accesses_of_shared_keys_are_inside(weight: str, accesses: Accesses) -> None:
     """Queries of three batch elements in one block, and rows of no batch element behind them."""

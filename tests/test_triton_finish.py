@@ -73,8 +73,10 @@ class Finish:
         rho: str,
         scale: float,
         order: str,
+        key_range: Tensor | None = None,
+        exclude_self: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        options = (candidates, self_indices, key_mask, metric, order)
+        options = (candidates, self_indices, key_mask, metric, order, key_range, exclude_self)
         return self._run(query, key, k, *options, aggregate=(value, weight, bias, rho, scale))
 
     def _run(
@@ -141,7 +143,7 @@ class Finish:
         """The queues of all rows and how long they are: entries as the sweep writes them."""
         B, N, M = search.Q.B, search.Q.N, search.K.N
         names = search.norms().names
-        candidates, _, mask, metric, _ = options
+        candidates, _, mask, metric, _, key_range, _ = (*options, None, False)[:7]
 
         def rows(name: str, layout: Any) -> Tensor:
             X = pointers.tensor(names.get(name, name))
@@ -162,12 +164,15 @@ class Finish:
         allowed = torch.ones(B, N, len(columns), dtype=torch.bool)
         if mask is not None:
             allowed &= mask.reshape(-1, 1, M)[..., columns]
+        if key_range is not None:
+            begin, end = key_range.unsqueeze(-2).unbind(-1)
+            allowed &= (begin <= columns) & (columns < end)
         product, score = product[..., columns].float(), score[..., columns].float()
         # NaN above every number, and below what is not allowed.
         score = score.nan_to_num(math.inf, math.inf, torch.finfo(F32).min).masked_fill(
             ~allowed, -math.inf
         )
-        wanted = min(max(self.hits, search.k), len(columns))
+        wanted = min(max(self.hits, search.ranks), len(columns))
         lowest = score.sort(-1, descending=True).values[..., wanted - 1 : wanted]
         hit = (score >= lowest) & allowed
         self.found = hit.sum(-1)
@@ -231,6 +236,11 @@ OPTIONS = {
         "self_indices": torch.tensor([149, 75, 148, 6, 8]),
         "candidates": torch.arange(147, 0, -2),
     },
+    "self_and_ranges": {
+        "self_indices": torch.tensor([0, 75, 149, 7, 8]),
+        "key_range": torch.tensor([[0, 1], [76, 150], [100, 150], [8, 8], [0, 9]]),
+    },
+    "self_excluded": {"self_indices": torch.tensor([0, 75, 149, 7, 8]), "exclude_self": True},
 }
 
 

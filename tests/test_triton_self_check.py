@@ -51,6 +51,24 @@ def test_kernels_are_right(metric: str, dtype: torch.dtype, D: int, k: int) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_right", [True, False])
+def test_kernels_of_ranges(is_right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one of which a queue has the columns of another."""
+    from convnn_kernels.triton import self_check, sweep
+
+    words = sweep.words_of_ranges
+
+    def of_others(start: Any, begin: Any, end: Any, *rest: Any) -> Any:
+        return words(start, begin + 2, end, *rest)
+
+    if not is_right:
+        monkeypatch.setattr(sweep, "words_of_ranges", of_others)
+    kind = self_check.Kind("dot", torch.float16, False, 16, 9, False, has_range=True)
+    found = self_check.faults(CPU, kind, rows=20)
+    assert found == [] if is_right else "40 distinct keys" in found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("is_right", [True, False])
 def test_kernels_of_one_launch(
@@ -70,10 +88,16 @@ def test_kernels_of_one_launch(
     assert (self_check.faults(CPU, kind, rows=20) == []) == is_right
 
 
-def search_of(metric: str, query: torch.Tensor, key: torch.Tensor, k: int) -> Any:
+def search_of(
+    metric: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    k: int,
+    key_range: torch.Tensor | None = None,
+) -> Any:
     from convnn_kernels.triton.search import prepare
 
-    return prepare(query, key, k, None, None, None, metric, "similarity")[0]
+    return prepare(query, key, k, None, None, None, metric, "similarity", key_range)[0]
 
 
 def tiles_of(search: Any) -> dict[str, Any]:
@@ -86,6 +110,7 @@ def tiles_of(search: Any) -> dict[str, Any]:
         "precision": sweep.precision,
         "needs_bounds": sweep.needs_bounds,
         "divided": sweep.splits > 1,
+        "has_range": search.has_range,
     }
 
 
@@ -99,21 +124,23 @@ def test_a_kind_is_checked_with_the_tiles_of_its_searches(
     monkeypatch.setattr(hardware, "architecture", lambda X: arch)
     monkeypatch.setattr(hardware, "allows_tf32", lambda: tf32)
     checked: dict[Any, list[Any]] = {}
-    for dtype, metric, D, k, (B, N) in itertools.product(
+    for dtype, metric, D, k, (B, N), with_ranges in itertools.product(
         (torch.float32,) if tf32 else (torch.float32, torch.float16),
         ("dot", "euclidean"),
         (9, 20, 64, 200, 300),
         (5, 20, 40),
         ((1, 50), (256, 2048)),
+        (False, True),
     ):
         number = torch.empty(1, dtype=dtype)
-        search = search_of(metric, number.expand(B, N, D), number.expand(B, 4096, D), k)
-        if not configs.allows_sweep(arch, search.bits, D, search.columns, k):
+        ranges = torch.zeros(N, 2, dtype=torch.int64) if with_ranges else None
+        search = search_of(metric, number.expand(B, N, D), number.expand(B, 4096, D), k, ranges)
+        if not configs.allows_sweep(arch, search.bits, D, search.columns, k, with_ranges):
             continue
         kind = self_check.kind_of(search)
         if kind not in checked:
             checked[kind] = [
-                tiles_of(search_of(case.metric, case.query, case.key, kind.k))
+                tiles_of(search_of(case.metric, case.query, case.key, kind.k, case.key_range))
                 for case in self_check.cases(CPU, kind, rows=4096)
             ]
         assert checked[kind] == [tiles_of(search)] * 5, (search, kind)

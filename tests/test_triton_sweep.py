@@ -51,17 +51,8 @@ class Hits:
             sweep_of,
         )
 
-        options = {"candidates": None, "key_mask": None, "metric": "dot"} | options
-        search, tensors = prepare(
-            query,
-            key,
-            k,
-            options["candidates"],
-            None,
-            options["key_mask"],
-            options["metric"],
-            "similarity",
-        )
+        given = {"candidates": None, "self_indices": None, "key_mask": None, "metric": "dot"}
+        search, tensors = prepare(query, key, k, **given | {"order": "similarity"} | options)
         sweep = sweep_of(search)
         self.sweep, self.found, self.listed = sweep, [], []
         columns = columns_of(sweep)
@@ -136,6 +127,10 @@ def check(query: Tensor, key: Tensor, k: int, **options: Any) -> Hits:
     candidates = options.get("candidates")
     S = similarity(query, key, options.get("metric", "dot"))
     S = S.masked_fill(~allowed[..., None, :], -math.inf)
+    if options.get("key_range") is not None:
+        begin, end = options["key_range"].unsqueeze(-2).unbind(-1)
+        rows = torch.arange(key.shape[-2])
+        S = S.masked_fill((rows < begin) | (rows >= end), -math.inf)
     S = S if candidates is None else S[..., candidates]
     B, N, columns = S.flatten(0, -3).shape if S.dim() > 2 else (1, *S.shape)
     S = S.reshape(B * N, columns)
@@ -143,7 +138,7 @@ def check(query: Tensor, key: Tensor, k: int, **options: Any) -> Hits:
     products = products if candidates is None else products[:, candidates]
     sizes = (query.double().abs() @ key.double().abs().mT).reshape(B * N, -1)
     sizes = sizes if candidates is None else sizes[:, candidates]
-    kth = S.topk(min(k, columns)).values[:, -1]
+    kth = S.topk(min(hits.sweep.search.ranks, columns)).values[:, -1]
     for row in range(B * N):
         found, count = hits.found[row]
         if divmod(row, N) in hits.listed:
@@ -193,6 +188,45 @@ def test_only_allowed_columns_are_hits(option: str, metric: str, dtype: torch.dt
     query, key = normal(7, 34, dtype=dtype), normal(600, 34, seed=1, dtype=dtype)
     key[::2] *= 30
     check(query, key, 5, metric=metric, **OPTIONS[option])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("metric", "dtype"), [("dot", F16), ("cosine", F32), ("euclidean", F32)])
+def test_only_columns_in_ranges_are_hits(
+    metric: str, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranges from none to all of the keys in one block, whose ends are anywhere in a tile."""
+    monkeypatch.setattr(configs, "column_splits", lambda *_: splits)
+    query, key = normal(16, 34, dtype=dtype), normal(700, 34, seed=1, dtype=dtype)
+    ends = [(0, 0), (7, 7), (0, 1), (699, 700), (0, 5), (62, 65), (60, 70), (300, 340), (0, 63)]
+    ends += [(0, 700), (100, 400), (1, 699), (637, 700), (500, 628), (61, 189), (0, 350)]
+    hits = check(query, key, 5, metric=metric, key_range=torch.tensor(ends))
+    assert not hits.listed
+    for (begin, end), (found, _) in zip(ends, hits.found, strict=True):
+        # Each with a threshold of its own, from columns in its range.
+        assert min(5, end - begin) <= len(found) <= min(60, end - begin)
+
+
+def test_a_sample_is_dense_enough_for_short_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the tiles would have no column of half of the ranges."""
+    sweep = configs.sweep
+    monkeypatch.setattr(configs, "sweep", lambda *sizes: sweep(*sizes) | {"sample_step": 3})
+    monkeypatch.setattr(configs, "column_splits", lambda *_: 1)
+    query, key = normal(16, 16, dtype=F16), normal(700, 16, seed=1, dtype=F16)
+    ends = torch.tensor([[70, 190], [130, 250]]).repeat(8, 1)
+    hits = check(query, key, 5, key_range=ends)
+    assert hits.sweep.config["sample_step"] == 3
+    assert max(len(found) for found, _ in hits.found) < 40
+
+
+def test_one_more_hit_where_self_is_excluded() -> None:
+    query, key = normal(9, 16, dtype=F16), normal(600, 16, seed=1, dtype=F16)
+    own = torch.arange(9)
+    key[:9] = query * 4
+    hits = check(query, key, 5, self_indices=own, exclude_self=True)
+    for row, (found, _) in enumerate(hits.found):
+        assert row in found
+        assert len(found) >= 6
 
 
 @pytest.mark.parametrize("splits", [1, 3])

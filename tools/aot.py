@@ -140,11 +140,15 @@ def run_both_ways(
     backward: bool = True,
     of_similarities: bool = False,
     only: torch.dtype | None = None,
+    ranges: bool = False,
+    exclude_self: bool = False,
+    for_each: bool = False,
 ) -> None:
     """`forward` and its backward, or else `select`, of which only the launches matter.
 
     M is N, and R is M, if it is 0. `itself`: key is query. `of_similarities`: they have a gradient,
-    too, or with `select` their only one.
+    too, or with `select` their only one. `for_each`: candidates, self and ranges are those of each
+    batch element.
     """
     if only not in (None, dtype):
         return
@@ -158,15 +162,19 @@ def run_both_ways(
         W = None if weight == "none" else torch.empty(shapes[weight], dtype=dtype)
         bias = torch.empty(O if weight == "dense" else C, dtype=dtype)
         mask = torch.empty(*lead, M, dtype=torch.bool) if masked else None
-        rows, keys = (torch.empty(n, dtype=torch.int64) for n in (N, R or M))
+        of_batch = lead if for_each else ()
+        rows, keys, ends = (
+            torch.empty(*of_batch, *shape, dtype=torch.int64) for shape in ((N,), (R or M,), (N, 2))
+        )
     rows_or_none = keys if candidates else None, rows if with_self else None
+    restrictions = ends if ranges else None, exclude_self
     if not backward:
-        s, I = operator("select")(query, key, k, *rows_or_none, mask, metric, order)
+        s, I = operator("select")(query, key, k, *rows_or_none, mask, metric, order, *restrictions)
         if of_similarities:
             operator("select_backward")(s, query, key, s, I, metric, True, True)
         return
     Y, s, I = operator("forward")(
-        query, key, value, k, W, bias, *rows_or_none, mask, metric, rho, 1.0, order
+        query, key, value, k, W, bias, *rows_or_none, mask, metric, rho, 1.0, order, *restrictions
     )
     operator("forward_backward")(
         Y,
@@ -182,7 +190,7 @@ def run_both_ways(
         rho,
         1.0,
         *[True] * 5,
-        rows_or_none[0],
+        None if for_each else rows_or_none[0],
     )
 
 
@@ -266,10 +274,39 @@ def configurations(quick: bool) -> list[Any]:
     for O, rho in ((128, "ones"), (128, "softmax"), (40, "softmax")):
         calls += [call(**plain | few_keys | {"O": O, "rho": rho})]
     calls += [call(**plain | few_keys | ones, only=torch.float16)]
+    calls += [call(**select | options) for options in restrictions()]
     # Pairs, rows and strides beyond 32 bits. Tiles do not depend on them.
     huge = {"N": 2**18, "k": 64, "lead": (3, 100), "only": torch.float16}
     calls += [call(**plain | huge, weight="dense")]
     return calls
+
+
+def restrictions() -> list[dict[str, Any]]:
+    """Options of calls with ranges of keys, the token itself excluded, and what is given for each
+    batch element."""
+    ranges: dict[str, Any] = {"ranges": True, "lead": (64,), "N": 4096}
+    own: dict[str, Any] = {"for_each": True, "with_self": True}
+    return [
+        # Many columns, divided and not, in the blocks that have the most registers.
+        {"ranges": True, **own, "masked": True},
+        {**ranges, "D": 128},
+        {**ranges, "k": 40},
+        {**ranges, "D": 256, "with_self": True, "exclude_self": True},
+        {**ranges, **own, "metric": "euclidean"},
+        {**own, "candidates": True, "exclude_self": True, "R": 2000},
+        # One tile of columns, with most of the options that it has room for.
+        {"ranges": True, "N": 197, "D": 192},
+        {"ranges": True, "N": 64, **own, "masked": True, "order": "index", "metric": "dot"},
+        {"ranges": True, "N": 197, **own, "masked": True, "k": 15},
+        {**own, "ranges": True, "N": 197, "R": 40, "candidates": True},
+        {**own, "N": 197, "exclude_self": True, "masked": True},
+        {"ranges": True, "N": 197, "D": 40},
+        # All columns, long lists, and passes.
+        {**own, "N": 300, "k": 20, "ranges": True, "candidates": True, "masked": True},
+        {**own, "N": 300, "ranges": True, "exclude_self": True},
+        {"N": 500, "k": 100, "ranges": True, "metric": "dot", "order": "index"},
+        {"N": 500, "k": 300, "ranges": True, "with_self": True},
+    ]
 
 
 def _compiler_input(variant: Variant) -> ASTSource:

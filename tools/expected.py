@@ -3,7 +3,7 @@
 taken how often, and how much is masked, from the numbers of a launch.
 
 A loop, branch, load or store is named by how the text of its line of source begins. Where numbers
-depend on data, they are those of random features.
+depend on data, they are those of random features; ranges of keys are causal.
 """
 
 import math
@@ -178,14 +178,26 @@ def _tiles(n: Numbers) -> int:
     return cdiv(n.columns - (n.BLOCK_M - n.ADVANCE), n.ADVANCE)
 
 
+def _in_ranges(n: Numbers) -> float:
+    """The share of tiles that are in the range of a query of a block: of the mean block, half of
+    those of the last one, but for candidates, which have no order."""
+    return 0.5 if n.has("p_range") and not n.has("p_columns") else 1.0
+
+
 def _tiles_each(n: Numbers) -> float:
-    return _tiles(n) / n.splits
+    return _tiles(n) / n.splits * _in_ranges(n)
+
+
+def _at_an_end(n: Numbers) -> float:
+    """The share of sampled tiles with a column that some queries of a block see and others not."""
+    return min(1.0, (n.BLOCK_N / n.BLOCK_M + 1) / max(1.0, _tiles(n) / 2))
 
 
 def _share_of_tiles(n: Numbers) -> float:
     return _tiles(n) * n.B / n.programs
 
 
+_AT_AN_END = {"if (start < begin_of_all) | (start + BLOCK_M > end_of_all)": _at_an_end}
 _OF_RANGE = {
     "for tile in range(first, last, sample_step)": lambda n: cdiv(_tiles_each(n), n.sample_step),
     "for d in range(0, BLOCK_D if ONE_BLOCK_D else D, BLOCK_D)": lambda n: cdiv(n.D, n.BLOCK_D),
@@ -218,7 +230,9 @@ EXPECTED = {
             "for block in range(pid % slots, tl.cdiv(count, ROWS), slots)": lambda n: (
                 0 if n.has("p_listed") else cdiv(n.N, n.ROWS) / n.slots
             ),
-            "for start in range(0, columns, TILE)": lambda n: cdiv(n.columns, 1 << n.LOG_TILE),
+            "for start in range(first, last, TILE)": lambda n: (
+                cdiv(n.columns, 1 << n.LOG_TILE) * _in_ranges(n)
+            ),
             "while tl.max(enters.to(tl.int32), 0) > 0": lambda n: (
                 _turns_of_tile(n, cdiv(n.columns, 1 << n.LOG_TILE), n.ROWS) / _share_that_enters(n)
             ),
@@ -392,7 +406,7 @@ EXPECTED = {
             **_LATER_BLOCKS,
         },
     ),
-    "threshold_kernel": Expected(_OF_RANGE, _LATER_BLOCKS),
+    "threshold_kernel": Expected(_OF_RANGE, _LATER_BLOCKS | _AT_AN_END),
     "sweep_kernel": Expected(
         _OF_RANGE
         | {
@@ -401,7 +415,7 @@ EXPECTED = {
             "for tile in range(first, last):": _tiles_each,
             "b_count = tl.inline_asm_elementwise": _turns_of_word,
         },
-        {"if tl.max(m_short.to(tl.int32), 0) > 0": lambda n: 0, **_LATER_BLOCKS},
+        {"if tl.max(m_short.to(tl.int32), 0) > 0": lambda n: 0, **_LATER_BLOCKS, **_AT_AN_END},
     ),
     "finish_kernel": Expected(
         _OVER_D

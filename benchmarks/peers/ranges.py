@@ -64,7 +64,7 @@ def _select(kind: str) -> Build:
 
 
 def _each_alone(w: Workload, inputs: Inputs) -> Call:
-    """The indices are made those of the whole key outside of the time."""
+    """The time includes that of making one result of all of them."""
     _require(w)
     select, sizes = operators().select, lengths(w.tokens)
     queries, keys = (

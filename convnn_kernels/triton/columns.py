@@ -144,7 +144,7 @@ def _stored_here(b1, b2, stride_b1, stride_b2):
 @Kernel
 def columns_kernel(
     p_key,  # [B, M, D]
-    p_columns,  # [R] int64, or None
+    p_columns,  # [R] or [B, R] int64, or None
     p_mask,  # [B, M] bool, or None
     p_key_norm,  # [B, M] float32: for cosine norms of scaled rows; or None
     p_key_scaled,  # [B, M, D] contiguous: rows times a power of two; or None
@@ -176,6 +176,7 @@ def columns_kernel(
     stride_piece,
     stride_mb1,
     stride_mb2,
+    stride_columns,
     ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
@@ -204,7 +205,7 @@ def columns_kernel(
         o_c = tl.minimum(tile * ADVANCE, columns - BLOCK_M) + tl.arange(0, BLOCK_M)
         row = o_c
         if p_columns is not None:
-            row = tl.load(p_columns + o_c)
+            row = tl.load(p_columns + b * as_int64(stride_columns) + o_c)
         m_row = (row >= 0) & (row < M)
         is_own = (o_c < (tile + 1) * ADVANCE) | (tile == tiles - 1)
         m_valid = m_row & (o_c >= tile * ADVANCE) & is_own

@@ -185,11 +185,13 @@ def allows_select_network(
     has_self: bool,
     has_candidates: bool,
     has_mask: bool,
+    has_range: bool = False,
 ) -> bool:
     """Whether the sizes allow `select_network_kernel`, which returns sums of tensor cores.
 
     With a tile of 128 columns, some options take more registers than there are: the token itself
-    beside candidates; before sm_90 also a mask beside the token, and loads of single elements.
+    beside candidates; before sm_90 also ranges, a mask beside the token, and loads of single
+    elements; on sm_100 ranges beside the latter two.
     For sm_100, Triton keeps a sum of split products in each place where it is added to, which is
     more than there is room for.
     """
@@ -197,6 +199,8 @@ def allows_select_network(
         return False
     narrow = has_self and has_candidates
     if 80 <= arch < 90:
+        narrow = narrow or has_range or (has_self and has_mask) or D % 16 != 0
+    elif arch >= 100 and has_range:
         narrow = narrow or (has_self and has_mask) or D % 16 != 0
     return columns <= (64 if narrow else 256) and k <= 15
 
@@ -248,7 +252,9 @@ def aggregate_small(arch: int, bits: int, C: int, is_aligned: bool) -> Config:
 # The sweep: how the columns of a tile are divided among the queues of a row follows from how tensor
 # cores leave a tile in registers, so that no product moves: column (a QUEUES + q) PAIR + p belongs
 # to queue q.
-# A row "16" is for D up to 128 and 64 groups, "16, groups" for more groups, "16, D" for a larger D.
+# A row "16" is for D up to 128 and 64 groups, "16, groups" for more groups, "16, D" for a larger D,
+# and "16, ranges", where it is there, for ranges of keys: they take registers, and fewer rows have
+# fewer tiles between the least begin and the greatest end.
 # A tile begins ADVANCE columns after the one before, not BLOCK_M: image widths divide BLOCK_M, and
 # vertical neighbors would all share one queue and one group.
 _SWEEP: dict[int, dict[str, Config]] = {
@@ -260,6 +266,15 @@ _SWEEP: dict[int, dict[str, Config]] = {
     80: {
         "16": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=16, PAIR=2, num_warps=8, num_stages=3),
         "16, D": _config(
+            BLOCK_N=128,
+            BLOCK_M=64,
+            QUEUES=8,
+            PAIR=2,
+            num_warps=8,
+            num_stages=2,
+            maxnreg=MOST_REGISTERS,
+        ),
+        "16, ranges": _config(
             BLOCK_N=128,
             BLOCK_M=64,
             QUEUES=8,
@@ -285,6 +300,9 @@ _SWEEP: dict[int, dict[str, Config]] = {
             BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2
         ),
         "16, D": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2),
+        "16, ranges": _config(
+            BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2
+        ),
         "32": _config(BLOCK_N=128, BLOCK_M=128, QUEUES=4, PAIR=2, num_warps=8, num_stages=2),
         "32, D": _config(BLOCK_N=128, BLOCK_M=64, QUEUES=4, PAIR=2, num_warps=8, num_stages=2),
     },
@@ -301,22 +319,27 @@ _SWEEP: dict[int, dict[str, Config]] = {
         ),
     },
 }
-# Channels in a step of the sweep: all of them up to the first number, else the second.
+# Channels in a step of the sweep: all of them up to the first number, else the second; with rows as
+# above.
 _SWEEP_BLOCK_D: dict[int, dict[str, tuple[int, int]]] = {
     INTERPRETER: {"16": (256, 128), "32": (128, 64)},
-    80: {"16": (256, 128), "32": (128, 64)},
-    100: {"16": (256, 128), "32": (64, 32)},
+    80: {"16": (256, 128), "32": (128, 64), "32, ranges": (64, 64)},
+    90: {"16": (256, 128), "32": (128, 64)},
+    100: {"16": (256, 128), "32": (64, 32), "32, ranges": (32, 32)},
 }
 
 
-def allows_sweep(arch: int, bits: int, D: int, columns: int, k: int) -> bool:
+def allows_sweep(
+    arch: int, bits: int, D: int, columns: int, k: int, has_range: bool = False
+) -> bool:
     """Whether there are enough columns, and enough groups of them for a threshold that few columns
     reach."""
     fewest = 128 if arch == INTERPRETER else 512
-    return columns >= fewest and k <= 64 and 3 * sweep(arch, bits, D, columns, k)["GROUPS"] >= 4 * k
+    groups = sweep(arch, bits, D, columns, k, has_range)["GROUPS"]
+    return columns >= fewest and k <= 64 and 3 * groups >= 4 * k
 
 
-def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
+def sweep(arch: int, bits: int, D: int, columns: int, k: int, has_range: bool = False) -> Config:
     """Blocks of `sweep_kernel` and `threshold_kernel`, groups, sample and queues.
 
     Groups, sample and length of the queues follow from the cost on real features in
@@ -326,12 +349,14 @@ def sweep(arch: int, bits: int, D: int, columns: int, k: int) -> Config:
     groups = 64 if k <= 32 else 128
     widest = 128 if bits == 16 else 64
     special = f"{bits}, D" if widest < D else f"{bits}, groups" if groups > 64 else ""
-    config = rows.get(special, rows[str(bits)]).copy()
+    of_ranges = f"{bits}, ranges" if has_range else ""
+    config = rows.get(of_ranges, rows.get(special, rows[str(bits)])).copy()
     config["ADVANCE"] = config["BLOCK_M"] - (2 if config["BLOCK_M"] >= 64 else 0)
     config["GROUPS"] = min(groups, config["BLOCK_M"])
     config["sample_step"] = max(1, min(8, math.isqrt(columns // (100 * k))))
     config["CAP"] = max(16, 128 // config["QUEUES"]) * (1 if k <= 16 else 2)
-    whole, step = row(_SWEEP_BLOCK_D, arch)[str(bits)]
+    steps = row(_SWEEP_BLOCK_D, arch)
+    whole, step = steps.get(of_ranges, steps[str(bits)])
     config["BLOCK_D"] = step if whole < D else max(16, power_of_two(D))
     if arch == INTERPRETER:
         config["CAP"] = 16

@@ -8,6 +8,9 @@ what they would not sum accurately enough, float32 and short sums, is summed in 
 The best of each row is then taken out, over and over, until none belongs; a long list is merged
 with the sorted tile. Columns that tie with the last neighbor cost no more than others.
 
+Where queries have ranges (`key_range`), the tiles are those from the least begin to the greatest
+end of the program's queries; of candidates, whose rows have no order, all tiles.
+
 Where rows are listed, programs of a batch element share its list: how long it is, only the device
 knows. Where k exceeds the longest list, the kernel runs again for the next neighbors, with the
 last key that it returned as a bound.
@@ -36,6 +39,7 @@ from .order import (
     pack,
     store_list,
 )
+from .ranges import in_ranges, load_ranges
 from .search import Search
 from .tensors import cdiv
 
@@ -78,9 +82,10 @@ def exact_topk_kernel(
     p_key,  # [B, M, D]
     p_query_norm,  # [B, N] float32, or None: no cosine
     p_key_norm,  # [B, M] float32, or None: no cosine
-    p_columns,  # [R] int64, or None
+    p_columns,  # [R] or [B, R] int64, or None
     p_mask,  # [B, M] bool, or None
-    p_self,  # [N] int64, or None
+    p_self,  # [N] or [B, N] int64, or None
+    p_range,  # [N, 2] or [B, N, 2] int64, or None
     p_listed,  # [lists, B] int32: how many rows are listed; or None: all rows
     p_rows,  # [B, N] int32: these rows, or None
     p_bound,  # [B, N] int64, or None
@@ -104,9 +109,13 @@ def exact_topk_kernel(
     stride_km,
     stride_mb1,
     stride_mb2,
+    stride_columns,
+    stride_self,
+    stride_range,
     ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     BY_INDEX: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -125,6 +134,7 @@ def exact_topk_kernel(
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
     HAS_SELF: tl.constexpr = p_self is not None
+    INCLUDES_SELF: tl.constexpr = HAS_SELF and not EXCLUDE_SELF
     TILE: tl.constexpr = 1 << LOG_TILE
     LIST: tl.constexpr = 1 << LOG_LIST
     pid = tl.program_id(0)
@@ -135,6 +145,9 @@ def exact_topk_kernel(
     p_m = p_mask
     if p_mask is not None:
         p_m = p_mask + b1 * as_int64(stride_mb1) + b2 * as_int64(stride_mb2)
+    p_c = p_columns
+    if p_columns is not None:
+        p_c = p_columns + b * as_int64(stride_columns)
     o_l = tl.arange(0, LIST)[None, :]
     o_t = tl.arange(0, TILE)
     o_d = tl.arange(0, BLOCK_D)
@@ -155,6 +168,12 @@ def exact_topk_kernel(
             inverse_q = _inverse(tl.load(p_query_norm + b * N + o_n, m_n, 0.0))
         if p_bound is not None:
             bound = tl.load(p_bound + b * N + o_n, m_n, NOTHING)
+        first, last = 0, columns
+        if p_range is not None:
+            p_r = p_range + (b * as_int64(stride_range) + o_n) * 2
+            row_begin, row_end = load_ranges(p_r, m_n, M)
+            if p_columns is None:
+                first, last = tl.min(row_begin, 0), tl.max(row_end, 0)
 
         b_list = tl.full([ROWS, LIST], NOTHING, tl.int64)
         if ONE_BY_ONE:
@@ -162,10 +181,13 @@ def exact_topk_kernel(
             b_list = tl.where(o_l < k, b_list + o_l, FIXED)
         b_s_self = tl.zeros([ROWS], tl.float32)
         if HAS_SELF:
-            self_row = tl.load(p_self + o_n, m_n, -1)
+            self_row = tl.load(p_self + b * as_int64(stride_self) + o_n, m_n, -1)
             has_self = (self_row >= 0) & (self_row < M) & m_n
             # Rows are compared in 32 bits below, where a larger index must not look like one.
             self_row = tl.where(has_self, self_row, -1)
+        if INCLUDES_SELF:
+            if p_range is not None:
+                has_self = has_self & (self_row >= row_begin) & (self_row < row_end)
             if p_mask is not None:
                 has_self = has_self & (tl.load(p_m + self_row, has_self, 0) != 0)
             p = (p_k + self_row * stride_km)[:, None]
@@ -181,7 +203,7 @@ def exact_topk_kernel(
         if ONE_BLOCK_D:
             b_q = tl.load(p_q[None, :] + o_d[:, None], (o_d < D)[:, None], 0.0)
 
-        for start in range(0, columns, TILE):
+        for start in range(first, last, TILE):
             begin = start
             if WHOLE_TILE:
                 # The last tile may have columns of the one before.
@@ -191,12 +213,15 @@ def exact_topk_kernel(
             b_row = o_c
             p_row = p_k + as_int64(begin) * stride_km + o_t * stride_km
             if p_columns is not None:
-                row = tl.load(p_columns + o_c, m_c, -1)
+                row = tl.load(p_c + o_c, m_c, -1)
                 m_c = m_c & (row >= 0) & (row < M)
                 b_row = tl.where(m_c, row, 0).to(tl.int32)
                 p_row = p_k + b_row.to(tl.int64) * stride_km
             if p_mask is not None:
                 m_c = m_c & (tl.load(p_m + b_row, m_c, 0) != 0)
+            m_x = m_c[None, :]
+            if p_range is not None:
+                m_x = m_x & in_ranges(b_row, row_begin, row_end)
             if METRIC == EUCLIDEAN:
                 b_s = sums_of_pairs(p_q[:, None], p_row[None, :], m_c[None, :], D, METRIC, BLOCK_D)
             else:
@@ -224,10 +249,10 @@ def exact_topk_kernel(
                 b_enters = tl.where(b_s <= lowest, 0, 1)
             else:
                 b_enters = tl.where(b_s < lowest, 0, 1)
-            if p_columns is not None or p_mask is not None:
-                b_enters = tl.where(m_c[None, :], b_enters, 0)
+            if p_columns is not None or p_mask is not None or p_range is not None:
+                b_enters = tl.where(m_x, b_enters, 0)
             if tl.max(tl.max(b_enters, 1) * m_n, 0) > 0:
-                m = m_n[:, None] & m_c[None, :]
+                m = m_n[:, None] & m_x
                 if HAS_SELF:
                     m = m & (b_row[None, :] != self_row.to(tl.int32)[:, None])
                 b_order = orderable(b_s)
@@ -253,7 +278,7 @@ def exact_topk_kernel(
         p_i = p_indices + (b * N + o_n) * k + first_rank
         left = k - first_rank
         store_list(
-            b_list, b_s_self, p_s, p_i, m_n, left, missing_index, HAS_SELF, BY_INDEX, LOG_LIST
+            b_list, b_s_self, p_s, p_i, m_n, left, missing_index, INCLUDES_SELF, BY_INDEX, LOG_LIST
         )
 
 

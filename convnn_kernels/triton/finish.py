@@ -292,9 +292,10 @@ def finish_kernel(
     p_key,  # [B, M, D]
     p_query_norm,  # [B, N] float32, or None: no cosine
     p_key_norm,  # [B, M] float32, or None: no cosine
-    p_columns,  # [R] int64, or None
+    p_columns,  # [R] or [B, R] int64, or None
     p_mask,  # [B, M] bool, or None
-    p_self,  # [N] int64, or None
+    p_self,  # [N] or [B, N] int64, or None
+    p_range,  # [N, 2] or [B, N, 2] int64; or None: not needed for the token itself
     p_queue,  # [queries of the launch, splits, QUEUES, CAP] int64: product and column of a hit
     p_count,  # [queries of the launch, splits, QUEUES] int32: hits; above CAP: the row was listed
     p_value,  # [B, M, C], or None
@@ -326,6 +327,9 @@ def finish_kernel(
     stride_km,
     stride_mb1,
     stride_mb2,
+    stride_columns,
+    stride_self,
+    stride_range,
     stride_vb1,
     stride_vb2,
     bytes_vm,  # from row to row of value
@@ -333,6 +337,7 @@ def finish_kernel(
     ALIGN_VALUE: tl.constexpr,
     METRIC: tl.constexpr,
     BY_INDEX: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     RESCORE: tl.constexpr,
     AGGREGATE: tl.constexpr,
     FOLDED: tl.constexpr,
@@ -364,6 +369,7 @@ def finish_kernel(
     stride_vb1 = aligned(stride_vb1, ALIGN_VALUE)
     stride_vb2 = aligned(stride_vb2, ALIGN_VALUE)
     HAS_SELF: tl.constexpr = p_self is not None
+    INCLUDES_SELF: tl.constexpr = HAS_SELF and not EXCLUDE_SELF
     LIST: tl.constexpr = 1 << LOG_LIST
     row_blocks = tl.cdiv(rows_n, ROWS)
     pid = tl.program_id(0)
@@ -394,14 +400,21 @@ def finish_kernel(
         norm_q = tl.load(p_query_norm + first + o_i)
     self_row = p_self
     if HAS_SELF:
-        # The token itself is the first entry of its row.
-        self_row = tl.load(p_self + n + o_i)
+        self_row = tl.load(p_self + b.to(tl.int64) * as_int64(stride_self) + n + o_i)
         has_self = (self_row >= 0) & (self_row < M)
         # Of an index that is out of range, the lower half may be a row.
         self_row = tl.where(has_self, self_row, -1)
+    if INCLUDES_SELF:
+        # The token itself is the first entry of its row.
+        if p_range is not None:
+            p_r = p_range + (b.to(tl.int64) * as_int64(stride_range) + n + o_i) * 2
+            has_self = has_self & (self_row >= tl.load(p_r)) & (self_row < tl.load(p_r + 1))
         if p_mask is not None:
             has_self = has_self & (tl.load(p_m + self_row, has_self, 0) != 0)
 
+    p_c = p_columns
+    if p_columns is not None:
+        p_c = p_columns + b.to(tl.int64) * as_int64(stride_columns)
     o_l = tl.arange(0, LIST)[None, :]
     b_list, total, most = _keys(
         p_queues,
@@ -409,11 +422,11 @@ def finish_kernel(
         p_q,
         p_k,
         p_norm,
-        p_columns,
+        p_c,
         p_m,
         norm_q,
         self_row,
-        o_l - HAS_SELF,
+        o_l - INCLUDES_SELF,
         splits,
         columns,
         M,
@@ -428,12 +441,12 @@ def finish_kernel(
         ADVANCE,
         BLOCK_D,
     )
-    if HAS_SELF:
+    if INCLUDES_SELF:
         key_of_self = pack(tl.full([ROWS], ORDER_OF_SELF, tl.int32), self_row)
         # A row that has been listed has no entries.
         m_self = (o_l == 0) & has_self[:, None] & (most <= CAP)
         b_list = tl.where(m_self, key_of_self[:, None], b_list)
-    end = tl.max(tl.max(total, 1), 0) + HAS_SELF
+    end = tl.max(tl.max(total, 1), 0) + INCLUDES_SELF
     if end > LIST:
         b_list = largest(b_list, LOG_LIST, LOG_LIST, 0)
         for start in range(LIST, end, LIST):
@@ -443,11 +456,11 @@ def finish_kernel(
                 p_q,
                 p_k,
                 p_norm,
-                p_columns,
+                p_c,
                 p_m,
                 norm_q,
                 self_row,
-                o_l + (start - HAS_SELF),
+                o_l + (start - INCLUDES_SELF),
                 splits,
                 columns,
                 M,
@@ -465,7 +478,7 @@ def finish_kernel(
             b_list = merge(b_list, b_key, LOG_LIST, LOG_LIST)
 
     b_s_self = tl.zeros([ROWS], tl.float32)
-    if HAS_SELF:
+    if INCLUDES_SELF:
         p = (p_k + self_row * stride_km)[:, None]
         b_s = sums_of_pairs(p_q[:, None], p, has_self[:, None], D, METRIC, BLOCK_D)
         if METRIC == COSINE:
@@ -477,7 +490,7 @@ def finish_kernel(
     if ONE_BY_ONE and not BY_INDEX:
         b_order = order_of(b_list)
         b_rank = _ranks(b_order, k)
-        if HAS_SELF:
+        if INCLUDES_SELF:
             b_order = tl.where(b_order == ORDER_OF_SELF, orderable(b_s_self)[:, None], b_order)
         b_count = tl.where(b_order == ORDER_OF_MINUS_INFINITY, 2**16, 1)
         b_count = tl.where(b_rank < k, b_count, 0)
@@ -493,7 +506,9 @@ def finish_kernel(
         b_first = largest(b_list, LOG_LIST, LOG_K, 0)
         m_found = tl.max(most, 1) <= CAP
         p_s_rows, p_i_rows = p_s + o_i * k, p_i + o_i * k
-        store_list(b_first, b_s_self, p_s_rows, p_i_rows, m_found, k, 0, HAS_SELF, BY_INDEX, LOG_K)
+        store_list(
+            b_first, b_s_self, p_s_rows, p_i_rows, m_found, k, 0, INCLUDES_SELF, BY_INDEX, LOG_K
+        )
 
     if AGGREGATE:
         # Every thread may read what another one has stored.
@@ -582,6 +597,8 @@ def prepare_finish(
     config = configs.finish(
         search.arch, numbers["rows_n"], C, search.k, numbers["sample_step"], rescore
     )
+    if not (search.has_self and search.has_range) or search.exclude_self:
+        names = names | {"p_range": None}
     numbers = numbers | numbers_of_value(aggregation, Q.N)
     numbers |= {"RESCORE": rescore, "WHOLE_C": C % config["BLOCK_C"] == 0}
     if aggregation is None:

@@ -36,7 +36,7 @@ def forward(
     s, I = empty_results(query, k)
     if I.numel() == 0:
         return aggregate(value, s, I, weight, bias, rho, scale), s, I
-    options = (candidates, self_indices, key_mask, metric, order)
+    options = (candidates, self_indices, key_mask, metric, order, key_range, exclude_self)
     search, tensors = prepare_search(query, key, k, *options)
     pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
     large = is_large(search, query.device)

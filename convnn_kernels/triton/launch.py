@@ -293,6 +293,7 @@ def settle_cache_keys() -> None:
         "convolve",
         "modulate",
         "list_pairs",
+        "ranges",
     )
     names = [f"{__package__}.{name}" for name in (*functions, "append")]
     for name in (*names, *(kernel.module for kernel in KERNELS.values())):

@@ -50,7 +50,7 @@ def select(
     s, I = empty_results(query, k)
     if I.numel() == 0:
         return s, I
-    options = (candidates, self_indices, key_mask, metric, order)
+    options = (candidates, self_indices, key_mask, metric, order, key_range, exclude_self)
     search, tensors = prepare(query, key, k, *options)
     pointers = Pointers(query.device, **tensors, p_similarities=s, p_indices=I)
     select_alone(search, pointers, s, I)
@@ -71,7 +71,7 @@ def select_alone(search: Search, pointers: Pointers, s: Tensor, I: Tensor) -> No
         select_large(search, pointers, None)
     elif is_tile(search):
         select_network(search, pointers)
-    elif _self_is_column(search) and configs.allows_select_small(*_sizes(search)):
+    elif _is_small(search):
         select_small(search, pointers)
     elif search.k > configs.LONGEST_LIST:
         select_in_passes(search, pointers, s, I)
@@ -88,6 +88,7 @@ def is_tile(search: Search) -> bool:
         has_self=search.has_self,
         has_candidates=search.has_candidates,
         has_mask=search.has_mask,
+        has_range=search.has_range,
     )
 
 
@@ -100,12 +101,13 @@ def is_medium(search: Search, device: torch.device) -> bool:
 def _has_some_columns(search: Search) -> bool:
     sizes = (*_sizes(search), search.Q.B, search.Q.N)
     allowed = configs.allows_select_medium(search.arch, *sizes)
-    return allowed and not (search.has_self or search.has_candidates)
+    return allowed and search.is_plain and not (search.has_self or search.has_candidates)
 
 
-def _self_is_column(search: Search) -> bool:
-    """Whether the token itself, if it is a neighbor, is among the columns."""
-    return not (search.has_candidates and search.has_self)
+def _is_small(search: Search) -> bool:
+    """Whether `select_small` takes a search: the token itself has to be among the columns."""
+    self_is_column = not (search.has_candidates and search.has_self)
+    return search.is_plain and self_is_column and configs.allows_select_small(*_sizes(search))
 
 
 def _sizes(search: Search) -> tuple[int, int, int, int, str]:
@@ -119,5 +121,9 @@ def is_large(search: Search, device: torch.device) -> bool:
 
 @cache_plans
 def _has_many_columns(search: Search) -> bool:
-    D, columns, k = search.Q.D, search.columns, search.k
-    return configs.allows_sweep(search.arch, search.bits, D, columns, k)
+    if search.has_range and search.has_candidates:
+        # Their rows have no order: which tiles have some of a range is not known.
+        return False
+    return configs.allows_sweep(
+        search.arch, search.bits, search.Q.D, search.columns, search.ranks, search.has_range
+    )

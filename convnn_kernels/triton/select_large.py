@@ -97,7 +97,7 @@ def _tiles(columns: int, config: dict[str, Any]) -> int:
 
 def sweep_of(search: Search) -> Sweep:
     Q, metric, bits = search.Q, search.metric, search.bits
-    config = configs.sweep(search.arch, bits, Q.D, search.columns, search.k)
+    config = configs.sweep(search.arch, bits, Q.D, search.columns, search.ranks, search.has_range)
     tiles = _tiles(search.columns, config)
     row_blocks = Q.B * cdiv(Q.N, config["BLOCK_N"])
     splits = configs.column_splits(search.arch, config["BLOCK_N"], row_blocks, tiles)
@@ -239,6 +239,7 @@ def prepare_sweep(
     scaled = Q.contiguous()
     numbers = part_numbers(sweep, part) | {
         "list_number": list_number,
+        "k": sweep.search.ranks,
         **Q.strides("q"),
         **{f"stride_qs{of}": scaled.strides("q")[f"stride_q{of}"] for of in ("b1", "b2", "n")},
         **K.strides("k"),

@@ -574,6 +574,8 @@ def select_medium_kernel(
                 p_query + b1 * stride_qb1 + b2 * stride_qb2 + o_n * stride_qn,
                 m_n,
                 tl.full([LATE], -1, tl.int64),
+                None,
+                None,
                 p_key + b1 * stride_kb1 + b2 * stride_kb2,
                 None,
                 p_m,
@@ -585,6 +587,7 @@ def select_medium_kernel(
                 METRIC,
                 RESCALE,
                 "tf32",  # of 16 bits, whatever it is
+                False,
                 False,
                 INTERPRETED,
                 64,

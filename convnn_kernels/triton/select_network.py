@@ -54,6 +54,7 @@ from .order import (
     store_list,
 )
 from .products import pieces, split_dot, sum_of_split
+from .ranges import in_ranges, load_ranges
 from .row_products import add_products, checked, numbers_of_elements, on_diagonal
 from .search import Search
 from .tensors import alignment, cdiv
@@ -283,6 +284,8 @@ def _best_of_tile(
     p_q,  # [BLOCK_N]: rows of query
     m_n,  # [BLOCK_N]
     self_row,  # [BLOCK_N] int64
+    row_begin,  # [BLOCK_N] int32, or None: the ranges of the queries
+    row_end,
     inverse_q,  # [BLOCK_N]: 1 / norm of the queries, if it is known
     p_k,  # key of the batch element
     p_columns,  # [R] int64, or None
@@ -294,6 +297,7 @@ def _best_of_tile(
     METRIC: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_SELF: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     INTERPRETED: tl.constexpr,
     LIST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -345,11 +349,14 @@ def _best_of_tile(
     b_s_self = tl.zeros(m_n.shape, tl.float32)
     if HAS_SELF:
         is_self = m_c[None, :] & (row[None, :] == self_row[:, None])
-        if p_columns is None:
+        if p_columns is None and not EXCLUDE_SELF:
             b_s_self = tl.sum(tl.where(is_self, b_s, 0.0), 1)
             b_s = tl.where(is_self, _SELF_AS_FLOAT, b_s)
         else:
             b_s = tl.where(is_self, _NONE_AS_FLOAT, b_s)
+    if row_begin is not None:
+        b_s = tl.where(row[None, :] < row_begin[:, None], _NONE_AS_FLOAT, b_s)
+        b_s = tl.where(row[None, :] < row_end[:, None], b_s, _NONE_AS_FLOAT)
 
     b_bits = b_s.to(tl.int32, bitcast=True)
     b_words = _last_8_bits(b_bits)
@@ -366,6 +373,8 @@ def _best_of_columns(
     p_q,  # [BLOCK_N]: rows of query
     m_n,  # [BLOCK_N]
     self_row,  # [BLOCK_N] int64
+    row_begin,  # [BLOCK_N] int32, or None
+    row_end,
     p_k,  # key of the batch element
     p_columns,  # [R] int64, or None
     p_m,  # [M] bool, or None
@@ -376,6 +385,7 @@ def _best_of_columns(
     METRIC: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_SELF: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     INTERPRETED: tl.constexpr,
     LIST: tl.constexpr,
     TILES: tl.constexpr,
@@ -390,6 +400,8 @@ def _best_of_columns(
         p_q,
         m_n,
         self_row,
+        row_begin,
+        row_end,
         inverse_q,
         p_k,
         p_columns,
@@ -401,6 +413,7 @@ def _best_of_columns(
         METRIC,
         PRECISION,
         HAS_SELF,
+        EXCLUDE_SELF,
         INTERPRETED,
         LIST,
         BLOCK_M,
@@ -418,6 +431,8 @@ def _best_of_columns(
                 p_q,
                 m_n,
                 self_row,
+                row_begin,
+                row_end,
                 inverse_q,
                 p_k,
                 p_columns,
@@ -429,6 +444,7 @@ def _best_of_columns(
                 METRIC,
                 PRECISION,
                 HAS_SELF,
+                EXCLUDE_SELF,
                 INTERPRETED,
                 LIST,
                 BLOCK_M,
@@ -503,6 +519,8 @@ def _one_by_one(
     p_q,  # [BLOCK_N]: rows of query
     m_n,  # [BLOCK_N]
     self_row,  # [BLOCK_N] int64; -1: none
+    row_begin,  # [BLOCK_N] int32, or None
+    row_end,
     p_k,  # key of the batch element
     p_columns,  # [R] int64, or None
     p_m,  # [M] bool, or None
@@ -515,6 +533,7 @@ def _one_by_one(
     RESCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_SELF: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -533,7 +552,7 @@ def _one_by_one(
     o_l = tl.arange(0, 16)[None, :]
     b_list = tl.full([BLOCK_N, 16], NOTHING, tl.int64) + o_l
     b_list = tl.where(o_l < k, b_list, FIXED)
-    if HAS_SELF and p_columns is not None:
+    if HAS_SELF and p_columns is not None and not EXCLUDE_SELF:
         has_self = self_row >= 0
         p_own = p_k + tl.where(has_self, self_row, 0) * stride_km
         if METRIC == COSINE:
@@ -574,10 +593,12 @@ def _one_by_one(
         if METRIC == COSINE:
             b_s = b_s * inverse_q[:, None] * _inverse(norm_k)[None, :]
         m = m_n[:, None] & m_c[None, :]
+        if row_begin is not None:
+            m = m & in_ranges(row, row_begin, row_end)
         b_order = tl.where(m, orderable(b_s), NO_ORDER)
         if HAS_SELF:
             is_self = m & (row[None, :] == self_row[:, None])
-            if p_columns is None:
+            if p_columns is None and not EXCLUDE_SELF:
                 b_s_self += tl.sum(tl.where(is_self, b_s, 0.0), 1)
                 b_order = tl.where(is_self, ORDER_OF_SELF, b_order)
             else:
@@ -795,9 +816,10 @@ def _aggregate(
 def select_network_kernel(
     p_query,  # [B, N, D]
     p_key,  # [B, M, D]
-    p_columns,  # [R] int64, or None
+    p_columns,  # [R] or [B, R] int64, or None
     p_mask,  # [B, M] bool, or None
-    p_self,  # [N] int64, or None
+    p_self,  # [N] or [B, N] int64, or None
+    p_range,  # [N, 2] or [B, N, 2] int64, or None
     p_value,  # [B, M, C], or None
     p_weight,  # [C, 1, k] contiguous, or None
     p_bias,  # [C] contiguous, or None
@@ -824,6 +846,9 @@ def select_network_kernel(
     stride_km,
     stride_mb1,
     stride_mb2,
+    stride_columns,
+    stride_self,
+    stride_range,
     stride_vb1,
     stride_vb2,
     bytes_vm,  # from row to row of value
@@ -831,6 +856,7 @@ def select_network_kernel(
     ALIGN_VALUE: tl.constexpr,
     METRIC: tl.constexpr,
     BY_INDEX: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
     RESCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     AGGREGATE: tl.constexpr,
@@ -855,6 +881,7 @@ def select_network_kernel(
     stride_kb2 = aligned(stride_kb2, ALIGN)
     stride_km = aligned(stride_km, ALIGN)
     HAS_SELF: tl.constexpr = p_self is not None
+    INCLUDES_SELF: tl.constexpr = HAS_SELF and not EXCLUDE_SELF
     # Rows of 16 bits, as loads of 8 numbers leave them; few of them for each warp.
     OF_16_BITS: tl.constexpr = p_key.dtype.element_ty.primitive_bitwidth == 16
     ON_CORES: tl.constexpr = OF_16_BITS and ALIGN > 1 and BLOCK_D == 32 and BLOCK_M <= 2 * BLOCK_N
@@ -869,20 +896,30 @@ def select_network_kernel(
     p_m = p_mask
     if p_mask is not None:
         p_m = p_mask + b1 * stride_mb1 + b2 * stride_mb2
+    p_c = p_columns
+    if p_columns is not None:
+        p_c = p_columns + b * stride_columns
+    row_begin, row_end = None, None
+    if p_range is not None:
+        row_begin, row_end = load_ranges(p_range + (b * stride_range + o_n) * 2, m_n, M)
     self_row = tl.full([BLOCK_N], -1, tl.int64)
     if HAS_SELF:
-        self_row = tl.load(p_self + o_n, m_n, -1)
+        self_row = tl.load(p_self + b * stride_self + o_n, m_n, -1)
         has_self = (self_row >= 0) & (self_row < M)
         if p_mask is not None:
             has_self = has_self & (tl.load(p_m + self_row, has_self, 0) != 0)
+        if p_range is not None:
+            has_self = has_self & (self_row >= row_begin) & (self_row < row_end)
         self_row = tl.where(has_self, self_row, -1)
 
     lists, b_words, b_s_self, unfit, inverse_q = _best_of_columns(
         p_q,
         m_n,
         self_row,
+        row_begin,
+        row_end,
         p_k,
-        p_columns,
+        p_c,
         p_m,
         M,
         D,
@@ -891,6 +928,7 @@ def select_network_kernel(
         METRIC,
         PRECISION,
         HAS_SELF,
+        EXCLUDE_SELF,
         INTERPRETED,
         LIST,
         TILES,
@@ -899,7 +937,7 @@ def select_network_kernel(
         ON_CORES,
     )
     lists = merge_lists(lists, 1, INTERPRETED)
-    if HAS_SELF and p_columns is not None:
+    if INCLUDES_SELF and p_c is not None:
         # It need not be among the candidates.
         has_self = self_row >= 0
         p_own = p_k + tl.where(has_self, self_row, 0) * stride_km
@@ -915,7 +953,7 @@ def select_network_kernel(
             unfit = unfit | _unfit(squares)
             b_s_self = b_s_self * inverse_q * _inverse_root(squares)
         lists = _with_self_first(lists, has_self)
-    b_list, m_lacks = _list_of_codes(lists, b_words, self_row, p_columns, m_n, k, BLOCK_M)
+    b_list, m_lacks = _list_of_codes(lists, b_words, self_row, p_c, m_n, k, BLOCK_M)
     m_again = m_n & (m_lacks | (unfit > 0))
     again = tl.max(m_again.to(tl.int32), 0)
     if again > 0:
@@ -927,8 +965,10 @@ def select_network_kernel(
             p_q,
             m_n,
             self_row,
+            row_begin,
+            row_end,
             p_k,
-            p_columns,
+            p_c,
             p_m,
             M,
             D,
@@ -939,6 +979,7 @@ def select_network_kernel(
             RESCALE,
             PRECISION,
             HAS_SELF,
+            EXCLUDE_SELF,
             INTERPRETED,
             AGAIN_M,
             BLOCK_D,
@@ -947,7 +988,7 @@ def select_network_kernel(
         b_s_self = tl.where(m_again, b_new_self, b_s_self)
     o_r = b * N + o_n
     p_s, p_i = p_similarities + o_r * k, p_indices + o_r * k
-    b_s, b_index = store_list(b_list, b_s_self, p_s, p_i, m_n, k, 0, HAS_SELF, BY_INDEX, 4)
+    b_s, b_index = store_list(b_list, b_s_self, p_s, p_i, m_n, k, 0, INCLUDES_SELF, BY_INDEX, 4)
     if AGGREGATE:
         _aggregate(
             b_s,

@@ -39,12 +39,13 @@ class Kind(NamedTuple):
     k: int
     divided: bool  # whether columns are divided among programs
     is_medium: bool = False  # whether they are those of select_medium.py
+    has_range: bool = False  # whether each query has a range of keys
 
     def __str__(self) -> str:
         dtype = "TF32" if self.tf32 else str(self.dtype).removeprefix("torch.")
         sizes = f"D about {self.D}, k about {self.k}"
         special = ", few queries" if self.divided else ", some hundred keys" * self.is_medium
-        return f"{self.metric} in {dtype}, {sizes}{special}"
+        return f"{self.metric} in {dtype}, {sizes}{special}{', ranges' * self.has_range}"
 
 
 @cache_plans
@@ -56,7 +57,7 @@ def kind_of(search: Search, is_medium: bool = False) -> Kind:
         D -= 8
     k = 9 if search.k <= 16 else 24 if search.k <= 32 else 40
     divided = not is_medium and sweep_of(search).splits > 1
-    return Kind(metric, search.dtype, search.tf32, D, k, divided, is_medium)
+    return Kind(metric, search.dtype, search.tf32, D, k, divided, is_medium, search.has_range)
 
 
 _right: dict[tuple[torch.device, Kind], bool] = {}
@@ -97,7 +98,9 @@ def passes(device: torch.device, search: Search, is_medium: bool = False) -> boo
 def cases(device: torch.device, kind: Kind, rows: int) -> Iterator[known_searches.Case]:
     # Columns are divided where there are enough tiles.
     M = 2222 if kind.divided else 450
-    return known_searches.cases(device, kind.metric, kind.dtype, kind.D, M, rows=rows)
+    return known_searches.cases(
+        device, kind.metric, kind.dtype, kind.D, M, rows=rows, with_ranges=kind.has_range
+    )
 
 
 def faults(device: torch.device, kind: Kind, rows: int = 4096) -> list[str]:
@@ -117,7 +120,8 @@ def _is_right(case: known_searches.Case, k: int, is_medium: bool) -> bool:
     s = query.new_empty((len(query), k), dtype=torch.float32)
     I = torch.empty_like(s, dtype=torch.int64)
     Y = value.new_empty((len(query), value.shape[1]))
-    search, tensors = prepare_search(query, key, k, None, None, None, case.metric, "similarity")
+    options = (None, None, None, case.metric, "similarity", case.key_range)
+    search, tensors = prepare_search(query, key, k, *options)
     aggregation, more = prepare_aggregation(value, s, I, None, "softmax", 1.0)
     pointers = Pointers(query.device, **tensors, **more, p_bias=None, p_output=Y)
     if is_medium:

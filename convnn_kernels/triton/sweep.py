@@ -33,6 +33,7 @@ from .launch import Kernel
 from .metrics import COSINE
 from .norms import norms_of_rows
 from .products import split_dot, sum_of_split
+from .ranges import columns_of_all, load_ranges, tiles_of_ranges, words_of_ranges
 
 
 @triton.jit
@@ -113,6 +114,8 @@ def _group_maxima(
     p_columns,
     p_factor,  # [tiles, BLOCK_M], of the batch element; or None
     p_low,  # [tiles, BLOCK_M], or None
+    row_begin,  # [BLOCK_N] int32, or None: the ranges of the queries
+    row_end,
     first,
     last,
     columns,
@@ -142,6 +145,8 @@ def _group_maxima(
     # From the tile before it to the last one, which ends with the last column.
     last_step = (columns - BLOCK_M - (tiles - 1 - sample_step) * ADVANCE) * stride_km
     p_f = p_factor if p_factor is None else p_factor + as_int64(first) * BLOCK_M
+    if row_begin is not None:
+        begin_of_all, end_of_all = columns_of_all(row_begin, row_end, columns)
     for tile in range(first, last, sample_step):
         b_x = _multiply(
             b_q,
@@ -162,6 +167,13 @@ def _group_maxima(
         else:
             p_l = p_low + as_int64(tile) * BLOCK_M
             b_x = b_x + load_columns(p_l, QUEUES, PAIR, BLOCK_M)[None, :]
+        if row_begin is not None:
+            start = _tile_start(tile, columns, BLOCK_M, ADVANCE)
+            if (start < begin_of_all) | (start + BLOCK_M > end_of_all):
+                # One comparison after the other: ptxas would keep their conjunction in words.
+                o_c = (start + tl.arange(0, BLOCK_M))[None, :]
+                b_x = tl.where(o_c < row_begin[:, None], float("-inf"), b_x)
+                b_x = tl.where(o_c < row_end[:, None], b_x, float("-inf"))
         if INTERPRETED:
             # Its maximum of NaN and a number is NaN.
             b_x = tl.where(b_x == b_x, b_x, float("-inf"))
@@ -273,7 +285,8 @@ def threshold_kernel(
     p_query,  # [B, N, D]
     p_query_scaled,  # [B, N, D] contiguous: rows times a power of two; or None
     p_key,  # [B, M, D]; [3, B, M, D], the pieces, if products are split
-    p_columns,  # [R] int64, or None
+    p_columns,  # [R] or [B, R] int64, or None
+    p_range,  # [N, 2] or [B, N, 2] int64, or None
     p_query_norm,  # [B, N] float32: for cosine norms of scaled rows, else sums of squares; or None
     p_factor,  # [B, tiles, BLOCK_M] float32, or None
     p_low,  # [B, tiles, BLOCK_M] float32, or None
@@ -299,6 +312,8 @@ def threshold_kernel(
     stride_kb2,
     stride_km,
     stride_piece,
+    stride_columns,
+    stride_range,
     ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
@@ -325,8 +340,16 @@ def threshold_kernel(
     b1, b2 = b // B2, b % B2
     b = b.to(tl.int64)
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
-    first = ((pid % splits).to(tl.int64) * tiles_each).to(tl.int32)
+    split = pid % splits
+    first = (split.to(tl.int64) * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
+    row_begin, row_end = None, None
+    if p_range is not None:
+        p_r = p_range + (b * as_int64(stride_range) + o_n) * 2
+        row_begin, row_end = load_ranges(p_r, m_n, M)
+        first, last, sample_step = tiles_of_ranges(
+            row_begin, row_end, split, splits, tiles, columns, sample_step, ADVANCE
+        )
     p_q, b_q = _load_queries(
         p_query,
         p_query_scaled,
@@ -352,9 +375,11 @@ def threshold_kernel(
         p_q,
         m_n,
         p_key + b1 * stride_kb1 + b2 * stride_kb2,
-        p_columns,
+        p_columns if p_columns is None else p_columns + b * as_int64(stride_columns),
         p_factor if p_factor is None else p_factor + b * tiles * BLOCK_M,
         p_low if p_low is None else p_low + b * tiles * BLOCK_M,
+        row_begin,
+        row_end,
         first,
         last,
         columns,
@@ -374,7 +399,7 @@ def threshold_kernel(
         ONE_BLOCK_D,
         WHOLE_D,
     )
-    p_out = p_maxima + ((o_r * splits + pid % splits) * GROUPS)[:, None]
+    p_out = p_maxima + ((o_r * splits + split) * GROUPS)[:, None]
     tl.store(p_out + tl.arange(0, GROUPS)[None, :], b_max, m_n[:, None])
 
 
@@ -383,7 +408,8 @@ def sweep_kernel(
     p_query,  # [B, N, D]
     p_query_scaled,  # [B, N, D] contiguous: rows times a power of two; or None
     p_key,  # [B, M, D]; [3, B, M, D], the pieces, if products are split
-    p_columns,  # [R] int64, or None
+    p_columns,  # [R] or [B, R] int64, or None
+    p_range,  # [N, 2] or [B, N, 2] int64, or None
     p_query_norm,  # [B, N] float32: for cosine norms of scaled rows, else sums of squares; or None
     p_factor,  # [B, tiles, BLOCK_M] float32, or None
     p_low,  # [B, tiles, BLOCK_M] float32, or None
@@ -420,6 +446,8 @@ def sweep_kernel(
     stride_kb2,
     stride_km,
     stride_piece,
+    stride_columns,
+    stride_range,
     ALIGN: tl.constexpr,
     METRIC: tl.constexpr,
     RESCALE: tl.constexpr,
@@ -452,6 +480,13 @@ def sweep_kernel(
     tiles = tiles_of(columns, BLOCK_M, ADVANCE)
     first = (split.to(tl.int64) * tiles_each).to(tl.int32)
     last = tl.minimum(first + tiles_each, tiles)
+    row_begin, row_end = None, None
+    if p_range is not None:
+        p_r = p_range + (b * as_int64(stride_range) + o_n) * 2
+        row_begin, row_end = load_ranges(p_r, m_n, M)
+        first, last, sample_step = tiles_of_ranges(
+            row_begin, row_end, split, splits, tiles, columns, sample_step, ADVANCE
+        )
     p_q, b_q = _load_queries(
         p_query,
         p_query_scaled,
@@ -473,6 +508,7 @@ def sweep_kernel(
         BLOCK_D,
     )
     p_k = p_key + b1 * stride_kb1 + b2 * stride_kb2
+    p_c = p_columns if p_columns is None else p_columns + b * as_int64(stride_columns)
     p_f = p_factor if p_factor is None else p_factor + b * tiles * BLOCK_M
     p_l = p_low if p_low is None else p_low + b * tiles * BLOCK_M
 
@@ -488,9 +524,11 @@ def sweep_kernel(
             p_q,
             m_n,
             p_k,
-            p_columns,
+            p_c,
             p_f,
             p_l,
+            row_begin,
+            row_end,
             first,
             last,
             columns,
@@ -535,7 +573,7 @@ def sweep_kernel(
             b_q,
             p_q,
             m_n,
-            _rows_of_key(p_tile, p_k, p_columns, tile, columns, M, stride_km, BLOCK_M, ADVANCE),
+            _rows_of_key(p_tile, p_k, p_c, tile, columns, M, stride_km, BLOCK_M, ADVANCE),
             D,
             stride_piece,
             PRECISION,
@@ -558,6 +596,9 @@ def sweep_kernel(
         b_word = words_of(in_order_of_queues(b_above, QUEUES, PAIR), INTERPRETED)
         b_word = b_word & tl.load(p_v)[None, :] & b_row
         p_v += QUEUES
+        if p_range is not None:
+            start = _tile_start(tile, columns, BLOCK_M, ADVANCE)
+            b_word &= words_of_ranges(start, row_begin, row_end, QUEUES, PAIR, LEAVES)
         b_s = in_order_of_queues(b_s, QUEUES, PAIR)
         b_count = append_hits(b_word, b_s, p_entry, b_count, tile * LEAVES, CAP)
         if p_columns is None:

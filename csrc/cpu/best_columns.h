@@ -59,9 +59,9 @@ class BestColumns {
     all_nan_ = false;
   }
 
-  // Finds the bound that a column of a chunk has to reach. row: similarities of some adjacent
-  // `columns` of a chunk, then -inf up to a multiple of kScanColumns; -inf also at the excluded
-  // column. They are exact.
+  // Finds the bound that a column of a chunk has to reach. row: exact similarities of as many
+  // adjacent columns of a chunk, with -inf at the excluded one, then -inf up to a multiple of
+  // kScanColumns.
   void survey(const A* row, int64_t columns) {
     find_group_maxima<false>(row, columns);
     error_ = 0;

@@ -13,12 +13,12 @@ struct ColumnRange {
   int64_t end = 0;
 
   int64_t count() const { return end - begin; }
-  // What lies in `other`, which may be nothing: then it is an empty range at an end of `other`.
+  // The part that lies in `other`; if there is none, an empty range at one end of `other`.
   ColumnRange within(const ColumnRange& other) const {
     const int64_t first = min_of(max_of(begin, other.begin), other.end);
     return {first, max_of(first, min_of(end, other.end))};
   }
-  // Extends the range by another one and what is between them.
+  // Extends the range to include another one and all between them.
   void include(const ColumnRange& other) {
     if (other.count() == 0) return;
     *this = count() == 0 ? other : ColumnRange{min_of(begin, other.begin), max_of(end, other.end)};
@@ -29,7 +29,7 @@ struct ColumnRange {
 // them may see. All rows of a tile cost the same, and each row for itself would waste the others;
 // but rows of two sequences have no columns in common.
 inline int64_t rows_together(const ColumnRange* ranges, int64_t rows) {
-  constexpr int64_t kPreparing = 64;  // what a division costs, in columns of a tile
+  constexpr int64_t kPreparing = 64;  // what another pass costs, in columns of a tile
   const auto tiles = [](int64_t count) { return ceil_div(count, kTileRows); };
   ColumnRange all = ranges[0];
   for (int64_t r = 1; r < rows; ++r) {

@@ -17,10 +17,9 @@ struct SelectWork {
   int64_t max_columns;     // m, or the number of candidates
   const int64_t* columns;  // [batches, max_columns] ascending rows of key; null: 0, 1, 2, ...
   const int64_t* counts;   // [batches] how many of those; null: max_columns
-  const int64_t* seen;  // [batches, 2] columns outside begin ... end - 1 are in no query's range;
-                        // null: all may be
-  bool screened;        // whether what is packed contains a screen
-  void* packed;         // [batches, packed_bytes]
+  const int64_t* seen;     // [batches, 2] begin and end of what some query may see; null: all
+  bool screened;           // whether what is packed contains a screen
+  void* packed;            // [batches, packed_bytes]
 };
 
 struct SelectKernel {

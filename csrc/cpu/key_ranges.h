@@ -25,7 +25,7 @@ class KeyRanges {
 
   // All rows that some query of a batch element may see, and what is between them.
   Rows seen(int64_t batch) const { return seen_[size_t(batch % int64_t(seen_.size()))]; }
-  // The most of them in a batch element.
+  // The largest number of rows that `seen` has for any batch element.
   int64_t most_seen() const;
   // How many rows a query may see on average.
   int64_t average() const;

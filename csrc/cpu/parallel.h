@@ -46,8 +46,8 @@ void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, size_t s
   if (failure) std::rethrow_exception(failure);
 }
 
-// Tasks of unequal cost: multiply-adds of each, more than 0. Every thread has ranges of tasks that
-// together cost about as much as those of every other.
+// The same for tasks of unequal cost: threads get ranges of tasks that cost about the same. costs:
+// the multiply-adds of each task, more than 0.
 template <class Pass>
 void run(ParallelFor parallel_for, const std::vector<double>& costs, size_t scratch_bytes,
          const Pass& pass) {

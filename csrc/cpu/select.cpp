@@ -176,8 +176,8 @@ class Folded {
     params_.query = dense_rows(queries_.get(), params_.n, p.d);
   }
 
-  // Numbers for each query: those of the batch elements that become one lie side by side, unless
-  // there are some for one batch element only, which are repeated.
+  // Numbers for each query, `count` for a batch element. Those of batch elements that become one
+  // are adjacent already; those that the batch shares are repeated.
   static const int64_t* fold_rows(const int64_t* numbers, int64_t count, int64_t shared,
                                   int64_t& stride, std::vector<int64_t>& repeated) {
     stride *= shared;
@@ -213,7 +213,7 @@ void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
   const int64_t batches =
       std::clamp<int64_t>(int64_t(kPackedBytes / std::max<size_t>(bytes, 1)), 1, p.batch);
   const Workspace packed(size_t(batches) * packed_bytes);
-  // Not empty where nothing is listed: without a list, all rows of key are columns.
+  // One more than needed: where no column is listed, the pointer must still not be null.
   std::vector<int64_t> rows(listed ? size_t(batches * columns) + 1 : 0);
   std::vector<int64_t> counts(listed ? size_t(batches) : 0);
   std::vector<int64_t> seen(ranges.exist() ? size_t(2 * batches) : 0);

@@ -288,8 +288,8 @@ class Select {
     }
   }
 
-  // `rows` query rows, first_row and following, of batch element b of the work, of which each may
-  // see one of `ranges`.
+  // `rows` query rows of batch element b of the work, from first_row on. ranges: the columns that
+  // each of them may see.
   static void block(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
                     int64_t rows, const ColumnRange* ranges, const Scratch& scratch) {
     const int64_t batch = work.first_batch + b;
