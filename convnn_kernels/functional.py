@@ -101,7 +101,8 @@ def convnn(
         key_range: [N, 2] or [..., N, 2] int64, begin and end for each query: only rows of key with
             begin <= row < end may be its neighbors, not even the token itself outside of them.
             (0, i + 1) is causal; :func:`window_ranges` and :func:`segment_ranges` make such ranges,
-            also for windows and packed sequences. On the CPU the time follows the ranges.
+            also for windows and packed sequences. The work follows the ranges: most keys outside
+            of them are skipped.
         exclude_self: the token itself is never a neighbor, rather than always one; the nearest
             others take its place. Needs ``self_indices``.
 
