@@ -28,14 +28,12 @@ def lengths(tokens: int) -> tuple[int, ...]:
 
 def key_range(kind: str, tokens: int) -> Tensor:
     """[N, 2], of tokens that are their own keys."""
-    at = torch.arange(tokens)
-    if kind == "causal":
-        return torch.stack([torch.zeros_like(at), at + 1], dim=-1)
-    if kind == "window":
-        return torch.stack([at - WINDOW // 2, at + WINDOW // 2], dim=-1).clamp(0, tokens)
-    sizes = torch.tensor(lengths(tokens))
-    ends = sizes.cumsum(0)
-    return torch.stack([ends - sizes, ends], dim=-1).repeat_interleave(sizes, dim=0)
+    from convnn_kernels import functional
+
+    if kind == "packed":
+        return functional.segment_ranges(lengths(tokens))
+    window = WINDOW if kind == "window" else None
+    return functional.window_ranges(tokens, window=window, causal=kind == "causal")
 
 
 def pairs(name: str, tokens: int) -> int | None:
