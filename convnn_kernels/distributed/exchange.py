@@ -5,13 +5,14 @@ For a block of queries, a rank fetches each row that is a neighbor of one of the
 rank that has it, into a table. A table has at most about as many rows as a rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from convnn_kernels.distributed import messages
 from convnn_kernels.distributed.agreement import Ranks
 
 # A table may have at least so many rows, so that few rows do not take many exchanges.
@@ -70,14 +71,13 @@ def send_back(gradients: Tensor, block: Block, to: Tensor, ranks: Ranks) -> None
     Args:
         gradients: of the rows of ``block``.
         block: the block.
-        to: [rows, C], the gradients of this rank's rows. What the ranks send is added in the order
-            of ranks, so the sums are the same in every run.
+        to: [rows, C], the gradients of this rank's rows. What the ranks send is added in an order
+            that is the same in every run.
         ranks: the process group.
     """
-    arrived = _exchange_rows(gradients, block.received, block.sent, ranks)
-    pairs = zip(block.requested.split(block.sent), arrived.split(block.sent), strict=True)
-    for rows, gradient in pairs:
-        to.index_add_(0, rows, gradient.to(to.dtype))
+    requested, parts = block.requested.split(block.sent), gradients.split(block.received)
+    for source, arrived in _exchange_rows(parts.__getitem__, block.sent, gradients, ranks):
+        to.index_add_(0, requested[source], arrived.to(to.dtype))
 
 
 def _row_ids(similarities: Tensor, indices: Tensor, ranks: Ranks) -> Tensor:
@@ -113,19 +113,33 @@ def _fetch(
     needed = needed - firsts.to(needed.device)[:-1].repeat_interleave(to_receive)
     requested = needed.new_empty(sum(sent))
     dist.all_to_all_single(requested, needed, sent, received, group=ranks.group)
-    table = _exchange_rows(rows.index_select(0, requested), sent, received, ranks)
+    table = rows.new_empty(sum(received), rows.shape[1])
+    parts, of_rank = table.split(received), requested.split(sent)
+    for source, arrived in _exchange_rows(
+        lambda to: rows.index_select(0, of_rank[to]), received, rows, ranks
+    ):
+        parts[source].copy_(arrived)
     return Block(queries, similarities, places, table, requested, sent, received)
 
 
-def _exchange_rows(rows: Tensor, sent: list[int], received: list[int], ranks: Ranks) -> Tensor:
-    """Sends so many rows to each rank and returns those that came, as bytes on the way."""
-    table = rows.new_empty(sum(received), rows.shape[1])
-    if rows.shape[1]:
-        dist.all_to_all_single(
-            table.view(torch.uint8),
-            rows.contiguous().view(torch.uint8),
-            received,
-            sent,
-            group=ranks.group,
-        )
-    return table
+def _exchange_rows(
+    rows_for: Callable[[int], Tensor], received: list[int], like: Tensor, ranks: Ranks
+) -> Iterator[tuple[int, Tensor]]:
+    """Sends rows to each rank, and yields each rank with the rows that it sent.
+
+    One rank after the other: a rank that has the rows of all blocks holds those of one at a time.
+
+    Args:
+        rows_for: gives the rows for a rank.
+        received: how many rows each rank sends.
+        like: a tensor [..., C] of their dtype.
+        ranks: the process group.
+    """
+    yield ranks.rank, rows_for(ranks.rank)
+    for step in range(1, ranks.size):
+        following, previous = (ranks.rank + step) % ranks.size, (ranks.rank - step) % ranks.size
+        sent = rows_for(following).contiguous()
+        arrived = like.new_empty(received[previous], like.shape[-1])
+        for work in messages.begin(sent, following, arrived, previous, ranks):
+            work.wait()
+        yield previous, arrived

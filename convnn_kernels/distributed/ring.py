@@ -4,9 +4,9 @@
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from convnn_kernels.distributed import messages
 from convnn_kernels.distributed.agreement import Ranks
 
 
@@ -29,6 +29,7 @@ def shards(
     if ranks.size == 1:
         yield ranks.rank, key, key_mask
         return
+    following, previous = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
     held = _pack(key, key_mask)
     for step in range(ranks.size):
         owner = (ranks.rank - step) % ranks.size
@@ -37,23 +38,11 @@ def shards(
             yield owner, *shard
             return
         coming = held.new_empty(_bytes(key, key_mask, ranks.keys[owner - 1]))
-        works = _pass_on(held, coming, ranks)
+        works = messages.begin(held, following, coming, previous, ranks)
         yield owner, *shard
         for work in works:
             work.wait()
         held = coming
-
-
-def _pass_on(held: Tensor, coming: Tensor, ranks: Ranks) -> list[dist.Work]:
-    """Begins to send a shard to the next rank and to receive one from the previous one."""
-    following, previous = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
-    operations = []
-    # Nothing is sent of a shard without rows, as both ranks know.
-    if held.numel():
-        operations.append(dist.P2POp(dist.isend, held, group=ranks.group, group_peer=following))
-    if coming.numel():
-        operations.append(dist.P2POp(dist.irecv, coming, group=ranks.group, group_peer=previous))
-    return dist.batch_isend_irecv(operations) if operations else []
 
 
 def _bytes(key: Tensor, key_mask: Tensor | None, rows: int) -> int:
@@ -63,7 +52,7 @@ def _bytes(key: Tensor, key_mask: Tensor | None, rows: int) -> int:
 
 
 def _pack(key: Tensor, key_mask: Tensor | None) -> Tensor:
-    """A shard as one message: any backend sends bytes, whatever dtypes it knows."""
+    """A shard as one message."""
     parts = [key.contiguous().flatten().view(torch.uint8)]
     if key_mask is None:
         return parts[0]
