@@ -121,7 +121,7 @@ def train(model: nn.Module, text: Tensor, steps: int, seed: int) -> float:
 
 @torch.no_grad()
 def bits_per_character(model: nn.Module, text: Tensor) -> float:
-    """Over all of the text, in parts of CONTEXT characters."""
+    """Over the text in parts of CONTEXT characters, without what is left after the last one."""
     model.eval()
     losses = []
     for first in torch.arange(0, len(text) - CONTEXT, CONTEXT).split(32):

@@ -194,9 +194,24 @@ def test_the_last_tokens_with_a_cache(options: dict[str, Any], coordinates: Any)
         assert not y[:, :7].any()
 
 
-def test_growing_sequence_token_by_token() -> None:
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        AllCandidates(),
+        AllCandidates(include_self=True),
+        AllCandidates(include_self=True, self_similarity=0.3),
+        AllCandidates(exclude_self=True),
+    ],
+    ids=repr,
+)
+def test_growing_sequence_token_by_token(candidates: Candidates) -> None:
     layer = ConvNNAttention(
-        8, 2, k=3, causal=True, window=5, positional_encoding="similarity", coordinates="pixel"
+        *(8, 2, 3),
+        causal=True,
+        window=5,
+        positional_encoding="similarity",
+        coordinates="pixel",
+        candidates=candidates,
     ).double()
     x = sequence(2, 12, 8)
     whole = layer(x)

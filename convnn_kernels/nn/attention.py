@@ -56,9 +56,9 @@ class ConvNNAttention(nn.Module):
             4.2.1): None, "similarity", "aggregation" or "both".
         coordinates: "unit": from -1 to 1; "pixel": the position itself.
         candidates: which tokens may be neighbors (section 4.2.2): AllCandidates (if None),
-            RandomCandidates or SpatialCandidates. include_self and self_similarity apply to
-            self-attention only: in cross-attention, the query token is not among the keys. The same
-            holds for exclude_self.
+            RandomCandidates or SpatialCandidates. include_self, exclude_self and self_similarity
+            apply where the query tokens are among the keys: in self-attention, and with causal or a
+            window, if there are at least as many keys.
         window: w; a query sees only the w keys nearest to it by position, itself included, or with
             causal the last w. See ``functional.window_ranges``. If None, it sees all.
         causal: whether a query sees no key behind it. With causal or a window, the queries are the
@@ -332,9 +332,11 @@ class ConvNNAttention(nn.Module):
         heads = q.shape[1]
         if key_mask is not None:
             key_mask = key_mask.unsqueeze(1).expand(-1, heads, -1)  # [B, heads, M]
+        # Whether the query tokens are among the keys: the last of them.
+        has_self = is_self or (is_last and N <= M)
         candidates, self_indices = self.candidates, None
-        if is_self and (candidates.include_self or candidates.exclude_self):
-            self_indices = torch.arange(M, device=query.device)
+        if has_self and (candidates.include_self or candidates.exclude_self):
+            self_indices = torch.arange(M - N, M, device=query.device)
         search = Search(
             self.k,
             candidates((M,), 0, query.device),
@@ -344,7 +346,7 @@ class ConvNNAttention(nn.Module):
             self.order,
             key_mask,
             self._key_range(key_range, (batch, heads, N, M), query.device),
-            candidates.exclude_self and is_self,
+            candidates.exclude_self and has_self,
         )
         q = q if self.query_norm is None else self.query_norm(q)
         k = k if self.key_norm is None else self.key_norm(k)
