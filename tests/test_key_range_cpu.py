@@ -119,6 +119,22 @@ def test_masking_by_hand(instruction_set: str, kind: str, size: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_keys_that_no_query_may_see(instruction_set: str, metric: str, size: str) -> None:
+    """At either end; they are not packed, up to and from any place in a panel."""
+    N, M, D = SIZES[size]
+    query, key = randn(N, D), randn(M, D)
+    with native.use_cpu_instruction_set(instruction_set):
+        S = all_similarities(query, key, metric)
+        for begin in (7, 15, 31, 63, 64, 65, 127):
+            for end in (begin + 1, begin + 600):
+                ranges = torch.randint(begin, end + 1, (N, 2)).sort(dim=-1).values
+                ranges[0] = torch.tensor([begin, end])
+                found = ops.select(query, key, 9, metric=metric, key_range=ranges)
+                assert_same(found, select_by_hand(S, within(ranges, M), 9), (begin, end))
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["long window", "segments", "alternating", "edges", "empty"])
 @pytest.mark.parametrize("exclude_self", [False, True])
 def test_restrictions_of_each_batch_element(
