@@ -99,7 +99,8 @@ def segment_ranges(
     Raises:
         TypeError: if an argument has a wrong type.
         RuntimeError: if an argument has a wrong shape, dtype or value. The values of tensors are
-            read, which waits for the GPU.
+            read, which waits for the GPU. In ``torch.compile(fullgraph=True)``, make the ranges
+            outside of what is compiled: the size of the result depends on values.
 
     Example:
         >>> from convnn_kernels.functional import segment_ranges

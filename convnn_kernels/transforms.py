@@ -143,15 +143,19 @@ def _fold(
 
 
 def _fold_restricting(arg: Tensor, dim: int | None, own_dims: int, lead: Sequence[int]) -> Tensor:
-    """The argument with the leading dimensions ``lead``, the mapped one first, or with none."""
+    """The argument with the leading dimensions ``lead``, the mapped one first, or with none.
+
+    One with other dimensions gets the mapped one and no more, and the operator refuses it.
+    """
     if dim is None:
         is_shared = arg.dim() == own_dims
-        return arg if is_shared else arg.expand(*lead, *arg.shape[-own_dims:])
+        return arg if is_shared else arg.expand(lead[0], *arg.shape)
     arg = arg.movedim(dim, 0)
+    if arg.dim() != own_dims + 1:
+        return arg
+    # Shared by the leading dimensions of an entry.
     own = arg.shape[-own_dims:]
-    if arg.dim() == own_dims + 1:  # shared by the leading dimensions of an entry
-        arg = arg.reshape(arg.shape[0], *[1] * (len(lead) - 1), *own)
-    return arg.expand(*lead, *own)
+    return arg.reshape(arg.shape[0], *[1] * (len(lead) - 1), *own).expand(*lead, *own)
 
 
 def _loop(

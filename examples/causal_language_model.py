@@ -157,6 +157,7 @@ def compare(steps: int, seed: int) -> list[dict[str, Any]]:
     cut = len(text) * 9 // 10
     rows = []
     for name, attention in MODELS.items():
+        print(f"{name} ...", flush=True)
         torch.manual_seed(seed)
         model = LanguageModel(characters, attention)
         seconds = train(model, text[:cut], steps, seed)
@@ -168,7 +169,7 @@ def compare(steps: int, seed: int) -> list[dict[str, Any]]:
                 "seconds": round(seconds, 1),
             }
         )
-        print("  ".join(f"{name}: {value}" for name, value in rows[-1].items()), flush=True)
+        print("   " + ", ".join(f"{value} {name}" for name, value in [*rows[-1].items()][1:]))
     return rows
 
 

@@ -93,8 +93,9 @@ OF_FEW_CANDIDATES = {
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_launch_is_there(version: str) -> None:
-    assert len(table(version)["rows"]) == table(version)["launches"]
+def test_every_kernel_is_there(version: str) -> None:
+    """A table may lack launches, and its summary in the documentation says how many it has."""
+    assert len(table(version)["rows"]) <= table(version)["launches"]
     kernels = set(aot_table.source_hashes()) - {"configs"}
     for arch in ARCHITECTURES:
         for dtype in DTYPES:
@@ -263,7 +264,8 @@ def test_launches_are_those_of_the_tables() -> None:
     for version in VERSIONS:
         rows = [(row["arch"], row["launch"], row["dtype"]) for row in table(version)["rows"]]
         assert len(rows) == len(set(rows))
-        assert set(rows) == now, version
+        assert set(rows) <= now, version
+        assert table(version)["launches"] == len(now), version
 
 
 @needs_compiler

@@ -581,6 +581,21 @@ def test_vmap_of_queries_with_the_same_restrictions(op: str, kind: str) -> None:
         assert torch.equal(result, right)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [("candidates", (2, 5)), ("self_indices", (2, N)), ("key_range", (2, N, 2))]
+)
+def test_vmap_refuses_what_an_entry_would_refuse(name: str, shape: tuple[int, ...]) -> None:
+    """Its leading dimension is not the mapped one, although both have the size 2."""
+    query, key, k = example("select", batch=())
+    wrong = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=rf"{name} must have shape"):
+        convnn.select(query, key, k, **{name: wrong})
+    with pytest.raises(RuntimeError, match=rf"{name} must have shape"):
+        torch.vmap(lambda query: convnn.select(query, key, k, **{name: wrong}))(
+            torch.stack([query, query])
+        )
+
+
 def test_vmap_nested(op: str) -> None:
     outer, inner = (0, *[None] * 4)[: len(example(op))], (1, 0, *[None] * 3)[: len(example(op))]
     args = mapped(mapped(example(op), inner, 2), outer, 3)
