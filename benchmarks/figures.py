@@ -7,7 +7,7 @@
 A document names a file of benchmarks/results and then the tables that it shows, in comments that
 Markdown does not render:
 
-    <!-- figures: cpu-2026-11-29.json -->
+    <!-- figures: cpu-2026-11-30.json -->
 
     <!-- table: layer (8, 1024, 64, 9) -->
     (this text is replaced)

@@ -164,7 +164,9 @@ def test_accesses_with_wrong_candidates_are_inside(
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize(("M", "k", "kernel"), [(19, 4, "exact_topk"), (200, 4, "sweep")])
+@pytest.mark.parametrize(
+    ("M", "k", "kernel"), [(19, 4, "select_network"), (40, 17, "exact_topk"), (200, 4, "sweep")]
+)
 def test_accesses_with_wrong_restrictions_are_inside(
     M: int, k: int, kernel: str, exclude_self: bool, accesses: Accesses
 ) -> None:
