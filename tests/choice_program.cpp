@@ -51,7 +51,8 @@ Kernels made_up(Rows rows) {
   Kernels set{};
   SelectKernel& kernel = set.select[int(DType::float32)];
   kernel.rows_per_task = kernel.columns_per_panel = 32;
-  kernel.packed_bytes = [](const SelectParams&, int64_t) -> size_t { return 0; };
+  kernel.screen_pays = [](const SelectParams&, int64_t) { return false; };
+  kernel.packed_bytes = [](const SelectParams&, int64_t, bool) -> size_t { return 0; };
   kernel.scratch_bytes = [](const SelectParams&) -> size_t { return 0; };
   kernel.pack = [](const SelectParams&, const SelectWork&, int64_t, int64_t, void*) {};
   kernel.rows = rows;

@@ -166,7 +166,10 @@ def test_the_backward_of_forward_has_its_candidates() -> None:
 @pytest.mark.parametrize(
     ("candidates", "message"),
     [
-        (torch.zeros(2, 3, dtype=torch.int64), r"candidates must have shape \[R\], got"),
+        (
+            torch.zeros(3, 3, dtype=torch.int64),
+            r"candidates must have shape \[R\] or \[2, R\], got",
+        ),
         (torch.zeros(3), "candidates must be int64, got float32"),
     ],
     ids=["shape", "dtype"],
