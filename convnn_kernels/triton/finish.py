@@ -400,21 +400,21 @@ def finish_kernel(
         norm_q = tl.load(p_query_norm + first + o_i)
     self_row = p_self
     if HAS_SELF:
-        self_row = tl.load(p_self + b.to(tl.int64) * as_int64(stride_self) + n + o_i)
+        self_row = tl.load(p_self + b * as_int64(stride_self) + n + o_i)
         has_self = (self_row >= 0) & (self_row < M)
         # Of an index that is out of range, the lower half may be a row.
         self_row = tl.where(has_self, self_row, -1)
     if INCLUDES_SELF:
         # The token itself is the first entry of its row.
         if p_range is not None:
-            p_r = p_range + (b.to(tl.int64) * as_int64(stride_range) + n + o_i) * 2
+            p_r = p_range + (b * as_int64(stride_range) + n + o_i) * 2
             has_self = has_self & (self_row >= tl.load(p_r)) & (self_row < tl.load(p_r + 1))
         if p_mask is not None:
             has_self = has_self & (tl.load(p_m + self_row, has_self, 0) != 0)
 
     p_c = p_columns
     if p_columns is not None:
-        p_c = p_columns + b.to(tl.int64) * as_int64(stride_columns)
+        p_c = p_columns + b * as_int64(stride_columns)
     o_l = tl.arange(0, LIST)[None, :]
     b_list, total, most = _keys(
         p_queues,
