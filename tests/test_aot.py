@@ -269,6 +269,31 @@ def test_launches_are_those_of_the_tables() -> None:
 
 
 @needs_compiler
+def test_a_run_for_one_kernel_counts_all_launches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tools import aot
+
+    launches = [
+        ({"kernel": name, "constants": {}}, 90, "float32")
+        for name in ("norms_kernel", "columns_kernel")
+    ]
+    monkeypatch.setattr(
+        aot, "jobs", lambda *call: [job for job in launches if call[3] in job[0]["kernel"]]
+    )
+    monkeypatch.setattr(aot, "compile_launch", lambda *_: {"error": "not compiled"})
+    monkeypatch.setattr(
+        aot.concurrent.futures, "ProcessPoolExecutor", aot.concurrent.futures.ThreadPoolExecutor
+    )
+    monkeypatch.setattr(aot_table, "RESULTS", tmp_path)
+    for arguments, rows in (["--only", "norms"], 1), ([], 2), (["--only", "norms"], 2):
+        monkeypatch.setattr("sys.argv", ["aot", "--write", *arguments])
+        aot.main()
+        (written,) = map(aot_table.read, tmp_path.glob("triton-*.json"))
+        assert (written["launches"], len(written["rows"])) == (2, rows)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("name", "option"),
     [("exact_topk", "maxnreg"), ("finish", "BLOCK_C"), ("query_side", "num_warps")],

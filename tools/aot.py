@@ -445,6 +445,12 @@ def _fingerprint(variant: Variant) -> str:
     return hashlib.sha256(json.dumps(variant, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def _row_key(job: tuple[Variant, int, str]) -> tuple[int, str, str]:
+    """Architecture, fingerprint and dtypes: by these, the tables know a launch."""
+    variant, arch, dtypes = job
+    return arch, _fingerprint(variant), dtypes
+
+
 def jobs(
     architectures: tuple[int, ...], dtypes: tuple[torch.dtype, ...], quick: bool, only: str
 ) -> list[tuple[Variant, int, str]]:
@@ -474,20 +480,23 @@ def main() -> int:
     todo = jobs(architectures, dtypes, options.quick, options.only)
     sources = aot_table.source_hashes()
     path = aot_table.RESULTS / f"triton-{triton.__version__}.json"
-    kept = aot_table.up_to_date(aot_table.read(path)) if options.write else []
-    if options.write and not options.only and not options.arch and not options.dtype:
-        wanted = {(arch, _fingerprint(variant), dtype) for variant, arch, dtype in todo}
+    kept, launches = [], len(todo)
+    if options.write:
+        # Also of a run for some kernels only, the table says how many launches there are in all.
+        wanted = {_row_key(job) for job in jobs(aot_table.ARCHITECTURES, DTYPES, False, "")}
+        launches = len(wanted)
+        kept = aot_table.up_to_date(aot_table.read(path))
         kept = [row for row in kept if (row["arch"], row["launch"], row["dtype"]) in wanted]
     have = {(row["arch"], row["launch"], row["dtype"]) for row in kept}
-    todo = [job for job in todo if (job[1], _fingerprint(job[0]), job[2]) not in have]
-    launches = len(kept) + len(todo)
+    todo = [job for job in todo if _row_key(job) not in have]
     # A run that is stopped early has seen every kernel once, for each architecture and dtype.
     count = collections.Counter((row["kernel"], row["arch"], row["dtype"]) for row in kept)
     order = {}
-    for variant, arch, dtype in todo:
-        count[variant["kernel"], arch, dtype] += 1
-        order[arch, _fingerprint(variant), dtype] = count[variant["kernel"], arch, dtype]
-    todo.sort(key=lambda job: order[job[1], _fingerprint(job[0]), job[2]])
+    for job in todo:
+        of_kernel = job[0]["kernel"], job[1], job[2]
+        count[of_kernel] += 1
+        order[_row_key(job)] = count[of_kernel]
+    todo.sort(key=lambda job: order[_row_key(job)])
 
     rows, wrong, began = [], 0, time.monotonic()
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
