@@ -41,3 +41,9 @@ def gradients(
 def by_key(s: Tensor, I: Tensor) -> Tensor:
     """Similarities in the order of the keys, of a selection that has every key."""
     return torch.empty_like(s).scatter(-1, I, s)
+
+
+def allowed_by(ranges: Tensor, M: int) -> Tensor:
+    """[..., N, M] bool: whether key j is in the range of query i, of ranges [..., N, 2]."""
+    j = torch.arange(M)
+    return (ranges[..., :1] <= j) & (j < ranges[..., 1:])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import Case
 from host_cuda_program import HostCuda
+from inputs import allowed_by
 from test_host_cuda import Selection, integers, normal, small_cases
 from torch import Tensor
 
@@ -56,12 +57,6 @@ def by_hand(
     I = I.masked_fill(missing, 0)
     s = s.gather(-1, I).masked_fill(missing, -math.inf)
     return s.to(F64 if query.dtype == F64 else F32), I
-
-
-def visible(ranges: Tensor, M: int) -> Tensor:
-    """[..., N, M]: whether a key is in the range of a query."""
-    rows = torch.arange(M)
-    return (rows >= ranges[..., :1]) & (rows < ranges[..., 1:])
 
 
 def equal(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
@@ -143,7 +138,7 @@ KINDS = ["causal", "window", "segments", "some empty", "all empty", "at the end"
 def test_ranges_are_masks(path: str, kind: str, order: str, device: HostCuda) -> None:
     query, key, k = numbers(path)
     ranges = ranges_of(kind, key.shape[-2])
-    allowed = visible(ranges, key.shape[-2]).expand(B, -1, -1)
+    allowed = allowed_by(ranges, key.shape[-2]).expand(B, -1, -1)
     result = device.select(query, key, k, metric="dot", order=order, key_range=ranges)
     assert equal(result, by_hand(query, key, k, allowed, order))
 
@@ -163,7 +158,7 @@ def test_ranges_of_candidates(path: str, listed: str, order: str, device: HostCu
     for ranges in (ranges_of("of each batch element", M), None):
         allowed = is_listed[..., None, :].expand(B, N, M)
         if ranges is not None:
-            allowed = allowed & visible(ranges, M)
+            allowed = allowed & allowed_by(ranges, M)
         options = {"metric": "dot", "order": order, "key_range": ranges}
         result = device.select(query, key, k, candidates, **options)
         assert equal(result, by_hand(query, key, k, allowed, order))
@@ -185,7 +180,7 @@ def test_the_token_itself(
     allowed = torch.ones(B, N, M, dtype=torch.bool)
     ranges = None if kind == "none" else ranges_of(kind, M)
     if ranges is not None:
-        allowed = allowed & visible(ranges, M)
+        allowed = allowed & allowed_by(ranges, M)
     if excluded:
         allowed = allowed.scatter(-1, own[..., None], False)
     result = device.select(
@@ -230,7 +225,7 @@ def test_ranges_out_of_range(path: str, device: HostCuda) -> None:
     )
     ranges = wrong[torch.arange(B * N).view(B, N) % len(wrong)]
     result = device.select(query, key, k, metric="dot", key_range=ranges)
-    allowed = visible(ranges, M)
+    allowed = allowed_by(ranges, M)
     assert equal(result, by_hand(query, key, k, allowed, "similarity"))
     rows = torch.tensor([-1, M, MOST, -MOST - 1])[torch.arange(B * N).view(B, N) % 4]
     for excluded in (False, True):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from inputs import allowed_by
 from torch import Tensor
 
 import convnn_kernels  # noqa: F401
@@ -42,12 +43,11 @@ def by_hand(
     query: Tensor, key: Tensor, k: int, key_range: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """select with a call for each query, whose range is a mask of keys."""
-    (B, N, _), M, rows = query.shape, key.shape[1], torch.arange(key.shape[1])
+    (B, N, _), M = query.shape, key.shape[1]
     self_indices = options.pop("self_indices", None)
     found = []
     for i in range(N):
-        begin, end = key_range[..., i, :].unbind(-1)
-        mask = (begin.unsqueeze(-1) <= rows) & (rows < end.unsqueeze(-1))
+        mask = allowed_by(key_range[..., i, :], M)
         of_self = {} if self_indices is None else {"self_indices": self_indices[..., i : i + 1]}
         one = query[:, i : i + 1]
         found.append(convnn.select(one, key, k, key_mask=mask.expand(B, M), **of_self, **options))

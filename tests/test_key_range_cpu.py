@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from cases import DTYPES, METRICS, SHORT
-from inputs import by_key, each_dtype, one_thread, randn
+from inputs import allowed_by, by_key, each_dtype, one_thread, randn
 from torch import Tensor
 
 import convnn_kernels  # noqa: F401, defines the operators
@@ -95,12 +95,6 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: o
         assert same.all(), (what, int((~same).sum()), (~same).nonzero()[0].tolist())
 
 
-def within(ranges: Tensor, M: int) -> Tensor:
-    """[..., N, M], where a range allows a key."""
-    j = torch.arange(M)
-    return (ranges[..., :1] <= j) & (j < ranges[..., 1:])
-
-
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", RANGES)
 def test_masking_by_hand(instruction_set: str, kind: str, size: str) -> None:
@@ -115,7 +109,7 @@ def test_masking_by_hand(instruction_set: str, kind: str, size: str) -> None:
         S = all_similarities(query, key, metric)
         for k in (1, 9, 50):
             found = ops.select(query, key, k, metric=metric, key_range=ranges)
-            assert_same(found, select_by_hand(S, within(ranges, M), k), k)
+            assert_same(found, select_by_hand(S, allowed_by(ranges, M), k), k)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -131,7 +125,7 @@ def test_keys_that_no_query_may_see(instruction_set: str, metric: str, size: str
                 ranges = torch.randint(begin, end + 1, (N, 2)).sort(dim=-1).values
                 ranges[0] = torch.tensor([begin, end])
                 found = ops.select(query, key, 9, metric=metric, key_range=ranges)
-                assert_same(found, select_by_hand(S, within(ranges, M), 9), (begin, end))
+                assert_same(found, select_by_hand(S, allowed_by(ranges, M), 9), (begin, end))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -150,7 +144,7 @@ def test_restrictions_of_each_batch_element(
     candidates = torch.rand(B, M).argsort(dim=-1)[:, : M * 4 // 5]
     mask = torch.rand(B, M) < 0.9
     is_candidate = torch.zeros(B, M, dtype=torch.bool).scatter(-1, candidates, True)
-    seen = within(ranges, M) & mask[:, None]
+    seen = allowed_by(ranges, M) & mask[:, None]
     with native.use_cpu_instruction_set(instruction_set):
         S = [all_similarities(query[b], key[b], "cosine") for b in range(B)]
         for order in ("similarity", "index"):
@@ -179,7 +173,7 @@ def test_nan_and_infinity(instruction_set: str, metric: str, size: str) -> None:
             S = all_similarities(query, key, metric)
             for k in (9, 60):
                 found = ops.select(query, key, k, metric=metric, key_range=ranges)
-                assert_same(found, select_by_hand(S, within(ranges, M), k), (kind, k))
+                assert_same(found, select_by_hand(S, allowed_by(ranges, M), k), (kind, k))
     outside = torch.tensor([[10, 60]]).expand(N, 2).contiguous()
     key[:10], key[60:] = torch.nan, torch.nan
     s, _ = ops.select(query, key, 9, metric=metric, key_range=outside)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import one_thread
+from inputs import allowed_by, one_thread
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, stack_module_state, vmap
@@ -48,12 +48,6 @@ def masked_attention(layer: ConvNNAttention, x: Tensor, key: Tensor, allowed: Te
     v = heads(key, layer.value_projection, layer.num_heads)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     return layer.output_projection(y.transpose(1, 2).flatten(2))
-
-
-def allowed_by(ranges: Tensor, M: int) -> Tensor:
-    """[..., N, M] bool, from [..., N, 2]."""
-    rows = torch.arange(M)
-    return (ranges[..., :1] <= rows) & (rows < ranges[..., 1:])
 
 
 # ConvNN1d and ConvNN2d

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, make_case
+from inputs import allowed_by
 from torch import Tensor
 
 import convnn_kernels
@@ -104,8 +105,7 @@ def by_hand(
 ) -> tuple[Tensor, Tensor]:
     """select for query [N, D] and key [M, D] with a batch element of each query, of which the range
     is a mask."""
-    rows = torch.arange(len(key))
-    mask = (rows >= key_range[:, :1]) & (rows < key_range[:, 1:])
+    mask = allowed_by(key_range, len(key))
     key = key.expand(len(query), *key.shape)
     s, I = ops.select(query[:, None], key, k, key_mask=mask, **options)
     return s[:, 0], I[:, 0]
