@@ -68,7 +68,8 @@ def check(
     Y, s, I = assert_forward(
         device.hopper_forward,
         *(query, key, value, k, weight, bias, candidates, None, key_mask),
-        *(metric, rho, scale, order, exact),
+        *(metric, rho, scale, order),
+        exact=exact,
         backward=False,
     )
     assert_equal_rows_by_index(key, s, I, key_mask, candidates)
@@ -388,7 +389,8 @@ def test_forward_without_kernels_for_hopper(case: str, kind: str, programs: Path
     assert_forward(
         device.hopper_forward,
         *(query, key, value, 3, weight, None, None, own, None),
-        *("dot", "softmax", 1.0, "similarity", True),
+        *("dot", "softmax", 1.0, "similarity"),
+        exact=True,
         backward=False,
     )
     launched = {kernel.name for kernel in device.close()}
