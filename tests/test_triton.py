@@ -6,7 +6,6 @@ They need a process of their own, started with ``TRITON_INTERPRET=1``: `make tes
 
 import dataclasses
 import math
-import os
 import subprocess
 import sys
 import weakref
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, make_case, whole_numbers
+from interpreter import in_interpreter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,15 +25,7 @@ from convnn_kernels.backends import selection
 from convnn_kernels.triton import backend, configs, hardware
 from python_ref import assert_aggregate, assert_forward, assert_select, select
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-    # What NumPy says of NaN and infinity within the interpreter.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = in_interpreter
 
 ops = torch.ops.convnn
 QUICK, ALL = 12, 320

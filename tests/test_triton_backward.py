@@ -5,12 +5,12 @@ It needs a process of its own, started with ``TRITON_INTERPRET=1``: `make test` 
 """
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from interpreter import in_interpreter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,15 +18,7 @@ import convnn_kernels
 from convnn_kernels.triton import backend, configs
 from python_ref import assert_aggregate, assert_forward, assert_select
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-    # What NumPy says of NaN and infinity within the interpreter.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = in_interpreter
 
 ops = torch.ops.convnn
 F32, F16 = torch.float32, torch.float16

@@ -5,27 +5,20 @@ kernel is checked, in Triton's interpreter.
 It needs a process of its own, started with ``TRITON_INTERPRET=1``, as those of test_triton.py.
 """
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interpreter import in_interpreter
 from torch import Tensor
 
 import convnn_kernels
 from convnn_kernels.triton import backend, configs
 from convnn_kernels.triton.launch import Launch, Pointers, forget_plans
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = in_interpreter
 
 
 def extent(X: Tensor) -> tuple[int, int]:

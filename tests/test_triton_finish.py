@@ -6,26 +6,18 @@ They need a process of their own, started with ``TRITON_INTERPRET=1``, as those 
 
 import dataclasses
 import math
-import os
 import re
 from typing import Any
 
 import pytest
 import torch
+from interpreter import in_interpreter
 from torch import Tensor
 
 from convnn_kernels.triton import backend, configs
 from python_ref import assert_forward, assert_select
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-    # What NumPy says of NaN and infinity within the interpreter.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = in_interpreter
 
 F32, F16 = torch.float32, torch.float16
 LIST = 32  # of a row with k <= 9

@@ -6,7 +6,6 @@ It needs a process of its own, started with ``TRITON_INTERPRET=1``, as those of 
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -16,22 +15,15 @@ import pytest
 import torch
 from cases import Case, make_case
 from inputs import allowed_by
+from interpreter import in_interpreter
 from torch import Tensor
 
 import convnn_kernels
-from convnn_kernels.triton import backend, configs
+from convnn_kernels.triton import configs
 from convnn_kernels.triton.launch import Launch, Pointers, forget_plans
 from python_ref import assert_forward, assert_select
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-    # What NumPy says of NaN and infinity within the interpreter.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = in_interpreter
 
 ops = torch.ops.convnn
 QUICK, ALL = 10, 200

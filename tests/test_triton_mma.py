@@ -5,25 +5,16 @@
 They need a process of their own, started with ``TRITON_INTERPRET=1``, as those of test_triton.py.
 """
 
-import os
 import re
 
 import numpy as np
-import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreter import in_interpreter
 from numpy.typing import NDArray
 
-from convnn_kernels.triton import backend
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-]
+pytestmark = in_interpreter
 
 Registers = dict[str, NDArray[np.float32]]
 _LANE = np.arange(32)

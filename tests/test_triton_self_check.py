@@ -3,24 +3,14 @@
 
 import itertools
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from interpreter import in_interpreter
 
-from convnn_kernels.triton import backend
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-    # What NumPy says of NaN and infinity within the interpreter.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = in_interpreter
 
 CPU = torch.device("cpu")
 

@@ -5,28 +5,20 @@ They need a process of their own, started with ``TRITON_INTERPRET=1``, as those 
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
 import torch
 from cases import whole_numbers
+from interpreter import in_interpreter
 from torch import Tensor
 
 import convnn_kernels
-from convnn_kernels.triton import backend, configs
+from convnn_kernels.triton import configs
 from python_ref import assert_forward, assert_select
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-    # What NumPy says of NaN and infinity within the interpreter.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = in_interpreter
 
 ops = torch.ops.convnn
 F16, F32 = torch.float16, torch.float32

@@ -3,25 +3,17 @@
 product of its rows, in the queue of its column; and what does not fit is listed."""
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from interpreter import in_interpreter
 from torch import Tensor
 
-from convnn_kernels.triton import backend, configs
+from convnn_kernels.triton import configs
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-    # What NumPy says of NaN and infinity within the interpreter.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = in_interpreter
 
 F32, F16 = torch.float32, torch.float16
 

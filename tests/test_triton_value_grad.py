@@ -5,12 +5,12 @@ It needs a process of its own, started with ``TRITON_INTERPRET=1``, as those of 
 """
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from interpreter import in_interpreter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,15 +20,7 @@ from convnn_kernels.triton import backend, configs
 from convnn_kernels.triton.launch import Plan, forget_plans
 from python_ref import assert_aggregate
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1" or backend.unavailable() is not None,
-        reason="needs TRITON_INTERPRET=1 and Triton",
-    ),
-    # What NumPy says of NaN and infinity within the interpreter.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = in_interpreter
 
 F32, F16 = torch.float32, torch.float16
 GRADIENTS = ("value", "similarities", "weight", "bias")

@@ -98,28 +98,30 @@ def _copy_to_cpu(old: nn.Module, draw: Draw) -> nn.Module:
 
 def _require_attention(twin: nn.Module, new: SelfAttentionAdapter, probes: list[Probe]) -> None:
     """Sees whether a layer is causal, and which options it takes or ignores."""
-    try:
-        for probe in probes:
-            _require_same(twin, new, probe)
-    except CannotReplaceError:
+    reason = _difference(twin, new, *probes)
+    if reason is not None:
         new.is_causal = True
-        try:
-            for probe in probes:
-                _require_same(twin, new, probe)
-        except CannotReplaceError:
+        if _difference(twin, new, *probes) is not None:
             new.is_causal = False
-        if not new.is_causal:
-            raise  # what keeps it from being attention to all tokens
+            raise reason  # what keeps it from being attention to all tokens
     positions = torch.tensor([[3, 1, 4, 0, 2]])
     for attribute, options in (
         ("reads_is_causal", {"is_causal": not new.is_causal}),
         ("ignores_positions", {"position_ids": positions}),
     ):
         setattr(new, attribute, True)
-        try:
-            _require_same(twin, new, probes[0]._replace(options=options))
-        except CannotReplaceError:
-            setattr(new, attribute, False)
+        difference = _difference(twin, new, probes[0]._replace(options=options))
+        setattr(new, attribute, difference is None)
+
+
+def _difference(twin: nn.Module, new: Adapted, *probes: Probe) -> CannotReplaceError | None:
+    """What tells the results of a layer from those of its adapter; None if nothing does."""
+    try:
+        for probe in probes:
+            _require_same(twin, new, probe)
+    except CannotReplaceError as reason:
+        return reason
+    return None
 
 
 def _require_same(twin: nn.Module, new: Adapted, probe: Probe) -> None:
@@ -138,10 +140,10 @@ def _masks(twin: nn.Module, new: SelfAttentionAdapter, probes: list[Probe]) -> t
     for probe in probes:
         if probe.mask is None:
             continue
-        try:
-            _require_same(twin, new, probe)
+        reason = _difference(twin, new, probe)
+        if reason is None:
             masks.append(probe.mask)
-        except CannotReplaceError as reason:
+        else:
             reasons.append(reason)
     if reasons and not masks:
         raise reasons[0]
@@ -164,9 +166,8 @@ def _require_no_other_dropout(twin: nn.Module, new: SelfAttentionAdapter, probe:
     if (dropout.p if isinstance(dropout, nn.Dropout) else dropout) > 0:
         return
     twin.training = True  # alone: its parts, such as a dropout of its output, are kept
-    try:
-        _require_same(twin, new, probe)
-    except CannotReplaceError as reason:
+    reason = _difference(twin, new, probe)
+    if reason is not None:
         raise CannotReplaceError(
             "in training, its result is not that of attention without dropout"
         ) from reason
