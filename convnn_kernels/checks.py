@@ -18,6 +18,10 @@ METRICS = ("cosine", "dot", "euclidean")
 ORDERS = ("similarity", "index")
 RHOS = ("softmax", "ones", "similarity")
 
+# What indexes elements, or bytes of what is made for each of them, stays within 64 bits. No machine
+# stores or searches as many.
+MOST_ELEMENTS = 2**56
+
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,6 +45,7 @@ def check_forward(op: str, arguments: Any) -> None:
         raise RuntimeError(
             f"{op}: value must have the {key.shape[-2]} rows of key, got shape {list(value.shape)}"
         )
+    _check_size(op, "value", value)
     _check_convolution(op, arguments, arguments.k)
 
 
@@ -79,6 +84,8 @@ def _check_query_and_key(op: str, query: Tensor, key: Tensor) -> None:
         raise RuntimeError(
             f"{op}: key must have the {columns} columns of query, got shape {list(key.shape)}"
         )
+    _check_size(op, "query", query)
+    _check_size(op, "key", key)
 
 
 def _check_restrictions(op: str, arguments: Any) -> None:
@@ -174,6 +181,8 @@ def check_aggregate(op: str, arguments: Any) -> None:
         similarities.shape[-1] >= 1,
         lambda: f"{op}: similarities must have at least one column (k >= 1), got shape {shape}",
     )
+    _check_size(op, "value", value)
+    _check_size(op, "similarities", similarities)
     _check_dtype(op, "indices", indices, torch.int64)
     _check_device(op, "indices", indices, "value", value)
     if list(indices.shape) != shape:
@@ -196,6 +205,7 @@ def _check_convolution(op: str, arguments: Any, k: int) -> None:
                 f"{op}: weight must have shape [O, {channels}, {k}] or [{channels}, 1, {k}], "
                 f"got shape {list(weight.shape)}"
             )
+        _check_size(op, "weight", weight)
     if bias is not None:
         _check_dtype(op, "bias", bias, value.dtype, " as value is")
         _check_device(op, "bias", bias, "value", value)
@@ -229,6 +239,21 @@ def check_neighbors(op: str, indices: Tensor, similarities: Tensor) -> None:
             f"{op}: similarities must have the shape {shape} of indices, "
             f"got shape {list(similarities.shape)}"
         )
+
+
+def check_storage(op: str, arguments: Any) -> None:
+    """Check that the storage of no tensor was freed or made too small."""
+    for name, X in zip(arguments._fields, arguments, strict=True):
+        if not isinstance(X, Tensor) or X.numel() == 0:
+            continue
+        last = sum((n - 1) * stride for n, stride in zip(X.shape, X.stride(), strict=True))
+        needed = (X.storage_offset() + last + 1) * X.element_size()
+        stored = X.untyped_storage().nbytes()
+        if stored < needed:
+            raise RuntimeError(
+                f"{op}: {name} must have a storage of at least {needed} bytes for its shape "
+                f"{list(X.shape)}, got one of {stored} bytes"
+            )
 
 
 def check_candidates(op: str, candidates: Tensor | None, rows: int) -> None:
@@ -321,6 +346,16 @@ def _check_floating(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _FLOATING:
         raise RuntimeError(
             f"{op}: {name} must be float64, float32, float16 or bfloat16, got {_name(tensor.dtype)}"
+        )
+
+
+def _check_size(op: str, name: str, tensor: Tensor) -> None:
+    # Symbolic sizes are checked at run time: here, they would get a guard.
+    sizes = [size for size in tensor.shape if type(size) is int]
+    if math.prod(max(size, 1) for size in sizes) > MOST_ELEMENTS:
+        raise RuntimeError(
+            f"{op}: {name} must have at most {MOST_ELEMENTS} elements, a size of 0 counted as 1, "
+            f"got shape {list(tensor.shape)}"
         )
 
 

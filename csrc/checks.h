@@ -105,9 +105,9 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
 inline int64_t rows_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 2); }
 inline int64_t columns_of(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
 inline int64_t batch_of(const Tensor& tensor) {
-  int64_t batch = 1;
-  for (int64_t i = 0; i < tensor.dim() - 2; ++i) batch *= tensor.size(i);
-  return batch;
+  uint64_t batch = 1;
+  for (int64_t i = 0; i < tensor.dim() - 2; ++i) batch *= uint64_t(tensor.size(i));
+  return int64_t(batch);
 }
 inline bool same_leading(const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; i < a.dim() - 2; ++i) {
@@ -192,6 +192,30 @@ inline void check_leading_as(const char* op, const char* name, const Tensor& ten
   if (tensor.dim() != other.dim() || !same_leading(tensor, other)) {
     fail(op, name, " must have the leading dimensions ", leading_of(other), " of ", other_name,
          ", got shape ", shape_of(tensor));
+  }
+}
+
+// What indexes elements, or bytes of what is made for each of them, stays within 64 bits. No
+// machine stores or searches as many.
+constexpr int64_t kMostElements = int64_t(1) << 56;
+
+inline void check_size(const char* op, const char* name, const Tensor& tensor) {
+  int64_t elements = 1;
+  for (const int64_t size : tensor.sizes()) {
+    const bool exceeds = __builtin_mul_overflow(elements, std::max<int64_t>(size, 1), &elements);
+    if (exceeds || elements > kMostElements) {
+      fail(op, name, " must have at most ", kMostElements,
+           " elements, a size of 0 counted as 1, got shape ", shape_of(tensor));
+    }
+  }
+}
+
+// Memory that shape and strides describe may have been freed, by resizing its storage.
+inline void check_storage(const char* op, const char* name, const Tensor& tensor) {
+  const int64_t needed = tensor.bytes_reached(), stored = needed ? tensor.bytes_stored() : 0;
+  if (stored < needed) {
+    fail(op, name, " must have a storage of at least ", needed, " bytes for its shape ",
+         shape_of(tensor), ", got one of ", stored, " bytes");
   }
 }
 
@@ -287,6 +311,8 @@ inline void check_select(const char* op, const Tensor& query, const Tensor& key,
     fail(op, "key must have the ", columns_of(query), " columns of query, got shape ",
          shape_of(key));
   }
+  check_size(op, "query", query);
+  check_size(op, "key", key);
   if (!metric_of(metric)) {
     fail(op, "metric must be 'cosine', 'dot' or 'euclidean', got '", metric, "'");
   }
@@ -316,6 +342,7 @@ inline Convolution check_convolution(const char* op, const Tensor& value, int64_
       fail(op, "weight must have shape [O, ", c, ", ", k, "] or [", c, ", 1, ", k, "], got shape ",
            shape_of(*weight));
     }
+    check_size(op, "weight", *weight);
   }
   if (bias) {
     check_dtype_as(op, "bias", *bias, "value", value);
@@ -342,6 +369,7 @@ inline void check_value_as(const char* op, const Tensor& value, const Tensor& qu
   if (rows_of(value) != rows_of(key)) {
     fail(op, "value must have the ", rows_of(key), " rows of key, got shape ", shape_of(value));
   }
+  check_size(op, "value", value);
 }
 
 inline void check_aggregate(const char* op, const Tensor& value, const Tensor& similarities,
@@ -364,6 +392,8 @@ inline void check_aggregate(const char* op, const Tensor& value, const Tensor& s
     fail(op, "similarities must have at least one column (k >= 1), got shape ",
          shape_of(similarities));
   }
+  check_size(op, "value", value);
+  check_size(op, "similarities", similarities);
   check_dtype(op, "indices", indices, ScalarType::Long);
   check_device_as(op, "indices", indices, "value", value);
   bool same = indices.dim() == similarities.dim();

@@ -61,7 +61,7 @@ struct SelectParams {
   const int64_t* key_range;  // [n, 2] or [batch, n, 2], or null: begin and end of the rows of key
                              // that may be neighbors of a query
   int64_t range_stride;      // 2 n, or 0
-  const bool* key_mask;      // [batch, m] or null: true = may be a neighbor
+  const uint8_t* key_mask;   // [batch, m] or null: a row whose byte is not 0 may be a neighbor
   void* similarities;        // [batch, n, k] float32, float64 for float64
   int64_t* indices;          // [batch, n, k]
 };

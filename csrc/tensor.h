@@ -7,15 +7,34 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "memory.h"
+
 namespace convnn {
 
 using torch::headeronly::ScalarType;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Of the dtypes that operators take; 1 for others.
+inline int64_t bytes_per_element(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
 
 class Tensor {
  public:
@@ -59,23 +78,32 @@ class Tensor {
   bool is_cpu() const { return device_type_ == aoti_torch_device_type_cpu(); }
   bool is_cuda() const { return device_type_ == aoti_torch_device_type_cuda(); }
 
+  // PyTorch makes no tensor of more than 2^63 elements.
   int64_t numel() const {
-    int64_t count = 1;
-    for (const int64_t size : sizes_) count *= size;
-    return count;
+    uint64_t count = 1;
+    for (const int64_t size : sizes_) count *= uint64_t(size);
+    return int64_t(count);
+  }
+
+  // The bytes of its storage up to its last element, and those that the storage has: fewer if that
+  // was resized.
+  int64_t bytes_reached() const {
+    if (numel() == 0) return 0;
+    int64_t last = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle_.get(), &last));
+    for (size_t i = 0; i < sizes_.size(); ++i) last += (sizes_[i] - 1) * strides_[i];
+    return (last + 1) * bytes_per_element(dtype_);
+  }
+  int64_t bytes_stored() const {
+    int64_t bytes = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle_.get(), &bytes));
+    return bytes;
   }
 
   bool is_contiguous() const {
     bool contiguous = false;
     TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle_.get(), &contiguous));
     return contiguous;
-  }
-  Tensor contiguous() const {
-    AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_.get(), &handle));
-    const auto result = torch::stable::contiguous(torch::stable::Tensor(handle));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &handle));
-    return Tensor(handle);
   }
   // Without the repetitions of expanded dimensions, whose size becomes 1, except the last: a view.
   Tensor distinct() const {
@@ -87,6 +115,9 @@ class Tensor {
     TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(handle_.get(), dim(), sizes.data(),
                                                           strides_.data(), 0, &view));
     return Tensor(view);
+  }
+  void copy_from(const Tensor& other) const {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(handle_.get(), other.handle_.get(), 0));
   }
   void fill_with_zeros() const { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(handle_.get())); }
 

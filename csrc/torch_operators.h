@@ -95,30 +95,86 @@ inline void check_schema(bool fits) {
   }
 }
 
+// Calls the implementation of an operator, whose name its errors of memory then begin with.
+template <class Function, class Arguments>
+auto call_named(const char* op, Function function, const Arguments& arguments) {
+  try {
+    return std::apply(function, arguments);
+  } catch (const OutOfMemory& error) {
+    fail(op, error.what());
+  } catch (const std::bad_alloc&) {
+    fail(op, "cannot allocate host memory");
+  }
+}
+
+inline constexpr char kForward[] = "forward", kForwardBackward[] = "forward_backward";
+inline constexpr char kSelect[] = "select", kSelectBackward[] = "select_backward";
+inline constexpr char kAggregate[] = "aggregate", kAggregateBackward[] = "aggregate_backward";
+
 // The boxed form of a function, like TORCH_BOX, for these argument types and results.
-template <auto function>
+template <const char* op, auto function>
 struct Boxed;
-template <class... Results, class... Arguments, std::tuple<Results...> (*function)(Arguments...)>
-struct Boxed<function> {
+template <const char* op, class... Results, class... Arguments,
+          std::tuple<Results...> (*function)(Arguments...)>
+struct Boxed<op, function> {
   static void call(StableIValue* stack, uint64_t arguments, uint64_t results) {
     check_schema(arguments == sizeof...(Arguments) && results == sizeof...(Results));
     const auto taken = Stack<std::tuple<std::decay_t<Arguments>...>>::get(stack);
-    std::tuple<Results...> made = std::apply(function, taken);
+    std::tuple<Results...> made = call_named(op, function, taken);
     Stack<std::tuple<Results...>>::put(stack, made);
   }
 };
 
+// A contiguous tensor on the device of `like`. torch::stable::new_empty looks the operator up by
+// name and goes through the dispatcher, which takes longer than the kernels of a small call.
+Tensor empty_as(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype,
+                const char* name) {
+  // Those of a tensor without elements do not matter, and may exceed 64 bits.
+  std::vector<int64_t> strides(shape.size(), 1);
+  bool is_exceeded = false;
+  for (size_t i = shape.size(); i-- > 1;) {
+    is_exceeded |=
+        __builtin_mul_overflow(strides[i], std::max<int64_t>(shape[i], 1), &strides[i - 1]);
+    if (is_exceeded) strides[i - 1] = 1;
+  }
+  size_t bytes = size_t(bytes_per_element(dtype));
+  for (const int64_t size : shape) bytes = bytes_of(bytes, size);
+  AtenTensorHandle empty = nullptr;
+  if (bytes > size_t(std::numeric_limits<int64_t>::max()) ||
+      aoti_torch_empty_strided(
+          int64_t(shape.size()), shape.data(), strides.data(),
+          torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+          like.device_type(), like.device_index(), &empty)) {
+    throw OutOfMemory(bytes, std::string(name) + " of shape " +
+                                 name_of(Shape(shape.data(), shape.size()), shape.size()));
+  }
+  return Tensor(empty);
+}
+// The same, of the shape of a tensor.
+Tensor empty_like(const Tensor& tensor, const char* name) {
+  const Shape sizes = tensor.sizes();
+  return empty_as(tensor, {sizes.begin(), sizes.end()}, tensor.scalar_type(), name);
+}
+
+Tensor contiguous_copy(const Tensor& tensor, const char* name) {
+  const std::string what_for = std::string("a copy of ") + name;
+  Tensor copy = empty_like(tensor, what_for.c_str());
+  copy.copy_from(tensor);
+  return copy;
+}
+
 // The elements of a tensor in row-major order, copied if necessary; null only for no tensor.
 class Contiguous {
  public:
-  explicit Contiguous(const Tensor& tensor) {
-    if (!tensor.is_contiguous()) copy_ = tensor.contiguous();
+  Contiguous(const char* op, const char* name, const Tensor& tensor) {
+    check_storage(op, name, tensor);
+    if (!tensor.is_contiguous()) copy_ = contiguous_copy(tensor, name);
     data_ = (copy_ ? *copy_ : tensor).const_data_ptr();
     static constexpr char kNoElements = 0;
     if (!data_) data_ = &kNoElements;  // an empty tensor has no memory
   }
-  explicit Contiguous(const OptionalTensor& tensor) {
-    if (tensor) *this = Contiguous(*tensor);
+  Contiguous(const char* op, const char* name, const OptionalTensor& tensor) {
+    if (tensor) *this = Contiguous(op, name, *tensor);
   }
   const void* data() const { return data_; }
   template <class T>
@@ -140,19 +196,21 @@ class Readable {
   static constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
   static constexpr int64_t kFew = 0;
 
-  Readable(const Tensor& tensor, bool reads_strides, int64_t reads = kAll) {
+  Readable(const char* op, const char* name, const Tensor& tensor, bool reads_strides,
+           int64_t reads = kAll) {
+    check_storage(op, name, tensor);
     const int64_t rows = rows_of(tensor), columns = columns_of(tensor);
     const bool are_adjacent = rows <= 1 || tensor.stride(tensor.dim() - 2) <= columns;
     if (tensor.is_contiguous()) {
       rows_ = dense_rows(tensor.const_data_ptr(), rows, columns);
     } else if (!reads_strides) {
-      copy_ = tensor.contiguous();
+      copy_ = contiguous_copy(tensor, name);
       rows_ = dense_rows(copy_->const_data_ptr(), rows, columns);
     } else if ((tensor.stride(tensor.dim() - 1) == 1 || columns <= 1) &&
                (are_adjacent || reads < rows)) {
       read_strides(tensor, tensor.sizes());
     } else {
-      copy_ = tensor.distinct().contiguous();
+      copy_ = contiguous_copy(tensor.distinct(), name);
       read_strides(*copy_, tensor.sizes());
     }
   }
@@ -181,7 +239,7 @@ class Readable {
       first = false;
     }
     if (single) return;
-    offsets_.resize(size_t(batch));
+    offsets_ = zeros<int64_t>(size_t(batch), "the places of batch elements");
     for (int64_t b = 0; b < batch; ++b) {
       int64_t rest = b;
       for (int64_t i = tensor.dim() - 2; i-- > 0; rest /= sizes[size_t(i)]) {
@@ -195,25 +253,6 @@ class Readable {
   std::vector<int64_t> offsets_;
   StridedRows rows_;
 };
-
-// A contiguous tensor on the device of `like`. torch::stable::new_empty looks the operator up by
-// name and goes through the dispatcher, which takes longer than the kernels of a small call.
-Tensor empty_as(const Tensor& like, const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) {
-    strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
-  }
-  AtenTensorHandle empty = nullptr;
-  const AOTITorchError error = aoti_torch_empty_strided(
-      int64_t(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), like.device_type(),
-      like.device_index(), &empty);
-  if (error) {
-    throw std::runtime_error("convnn: cannot allocate a tensor of shape " +
-                             name_of(Shape(shape.data(), shape.size()), shape.size()));
-  }
-  return Tensor(empty);
-}
 
 // The shape of `tensor` with its last two dimensions replaced.
 std::vector<int64_t> shape_with(const Tensor& tensor, int64_t rows, int64_t columns) {
@@ -229,10 +268,9 @@ int64_t pairs_of(const Tensor& similarities) {
   return rows_of(similarities) * columns_of(similarities);
 }
 
-Tensor empty_like_if(bool needed, const Tensor& tensor) {
-  if (!needed) return empty_as(tensor, {0}, tensor.scalar_type());
-  const Shape sizes = tensor.sizes();
-  return empty_as(tensor, std::vector<int64_t>(sizes.begin(), sizes.end()), tensor.scalar_type());
+// A gradient like `tensor`, or an empty one.
+Tensor new_grad(bool needed, const Tensor& tensor, const char* name) {
+  return needed ? empty_like(tensor, name) : empty_as(tensor, {0}, tensor.scalar_type(), name);
 }
 
 // Without pairs, all gradients are zero.
@@ -244,7 +282,8 @@ bool fill_without_pairs(const Tensor& similarities, const Gradients&... gradient
 }
 
 void check_distinct(const char* op, const int64_t* candidates, int64_t count) {
-  std::vector<int64_t> sorted(candidates, candidates + count);
+  std::vector<int64_t> sorted = zeros<int64_t>(size_t(count), "sorted candidates");
+  std::copy(candidates, candidates + count, sorted.begin());
   std::sort(sorted.begin(), sorted.end());
   const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
   if (twice != sorted.end()) {
@@ -304,28 +343,21 @@ class SelectInputs {
  public:
   SelectInputs(const char* op, const Tensor& query, const Tensor& key, int64_t k,
                const Restrictions& given, const std::string& metric, const std::string& order)
-      : candidates_(given.candidates),
-        self_(given.self_indices),
-        mask_(given.key_mask),
-        range_(given.key_range),
-        queries_(query, Backend::kReadsStrides, reads_of(query)),
-        keys_(key, Backend::kReadsStrides, reads_of(query)) {
-    const int64_t m = rows_of(key);
-    const int64_t r = given.candidates ? last_of(*given.candidates) : 0;
-    const int64_t columns = given.candidates ? r : m;
-    if (query.scalar_type() != ScalarType::Double &&
-        columns > std::numeric_limits<uint32_t>::max()) {
-      fail(op, "key must have at most ", std::numeric_limits<uint32_t>::max(),
-           " rows that may be neighbors, got ", columns);
-    }
-    if (Backend::kReadsIndices) check_values(op, given, m);
+      : candidates_(op, "candidates", given.candidates),
+        self_(op, "self_indices", given.self_indices),
+        mask_(op, "key_mask", given.key_mask),
+        range_(op, "key_range", given.key_range),
+        queries_(op, "query", query, Backend::kReadsStrides, reads_of(query)),
+        keys_(op, "key", key, Backend::kReadsStrides, reads_of(query)) {
+    check_columns(op, key, given);
+    if (Backend::kReadsIndices) check_values(op, given, rows_of(key));
     params_ = select_params(query, key, k, metric, order);
     params_.query = queries_.rows();
     params_.key = keys_.rows();
     set_restrictions(params_, given);
     params_.candidates = candidates_.data_as<int64_t>();
     params_.self_indices = self_.data_as<int64_t>();
-    params_.key_mask = mask_.data_as<bool>();
+    params_.key_mask = mask_.data_as<uint8_t>();
     params_.key_range = range_.data_as<int64_t>();
   }
 
@@ -338,6 +370,17 @@ class SelectInputs {
   }
 
  private:
+  // The rows of key that may be neighbors are counted in 32 bits, except in float64. Without
+  // columns they need no memory, and there may be more than can be searched.
+  static void check_columns(const char* op, const Tensor& key, const Restrictions& given) {
+    constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();
+    const int64_t columns = given.candidates ? last_of(*given.candidates) : rows_of(key);
+    const bool is_limited = key.scalar_type() != ScalarType::Double || columns_of(key) == 0;
+    if (is_limited && columns > kMost) {
+      fail(op, "key must have at most ", kMost, " rows that may be neighbors, got ", columns);
+    }
+  }
+
   void check_values(const char* op, const Restrictions& given, int64_t m) const {
     if (given.candidates) {
       const int64_t count = given.candidates->numel(), r = last_of(*given.candidates);
@@ -370,8 +413,9 @@ class SelectInputs {
 std::tuple<Tensor, Tensor> new_neighbors(const Tensor& query, int64_t k) {
   const bool is_float64 = query.scalar_type() == ScalarType::Double;
   const std::vector<int64_t> shape = shape_with(query, rows_of(query), k);
-  return {empty_as(query, shape, is_float64 ? ScalarType::Double : ScalarType::Float),
-          empty_as(query, shape, ScalarType::Long)};
+  const ScalarType dtype = is_float64 ? ScalarType::Double : ScalarType::Float;
+  return {empty_as(query, shape, dtype, "similarities"),
+          empty_as(query, shape, ScalarType::Long, "indices")};
 }
 
 // The parameters of aggregate except its pointers.
@@ -397,11 +441,11 @@ AggregateParams aggregate_params(const Tensor& value, const Tensor& similarities
 template <class Backend>
 class AggregateInputs {
  public:
-  AggregateInputs(const Tensor& value, const Tensor& similarities, const OptionalTensor& weight,
-                  const OptionalTensor& bias)
-      : values_(value, Backend::kReadsStrides, pairs_of(similarities)),
-        weights_(weight),
-        biases_(bias) {}
+  AggregateInputs(const char* op, const Tensor& value, const Tensor& similarities,
+                  const OptionalTensor& weight, const OptionalTensor& bias)
+      : values_(op, "value", value, Backend::kReadsStrides, pairs_of(similarities)),
+        weights_(op, "weight", weight),
+        biases_(op, "bias", bias) {}
 
   // `params`, which has no pointers yet, with these neighbors and this result.
   AggregateParams with(AggregateParams params, const void* similarities, const int64_t* indices,
@@ -421,14 +465,14 @@ class AggregateInputs {
 };
 
 Tensor new_output(const Tensor& value, int64_t rows, int64_t outputs) {
-  return empty_as(value, shape_with(value, rows, outputs), value.scalar_type());
+  return empty_as(value, shape_with(value, rows, outputs), value.scalar_type(), "output");
 }
 
 template <class Backend>
 std::tuple<Tensor, Tensor> checked_select(const Tensor& query, const Tensor& key, int64_t k,
                                           const Restrictions& restrictions,
                                           const std::string& metric, const std::string& order) {
-  const SelectInputs<Backend> inputs("select", query, key, k, restrictions, metric, order);
+  const SelectInputs<Backend> inputs(kSelect, query, key, k, restrictions, metric, order);
   auto [similarities, indices] = new_neighbors(query, k);
   Backend(query).select(inputs.with(similarities, indices));
   return {std::move(similarities), std::move(indices)};
@@ -442,7 +486,7 @@ std::tuple<Tensor, Tensor> select(const Tensor& query, const Tensor& key, int64_
                                   const std::string& order, const OptionalTensor& key_range,
                                   bool exclude_self) {
   const Restrictions restrictions = {candidates, self_indices, key_mask, key_range, exclude_self};
-  check_select("select", query, key, k, restrictions, metric, order);
+  check_select(kSelect, query, key, k, restrictions, metric, order);
   return checked_select<Backend>(query, key, k, restrictions, metric, order);
 }
 
@@ -450,16 +494,17 @@ template <class Backend>
 std::tuple<Tensor> aggregate(const Tensor& value, const Tensor& similarities, const Tensor& indices,
                              const OptionalTensor& weight, const OptionalTensor& bias,
                              const std::string& rho, double scale) {
-  constexpr const char* op = "aggregate";
+  constexpr const char* op = kAggregate;
   check_aggregate(op, value, similarities, indices);
   int64_t outputs = 0;
   const Convolution convolution =
       check_convolution(op, value, columns_of(similarities), weight, bias, rho, scale, outputs);
-  const Contiguous all_similarities(similarities), all_indices(indices);
+  const Contiguous all_similarities(op, "similarities", similarities);
+  const Contiguous all_indices(op, "indices", indices);
   if (Backend::kReadsIndices) {
     check_indices(op, all_indices, all_similarities, similarities, rows_of(value));
   }
-  const AggregateInputs<Backend> inputs(value, similarities, weight, bias);
+  const AggregateInputs<Backend> inputs(op, value, similarities, weight, bias);
   Tensor output = new_output(value, rows_of(similarities), outputs);
   Backend(value).aggregate(
       inputs.with(aggregate_params(value, similarities, convolution, outputs, rho, scale),
@@ -473,7 +518,7 @@ Convolution check_forward(const Tensor& query, const Tensor& key, const Tensor& 
                           const Restrictions& restrictions, const std::string& metric,
                           const std::string& rho, double scale, const std::string& order,
                           int64_t& outputs) {
-  constexpr const char* op = "forward";
+  constexpr const char* op = kForward;
   check_select(op, query, key, k, restrictions, metric, order);
   check_value_as(op, value, query, key);
   return check_convolution(op, value, k, weight, bias, rho, scale, outputs);
@@ -485,9 +530,9 @@ std::tuple<Tensor, Tensor, Tensor> checked_forward(
     const OptionalTensor& weight, const OptionalTensor& bias, const Restrictions& restrictions,
     const std::string& metric, const std::string& rho, double scale, const std::string& order,
     Convolution convolution, int64_t outputs) {
-  const SelectInputs<Backend> to_select("forward", query, key, k, restrictions, metric, order);
+  const SelectInputs<Backend> to_select(kForward, query, key, k, restrictions, metric, order);
   auto [similarities, indices] = new_neighbors(query, k);
-  const AggregateInputs<Backend> to_aggregate(value, similarities, weight, bias);
+  const AggregateInputs<Backend> to_aggregate(kForward, value, similarities, weight, bias);
   Tensor output = new_output(value, rows_of(query), outputs);
   const SelectParams found = to_select.with(similarities, indices);
   const AggregateParams params =
@@ -544,7 +589,7 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
                                            const Tensor& key, const Tensor& similarities,
                                            const Tensor& indices, const std::string& metric,
                                            bool need_query, bool need_key) {
-  constexpr const char* op = "select_backward";
+  constexpr const char* op = kSelectBackward;
   check_given(op, "similarities", similarities);
   const int64_t k = similarities.dim() >= 2 ? columns_of(similarities) : 1;
   check_select(op, query, key, k, Restrictions{}, metric, "similarity");
@@ -555,17 +600,18 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
   check_same(op, "grad_similarities", grad_similarities, shape, dtype);
   check_same(op, "indices", indices, shape, ScalarType::Long);
   const int64_t reads = pairs_of(similarities);
-  const Readable queries(query, Backend::kReadsStrides, reads);
-  const Readable keys(key, Backend::kReadsStrides, reads);
-  const Contiguous grads(grad_similarities);
-  const Contiguous all_similarities(similarities), all_indices(indices);
+  const Readable queries(op, "query", query, Backend::kReadsStrides, reads);
+  const Readable keys(op, "key", key, Backend::kReadsStrides, reads);
+  const Contiguous grads(op, "grad_similarities", grad_similarities);
+  const Contiguous all_similarities(op, "similarities", similarities);
+  const Contiguous all_indices(op, "indices", indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
   if (Backend::kReadsIndices) {
     check_indices(op, all_indices, all_similarities, similarities, rows_of(key));
   }
 
-  Tensor grad_query = empty_like_if(need_query, query);
-  Tensor grad_key = empty_like_if(need_key, key);
+  Tensor grad_query = new_grad(need_query, query, "grad_query");
+  Tensor grad_key = new_grad(need_key, key, "grad_key");
   if (fill_without_pairs(similarities, grad_query, grad_key)) {
     return {std::move(grad_query), std::move(grad_key)};
   }
@@ -586,16 +632,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
     const Tensor& grad_output, const Tensor& value, const Tensor& similarities,
     const Tensor& indices, const OptionalTensor& weight, bool has_bias, const std::string& rho,
     double scale, bool need_value, bool need_similarities, bool need_weight, bool need_bias) {
-  constexpr const char* op = "aggregate_backward";
+  constexpr const char* op = kAggregateBackward;
   check_aggregate(op, value, similarities, indices);
   int64_t outputs = 0;
   const Convolution convolution = check_convolution(op, value, columns_of(similarities), weight,
                                                     std::nullopt, rho, scale, outputs);
   check_same(op, "grad_output", grad_output, shape_with(value, rows_of(similarities), outputs),
              value.scalar_type());
-  const Readable values(value, Backend::kReadsStrides, pairs_of(similarities));
-  const Contiguous grads(grad_output), weights(weight);
-  const Contiguous all_similarities(similarities), all_indices(indices);
+  const Readable values(op, "value", value, Backend::kReadsStrides, pairs_of(similarities));
+  const Contiguous grads(op, "grad_output", grad_output), weights(op, "weight", weight);
+  const Contiguous all_similarities(op, "similarities", similarities);
+  const Contiguous all_indices(op, "indices", indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
   if (Backend::kReadsIndices) {
     check_indices(op, all_indices, all_similarities, similarities, rows_of(value));
@@ -603,10 +650,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
 
   need_weight = need_weight && weight;
   need_bias = need_bias && has_bias;
-  Tensor grad_value = empty_like_if(need_value, value);
-  Tensor grad_similarities = empty_like_if(need_similarities, similarities);
-  Tensor grad_weight = empty_like_if(need_weight, weight ? *weight : value);
-  Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type());
+  Tensor grad_value = new_grad(need_value, value, "grad_value");
+  Tensor grad_similarities = new_grad(need_similarities, similarities, "grad_similarities");
+  Tensor grad_weight = new_grad(need_weight, weight ? *weight : value, "grad_weight");
+  Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type(), "grad_bias");
   if (fill_without_pairs(similarities, grad_value, grad_similarities, grad_weight, grad_bias)) {
     return {std::move(grad_value), std::move(grad_similarities), std::move(grad_weight),
             std::move(grad_bias)};
@@ -659,18 +706,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
     const Tensor& similarities, const Tensor& indices, bool has_bias, const std::string& metric,
     const std::string& rho, double scale, bool need_query, bool need_key, bool need_value,
     bool need_weight, bool need_bias, const OptionalTensor& candidates) {
-  constexpr const char* op = "forward_backward";
+  constexpr const char* op = kForwardBackward;
   int64_t outputs = 0;
   const Convolution convolution =
       check_forward_backward(op, grad_output, grad_similarities, query, key, value, weight,
                              similarities, indices, candidates, metric, rho, scale, outputs);
-  const Contiguous output_grads(grad_output), similarity_grads(grad_similarities);
+  const Contiguous output_grads(op, "grad_output", grad_output);
+  const Contiguous similarity_grads(op, "grad_similarities", grad_similarities);
   const int64_t reads = pairs_of(similarities);
-  const Readable queries(query, Backend::kReadsStrides, reads);
-  const Readable keys(key, Backend::kReadsStrides, reads);
-  const Readable values(value, Backend::kReadsStrides, reads);
-  const Contiguous weights(weight);
-  const Contiguous all_similarities(similarities), all_indices(indices);
+  const Readable queries(op, "query", query, Backend::kReadsStrides, reads);
+  const Readable keys(op, "key", key, Backend::kReadsStrides, reads);
+  const Readable values(op, "value", value, Backend::kReadsStrides, reads);
+  const Contiguous weights(op, "weight", weight);
+  if (candidates) check_storage(op, "candidates", *candidates);
+  const Contiguous all_similarities(op, "similarities", similarities);
+  const Contiguous all_indices(op, "indices", indices);
   const int64_t* rows = all_indices.data_as<int64_t>();
   if (Backend::kReadsIndices) {
     check_indices(op, all_indices, all_similarities, similarities, rows_of(key));
@@ -678,11 +728,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
 
   need_weight = need_weight && weight;
   need_bias = need_bias && has_bias;
-  Tensor grad_query = empty_like_if(need_query, query);
-  Tensor grad_key = empty_like_if(need_key, key);
-  Tensor grad_value = empty_like_if(need_value, value);
-  Tensor grad_weight = empty_like_if(need_weight, weight ? *weight : value);
-  Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type());
+  Tensor grad_query = new_grad(need_query, query, "grad_query");
+  Tensor grad_key = new_grad(need_key, key, "grad_key");
+  Tensor grad_value = new_grad(need_value, value, "grad_value");
+  Tensor grad_weight = new_grad(need_weight, weight ? *weight : value, "grad_weight");
+  Tensor grad_bias = empty_as(value, {need_bias ? outputs : 0}, value.scalar_type(), "grad_bias");
   if (fill_without_pairs(similarities, grad_query, grad_key, grad_value, grad_weight, grad_bias)) {
     return {std::move(grad_query), std::move(grad_key), std::move(grad_value),
             std::move(grad_weight), std::move(grad_bias)};
@@ -726,12 +776,12 @@ void define(Library& library) {
 // Registers all operators of one library and dispatch key.
 template <class Backend, class Library>
 void implement(Library& library) {
-  library.impl("select", &Boxed<&select<Backend>>::call);
-  library.impl("select_backward", &Boxed<&select_backward<Backend>>::call);
-  library.impl("aggregate", &Boxed<&aggregate<Backend>>::call);
-  library.impl("aggregate_backward", &Boxed<&aggregate_backward<Backend>>::call);
-  library.impl("forward", &Boxed<&forward<Backend>>::call);
-  library.impl("forward_backward", &Boxed<&forward_backward<Backend>>::call);
+  library.impl(kSelect, &Boxed<kSelect, &select<Backend>>::call);
+  library.impl(kSelectBackward, &Boxed<kSelectBackward, &select_backward<Backend>>::call);
+  library.impl(kAggregate, &Boxed<kAggregate, &aggregate<Backend>>::call);
+  library.impl(kAggregateBackward, &Boxed<kAggregateBackward, &aggregate_backward<Backend>>::call);
+  library.impl(kForward, &Boxed<kForward, &forward<Backend>>::call);
+  library.impl(kForwardBackward, &Boxed<kForwardBackward, &forward_backward<Backend>>::call);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from inputs import with_any_bytes
 from torch import Tensor
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -490,4 +491,6 @@ def _empty_like(tensor: Tensor | None, needed: bool) -> Tensor | None:
 
 def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().clone(memory_format=torch.contiguous_format).flatten()
+    if flat.dtype == torch.bool:
+        flat = with_any_bytes(flat)
     return flat.view(torch.uint8).numpy().tobytes()

@@ -47,3 +47,11 @@ def allowed_by(ranges: Tensor, M: int) -> Tensor:
     """[..., N, M] bool: whether key j is in the range of query i, of ranges [..., N, 2]."""
     j = torch.arange(M)
     return (ranges[..., :1] <= j) & (j < ranges[..., 1:])
+
+
+def with_any_bytes(mask: Tensor) -> Tensor:
+    """The same mask, True in bytes of 1, 2, 128 and 255, as a mask of another program may be."""
+    of_true = torch.tensor([1, 2, 128, 255], dtype=torch.uint8).repeat(mask.numel() // 4 + 1)
+    return (mask.contiguous().view(torch.uint8) * of_true[: mask.numel()].view(mask.shape)).view(
+        torch.bool
+    )

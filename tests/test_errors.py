@@ -107,6 +107,7 @@ def flags(*shape: int) -> Tensor:
 
 
 FLOATING = "float64, float32, float16 or bfloat16"
+FEW = "at most 72057594037927936 elements, a size of 0 counted as 1"
 
 
 def select_cases(op: str) -> list[Case]:
@@ -146,6 +147,20 @@ def select_cases(op: str) -> list[Case]:
         ),
         case("key must have the 4 columns of query, got shape [2, 8, 3]", key=floats(2, 8, 3)),
         case("key must have the 4 columns of query, got shape [2, 8, 1]", key=floats(2, 8, 1)),
+        case(
+            f"query must have {FEW}, got shape [2, {2**60}, 0]",
+            query=floats(2, 2**60, 0),
+            key=floats(2, 8, 0),
+        ),
+        case(
+            f"key must have {FEW}, got shape [2, {2**60}, 0]",
+            query=floats(2, 6, 0),
+            key=floats(2, 2**60, 0),
+        ),
+        case(
+            f"key must have {FEW}, got shape [2, {2**54}, 4]",
+            key=floats(1).expand(2, 2**54, 4),
+        ),
         case("metric must be 'cosine', 'dot' or 'euclidean', got 'l2'", metric="l2"),
         case("metric must be 'cosine', 'dot' or 'euclidean', got 'Cosine'", metric="Cosine"),
         case("metric must be 'cosine', 'dot' or 'euclidean', got ''", metric=""),
@@ -277,6 +292,11 @@ def convolution_cases(op: str) -> list[Case]:
             "weight must have shape [O, 5, 3] or [5, 1, 3], got shape [7, 5, 3, 1]",
             weight=floats(7, 5, 3, 1),
         ),
+        case(
+            f"weight must have {FEW}, got shape [{2**60}, 0, 3]",
+            value=floats(2, 8, 0),
+            weight=floats(2**60, 0, 3),
+        ),
         case("bias must be float32 as value is, got float64", bias=to(torch.float64)),
         case("bias must be on {device} as value is, got {other}", bias=elsewhere),
         case("bias must have shape [7], got shape [5]", bias=floats(5)),
@@ -312,6 +332,10 @@ def forward_cases() -> list[Case]:
             value=floats(8, 5),
         ),
         case("value must have the 8 rows of key, got shape [2, 6, 5]", value=floats(2, 6, 5)),
+        case(
+            f"value must have {FEW}, got shape [2, 8, {2**54}]",
+            value=floats(1).expand(2, 8, 2**54),
+        ),
     ]
 
 
@@ -337,6 +361,11 @@ def aggregate_cases() -> list[Case]:
             "similarities must have at least one column (k >= 1), got shape [2, 6, 0]",
             similarities=floats(2, 6, 0),
             indices=ints(2, 6, 0),
+        ),
+        case(f"value must have {FEW}, got shape [2, {2**60}, 0]", value=floats(2, 2**60, 0)),
+        case(
+            f"similarities must have {FEW}, got shape [2, 6, {2**54}]",
+            similarities=floats(1).expand(2, 6, 2**54),
         ),
         case("indices must be int64, got int32", indices=to(torch.int32)),
         case("indices must be on {device} as value is, got {other}", indices=elsewhere),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, make_case
-from inputs import allowed_by
+from inputs import allowed_by, with_any_bytes
 from interpreter import in_interpreter
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def by_hand(
 ) -> tuple[Tensor, Tensor]:
     """select for query [N, D] and key [M, D] with a batch element of each query, of which the range
     is a mask."""
-    mask = allowed_by(key_range, len(key))
+    mask = with_any_bytes(allowed_by(key_range, len(key)))
     key = key.expand(len(query), *key.shape)
     s, I = ops.select(query[:, None], key, k, key_mask=mask, **options)
     return s[:, 0], I[:, 0]

@@ -195,6 +195,10 @@ def _run(name: str, arguments: Any) -> Any:
             if len(_checked) >= _MOST_CHECKED:
                 _checked.clear()
             _checked[key] = device_and_backend
+    for X in arguments:
+        # Not among what is checked once: memory may be freed at any time.
+        if isinstance(X, Tensor) and not X.data_ptr() and X.numel():
+            checks.check_storage(name, arguments)
     device, chosen = device_and_backend
     if device.type == "cpu" or os.environ.get("CONVNN_CHECK_INDICES", "0") == "1":
         _check_values(name, arguments)

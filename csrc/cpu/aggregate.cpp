@@ -8,7 +8,7 @@ namespace convnn::cpu {
 void aggregate(const AggregateParams& p, ParallelFor parallel_for) {
   if (p.batch == 0 || p.n == 0) return;
   const AggregateKernel& kernel = kernels().aggregate[int(p.dtype)];
-  const Workspace weight(kernel.packed_weight_bytes(p));
+  const Workspace weight(kernel.packed_weight_bytes(p), "the packed weight");
   const int64_t pack_tasks = kernel.pack_tasks(p);
   const double outputs = p.convolution == Convolution::dense ? double(p.o) : 1.0;
   run(parallel_for, pack_tasks, outputs * double(p.c * p.k) / double(pack_tasks),

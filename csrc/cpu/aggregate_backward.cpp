@@ -8,7 +8,12 @@ namespace convnn::cpu {
 namespace {
 
 bool is_dense(const AggregateBackwardParams& p) {
-  return p.forward.convolution == Convolution::dense;
+  return p.forward.convolution == Convolution::dense && p.forward.c > 0;
+}
+// Without channels, nothing but the bias is convolved.
+AggregateBackwardParams simplified(AggregateBackwardParams p) {
+  if (p.forward.c == 0) p.forward.convolution = Convolution::none;
+  return p;
 }
 bool needs_grad_rho(const AggregateBackwardParams& p) {
   return p.grad_similarities && p.forward.rho != Rho::ones;
@@ -17,7 +22,7 @@ bool needs_grad_rho(const AggregateBackwardParams& p) {
 bool needs_weight(const AggregateBackwardParams& p) { return p.grad_value || needs_grad_rho(p); }
 
 size_t rho_bytes(const AggregateBackwardParams& p) {
-  return size_t(p.forward.batch * p.forward.n * p.forward.k) * sizeof(double);
+  return bytes_of(p.forward.batch, p.forward.n, p.forward.k, sizeof(double));
 }
 
 // One call: what its passes read and what they share.
@@ -30,9 +35,10 @@ class Call {
         inverse_(inverse),
         parallel_for_(parallel_for),
         scratch_bytes_(kernel_.scratch_bytes(p_)),
-        weight_(needs_weight(p_) ? kernel_.packed_weight_bytes(p_) : 0),
+        weight_(needs_weight(p_) ? kernel_.packed_weight_bytes(p_) : 0, "the packed weight"),
         rho_(p_.grad_value || p_.grad_weight || (is_dense(p_) && needs_weight(p_)) ? rho_bytes(p_)
-                                                                                   : 0) {
+                                                                                   : 0,
+             "rho of each pair") {
     if (needs_weight(p_)) pack_weight();
   }
 
@@ -78,9 +84,11 @@ class Call {
   // grad_value and grad_similarities of a dense convolution.
   void dense_pairs() const {
     const int64_t tasks = kernel_.pair_tasks(p_);
-    const Workspace grad_rho_workspace(needs_grad_rho(p_) ? rho_bytes(p_) : 0);
+    const Workspace grad_rho_workspace(needs_grad_rho(p_) ? rho_bytes(p_) : 0,
+                                       "the gradient of rho");
     const Workspace cuts_workspace(
-        p_.grad_value ? size_t(f_.batch * tasks * 2 * f_.c) * sizeof(double) : 0);
+        p_.grad_value ? bytes_of(f_.batch, tasks, 2, f_.c, sizeof(double)) : 0,
+        "partial sums of grad_value");
     double* const grad_rho = grad_rho_workspace.as<double>();
     double* const cuts = cuts_workspace.as<double>();
     run(parallel_for_, f_.batch * tasks, double(f_.n * f_.k) / double(tasks) * double(f_.c * f_.o),
@@ -101,7 +109,8 @@ class Call {
   void weight_gradient() const {
     const int64_t parts = kernel_.weight_parts(p_), outputs = is_dense(p_) ? f_.o : 1;
     const int64_t elements = outputs * f_.c;
-    const Workspace sums_workspace(size_t(parts * f_.k * elements) * sizeof(double));
+    const Workspace sums_workspace(bytes_of(parts, f_.k, elements, sizeof(double)),
+                                   "partial sums of grad_weight");
     double* const sums = sums_workspace.as<double>();
     run(parallel_for_, kernel_.weight_tasks(p_),
         double(f_.batch * f_.n) / double(parts) * double(outputs) * 64, scratch_bytes_,
@@ -132,8 +141,9 @@ bool needs_inverse_list(const AggregateBackwardParams& p) {
   return p.grad_value || (is_dense(p) && needs_weight(p));
 }
 
-void aggregate_backward(const AggregateBackwardParams& p, const InverseList& inverse,
+void aggregate_backward(const AggregateBackwardParams& params, const InverseList& inverse,
                         ParallelFor parallel_for) {
+  const AggregateBackwardParams p = simplified(params);
   Call(p, inverse, parallel_for).run_passes();
 }
 

@@ -27,8 +27,8 @@ void forward_backward(const ForwardBackwardParams& params, ParallelFor parallel_
   const int64_t similarities = f.batch * f.n * f.k;
   // The output does not depend on the similarities if rho is ones.
   const bool through_output = needs_select && f.rho != Rho::ones;
-  const size_t bytes = size_t(similarities) * (is_float64 ? sizeof(double) : sizeof(float));
-  const Workspace grad_similarities(through_output ? bytes : 0);
+  const size_t bytes = bytes_of(similarities, is_float64 ? sizeof(double) : sizeof(float));
+  const Workspace grad_similarities(through_output ? bytes : 0, "grad_similarities");
   aggregate.grad_similarities = grad_similarities.get();
 
   OwnedInverseList inverse;

@@ -45,8 +45,9 @@ void invert_element(const NeighborList& list, int64_t b, int64_t* offsets, int64
 
 OwnedInverseList invert(const NeighborList& list, ParallelFor parallel_for) {
   const int64_t pair_count = list.n * list.k;
-  OwnedInverseList inverse = {Workspace(size_t(list.batch * (list.m + 1)) * sizeof(int64_t)),
-                              Workspace(size_t(list.batch * pair_count) * sizeof(int64_t))};
+  constexpr const char* kFor = "the queries that each key is a neighbor of";
+  OwnedInverseList inverse = {Workspace(bytes_of(list.batch, list.m + 1, sizeof(int64_t)), kFor),
+                              Workspace(bytes_of(list.batch, pair_count, sizeof(int64_t)), kFor)};
   int64_t* offsets = inverse.offsets.as<int64_t>();
   int64_t* pairs = inverse.pairs.as<int64_t>();
   run(parallel_for, list.batch, double(pair_count), [&](int64_t begin, int64_t end) {

@@ -20,7 +20,7 @@ KeyRanges::KeyRanges(const SelectParams& p, int64_t rows_per_block, ParallelFor 
     : queries_(p.n), blocks_per_batch_(ceil_div(p.n, rows_per_block)) {
   if (!p.key_range) return;
   const int64_t batches = p.range_stride ? p.batch : 1;
-  blocks_.resize(size_t(batches * blocks_per_batch_));
+  blocks_ = zeros<Block>(size_t(batches * blocks_per_batch_), "the ranges of blocks of queries");
   run(parallel_for, batches * blocks_per_batch_, double(rows_per_block),
       [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
@@ -34,7 +34,7 @@ KeyRanges::KeyRanges(const SelectParams& p, int64_t rows_per_block, ParallelFor 
           blocks_[size_t(task)] = block;
         }
       });
-  seen_.resize(size_t(batches));
+  seen_ = zeros<Rows>(size_t(batches), "the ranges of batch elements");
   for (size_t i = 0; i < blocks_.size(); ++i) {
     const Rows& rows = blocks_[i].seen;
     include(seen_[i / size_t(blocks_per_batch_)], rows.begin, rows.end);

@@ -24,7 +24,7 @@ void run(ParallelFor parallel_for, int64_t tasks, double work_per_task, size_t s
          const Pass& pass) {
   constexpr int64_t kMinimumWork = 1 << 15;
   const auto run_range = [&](int64_t begin, int64_t end) {
-    const Workspace scratch(scratch_bytes);
+    const Workspace scratch(scratch_bytes, "the scratch memory of a thread");
     pass(begin, end, scratch.get());
   };
   const int64_t grain = std::max<int64_t>(1, int64_t(kMinimumWork / std::max(1.0, work_per_task)));
@@ -52,7 +52,8 @@ template <class Pass>
 void run(ParallelFor parallel_for, const std::vector<double>& costs, size_t scratch_bytes,
          const Pass& pass) {
   const int64_t tasks = int64_t(costs.size());
-  std::vector<double> before(costs.size());  // the cost of all tasks before each
+  // The cost of all tasks before each.
+  std::vector<double> before = zeros<double>(costs.size(), "the costs of tasks");
   double total = 0;
   for (size_t task = 0; task < costs.size(); ++task) {
     before[task] = total;

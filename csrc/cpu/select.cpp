@@ -22,7 +22,7 @@ constexpr int64_t kColumnsPerRow = 256;
 // sorted_candidates: those of the whole batch, empty if each batch element has its own.
 int64_t list_columns(const SelectParams& p, const std::vector<int64_t>& sorted_candidates,
                      const KeyRanges& ranges, int64_t batch, int64_t* columns) {
-  const bool* mask = p.key_mask ? p.key_mask + batch * p.m : nullptr;
+  const uint8_t* mask = p.key_mask ? p.key_mask + batch * p.m : nullptr;
   const KeyRanges::Rows seen = ranges.exist() ? ranges.seen(batch) : KeyRanges::Rows{0, p.m};
   int64_t count = 0;
   const auto add = [&](int64_t row) {
@@ -68,7 +68,7 @@ void select_batches(const SelectParams& p, const SelectKernel& kernel, const Sel
         double(p.d) * double(work.max_columns) * double(kernel.rows_per_task), scratch_bytes, rows);
     return;
   }
-  std::vector<double> costs(size_t(count * blocks));
+  std::vector<double> costs = zeros<double>(size_t(count * blocks), "the costs of tasks");
   for (int64_t task = 0; task < count * blocks; ++task) {
     const int64_t pairs = ranges.pairs(work.first_batch + task / blocks, task % blocks);
     const int64_t others = kernel.rows_per_task * kColumnsPerRow;
@@ -83,8 +83,8 @@ void select_few(const SelectParams& p, const FewQueriesKernel& kernel, const Sel
                 int64_t columns, int64_t count, ParallelFor parallel_for) {
   const int64_t ranges = kernel.ranges(p, columns);
   const int64_t entries = ranges > 1 ? count * p.n * ranges : 0;
-  const Workspace ranks(size_t(entries) * kernel.found_bytes(p));
-  const Workspace counts(size_t(entries) * sizeof(int64_t));
+  const Workspace ranks(bytes_of(entries, kernel.found_bytes(p)), "the neighbors in each range");
+  const Workspace counts(bytes_of(entries, sizeof(int64_t)), "the neighbors in each range");
   const FoundInRanges found = {ranges, ranks.get(), counts.as<int64_t>()};
   const size_t scratch_bytes = kernel.scratch_bytes(p);
   const auto search = [&](int64_t begin, int64_t end, void* scratch) {
@@ -94,7 +94,7 @@ void select_few(const SelectParams& p, const FewQueriesKernel& kernel, const Sel
     run(parallel_for, count * ranges, double(p.n * p.d) * double(columns / ranges), scratch_bytes,
         search);
   } else {
-    std::vector<double> costs(size_t(count * ranges));
+    std::vector<double> costs = zeros<double>(size_t(count * ranges), "the costs of tasks");
     for (int64_t task = 0; task < count * ranges; ++task) {
       const int64_t* seen = work.seen + task / ranges * 2;
       costs[size_t(task)] = double(p.n * (p.d + 1)) * double((seen[1] - seen[0]) / ranges + 1);
@@ -143,11 +143,11 @@ class Folded {
       params_.key.offsets = key_offsets_.data();
     }
     if (p.key_mask) {
-      key_mask_ = Workspace(size_t(params_.batch * p.m));
+      key_mask_ = Workspace(bytes_of(params_.batch, p.m), "key_mask");
       for (int64_t b = 0; b < params_.batch; ++b) {
-        std::memcpy(key_mask_.as<bool>() + b * p.m, p.key_mask + b * shared * p.m, size_t(p.m));
+        std::memcpy(key_mask_.as<uint8_t>() + b * p.m, p.key_mask + b * shared * p.m, size_t(p.m));
       }
-      params_.key_mask = key_mask_.as<bool>();
+      params_.key_mask = key_mask_.as<uint8_t>();
     }
     params_.candidates_stride *= shared;
     params_.self_indices =
@@ -165,7 +165,7 @@ class Folded {
       return;
     }
     const size_t size = element_size(p.dtype), bytes = size_t(p.d) * size;
-    queries_ = Workspace(size_t(p.batch * p.n) * bytes);
+    queries_ = Workspace(bytes_of(p.batch * p.n, bytes), "a copy of query");
     char* to = queries_.as<char>();
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t row = 0; row < p.n; ++row, to += bytes) {
@@ -198,7 +198,8 @@ void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
   const FewQueriesKernel& few_kernel = kernels().select_few[int(p.dtype)];
   const KeyRanges ranges(p, kernel.rows_per_task, parallel_for);
   const bool shared = p.candidates && !p.candidates_stride;
-  std::vector<int64_t> candidates(p.candidates, p.candidates + (shared ? p.r : 0));
+  std::vector<int64_t> candidates = zeros<int64_t>(size_t(shared ? p.r : 0), "sorted candidates");
+  std::copy(p.candidates, p.candidates + candidates.size(), candidates.begin());
   std::sort(candidates.begin(), candidates.end());
 
   const int64_t columns = p.candidates ? p.r : p.m;
@@ -209,14 +210,17 @@ void select_unfolded(const SelectParams& p, ParallelFor parallel_for) {
       kernel.screen_pays(p, ranges.exist() ? columns_in(p, ranges.average()) : columns);
   // The workspace of a batch element.
   const size_t packed_bytes = few ? 0 : kernel.packed_bytes(p, columns, screened);
-  const size_t bytes = packed_bytes + (listed ? size_t(columns) * sizeof(int64_t) : 0);
+  const size_t bytes = packed_bytes + (listed ? bytes_of(columns, sizeof(int64_t)) : 0);
   const int64_t batches =
       std::clamp<int64_t>(int64_t(kPackedBytes / std::max<size_t>(bytes, 1)), 1, p.batch);
-  const Workspace packed(size_t(batches) * packed_bytes);
+  const Workspace packed(bytes_of(batches, packed_bytes), "packed keys");
+  const auto numbers = [](bool needed, int64_t count) {
+    return zeros<int64_t>(needed ? size_t(count) : 0, "the rows of key that may be neighbors");
+  };
   // One more than needed: where no column is listed, the pointer must still not be null.
-  std::vector<int64_t> rows(listed ? size_t(batches * columns) + 1 : 0);
-  std::vector<int64_t> counts(listed ? size_t(batches) : 0);
-  std::vector<int64_t> seen(ranges.exist() ? size_t(2 * batches) : 0);
+  std::vector<int64_t> rows = numbers(listed, batches * columns + 1);
+  std::vector<int64_t> counts = numbers(listed, batches);
+  std::vector<int64_t> seen = numbers(ranges.exist(), 2 * batches);
 
   for (int64_t first = 0; first < p.batch; first += batches) {
     const int64_t count = std::min(batches, p.batch - first);

@@ -10,12 +10,14 @@ bool needs_inverse_list(const SelectBackwardParams& p) { return p.grad_key; }
 
 void select_backward(const SelectBackwardParams& p, const InverseList& inverse,
                      ParallelFor parallel_for) {
-  if (p.batch == 0) return;
+  if (p.batch == 0 || !(p.grad_query || p.grad_key)) return;
   const SelectBackwardKernel& kernel = kernels().select_backward[int(p.dtype)];
   const bool cosine = p.metric == Metric::cosine;
   const bool same = p.query == p.key && p.n == p.m;
-  const Workspace query_workspace(cosine ? size_t(p.batch * p.n) * sizeof(double) : 0);
-  const Workspace key_workspace(cosine && !same ? size_t(p.batch * p.m) * sizeof(double) : 0);
+  const Workspace query_workspace(cosine ? bytes_of(p.batch, p.n, sizeof(double)) : 0,
+                                  "the norms of query");
+  const Workspace key_workspace(cosine && !same ? bytes_of(p.batch, p.m, sizeof(double)) : 0,
+                                "the norms of key");
   double* const query_norms = query_workspace.as<double>();
   double* const key_norms = same ? query_norms : key_workspace.as<double>();
   if (cosine) {

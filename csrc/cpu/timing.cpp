@@ -26,9 +26,11 @@ double seconds() {
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
+constexpr char kFor[] = "the choice of an instruction set";
+
 // Pseudo-random numbers between -1 and 1 [rows, kDimensions] float32.
 Workspace features(int64_t rows) {
-  Workspace memory(size_t(rows * kDimensions) * sizeof(float));
+  Workspace memory(size_t(rows * kDimensions) * sizeof(float), kFor);
   uint32_t state = 1;  // of a xorshift generator
   for (int64_t i = 0; i < rows * kDimensions; ++i) {
     state ^= state << 13;
@@ -56,8 +58,8 @@ class Trial {
  public:
   explicit Trial(const std::vector<const Kernels*>& sets)
       : features_(features(kRows[kSizes - 1])),
-        similarities_(size_t(kRows[kSizes - 1] * kNeighbors) * sizeof(float)),
-        indices_(size_t(kRows[kSizes - 1] * kNeighbors) * sizeof(int64_t)) {
+        similarities_(size_t(kRows[kSizes - 1] * kNeighbors) * sizeof(float), kFor),
+        indices_(size_t(kRows[kSizes - 1] * kNeighbors) * sizeof(int64_t), kFor) {
     size_t packed = 0, scratch = 0;
     for (const Kernels* set : sets) {
       for (int64_t rows : kRows) {
@@ -66,8 +68,8 @@ class Trial {
         scratch = std::max(scratch, select(*set).scratch_bytes(params(rows)));
       }
     }
-    packed_ = Workspace(packed);
-    scratch_ = Workspace(scratch);
+    packed_ = Workspace(packed, kFor);
+    scratch_ = Workspace(scratch, kFor);
   }
 
   // Other query rows in every round: the branch predictor would remember them. Nor is the first

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <stdexcept>
-#include <string>
+
+#include "../memory.h"
 
 namespace convnn::cpu {
 
@@ -16,11 +16,13 @@ namespace convnn::cpu {
 class Workspace {
  public:
   Workspace() = default;
-  explicit Workspace(size_t bytes) : block_(bytes ? std::malloc(bytes + 63) : nullptr) {
-    if (bytes && !block_) {
-      throw std::runtime_error("convnn: cannot allocate " + std::to_string(bytes) +
-                               " bytes of workspace");
+  Workspace(size_t bytes, const char* what_for) {
+    if (bytes == 0) return;
+    constexpr size_t kSlack = 63;
+    if (bytes <= std::numeric_limits<size_t>::max() - kSlack) {
+      block_.reset(std::malloc(bytes + kSlack));
     }
+    if (!block_) throw OutOfMemory(bytes, what_for);
   }
 
   void* get() const {

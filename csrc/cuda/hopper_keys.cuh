@@ -18,12 +18,12 @@ namespace convnn::cuda {
 
 template <class T>
 struct KeysWork {
-  const T* key;           // [batch, m, d]
-  const int64_t* rows;    // [columns] rows of key, m or more where there is none; null: the column
-  const bool* key_mask;   // [batch, m] or null
-  T* copy;                // [batch, m_padded, 64 or 128], or null: not needed
-  float* inverse;         // [batch, m_padded] as inv_k of SweepParams
-  float* inverse_sample;  // [batch, m_padded] as inv_k_sample of SweepParams, or null: the same
+  const T* key;         // [batch, m, d]
+  const int64_t* rows;  // [columns] rows of key, m or more where there is none; null: the column
+  const uint8_t* key_mask;  // [batch, m] or null
+  T* copy;                  // [batch, m_padded, 64 or 128], or null: not needed
+  float* inverse;           // [batch, m_padded] as inv_k of SweepParams
+  float* inverse_sample;    // [batch, m_padded] as inv_k_sample of SweepParams, or null: the same
   int m, columns, tiles, d;
   bool cosine;
   bool vectors;  // d is a multiple of 8, and key is aligned to 16 bytes; true without a copy

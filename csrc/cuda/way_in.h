@@ -46,7 +46,7 @@ class Workspace {
 
  private:
   char* reserve(size_t bytes) {
-    all_.push_back(empty_as(like_, {int64_t(bytes)}, ScalarType::Byte));
+    all_.push_back(empty_as(like_, {int64_t(bytes)}, ScalarType::Byte, "workspace"));
     return static_cast<char*>(all_.back().mutable_data_ptr());
   }
 
@@ -116,7 +116,8 @@ struct Chooser<Backend, op, function, boxed> {
       return ask_python<op, Results>(stack);
     }
     All taken = Stack<All>::get(stack);
-    if (std::optional<Results> made = std::apply(function, taken)) {
+    const char* const name = op == Operator::forward ? kForward : kSelect;
+    if (std::optional<Results> made = call_named(name, function, taken)) {
       Stack<Results>::put(stack, *made);
     } else {
       Stack<All>::put(stack, taken);
@@ -130,7 +131,7 @@ struct Chooser<Backend, op, function, boxed> {
 SelectParams outline(const Tensor& query, const Tensor& key, int64_t k, const Restrictions& given,
                      const std::string& metric, const std::string& order) {
   static constexpr int64_t kGiven = 0;
-  static constexpr bool kGivenMask = false;
+  static constexpr uint8_t kGivenMask = 0;
   SelectParams params = select_params(query, key, k, metric, order);
   params.query = dense_rows(query.const_data_ptr(), params.n, params.d);
   params.key = dense_rows(key.const_data_ptr(), params.m, params.d);
@@ -181,7 +182,7 @@ std::optional<std::tuple<Tensor, Tensor>> try_select(
     const OptionalTensor& self_indices, const OptionalTensor& key_mask, const std::string& metric,
     const std::string& order, const OptionalTensor& key_range, bool exclude_self) {
   const Restrictions restrictions = {candidates, self_indices, key_mask, key_range, exclude_self};
-  check_select("select", query, key, k, restrictions, metric, order);
+  check_select(kSelect, query, key, k, restrictions, metric, order);
   if (has_values_to_check(restrictions)) return std::nullopt;
   const SelectParams params = outline(query, key, k, restrictions, metric, order);
   const int device = Backend::device(query.device_type(), query.device_index());
@@ -221,7 +222,7 @@ Answer select_choice(const Tensor& query, const Tensor& key, int64_t k,
                      const OptionalTensor& key_mask, const std::string& metric,
                      const std::string& order, const OptionalTensor& key_range, bool exclude_self) {
   const Restrictions restrictions = {candidates, self_indices, key_mask, key_range, exclude_self};
-  check_select("select", query, key, k, restrictions, metric, order);
+  check_select(kSelect, query, key, k, restrictions, metric, order);
   return answer(choice_of(outline(query, key, k, restrictions, metric, order), nullptr));
 }
 Answer forward_choice(const Tensor& query, const Tensor& key, const Tensor& value, int64_t k,
@@ -250,7 +251,7 @@ std::tuple<bool> forward_backward_choice(const Tensor& grad_output,
                                          const OptionalTensor& candidates) {
   int64_t outputs = 0;
   const Convolution convolution = check_forward_backward(
-      "forward_backward", grad_output, grad_similarities, query, key, value, weight, similarities,
+      kForwardBackward, grad_output, grad_similarities, query, key, value, weight, similarities,
       indices, candidates, metric, rho, scale, outputs);
   const int64_t k = columns_of(similarities);
   const AggregateParams aggregate =
@@ -285,22 +286,22 @@ void define_questions(Library& library) {
 
 template <class Library>
 void implement_choices(Library& library) {
-  library.impl("forward_choice", &Boxed<&forward_choice>::call);
-  library.impl("select_choice", &Boxed<&select_choice>::call);
-  library.impl("forward_backward_choice", &Boxed<&forward_backward_choice>::call);
+  library.impl("forward_choice", &Boxed<kForward, &forward_choice>::call);
+  library.impl("select_choice", &Boxed<kSelect, &select_choice>::call);
+  library.impl("forward_backward_choice", &Boxed<kForwardBackward, &forward_backward_choice>::call);
 }
 // `Hopper` is a backend of these kernels only.
 template <class Hopper, class Library>
 void implement_hopper(Library& library) {
-  library.impl("hopper_forward", &Boxed<&forward<Hopper>>::call);
-  library.impl("hopper_select", &Boxed<&select<Hopper>>::call);
+  library.impl("hopper_forward", &Boxed<kForward, &forward<Hopper>>::call);
+  library.impl("hopper_select", &Boxed<kSelect, &select<Hopper>>::call);
 }
 template <class Backend, class Library>
 void implement_way_in(Library& library) {
   library.impl("forward", &Chooser<Backend, Operator::forward, &try_forward<Backend>,
-                                   &Boxed<&forward<Backend>>::call>::call);
+                                   &Boxed<kForward, &forward<Backend>>::call>::call);
   library.impl("select", &Chooser<Backend, Operator::select, &try_select<Backend>,
-                                  &Boxed<&select<Backend>>::call>::call);
+                                  &Boxed<kSelect, &select<Backend>>::call>::call);
 }
 
 }  // namespace

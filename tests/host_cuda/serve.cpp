@@ -107,7 +107,7 @@ SelectParams select_params(const Call& call) {
   p.key = dense_rows(call.key(1), p.m, p.d);
   p.candidates = call.inputs[2].as<int64_t>();
   p.self_indices = call.inputs[3].as<int64_t>();
-  p.key_mask = call.inputs[4].as<bool>();
+  p.key_mask = call.inputs[4].as<uint8_t>();
   p.key_range = call.inputs[5].as<int64_t>();
   p.similarities = call.outputs[0].data;
   p.indices = static_cast<int64_t*>(call.outputs[1].data);
