@@ -224,6 +224,46 @@ def _check_convolution(op: str, arguments: Any, k: int) -> None:
         )
 
 
+# The tensors of each backward operator, in the order of their checks, and the one whose device each
+# of them must have.
+_DEVICES_OF_BACKWARD: dict[str, dict[str, str]] = {
+    "convnn::forward_backward": {
+        "similarities": "value",
+        "indices": "value",
+        "key": "query",
+        "candidates": "query",
+        "value": "query",
+        "weight": "value",
+        "grad_similarities": "query",
+        "grad_output": "value",
+    },
+    "convnn::select_backward": {
+        "key": "query",
+        "similarities": "query",
+        "grad_similarities": "query",
+        "indices": "query",
+    },
+    "convnn::aggregate_backward": {
+        "similarities": "value",
+        "indices": "value",
+        "weight": "value",
+        "grad_output": "value",
+    },
+}
+
+
+def check_backward(op: str, arguments: Any) -> None:
+    """Check that the tensors of a backward operator are on one device. Raises as the others do.
+
+    Autograd passes what the forward operator was called with, and its results. So nothing else is
+    checked here, where sizes may be symbolic; C++ also checks shapes and dtypes.
+    """
+    for name, other in _DEVICES_OF_BACKWARD[op].items():
+        tensor, reference = getattr(arguments, name), getattr(arguments, other)
+        if tensor is not None and reference is not None:
+            _check_device(op, name, tensor, other, reference)
+
+
 def check_neighbors(op: str, indices: Tensor, similarities: Tensor) -> None:
     """Check the results of ``select`` that become edges. Raises as ``check_forward`` does."""
     shape = list(indices.shape)

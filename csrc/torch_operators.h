@@ -560,8 +560,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 // A backward operator gets the arguments and results of its forward operator, so these checks are
 // terse: they only keep a wrong call from reading out of bounds.
 void check_same(const char* op, const char* name, const Tensor& tensor,
-                const std::vector<int64_t>& shape, ScalarType dtype) {
+                const std::vector<int64_t>& shape, ScalarType dtype, const char* other_name,
+                const Tensor& other) {
   check_given(op, name, tensor);
+  check_device_as(op, name, tensor, other_name, other);
   const Shape sizes = tensor.sizes();
   if (!std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) {
     fail(op, name, " must have shape ", name_of(Shape(shape.data(), shape.size()), shape.size()),
@@ -596,9 +598,9 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
   const bool is_float64 = query.scalar_type() == ScalarType::Double;
   const ScalarType dtype = is_float64 ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> shape = shape_with(query, rows_of(query), k);
-  check_same(op, "similarities", similarities, shape, dtype);
-  check_same(op, "grad_similarities", grad_similarities, shape, dtype);
-  check_same(op, "indices", indices, shape, ScalarType::Long);
+  check_same(op, "similarities", similarities, shape, dtype, "query", query);
+  check_same(op, "grad_similarities", grad_similarities, shape, dtype, "query", query);
+  check_same(op, "indices", indices, shape, ScalarType::Long, "query", query);
   const int64_t reads = pairs_of(similarities);
   const Readable queries(op, "query", query, Backend::kReadsStrides, reads);
   const Readable keys(op, "key", key, Backend::kReadsStrides, reads);
@@ -638,7 +640,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> aggregate_backward(
   const Convolution convolution = check_convolution(op, value, columns_of(similarities), weight,
                                                     std::nullopt, rho, scale, outputs);
   check_same(op, "grad_output", grad_output, shape_with(value, rows_of(similarities), outputs),
-             value.scalar_type());
+             value.scalar_type(), "value", value);
   const Readable values(op, "value", value, Backend::kReadsStrides, pairs_of(similarities));
   const Contiguous grads(op, "grad_output", grad_output), weights(op, "weight", weight);
   const Contiguous all_similarities(op, "similarities", similarities);
@@ -692,10 +694,12 @@ Convolution check_forward_backward(const char* op, const Tensor& grad_output,
   const bool is_float64 = query.scalar_type() == ScalarType::Double;
   const ScalarType dtype = is_float64 ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> shape = shape_with(query, rows_of(query), k);
-  check_same(op, "similarities", similarities, shape, dtype);
-  if (grad_similarities) check_same(op, "grad_similarities", *grad_similarities, shape, dtype);
+  check_same(op, "similarities", similarities, shape, dtype, "query", query);
+  if (grad_similarities) {
+    check_same(op, "grad_similarities", *grad_similarities, shape, dtype, "query", query);
+  }
   check_same(op, "grad_output", grad_output, shape_with(value, rows_of(query), outputs),
-             value.scalar_type());
+             value.scalar_type(), "value", value);
   return convolution;
 }
 

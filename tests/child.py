@@ -15,7 +15,7 @@ def in_child(function: Callable[..., Any], *args: Any, timeout: float = 60.0) ->
     """
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_report, args=(sender, function, *args), daemon=True)
+    child = fork.Process(target=_report, args=(sender, function, *args))
     child.start()
     sender.close()
     try:

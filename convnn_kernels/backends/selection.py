@@ -32,6 +32,9 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "convnn::forward": checks.check_forward,
     "convnn::select": checks.check_select,
     "convnn::aggregate": checks.check_aggregate,
+    "convnn::forward_backward": checks.check_backward,
+    "convnn::select_backward": checks.check_backward,
+    "convnn::aggregate_backward": checks.check_backward,
 }
 
 _log = logging.getLogger("convnn_kernels")
@@ -217,8 +220,7 @@ def _run(name: str, arguments: Any) -> Any:
 
 def _check(name: str, arguments: Any, forced: str | None) -> tuple[tuple[torch.device, str], bool]:
     """Checks the arguments; returns their device and the backend, and whether that is final."""
-    if name in _CHECKS:
-        _CHECKS[name](name, arguments)
+    _CHECKS[name](name, arguments)
     tensors = [each for each in arguments if isinstance(each, Tensor)]
     device = tensors[0].device
     dtypes = tuple(X.dtype for X in tensors)
