@@ -96,11 +96,14 @@ class CMakeBuild(build_ext):
         configured_for = json.dumps(
             # Not sys.executable: an environment has its Python under several names.
             [str(folder), sys.prefix]
-            + [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX")]
+            + [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDACXX", "CUDAFLAGS")]
         )
         stamp = folder / "configured-for.json"
         # CMake caches what it found first, but every isolated build has a new Python.
         fresh = stamp.exists() and stamp.read_text() != configured_for
+        # Also if that fails: CMake has cached flags of a compiler that refuses them.
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(configured_for)
         run_tool(
             *(cmake, "-S", str(source), "-B", str(folder), "-G", "Ninja"),
             *(["--fresh"] if fresh else []),
@@ -108,7 +111,6 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCONVNN_WERROR={os.environ.get('CONVNN_WERROR') or 0}",
         )
-        stamp.write_text(configured_for)
         report = json.loads((folder / "build.json").read_text())
         jobs = parallel_jobs(NVCC_JOB if "built" in report["cuda"] else CXX_JOB)
         run_tool(cmake, "--build", str(folder), "--parallel", str(jobs))

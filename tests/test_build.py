@@ -59,6 +59,14 @@ def test_missing_compiler_says_what_to_install(configure: CMake) -> None:
     assert "dnf install gcc-c++" in message
 
 
+def test_compiler_that_refuses_its_flags_is_quoted(configure: CMake) -> None:
+    """CMake only reports that a language is missing, unless it is asked to enable it."""
+    message = _message(configure(CXXFLAGS="-fno-such-flag"))
+    assert "is not able to compile a simple test program" in message
+    assert re.search(r"(error|warning): .*-fno-such-flag", message)
+    assert "no C++ compiler was found" not in message
+
+
 def test_missing_torch_says_what_to_install(configure: CMake, tmp_path: Path) -> None:
     # Without the site module, an interpreter sees no installed package.
     python = tmp_path / "python"
@@ -73,6 +81,14 @@ def test_forced_cuda_says_what_is_missing(configure: CMake) -> None:
     message = _message(configure(CONVNN_CUDA="1", CUDACXX="/nonexistent/nvcc"))
     assert "CONVNN_CUDA=1, but the CUDA library cannot be built: " in message
     assert "nvcc was not found" in message
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_nvcc_that_refuses_its_flags_is_quoted(configure: CMake) -> None:
+    message = _message(configure(CONVNN_CUDA="1", CUDAFLAGS="--no-such-flag"))
+    assert "is not able to compile a simple test program" in message
+    assert re.search(r"error: .*--no-such-flag", message)
 
 
 @pytest.mark.slow
@@ -100,13 +116,14 @@ def test_wrong_setting_is_refused(configure: CMake) -> None:
 # In the place of cmake: notes how it is called, and reports that CUDA was skipped.
 FAKE_CMAKE = """#!/bin/sh
 echo "$@" >> "$LOG"
+[ "$CXXFLAGS" = refused ] && exit 1
 [ "$1" = -S ] && echo '{"cpu": {}, "cuda": {"skipped": ""}, "introspect": {}}' > "$4/build.json"
 exit 0
 """
 
 
 @pytest.fixture
-def build_in_place(tmp_path: Path) -> Callable[[str], list[str]]:
+def build_in_place(tmp_path: Path) -> Callable[..., list[str]]:
     """Runs setup.py in a copy with a Python, and returns how it called cmake."""
     shutil.copy(ROOT / "setup.py", tmp_path)
     (tmp_path / "cmake.py").write_text(f"BIN_DIR = {str(tmp_path)!r}")
@@ -116,20 +133,21 @@ def build_in_place(tmp_path: Path) -> Callable[[str], list[str]]:
     (tmp_path / "convnn_kernels" / "lib").mkdir(parents=True)
     log = tmp_path / "log"
 
-    def build(python: str) -> list[str]:
+    def build(python: str, **environment: str) -> list[str]:
         log.write_text("")
-        environment = {**os.environ, "LOG": str(log), "PYTHONPATH": str(tmp_path)}
+        environment = {**os.environ, "LOG": str(log), "PYTHONPATH": str(tmp_path), **environment}
         command = [python, "setup.py", "build_ext", "--inplace"]
         folder = tmp_path / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)  # as cmake does
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert (done.returncode != 0) == (environment.get("CXXFLAGS") == "refused"), done.stderr
         return log.read_text().splitlines()
 
     return build
 
 
 def test_another_name_of_the_same_python_compiles_nothing_again(
-    build_in_place: Callable[[str], list[str]], tmp_path: Path
+    build_in_place: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """`python -m pip` runs `python`, and the script `pip` of the same environment `python3`."""
     other = Path(sys.executable).with_name("python3")
@@ -142,8 +160,16 @@ def test_another_name_of_the_same_python_compiles_nothing_again(
     assert "--fresh" in build_in_place(sys.executable)[0]
 
 
+def test_flags_that_the_compiler_refused_are_forgotten(
+    build_in_place: Callable[..., list[str]],
+) -> None:
+    """CMake keeps them, also where configuring failed."""
+    build_in_place(sys.executable, CXXFLAGS="refused")
+    assert "--fresh" in build_in_place(sys.executable, CXXFLAGS="")[0]
+
+
 def test_a_build_without_cuda_leaves_no_cuda_library(
-    build_in_place: Callable[[str], list[str]], tmp_path: Path
+    build_in_place: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     library = tmp_path / "convnn_kernels" / "lib" / "libconvnn_cuda.so"
     library.touch()

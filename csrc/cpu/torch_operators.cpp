@@ -5,6 +5,7 @@
 #include <string>
 
 #include "floating_point_mode.h"
+#include "forked.h"
 #include "instruction_sets.h"
 #include "operators.h"
 
@@ -12,6 +13,7 @@ namespace convnn::torch_operators {
 namespace {
 
 void parallel_for(int64_t tasks, int64_t grain, const cpu::Body& body) {
+  if (cpu::is_forked_from_threads()) return body(0, tasks);
   const auto mode = cpu::floating_point_mode();
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     const cpu::FloatingPointModeGuard guard(mode);
