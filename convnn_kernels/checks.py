@@ -228,11 +228,11 @@ def _check_convolution(op: str, arguments: Any, k: int) -> None:
 # of them must have.
 _DEVICES_OF_BACKWARD: dict[str, dict[str, str]] = {
     "convnn::forward_backward": {
-        "similarities": "value",
-        "indices": "value",
         "key": "query",
         "candidates": "query",
         "value": "query",
+        "similarities": "query",
+        "indices": "value",
         "weight": "value",
         "grad_similarities": "query",
         "grad_output": "value",

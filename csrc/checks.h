@@ -26,6 +26,7 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
+// As Python names it, without "torch.".
 inline std::string name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Byte:
@@ -50,31 +51,15 @@ inline std::string name_of(ScalarType dtype) {
       return "complex64";
     case ScalarType::ComplexDouble:
       return "complex128";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::UInt16:
-      return "uint16";
-    case ScalarType::UInt32:
-      return "uint32";
-    case ScalarType::UInt64:
-      return "uint64";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float8_e5m2:
-      return "float8_e5m2";
-    case ScalarType::Float8_e4m3fn:
-      return "float8_e4m3fn";
-    case ScalarType::Float8_e5m2fnuz:
-      return "float8_e5m2fnuz";
-    case ScalarType::Float8_e4m3fnuz:
-      return "float8_e4m3fnuz";
-    case ScalarType::Float8_e8m0fnu:
-      return "float8_e8m0fnu";
-    case ScalarType::Undefined:
-      return "a dtype that LibTorch's stable ABI does not name";
     default:
-      return "dtype " + std::to_string(int(dtype));
+      break;
   }
+  // The names of all others differ in case only.
+  std::string name = torch::headeronly::toString(dtype);
+  for (char& letter : name) {
+    if (letter >= 'A' && letter <= 'Z') letter = char(letter - 'A' + 'a');
+  }
+  return name;
 }
 
 inline std::string name_of(const Shape& shape, size_t dims) {
@@ -372,6 +357,13 @@ inline void check_value_as(const char* op, const Tensor& value, const Tensor& qu
   check_size(op, "value", value);
 }
 
+inline void check_has_neighbors(const char* op, const Tensor& similarities) {
+  if (columns_of(similarities) < 1) {
+    fail(op, "similarities must have at least one column (k >= 1), got shape ",
+         shape_of(similarities));
+  }
+}
+
 inline void check_aggregate(const char* op, const Tensor& value, const Tensor& similarities,
                             const Tensor& indices) {
   check_given(op, "value", value);
@@ -388,10 +380,7 @@ inline void check_aggregate(const char* op, const Tensor& value, const Tensor& s
          shape_of(similarities));
   }
   check_leading_as(op, "similarities", similarities, "value", value);
-  if (columns_of(similarities) < 1) {
-    fail(op, "similarities must have at least one column (k >= 1), got shape ",
-         shape_of(similarities));
-  }
+  check_has_neighbors(op, similarities);
   check_size(op, "value", value);
   check_size(op, "similarities", similarities);
   check_dtype(op, "indices", indices, ScalarType::Long);

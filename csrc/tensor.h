@@ -56,8 +56,9 @@ class Tensor {
     try {
       dtype_ = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
     } catch (const std::exception&) {
-      // Undefined: unknown to the headers. The argument checks report it once all handles have
-      // owners.
+      // Not one of the stable ABI. The argument checks refuse it once all handles have owners; for
+      // its name, the number is that of PyTorch.
+      dtype_ = static_cast<ScalarType>(dtype);
     }
   }
 

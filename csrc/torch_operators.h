@@ -572,6 +572,14 @@ void check_same(const char* op, const char* name, const Tensor& tensor,
   check_dtype(op, name, tensor, dtype);
 }
 
+// k of a backward operator. Where similarities has too few dimensions, `check_same` says so.
+int64_t neighbors_of(const char* op, const Tensor& similarities) {
+  check_given(op, "similarities", similarities);
+  if (similarities.dim() < 2) return 1;
+  check_has_neighbors(op, similarities);
+  return columns_of(similarities);
+}
+
 // The parameters of select_backward except its pointers.
 SelectBackwardParams select_backward_params(const Tensor& query, const Tensor& key, int64_t k,
                                             const std::string& metric) {
@@ -592,8 +600,7 @@ std::tuple<Tensor, Tensor> select_backward(const Tensor& grad_similarities, cons
                                            const Tensor& indices, const std::string& metric,
                                            bool need_query, bool need_key) {
   constexpr const char* op = kSelectBackward;
-  check_given(op, "similarities", similarities);
-  const int64_t k = similarities.dim() >= 2 ? columns_of(similarities) : 1;
+  const int64_t k = neighbors_of(op, similarities);
   check_select(op, query, key, k, Restrictions{}, metric, "similarity");
   const bool is_float64 = query.scalar_type() == ScalarType::Double;
   const ScalarType dtype = is_float64 ? ScalarType::Double : ScalarType::Float;
@@ -685,16 +692,16 @@ Convolution check_forward_backward(const char* op, const Tensor& grad_output,
                                    const Tensor& indices, const OptionalTensor& candidates,
                                    const std::string& metric, const std::string& rho, double scale,
                                    int64_t& outputs) {
-  check_aggregate(op, value, similarities, indices);
-  const int64_t k = columns_of(similarities);
+  const int64_t k = neighbors_of(op, similarities);
   check_select(op, query, key, k, Restrictions{candidates}, metric, "similarity");
   check_value_as(op, value, query, key);
-  const Convolution convolution =
-      check_convolution(op, value, k, weight, std::nullopt, rho, scale, outputs);
   const bool is_float64 = query.scalar_type() == ScalarType::Double;
   const ScalarType dtype = is_float64 ? ScalarType::Double : ScalarType::Float;
   const std::vector<int64_t> shape = shape_with(query, rows_of(query), k);
   check_same(op, "similarities", similarities, shape, dtype, "query", query);
+  check_aggregate(op, value, similarities, indices);
+  const Convolution convolution =
+      check_convolution(op, value, k, weight, std::nullopt, rho, scale, outputs);
   if (grad_similarities) {
     check_same(op, "grad_similarities", *grad_similarities, shape, dtype, "query", query);
   }
