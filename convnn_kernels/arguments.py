@@ -2,9 +2,10 @@
 """Types of the arguments of ``convnn_kernels.functional``.
 
 The dispatcher checks types as well, but it takes a tensor of one element for a number, which drops
-its gradient, and True for 1; and its message about a wrong type prints the whole value. Numbers are
-therefore checked before a call (``whole`` and ``real``, which the fast path, a plain int or float,
-does without), everything else after a call that failed (``require_types``).
+its gradient, and True for 1; and its message about a wrong type prints the whole value. Numbers and
+truth values are therefore checked before a call (``whole``, ``real`` and ``flag``, which the fast
+path, a plain int, float or bool, does without), everything else after a call that failed
+(``require_types``).
 
 ``function`` is the name that messages begin with.
 """
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from convnn_kernels import checks
 
 _CHOICES = {"metric": checks.METRICS, "order": checks.ORDERS, "rho": checks.RHOS}
+# Of a number in a message; Python prints about 14,000.
+_MOST_BITS = 2048
 _MODULE_OF_BUILTINS = int.__module__
 _LEARN = (
     ", which would get no gradient. To learn a temperature, multiply the similarities of "
@@ -39,7 +42,7 @@ def whole(function: str, name: str, value: Any) -> Any:
     if not isinstance(value, bool) and isinstance(value, numbers.Integral):
         return int(value)
     hint = f" ({name}.item() reads its number)" if isinstance(value, Tensor) else ""
-    raise TypeError(f"{function}: {name} must be a whole number, got {_described(value)}{hint}")
+    raise TypeError(f"{function}: {name} must be a whole number, got {described(value)}{hint}")
 
 
 def real(function: str, name: str, value: Any) -> Any:
@@ -52,7 +55,17 @@ def real(function: str, name: str, value: Any) -> Any:
         except OverflowError:  # the operator says that it must be finite
             return math.inf
     hint = _LEARN if isinstance(value, Tensor) else ""
-    raise TypeError(f"{function}: {name} must be a number, got {_described(value)}{hint}")
+    raise TypeError(f"{function}: {name} must be a number, got {described(value)}{hint}")
+
+
+def flag(function: str, name: str, value: Any) -> Any:
+    """The argument as a bool, which it is not if it comes from NumPy; otherwise like ``whole``."""
+    if value is True or value is False or _is_traced(value):
+        return value
+    # NumPy's type is called bool, and before NumPy 2 bool_.
+    if type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    raise TypeError(f"{function}: {name} must be True or False, got {described(value)}")
 
 
 def radius(function: str, value: Any, metric: Any) -> Any:
@@ -91,13 +104,13 @@ def require_types(function: str, op: torch._ops.OpOverload, args: Sequence[Any])
             continue
         if kind in ("Tensor", "Optional[Tensor]"):
             require_tensor(function, name, value, kind == "Optional[Tensor]")
+            _require_dense(function, name, value)
         elif kind == "str" and not isinstance(value, str):
             expected = checks.listed(_CHOICES[name])
-            raise TypeError(f"{function}: {name} must be {expected}, got {_described(value)}")
-        elif kind == "bool" and not isinstance(value, bool):
-            raise TypeError(f"{function}: {name} must be True or False, got {_described(value)}")
-        elif isinstance(value, int) and value >= 2**63:
-            raise RuntimeError(f"{function}: {name} must be below 2**63, got {value}")
+            raise TypeError(f"{function}: {name} must be {expected}, got {described(value)}")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            expected = "below 2**63" if value > 0 else "at least 1"
+            raise RuntimeError(f"{function}: {name} must be {expected}, got {described(value)}")
 
 
 def require_tensor(function: str, name: str, value: Any, is_optional: bool = False) -> None:
@@ -116,7 +129,23 @@ def require_tensor(function: str, name: str, value: Any, is_optional: bool = Fal
     elif isinstance(value, nn.Module) and isinstance(getattr(value, name, None), Tensor):
         hint = f" (pass its {name})"
     expected = "a tensor or None" if is_optional else "a tensor"
-    raise TypeError(f"{function}: {name} must be {expected}, got {_described(value)}{hint}")
+    raise TypeError(f"{function}: {name} must be {expected}, got {described(value)}{hint}")
+
+
+def _require_dense(function: str, name: str, tensor: Tensor | None) -> None:
+    """The operators have kernels for dense tensors only."""
+    if not isinstance(tensor, Tensor):
+        return
+    if tensor.is_nested:
+        got = "a nested one (pad it, and pass key_mask)"
+    elif tensor.is_quantized:
+        got = "a quantized one (dequantize() converts it)"
+    elif tensor.layout is not torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        got = f"one of layout {layout} (to_dense() converts it)"
+    else:
+        return
+    raise TypeError(f"{function}: {name} must be a dense tensor, got {got}")
 
 
 def check_edge_index(indices: Any, similarities: Any, num_keys: Any) -> Any:
@@ -127,6 +156,8 @@ def check_edge_index(indices: Any, similarities: Any, num_keys: Any) -> Any:
     """
     require_tensor("edge_index", "indices", indices)
     require_tensor("edge_index", "similarities", similarities)
+    _require_dense("edge_index", "indices", indices)
+    _require_dense("edge_index", "similarities", similarities)
     if indices.is_floating_point() and similarities.dtype is torch.int64:
         raise RuntimeError(
             "edge_index: indices must be int64, got the similarities: select_neighbors returns "
@@ -153,12 +184,16 @@ def _is_foreign(value: Any) -> bool:
     return not isinstance(value, Tensor) and hasattr(type(value), "__torch_function__")
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     """The value if it is short, else its type."""
     if isinstance(value, Tensor):
         return "a tensor"
     if torch.compiler.is_compiling():  # which cannot trace repr
         return type(value).__name__
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    if type(value) is int and value.bit_length() > _MOST_BITS:
+        return f"a number of {value.bit_length()} bits"
     short = value is None or type(value) in (bool, int, float, complex)
     if short or (type(value) is str and len(value) <= 20):
         return repr(value)

@@ -131,6 +131,7 @@ def convnn(
     """
     if type(k) is not int:
         k = arguments.whole("convnn", "k", k)
+    exclude_self = arguments.flag("convnn", "exclude_self", exclude_self)
     if type(scale) is not float:
         scale = arguments.real("convnn", "scale", scale)
     output, _, _ = _call(
@@ -230,6 +231,7 @@ def select_neighbors(
     """
     if type(k) is not int:
         k = arguments.whole("select_neighbors", "k", k)
+    exclude_self = arguments.flag("select_neighbors", "exclude_self", exclude_self)
     if within is not None:
         within = arguments.radius("select_neighbors", within, metric)
     similarities, indices = _call(

@@ -146,9 +146,7 @@ def _narrowed(
 
 def _check_window(function: str, window: Any, causal: Any) -> tuple[int | None, bool]:
     window = None if window is None else _at_least(function, "window", window, 1)
-    if not isinstance(causal, bool):
-        raise TypeError(f"{function}: causal must be True or False, got {causal!r}")
-    return window, causal
+    return window, arguments.flag(function, "causal", causal)
 
 
 def _at_least(function: str, name: str, value: Any, least: int) -> Any:
@@ -163,8 +161,8 @@ def _lengths(name: str, lengths: Any, device: torch.device | str | None) -> Tens
     function = "segment_ranges"
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or isinstance(lengths, str):
-            kind = type(lengths).__name__
-            raise TypeError(f"{function}: {name} must be a tensor or a sequence, got {kind}")
+            got = arguments.described(lengths)
+            raise TypeError(f"{function}: {name} must be a tensor or a sequence, got {got}")
         each = [arguments.whole(function, f"{name}[{i}]", n) for i, n in enumerate(lengths)]
         lengths = torch.tensor(each, dtype=torch.int64)
     if lengths.dtype not in _INTEGERS:

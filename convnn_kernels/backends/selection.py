@@ -123,7 +123,7 @@ def _force(name: str) -> Iterator[None]:
 def _require(name: str, what: str) -> None:
     """Raises unless ``name`` is a backend that can run on this machine."""
     if name not in BACKENDS:
-        raise RuntimeError(f"{what} must be 'triton', 'cuda' or 'cpu', got '{name}'")
+        raise RuntimeError(f"{what} must be 'triton', 'cuda' or 'cpu', got {name!r}")
     reasons = available()
     if reasons[name]:
         can = [f"'{each}'" for each, reason in reasons.items() if not reason]
