@@ -229,7 +229,7 @@ def test_neighbors_reject_what_forward_rejects() -> None:
     layer = ConvNNAttention(8, k=3)
     with pytest.raises(ValueError, match=r"ConvNNAttention: query must have shape \[B, N, 8\]"):
         layer.neighbors(torch.zeros(2, 9, 7))
-    with pytest.raises(ValueError, match=r"key_mask must have shape \[2, 9\], got \[2, 8\]"):
+    with pytest.raises(ValueError, match=r"key_mask must have shape \[2, 9\], got shape \[2, 8\]"):
         layer.neighbors(torch.zeros(2, 9, 8), key_mask=torch.ones(2, 8, dtype=torch.bool))
 
 
@@ -278,12 +278,15 @@ def test_wrong_settings(settings: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(2, 9, 7)], r"query must have shape \[B, N, 8\], got \[2, 9, 7\]"),
+        ([(2, 9, 7)], r"query must have shape \[B, N, 8\], got shape \[2, 9, 7\]"),
         ([(9, 8)], "query must have shape"),
-        ([(2, 9, 8), (1, 9, 8)], r"key must have shape \[2, M, 8\], got \[1, 9, 8\]"),
-        ([(2, 9, 8), (2, 5, 8), (2, 6, 8)], r"value must have shape \[2, 5, 8\], got \[2, 6, 8\]"),
+        ([(2, 9, 8), (1, 9, 8)], r"key must have shape \[2, M, 8\], got shape \[1, 9, 8\]"),
+        (
+            [(2, 9, 8), (2, 5, 8), (2, 6, 8)],
+            r"value must have shape \[2, 5, 8\], got shape \[2, 6, 8\]",
+        ),
         ([(2, 9, 8), None, (2, 9, 8)], "key must be given if value is, got None"),
-        ([(2, 9, 8), None, None, (2, 8)], r"key_mask must have shape \[2, 9\], got \[2, 8\]"),
+        ([(2, 9, 8), None, None, (2, 8)], r"key_mask must have shape \[2, 9\], got shape \[2, 8\]"),
     ],
 )
 def test_wrong_inputs(shapes: list, message: str) -> None:

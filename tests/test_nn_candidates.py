@@ -305,11 +305,11 @@ def test_include_self(include_self: bool) -> None:
         (lambda: RandomCandidates(torch.tensor(4)), "got Tensor of shape"),
         (
             lambda: SpatialCandidates(),
-            "SpatialCandidates: exactly one of r and stride must be given, got r=None",
+            "SpatialCandidates: r must be given without a stride, got None",
         ),
         (
             lambda: SpatialCandidates(4, stride=2),
-            "exactly one of r and stride must be given, got r=4 and stride=2",
+            "SpatialCandidates: stride must be None where r is given, got 2",
         ),
         (lambda: draw(SpatialCandidates(5), (8, 8)), "r must be a square number in 2-D, got 5"),
         (lambda: draw(SpatialCandidates(9), (1, 50)), "fit into a map of"),

@@ -455,9 +455,12 @@ def test_wrong_settings(make: Callable[[], object], message: str) -> None:
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
-        (torch.zeros(8, 2).long(), r"key_range must have shape \[9, 2\], got \[8, 2\]"),
-        (torch.zeros(18).long(), r"key_range must have shape \[9, 2\], got \[18\]"),
-        (torch.zeros(3, 9, 2).long(), r"key_range must have shape \[2, 9, 2\], got \[3, 9, 2\]"),
+        (torch.zeros(8, 2).long(), r"key_range must have shape \[9, 2\], got shape \[8, 2\]"),
+        (torch.zeros(18).long(), r"key_range must have shape \[9, 2\], got shape \[18\]"),
+        (
+            torch.zeros(3, 9, 2).long(),
+            r"key_range must have shape \[2, 9, 2\], got shape \[3, 9, 2\]",
+        ),
         (torch.zeros(2, 3, 9, 2).long(), r"key_range must have shape \[2, 4, 9, 2\], got"),
         (torch.zeros(9, 2), "key_range must be int64, got float32"),
         ([[0, 2]] * 9, "key_range must be a tensor, got"),

@@ -1029,7 +1029,7 @@ def test_wrong_calls_of_swapped_attention() -> None:
     with pytest.raises(TypeError, match="several values for the argument attention_mask"):
         layer(x, None, attention_mask=None)
     with pytest.raises(
-        ValueError, match=r"hidden_states must have shape \[B, N, 8\], got \[7, 8\]"
+        ValueError, match=r"hidden_states must have shape \[B, N, 8\], got shape \[7, 8\]"
     ):
         layer(x[0])
 

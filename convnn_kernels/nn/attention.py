@@ -71,7 +71,7 @@ class ConvNNAttention(nn.Module):
     Raises:
         ValueError: if an argument or a shape is wrong, or an input has no floating-point dtype; the
             message names it, what was expected and what was passed.
-        RuntimeError: in forward, if the dtypes of inputs and parameters differ.
+        RuntimeError: in forward, if dtypes or devices of inputs and parameters differ.
 
     Examples:
         >>> import convnn_kernels.nn as cnn
@@ -156,7 +156,10 @@ class ConvNNAttention(nn.Module):
         self.window = None if window is None else settings.require_count(owner, "window", window)
         self.causal = settings.require_flag(owner, "causal", causal)
         self.scale = self._default_scale() if scale is None else float(scale)
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        options = settings.require_options(owner, device, dtype)
+        settings.require_flag(owner, "bias", bias)
+        settings.require_flag(owner, "projection_bias", projection_bias)
+        settings.require_flag(owner, "output_projection", output_projection)
         self._create_projections(output_projection, {"bias": projection_bias, **options})
         self.query_norm = _require_norm(owner, "query_norm", query_norm)
         self.key_norm = _require_norm(owner, "key_norm", key_norm)
@@ -266,6 +269,23 @@ class ConvNNAttention(nn.Module):
         owner = type(self).__name__
         if key is None and value is not None:
             raise ValueError(f"{owner}: key must be given if value is, got None")
+        try:
+            return self._attended(query, key, value, key_mask, key_range)
+        except RuntimeError:
+            settings.require_as_parameters(
+                self, query=query, key=key, value=value, key_mask=key_mask, key_range=key_range
+            )
+            raise
+
+    def _attended(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_mask: Tensor | None,
+        key_range: Tensor | None,
+    ) -> Tensor:
+        owner = type(self).__name__
         q, k, search = self._query_and_key(query, key, key_mask, key_range)
         key = query if key is None else key
         value = key if value is None else value
@@ -304,7 +324,13 @@ class ConvNNAttention(nn.Module):
             >>> indices.shape
             torch.Size([2, 3, 100, 9])
         """
-        return select(*self._query_and_key(query, key, key_mask, key_range))
+        try:
+            return select(*self._query_and_key(query, key, key_mask, key_range))
+        except RuntimeError:
+            settings.require_as_parameters(
+                self, query=query, key=key, key_mask=key_mask, key_range=key_range
+            )
+            raise
 
     def _query_and_key(
         self,

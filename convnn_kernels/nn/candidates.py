@@ -241,10 +241,8 @@ class SpatialCandidates(Candidates):
     ) -> None:
         super().__init__(include_self, self_similarity, exclude_self)
         owner = "SpatialCandidates"
-        if (r is None) == (stride is None):
-            raise ValueError(
-                f"{owner}: exactly one of r and stride must be given, got r={r} and stride={stride}"
-            )
+        require(r is not None or stride is not None, owner, "r", "given without a stride", r)
+        require(r is None or stride is None, owner, "stride", "None where r is given", stride)
         self.r = None if r is None else require_count(owner, "r", r)
         self.stride = None if stride is None else require_count(owner, "stride", stride)
         require_choice(owner, "spacing", spacing, SPACINGS)

@@ -169,7 +169,9 @@ class _ConvNN(nn.Module):
         self.coordinates, self.coordinate_order = coordinates, coordinate_order
         self.standardize, self.causal = bool(standardize), bool(causal)
         self.candidates = require_candidates(owner, candidates)
-        options = {"device": device, "dtype": dtype}
+        options = settings.require_options(owner, device, dtype)
+        settings.require_flag(owner, "bias", bias)
+        settings.require_flag(owner, "projection_bias", projection_bias)
         self._create_projections(key_channels, value_channels, projection_bias, options)
         self._create_convolution(bias, options)
 
@@ -247,8 +249,15 @@ class _ConvNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if is_symbolic(x):
             return symbolic_call(self, x)
-        # The queries are N tokens of x [B, C, *shape]; the keys are the M of the padded map.
         shape = self._shape(x)
+        try:
+            return self._convolved(x, shape)
+        except RuntimeError:
+            settings.require_as_parameters(self, input=x)
+            raise
+
+    def _convolved(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        # The queries are N tokens of x [B, C, *shape]; the keys are the M of the padded map.
         tokens = self._tokens(x)
         value = self._value(tokens, shape)  # [B, M, C]
         if self.projections == "coordinates":
@@ -286,7 +295,11 @@ class _ConvNN(nn.Module):
         shape = self._shape(x)
         if self.projections == "coordinates":
             return self._neighbors_by_position(x, shape)
-        query, key = self._query_and_key(x, self._tokens(x), shape)
+        try:
+            query, key = self._query_and_key(x, self._tokens(x), shape)
+        except RuntimeError:
+            settings.require_as_parameters(self, input=x)
+            raise
         return select(query, key, self._search(shape, x.device))
 
     def _shape(self, x: Tensor) -> Sequence[int]:
@@ -461,7 +474,7 @@ _ARGUMENTS = """
     Raises:
         ValueError: if an argument is wrong, or the input's shape, or its dtype is not a
             floating-point one; the message names it, what was expected and what was passed.
-        RuntimeError: in forward, if the input's dtype is not that of the parameters.
+        RuntimeError: in forward, if the input has not the dtype and device of the parameters.
 """
 
 

@@ -46,7 +46,7 @@ class HybridBranch2d(nn.Module):
     Raises:
         ValueError: if an argument is wrong, or the input's shape, or its dtype is not a
             floating-point one; the message names it, what was expected and what was passed.
-        RuntimeError: in forward, if the input's dtype is not that of the parameters.
+        RuntimeError: in forward, if the input has not the dtype and device of the parameters.
 
     Examples:
         >>> layer = HybridBranch2d(16, 32, branch_ratio=0.25)
@@ -110,7 +110,9 @@ class HybridBranch2d(nn.Module):
         self.in_channels, _, _ = require_settings(owner, **chosen)
         chosen["candidates"] = require_candidates(owner, candidates)
         self.branch_ratio = settings.require_between(owner, "branch_ratio", branch_ratio, 0, 1)
-        options = {"stride": stride, "bias": bias, "device": device, "dtype": dtype}
+        settings.require_flag(owner, "bias", bias)
+        options = {"stride": stride, "bias": bias}
+        options |= settings.require_options(owner, device, dtype)
         self._create_branches(out_channels, kernel_size, chosen, options)
         self.fuse = nn.Conv2d(out_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
 
@@ -153,10 +155,15 @@ class HybridBranch2d(nn.Module):
             return symbolic_call(self, x)
         shape: Sequence[int | str] = ("B", self.in_channels, "H", "W")
         settings.require_input(type(self).__name__, "input", x, shape)
-        # [B, C' - ⌊λC'⌋, H, W] and [B, ⌊λC'⌋, H, W]
-        branches = [branch(x) for branch in (self.conv, self.convnn) if branch is not None]
-        joined = torch.cat(branches, dim=1) if len(branches) > 1 else branches[0]  # [B, C', H, W]
-        return self.fuse(joined)
+        try:
+            # [B, C' - ⌊λC'⌋, H, W] and [B, ⌊λC'⌋, H, W]
+            branches = [branch(x) for branch in (self.conv, self.convnn) if branch is not None]
+            # [B, C', H, W]
+            joined = torch.cat(branches, dim=1) if len(branches) > 1 else branches[0]
+            return self.fuse(joined)
+        except RuntimeError:
+            settings.require_as_parameters(self, input=x)
+            raise
 
     def extra_repr(self) -> str:
         return f"branch_ratio={self.branch_ratio}"

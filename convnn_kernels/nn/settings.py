@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convnn_kernels.functional import Metric, Order, Rho
 
@@ -23,6 +23,8 @@ AGGREGATIONS = get_args(Aggregation)
 POSITIONAL_ENCODINGS = (None, "similarity", "aggregation", "both")
 COORDINATES = get_args(Coordinates)
 COORDINATE_ORDERS = get_args(CoordinateOrder)
+# Of a value in a message.
+_MOST_BITS, _MOST_LETTERS = 2048, 1000
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,11 +35,20 @@ def require(condition: bool, owner: str, name: str, expected: str, got: Any) -> 
 
 
 def _shown(got: Any) -> str:
-    """The value, or what kind of array it is, whose values could fill the screen."""
+    """The value, or what kind of array or object it is, if it would fill the screen."""
+    if isinstance(got, type):
+        return f"the class {got.__qualname__}"
+    if isinstance(got, torch.dtype):
+        return _name(got)
     shape = getattr(got, "shape", ())
     if isinstance(got, Tensor) or len(shape) > 0:
         return f"{type(got).__name__} of shape {list(shape)}"
-    return repr(got)
+    if isinstance(got, int) and got.bit_length() > _MOST_BITS:
+        return f"a number of {got.bit_length()} bits"
+    text = repr(got)
+    # Other objects show their address, and modules and numbers may have many lines.
+    is_short = isinstance(got, str | int) or not ("\n" in text or " at 0x" in text)
+    return text if is_short and len(text) <= _MOST_LETTERS else type(got).__qualname__
 
 
 def require_choice(owner: str, name: str, got: Any, choices: Sequence[Any]) -> None:
@@ -101,6 +112,22 @@ def _require_scale(owner: str, got: Any, rho: str) -> None:
     require(got == 1.0 or rho == "softmax", owner, "scale", "1.0 unless rho is 'softmax'", got)
 
 
+def require_options(owner: str, device: Any, dtype: Any) -> dict[str, Any]:
+    """Checks device and dtype of parameters; returns them as the keyword arguments of a layer."""
+    expected = _either([_name(each) for each in FLOATING])
+    require(
+        dtype is None or any(dtype is each for each in FLOATING), owner, "dtype", expected, dtype
+    )
+    is_device = device is None or isinstance(device, torch.device | int)
+    if isinstance(device, str):
+        try:
+            is_device = bool(torch.device(device))
+        except RuntimeError:
+            is_device = False
+    require(is_device and not isinstance(device, bool), owner, "device", "a device", device)
+    return {"device": device, "dtype": dtype}
+
+
 def require_input(owner: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """Checks the shape of an input, as ``require_shape`` does, and its dtype."""
     require_shape(owner, name, tensor, expected)
@@ -118,13 +145,41 @@ def require_shape(owner: str, name: str, tensor: Tensor, expected: Sequence[int 
     )
     if not fits:
         form = ", ".join(str(size) for size in expected)
-        raise ValueError(f"{owner}: {name} must have shape [{form}], got {list(shape)}")
+        raise ValueError(f"{owner}: {name} must have shape [{form}], got shape {list(shape)}")
 
 
 def require_dtype(owner: str, name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
-    got, *expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *dtypes))
-    if got not in expected:
-        raise ValueError(f"{owner}: {name} must be {_either(expected)}, got {got}")
+    if tensor.dtype not in dtypes:
+        expected = _either([_name(dtype) for dtype in dtypes])
+        raise ValueError(f"{owner}: {name} must be {expected}, got {_name(tensor.dtype)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def require_as_parameters(layer: nn.Module, **inputs: Tensor | None) -> None:
+    """Explains a forward that failed, if the device or the dtype of an input is the reason.
+
+    Raises:
+        RuntimeError: naming the layer, the input, what was expected and what was passed.
+    """
+    owner = type(layer).__name__
+    parameter = next(layer.parameters(), None)
+    for name, tensor in inputs.items():
+        if parameter is None or tensor is None:
+            continue
+        if tensor.device != parameter.device:
+            raise RuntimeError(
+                f"{owner}: {name} must be on {parameter.device} as the parameters are, "
+                f"got {tensor.device}"
+            )
+        is_cast = torch.is_autocast_enabled(tensor.device.type)
+        if tensor.is_floating_point() and tensor.dtype != parameter.dtype and not is_cast:
+            raise RuntimeError(
+                f"{owner}: {name} must be {_name(parameter.dtype)} as the parameters are, "
+                f"got {_name(tensor.dtype)}"
+            )
 
 
 def require_common(
