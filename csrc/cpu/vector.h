@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "guard.h"
+
 namespace convnn::CONVNN_ISA {
 
 struct half {
@@ -250,7 +252,12 @@ class Arena {
   template <class T>
   T* take(int64_t count) {
     char* at = base_ ? base_ + used_ : nullptr;
-    used_ += (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    const size_t bytes = size_t(count) * sizeof(T);
+    used_ += (bytes + kGap + 63) / 64 * 64;
+    if (base_) {
+      release(at, at + bytes);  // another division of the block may have had a gap there
+      guard(at + bytes, base_ + used_);
+    }
     return reinterpret_cast<T*>(at);
   }
   size_t used() const { return used_; }

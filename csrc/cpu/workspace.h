@@ -9,6 +9,8 @@
 
 #include "../memory.h"
 
+#include "guard.h"
+
 namespace convnn::cpu {
 
 // Uninitialized memory, aligned to 64 bytes; null for zero bytes. malloc with some slack takes a
@@ -23,6 +25,10 @@ class Workspace {
       block_.reset(std::malloc(bytes + kSlack));
     }
     if (!block_) throw OutOfMemory(bytes, what_for);
+    const char* const block = static_cast<const char*>(block_.get());
+    const char* const begin = as<const char>();
+    guard(block, begin);
+    guard(begin + bytes, block + bytes + kSlack);
   }
 
   void* get() const {
