@@ -145,7 +145,7 @@ class Folded {
     if (p.key_mask) {
       key_mask_ = Workspace(bytes_of(params_.batch, p.m), "key_mask");
       for (int64_t b = 0; b < params_.batch; ++b) {
-        std::memcpy(key_mask_.as<uint8_t>() + b * p.m, p.key_mask + b * shared * p.m, size_t(p.m));
+        std::copy_n(p.key_mask + b * shared * p.m, p.m, key_mask_.as<uint8_t>() + b * p.m);
       }
       params_.key_mask = key_mask_.as<uint8_t>();
     }
@@ -170,7 +170,7 @@ class Folded {
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t row = 0; row < p.n; ++row, to += bytes) {
         const int64_t first = p.query.offset(b) + row * p.query.row_stride;
-        std::memcpy(to, static_cast<const char*>(p.query.data) + first * int64_t(size), bytes);
+        std::copy_n(static_cast<const char*>(p.query.data) + first * int64_t(size), bytes, to);
       }
     }
     params_.query = dense_rows(queries_.get(), params_.n, p.d);
