@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from building import tool
+from building import build
 from host_cuda_program import Choices, HostCuda, Sweep
 from instruction_sets import INSTRUCTION_SETS, quick_last
 from ranks import Ranks, started
@@ -143,16 +143,8 @@ def programs() -> Path:
     if "CONVNN_HOST_CUDA" in os.environ:
         return Path(os.environ["CONVNN_HOST_CUDA"]).resolve()
     folder = ROOT / "build" / "host_cuda"
-    configure = [
-        *(tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"),
-        *(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"),
-        *("-DCONVNN_CUDA=0", "-DCONVNN_WERROR=1"),
-    ]
     targets = ["host_cuda", "host_cuda_faults", "host_cuda_hopper_faults", "host_cuda_hopper_sweep"]
-    build = [tool("cmake"), "--build", str(folder), "--target", *targets]
-    for command in (configure, build):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    build(folder, *targets)
     return folder / "tests" / "host_cuda"
 
 
