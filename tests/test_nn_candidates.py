@@ -218,6 +218,56 @@ def test_a_seed_saved_as_one_number_can_be_loaded() -> None:
     assert first != other
 
 
+# Seeds as one number, and what they draw: r, shape of the map, padding, rows.
+DRAWS = {
+    2**62 + 5: [
+        (5, (7,), 0, [5, 0, 3, 1, 6]),
+        (4, (3, 4), 0, [5, 8, 0, 3]),
+        (4, (3, 4), 1, [14, 19, 7, 10]),
+        (7, (2, 3), 1, [5, 8, 14, 13, 0, 3, 7]),
+        (6, (5,), 2, [5, 8, 0, 3, 7, 1]),
+        (8, (40, 50), 0, [48, 247, 1560, 473, 186, 1370, 1438, 1593]),
+    ],
+    -1: [
+        (5, (7,), 0, [5, 3, 1, 6, 0]),
+        (4, (3, 4), 0, [5, 3, 1, 7]),
+        (4, (3, 4), 1, [14, 10, 8, 16]),
+        (7, (2, 3), 1, [5, 3, 1, 7, 12, 6, 14]),
+        (6, (5,), 2, [5, 3, 1, 7, 6, 8]),
+        (8, (40, 50), 0, [922, 187, 1233, 800, 1035, 1903, 479, 1648]),
+    ],
+}
+
+
+@pytest.mark.parametrize("seed", DRAWS)
+def test_a_seed_draws_the_same_in_every_version(seed: int) -> None:
+    """Saved models depend on it."""
+    for r, shape, padding, expected in DRAWS[seed]:
+        candidates = RandomCandidates(r, fixed_in_eval=True).eval()
+        candidates.load_state_dict({"seed": torch.tensor(seed)})
+        assert rows(candidates, shape, padding) == expected
+        bits = [seed >> i & 1 for i in range(64)]
+        signs = torch.tensor([1.0 if bit else -1.0 for bit in bits]).view(2, 32)
+        candidates = RandomCandidates(r, fixed_in_eval=True).eval()
+        candidates.load_state_dict({"seed": signs})
+        assert rows(candidates, shape, padding) == expected
+
+
+def test_the_seed_and_draws_in_training_are_those_of_the_generator() -> None:
+    """For a fixed PyTorch: its generator may change between versions."""
+    torch.manual_seed(3)
+    candidates = RandomCandidates(5, fixed_in_eval=True)
+    torch.manual_seed(3)
+    assert torch.equal(candidates.seed, torch.empty(2, 32).random_(0, 2) * 2 - 1)
+    for training in (candidates, RandomCandidates(5).eval()):
+        torch.manual_seed(3)
+        drawn = rows(training, (3, 4), 1), rows(training, (2, 1), 2)
+        torch.manual_seed(3)
+        inner = torch.arange(12) // 4 * 6 + torch.arange(12) % 4 + 7  # of the padded 5×6 map
+        assert drawn[0] == inner[torch.randperm(12)[:5]].tolist()
+        assert drawn[1] == torch.randperm(30)[:5].tolist()  # of all, as the map has only two
+
+
 @pytest.mark.slow
 def test_ranks_have_the_same_draw(run_python: Callable[..., str], tmp_path: Path) -> None:
     printed = run_python(
