@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, with_layout
+from cases import DTYPES, LAYOUTS, SHORT, with_layout
 from inputs import OUT_OF_RANGE, each_rho, each_weight, make_weight, one_thread, randn
 
 import convnn_kernels  # noqa: F401
@@ -49,6 +49,32 @@ def test_no_channels(kind: str, rho: str) -> None:
         value, weight = randn(2, 20, 0, dtype=dtype), make_weight(kind, 0, 3, dtype)
         s = randn(2, 30, 3, dtype=torch.promote_types(dtype, torch.float32))
         assert_aggregate(ops.aggregate, value, s, I, weight, rho=rho)
+
+
+# A dense convolution gathers slots of 512 channels together and multiplies them in steps of 128;
+# others take 64 channels at a time, and gradients of a dense weight 128.
+@each_weight
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=SHORT.get)
+@pytest.mark.parametrize(("C", "k"), [(129, 4), (200, 5), (257, 3), (300, 2), (513, 2), (600, 1)])
+def test_many_channels(C: int, k: int, dtype: torch.dtype, kind: str) -> None:
+    I, s = torch.randint(9, (2, 7, k)), randn(2, 7, k)
+    s = s.double() if dtype == torch.float64 else s
+    weight = make_weight(kind, C, k, dtype, outputs=3)
+    assert_aggregate(ops.aggregate, randn(2, 9, C, dtype=dtype), s, I, weight, scale=0.5)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 1.0, -300.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=SHORT.get)
+@each_weight
+def test_softmax_of_a_large_spread(kind: str, dtype: torch.dtype, scale: float) -> None:
+    """exp would overflow or be 0 everywhere without the largest of scale times the similarity."""
+    s, I = 2000 * randn(2, 12, 5, dtype=dtype), torch.randint(9, (2, 12, 5))
+    s[0] /= 1000
+    s[torch.rand(2, 12, 5) < 0.2] = -INF
+    value, weight = randn(2, 9, 6, dtype=dtype), make_weight(kind, 6, 5, dtype)
+    Y = assert_aggregate(ops.aggregate, value, s, I, weight, scale=scale)
+    assert bool(Y.isfinite().all())
+    assert bool(Y[(s != -INF).any(-1)].any(-1).all())
 
 
 @pytest.mark.parametrize("wrong", OUT_OF_RANGE)

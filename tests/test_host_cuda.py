@@ -988,6 +988,20 @@ def test_candidates_that_are_not_distinct_write_within_bounds(order: str, device
         assert s.shape == (3, k)
 
 
+@pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])
+def test_softmax_of_a_large_spread(kind: str, device: HostCuda) -> None:
+    """exp would overflow, or be 0 everywhere, without the largest of scale times the similarity."""
+    s, I = 400 * normal(6, 5), torch.arange(30).view(6, 5) % 9
+    s[1], s[2, :3] = s[1] / 100, -math.inf
+    shape = {"none": None, "depthwise": (7, 1, 5), "dense": (3, 7, 5)}[kind]
+    weight = None if shape is None else normal(*shape, seed=1)
+    for scale in (-1.0, 1.0):
+        Y = assert_aggregate(
+            device.aggregate, normal(9, 7, seed=2), s, I, weight, scale=scale, backward=False
+        )
+        assert bool(Y.isfinite().all())
+
+
 def test_infinite_similarity_is_nan_as_in_eager_softmax(device: HostCuda) -> None:
     s = normal(3, 4)
     s[0, 1], s[1, 2] = math.inf, math.nan
