@@ -26,6 +26,9 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
+// A number for a message: the sign of a NaN is not printed, as in Python.
+inline double without_sign_of_nan(double x) { return std::isnan(x) ? std::fabs(x) : x; }
+
 // As Python names it, without "torch.".
 inline std::string name_of(ScalarType dtype) {
   switch (dtype) {
@@ -337,8 +340,7 @@ inline Convolution check_convolution(const char* op, const Tensor& value, int64_
     }
   }
   if (!rho_of(rho)) fail(op, "rho must be 'softmax', 'ones' or 'similarity', got '", rho, "'");
-  if (!std::isfinite(scale))
-    fail(op, "scale must be finite, got ", std::isnan(scale) ? std::fabs(scale) : scale);
+  if (!std::isfinite(scale)) fail(op, "scale must be finite, got ", without_sign_of_nan(scale));
   if (scale != 1.0 && rho != "softmax") {
     fail(op, "scale must be 1.0 unless rho is 'softmax', got ", scale, " with rho '", rho, "'");
   }

@@ -301,7 +301,8 @@ void check_indices(const char* op, const Contiguous& indices, const Contiguous& 
     const double s =
         is_float64 ? similarities.data_as<double>()[i] : similarities.data_as<float>()[i];
     if (!(std::isinf(s) && s < 0)) {
-      fail(op, "similarities must be -inf without rows of value, got ", s, " at position ", i);
+      fail(op, "similarities must be -inf without rows of value, got ", without_sign_of_nan(s),
+           " at position ", i);
     }
   }
 }

@@ -308,6 +308,8 @@ def convolution_cases(op: str) -> list[Case]:
         case("scale must be finite, got inf", scale=float("inf")),
         case("scale must be finite, got -inf", scale=float("-inf")),
         case("scale must be finite, got nan", scale=float("nan")),
+        # C++ prints the sign of a NaN.
+        case("scale must be finite, got nan", scale=float("-nan")),
         case("scale must be 1.0 unless rho is 'softmax', got 0.5 with rho 'ones'", rho="ones"),
         case(
             "scale must be 1.0 unless rho is 'softmax', got -1e-05 with rho 'similarity'",
@@ -397,6 +399,12 @@ def aggregate_cases() -> list[Case]:
             needs_values=True,
             value=floats(2, 0, 5),
             similarities=lambda similarities: torch.full_like(similarities, 0.5),
+        ),
+        case(
+            "similarities must be -inf without rows of value, got nan at position 0",
+            needs_values=True,
+            value=floats(2, 0, 5),
+            similarities=lambda similarities: torch.full_like(similarities, float("-nan")),
         ),
     ]
 
