@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""query, key and value are read where they lie on the CPU: expanded, sliced or transposed."""
+"""query, key and value are read where they lie on the CPU: expanded, sliced or transposed.
+
+Results are contiguous, also those without elements.
+"""
 
 import json
 import sys
@@ -181,3 +184,19 @@ def test_peak_memory(case: str, run_python: Callable[..., str]) -> None:
     rise = json.loads(run_python(MEASURE.format(make=make), timeout=300.0).splitlines()[-1])
     print(f"{rise / 2**20:.0f} MiB")
     assert rise <= most * 2**20
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 3), (2, 0, 5, 3), (2, 4, 5, 0)], ids=str)
+def test_results_without_elements_have_the_strides_of_new_tensors(
+    shape: tuple[int, int, int, int],
+) -> None:
+    """As PyTorch makes them, so that compiled code, which expects these, takes them."""
+    batch, queries, rows, channels = shape
+    leaves = [
+        torch.randn(batch, count, columns, requires_grad=True)
+        for count, columns in ((queries, 3), (rows, 3), (rows, channels))
+    ]
+    output, s, I = convnn.forward(*leaves, 2)
+    grads = torch.autograd.grad((output, s), leaves, (output.detach(), s.detach()))
+    for X in (output, s, I, *grads):
+        assert X.stride() == torch.empty(X.shape).stride()
