@@ -104,7 +104,6 @@ def require_types(function: str, op: torch._ops.OpOverload, args: Sequence[Any])
             continue
         if kind in ("Tensor", "Optional[Tensor]"):
             require_tensor(function, name, value, kind == "Optional[Tensor]")
-            _require_dense(function, name, value)
         elif kind == "str" and not isinstance(value, str):
             expected = checks.listed(_CHOICES[name])
             raise TypeError(f"{function}: {name} must be {expected}, got {described(value)}")
@@ -114,12 +113,14 @@ def require_types(function: str, op: torch._ops.OpOverload, args: Sequence[Any])
 
 
 def require_tensor(function: str, name: str, value: Any, is_optional: bool = False) -> None:
-    """Check that an argument is a tensor.
+    """Check that an argument is a tensor, and a dense one: there are no kernels for others.
 
     Raises:
         TypeError: naming the argument, what was expected and what it got.
     """
-    if isinstance(value, Tensor) or _is_foreign(value) or (is_optional and value is None):
+    if isinstance(value, Tensor):
+        return _require_dense(function, name, value)
+    if _is_foreign(value) or (is_optional and value is None):
         return
     hint = ""
     if type(value).__module__ == "numpy":
@@ -132,10 +133,7 @@ def require_tensor(function: str, name: str, value: Any, is_optional: bool = Fal
     raise TypeError(f"{function}: {name} must be {expected}, got {described(value)}{hint}")
 
 
-def _require_dense(function: str, name: str, tensor: Tensor | None) -> None:
-    """The operators have kernels for dense tensors only."""
-    if not isinstance(tensor, Tensor):
-        return
+def _require_dense(function: str, name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         got = "a nested one (pad it, and pass key_mask)"
     elif tensor.is_quantized:
@@ -156,8 +154,6 @@ def check_edge_index(indices: Any, similarities: Any, num_keys: Any) -> Any:
     """
     require_tensor("edge_index", "indices", indices)
     require_tensor("edge_index", "similarities", similarities)
-    _require_dense("edge_index", "indices", indices)
-    _require_dense("edge_index", "similarities", similarities)
     if indices.is_floating_point() and similarities.dtype is torch.int64:
         raise RuntimeError(
             "edge_index: indices must be int64, got the similarities: select_neighbors returns "
@@ -169,6 +165,9 @@ def check_edge_index(indices: Any, similarities: Any, num_keys: Any) -> Any:
     num_keys = whole("edge_index", "num_keys", num_keys)
     if num_keys < 0:
         raise RuntimeError(f"edge_index: num_keys must be at least 0, got {num_keys}")
+    graphs = max(indices.shape[:-2].numel(), 1)
+    if num_keys * graphs >= 2**63:  # the number of the last key, whatever the batch
+        raise RuntimeError(f"edge_index: num_keys must be below 2**63 / {graphs}, got {num_keys}")
     return num_keys
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from convnn_kernels import arguments
 
+# Sums of three such numbers fit into 64 bits.
+_MOST = 2**60
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -51,7 +54,7 @@ def window_ranges(
 
     Raises:
         TypeError: if an argument has a wrong type.
-        RuntimeError: if a number is too small.
+        RuntimeError: if a number is too small, or too large for any machine.
 
     Example:
         >>> from convnn_kernels.functional import window_ranges
@@ -63,8 +66,8 @@ def window_ranges(
         [[5, 9], [6, 10]]
     """
     function = "window_ranges"
-    N = _at_least(function, "N", N, 0)
-    M = N if M is None else _at_least(function, "M", M, 0)
+    N = _count(function, "N", N)
+    M = N if M is None else _count(function, "M", M)
     window, causal = _check_window(function, window, causal)
     positions = torch.arange(N, device=device) + (M - N)
     begin = torch.zeros_like(positions)
@@ -145,7 +148,9 @@ def _narrowed(
 
 
 def _check_window(function: str, window: Any, causal: Any) -> tuple[int | None, bool]:
-    window = None if window is None else _at_least(function, "window", window, 1)
+    if window is not None:
+        # A window of twice as many rows as there may be is no window.
+        window = min(_at_least(function, "window", window, 1), 2 * _MOST)
     return window, arguments.flag(function, "causal", causal)
 
 
@@ -156,6 +161,16 @@ def _at_least(function: str, name: str, value: Any, least: int) -> Any:
     return value
 
 
+def _count(function: str, name: str, value: Any) -> Any:
+    return _at_most(function, name, _at_least(function, name, value, 0))
+
+
+def _at_most(function: str, name: str, value: Any) -> Any:
+    if value > _MOST:
+        raise RuntimeError(f"{function}: {name} must be at most 2**60, got {value}")
+    return value
+
+
 def _lengths(name: str, lengths: Any, device: torch.device | str | None) -> Tensor:
     """[S] int64, checked."""
     function = "segment_ranges"
@@ -163,7 +178,10 @@ def _lengths(name: str, lengths: Any, device: torch.device | str | None) -> Tens
         if not isinstance(lengths, Sequence) or isinstance(lengths, str):
             got = arguments.described(lengths)
             raise TypeError(f"{function}: {name} must be a tensor or a sequence, got {got}")
-        each = [arguments.whole(function, f"{name}[{i}]", n) for i, n in enumerate(lengths)]
+        each = [
+            _at_most(function, f"{name}[{i}]", arguments.whole(function, f"{name}[{i}]", n))
+            for i, n in enumerate(lengths)
+        ]
         lengths = torch.tensor(each, dtype=torch.int64)
     if lengths.dtype not in _INTEGERS:
         dtype = str(lengths.dtype).removeprefix("torch.")
@@ -172,6 +190,17 @@ def _lengths(name: str, lengths: Any, device: torch.device | str | None) -> Tens
         raise RuntimeError(
             f"{function}: {name} must have shape [S], got shape {list(lengths.shape)}"
         )
-    if not torch.compiler.is_compiling() and lengths.numel() and int(lengths.min()) < 0:
-        raise RuntimeError(f"{function}: {name} must be at least 0, got {int(lengths.min())}")
+    if not torch.compiler.is_compiling() and lengths.numel():
+        _check_lengths(function, name, lengths)
     return lengths.to(device, torch.int64)
+
+
+def _check_lengths(function: str, name: str, lengths: Tensor) -> None:
+    try:
+        least, most = (int(each) for each in lengths.aminmax())
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{function}: {name} must have values that can be read, got: {error}"
+        ) from None
+    _at_least(function, name, least, 0)
+    _count(function, name, most)

@@ -191,6 +191,39 @@ def test_wrong_types_are_named(
     assert error.value.__suppress_context__
 
 
+NOT_DENSE = {
+    "one of layout sparse_coo (to_dense() converts it)": lambda X: X.to_sparse(),
+    "one of layout sparse_csr (to_dense() converts it)": lambda X: X.flatten(1).to_sparse_csr(),
+    "one of layout _mkldnn (to_dense() converts it)": lambda X: X.float().to_mkldnn(),
+    "a nested one (pad it, and pass key_mask)": lambda X: torch.nested.as_nested_tensor([X]),
+    "a quantized one (dequantize() converts it)": lambda X: torch.quantize_per_tensor(
+        X.float(), 0.1, 0, torch.qint8
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        ("convnn", "value"),
+        ("select_neighbors", "query"),
+        ("select_neighbors", "candidates"),
+        ("aggregate_neighbors", "indices"),
+        ("edge_index", "indices"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_must_be_dense(function: str, name: str, kind: str) -> None:
+    edges = {"indices": INDICES, "similarities": SIMILARITIES}
+    args = edges if function == "edge_index" else arguments(function)
+    if name not in args:
+        args["candidates"] = torch.arange(3)[:, None]
+    with pytest.raises(TypeError) as error:
+        getattr(functional, function)(**args | {name: NOT_DENSE[kind](args[name])})
+    assert str(error.value) == f"{function}: {name} must be a dense tensor, got {kind}"
+
+
 def test_other_errors_are_those_of_the_operators() -> None:
     with pytest.raises(RuntimeError, match=r"^convnn::select: query must be a tensor, got None"):
         call("select_neighbors", query=None)
@@ -489,6 +522,11 @@ INDICES, SIMILARITIES = torch.randint(5, (2, 5, 3)), torch.randn(2, 5, 3)
         ),
         ((INDICES - 9, SIMILARITIES, 7), RuntimeError, "indices must be in [0, 7), got -"),
         ((INDICES, SIMILARITIES, -1), RuntimeError, "num_keys must be at least 0, got -1"),
+        (
+            (INDICES, SIMILARITIES, 2**62),
+            RuntimeError,
+            f"num_keys must be below 2**63 / 2, got {2**62}",
+        ),
         ((INDICES, SIMILARITIES, 2.0), TypeError, "num_keys must be a whole number, got 2.0"),
         ((INDICES, SIMILARITIES, True), TypeError, "num_keys must be a whole number, got True"),
         (

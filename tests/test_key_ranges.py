@@ -122,11 +122,23 @@ def test_the_number_of_tokens_may_change_under_compile() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("window", [2**60, 2**62, 2**63 - 1, 2**64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_beyond_64_bits_is_no_window(window: int, causal: bool) -> None:
+    for N, M in ((4, 4), (2, 7), (7, 2)):
+        expected = window_ranges(N, M, causal=causal)
+        assert torch.equal(window_ranges(N, M, window, causal), expected)
+    expected = segment_ranges([2, 3], causal=causal)
+    assert torch.equal(segment_ranges([2, 3], window=window, causal=causal), expected)
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
         (lambda: window_ranges(-1), RuntimeError, "N must be at least 0, got -1"),
         (lambda: window_ranges(2, -3), RuntimeError, "M must be at least 0, got -3"),
+        (lambda: window_ranges(2**62), RuntimeError, f"N must be at most 2**60, got {2**62}"),
+        (lambda: window_ranges(2, 2**64), RuntimeError, f"M must be at most 2**60, got {2**64}"),
         (lambda: window_ranges(2, window=0), RuntimeError, "window must be at least 1, got 0"),
         (lambda: window_ranges(2.0), TypeError, "N must be a whole number, got 2.0"),
         (lambda: window_ranges(2, window=1.5), TypeError, "window must be a whole number, got 1.5"),
@@ -139,6 +151,22 @@ def test_the_number_of_tokens_may_change_under_compile() -> None:
             "lengths[1] must be a whole number, got 1.5",
         ),
         (lambda: segment_ranges([2, -1]), RuntimeError, "lengths must be at least 0, got -1"),
+        (
+            lambda: segment_ranges([1, 2**64]),
+            RuntimeError,
+            f"lengths[1] must be at most 2**60, got {2**64}",
+        ),
+        (
+            lambda: segment_ranges(torch.tensor([1, 2**62])),
+            RuntimeError,
+            f"lengths must be at most 2**60, got {2**62}",
+        ),
+        (
+            lambda: segment_ranges([2], torch.tensor([2], device="meta")),
+            RuntimeError,
+            "key_lengths must have values that can be read, got: Tensor.item() cannot be called on "
+            "meta tensors",
+        ),
         (
             lambda: segment_ranges([2], torch.tensor([-7])),
             RuntimeError,
