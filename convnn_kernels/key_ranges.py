@@ -183,6 +183,7 @@ def _lengths(name: str, lengths: Any, device: torch.device | str | None) -> Tens
             for i, n in enumerate(lengths)
         ]
         lengths = torch.tensor(each, dtype=torch.int64)
+    arguments.require_tensor(function, name, lengths)
     if lengths.dtype not in _INTEGERS:
         dtype = str(lengths.dtype).removeprefix("torch.")
         raise RuntimeError(f"{function}: {name} must have an integer dtype, got {dtype}")

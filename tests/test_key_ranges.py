@@ -168,6 +168,11 @@ def test_a_window_beyond_64_bits_is_no_window(window: int, causal: bool) -> None
             "meta tensors",
         ),
         (
+            lambda: segment_ranges(torch.tensor([2]).to_sparse()),
+            RuntimeError,
+            "lengths must be a dense tensor, got layout torch.sparse_coo",
+        ),
+        (
             lambda: segment_ranges([2], torch.tensor([-7])),
             RuntimeError,
             "key_lengths must be at least 0, got -7",
