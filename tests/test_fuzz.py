@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""The fuzzer: what it once found stays right, a short run finds nothing, and it finds faults.
+
+It runs in a process of its own, which forks: calls that crash must not end the tests.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("hypothesis")
+
+CORPUS = sorted((Path(__file__).parent / "fuzz_corpus").glob("*.json"))
+
+SHORT = """
+    import json
+    from pathlib import Path
+    from tools.fuzz.__main__ import Fuzzer
+
+    fuzzer = Fuzzer(limit=60.0)
+    paths = sorted(Path({folder!r}).glob("*.json"))
+    corpus = {{path.name: fuzzer.child.judge(json.loads(path.read_text())) for path in paths}}
+    fuzzer.round(seed=0, examples={examples})
+    fuzzer.child.close()
+    found = {{kind: call for kind, (call, _) in fuzzer.found.items()}}
+    print(json.dumps({{"corpus": corpus, "found": found, "counts": fuzzer.counts}}))
+"""
+
+
+def test_corpus_and_a_short_run(run_python: Callable[..., str]) -> None:
+    code = SHORT.format(folder=str(CORPUS[0].parent), examples=200)
+    result = json.loads(run_python(code, OMP_NUM_THREADS="1").splitlines()[-1])
+    assert len(result["corpus"]) == len(CORPUS) >= 9
+    wrong = {name: verdict for name, verdict in result["corpus"].items() if verdict[1]}
+    assert not wrong, "a fault of the corpus is back"
+    assert "skipped" not in {verdict[0] for verdict in result["corpus"].values()}
+    assert not result["found"]
+    # The calls are not refused at the first check: many have a result, and of these many are small
+    # enough for the reference.
+    counts = result["counts"]
+    assert counts["result"] > 40
+    assert counts["error"] > 40
+    assert counts["compared with the reference"] > 12
+
+
+# Each plants a fault in the operator `select`; the fuzzer finds it and reduces the call.
+PLANTED = """
+    import json, os, time, torch
+    from tools.fuzz import verdict
+    from tools.fuzz.__main__ import Fuzzer
+
+    right = verdict.OPERATORS["select"]
+
+    def crash(query, key, k, *args, **options):
+        if isinstance(k, int) and k > 2:
+            os.abort()
+        return right(query, key, k, *args, **options)
+
+    def hang(query, *args, **options):
+        if isinstance(query, torch.Tensor) and query.dim() > 2:
+            time.sleep(60)
+        return right(query, *args, **options)
+
+    def wrong_type(query, key, k, *args, **options):
+        if not isinstance(k, int):
+            raise KeyError("k")
+        return right(query, key, k, *args, **options)
+
+    def no_name(*args, **options):
+        try:
+            return right(*args, **options)
+        except RuntimeError:
+            raise RuntimeError("wrong") from None
+
+    def wrong_result(*args, **options):
+        s, I = right(*args, **options)
+        return s, torch.where(I == 1, 0, I)
+
+    def no_check_of_meta(query, *args, **options):
+        if getattr(query, "is_meta", False):
+            return right(query, query, 1)
+        return right(query, *args, **options)
+
+    found = {{}}
+    for fault in (crash, hang, wrong_type, no_name, wrong_result, no_check_of_meta):
+        verdict.OPERATORS = {{"select": fault}}
+        fuzzer = Fuzzer(limit=1.0 if fault is hang else 20.0, only=("select",))
+        for seed in range(4):
+            if fuzzer.round(seed, examples=100):
+                break
+        fuzzer.child.close()
+        found[fault.__name__] = [(kind, call) for kind, (call, _) in fuzzer.found.items()]
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_planted_faults_are_found(run_python: Callable[..., str]) -> None:
+    result = json.loads(run_python(PLANTED.format(), OMP_NUM_THREADS="1").splitlines()[-1])
+    kinds = {name: found[0][0] for name, found in result.items()}
+    assert kinds["crash"] == "select: crash: SIGABRT"
+    assert kinds["hang"].startswith("select: hang: no end")
+    assert "raises KeyError" in kinds["wrong_type"]
+    assert "names no argument: RuntimeError: wrong" in kinds["no_name"]
+    assert "result: " in kinds["wrong_result"]
+    assert "with meta tensors" in kinds["no_check_of_meta"] or "shape" in kinds["no_check_of_meta"]
+    # The smallest call: three neighbors of one query.
+    arguments = result["crash"][0][1]["arguments"]
+    assert arguments["k"] == 3
+    assert arguments["query"]["tensor"]["shape"] == [1, 1]
