@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: MIT
+"""Command line of the nightly checks; see ``tools.nightly``."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import REPOSITORY, make_stamp
+from tools.nightly import parts
+from tools.nightly.parts import HOURS, PARTS, Part
+
+# Seeds of shards are this far apart.
+APART = 10_000_000
+# Of the whole time, on one of the two cores.
+FUZZ_SHARE = 0.5
+SANITIZED = Path("tests/test_sanitized.py")
+# A shard may take as long as all, before it counts as one that does not end.
+GRACE_SECONDS = 120
+
+
+def _environment() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "2", "CONVNN_CACHE": "0"} | dict(os.environ)
+
+
+def _shard(part: Part, number: int, hours: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Runs one shard of a part in a process of its own."""
+    count = max(round(part.count * hours / HOURS), part.least)
+    share = (count + part.shards - 1 - number) // part.shards
+    first, seconds = seed + number * APART, hours * 3600
+    out = folder / f"{part.name}-{number}.json"
+    command = [sys.executable, "-m", "tools.nightly", "--part", part.name, "--out", str(out)]
+    command += ["--first", str(first), "--count", str(share), "--seconds", str(seconds)]
+    try:
+        done = _call(command, seconds + GRACE_SECONDS)
+        ending = f"exit status {done.returncode}: {done.stdout[-500:]}" if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        ending = "does not end"
+    result: dict[str, Any] = {"part": part.name}
+    result |= {"wanted": share, "compared": 0, "failures": [], "seconds": 0.0}
+    if out.exists():
+        result |= json.loads(out.read_text())
+    if ending:
+        result["failures"].append({"case": result.get("case"), "what": ending})
+    return result
+
+
+def _call(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+
+
+def _fuzz(hours: float, seed: int) -> dict[str, Any]:
+    began = time.monotonic()
+    minutes = 60 * hours * FUZZ_SHARE
+    command = [sys.executable, "-m", "tools.fuzz", "--minutes", f"{minutes:g}"]
+    done = _call([*command, "--seed", str(seed)], 60 * minutes + 10 * GRACE_SECONDS)
+    calls = re.search(r"^(\d+) calls", done.stdout, re.M)
+    count = int(calls[1]) if calls else 0
+    failures = [{"case": None, "what": done.stdout[-3000:]}] if done.returncode else []
+    seconds = time.monotonic() - began
+    return {"part": "fuzz", "compared": count, "failures": failures, "seconds": seconds}
+
+
+def _sanitized(hours: float) -> dict[str, Any]:
+    """The tests of the sanitized library, where the checkout has them."""
+    result: dict[str, Any] = {"part": "sanitized", "compared": 0, "failures": [], "seconds": 0.0}
+    if not (REPOSITORY / SANITIZED).exists():
+        return result
+    began = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "sanitized", str(SANITIZED)]
+    done = _call(command, 3600 * hours + 10 * GRACE_SECONDS)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    if done.returncode:
+        result["failures"].append({"case": None, "what": done.stdout[-3000:]})
+    result["compared"] = int(passed[1]) if passed else 0
+    return result | {"seconds": time.monotonic() - began}
+
+
+def nightly(hours: float, seed: int, only: list[str], out: Path, jobs: int) -> int:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
+        folder = Path(name)
+        futures = []
+        if "fuzz" in only:
+            futures.append(pool.submit(_fuzz, hours, seed))
+        if "sanitized" in only:
+            futures.append(pool.submit(_sanitized, hours))
+        for part in PARTS.values():
+            if part.name in only:
+                for number in range(part.shards):
+                    futures.append(pool.submit(_shard, part, number, hours, seed, folder))
+        results = [future.result() for future in futures]
+    summary = _summary(results)
+    seconds = round(time.monotonic() - began, 1)
+    report = {
+        "stamp": make_stamp("cpu", threads=jobs),
+        "hours": hours,
+        "seed": seed,
+        "seconds": seconds,
+        "parts": summary,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    _print(summary, seconds, out)
+    return int(any(each["failures"] for each in summary.values()))
+
+
+def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results of all shards of each part together."""
+    summary: dict[str, Any] = {}
+    for result in results:
+        zero = {"wanted": 0, "compared": 0, "seconds": 0.0, "failures": []}
+        part = summary.setdefault(result["part"], zero)
+        for name in ("wanted", "compared", "seconds"):
+            part[name] = round(part[name] + result.get(name, 0), 1)
+        part["failures"] += result["failures"]
+    return summary
+
+
+def _print(summary: dict[str, Any], seconds: float, out: Path) -> None:
+    for name, part in summary.items():
+        what = PARTS[name].what if name in PARTS else {"fuzz": "calls", "sanitized": "tests"}[name]
+        rate = part["compared"] / part["seconds"] if part["seconds"] else 0.0
+        short = ""
+        if part["compared"] < part["wanted"] and not part["failures"]:
+            short = f", short of {part['wanted']}: time was up"
+        print(f"{name}: {part['compared']} {what}, {rate:.1f}/s{short}")
+        for failure in part["failures"][:3]:
+            case = failure["case"]
+            again = "" if case is None else f" (again: --part {name} --case {case})"
+            print(f"  FAILED{again}: {failure['what']}")
+        if len(part["failures"]) > 3:
+            print(f"  and {len(part['failures']) - 3} more failures")
+    print(f"{seconds:.0f} s; {out}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.nightly", description=__doc__)
+    parser.add_argument("--hours", type=float, default=HOURS, help="all counts are in proportion")
+    parser.add_argument("--seed", type=int, default=100_000, help="the first case of each part")
+    every = [*PARTS, "fuzz", "sanitized"]
+    parser.add_argument("--only", nargs="+", choices=every, default=every)
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--out", type=Path, default=Path("build/nightly.json"))
+    parser.add_argument("--part", choices=PARTS, help="run cases of one part in this process")
+    parser.add_argument("--case", type=int, help="the one case of the part to run")
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=3600.0, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case is not None:
+        if given.part is None:
+            parser.error("--case needs --part")
+        print("compared" if PARTS[given.part].load()(given.case) else "nothing to compare")
+        return 0
+    if given.part is not None:
+        part = PARTS[given.part]
+        parts.run(part, given.first, given.count, given.seconds, given.out)
+        return 0
+    return nightly(given.hours, given.seed, given.only, given.out, given.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
