@@ -10,9 +10,9 @@
 #   make gpu-kit    build what a GPU machine without a network needs, with its version of Python
 #   make gpu        check and time the kernels on an NVIDIA GPU; installs nothing into PYTHON
 #
-# PYTHON selects the interpreter, VENV the environment, MAX_JOBS the parallel compilers; with
-# CONVNN_CUDA=1 the CUDA library is built even if PyTorch has no CUDA. pip's own variables can point
-# it to a CPU build of PyTorch.
+# PYTHON selects the interpreter, VENV the environment, MAX_JOBS the parallel compilers, WORKERS the
+# processes that run the tests (0: this one); with CONVNN_CUDA=1 the CUDA library is built even if
+# PyTorch has no CUDA. pip's own variables can point it to a CPU build of PyTorch.
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -21,6 +21,9 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 python := $(VENV)/bin/python
+# As many processes as tests/conftest.py says, unless told otherwise.
+WORKERS ?= auto
+in_parallel := -n $(WORKERS) --dist worksteal
 cpp_files = $(shell find csrc examples tests tools -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 build_files := setup.py CMakeLists.txt convnn_kernels/version.py $(shell find csrc -type f)
 
@@ -30,10 +33,10 @@ help:
 	@sed -n '2,/^$$/{/^#/{s/^# \{0,1\}//p}}' Makefile
 
 test: $(VENV)/.test
-	$(python) -m pytest -m "not slow and not gpu and not triton"
+	$(python) -m pytest $(in_parallel) -m "not slow and not gpu and not triton"
 
 test-all: $(VENV)/.test
-	$(python) -m pytest -m "not gpu and not triton"
+	$(python) -m pytest $(in_parallel) -m "not gpu and not triton"
 	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton*.py tests/test_gpu_runner.py
 
 # Compiles the Triton kernels for each architecture with each version of Triton and records the

@@ -3,6 +3,7 @@
 
 import collections
 import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from building import build
 from host_cuda_program import Choices, HostCuda, Sweep
 from instruction_sets import INSTRUCTION_SETS, quick_last
+from processes import environment
 from ranks import Ranks, started
 
 ROOT = Path(__file__).parent.parent
@@ -25,12 +28,21 @@ THREADS = 2
 _gpu_tests_not_run: collections.Counter[str] = collections.Counter()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        # Threads that wait would keep the cores from those of other workers.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _fill_new_memory()
     # Tests neither read nor write the user's cache.
     os.environ["CONVNN_CACHE"] = "0"
     if os.environ.get("TRITON_INTERPRET") == "1":
         _speed_up_interpreter()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: each worker needs about a GB, and ten seconds to collect the tests."""
+    return min(len(os.sched_getaffinity(0)), 4)
 
 
 def _speed_up_interpreter() -> None:
@@ -62,10 +74,27 @@ def _fill_new_memory() -> None:
         ctypes.CDLL(None).mallopt(-6, 0x100)
 
 
+def pytest_collection_finish() -> None:
+    """The garbage collector need not look at the tests themselves, some ten thousand, each time."""
+    gc.freeze()
+
+
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             _gpu_tests_not_run[item.nodeid.partition("[")[0]] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["gpu_tests_not_run"] = dict(_gpu_tests_not_run)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Each worker of pytest-xdist deselects the same tests."""
+    global _gpu_tests_not_run
+    _gpu_tests_not_run |= getattr(node, "workeroutput", {}).get("gpu_tests_not_run", {})
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -87,7 +116,8 @@ def _fixed_state() -> Iterator[None]:
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
     yield
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)  # imports the compiler
     torch.set_num_threads(THREADS)
 
 
@@ -113,21 +143,37 @@ def run_python() -> Callable[..., str]:
     The process can import the package, python_ref and the modules of the tests.
     """
 
-    def run(code: str, timeout: float = 300.0, **environment: str) -> str:
-        paths = [path for path in sys.path if path] + [str(Path(__file__).parent), str(ROOT)]
+    def run(code: str, timeout: float = 300.0, **variables: str) -> str:
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
+            env=environment(**variables),
             capture_output=True,
             text=True,
             timeout=timeout,
             check=False,
         )
-        if done.returncode != 0:
-            pytest.fail(f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
-        return done.stdout
+        return _printed(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def run_forked() -> Callable[..., str]:
+    """As `run_python`, a second faster: the process is forked from one that has PyTorch.
+
+    For code that depends neither on how Python and PyTorch start nor on how they end.
+    """
+
+    def run(code: str, timeout: float = 300.0, **variables: str) -> str:
+        return _printed(*processes.run_forked(code, timeout, environment(**variables)))
+
+    return run
+
+
+def _printed(status: int, stdout: str, stderr: str) -> str:
+    if status != 0:
+        pytest.fail(f"exit status {status}\n{stdout}\n{stderr}")
+    return stdout
 
 
 @pytest.fixture(scope="session")

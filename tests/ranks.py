@@ -5,7 +5,6 @@ They are started once and run one function after another.
 """
 
 import datetime
-import multiprocessing
 import pickle
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import CONTEXT
 
 # How long a rank waits for another one, in seconds. A test waits twice as long for a rank.
 TIMEOUT = 60.0
@@ -29,11 +29,10 @@ class Ranks:
     """The processes; `call` runs a function on as many of them as it has arguments for."""
 
     def __init__(self, size: int, folder: Path, timeout: float) -> None:
-        context = multiprocessing.get_context("spawn")
-        pairs = [context.Pipe() for _ in range(size)]
+        pairs = [CONTEXT.Pipe() for _ in range(size)]
         self.pipes = [pipe for pipe, _ in pairs]
         self.processes = [
-            context.Process(
+            CONTEXT.Process(
                 target=_serve,
                 args=(rank, size, str(folder / "store"), timeout, theirs),
                 daemon=True,

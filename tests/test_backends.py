@@ -428,7 +428,7 @@ def test_index_values_on_the_cpu_are_always_reported(
     assert not fake.calls
 
 
-def test_forced_cuda_does_not_run_on_the_cpu(run_python: Callable[..., str]) -> None:
+def test_forced_cuda_does_not_run_on_the_cpu(run_forked: Callable[..., str]) -> None:
     """Where the backend can run, CONVNN_BACKEND=cuda refuses CPU tensors and says why."""
     code = """
         import torch
@@ -441,7 +441,7 @@ def test_forced_cuda_does_not_run_on_the_cpu(run_python: Callable[..., str]) -> 
         except RuntimeError as error:
             print(error)
     """
-    assert run_python(code, CONVNN_BACKEND="cuda").strip() == (
+    assert run_forked(code, CONVNN_BACKEND="cuda").strip() == (
         "convnn::select: the forced backend 'cuda' cannot run tensors on cpu: "
         "it cannot run tensors on cpu"
     )

@@ -81,14 +81,14 @@ def test_the_switch_reaches_every_thread_and_the_kernels() -> None:
     assert torch.equal(select_neighbors(x, x, 9)[0], fused)
 
 
-def test_the_switch_comes_before_the_environment(run_python: Callable[..., str]) -> None:
+def test_the_switch_comes_before_the_environment(run_forked: Callable[..., str]) -> None:
     code = """
         from convnn_kernels import native
         with native.use_cpu_instruction_set("portable"):
             print(native.cpu_instruction_set())
         print(native.cpu_instruction_set() or "none")
     """
-    assert run_python(code, CONVNN_CPU_ISA="abacus").split() == ["portable", "none"]
+    assert run_forked(code, CONVNN_CPU_ISA="abacus").split() == ["portable", "none"]
 
 
 CHOICE_SOURCES = ("choice.cpp", "remembered.cpp", "timing.cpp")
@@ -216,11 +216,11 @@ CHOICE = """
 
 
 @pytest.fixture
-def choose(run_python: Callable[..., str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def choose(run_forked: Callable[..., str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Has another process choose, by default with a cache in tmp_path."""
 
     def run(**environment: str) -> dict[str, Any]:
-        return json.loads(run_python(CHOICE, **{"CONVNN_CACHE": str(tmp_path), **environment}))
+        return json.loads(run_forked(CHOICE, **{"CONVNN_CACHE": str(tmp_path), **environment}))
 
     return run
 
@@ -363,7 +363,7 @@ def test_several_processes_at_once(choose: Choose, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_fork_while_another_thread_measures(run_python: Callable[..., str]) -> None:
+def test_a_fork_while_another_thread_measures(run_forked: Callable[..., str]) -> None:
     """The new process has no such thread, and must not wait for it."""
     code = """
         import os, signal, threading, warnings
@@ -383,4 +383,4 @@ def test_a_fork_while_another_thread_measures(run_python: Callable[..., str]) ->
             assert os.waitpid(child, 0)[1] == 0, "a new process waits"
         print(len(children))
     """
-    assert int(run_python(code)) > 0
+    assert int(run_forked(code)) > 0

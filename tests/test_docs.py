@@ -120,9 +120,9 @@ def test_a_missing_file_or_module_is_found() -> None:
 @pytest.mark.parametrize(
     ("name", "least"), [("README.md", 5), ("docs/graphs.md", 3), ("docs/layers.md", 1)]
 )
-def test_snippets_run(name: str, least: int, run_python: Callable[..., str]) -> None:
+def test_snippets_run(name: str, least: int, run_forked: Callable[..., str]) -> None:
     assert len(SNIPPETS[name]) >= least
-    printed = run_python(
+    printed = run_forked(
         f"for snippet in {SNIPPETS[name]!r}: exec(snippet, {{}})\nprint('all ran')"
     )
     assert printed.endswith("all ran\n")

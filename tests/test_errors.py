@@ -626,8 +626,8 @@ CALLS_UNDER_ENVIRONMENT = """
     "name",
     ["cpu", "gpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("triton", "cuda"))],
 )
-def test_backend_from_the_environment(name: str, run_python: Callable[..., str]) -> None:
-    lines = run_python(CALLS_UNDER_ENVIRONMENT, CONVNN_BACKEND=name).splitlines()
+def test_backend_from_the_environment(name: str, run_forked: Callable[..., str]) -> None:
+    lines = run_forked(CALLS_UNDER_ENVIRONMENT, CONVNN_BACKEND=name).splitlines()
     if name == "cpu":
         expected = "ran"
     elif name == "gpu":
@@ -639,6 +639,6 @@ def test_backend_from_the_environment(name: str, run_python: Callable[..., str])
         )
         expected = (
             "CONVNN_BACKEND must be a backend that can run here ('cpu'), "
-            f"got '{name}': {run_python(code).strip()}"
+            f"got '{name}': {run_forked(code).strip()}"
         )
     assert lines == [expected] * 3 + ["ran"]

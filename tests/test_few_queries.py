@@ -179,11 +179,11 @@ RESTRICTIONS = ["none", "candidates", "mask", "self", "by index", "all"]
 @pytest.mark.parametrize("first", range(len(RESTRICTIONS)))
 @pytest.mark.parametrize("instruction_set", quick_last(INSTRUCTION_SETS))
 def test_the_same_bits_among_many_queries(
-    first: int, instruction_set: str, run_python: Callable[..., str]
+    first: int, instruction_set: str, run_forked: Callable[..., str]
 ) -> None:
     rotated = RESTRICTIONS[first:] + RESTRICTIONS[:first]
     code = AMONG_MANY.format(restrictions=rotated, count=len(rotated))
-    lines = run_python(code, CONVNN_CPU_ISA=instruction_set).splitlines()
+    lines = run_forked(code, CONVNN_CPU_ISA=instruction_set).splitlines()
     assert len(lines) == 20 * 4 * 3 * 4 * 2
     assert [line for line in lines if not line.startswith("True ")] == []
 
@@ -262,6 +262,6 @@ CACHES = {
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 @pytest.mark.parametrize("case", CACHES)
-def test_keys_are_not_copied(case: str, metric: str, run_python: Callable[..., str]) -> None:
-    rise = json.loads(run_python(PEAK.format(make=CACHES[case], metric=metric)).splitlines()[-1])
+def test_keys_are_not_copied(case: str, metric: str, run_forked: Callable[..., str]) -> None:
+    rise = json.loads(run_forked(PEAK.format(make=CACHES[case], metric=metric)).splitlines()[-1])
     assert rise <= 4 * 2**20, f"{rise / 2**20:.1f} MiB"

@@ -75,10 +75,10 @@ def test_text_without_a_build_report() -> None:
     assert "unknown" in info.render(report)
 
 
-def test_impossible_instruction_set_is_reported(run_python: Callable[..., str]) -> None:
+def test_impossible_instruction_set_is_reported(run_forked: Callable[..., str]) -> None:
     code = "from convnn_kernels import info; print(info.render(info.collect()))"
     line = "none: CONVNN_CPU_ISA is 'abacus', but what runs here is "
-    assert line + ", ".join(native.usable_cpu_instruction_sets()) in run_python(
+    assert line + ", ".join(native.usable_cpu_instruction_sets()) in run_forked(
         code, CONVNN_CPU_ISA="abacus"
     )
 

@@ -82,7 +82,7 @@ SOME_CASES = """
     ("first", "last"), [(3000, 3060), pytest.param(4000, 4500, marks=pytest.mark.slow)]
 )
 def test_random_cases_of_each_instruction_set(
-    first: int, last: int, instruction_set: str, run_python: Callable[..., str]
+    first: int, last: int, instruction_set: str, run_forked: Callable[..., str]
 ) -> None:
     code = SOME_CASES.format(first=first, last=last)
-    assert "passed" in run_python(code, timeout=900.0, CONVNN_CPU_ISA=instruction_set)
+    assert "passed" in run_forked(code, timeout=900.0, CONVNN_CPU_ISA=instruction_set)

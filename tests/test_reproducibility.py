@@ -81,9 +81,9 @@ def test_many_queries_of_one_key_for_every_thread_count(metric: str, kind: str) 
 
 
 @pytest.mark.parametrize("flush", [False, True])
-def test_denormals_for_every_thread_count(flush: bool, run_python: Callable[..., str]) -> None:
+def test_denormals_for_every_thread_count(flush: bool, run_forked: Callable[..., str]) -> None:
     """set_flush_denormal is of one thread; the others do as it does."""
-    run_python(f"""
+    run_forked(f"""
         import torch, convnn_kernels
         torch.manual_seed(0)
         X = torch.randn(4000, 8) * 1e-20  # products are denormal, or zero
@@ -107,9 +107,9 @@ def test_denormals_for_every_thread_count(flush: bool, run_python: Callable[...,
     """)
 
 
-def test_denormals_of_every_operator(run_python: Callable[..., str]) -> None:
+def test_denormals_of_every_operator(run_forked: Callable[..., str]) -> None:
     """Every pass of every operator, forward and backward, has the mode of the calling thread."""
-    run_python("""
+    run_forked("""
         import torch, convnn_kernels
         ops = torch.ops.convnn
         torch.manual_seed(0)
@@ -200,10 +200,10 @@ DIGEST = """
 
 @pytest.mark.slow
 def test_another_process_gives_the_same_bits(
-    instruction_set: str, run_python: Callable[..., str]
+    instruction_set: str, run_forked: Callable[..., str]
 ) -> None:
     pytest.importorskip("numpy")
-    first, second = (run_python(DIGEST, CONVNN_CPU_ISA=instruction_set) for _ in range(2))
+    first, second = (run_forked(DIGEST, CONVNN_CPU_ISA=instruction_set) for _ in range(2))
     assert first == second
 
 

@@ -2,8 +2,7 @@
 """The operators as the C++ library defines them, and what an import adds to them."""
 
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,8 @@ import torch
 from convnn_kernels import native, schemas
 
 
-def run(code: str) -> str:
-    """What a new Python process prints; it imports nothing of ours by itself."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_operators_run_without_the_package() -> None:
-    printed = run(f"""
+def test_operators_run_without_the_package(run_forked: Callable[..., str]) -> None:
+    printed = run_forked(f"""
 import sys, torch
 torch.ops.load_library({str(native.library("cpu"))!r})
 x = torch.arange(12.0).reshape(6, 2)
@@ -46,7 +38,7 @@ def test_every_operator_of_the_library_has_its_arguments_by_name() -> None:
 
 
 @pytest.mark.parametrize("how", ["purge", "reload"])
-def test_imported_twice(how: str) -> None:
+def test_imported_twice(how: str, run_forked: Callable[..., str]) -> None:
     again = {
         "purge": """
 for name in [*sys.modules]:
@@ -56,7 +48,7 @@ import convnn_kernels
 """,
         "reload": "importlib.reload(convnn_kernels.schemas); importlib.reload(convnn_kernels.ops)",
     }[how]
-    run(f"""
+    run_forked(f"""
 import importlib, sys, torch
 import convnn_kernels, convnn_kernels.schemas, convnn_kernels.ops
 
@@ -77,11 +69,11 @@ torch.library.opcheck(torch.ops.convnn.select.default, (torch.randn(5, 3), torch
 """)
 
 
-def test_another_copy_of_the_library(tmp_path: Path) -> None:
+def test_another_copy_of_the_library(tmp_path: Path, run_forked: Callable[..., str]) -> None:
     """Loading a second one would end the process."""
     copy = tmp_path / native.library("cpu").name
     shutil.copy(native.library("cpu"), copy)
-    printed = run(f"""
+    printed = run_forked(f"""
 import torch
 torch.ops.load_library({str(copy)!r})
 try:

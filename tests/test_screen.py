@@ -133,7 +133,7 @@ CODE = """
 @pytest.mark.parametrize(
     "instruction_set", quick_last([name for name in INSTRUCTION_SETS if name != "portable"])
 )
-def test_a_screen_changes_no_bit(run_python: Callable[..., str], instruction_set: str) -> None:
-    lines = run_python(CODE, CONVNN_CPU_ISA=instruction_set).splitlines()
+def test_a_screen_changes_no_bit(run_forked: Callable[..., str], instruction_set: str) -> None:
+    lines = run_forked(CODE, CONVNN_CPU_ISA=instruction_set).splitlines()
     assert len(lines) == 29 * 12
     assert [line for line in lines if not line.startswith("True ")] == []

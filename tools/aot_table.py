@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import collections
+import functools
 import hashlib
 import io
 import json
@@ -57,7 +58,7 @@ def source_hashes() -> dict[str, str]:
     """For each kernel a hash of its code and of all device code that it uses; and one of
     configs.py. Comments, docstrings and host code do not matter."""
     hashes = {"configs": _hash(_tokens((KERNELS / "configs.py").read_text()))}
-    modules = {path.stem: _Module(path.read_text()) for path in sorted(KERNELS.glob("*.py"))}
+    modules = {path.stem: _module(path.read_text()) for path in sorted(KERNELS.glob("*.py"))}
     for module, content in modules.items():
         for kernel in content.device_code:
             if kernel.endswith("_kernel"):
@@ -79,8 +80,10 @@ class _Module:
     def __init__(self, source: str) -> None:
         self.device_code: dict[str, str] = {}
         self._imports: dict[str, str] = {}
+        # ast.get_source_segment splits all of the source for each node.
+        lines = source.splitlines(keepends=True)
         for node in ast.parse(source).body:
-            text = ast.get_source_segment(source, node) or ""
+            text = "".join(lines[node.lineno - 1 : node.end_lineno])
             if isinstance(node, ast.FunctionDef):
                 if {ast.unparse(each) for each in node.decorator_list} & {"triton.jit", "Kernel"}:
                     self.device_code[node.name] = _tokens(text)
@@ -94,6 +97,11 @@ class _Module:
         words = set(self.device_code[name].split())
         here = [(module, word) for word in words if word in self.device_code]
         return here + [(self._imports[word], word) for word in words if word in self._imports]
+
+
+@functools.cache
+def _module(source: str) -> _Module:
+    return _Module(source)
 
 
 def _tokens(source: str) -> str:
