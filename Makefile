@@ -36,7 +36,8 @@ test: $(VENV)/.test
 	$(python) -m pytest $(in_parallel) -m "not slow and not gpu and not triton"
 
 test-all: $(VENV)/.test
-	$(python) -m pytest $(in_parallel) -m "not gpu and not triton"
+	$(python) -m pytest $(in_parallel) -m "not gpu and not triton and not host_cuda and not sanitized"
+	$(python) -m pytest -m "(host_cuda or sanitized) and not gpu"
 	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton*.py tests/test_gpu_runner.py
 
 # Compiles the Triton kernels for each architecture with each version of Triton and records the

@@ -74,9 +74,14 @@ def _fill_new_memory() -> None:
         ctypes.CDLL(None).mallopt(-6, 0x100)
 
 
+def pytest_collection() -> None:
+    """The garbage collector never looks at the tests themselves, which are some ten thousand."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """The garbage collector need not look at the tests themselves, some ten thousand, each time."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
@@ -113,7 +118,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(autouse=True)
 def _fixed_state() -> Iterator[None]:
     """Start each test with one seed and two threads, and restore global settings after it."""
-    torch.manual_seed(0)
+    # For each kind of device that is missing, torch.manual_seed formats the stack.
+    (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(0)
     torch.set_num_threads(THREADS)
     yield
     if torch.are_deterministic_algorithms_enabled():

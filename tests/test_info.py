@@ -11,13 +11,13 @@ import convnn_kernels
 from convnn_kernels import info, introspect, native
 
 
-def test_json_report(run_python: Callable[..., str]) -> None:
+def test_json_report(run_forked: Callable[..., str]) -> None:
     code = """
         import runpy, sys
         sys.argv = ["info", "--json"]
         runpy.run_module("convnn_kernels.info", run_name="__main__")
     """
-    report = json.loads(run_python(code, CONVNN_CPU_ISA="portable"))
+    report = json.loads(run_forked(code, CONVNN_CPU_ISA="portable"))
     assert report["versions"]["convnn_kernels"] == convnn_kernels.__version__
     assert report["versions"]["torch"] == str(torch.__version__)
     assert report["build"]["cpu_instruction_sets"] == introspect.cpu_instruction_sets()
