@@ -25,7 +25,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run_forked(code: str, timeout: float, variables: Mapping[str, str]) -> tuple[int, str, str]:
-    """Runs code in such a process: its exit status, and what it printed."""
+    """Runs code in such a process and returns its exit status and what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
         process = CONTEXT.Process(target=_run, args=(textwrap.dedent(code), variables, files))
@@ -33,7 +33,7 @@ def run_forked(code: str, timeout: float, variables: Mapping[str, str]) -> tuple
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
-            process.join()
+            raise TimeoutError(f"the program did not end within {timeout} s")
         stdout, stderr = (file.read_text() if file.exists() else "" for file in files)
         return process.exitcode, stdout, stderr
 
