@@ -24,6 +24,11 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **changes}
 
 
+def outside_workers() -> dict[str, str]:
+    """The environment without that of a worker of pytest-xdist, for a pytest of its own."""
+    return {name: value for name, value in os.environ.items() if "XDIST" not in name}
+
+
 def run_forked(code: str, timeout: float, variables: Mapping[str, str]) -> tuple[int, str, str]:
     """Runs code in such a process and returns its exit status and what it printed."""
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from processes import outside_workers
 
 pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip install .[bench]")
 pytest.importorskip("matplotlib", reason="the benchmarks need matplotlib: pip install .[bench]")
@@ -712,7 +713,9 @@ def test_operators_under_pytest_benchmark(tmp_path):
         *("-k", "forward-1024", "--benchmark-max-time=0.05", "-p", "no:cacheprovider"),
         *(f"--benchmark-storage={tmp_path}", "--benchmark-save=before"),
     ]
-    done = subprocess.run(arguments, cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        arguments, cwd=REPOSITORY, env=outside_workers(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (saved,) = tmp_path.rglob("*_before.json")
     found = {each["name"] for each in json.loads(saved.read_text())["benchmarks"]}

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from processes import outside_workers
 
 pytest.importorskip("skimage", reason="the benchmarks need scikit-image: pip install .[bench]")
 
@@ -247,15 +248,13 @@ def test_each_test_is_a_result(tmp_path: Path) -> None:
     """Tests that have a result are skipped."""
     (tmp_path / "test_some.py").write_text(TESTS)
     outcomes, done = tmp_path / "outcomes", tmp_path / "done"
-    environment = {"CONVNN_OUTCOMES": str(outcomes), "CONVNN_DONE": str(done)}
-    environment |= {"PYTHONPATH": str(REPOSITORY)}
-    # What a worker of pytest-xdist has, and a process that it starts inherits.
-    inherited = {name: os.environ[name] for name in os.environ if "XDIST" not in name}
+    environment = {**outside_workers(), "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"CONVNN_OUTCOMES": str(outcomes), "CONVNN_DONE": str(done)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.outcomes", "test_some.py"]
     for finished, expected in (("", "passed failed skipped"), ("wrong", "passed skipped")):
         outcomes.write_text("")
         done.write_text(finished and f"test_some.py::test_{finished}")
-        subprocess.run(command, cwd=tmp_path, env=inherited | environment, capture_output=True)
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
         found = [json.loads(line) for line in outcomes.read_text().splitlines()]
         assert " ".join(record["status"] for _, record in found) == expected
     assert found[0][1]["cases"] == 50
