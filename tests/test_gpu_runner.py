@@ -52,7 +52,7 @@ def ran(cases: list[str], folder: Path, **options: Any) -> tuple[dict[str, Recor
     return {each["case"]: each for each in results}, counts
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_failing_case_costs_only_itself(workers: int, tmp_path: Path) -> None:
     found, counts = ran(FAULTS, tmp_path, workers=workers, case_seconds=1.0)
     expected = dict.fromkeys(("a", "b", "c", "d", "e", "part", "parts"), "passed")

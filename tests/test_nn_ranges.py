@@ -348,7 +348,13 @@ def test_vmap_over_layers_and_inputs(name: str) -> None:
     torch.testing.assert_close(each, expected[0])
 
 
-@every_layer
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("2d", "attention") else pytest.param(name, marks=pytest.mark.slow)
+        for name in LAYERS
+    ],
+)
 def test_compile_with_any_length(name: str) -> None:
     torch.compiler.reset()
     make, shape = LAYERS[name]
