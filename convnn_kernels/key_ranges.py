@@ -191,7 +191,7 @@ def _lengths(name: str, lengths: Any, device: torch.device | str | None) -> Tens
         raise RuntimeError(
             f"{function}: {name} must have shape [S], got shape {list(lengths.shape)}"
         )
-    if not torch.compiler.is_compiling() and lengths.numel():
+    if not torch.compiler.is_compiling() and (lengths.numel() or lengths.is_meta):
         _check_lengths(function, name, lengths)
     return lengths.to(device, torch.int64)
 

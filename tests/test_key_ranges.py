@@ -122,6 +122,11 @@ def test_the_number_of_tokens_may_change_under_compile() -> None:
     assert counter.frame_count == 1
 
 
+def test_no_lengths_on_meta() -> None:
+    with pytest.raises(RuntimeError, match="segment_ranges: lengths must have values that can be"):
+        segment_ranges(torch.zeros(0, dtype=torch.int64, device="meta"))
+
+
 @pytest.mark.parametrize("window", [2**60, 2**62, 2**63 - 1, 2**64])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_window_beyond_64_bits_is_no_window(window: int, causal: bool) -> None:

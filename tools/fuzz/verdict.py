@@ -52,9 +52,7 @@ BY_PYTORCH = re.compile(
     r"^Could not run 'convnn::\w+' with arguments from the '\w+' backend|expected at most \d+ arg"
 )
 # And functions that are made of PyTorch's own operators say what these say about storages.
-OF_STORAGE = re.compile(
-    r"^(Storage size calculation overflowed with sizes=|setStorage: |The tensor has a non-zero)"
-)
+OF_STORAGE = re.compile(r"^(Storage size|Stride) calculation overflowed")
 # More pairs than these take too long, fewer than the others could be had.
 MOST_PAIRS, IMPOSSIBLE_PAIRS = 2**24, 2**58
 MOST_COMPARED = 2**15
@@ -84,7 +82,7 @@ def judge(call: Call) -> Verdict:
         arguments = build(call)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return Verdict("skipped")  # there is no such tensor
-    if _takes_long(arguments):
+    if _takes_long(arguments) or _crashes_pytorch(call):
         return Verdict("skipped")
     try:
         outcome = _run(call["call"], arguments)
@@ -131,6 +129,12 @@ def _takes_long(arguments: dict[str, Any]) -> bool:
     return any(MOST_PAIRS < each < IMPOSSIBLE_PAIRS for each in (math.prod(rows), *sizes))
 
 
+def _crashes_pytorch(call: Call) -> bool:
+    """Whether PyTorch's own operators, of which this function is made, would read freed memory."""
+    is_own = call["call"] in OPERATORS or call["call"] in SAME
+    return not is_own and any(each.get("kind") == "freed" for each in _tensors(call))
+
+
 def _about_error(call: Call, outcome: Outcome) -> str:
     message, error = outcome.message, outcome.error
     name = call["call"]
@@ -142,6 +146,8 @@ def _about_error(call: Call, outcome: Outcome) -> str:
         return ""
     words = message.split("Declaration:")[0].split("Schema:")[0]
     named = [*_parameters(name), *call["arguments"]]
+    if name.endswith("_backward"):
+        named.append("k")  # the columns of similarities
     if any(re.search(rf"\b{each}\b", words) for each in named):
         return ""
     return f"names no argument: {type(error).__name__}: {words[:200]}"
@@ -197,6 +203,8 @@ def _tensors(call: Call) -> Iterator[dict[str, Any]]:
 def _compare(name: str, arguments: dict[str, Any], results: tuple[Any, ...]) -> bool:
     """Raises AssertionError if the results are wrong; returns whether they were compared."""
     plain = {each: _plain(X) for each, X in arguments.items()}
+    if plain.get("k", 1) > MOST_COMPARED:
+        return False  # there are no queries: PyTorch cannot make views of such results
     if name in SAME and plain.pop("within", None) is None:
         name, count = SAME[name]
         same = _run(name, plain)
@@ -213,6 +221,8 @@ def _compare(name: str, arguments: dict[str, Any], results: tuple[Any, ...]) -> 
         return False
     if isinstance(plain.get("scale"), int):
         plain["scale"] = float(plain["scale"])
+    if abs(plain.get("scale", 1.0)) > 1e15:
+        return False  # the reference subtracts products that overflow
     if name in _OTHERS:
         _OTHERS[name](plain, results)
         return True
