@@ -28,6 +28,24 @@ def test_strided_inputs(kind: str, layout: str) -> None:
     assert_aggregate(ops.aggregate, value, s, I, weight)
 
 
+@pytest.mark.parametrize("scale", [1e20, -1e20, 1e300, -1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softmax_with_a_scale_that_leaves_one_neighbor(scale: float, dtype: torch.dtype) -> None:
+    """A product with the scale has an error that exp does not forgive; a difference has none."""
+    value = randn(40, 4).requires_grad_()
+    s = randn(50, 5, dtype=dtype).requires_grad_()
+    s.data[:, 3] = -INF
+    I = torch.randint(40, (50, 5))
+    signed = (s * (1 if scale > 0 else -1)).masked_fill(s == -INF, -INF)
+    nearest = I.gather(-1, signed.argmax(dim=-1, keepdim=True))[:, 0]
+    output = ops.aggregate(value, s, I, scale=scale)
+    assert torch.equal(output, value[nearest])
+    grads = torch.autograd.grad(output.sum(), [value, s])
+    expected = torch.bincount(nearest, minlength=40)[:, None].expand(40, 4)
+    assert torch.equal(grads[0], expected.float())
+    assert torch.equal(grads[1], torch.zeros_like(s))
+
+
 @each_rho
 @each_weight
 def test_repeated_indices_and_missing_neighbors(rho: str, kind: str) -> None:

@@ -37,15 +37,17 @@ inline void modulate(const AggregateParams& p, int64_t first, double* rho) {
     }
     return;
   }
-  double largest = -std::numeric_limits<double>::infinity();
+  // Of the greatest product with the scale. Subtracting similarities before that, rather than
+  // products, loses nothing to a scale of any size.
+  double nearest = 0, largest = -std::numeric_limits<double>::infinity();
   for (int64_t j = 0; j < p.k; ++j) {
-    const double s = similarity_at(p, first + j);
-    if (!is_missing(s) && p.scale * s > largest) largest = p.scale * s;
+    const double s = similarity_at(p, first + j), sign = p.scale < 0 ? -s : s;
+    if (!is_missing(s) && sign > largest) nearest = s, largest = sign;
   }
   double sum = 0;
   for (int64_t j = 0; j < p.k; ++j) {
     const double s = similarity_at(p, first + j);
-    rho[j] = is_missing(s) ? 0 : std::exp(multiply_add(p.scale, s, -largest));
+    rho[j] = is_missing(s) ? 0 : std::exp(p.scale * (s - nearest));
     sum += rho[j];
   }
   for (int64_t j = 0; j < p.k; ++j) {
