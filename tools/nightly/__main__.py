@@ -22,7 +22,9 @@ APART = 10_000_000
 # Of the whole time, on one of the two cores.
 FUZZ_SHARE = 0.5
 SANITIZED = Path("tests/test_sanitized.py")
-# A shard may take as long as all, before it counts as one that does not end.
+# What each shard has even if time is up, so that a short run has some of all parts.
+LEAST_SECONDS = 120.0
+# A shard may take so much longer, before it counts as one that does not end.
 GRACE_SECONDS = 120
 
 
@@ -30,11 +32,13 @@ def _environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "2", "CONVNN_CACHE": "0"} | dict(os.environ)
 
 
-def _shard(part: Part, number: int, hours: float, seed: int, folder: Path) -> dict[str, Any]:
-    """Runs one shard of a part in a process of its own."""
+def _shard(
+    part: Part, number: int, hours: float, ends: float, seed: int, folder: Path
+) -> dict[str, Any]:
+    """Runs one shard of a part in a process of its own, until time.monotonic() is `ends`."""
     count = max(round(part.count * hours / HOURS), part.least)
     share = (count + part.shards - 1 - number) // part.shards
-    first, seconds = seed + number * APART, hours * 3600
+    first, seconds = seed + number * APART, max(ends - time.monotonic(), LEAST_SECONDS)
     out = folder / f"{part.name}-{number}.json"
     command = [sys.executable, "-m", "tools.nightly", "--part", part.name, "--out", str(out)]
     command += ["--first", str(first), "--count", str(share), "--seconds", str(seconds)]
@@ -104,7 +108,8 @@ def nightly(hours: float, seed: int, only: list[str], out: Path, jobs: int) -> i
         for part in PARTS.values():
             if part.name in only:
                 for number in range(part.shards):
-                    futures.append(pool.submit(_shard, part, number, hours, seed, folder))
+                    ends = began + 3600 * hours
+                    futures.append(pool.submit(_shard, part, number, hours, ends, seed, folder))
         results = [future.result() for future in futures]
     summary = _summary(results)
     seconds = round(time.monotonic() - began, 1)
