@@ -81,8 +81,8 @@ STABLE_TORCH_LIBRARY(convnn_python, library) { convnn::torch_operators::define_p
 
 STABLE_TORCH_LIBRARY_IMPL(convnn_cuda, CPU, library) {
   using namespace convnn::torch_operators;
-  library.impl("forward", &Boxed<&forward<Host>>::call);
-  library.impl("select", &Boxed<&select<Host>>::call);
+  library.impl("forward", &Boxed<kForward, &forward<Host>>::call);
+  library.impl("select", &Boxed<kSelect, &select<Host>>::call);
   implement_hopper<Host>(library);
 }
 // On any device, because only shapes and dtypes count.
