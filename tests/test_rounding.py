@@ -40,3 +40,16 @@ def test_every_number_of_16_bits(dtype: torch.dtype, name: str) -> None:
     assert torch.equal(Y.isnan(), expected.isnan())
     right = expected.isnan() | (expected == Y)
     assert right.all(), [X[~right][:4].tolist() for X in (x, t, Y, expected)]
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_nan_of_any_bits_stays_nan(dtype: torch.dtype, name: str) -> None:
+    """Rounded as numbers are, those of all ones would become zero."""
+    bits = torch.tensor([-1, 2**31 - 1, 0x7F800001, 0x7FC00000], dtype=torch.int32)
+    value, indices = torch.ones(1, 3, dtype=dtype), torch.zeros(4, 1, dtype=torch.int64)
+    with native.use_cpu_instruction_set(name):
+        Y = torch.ops.convnn.aggregate(
+            value, bits.view(torch.float32).unsqueeze(1), indices, rho="similarity"
+        )
+    assert Y.isnan().all()
