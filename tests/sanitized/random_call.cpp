@@ -304,9 +304,11 @@ void RandomCall::draw_restrictions(Draw& draw) {
   if (draw.chance(0.3)) {
     const double allowed = draw.one_of({0.0, 0.1, 0.5, 0.95});
     const bool same = draw.chance(0.5);
-    key_mask_ = Array<bool>(p.batch * p.m);
+    key_mask_ = Array<uint8_t>(p.batch * p.m);
     for (int64_t i = 0; i < p.batch * p.m; ++i) {
-      key_mask_[i] = same && i >= p.m ? key_mask_[i - p.m] : draw.chance(allowed);
+      key_mask_[i] = same && i >= p.m       ? key_mask_[i - p.m]
+                     : draw.chance(allowed) ? uint8_t(draw.one_of({1, 1, 2, 255}))
+                                            : 0;
     }
     p.key_mask = key_mask_.data();
   }

@@ -58,7 +58,7 @@ class RandomCall {
   Floats query_, key_, value_, weight_, bias_, grad_output_, grad_similarities_;
   std::vector<int64_t> query_offsets_, key_offsets_, value_offsets_;
   Array<int64_t> candidates_, self_indices_, key_range_;
-  Array<bool> key_mask_;
+  Array<uint8_t> key_mask_;
   // Which gradients are needed, and whether each operator is called on its own.
   bool needs_[5] = {};
   bool apart_ = false;
