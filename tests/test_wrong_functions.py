@@ -73,6 +73,11 @@ def edge_index() -> Iterator[Wrong]:
     for way in ("none", "type", "layout", "dtype", "dims", "size"):
         for wrong in wrong_calls.wrong_calls(NEIGHBORS, way):
             yield dataclasses.replace(wrong, error=TypeError) if way == "none" else wrong
+    for wrong in wrong_calls.wrong_calls(NEIGHBORS, "device"):
+        changes = {name: X.tensor.to("meta") for name, X in wrong.changes.items()}
+        expected = wrong.expected.format(device="cpu", other="meta")
+        got = wrong.got.format(device="cpu", other="meta")
+        yield dataclasses.replace(wrong, changes=changes, expected=expected, got=got)
     yield from types("num_keys", "whole", WHOLE, (None,))
     yield from values("num_keys", "be at least 0$", -1)
     for value in (-1, N, 2**62):
@@ -125,7 +130,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[], Iter
 CALLS = {
     "window_ranges": 38,
     "segment_ranges": 52,
-    "edge_index": 118,
+    "edge_index": 120,
     "select_neighbors": 12,
     "backend": 8,
 }

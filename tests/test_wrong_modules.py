@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Wrong calls of the layers and of their constructors: each argument, in each way."""
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -278,7 +279,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[Argument, ...]]] = {
 
 
 WAYS = ("none", "type", "dims", "size", "dtype", "other float", "device")
-# How many wrong calls there are in each of them, by dimensions of the first input and inputs.
+# How many wrong calls there are in each of them, by dimensions of the first input, and inputs.
 CALLS = {
     (3, 1): (1, 14, 4, 3, 21, 3, 1),
     (4, 1): (1, 14, 5, 3, 21, 3, 1),
@@ -286,7 +287,9 @@ CALLS = {
 }
 
 
-def wrong_inputs(arguments: tuple[Argument, ...], way: str) -> Iterator[Wrong]:
+def wrong_inputs(
+    arguments: tuple[Argument, ...], way: str, device: str, other: str
+) -> Iterator[Wrong]:
     if way in ("none", "dims", "size", "dtype"):
         for wrong in wrong_calls.wrong_calls(arguments, way):
             new = wrong.changes[wrong.argument]
@@ -304,8 +307,8 @@ def wrong_inputs(arguments: tuple[Argument, ...], way: str) -> Iterator[Wrong]:
                     name, way, {name: value}, "be a tensor$", shown(value), error=ValueError
                 )
         elif way == "device":
-            expected = r"^be on cpu as (the parameters are|query is)$"
-            yield Wrong(name, way, {name: tensor.to("meta")}, expected, "meta")
+            expected = rf"^be on {device} as (the parameters are|query is)$"
+            yield Wrong(name, way, {}, expected, other)
         elif tensor.is_floating_point():
             for dtype in set(FLOATING) - {torch.float32}:
                 expected, got = (
@@ -320,15 +323,19 @@ def wrong_inputs(arguments: tuple[Argument, ...], way: str) -> Iterator[Wrong]:
 def test_wrong_inputs(layer: str, way: str, one_thread: None) -> None:
     module, arguments = LAYERS[layer]
     owner = type(module).__name__
+    owners = (owner, "convnn::forward") if way == "device" else (owner,)
     faults, calls = [], 0
-    for wrong in wrong_inputs(arguments, way):
-        args = wrong_calls.valid(arguments) | wrong.changes
-        calls += 1
-        error = wrong_calls.error_of(module, *args.values())
-        owners = (owner, "convnn::forward") if way == "device" else (owner,)
-        if found := wrong_calls.fault(wrong, error, owners, args):
-            faults.append(f"{wrong}: {found}")
-    assert (
-        calls == dict(zip(WAYS, CALLS[len(arguments[0].shape), len(arguments)], strict=True))[way]
-    )
+    for device, other in (("cpu", "meta"), ("meta", "cpu")):
+        placed = copy.deepcopy(module).to(device)
+        for wrong in wrong_inputs(arguments, way, device, other):
+            args = wrong_calls.valid(arguments) | wrong.changes
+            for name, X in args.items():
+                is_elsewhere = way == "device" and name == wrong.argument
+                if isinstance(X, Tensor):
+                    args[name] = X.to(other if is_elsewhere else device)
+            calls += 1
+            error = wrong_calls.error_of(placed, *args.values())
+            if found := wrong_calls.fault(wrong, error, owners, args):
+                faults.append(f"{device}: {wrong}: {found}")
+    assert calls == 2 * CALLS[len(arguments[0].shape), len(arguments)][WAYS.index(way)]
     assert not faults, wrong_calls.summary(faults, calls)

@@ -175,7 +175,7 @@ class Wrong:
     """TypeError where the dispatcher refuses it before the operator does."""
 
     def __str__(self) -> str:
-        new = next(iter(self.changes.values()))
+        new = next(iter(self.changes.values()), "elsewhere")
         if isinstance(new, Elsewhere):
             new = "elsewhere"
         elif self.way == "layout" or isinstance(new, int):

@@ -174,7 +174,8 @@ def require_as_parameters(layer: nn.Module, **inputs: Tensor | None) -> None:
                 f"{owner}: {name} must be on {parameter.device} as the parameters are, "
                 f"got {tensor.device}"
             )
-        is_cast = torch.is_autocast_enabled(tensor.device.type)
+        kind = tensor.device.type
+        is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         if tensor.is_floating_point() and tensor.dtype != parameter.dtype and not is_cast:
             raise RuntimeError(
                 f"{owner}: {name} must be {_name(parameter.dtype)} as the parameters are, "
