@@ -85,7 +85,8 @@ def dtype_cases() -> list[Any]:
             add(op, F32, "similarities", F64, "float32")
             add(op, F16, "similarities", F16, "float32")
         else:
-            add(op, F32, "similarities", F16, "float32 or float64")
+            right = "float32" if op == "forward_backward" else "float32 or float64"
+            add(op, F32, "similarities", F16, right)
             for dtype, wrong in ((F64, F32), (F32, F64), (F16, F32), (BF16, F16)):
                 add(op, dtype, "grad_output", wrong, short(dtype))
                 add(op, dtype, "weight", wrong, f"{short(dtype)} as value is")

@@ -5,10 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 
 #include "../memory.h"
-
 #include "guard.h"
 
 namespace convnn::cpu {
