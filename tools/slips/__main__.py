@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""The command `python -m tools.slips`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+from tools.slips import outcomes, table
+from tools.slips.campaign import Campaign, all_slips
+from tools.slips.outcomes import Outcome
+from tools.slips.slip import Slip, file_digest
+from tools.slips.sources import CUDA, area_of
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.slips",
+        description="Mutation testing: small deliberate faults, and whether the tests notice them. "
+        "Goes on where it was interrupted.",
+    )
+    parser.add_argument("--list", action="store_true", help="list the slips and run nothing")
+    parser.add_argument("--only", metavar="PATTERN", default="", help="a regular expression of ids")
+    parser.add_argument("--area", default="", help="a regular expression of areas")
+    parser.add_argument("--jobs", type=int, default=1, help="slips at a time, each in its own copy")
+    parser.add_argument("--rerun", metavar="STATUS", help="run again what had this outcome")
+    parser.add_argument(
+        "--stage", choices=["quick", "slow", "all"], default="all", help="which tests run"
+    )
+    parser.add_argument("--isa", default="avx2", help="instruction set of the CPU kernels")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "slips")
+    parser.add_argument("--write", action="store_true", help="only renew the table from outcomes")
+    parser.add_argument("--summary", action="store_true", help="only print the table")
+    return parser.parse_args()
+
+
+def _pending(
+    slips: Iterable[Slip], known: dict[tuple[str, str], Outcome], rerun: str | None
+) -> list[Slip]:
+    pending = []
+    for slip in slips:
+        outcome = known.get((slip.id, file_digest(ROOT / slip.path)))
+        if outcome is None or outcome.status == rerun:
+            pending.append(slip)
+    return pending
+
+
+def _run(slips: list[Slip], arguments: argparse.Namespace) -> None:
+    results = arguments.folder / "outcomes.jsonl"
+    stages = {"quick", "slow"} if arguments.stage == "all" else {arguments.stage}
+    native = any(area_of(slip.path) == CUDA for slip in slips)
+    free: SimpleQueue[Campaign] = SimpleQueue()
+    for job in range(arguments.jobs):
+        campaign = Campaign(ROOT, arguments.folder / str(job), arguments.isa)
+        campaign.prepare(native)
+        free.put(campaign)
+
+    def one(numbered: tuple[int, Slip]) -> None:
+        number, slip = numbered
+        campaign = free.get()
+        try:
+            outcome = campaign.run(slip, stages)
+        finally:
+            free.put(campaign)
+        outcomes.append(results, outcome)
+        text = f"{outcome.status:10} {outcome.stage:5} {outcome.seconds:6.1f} s {outcome.id}"
+        print(f"{number:4}/{len(slips)} {text} {outcome.place}  {outcome.by}", flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(one, enumerate(slips, 1)))
+
+
+def main() -> None:
+    arguments = _arguments()
+    slips = [
+        slip
+        for slip in all_slips(ROOT)
+        if re.search(arguments.only, slip.id) and re.search(arguments.area, area_of(slip.path))
+    ]
+    if arguments.list:
+        for slip in slips:
+            line = slip.line((ROOT / slip.path).read_text())
+            print(f"{slip.id:45} {slip.path}:{line}  {slip.what}")
+        print(f"{len(slips)} slips")
+        return
+    if arguments.write:
+        found = outcomes.read(arguments.folder / "outcomes.jsonl")
+        current = [(slip.id, file_digest(ROOT / slip.path)) for slip in slips]
+        outcomes.write(table.RESULTS, [found[key] for key in current if key in found])
+    if arguments.write or arguments.summary:
+        sys.stdout.write(table.summary(outcomes.read(table.RESULTS).values()))
+        return
+    known = outcomes.read(arguments.folder / "outcomes.jsonl")
+    _run(_pending(slips, known, arguments.rerun), arguments)
+
+
+if __name__ == "__main__":
+    main()
