@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: MIT
+"""The tool for mutation testing: `python -m tools.slips`."""
+
+import json
+import os
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tools.slips import outcomes, table, testing
+from tools.slips.building import BuildError, Product, Unit
+from tools.slips.by_hand import SLIPS
+from tools.slips.campaign import all_slips
+from tools.slips.outcomes import Outcome
+from tools.slips.relevant import stages
+from tools.slips.rules import candidates, chosen
+from tools.slips.slip import Slip, changed_part, file_digest
+from tools.slips.sources import SOURCES
+from tools.slips.testing import Baseline, Ran, StaleBuild, killer
+from tools.slips.tree import Tree
+
+ROOT = Path(__file__).parent.parent
+
+CPP = """\
+// a < b in a comment
+inline int count(int n) {
+  for (int i = 0; i < n; ++i) {
+    if (n == 3) continue;
+  }
+  return n * 2 + 1;  // n * 2
+}
+"""
+PYTHON = '''\
+def count(n, first=0):
+    """a < b in a docstring"""
+    if n is None or first:
+        return True
+    return n[-1] - 1
+'''
+
+
+def _changes(path: str, text: str) -> set[tuple[str, str]]:
+    return {
+        (slip.what, changed_part(slip.before, slip.after)[1]) for slip in candidates(path, text)
+    }
+
+
+def test_rules_for_cpp() -> None:
+    changes = _changes("csrc/cpu/a.h", CPP)
+    assert ("bound", "for (int i = 0; i <= n; ++i) {") in changes
+    assert ("reset", "for (int i = 1; i < n; ++i) {") in changes
+    assert ("comparison", "if (n != 3) continue;") in changes
+    assert ("condition", "if (false && n == 3) continue;") in changes
+    assert ("skip", "if (n == 3) ;") in changes
+    assert ("stride", "return n + 2 + 1;  // n * 2") in changes
+    assert ("off-by-one", "return n * 2;  // n * 2") in changes
+    assert not any("comment" in after for _, after in changes)
+
+
+def test_rules_for_python() -> None:
+    changes = _changes("convnn_kernels/a.py", PYTHON)
+    assert ("none", "if n is not None or first:") in changes
+    assert ("logic", "if n is None and first:") in changes
+    assert ("condition", "if False:") in changes
+    assert ("flag", "return False") in changes
+    assert ("dimension", "return n[-2] - 1") in changes
+    assert ("default", "def count(n, first=1):") in changes
+    assert not any("docstring" in after for _, after in changes)
+
+
+def test_places_are_chosen_by_a_fixed_seed_and_stay() -> None:
+    path = "csrc/cpu/select.h"
+    text = (ROOT / path).read_text()
+    slips = chosen(path, text, 8)
+    assert slips == chosen(path, text, 8)
+    assert len({slip.line(text) for slip in slips}) == 8
+    assert len({slip.what for slip in slips}) == 8
+    # A line in front moves none of them.
+    later = chosen(path, "// more\n" + text, 8)
+    assert {slip.id for slip in slips} == {slip.id for slip in later}
+    assert slips != chosen(path, text, 8, seed="another")
+
+
+def test_a_text_that_occurs_twice_is_refused() -> None:
+    slip = Slip("a.h", "x = 1;", "x = 2;", "")
+    assert slip.apply("x = 1;\n") == "x = 2;\n"
+    for text in ("x = 1; x = 1;", "y = 1;"):
+        with pytest.raises(ValueError, match=r"must occur once in a\.h, found"):
+            slip.apply(text)
+
+
+def test_every_slip_of_the_campaign_applies_and_has_tests() -> None:
+    slips = all_slips(ROOT)
+    assert len(slips) >= 300
+    assert len({slip.id for slip in slips}) == len(slips)
+    texts = {slip.path: (ROOT / slip.path).read_text() for slip in slips}
+    for slip in slips:
+        assert slip.apply(texts[slip.path]) != texts[slip.path]
+    for path in texts:
+        assert stages(path, ROOT)[0].files, path
+    assert {source.path for source in SOURCES} <= texts.keys()
+    assert {slip.path for slip in SLIPS} <= texts.keys()
+
+
+BASELINE = Baseline(frozenset({"test_a.py::test", "test_a.py::test_other"}), frozenset(), 1.0)
+
+
+def test_a_stale_build_is_no_kill() -> None:
+    ran = Ran(failed=["test_a.py::test"], tested="without the slip", status=1)
+    with pytest.raises(StaleBuild, match="loaded without the slip, not with it"):
+        killer(ran, BASELINE, "with it")
+    ran.tested = "with it"
+    assert killer(ran, BASELINE, "with it") == "test_a.py::test"
+
+
+def test_what_is_a_kill() -> None:
+    def by(**values: object) -> str | None:
+        return killer(Ran(tested="x", **values), BASELINE, "x")  # type: ignore[arg-type]
+
+    assert by(passed=["test_a.py::test"]) is None
+    # Not a test that fails without the slip, too.
+    assert by(failed=["test_a.py::test_broken"], status=1) is None
+    assert by(running="test_a.py::test", status=-11) == "test_a.py::test"
+    assert by(running="test_a.py::test", timed_out=True) == "test_a.py::test"
+    # A file of tests that cannot even be imported.
+    assert by(failed=["tests/test_a.py"], status=2) == "tests/test_a.py"
+
+
+def test_the_report_of_a_run() -> None:
+    lines = [{"started": "a"}, {"took": ["a", 1.0]}, {"took": ["a", 0.5]}, {"passed": "a"}]
+    lines += [{"started": "b"}, {"tested": "x"}]
+    ran = testing.read_report("\n".join(map(json.dumps, lines)))
+    assert (ran.passed, ran.failed, ran.running, ran.tested) == (["a"], [], "b", "x")
+    assert ran.took == {"a": 1.5}
+
+
+def _product(folder: Path) -> Product:
+    (folder / "a.h").write_text("inline int number() { return 1; }\n")
+    (folder / "a.cpp").write_text('#include "a.h"\nint main() { return number(); }\n')
+    (folder / "b.cpp").write_text("int unused() { return 2; }\n")
+    compiler = os.environ.get("CXX", "c++")
+    units = [Unit(f"{name}.cpp", f"{name}.o", (compiler,)) for name in "ab"]
+    return Product(folder, folder / "objects", units, [compiler], folder / "program")
+
+
+def test_builds_compile_what_a_slip_reaches_and_no_more(tmp_path: Path) -> None:
+    product = _product(tmp_path)
+    original = product.build_original()
+    assert original == file_digest(tmp_path / "program")
+    assert product.reaches("a.h")
+    assert not product.reaches("c.h")
+
+    (tmp_path / "a.h").write_text("inline int number() { return 5; }\n")
+    digest = product.build_slipped("a.h")
+    assert digest == file_digest(tmp_path / "program") != original
+    assert subprocess.run(tmp_path / "program").returncode == 5
+    assert not (tmp_path / "objects" / "slipped" / "b.o").exists()
+
+    # The same machine code: equivalent.
+    (tmp_path / "a.h").write_text("inline int number() { return 2 - 1; }\n")
+    assert product.build_slipped("a.h") is None
+    (tmp_path / "a.h").write_text("inline int number() { return }\n")
+    with pytest.raises(BuildError, match="expected"):
+        product.build_slipped("a.h")
+    product.restore()
+    assert file_digest(tmp_path / "program") == original
+
+
+def test_originals_are_built_again_when_a_header_changes(tmp_path: Path) -> None:
+    product = _product(tmp_path)
+    original = product.build_original()
+    assert product.build_original() == original
+    (tmp_path / "a.h").write_text("inline int number() { return 7; }\n")
+    assert product.build_original() != original
+    assert subprocess.run(tmp_path / "program").returncode == 7
+
+
+def test_a_slip_is_undone(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / "convnn_kernels").mkdir(parents=True)
+    (checkout / "convnn_kernels" / "a.py").write_text("x = 1\n")
+    subprocess.run(["git", "init", "-q"], cwd=checkout, check=True)
+    tree = Tree(checkout, tmp_path / "tree")
+    tree.refresh()
+    copy = tmp_path / "tree" / "convnn_kernels" / "a.py"
+    bytecode = copy.parent / "__pycache__" / "a.cpython-311.pyc"
+    bytecode.parent.mkdir()
+    with tree.slipped(Slip("convnn_kernels/a.py", "x = 1", "x = 2", "")) as path:
+        assert path == copy
+        assert copy.read_text() == "x = 2\n"
+        bytecode.touch()  # as of the same second and size
+    assert copy.read_text() == "x = 1\n"
+    assert not bytecode.exists()
+    assert (checkout / "convnn_kernels" / "a.py").read_text() == "x = 1\n"
+
+    (checkout / "convnn_kernels" / "a.py").unlink()
+    tree.refresh()
+    assert not copy.exists()
+
+
+def _outcome(name: str, status: str, **more: str) -> Outcome:
+    return Outcome(name, "digest", "kernels", f"{name}:1", "a -> b", status, **more)
+
+
+def test_outcomes_are_found_again(tmp_path: Path) -> None:
+    file = tmp_path / "outcomes.jsonl"
+    assert outcomes.read(file) == {}
+    outcomes.append(file, _outcome("a.h", "survived"))
+    outcomes.append(file, _outcome("b.h", "survived"))
+    outcomes.append(file, _outcome("a.h", "killed", stage="quick"))
+    with file.open("a") as interrupted:
+        interrupted.write('{"id": "c')
+    found = outcomes.read(file)
+    assert {name: outcome.status for (name, _), outcome in found.items()} == {
+        "a.h": "killed",
+        "b.h": "survived",
+    }
+    outcomes.write(file, found.values())
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        asdict(outcome) for outcome in found.values()
+    ]
+
+
+def test_the_table_counts_what_was_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reasons = tmp_path / "survivors.json"
+    reasons.write_text('{"d": "only speed"}')
+    monkeypatch.setattr(table, "SURVIVORS", reasons)
+    found = [_outcome("a", "killed", stage="quick"), _outcome("b", "killed", stage="slow")]
+    found += [_outcome("c", "equivalent"), _outcome("d", "survived"), _outcome("e", "invalid")]
+    lines = table.summary(found).splitlines()
+    assert "| kernels | 3 | 1 | 1 | 1 | 1 | 1 | 33.3% | 66.7% |" in lines
+    assert "| d:1 | `a -> b` | only speed |" in lines
