@@ -16,6 +16,7 @@ from tools.slips.campaign import Campaign, all_slips
 from tools.slips.outcomes import Outcome
 from tools.slips.slip import Slip, file_digest
 from tools.slips.sources import CUDA, area_of
+from tools.slips.testing import STAGES
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -32,7 +33,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="slips at a time, each in its own copy")
     parser.add_argument("--rerun", metavar="STATUS", help="run again what had this outcome")
     parser.add_argument(
-        "--stage", choices=["quick", "slow", "all"], default="all", help="which tests run"
+        "--stage",
+        choices=STAGES,
+        default="slow",
+        help="the last stage of tests that runs: those that notice most, other quick ones, quick "
+        "ones that start other processes, slow ones",
     )
     parser.add_argument("--isa", default="avx2", help="instruction set of the CPU kernels")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "slips")
@@ -54,11 +59,13 @@ def _pending(
 
 def _run(slips: list[Slip], arguments: argparse.Namespace) -> None:
     results = arguments.folder / "outcomes.jsonl"
-    stages = {"quick", "slow"} if arguments.stage == "all" else {arguments.stage}
+    stages = STAGES[: STAGES.index(arguments.stage) + 1]
     native = any(area_of(slip.path) == CUDA for slip in slips)
     free: SimpleQueue[Campaign] = SimpleQueue()
+    known = outcomes.read(results).values()
+    killers = [(each.place.rpartition(":")[0], each.by) for each in known if each.stage]
     for job in range(arguments.jobs):
-        campaign = Campaign(ROOT, arguments.folder / str(job), arguments.isa)
+        campaign = Campaign(ROOT, arguments.folder / str(job), arguments.isa, killers)
         campaign.prepare(native)
         free.put(campaign)
 

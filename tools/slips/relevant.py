@@ -10,25 +10,34 @@ from tools.slips.testing import Stage
 
 _ONE_PROCESS = "not gpu and not triton and not host_cuda"
 
-_KERNEL_TESTS = """
-    aggregate aggregate_backward select_backward few_keys select forward_backward strides gradients
-    key_range_cpu key_range within slips_* functional errors screen best_columns screen_bound
-    few_queries forward forward_gradients reproducibility
+_SELECTION_TESTS = """
+    few_keys select within key_range strides slips_* best_columns screen screen_bound few_queries
+    key_range_cpu reproducibility
 """
+_CONVOLUTION_TESTS = """
+    aggregate aggregate_backward select_backward forward_backward gradients strides slips_* forward
+    forward_gradients reproducibility
+"""
+_KERNEL_TESTS = f"{_CONVOLUTION_TESTS} {_SELECTION_TESTS} functional errors"
 _NN_TESTS = """
     nn_modules nn_convnn nn_attention nn_candidates nn_ranges nn_few_tokens nn_self_similarity
     nn_transforms nn_replace nn_replace_causal models wrong_calls* paper
 """
 _OPERATOR_TESTS = """
-    errors wrong_calls* schemas functional torch_integration backends key_ranges key_range
-    fake_cuda_device nn_transforms gradients strides random_cases paper launch
+    errors wrong_calls* schemas functional key_ranges key_range defaults backward_arguments
+    vmap_arguments torch_integration backends fake_cuda_device
 """
 
 # A pattern of sources, the tests to begin with, and the others.
 _NATIVE: list[tuple[str, str, str]] = [
     ("csrc/checks.h", "errors wrong_calls*", "forward_backward " + _OPERATOR_TESTS),
-    ("csrc/t*.h", "errors wrong_calls* forward_backward", _OPERATOR_TESTS + _KERNEL_TESTS),
+    ("csrc/t*.h", "errors wrong_calls* forward_backward", _OPERATOR_TESTS + _CONVOLUTION_TESTS),
     ("csrc/cpu/torch_operators.cpp", "errors", _OPERATOR_TESTS + _KERNEL_TESTS),
+    ("csrc/cpu/*gg*", "random_cases", _CONVOLUTION_TESTS),
+    ("csrc/cpu/*backward*", "random_cases", _CONVOLUTION_TESTS),
+    ("csrc/cpu/modulate.h", "random_cases", _CONVOLUTION_TESTS),
+    ("csrc/cpu/inverse_list.cpp", "random_cases", _CONVOLUTION_TESTS),
+    ("csrc/cpu/[!pvf]*", "random_cases", _SELECTION_TESTS),
     ("csrc/*", "random_cases", _KERNEL_TESTS),
 ]
 _PYTHON: list[tuple[str, str, str]] = [
@@ -95,19 +104,21 @@ def stages(path: str, tree: Path) -> list[Stage]:
     others = tuple(name for name in _files(tree, other_names) if name not in first)
     if rows is _CUDA:
         return [
-            Stage("quick", first, "host_cuda", f"not ({_NOT_IN_CI}) and not execution_layer"),
+            Stage("first", first, "host_cuda", f"not ({_NOT_IN_CI}) and not execution_layer"),
             *([Stage("quick", others, "host_cuda", f"not ({_NOT_IN_CI})")] if others else []),
             Stage("slow", first, "host_cuda", _NOT_IN_CI),
         ]
     if rows is _TRITON:
         interpreted = (("TRITON_INTERPRET", "1"),)
         return [
-            Stage("quick", first, "triton and not slow", environment=interpreted),
+            Stage("first", first, "triton and not slow", environment=interpreted),
             Stage("quick", others, "triton and not slow", environment=interpreted),
             Stage("slow", first, "triton and slow", environment=interpreted),
         ]
+    quick = f"not slow and {_ONE_PROCESS}"
     return [
-        Stage("quick", first, f"not slow and {_ONE_PROCESS}"),
-        Stage("quick", others, f"not slow and {_ONE_PROCESS}"),
+        Stage("first", first, quick),
+        Stage("quick", others, quick),
+        Stage("processes", (*first, *others), quick),
         Stage("slow", (*first, *others), f"slow and {_ONE_PROCESS}"),
     ]

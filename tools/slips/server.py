@@ -4,14 +4,16 @@
 Importing them takes longer than most slips need to be noticed. The package itself and Triton are
 imported after the fork, so that each run has its own.
 
-It reads lines of JSON, `{"arguments", "folder", "environment", "output"}`, and for each writes the
-number of the new process and then its exit status.
+It reads lines of JSON, each what `Server.run` is given, and for each writes the number of the new
+process and then its exit status.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,8 @@ def _serve() -> None:
         child = os.fork()
         if child == 0:
             os.setsid()
+            limit = command["processor_seconds"]
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
             output = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for descriptor in (1, 2):
                 os.dup2(output, descriptor)
@@ -71,12 +75,21 @@ class Server:
         folder: Path,
         environment: dict[str, str],
         output: Path,
-        seconds: float | None,
+        limits: tuple[int, int],
     ) -> int | None:
-        """Runs pytest in a folder. Returns its exit status, or None if it took too long."""
+        """Runs pytest in a folder. Returns its exit status, or None if it took too long.
+
+        limits: seconds of the processor, and in all.
+        """
         commands, replies = self._streams()
-        request = {"arguments": arguments, "folder": str(folder), "environment": environment}
-        commands.write(json.dumps(request | {"output": str(output)}) + "\n")
+        request = {
+            "arguments": arguments,
+            "folder": str(folder),
+            "environment": environment,
+            "output": str(output),
+            "processor_seconds": limits[0],
+        }
+        commands.write(json.dumps(request) + "\n")
         commands.flush()
         group = int(replies.readline())
         ended: list[int] = []
@@ -85,19 +98,17 @@ class Server:
             ended.append(1)
             _kill_group(group)
 
-        timer = Timer(seconds, end) if seconds else None
-        if timer:
-            timer.start()
+        timer = Timer(limits[1], end)
+        timer.start()
         status = int(replies.readline())
-        if timer:
-            timer.cancel()
+        timer.cancel()
         _kill_group(group)  # the programs that the tests started
-        return None if ended else status
+        return None if ended or status == -signal.SIGXCPU else status
 
 
 def _kill_group(group: int) -> None:
     try:
-        os.killpg(group, 9)
+        os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         return
 

@@ -12,15 +12,23 @@ from pathlib import Path
 
 from tools.slips.server import Server
 
-# Seconds that a run may take: so many times those without a slip, and these on top.
-_SLOWER, _GRACE = 5, 60
+# Seconds that the tests of a stage may take: of the processor, and in all.
+_LIMITS = {
+    "first": (300, 1800),
+    "quick": (300, 1800),
+    "processes": (600, 3600),
+    "slow": (1800, 7200),
+}
+# In this order: the tests that notice most; other quick ones; of both, those that start other
+# processes, each of which takes seconds; slow ones.
+STAGES = list(_LIMITS)
 
 
 @dataclass(frozen=True)
 class Stage:
     """Some tests that run in one process."""
 
-    name: str  # quick or slow
+    name: str  # one of STAGES
     files: tuple[str, ...]
     marks: str
     only: str = ""  # as of -k
@@ -40,7 +48,6 @@ class Ran:
     running: str = ""  # when the process ended
     tested: str = ""  # the digest of what was loaded
     seconds: float = 0.0
-    took: dict[str, float] = field(default_factory=dict)  # by test
     timed_out: bool = False
     status: int = 0
     output: str = ""
@@ -53,28 +60,32 @@ def run(
     subject: str,
     *,
     left_out: Iterable[str] = (),
-    first_failure: bool = True,
-    seconds: float | None = None,
+    first: Iterable[str] = (),
+    collect_only: bool = False,
 ) -> Ran:
-    """Run the tests of a stage, until the first failure unless told otherwise."""
+    """Run the tests of a stage, until the first failure."""
     with tempfile.TemporaryDirectory() as folder:
-        report, names, output = (Path(folder, name) for name in ("report", "left-out", "output"))
+        report, tests, output = (Path(folder, name) for name in ("report", "tests", "output"))
         for file in (report, output):
             file.touch()
-        names.write_text("\n".join(left_out))
+        tests.write_text(
+            json.dumps({"stage": stage.name, "left_out": list(left_out), "first": list(first)})
+        )
         arguments = ["-q", "-p", "tools.slips.witness", "-p", "no:cacheprovider", "--tb=line"]
         arguments += ["-m", stage.marks]
-        arguments += ["-x"] if first_failure else []
+        arguments += ["--collect-only"] if collect_only else ["-x"]
         arguments += ["-k", stage.only] if stage.only else []
         environment = {
             "PYTHONPATH": str(tree),
             "CONVNN_SLIPS_REPORT": str(report),
-            "CONVNN_SLIPS_LEFT_OUT": str(names),
+            "CONVNN_SLIPS_TESTS": str(tests),
             "CONVNN_SLIPS_SUBJECT": subject,
             **dict(stage.environment),
         }
         start = time.monotonic()
-        status = server.run([*arguments, *stage.files], tree, environment, output, seconds)
+        status = server.run(
+            [*arguments, *stage.files], tree, environment, output, _LIMITS[stage.name]
+        )
         ran = read_report(report.read_text())
         ran.output = output.read_text(errors="replace")[-3000:]
     ran.seconds = time.monotonic() - start
@@ -92,32 +103,17 @@ def read_report(text: str) -> Ran:
                 ran.tested = value
             elif kind == "failed":
                 ran.failed.append(value)
-            elif kind == "took":
-                ran.took[value[0]] = ran.took.get(value[0], 0.0) + value[1]
             else:
                 ran.passed.append(value)
     return ran
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A stage without a slip."""
-
-    passed: frozenset[str]
-    left_out: frozenset[str]  # what failed
-    seconds: float
-
-    @property
-    def limit(self) -> float:
-        return _GRACE + _SLOWER * self.seconds
 
 
 class StaleBuild(Exception):
     """The tests did not load what was built."""
 
 
-def killer(ran: Ran, baseline: Baseline, expected: str) -> str | None:
-    """The test that noticed a slip: `expected` is the digest of what has it.
+def killer(ran: Ran, expected: str) -> str | None:
+    """The test that noticed a slip, if one did; `expected` is the digest of what has it.
 
     A crash or a run that does not end counts for the test that was running.
 
@@ -127,11 +123,8 @@ def killer(ran: Ran, baseline: Baseline, expected: str) -> str | None:
     if ran.tested != expected:
         loaded = ran.tested or "nothing"
         raise StaleBuild(f"the tests loaded {loaded}, not {expected}: {ran.output}")
-    for name in ran.failed:
-        if name in baseline.passed or "::" not in name:
-            return name
     if ran.failed:
-        return None
+        return ran.failed[0]
     if ran.timed_out or ran.status not in (0, 5):
         return ran.running or "collection"
     return None

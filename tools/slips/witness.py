@@ -2,11 +2,10 @@
 """A plugin of pytest that reports which tests ran, and what it is that they tested.
 
 It writes lines of JSON to the file CONVNN_SLIPS_REPORT: `started`, `passed` and `failed` with the
-name of a test, `took` with the seconds of one, and `tested` with the digest of what the process has
-loaded. CONVNN_SLIPS_SUBJECT
+name of a test, and `tested` with the digest of what the process has loaded. CONVNN_SLIPS_SUBJECT
 says what that is: `library:NAME`, a library of the package; `program:PATH`; or `module:PATH`, a
-file of the package. CONVNN_SLIPS_LEFT_OUT is a file with the names of tests that must not run, one
-in a line.
+file of the package. CONVNN_SLIPS_TESTS is a file of JSON with the name of the `stage`, the names of
+tests that must not run, `left_out`, and of those that run before all others, `first`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.slips.slip import file_digest
+
+# Fixtures of tests that start other processes, each of which takes seconds.
+_IN_PROCESSES = {"run_python", "ranks"}
 
 
 def _package() -> Path:
@@ -50,11 +52,20 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    left_out = set(Path(os.environ["CONVNN_SLIPS_LEFT_OUT"]).read_text().splitlines())
-    dropped = [item for item in items if item.nodeid in left_out]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item.nodeid not in left_out]
+    tests = json.loads(Path(os.environ["CONVNN_SLIPS_TESTS"]).read_text())
+    left_out = set(tests["left_out"])
+
+    def runs(item: Any) -> bool:
+        alone = not _IN_PROCESSES & set(item.fixturenames)
+        by_stage = {"first": alone, "quick": alone, "processes": not alone}
+        wanted = by_stage.get(tests["stage"], True)
+        return wanted and item.nodeid not in left_out
+
+    kept = [item for item in items if runs(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    places = {name: place for place, name in enumerate(tests["first"])}
+    items[:] = sorted(kept, key=lambda item: places.get(item.nodeid, len(places)))
 
 
 def pytest_collectreport(report: Any) -> None:
@@ -79,7 +90,6 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    _report(took=[report.nodeid, round(report.duration, 3)])
     if report.failed:
         _report(failed=report.nodeid)
     elif report.when == "call" and report.passed:
