@@ -73,12 +73,12 @@ SLIPS = {
     ],
     "csrc/cpu/modulate.h": [
         (
-            "if (!is_missing(s) && p.scale * s > largest) largest = p.scale * s;",
-            "if (!is_missing(s) && s > largest / p.scale) largest = p.scale * s;",
+            "sign = p.scale < 0 ? -s : s;",
+            "sign = s;",
             "softmax with a negative scale subtracts the least similarity",
         ),
         (
-            "std::exp(multiply_add(p.scale, s, -largest))",
+            "std::exp(p.scale * (s - nearest))",
             "std::exp(p.scale * s)",
             "softmax overflows for large similarities",
         ),
@@ -145,9 +145,8 @@ SLIPS = {
             "groups of batch elements of unequal size are folded",
         ),
         (
-            "std::memcpy(key_mask_.as<bool>() + b * p.m, p.key_mask + b * shared * p.m, "
-            "size_t(p.m));",
-            "std::memcpy(key_mask_.as<bool>() + b * p.m, p.key_mask + b * p.m, size_t(p.m));",
+            "std::copy_n(p.key_mask + b * shared * p.m, p.m,",
+            "std::copy_n(p.key_mask + b * p.m, p.m,",
             "a folded batch has the masks of other elements",
         ),
         (

@@ -10,8 +10,8 @@ _CHECKED_INDICES = """  const int64_t* rows = all_indices.data_as<int64_t>();
 SLIPS = {
     "csrc/checks.h": [
         (
-            "std::isnan(scale) ? std::fabs(scale) : scale);",
-            "scale);",
+            "return std::isnan(x) ? std::fabs(x) : x;",
+            "return x;",
             "the message names -nan",
         ),
         (
@@ -92,8 +92,8 @@ SLIPS = {
     ],
     "csrc/torch_operators.h": [
         (
-            "  check_dtype(op, name, tensor, dtype);\n}\n\n// The parameters of select_backward",
-            "}\n\n// The parameters of select_backward",
+            "  check_dtype(op, name, tensor, dtype);\n}\n\n// k of a backward operator",
+            "}\n\n// k of a backward operator",
             "gradients of another dtype are read as if they had the right one",
         ),
         (
@@ -166,19 +166,18 @@ SLIPS = {
             "gradients without pairs are not set",
         ),
         (
-            "strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);",
-            "strides[i - 1] = strides[i] * shape[i];",
+            "__builtin_mul_overflow(strides[i], std::max<int64_t>(shape[i], 1), &strides[i - 1]);",
+            "__builtin_mul_overflow(strides[i], shape[i], &strides[i - 1]);",
             "strides of empty results are zero",
         ),
         (
-            'if (grad_similarities) check_same(op, "grad_similarities", *grad_similarities, '
-            "shape, dtype);",
-            "",
+            "if (grad_similarities) {\n    check_same(",
+            "if (false) {\n    check_same(",
             "a gradient of similarities of another shape is read",
         ),
         (
-            'library.impl("aggregate", &Boxed<&aggregate<Backend>>::call);',
-            'library.impl("aggregate", &Boxed<&select<Backend>>::call);',
+            "&Boxed<kAggregate, &aggregate<Backend>>::call",
+            "&Boxed<kAggregate, &select<Backend>>::call",
             "an operator has the kernel of another",
         ),
         (
