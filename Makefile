@@ -3,6 +3,7 @@
 #
 #   make test       run the quick tests
 #   make test-all   run the slow tests too
+#   make nightly    two hours of random cases, derivatives, reruns, leaks, threads and fuzzing
 #   make bench      measure on this CPU: tables, goals, a JSON file and plots; with ISA=avx2 as on a
 #                   processor without AVX-512
 #   make lint       check formatting, lint and types
@@ -28,7 +29,7 @@ cpp_files = $(shell find csrc examples tests tools -name '*.h' -o -name '*.cpp' 
 build_files := setup.py CMakeLists.txt convnn_kernels/version.py $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help test test-all aot gpu-kit gpu bench lint
+.PHONY: help test test-all nightly aot gpu-kit gpu bench lint
 help:
 	@sed -n '2,/^$$/{/^#/{s/^# \{0,1\}//p}}' Makefile
 
@@ -39,6 +40,9 @@ test-all: $(VENV)/.test
 	$(python) -m pytest $(in_parallel) -m "not gpu and not triton and not host_cuda and not sanitized"
 	$(python) -m pytest -m "(host_cuda or sanitized) and not gpu"
 	TRITON_INTERPRET=1 $(python) -m pytest -m triton tests/test_triton*.py tests/test_gpu_runner.py
+
+nightly: $(VENV)/.test
+	$(python) -m tools.nightly
 
 # Compiles the Triton kernels for each architecture with each version of Triton and records the
 # outcome. Kernels that have not changed since are not compiled again.

@@ -50,6 +50,17 @@ def test_conv2d_is_recovered(
     assert torch.equal(layer.float()(x.float()), conv.float()(x.float()))
 
 
+@pytest.mark.parametrize("aggregation", ["dense", "depthwise", "sum"])
+def test_initial_parameters_are_those_of_a_convolution(aggregation: Any) -> None:
+    channels, k = 2048, 4
+    layer = ConvNN1d(channels, channels, k, bias=True, aggregation=aggregation)
+    inputs = k * (channels if aggregation == "dense" else 1)  # of an output
+    for parameter in (layer.weight, layer.bias):
+        if parameter is not None:
+            largest = parameter.abs().max().item() * inputs**0.5
+            assert 0.99 < largest <= 1 + 1e-6
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (4, 4), (7, 3)])
 @pytest.mark.parametrize("size", [3, 5])
 def test_selected_indices_are_the_taps(size: int, shape: tuple[int, int]) -> None:
