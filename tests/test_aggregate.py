@@ -46,6 +46,14 @@ def test_softmax_with_a_scale_that_leaves_one_neighbor(scale: float, dtype: torc
     assert torch.equal(grads[1], torch.zeros_like(s))
 
 
+def test_softmax_of_similarities_whose_difference_exceeds_float64() -> None:
+    value, I = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.tensor([[0, 1]])
+    s = torch.tensor([[1.5e308, -1.5e308]], dtype=torch.float64)
+    for scale in (0.0, 1e-308, -1e-308, 1.0):
+        expected = torch.softmax(s * scale, dim=-1)[:, 1:]
+        torch.testing.assert_close(ops.aggregate(value, s, I, scale=scale), expected)
+
+
 @each_rho
 @each_weight
 def test_repeated_indices_and_missing_neighbors(rho: str, kind: str) -> None:

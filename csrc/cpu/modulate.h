@@ -38,7 +38,8 @@ inline void modulate(const AggregateParams& p, int64_t first, double* rho) {
     return;
   }
   // Of the greatest product with the scale. Subtracting similarities before that, rather than
-  // products, loses nothing to a scale of any size.
+  // products, loses nothing to a scale of any size; halves of them, because their difference may
+  // exceed float64.
   double nearest = 0, largest = -std::numeric_limits<double>::infinity();
   for (int64_t j = 0; j < p.k; ++j) {
     const double s = similarity_at(p, first + j), sign = p.scale < 0 ? -s : s;
@@ -47,7 +48,7 @@ inline void modulate(const AggregateParams& p, int64_t first, double* rho) {
   double sum = 0;
   for (int64_t j = 0; j < p.k; ++j) {
     const double s = similarity_at(p, first + j);
-    rho[j] = is_missing(s) ? 0 : std::exp(p.scale * (s - nearest));
+    rho[j] = is_missing(s) ? 0 : std::exp(2 * (p.scale * (0.5 * s - 0.5 * nearest)));
     sum += rho[j];
   }
   for (int64_t j = 0; j < p.k; ++j) {
