@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,19 +59,23 @@ class Run:
     """A program that has been started."""
 
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path) -> None:
+        # No pipe: when that is full, the program waits until the output of another is read.
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by result()
         self.process = subprocess.Popen(
             [*same_addresses(), *command],
             env=environment,
             cwd=folder,
-            stdout=subprocess.PIPE,
+            stdout=self.output,
             stderr=subprocess.PIPE,
             text=True,
         )
 
     def result(self) -> tuple[int, list[str], str]:
         """Exit status, lines of output, and what the sanitizers say."""
-        output, errors = self.process.communicate(timeout=600)
-        return self.process.returncode, output.splitlines(), errors
+        _, errors = self.process.communicate(timeout=600)
+        with self.output:
+            self.output.seek(0)
+            return self.process.returncode, self.output.read().splitlines(), errors
 
     def lines(self) -> list[str]:
         status, lines, errors = self.result()
@@ -111,8 +116,10 @@ def preloaded() -> list[str]:
 @contextlib.contextmanager
 def calls(program: Path, count: int, way: str, byte: int = 255, **more: str) -> Iterator[Run]:
     run = Run([str(program), "0", str(count), way], options(byte, **more), program.parent)
-    yield run
-    run.process.kill()
+    try:
+        yield run
+    finally:
+        run.process.kill()
 
 
 @pytest.fixture(scope="module")
