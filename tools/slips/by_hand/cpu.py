@@ -78,7 +78,7 @@ SLIPS = {
             "softmax with a negative scale subtracts the least similarity",
         ),
         (
-            "std::exp(p.scale * (s - nearest))",
+            "std::exp(2 * (p.scale * (0.5 * s - 0.5 * nearest)))",
             "std::exp(p.scale * s)",
             "softmax overflows for large similarities",
         ),
