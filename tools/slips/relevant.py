@@ -11,41 +11,46 @@ from tools.slips.testing import Stage
 _ONE_PROCESS = "not gpu and not triton and not host_cuda"
 
 _SELECTION_TESTS = """
-    few_keys select within key_range strides slips_* best_columns screen screen_bound few_queries
-    key_range_cpu reproducibility
+    row_sizes batches_in_parts mask_bytes few_keys select within key_range strides best_columns
+    screen screen_bound few_queries key_range_cpu huge_sizes reproducibility
 """
 _CONVOLUTION_TESTS = """
-    aggregate aggregate_backward select_backward forward_backward gradients strides slips_* forward
-    forward_gradients reproducibility
+    row_sizes rounding aggregate aggregate_backward select_backward forward_backward gradients
+    strides forward forward_gradients huge_sizes reproducibility
 """
 _KERNEL_TESTS = f"{_CONVOLUTION_TESTS} {_SELECTION_TESTS} functional errors"
 _NN_TESTS = """
     nn_modules nn_convnn nn_attention nn_candidates nn_ranges nn_few_tokens nn_self_similarity
-    nn_transforms nn_replace nn_replace_causal models wrong_calls* paper
+    defaults wrong_modules nn_transforms nn_replace nn_replace_causal models paper
 """
 _OPERATOR_TESTS = """
-    errors wrong_calls* schemas functional key_ranges key_range defaults backward_arguments
-    vmap_arguments torch_integration backends fake_cuda_device
+    errors wrong_calls wrong_functions schemas functional key_ranges key_range defaults
+    backward_arguments vmap_arguments devices storage huge_sizes torch_integration backends
+    fake_cuda_device
 """
 
 # A pattern of sources, the tests to begin with, and the others.
 _NATIVE: list[tuple[str, str, str]] = [
-    ("csrc/checks.h", "errors wrong_calls*", "forward_backward " + _OPERATOR_TESTS),
-    ("csrc/t*.h", "errors wrong_calls* forward_backward", _OPERATOR_TESTS + _CONVOLUTION_TESTS),
+    ("csrc/checks.h", "errors wrong_calls storage", "forward_backward " + _OPERATOR_TESTS),
+    (
+        "csrc/t*.h",
+        "errors wrong_calls storage forward_backward",
+        _OPERATOR_TESTS + _CONVOLUTION_TESTS,
+    ),
     ("csrc/cpu/torch_operators.cpp", "errors", _OPERATOR_TESTS + _KERNEL_TESTS),
     ("csrc/cpu/*gg*", "random_cases", _CONVOLUTION_TESTS),
     ("csrc/cpu/*backward*", "random_cases", _CONVOLUTION_TESTS),
     ("csrc/cpu/modulate.h", "random_cases", _CONVOLUTION_TESTS),
     ("csrc/cpu/inverse_list.cpp", "random_cases", _CONVOLUTION_TESTS),
-    ("csrc/cpu/[!pvf]*", "random_cases", _SELECTION_TESTS),
+    ("csrc/cpu/[!pvfw]*", "random_cases", _SELECTION_TESTS),
     ("csrc/*", "random_cases", _KERNEL_TESTS),
 ]
 _PYTHON: list[tuple[str, str, str]] = [
-    ("*/checks.py", "errors wrong_calls*", _OPERATOR_TESTS),
-    ("*/ops.py", "schemas torch_integration", _OPERATOR_TESTS),
+    ("*/checks.py", "errors wrong_calls storage", _OPERATOR_TESTS),
+    ("*/ops.py", "schemas devices dispatch torch_integration", _OPERATOR_TESTS),
     (
         "*/autograd.py",
-        "gradients forward_gradients backward_arguments",
+        "gradients forward_gradients backward_arguments dispatch",
         "forward_backward nn_transforms " + _OPERATOR_TESTS,
     ),
     ("*/transforms.py", "vmap_arguments torch_integration", _OPERATOR_TESTS + _NN_TESTS),
@@ -68,7 +73,7 @@ _TRITON: list[tuple[str, str, str]] = [
     ("*side*.py", "triton_backward", "triton_backward_candidates triton"),
     ("*backward*.py", "triton_backward triton_backward_small", "triton"),
     ("*grad*.py", "triton_backward triton_value_grad", "triton"),
-    ("*finish.py", "triton_finish", "triton_sweep triton triton_bounds"),
+    ("*finish.py", "triton_finish", "triton_key_range triton_sweep triton triton_bounds"),
     ("*sweep.py", "triton_sweep", "triton_bounds triton_finish triton_key_range triton"),
     ("*ranges.py", "triton_key_range", "triton_sweep triton"),
     ("*.py", "triton triton_sweep", "triton_small triton_medium triton_finish triton_backward"),

@@ -102,7 +102,7 @@ TRITON = [
 # speed only.
 _NEVER = re.compile(
     r"^\s*(#|//|template|using|typedef|static_assert|namespace|@|import|from |assert )"
-    r"|prefetch|#pragma|tl\.static_assert|TYPE_CHECKING|__all__"
+    r"|prefetch|#pragma|tl\.static_assert|TYPE_CHECKING|__all__|strict="
 )
 
 
