@@ -24,14 +24,18 @@ _NN_TESTS = """
     defaults wrong_modules nn_transforms nn_replace nn_replace_causal models paper
 """
 _OPERATOR_TESTS = """
-    errors wrong_calls wrong_functions schemas functional key_ranges key_range defaults
+    errors wrong_calls checked_values wrong_functions schemas functional key_ranges key_range defaults
     backward_arguments vmap_arguments devices storage huge_sizes torch_integration backends
     fake_cuda_device
 """
 
 # A pattern of sources, the tests to begin with, and the others.
 _NATIVE: list[tuple[str, str, str]] = [
-    ("csrc/checks.h", "errors wrong_calls storage", "forward_backward " + _OPERATOR_TESTS),
+    (
+        "csrc/checks.h",
+        "errors wrong_calls checked_values storage",
+        "forward_backward " + _OPERATOR_TESTS,
+    ),
     (
         "csrc/t*.h",
         "errors wrong_calls storage forward_backward",
@@ -47,13 +51,13 @@ _NATIVE: list[tuple[str, str, str]] = [
 ]
 _PYTHON: list[tuple[str, str, str]] = [
     ("*/checks.py", "errors wrong_calls storage", _OPERATOR_TESTS),
-    ("*/ops.py", "schemas devices dispatch torch_integration", _OPERATOR_TESTS),
+    ("*/ops.py", "schemas devices dispatch", _OPERATOR_TESTS),
     (
         "*/autograd.py",
         "gradients forward_gradients backward_arguments dispatch",
         "forward_backward nn_transforms " + _OPERATOR_TESTS,
     ),
-    ("*/transforms.py", "vmap_arguments torch_integration", _OPERATOR_TESTS + _NN_TESTS),
+    ("*/transforms.py", "vmap_arguments", _OPERATOR_TESTS + " nn_modules nn_transforms"),
     ("*/functional.py", "functional within", _OPERATOR_TESTS),
     ("*/key_ranges.py", "key_ranges key_range", _OPERATOR_TESTS),
     ("*/nn/candidates.py", "nn_candidates defaults", _NN_TESTS),

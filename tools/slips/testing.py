@@ -14,8 +14,8 @@ from tools.slips.server import Server
 
 # Seconds that the tests of a stage may take: of the processor, and in all.
 _LIMITS = {
-    "first": (300, 1800),
-    "quick": (300, 1800),
+    "first": (100, 900),
+    "quick": (240, 1800),
     "processes": (600, 3600),
     "slow": (1800, 7200),
 }
