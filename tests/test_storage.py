@@ -78,9 +78,10 @@ def test_freed_storage(op: str, name: str, left: str) -> None:
     assert refused(op, args) == message(op, name, args[name], bytes_left)
 
 
+@pytest.mark.parametrize("offset", [0, 3])
 @pytest.mark.parametrize(("op", "name"), CASES, ids=[f"{op}-{name}" for op, name in CASES])
 def test_freed_storage_where_python_runs_the_call(
-    op: str, name: str, monkeypatch: pytest.MonkeyPatch
+    op: str, name: str, offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for CUDA tensors, with a stand-in for Triton; such a call has been checked before."""
     ran = []
@@ -91,11 +92,14 @@ def test_freed_storage_where_python_runs_the_call(
         monkeypatch.setattr(selection, remembered, {})
     run = selection.cuda_kernel(getattr(convnn, op).default)
     args = arguments(op)
+    X = args[name]
+    args[name] = torch.cat([X.new_zeros(offset), X.reshape(-1)])[offset:].view(X.shape)
     run(*args.values())
     args[name].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError) as error:
         run(*args.values())
-    assert str(error.value) == message(op, name, args[name], 0)
+    needed = (offset + X.numel()) * X.element_size()
+    assert f"{op}: {name} must have a storage of at least {needed} bytes" in str(error.value)
     assert len(ran) == 1
 
 

@@ -200,7 +200,7 @@ def _run(name: str, arguments: Any) -> Any:
             _checked[key] = device_and_backend
     for X in arguments:
         # Not among what is checked once: memory may be freed at any time.
-        if isinstance(X, Tensor) and not X.data_ptr() and X.numel():
+        if isinstance(X, Tensor) and not _begin(X) and X.numel():
             checks.check_storage(name, arguments)
     device, chosen = device_and_backend
     if device.type == "cpu" or os.environ.get("CONVNN_CHECK_INDICES", "0") == "1":
@@ -216,6 +216,11 @@ def _run(name: str, arguments: Any) -> Any:
         warnings.warn(f"convnn_kernels: Triton cannot compile here: {error}", stacklevel=2)
         # The next backend, or why there is none.
         return _run(name, arguments)
+
+
+def _begin(X: Tensor) -> int:
+    """Where the storage begins, or the tensor; 0 if it was freed, whatever the tensor's offset."""
+    return X.untyped_storage().data_ptr() if X.storage_offset() else X.data_ptr()
 
 
 def _check(name: str, arguments: Any, forced: str | None) -> tuple[tuple[torch.device, str], bool]:
