@@ -205,3 +205,16 @@ def test_wrong_arguments(call: Any, kind: type[Exception], message: str) -> None
         call()
     assert str(error.value).split(": ", 1)[1] == message
     assert str(error.value).split(": ", 1)[0] in ("window_ranges", "segment_ranges")
+
+
+def test_export_without_a_bound_of_the_rows() -> None:
+    """A check of a symbolic number would be a bound that the exported program must state."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return window_ranges(x.shape[0], window=3, causal=True)
+
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(Model(), (torch.randn(20, 4),), dynamic_shapes=({0: rows},))
+    expected = window_ranges(33, window=3, causal=True)
+    assert torch.equal(program.module()(torch.randn(33, 4)), expected)
