@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tools.nightly import __main__ as command
 from tools.nightly import cases, leaks, parts, reruns, threads
 from tools.nightly.parts import PARTS
 
@@ -96,6 +97,45 @@ def test_time_that_is_up_is_told(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     assert (result["wanted"], result["failures"]) == (1000, [])
     assert result["compared"] < 1000
+
+
+def _done(part: str, compared: int, *failures: str) -> dict[str, Any]:
+    whats = [{"case": None, "what": what} for what in failures]
+    return {"part": part, "wanted": 5, "compared": compared, "seconds": 1.0, "failures": whats}
+
+
+def test_a_part_of_which_nothing_ran_is_a_failure() -> None:
+    """As where all tests of the sanitized library are skipped, which pytest calls a success."""
+    summary = command._summary([_done("random", 0), _done("random", 5), _done("sanitized", 0)])
+    assert summary["random"]["failures"] == []
+    assert summary["sanitized"]["failures"] == [{"case": None, "what": "nothing ran"}]
+
+
+def test_a_program_that_does_not_end_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "GRACE_SECONDS", 0.001)
+    for result in (command._fuzz(1e-9, 0), command._sanitized(1e-9)):
+        assert result["failures"] == [{"case": None, "what": "does not end"}]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--hours", "0"], "--hours: must be a number of hours above 0, got '0'"),
+        (["--hours", "two"], "--hours: must be a number of hours above 0, got 'two'"),
+        (["--case", "3"], "--case needs --part"),
+        (["--part", "random"], "--part needs --case"),
+    ],
+)
+def test_wrong_commands(
+    wrong: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["nightly", *wrong])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -42,11 +43,7 @@ def _shard(
     out = folder / f"{part.name}-{number}.json"
     command = [sys.executable, "-m", "tools.nightly", "--part", part.name, "--out", str(out)]
     command += ["--first", str(first), "--count", str(share), "--seconds", str(seconds)]
-    try:
-        done = _call(command, seconds + GRACE_SECONDS)
-        ending = f"exit status {done.returncode}: {done.stdout[-500:]}" if done.returncode else ""
-    except subprocess.TimeoutExpired:
-        ending = "does not end"
+    _, ending = _call(command, seconds + GRACE_SECONDS)
     result: dict[str, Any] = {"part": part.name}
     result |= {"wanted": share, "compared": 0, "failures": [], "seconds": 0.0}
     if out.exists():
@@ -56,42 +53,46 @@ def _shard(
     return result
 
 
-def _call(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=REPOSITORY,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=seconds,
-        check=False,
-    )
+def _call(command: list[str], seconds: float) -> tuple[str, str]:
+    """What a command prints, and what is wrong with how it ended; nothing if it succeeded."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=REPOSITORY,
+            env=_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "", "does not end"
+    ending = f"exit status {done.returncode}: {done.stdout[-3000:]}" if done.returncode else ""
+    return done.stdout, ending
 
 
 def _fuzz(hours: float, seed: int) -> dict[str, Any]:
     began = time.monotonic()
     minutes = 60 * hours * FUZZ_SHARE
     command = [sys.executable, "-m", "tools.fuzz", "--minutes", f"{minutes:g}"]
-    done = _call([*command, "--seed", str(seed)], 60 * minutes + 10 * GRACE_SECONDS)
-    calls = re.search(r"^(\d+) calls", done.stdout, re.M)
+    printed, ending = _call([*command, "--seed", str(seed)], 60 * minutes + 10 * GRACE_SECONDS)
+    calls = re.search(r"^(\d+) calls", printed, re.M)
     count = int(calls[1]) if calls else 0
-    failures = [{"case": None, "what": done.stdout[-3000:]}] if done.returncode else []
+    failures = [{"case": None, "what": ending}] if ending else []
     seconds = time.monotonic() - began
     return {"part": "fuzz", "compared": count, "failures": failures, "seconds": seconds}
 
 
 def _sanitized(hours: float) -> dict[str, Any]:
-    """The tests of the sanitized library, where the checkout has them."""
+    """The tests of the sanitized library."""
     result: dict[str, Any] = {"part": "sanitized", "compared": 0, "failures": [], "seconds": 0.0}
-    if not (REPOSITORY / SANITIZED).exists():
-        return result
     began = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "sanitized", str(SANITIZED)]
-    done = _call(command, 3600 * hours + 10 * GRACE_SECONDS)
-    passed = re.search(r"(\d+) passed", done.stdout)
-    if done.returncode:
-        result["failures"].append({"case": None, "what": done.stdout[-3000:]})
+    printed, ending = _call(command, 3600 * hours + 10 * GRACE_SECONDS)
+    passed = re.search(r"(\d+) passed", printed)
+    if ending:
+        result["failures"].append({"case": None, "what": ending})
     result["compared"] = int(passed[1]) if passed else 0
     return result | {"seconds": time.monotonic() - began}
 
@@ -135,6 +136,9 @@ def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
         for name in ("wanted", "compared", "seconds"):
             part[name] = round(part[name] + result.get(name, 0), 1)
         part["failures"] += result["failures"]
+    for part in summary.values():
+        if not part["compared"] and not part["failures"]:
+            part["failures"].append({"case": None, "what": "nothing ran"})
     return summary
 
 
@@ -155,9 +159,19 @@ def _print(summary: dict[str, Any], seconds: float, out: Path) -> None:
     print(f"{seconds:.0f} s; {out}")
 
 
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = math.nan
+    if not 0 < hours < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of hours above 0, got {text!r}")
+    return hours
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.nightly", description=__doc__)
-    parser.add_argument("--hours", type=float, default=HOURS, help="all counts are in proportion")
+    parser.add_argument("--hours", type=_hours, default=HOURS, help="all counts are in proportion")
     parser.add_argument("--seed", type=int, default=100_000, help="the first case of each part")
     every = [*PARTS, "fuzz", "sanitized"]
     parser.add_argument("--only", nargs="+", choices=every, default=every)
@@ -165,7 +179,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/nightly.json"))
     parser.add_argument("--part", choices=PARTS, help="run cases of one part in this process")
     parser.add_argument("--case", type=int, help="the one case of the part to run")
-    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--count", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=3600.0, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -175,6 +189,8 @@ def main() -> int:
         print("compared" if PARTS[given.part].load()(given.case) else "nothing to compare")
         return 0
     if given.part is not None:
+        if given.first is None:
+            parser.error("--part needs --case")
         part = PARTS[given.part]
         parts.run(part, given.first, given.count, given.seconds, given.out)
         return 0

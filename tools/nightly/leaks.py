@@ -14,6 +14,7 @@ ops = torch.ops.convnn
 # Calls of a case, and what the process may grow by over all of them.
 CALLS = 1000
 MOST_GROWTH = 2 * 2**20
+WARM_UP = 3
 
 
 class _Mallinfo(ctypes.Structure):
@@ -68,7 +69,7 @@ def _calls(i: int) -> None:
 
 
 def leak(case: int) -> bool:
-    """CALLS calls; the first case is a warm-up that sets what later ones are compared with."""
+    """CALLS calls. The first cases warm up and are what later ones are compared with: False."""
     torch.set_num_threads(1 + case % 2)
     torch.manual_seed(case)
     for i in range(CALLS):
@@ -76,14 +77,14 @@ def leak(case: int) -> bool:
     gc.collect()
     now = {"in use": in_use(), "resident": resident()}
     _history.append(now)
-    # Two cases warm up: one of each number of threads.
-    if len(_history) > 3:
-        for name, value in now.items():
-            grown = value - max(each[name] for each in _history[:3])
-            if grown > MOST_GROWTH:
-                raise AssertionError(
-                    f"{name}: grew by {grown} bytes in {(len(_history) - 3) * CALLS} calls"
-                )
+    # Of both numbers of threads.
+    if len(_history) <= WARM_UP:
+        return False
+    for name, value in now.items():
+        grown = value - max(each[name] for each in _history[:WARM_UP])
+        if grown > MOST_GROWTH:
+            calls = (len(_history) - WARM_UP) * CALLS
+            raise AssertionError(f"{name}: grew by {grown} bytes in {calls} calls")
     return True
 
 
