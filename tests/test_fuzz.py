@@ -7,8 +7,11 @@ It runs in a process of its own, which forks: calls that crash must not end the 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tools.fuzz import verdict
 
 pytest.importorskip("hypothesis")
 
@@ -43,6 +46,18 @@ def test_corpus_and_a_short_run(run_python: Callable[..., str]) -> None:
     assert counts["result"] > 40
     assert counts["error"] > 40
     assert counts["compared with the reference"] > 12
+
+
+def test_a_right_call_must_not_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(query: Any, key: Any, k: int) -> Any:
+        raise RuntimeError("k must be at most 2, got 3")
+
+    monkeypatch.setitem(verdict.OPERATORS, "select", refuses)
+    rows = {"tensor": {"shape": [5, 4]}}
+    call = {"call": "select", "arguments": {"query": rows, "key": rows, "k": 3}}
+    assert verdict.judge(call) == ("error", "", False)
+    right = verdict.judge(call | {"valid": True})
+    assert right.complaint == "refuses a right call: k must be at most 2, got 3"
 
 
 # Each plants a fault in the operator `select`; the fuzzer finds it and reduces the call.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Calls as JSON, and the arguments that they stand for.
 
-A call is ``{"call": "select", "arguments": {"query": ..., ...}}``. An argument is
+A call is ``{"call": "select", "arguments": {"query": ..., ...}}``, with ``"valid": true`` if it
+must not be refused. An argument is
 
 - null, true, a number or a text, which stand for themselves;
 - ``{"float": "-nan"}``, a number that JSON does not have;
@@ -12,6 +13,7 @@ A call is ``{"call": "select", "arguments": {"query": ..., ...}}``. An argument 
   ``KINDS``), and ``rows`` is the bound of the integers of some fills.
 """
 
+import math
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -135,6 +137,7 @@ FILLS: dict[str, Callable[[list[int], int, torch.Generator], Tensor]] = {
     "nan": _one_of_them(float("nan")),
     "inf": _one_of_them(float("inf")),
     "-inf": _one_of_them(float("-inf")),
+    "missing": lambda shape, rows, generator: torch.full(shape, -math.inf, dtype=torch.float64),
     "rows": _rows,
     "distinct": _distinct,
     "ranges": _ranges,

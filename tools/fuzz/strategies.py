@@ -39,7 +39,10 @@ def calls(draw: Draw, only: Sequence[str] = ()) -> Call:
     """Calls of these operators and functions, or of all."""
     name = draw(st.sampled_from(only or sorted(_VALID)))
     call = {"call": name, "arguments": _VALID[name](draw)}
-    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 1, 2, 3]))):
+    changes = draw(st.sampled_from([0, 0, 1, 1, 1, 2, 3]))
+    if not changes:
+        call["valid"] = True
+    for _ in range(changes):
         _change(draw, call["arguments"])
     return call
 
@@ -183,7 +186,7 @@ class _Sizes:
     def neighbors(self, dtype: str) -> dict[str, Any]:
         similarities = self.similarities(dtype)
         if self.M == 0:  # then all are missing
-            similarities["tensor"] |= {"fill": "-inf", "shape": [*self.lead, self.N, self.k]}
+            similarities["tensor"] |= {"fill": "missing"}
         return {"similarities": similarities, "indices": self.ints(self.N, self.k)}
 
     def outputs(self, weight: Any) -> int:
@@ -269,7 +272,8 @@ def _forward_backward(draw: Draw) -> dict[str, Any]:
 
 def _edge_index(draw: Draw) -> dict[str, Any]:
     sizes = _Sizes(draw)
-    num_keys = draw(st.sampled_from([sizes.M, None]))
+    # By default there are as many keys as queries.
+    num_keys = draw(st.sampled_from([sizes.M, None] if sizes.M <= sizes.N else [sizes.M]))
     return {**sizes.neighbors("float32"), "num_keys": num_keys}
 
 
@@ -278,7 +282,7 @@ def _window_ranges(draw: Draw) -> dict[str, Any]:
     return {
         "N": draw(rows),
         "M": draw(rows),
-        "window": draw(st.sampled_from([None, 2, 0])),
+        "window": draw(st.sampled_from([None, 2, 1])),
         "causal": draw(st.booleans()),
     }
 
@@ -286,10 +290,11 @@ def _window_ranges(draw: Draw) -> dict[str, Any]:
 def _segment_ranges(draw: Draw) -> dict[str, Any]:
     sizes = _Sizes(draw)
     lengths = {"tensor": {"shape": [sizes.N], "dtype": "int64", "fill": "rows", "rows": 5}}
+    each = draw(st.sampled_from([lengths, {"object": "list"}]))
     return {
-        "lengths": draw(st.sampled_from([lengths, {"object": "list"}])),
-        "key_lengths": draw(st.sampled_from([None, lengths])),
-        "window": draw(st.sampled_from([None, 2, 0])),
+        "lengths": each,
+        "key_lengths": draw(st.sampled_from([None, each])),
+        "window": draw(st.sampled_from([None, 2, 1])),
         "causal": draw(st.booleans()),
     }
 

@@ -2,8 +2,8 @@
 """Makes a call and judges its outcome.
 
 It is right if the results are those of the reference, or if a RuntimeError, TypeError or ValueError
-names an argument. Meta tensors must give the same shapes and dtypes, or the same message, unless
-the error is about values, which they do not have.
+names an argument, unless the call is known to be valid. Meta tensors must give the same shapes and
+dtypes, or the same message, unless the error is about values, which they do not have.
 """
 
 import inspect
@@ -89,6 +89,8 @@ def judge(call: Call) -> Verdict:
     except Exception as error:
         return Verdict("error", f"raises {type(error).__name__}: {error}")
     kind = "error" if outcome.error else "result"
+    if outcome.error and call.get("valid"):
+        return Verdict(kind, f"refuses a right call: {outcome.message}")
     try:
         if complaint := _about_meta(call, outcome):
             return Verdict(kind, complaint)
