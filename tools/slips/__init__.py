@@ -4,7 +4,7 @@
 `python -m tools.slips` runs the campaign. Each slip changes one place of a copy of the checkout;
 what depends on it is compiled, and the relevant tests run, most likely killers first.
 
-- Slips are made by rule (`rules.py`, places chosen by a fixed seed) and by hand (`by_hand_*.py`);
+- Slips are made by rule (`rules.py`, places chosen by a fixed seed) and by hand (`by_hand/`);
   `campaign.py` has the list.
 - A kill is a test that passes without the slip and fails with it. The process of the tests reports
   the digest of the library, program or module that it has loaded (`witness.py`): if that is not
