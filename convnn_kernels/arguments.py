@@ -3,8 +3,8 @@
 
 The dispatcher checks types as well, but it takes a tensor of one element for a number, which drops
 its gradient, and True for 1; and its message about a wrong type prints the whole value. Numbers and
-truth values are therefore checked before a call (``whole``, ``real`` and ``flag``, which the fast
-path, a plain int, float or bool, does without), everything else after a call that failed
+truth values are therefore checked before a call (``whole`` and ``real``, which the fast path, a
+plain int or float, does without, and ``flag``), everything else after a call that failed
 (``require_types``).
 
 ``function`` is the name that messages begin with.
@@ -164,10 +164,12 @@ def check_edge_index(indices: Any, similarities: Any, num_keys: Any) -> Any:
         return None
     num_keys = whole("edge_index", "num_keys", num_keys)
     if num_keys < 0:
-        raise RuntimeError(f"edge_index: num_keys must be at least 0, got {num_keys}")
+        got = described(num_keys)
+        raise RuntimeError(f"edge_index: num_keys must be at least 0, got {got}")
     graphs = max(indices.shape[:-2].numel(), 1)
     if num_keys * graphs >= 2**63:  # the number of the last key, whatever the batch
-        raise RuntimeError(f"edge_index: num_keys must be below 2**63 / {graphs}, got {num_keys}")
+        got = described(num_keys)
+        raise RuntimeError(f"edge_index: num_keys must be below 2**63 / {graphs}, got {got}")
     return num_keys
 
 

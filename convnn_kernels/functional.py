@@ -467,7 +467,8 @@ def _call(function: str, op: torch._ops.OpOverload, *args: Any) -> Any:
     """``op(*args)``, with a message of our own if the type of an argument is wrong."""
     try:
         return torch_internals.call(op, *args)
-    except RuntimeError:
+    # A ValueError comes of a number of more digits than Python prints.
+    except (RuntimeError, ValueError):
         try:
             arguments.require_types(function, op, args)
         except (TypeError, RuntimeError) as explained:

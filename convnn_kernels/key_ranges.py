@@ -157,7 +157,9 @@ def _check_window(function: str, window: Any, causal: Any) -> tuple[int | None, 
 def _at_least(function: str, name: str, value: Any, least: int) -> Any:
     value = arguments.whole(function, name, value)
     if value < least:
-        raise RuntimeError(f"{function}: {name} must be at least {least}, got {value}")
+        raise RuntimeError(
+            f"{function}: {name} must be at least {least}, got {arguments.described(value)}"
+        )
     return value
 
 
@@ -168,7 +170,9 @@ def _count(function: str, name: str, value: Any) -> Any:
 def _at_most(function: str, name: str, value: Any) -> Any:
     # A symbolic number would get a guard, which is a bound that an exported program must state.
     if type(value) is int and value > _MOST:
-        raise RuntimeError(f"{function}: {name} must be at most 2**60, got {value}")
+        raise RuntimeError(
+            f"{function}: {name} must be at most 2**60, got {arguments.described(value)}"
+        )
     return value
 
 
@@ -179,10 +183,7 @@ def _lengths(name: str, lengths: Any, device: torch.device | str | None) -> Tens
         if not isinstance(lengths, Sequence) or isinstance(lengths, str):
             got = arguments.described(lengths)
             raise TypeError(f"{function}: {name} must be a tensor or a sequence, got {got}")
-        each = [
-            _at_most(function, f"{name}[{i}]", arguments.whole(function, f"{name}[{i}]", n))
-            for i, n in enumerate(lengths)
-        ]
+        each = [_count(function, f"{name}[{i}]", n) for i, n in enumerate(lengths)]
         lengths = torch.tensor(each, dtype=torch.int64)
     arguments.require_tensor(function, name, lengths)
     if lengths.dtype not in _INTEGERS:

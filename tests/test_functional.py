@@ -4,7 +4,8 @@
 import enum
 import fractions
 import inspect
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -573,3 +574,32 @@ def test_edges_of_swapped_arguments() -> None:
     similarities, indices = functional.select_neighbors(torch.randn(5, 3), torch.randn(5, 3), 2)
     with pytest.raises(RuntimeError, match="indices must be int64, got the similarities: select"):
         functional.edge_index(similarities, indices)
+
+
+HUGE = 10**5000  # of more digits than Python prints
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("convnn: k", lambda n: functional.convnn(*[torch.randn(5, 4)] * 3, n)),
+        ("select_neighbors: k", lambda n: functional.select_neighbors(*[torch.randn(5, 4)] * 2, n)),
+        (
+            "edge_index: num_keys",
+            lambda n: functional.edge_index(
+                torch.zeros(5, 3).long(), torch.zeros(5, 3), num_keys=n
+            ),
+        ),
+        ("window_ranges: N", lambda n: functional.window_ranges(n)),
+        ("window_ranges: M", lambda n: functional.window_ranges(3, n)),
+        ("segment_ranges: lengths[0]", lambda n: functional.segment_ranges([n])),
+    ],
+)
+def test_numbers_that_python_does_not_print(
+    name: str, call: Callable[[int], Any], sign: int
+) -> None:
+    expected = "(below|at most) 2" if sign > 0 else "at least [01]"
+    pattern = rf"^{re.escape(name)} must be {expected}.*, got a number of 16610 bits$"
+    with pytest.raises(RuntimeError, match=pattern):
+        call(sign * HUGE)

@@ -155,7 +155,7 @@ def test_a_window_beyond_64_bits_is_no_window(window: int, causal: bool) -> None
             TypeError,
             "lengths[1] must be a whole number, got 1.5",
         ),
-        (lambda: segment_ranges([2, -1]), RuntimeError, "lengths must be at least 0, got -1"),
+        (lambda: segment_ranges([2, -1]), RuntimeError, "lengths[1] must be at least 0, got -1"),
         (
             lambda: segment_ranges([1, 2**64]),
             RuntimeError,
