@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The tool for mutation testing: `python -m tools.slips`."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.slips import __main__ as command
 from tools.slips import outcomes, table, testing
 from tools.slips.building import BuildError, Product, Unit
 from tools.slips.by_hand import SLIPS
@@ -226,3 +228,23 @@ def test_the_table_counts_what_was_noticed(monkeypatch: pytest.MonkeyPatch, tmp_
     lines = table.summary(found).splitlines()
     assert "| kernels | 3 | 1 | 1 | 1 | 1 | 1 | 33.3% | 66.7% |" in lines
     assert "| d:1 | `a -> b` | only speed |" in lines
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--only", "["], "--only: '[' is no regular expression"),
+        (["--only", "no such slip"], "no slip has such an id and area"),
+        (["--rerun", "kiled"], "--rerun: invalid choice: 'kiled'"),
+        (["--isa", "sse"], "--isa: invalid choice: 'sse'"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--write", "--only", "select"], "--write is for all slips"),
+    ],
+)
+def test_wrong_commands(wrong: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["slips", "--list", *wrong])
+    printed = io.StringIO()
+    monkeypatch.setattr("sys.stderr", printed)
+    with pytest.raises(SystemExit) as error:
+        command.main()
+    assert message in printed.getvalue() + str(error.value)

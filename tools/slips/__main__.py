@@ -12,13 +12,22 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from tools.slips import outcomes, table
+from tools.slips.building import INSTRUCTION_SETS
 from tools.slips.campaign import Campaign, all_slips
 from tools.slips.outcomes import Outcome
 from tools.slips.slip import Slip, file_digest
-from tools.slips.sources import CUDA, area_of
+from tools.slips.sources import AREAS, CUDA, area_of
 from tools.slips.testing import STAGES
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
 
 
 def _arguments() -> argparse.Namespace:
@@ -28,10 +37,19 @@ def _arguments() -> argparse.Namespace:
         "Goes on where it was interrupted.",
     )
     parser.add_argument("--list", action="store_true", help="list the slips and run nothing")
-    parser.add_argument("--only", metavar="PATTERN", default="", help="a regular expression of ids")
-    parser.add_argument("--area", default="", help="a regular expression of areas")
+    parser.add_argument(
+        "--only", metavar="PATTERN", type=_pattern, default="", help="a regular expression of ids"
+    )
+    parser.add_argument(
+        "--area",
+        type=_pattern,
+        default="",
+        help=f"a regular expression of areas: {', '.join(AREAS)}",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="slips at a time, each in its own copy")
-    parser.add_argument("--rerun", metavar="STATUS", help="run again what had this outcome")
+    parser.add_argument(
+        "--rerun", choices=outcomes.STATUSES, help="run again what had this outcome"
+    )
     parser.add_argument(
         "--stage",
         choices=STAGES,
@@ -39,11 +57,21 @@ def _arguments() -> argparse.Namespace:
         help="the last stage of tests that runs: those that notice most, other quick ones, quick "
         "ones that start other processes, slow ones",
     )
-    parser.add_argument("--isa", default="avx2", help="instruction set of the CPU kernels")
+    parser.add_argument(
+        "--isa",
+        choices=INSTRUCTION_SETS,
+        default="avx2",
+        help="instruction set of the CPU kernels",
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "slips")
     parser.add_argument("--write", action="store_true", help="only renew the table from outcomes")
     parser.add_argument("--summary", action="store_true", help="only print the table")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {given.jobs}")
+    if given.write and (given.only or given.area):
+        parser.error("--write is for all slips: it would remove the others from the table")
+    return given
 
 
 def _pending(
@@ -91,6 +119,8 @@ def main() -> None:
         for slip in all_slips(ROOT)
         if re.search(arguments.only, slip.id) and re.search(arguments.area, area_of(slip.path))
     ]
+    if not slips:
+        sys.exit("no slip has such an id and area; --list shows them")
     if arguments.list:
         for slip in slips:
             line = slip.line((ROOT / slip.path).read_text())

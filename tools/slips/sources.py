@@ -12,7 +12,7 @@ class Source(NamedTuple):
     skip: str = ""  # lines in which this is found: they decide speed, or sizes, and no result
 
 
-KERNELS, ENTRY, PYTHON, TRITON, CUDA = (
+AREAS = KERNELS, ENTRY, PYTHON, TRITON, CUDA = (
     "CPU kernels",
     "checks and entry",
     "Python",
