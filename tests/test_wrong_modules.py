@@ -339,3 +339,16 @@ def test_wrong_inputs(layer: str, way: str, one_thread: None) -> None:
                 faults.append(f"{device}: {wrong}: {found}")
     assert calls == 2 * CALLS[len(arguments[0].shape), len(arguments)][WAYS.index(way)]
     assert not faults, wrong_calls.summary(faults, calls)
+
+
+def test_integers_of_a_quantized_layer_explain_no_error() -> None:
+    layer = cnn.ConvNN1d(4, 7, k=3)
+    packed = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    layer._parameters = {"packed": packed, **layer._parameters}
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    layer.query_projection.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        layer(torch.randn(2, 4, 9))

@@ -165,7 +165,8 @@ def require_as_parameters(layer: nn.Module, **inputs: Tensor | None) -> None:
         RuntimeError: naming the layer, the input, what was expected and what was passed.
     """
     owner = type(layer).__name__
-    parameter = next(layer.parameters(), None)
+    # Of integers are those of quantized layers, which take other inputs.
+    parameter = next((X for X in layer.parameters() if X.is_floating_point()), None)
     for name, tensor in inputs.items():
         if parameter is None or tensor is None:
             continue
