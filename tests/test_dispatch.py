@@ -58,3 +58,11 @@ def test_backward_is_told_the_candidates_of_the_whole_batch(shared: bool) -> Non
     output: Any = convnn.forward(query, key, value, 2, candidates=given)[0]
     kept = output.grad_fn.saved_tensors[-1]
     assert kept is None if not shared else torch.equal(kept, candidates)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3), (0, 0, 3), (2, 4, 0)])
+def test_empty_results_have_the_strides_of_empty_tensors(shape: tuple[int, ...]) -> None:
+    """Which are not 0, as their products with sizes would be."""
+    query, key = torch.randn(shape), torch.randn(shape[0], 7, shape[2])
+    for result in convnn.forward(query, key, torch.randn(shape[0], 7, 0), 2):
+        assert result.stride() == torch.empty(result.shape).stride()

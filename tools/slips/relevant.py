@@ -24,7 +24,8 @@ _NN_TESTS = """
     defaults wrong_modules nn_transforms nn_replace nn_replace_causal models paper
 """
 _OPERATOR_TESTS = """
-    errors wrong_calls checked_values wrong_functions schemas functional key_ranges key_range defaults
+    errors wrong_calls checked_values wrong_functions schemas functional key_ranges key_range
+    defaults
     backward_arguments vmap_arguments devices storage huge_sizes torch_integration backends
     fake_cuda_device
 """
@@ -38,8 +39,8 @@ _NATIVE: list[tuple[str, str, str]] = [
     ),
     (
         "csrc/t*.h",
-        "errors wrong_calls storage forward_backward",
-        _OPERATOR_TESTS + _CONVOLUTION_TESTS,
+        "errors wrong_calls checked_values dispatch storage forward_backward",
+        _OPERATOR_TESTS + _CONVOLUTION_TESTS + _SELECTION_TESTS,
     ),
     ("csrc/cpu/torch_operators.cpp", "errors", _OPERATOR_TESTS + _KERNEL_TESTS),
     ("csrc/cpu/*gg*", "random_cases", _CONVOLUTION_TESTS),
