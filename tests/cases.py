@@ -214,8 +214,8 @@ def with_layout(X: Tensor, layout: str) -> Tensor:
         larger = [size + 2 for size in X.shape[:-1]] + [step * X.shape[-1] + 2]
         fill = X.new_full(larger, float("nan")) if X.is_floating_point() else X.new_ones(larger)
         inner = [slice(1, 1 + size) for size in X.shape[:-1]]
-        view = fill[(*inner, slice(1, 1 + step * X.shape[-1], step))]
-        return view.copy_(X)
+        inner.append(slice(1, 1 + step * X.shape[-1], step))
+        return fill[tuple(inner)].copy_(X)
     if layout == "expanded" and X.ndim >= 2 and X.shape[0] > 1:
         return X[:1].expand(X.shape)
     return X
