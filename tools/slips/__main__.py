@@ -71,6 +71,7 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"--jobs must be at least 1, got {given.jobs}")
     if given.write and (given.only or given.area):
         parser.error("--write is for all slips: it would remove the others from the table")
+    given.folder = given.folder.resolve()
     return given
 
 

@@ -39,16 +39,20 @@ _NATIVE: list[tuple[str, str, str]] = [
     ),
     (
         "csrc/t*.h",
-        "errors wrong_calls checked_values dispatch storage forward_backward",
+        "errors wrong_calls checked_values dispatch storage forward_backward strides key_range",
         _OPERATOR_TESTS + _CONVOLUTION_TESTS + _SELECTION_TESTS,
     ),
     ("csrc/cpu/torch_operators.cpp", "errors", _OPERATOR_TESTS + _KERNEL_TESTS),
-    ("csrc/cpu/*gg*", "random_cases", _CONVOLUTION_TESTS),
-    ("csrc/cpu/*backward*", "random_cases", _CONVOLUTION_TESTS),
-    ("csrc/cpu/modulate.h", "random_cases", _CONVOLUTION_TESTS),
-    ("csrc/cpu/inverse_list.cpp", "random_cases", _CONVOLUTION_TESTS),
-    ("csrc/cpu/[!pvfw]*", "random_cases", _SELECTION_TESTS),
-    ("csrc/*", "random_cases", _KERNEL_TESTS),
+    ("csrc/cpu/*gg*", "row_sizes rounding batches_in_parts random_cases", _CONVOLUTION_TESTS),
+    ("csrc/cpu/*backward*", "row_sizes rounding batches_in_parts random_cases", _CONVOLUTION_TESTS),
+    ("csrc/cpu/modulate.h", "row_sizes rounding batches_in_parts random_cases", _CONVOLUTION_TESTS),
+    (
+        "csrc/cpu/inverse_list.cpp",
+        "row_sizes rounding batches_in_parts random_cases",
+        _CONVOLUTION_TESTS,
+    ),
+    ("csrc/cpu/[!pvfw]*", "row_sizes rounding batches_in_parts random_cases", _SELECTION_TESTS),
+    ("csrc/*", "row_sizes rounding batches_in_parts random_cases", _KERNEL_TESTS),
 ]
 _PYTHON: list[tuple[str, str, str]] = [
     ("*/checks.py", "errors wrong_calls storage", _OPERATOR_TESTS),
