@@ -39,10 +39,11 @@ _NATIVE: list[tuple[str, str, str]] = [
     ),
     (
         "csrc/t*.h",
-        "errors wrong_calls checked_values dispatch storage forward_backward strides key_range",
+        "errors wrong_calls checked_values dispatch storage leaks forward_backward strides "
+        "key_range",
         _OPERATOR_TESTS + _CONVOLUTION_TESTS + _SELECTION_TESTS,
     ),
-    ("csrc/cpu/torch_operators.cpp", "errors", _OPERATOR_TESTS + _KERNEL_TESTS),
+    ("csrc/cpu/torch_operators.cpp", "errors leaks", _OPERATOR_TESTS + _KERNEL_TESTS),
     ("csrc/cpu/*gg*", "row_sizes rounding batches_in_parts random_cases", _CONVOLUTION_TESTS),
     ("csrc/cpu/*backward*", "row_sizes rounding batches_in_parts random_cases", _CONVOLUTION_TESTS),
     ("csrc/cpu/modulate.h", "row_sizes rounding batches_in_parts random_cases", _CONVOLUTION_TESTS),

@@ -57,7 +57,7 @@ CPP = [
     Rule("reset", r" = 0(?=;|,)", " = 1"),
     Rule("reset", r"(?<=\w) = \{\}(?=;)", ""),
     Rule("infinity", r"-(?=std::numeric_limits)", ""),
-    Rule("thread-range", r"= begin\b", "= 0"),
+    Rule("thread-range", r"= begin\b", "= begin + (begin > 0)"),
     Rule("dropped-call", r"^(\s+)[\w.:\[\]>-]+\([^;]*\);$", r"\1;"),
     Rule("skip", r"\bcontinue;", ";"),
     Rule("element", r"\[0\]", "[1]"),

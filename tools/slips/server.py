@@ -10,6 +10,7 @@ process and then its exit status.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -25,11 +26,13 @@ def _serve() -> None:
     import pytest
     import torch  # noqa: F401
 
+    _end_with_parent()
     for line in sys.stdin:
         command = json.loads(line)
         child = os.fork()
         if child == 0:
             os.setsid()
+            _end_with_parent()
             limit = command["processor_seconds"]
             resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
             output = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -46,6 +49,12 @@ def _serve() -> None:
         print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it ends."""
+    set_signal_of_parents_death = 1
+    ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
 
 
 class Server:
