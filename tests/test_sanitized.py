@@ -15,6 +15,7 @@ can fail. This builds and runs all of it:
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,7 +218,8 @@ def test_a_planted_fault_is_found_through_pytorch(programs: Path, tmp_path: Path
     package = Package(programs / "faulty_library" / "libconvnn_cpu.so", tmp_path)
     status, _, errors = package.start(20, 255, CONVNN_PLANTED="indices").result()
     assert status != 0
-    assert "AddressSanitizer: heap-buffer-overflow" in errors
+    # The first call that reads too far may have no elements, in place of which C++ has a byte.
+    assert re.search("AddressSanitizer: (heap|global)-buffer-overflow", errors)
 
 
 @pytest.mark.parametrize("fault", ["memory", "ranges", "variable"])
