@@ -20,7 +20,7 @@ from tools.slips.relevant import stages
 from tools.slips.rules import candidates, chosen
 from tools.slips.slip import Slip, changed_part, file_digest
 from tools.slips.sources import SOURCES
-from tools.slips.testing import Ran, StaleBuild, killer
+from tools.slips.testing import STAGES, Ran, StaleBuild, killer
 from tools.slips.tree import Tree
 
 ROOT = Path(__file__).parent.parent
@@ -219,15 +219,49 @@ def test_outcomes_are_found_again(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("status", "stage", "finished"),
+    [
+        ("killed", "quick", ["first", "quick", "processes", "slow"]),
+        ("equivalent", "", ["first", "quick", "processes", "slow"]),
+        ("survived", "quick", ["first", "quick"]),
+        ("survived", "slow", ["first", "quick", "processes", "slow"]),
+    ],
+)
+def test_survivors_are_finished_when_all_tests_have_run(
+    status: str, stage: str, finished: list[str]
+) -> None:
+    outcome = _outcome("a", status, stage=stage)
+    assert [each for each in STAGES if outcomes.is_finished(outcome, each)] == finished
+    assert not outcomes.is_finished(None, "first")
+
+
+def test_the_latest_outcome_is_that_of_the_same_file_if_there_is_one() -> None:
+    found = [_outcome("a", "killed"), _outcome("a", "survived"), _outcome("b", "killed")]
+    found[1].source, found[2].source = "later", "other"
+    known = {outcome.key: outcome for outcome in found}
+    assert outcomes.latest(known, "a", "digest") == found[0]
+    assert outcomes.latest(known, "a", "another") == found[1]
+    assert outcomes.latest(known, "c", "digest") is None
+
+
 def test_the_table_counts_what_was_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reasons = tmp_path / "survivors.json"
     reasons.write_text('{"d": "only speed"}')
     monkeypatch.setattr(table, "SURVIVORS", reasons)
     found = [_outcome("a", "killed", stage="quick"), _outcome("b", "killed", stage="slow")]
-    found += [_outcome("c", "equivalent"), _outcome("d", "survived"), _outcome("e", "invalid")]
-    lines = table.summary(found).splitlines()
-    assert "| kernels | 3 | 1 | 1 | 1 | 1 | 1 | 33.3% | 66.7% |" in lines
-    assert "| d:1 | `a -> b` | only speed |" in lines
+    found += [_outcome("c", "equivalent"), _outcome("d", "survived", stage="slow")]
+    found += [_outcome("e", "invalid"), _outcome("f", "survived", stage="first")]
+    sources = dict.fromkeys("abcdefg", "digest") | {"a": "another"}
+    lines = table.summary(found, sources).splitlines()
+    assert "| kernels | 4 | 1 | 1 | 1 | 1 | 1 | 1 | 25.0% | 50.0% |" in lines
+    assert "| d:1 | `a -> b` | slow | only speed |" in lines
+    assert "| f:1 | `a -> b` | first |  |" in lines
+    assert any(line.startswith("6 of 7 slips have run, 1 of these") for line in lines)
+
+
+def test_reasons_are_of_slips_that_there_are() -> None:
+    assert table.reasons().keys() <= {slip.id for slip in all_slips(ROOT)}
 
 
 @pytest.mark.parametrize(

@@ -75,15 +75,25 @@ def _arguments() -> argparse.Namespace:
     return given
 
 
+def _known(folder: Path) -> dict[tuple[str, str], Outcome]:
+    """The outcomes in the table, then those of this folder."""
+    return outcomes.read(table.RESULTS) | outcomes.read(folder / "outcomes.jsonl")
+
+
 def _pending(
-    slips: Iterable[Slip], known: dict[tuple[str, str], Outcome], rerun: str | None
+    slips: Iterable[Slip], known: dict[tuple[str, str], Outcome], stage: str, rerun: str | None
 ) -> list[Slip]:
     pending = []
     for slip in slips:
         outcome = known.get((slip.id, file_digest(ROOT / slip.path)))
-        if outcome is None or outcome.status == rerun:
+        if not outcomes.is_finished(outcome, stage) or (outcome and outcome.status == rerun):
             pending.append(slip)
     return pending
+
+
+def _write_table(slips: Iterable[Slip], known: dict[tuple[str, str], Outcome]) -> None:
+    found = [outcomes.latest(known, slip.id, file_digest(ROOT / slip.path)) for slip in slips]
+    outcomes.write(table.RESULTS, [outcome for outcome in found if outcome])
 
 
 def _run(slips: list[Slip], arguments: argparse.Namespace) -> None:
@@ -91,8 +101,8 @@ def _run(slips: list[Slip], arguments: argparse.Namespace) -> None:
     stages = STAGES[: STAGES.index(arguments.stage) + 1]
     native = any(area_of(slip.path) == CUDA for slip in slips)
     free: SimpleQueue[Campaign] = SimpleQueue()
-    known = outcomes.read(results).values()
-    killers = [(each.place.rpartition(":")[0], each.by) for each in known if each.stage]
+    kills = [each for each in _known(arguments.folder).values() if each.how]
+    killers = [(each.place.rpartition(":")[0], each.by) for each in kills]
     for job in range(arguments.jobs):
         campaign = Campaign(ROOT, arguments.folder / str(job), arguments.isa, killers)
         campaign.prepare(native)
@@ -128,15 +138,14 @@ def main() -> None:
             print(f"{slip.id:45} {slip.path}:{line}  {slip.what}")
         print(f"{len(slips)} slips")
         return
+    known = _known(arguments.folder)
     if arguments.write:
-        found = outcomes.read(arguments.folder / "outcomes.jsonl")
-        current = [(slip.id, file_digest(ROOT / slip.path)) for slip in slips]
-        outcomes.write(table.RESULTS, [found[key] for key in current if key in found])
+        _write_table(slips, known)
     if arguments.write or arguments.summary:
-        sys.stdout.write(table.summary(outcomes.read(table.RESULTS).values()))
+        sources = {slip.id: file_digest(ROOT / slip.path) for slip in slips}
+        sys.stdout.write(table.summary(outcomes.read(table.RESULTS).values(), sources))
         return
-    known = outcomes.read(arguments.folder / "outcomes.jsonl")
-    _run(_pending(slips, known, arguments.rerun), arguments)
+    _run(_pending(slips, known, arguments.stage, arguments.rerun), arguments)
 
 
 if __name__ == "__main__":

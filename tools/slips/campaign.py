@@ -93,6 +93,8 @@ class Campaign:
             outcome.stage = outcome.by = outcome.how = ""
         if stage:
             self.killers.append((slip.path, outcome.by))
+        elif outcome.status == outcomes.SURVIVED:
+            outcome.stage = to_run[-1].name
         outcome.seconds = round(time.monotonic() - start, 1)
         return outcome
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from tools.slips.testing import STAGES
+
 STATUSES = KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "invalid"
 
 
@@ -19,7 +21,7 @@ class Outcome:
     place: str  # file:line
     change: str
     status: str
-    stage: str = ""  # of the kill: quick or slow
+    stage: str = ""  # of a kill: quick or slow; of a survivor: the last of testing.STAGES that ran
     by: str = ""  # the test, or what the compiler says
     how: str = ""  # of a kill: failed, crashed or timeout
     seconds: float = 0.0
@@ -43,6 +45,26 @@ def read(path: Path) -> dict[tuple[str, str], Outcome]:
         outcome = Outcome(**{name: value for name, value in values.items() if name in names})
         outcomes[outcome.key] = outcome
     return outcomes
+
+
+def is_finished(outcome: Outcome | None, stage: str) -> bool:
+    """Whether nothing more is to be learned of a slip by the tests up to a stage."""
+    if outcome is None:
+        return False
+    if outcome.status != SURVIVED:
+        return True
+    return outcome.stage in STAGES and STAGES.index(outcome.stage) >= STAGES.index(stage)
+
+
+def latest(found: dict[tuple[str, str], Outcome], name: str, source: str) -> Outcome | None:
+    """The outcome of a slip for this version of its file, or else the last for any other.
+
+    A slip has the same name as long as the text that it changes is the same.
+    """
+    if (name, source) in found:
+        return found[name, source]
+    of_others = [outcome for outcome in found.values() if outcome.id == name]
+    return of_others[-1] if of_others else None
 
 
 def append(path: Path, outcome: Outcome) -> None:

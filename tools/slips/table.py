@@ -18,34 +18,56 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 SURVIVORS = Path(__file__).parent / "survivors.json"
 
 
+_COLUMNS = (
+    *("area", "slips", "killed by quick tests", "by slow ones only", "survived, argued"),
+    *("survived so far", "equivalent", "do not compile", "killed by quick tests", "by all"),
+)
+
+
+def reasons() -> dict[str, str]:
+    """Why no test notices a survivor, by the name of the slip."""
+    return json.loads(SURVIVORS.read_text()) if SURVIVORS.exists() else {}
+
+
+def _kind(outcome: Outcome) -> str:
+    if outcome.status == outcomes.KILLED:
+        return outcome.stage
+    if outcome.status == outcomes.SURVIVED:
+        return "argued" if outcome.id in reasons() else "open"
+    return outcome.status
+
+
 def _row(name: str, found: list[Outcome]) -> str:
-    count: Counter[str] = Counter()
-    for outcome in found:
-        count[outcome.stage if outcome.status == outcomes.KILLED else outcome.status] += 1
-    counted = count["quick"] + count["slow"] + count[outcomes.SURVIVED]
-    rates = [
-        f"{100 * part / max(1, counted):.1f}%"
-        for part in (count["quick"], counted - count[outcomes.SURVIVED])
-    ]
-    numbers = [counted, count["quick"], count["slow"], count[outcomes.SURVIVED]]
+    count = Counter(map(_kind, found))
+    counted = count["quick"] + count["slow"] + count["argued"] + count["open"]
+    numbers = [counted, count["quick"], count["slow"], count["argued"], count["open"]]
     numbers += [count[outcomes.EQUIVALENT], count[outcomes.INVALID]]
+    killed = (count["quick"], count["quick"] + count["slow"])
+    rates = [f"{100 * part / max(1, counted):.1f}%" for part in killed]
     return f"| {' | '.join([name, *map(str, numbers), *rates])} |"
 
 
-def summary(found: Iterable[Outcome]) -> str:
-    """Markdown: a row for each area, then the survivors with their reasons."""
+def summary(found: Iterable[Outcome], sources: dict[str, str]) -> str:
+    """Markdown: a row for each area, then the survivors with their reasons.
+
+    sources: the digest of the file of each slip as it is now.
+    """
     everything = list(found)
-    lines = [
-        "| area | slips | killed by quick tests | by slow ones only | survived | equivalent |"
-        " do not compile | quick | all |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
     for area in dict.fromkeys(outcome.area for outcome in everything):
         lines.append(_row(area, [outcome for outcome in everything if outcome.area == area]))
-    lines += [_row("all", everything), "", "| survivor | change | why |", "|---|---|---|"]
-    reasons = json.loads(SURVIVORS.read_text()) if SURVIVORS.exists() else {}
+    earlier = sum(sources.get(outcome.id) != outcome.source for outcome in everything)
+    lines += [_row("all", everything), ""]
+    lines += [
+        f"{len(everything)} of {len(sources)} slips have run, {earlier} of these when another part "
+        "of their file was different. Of those that survived so far, not all tests have run.",
+        "",
+        "| survivor | change | tests that ran | why |",
+        "|---|---|---|---|",
+    ]
     for outcome in everything:
         if outcome.status == outcomes.SURVIVED:
             change = outcome.change.replace("|", "\\|")
-            lines.append(f"| {outcome.place} | `{change}` | {reasons.get(outcome.id, '')} |")
+            why = reasons().get(outcome.id, "")
+            lines.append(f"| {outcome.place} | `{change}` | {outcome.stage} | {why} |")
     return "\n".join(lines) + "\n"
