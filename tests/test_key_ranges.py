@@ -218,3 +218,9 @@ def test_export_without_a_bound_of_the_rows() -> None:
     program = torch.export.export(Model(), (torch.randn(20, 4),), dynamic_shapes=({0: rows},))
     expected = window_ranges(33, window=3, causal=True)
     assert torch.equal(program.module()(torch.randn(33, 4)), expected)
+
+
+def test_the_largest_numbers_of_rows() -> None:
+    assert window_ranges(1, 2**60).tolist() == [[0, 2**60]]
+    with pytest.raises(RuntimeError, match=r"M must be at most 2\*\*60, got 1152921504606846977"):
+        window_ranges(1, 2**60 + 1)

@@ -21,7 +21,7 @@ _CONVOLUTION_TESTS = """
 _KERNEL_TESTS = f"{_CONVOLUTION_TESTS} {_SELECTION_TESTS} functional errors"
 _NN_TESTS = """
     nn_modules nn_convnn nn_attention nn_candidates nn_ranges nn_few_tokens nn_self_similarity
-    defaults wrong_modules nn_transforms nn_replace nn_replace_causal models paper
+    defaults nn_details wrong_modules nn_transforms nn_replace nn_replace_causal models paper
 """
 _OPERATOR_TESTS = """
     errors wrong_calls checked_values wrong_functions schemas functional key_ranges key_range
@@ -66,8 +66,8 @@ _PYTHON: list[tuple[str, str, str]] = [
     ("*/transforms.py", "vmap_arguments", _OPERATOR_TESTS + " nn_modules nn_transforms"),
     ("*/functional.py", "functional within defaults", _OPERATOR_TESTS),
     ("*/key_ranges.py", "key_ranges key_range", _OPERATOR_TESTS),
-    ("*/nn/candidates.py", "nn_candidates defaults", _NN_TESTS),
-    ("*/nn/convnn.py", "nn_convnn nn_self_similarity nn_ranges", _NN_TESTS),
+    ("*/nn/candidates.py", "nn_candidates nn_details defaults", _NN_TESTS),
+    ("*/nn/convnn.py", "nn_convnn nn_details nn_self_similarity nn_ranges", _NN_TESTS),
     ("*/nn/attention.py", "nn_attention nn_ranges", _NN_TESTS),
     ("*/nn/ranges.py", "nn_ranges", _NN_TESTS),
     ("*/nn/*replace*.py", "nn_replace nn_replace_causal", _NN_TESTS),
