@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from threading import Timer
 from typing import IO
 
 
@@ -33,8 +32,7 @@ def _serve() -> None:
         if child == 0:
             os.setsid()
             _end_with_parent()
-            limit = command["processor_seconds"]
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+            limit_time()
             output = os.open(command["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for descriptor in (1, 2):
                 os.dup2(output, descriptor)
@@ -49,6 +47,17 @@ def _serve() -> None:
         print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def limit_time(scale: int = 1) -> None:
+    """From now on this process may take so long; then a signal ends it, whatever it is doing.
+
+    Called anew for each test: how long all tests of a file take says nothing of a slip.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + 120 * scale
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+    signal.alarm(600 * scale)
 
 
 def _end_with_parent() -> None:
@@ -84,35 +93,21 @@ class Server:
         folder: Path,
         environment: dict[str, str],
         output: Path,
-        limits: tuple[int, int],
     ) -> int | None:
-        """Runs pytest in a folder. Returns its exit status, or None if it took too long.
-
-        limits: seconds of the processor, and in all.
-        """
+        """Runs pytest in a folder. Returns its exit status, or None if a test took too long."""
         commands, replies = self._streams()
         request = {
             "arguments": arguments,
             "folder": str(folder),
             "environment": environment,
             "output": str(output),
-            "processor_seconds": limits[0],
         }
         commands.write(json.dumps(request) + "\n")
         commands.flush()
         group = int(replies.readline())
-        ended: list[int] = []
-
-        def end() -> None:
-            ended.append(1)
-            _kill_group(group)
-
-        timer = Timer(limits[1], end)
-        timer.start()
         status = int(replies.readline())
-        timer.cancel()
         _kill_group(group)  # the programs that the tests started
-        return None if ended or status == -signal.SIGXCPU else status
+        return None if -status in (signal.SIGXCPU, signal.SIGALRM) else status
 
 
 def _kill_group(group: int) -> None:

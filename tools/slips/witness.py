@@ -16,10 +16,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tools.slips.server import limit_time
 from tools.slips.slip import file_digest
 
 # Fixtures of tests that start other processes, each of which takes seconds.
 _IN_PROCESSES = {"run_python", "ranks"}
+
+
+def _tests() -> Any:
+    return json.loads(Path(os.environ["CONVNN_SLIPS_TESTS"]).read_text())
 
 
 def _package() -> Path:
@@ -52,7 +57,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    tests = json.loads(Path(os.environ["CONVNN_SLIPS_TESTS"]).read_text())
+    tests = _tests()
     left_out = set(tests["left_out"])
 
     def runs(item: Any) -> bool:
@@ -86,6 +91,7 @@ def _report_tested() -> None:
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
+    limit_time(scale=1 if _tests()["stage"] != "slow" else 8)
     _report(started=nodeid)
 
 
