@@ -137,6 +137,11 @@ def test_a_window_beyond_64_bits_is_no_window(window: int, causal: bool) -> None
     assert torch.equal(segment_ranges([2, 3], window=window, causal=causal), expected)
 
 
+@pytest.mark.parametrize("window", [2**61, 2**64])
+def test_a_window_as_wide_as_the_most_rows_is_no_window(window: int) -> None:
+    assert torch.equal(window_ranges(1, 2**60, window), window_ranges(1, 2**60))
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [

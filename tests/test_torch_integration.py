@@ -403,6 +403,17 @@ def test_autocast(op: str, half: torch.dtype) -> None:
             assert torch.equal(other.grad, expected)
 
 
+def test_autocast_casts_the_bias() -> None:
+    query, key, value, k, weight = example("forward")
+    bias = torch.randn(C, requires_grad=True)
+    cast = value.bfloat16(), k, weight.bfloat16(), bias.detach().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = convnn.forward(query, key, value, k, weight, bias)[0]
+    assert torch.equal(output, convnn.forward(query, key, *cast)[0])
+    output.sum().backward()
+    assert bias.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("half", HALVES, ids=str)
 def test_autocast_leaves_float64(op: str, half: torch.dtype) -> None:
     args = example(op, dtype=torch.float64)

@@ -30,6 +30,8 @@ _OPERATOR_TESTS = """
     fake_cuda_device
 """
 
+_ALL_CASES = "row_sizes rounding batches_in_parts random_cases"
+
 # A pattern of sources, the tests to begin with, and the others.
 _NATIVE: list[tuple[str, str, str]] = [
     (
@@ -43,27 +45,36 @@ _NATIVE: list[tuple[str, str, str]] = [
         "key_range",
         _OPERATOR_TESTS + _CONVOLUTION_TESTS + _SELECTION_TESTS,
     ),
-    ("csrc/cpu/torch_operators.cpp", "errors leaks", _OPERATOR_TESTS + _KERNEL_TESTS),
-    ("csrc/cpu/*gg*", "row_sizes rounding batches_in_parts random_cases", _CONVOLUTION_TESTS),
-    ("csrc/cpu/*backward*", "row_sizes rounding batches_in_parts random_cases", _CONVOLUTION_TESTS),
-    ("csrc/cpu/modulate.h", "row_sizes rounding batches_in_parts random_cases", _CONVOLUTION_TESTS),
     (
-        "csrc/cpu/inverse_list.cpp",
-        "row_sizes rounding batches_in_parts random_cases",
-        _CONVOLUTION_TESTS,
+        "csrc/cpu/torch_operators.cpp",
+        "errors leaks reproducibility",
+        _OPERATOR_TESTS + _KERNEL_TESTS,
     ),
-    ("csrc/cpu/[!pvfw]*", "row_sizes rounding batches_in_parts random_cases", _SELECTION_TESTS),
-    ("csrc/*", "row_sizes rounding batches_in_parts random_cases", _KERNEL_TESTS),
+    ("csrc/cpu/floating_point_mode.h", "reproducibility", _KERNEL_TESTS),
+    ("csrc/cpu/select.cpp", f"few_keys strides {_ALL_CASES}", _SELECTION_TESTS),
+    ("csrc/cpu/key_ranges.cpp", f"key_range_cpu {_ALL_CASES}", _SELECTION_TESTS),
+    ("csrc/cpu/select_backward*", f"select_backward {_ALL_CASES}", _CONVOLUTION_TESTS),
+    ("csrc/cpu/*gg*", f"aggregate_backward {_ALL_CASES}", _CONVOLUTION_TESTS),
+    ("csrc/cpu/*backward*", _ALL_CASES, _CONVOLUTION_TESTS),
+    ("csrc/cpu/modulate.h", _ALL_CASES, _CONVOLUTION_TESTS),
+    ("csrc/cpu/inverse_list.cpp", _ALL_CASES, _CONVOLUTION_TESTS),
+    ("csrc/cpu/parallel.h", f"huge_sizes {_ALL_CASES}", _KERNEL_TESTS),
+    ("csrc/cpu/[!pvfw]*", f"best_columns select {_ALL_CASES}", _SELECTION_TESTS),
+    ("csrc/*", _ALL_CASES, _KERNEL_TESTS),
 ]
 _PYTHON: list[tuple[str, str, str]] = [
     ("*/checks.py", "errors wrong_calls storage", _OPERATOR_TESTS),
-    ("*/ops.py", "schemas devices dispatch", _OPERATOR_TESTS),
+    ("*/ops.py", "schemas devices dispatch backends", _OPERATOR_TESTS),
     (
         "*/autograd.py",
-        "gradients forward_gradients backward_arguments dispatch",
+        "gradients forward_gradients backward_arguments dispatch torch_integration",
         "forward_backward nn_transforms " + _OPERATOR_TESTS,
     ),
-    ("*/transforms.py", "vmap_arguments", _OPERATOR_TESTS + " nn_modules nn_transforms"),
+    (
+        "*/transforms.py",
+        "vmap_arguments torch_integration",
+        _OPERATOR_TESTS + " nn_modules nn_transforms",
+    ),
     ("*/functional.py", "functional within defaults", _OPERATOR_TESTS),
     ("*/key_ranges.py", "key_ranges key_range", _OPERATOR_TESTS),
     ("*/nn/candidates.py", "nn_candidates nn_details defaults", _NN_TESTS),
