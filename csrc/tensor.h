@@ -110,7 +110,7 @@ class Tensor {
   Tensor distinct() const {
     std::vector<int64_t> sizes(sizes_.begin(), sizes_.end());
     for (size_t i = 0; i + 1 < sizes.size(); ++i) {
-      if (strides_[i] == 0 && sizes[i] > 1) sizes[i] = 1;
+      if (strides_[i] == 0) sizes[i] = 1;
     }
     AtenTensorHandle view = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(handle_.get(), dim(), sizes.data(),

@@ -60,6 +60,18 @@ def test_backward_is_told_the_candidates_of_the_whole_batch(shared: bool) -> Non
     assert kept is None if not shared else torch.equal(kept, candidates)
 
 
+@pytest.mark.parametrize("op", ["forward", "aggregate"])
+@pytest.mark.parametrize("shape", [None, (5,)])
+def test_backward_is_told_whether_there_is_a_bias(op: str, shape: tuple[int] | None) -> None:
+    query, key, value = leaves((2, 4, 3), (2, 7, 3), (2, 7, 5))
+    bias = None if shape is None else torch.zeros(shape)
+    output: Any = convnn.forward(query, key, value, 2, bias=bias)[0]
+    if op == "aggregate":
+        neighbors = convnn.select(query, key, 2)
+        output = convnn.aggregate(value, *neighbors, bias=bias)
+    assert output.grad_fn.has_bias == (bias is not None)
+
+
 @pytest.mark.parametrize("shape", [(2, 0, 3), (0, 4, 3), (0, 0, 3), (2, 4, 0)])
 def test_empty_results_have_the_strides_of_empty_tensors(shape: tuple[int, ...]) -> None:
     """Which are not 0, as their products with sizes would be."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_reference import algorithm_1
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import python_ref
 from convnn_kernels import functional
@@ -208,6 +209,15 @@ def test_a_stride_compiles_for_any_size() -> None:
         torch.testing.assert_close(compiled(x), layer(x))
     with pytest.raises(ValueError, match="ConvNN1d: stride must be a whole number of at least 1"):
         ConvNN1d(2, 3, stride=0)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_one_branch_alone_is_not_copied(ratio: float) -> None:
+    layer, x = HybridBranch2d(3, 4, 3, ratio), torch.randn(1, 3, 5, 6)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        layer(x)
+    joins = any(event.name == "aten::cat" for event in recorded.events())
+    assert joins == (ratio == 0.5)
 
 
 def test_strided_hybrid_branches() -> None:

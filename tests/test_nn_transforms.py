@@ -365,6 +365,22 @@ def test_compiled_autograd_where_there_is_no_gradient(
     assert query.grad is None or not query.grad.any()
 
 
+@pytest.mark.parametrize("weight", [None, (5, 1, 2), (7, 5, 2)], ids=str)
+def test_compiled_autograd_of_similarities_alone(
+    weight: tuple[int, ...] | None, compiled_backward: Callable[[Tensor], None]
+) -> None:
+    """What only the output depends on gets zeros of its own shape, which are added to the rest."""
+    q, v = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 6, 5, requires_grad=True)
+    b = torch.randn(5 if weight is None else weight[0], requires_grad=True)
+    w = None if weight is None else torch.randn(weight, requires_grad=True)
+    others = [v, b] if w is None else [v, w, b]
+    similarities = torch.ops.convnn.forward(q, q, v, 2, w, b)[1]
+    compiled_backward(similarities.sum() + sum(other.sum() for other in others))
+    assert q.grad is not None
+    for other in others:
+        assert torch.equal(other.grad, torch.ones_like(other))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["1d", "2d", "hybrid", "attention"])
 def test_layers_under_compiled_autograd(

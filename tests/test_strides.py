@@ -29,6 +29,10 @@ ADJACENT: dict[str, Callable[[torch.dtype], Tensor]] = {
     "heads-first": lambda dtype: torch.randn(H, B, M, D).to(dtype).transpose(0, 1),
     "one-row": lambda dtype: torch.randn(B, 1, H, D).to(dtype).transpose(1, 2),
     "one-row-repeated": lambda dtype: torch.randn(B, H, 1, D).to(dtype).expand(B, H, M, D),
+    # Each head and each batch element begins one row after the one before.
+    "sliding": lambda dtype: (
+        torch.randn(B + H + M, D).to(dtype).as_strided((B, H, M, D), (D, D, D, 1))
+    ),
     "offset": lambda dtype: torch.randn(1 + B * H * M * D).to(dtype)[1:].view(B, H, M, D),
 }
 # Rows that are far apart: in place only for few queries, or where few of them are read.

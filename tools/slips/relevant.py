@@ -42,7 +42,7 @@ _NATIVE: list[tuple[str, str, str]] = [
     (
         "csrc/t*.h",
         "errors wrong_calls checked_values dispatch storage leaks forward_backward strides "
-        "key_range",
+        "key_range huge_sizes few_keys",
         _OPERATOR_TESTS + _CONVOLUTION_TESTS + _SELECTION_TESTS,
     ),
     (
@@ -67,8 +67,8 @@ _PYTHON: list[tuple[str, str, str]] = [
     ("*/ops.py", "schemas devices dispatch backends", _OPERATOR_TESTS),
     (
         "*/autograd.py",
-        "gradients forward_gradients backward_arguments dispatch torch_integration",
-        "forward_backward nn_transforms " + _OPERATOR_TESTS,
+        "gradients forward_gradients backward_arguments dispatch torch_integration nn_transforms",
+        "forward_backward " + _OPERATOR_TESTS,
     ),
     (
         "*/transforms.py",
@@ -91,6 +91,7 @@ _TRITON: list[tuple[str, str, str]] = [
     ("*medium*.py", "triton_medium", "triton triton_bounds"),
     ("*candidates*.py", "triton_backward_candidates", "triton_backward triton"),
     ("*value_grad*.py", "triton_value_grad", "triton_backward triton"),
+    ("*inverse_list.py", "triton_value_grad triton_backward", "triton"),
     ("*side*.py", "triton_backward", "triton_backward_candidates triton"),
     ("*backward*.py", "triton_backward triton_backward_small", "triton"),
     ("*grad*.py", "triton_backward triton_value_grad", "triton"),
@@ -146,9 +147,16 @@ def stages(path: str, tree: Path) -> list[Stage]:
             Stage("slow", first, "triton and slow", environment=interpreted),
         ]
     quick = f"not slow and {_ONE_PROCESS}"
+    sanitized = _files(tree, "sanitized") if rows is _NATIVE else ()
     return [
         Stage("first", first, quick),
         Stage("quick", others, quick),
         Stage("processes", (*first, *others), quick),
-        Stage("slow", (*first, *others), f"slow and {_ONE_PROCESS}"),
+        Stage(
+            "slow",
+            (*first, *others, *sanitized),
+            f"slow and {_ONE_PROCESS}",
+            "not planted",
+            (("CONVNN_SANITIZERS", "1"),),
+        ),
     ]

@@ -88,7 +88,9 @@ PYTHON = [
 ]
 
 TRITON = [
-    *[rule for rule in PYTHON if rule.name not in ("none", "member")],
+    *[rule for rule in PYTHON if rule.name not in ("none", "member", "dimension")],
+    # In a kernel, -1 is a dimension only in brackets; elsewhere it is a row that stands for none.
+    Rule("dimension", r"(?<=\[)-1\b", "-2"),
     Rule("mask", r", mask=[^,()]+(?=[,)])", ""),
     Rule("logic", r" & ", " | "),
     Rule("logic", r" \| ", " & "),

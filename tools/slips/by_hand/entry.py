@@ -188,9 +188,9 @@ SLIPS = {
     ],
     "csrc/tensor.h": [
         (
-            "if (strides_[i] == 0 && sizes[i] > 1) sizes[i] = 1;",
             "if (strides_[i] == 0) sizes[i] = 1;",
-            "a dimension of stride zero and size zero gets one element",
+            "",
+            "expanded dimensions are copied in full",
         ),
         (
             "for (size_t i = 0; i + 1 < sizes.size(); ++i) {",
