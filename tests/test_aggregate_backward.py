@@ -46,6 +46,17 @@ def test_pairs_of_a_key_end_at_a_task_boundary(count: int) -> None:
     assert_aggregate(ops.aggregate, value, randn(1, 9000, 1), I, weight, rho="similarity")
 
 
+@pytest.mark.slow
+def test_more_pairs_than_float32_can_count() -> None:
+    """The slot of a pair is found by a division of its number."""
+    N, k = 2**18, 65
+    I = torch.arange(N)[:, None].expand(N, k)
+    value, weight = torch.ones(N, 1), torch.arange(k).float().reshape(1, 1, k)
+    value.requires_grad_()
+    ops.aggregate(value, torch.zeros(N, k), I, weight, rho="ones").sum().backward()
+    assert value.grad.eq(weight.sum()).all()
+
+
 def test_missing_neighbor_with_an_infinite_gradient() -> None:
     """With a padding row or an overflow of the loss scale, the gradient of the
     weight of a missing neighbor stays finite."""

@@ -17,6 +17,8 @@ import convnn_kernels  # noqa: F401, defines the operators
 
 convnn = torch.ops.convnn
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+
 ROWS = 2**52  # of no columns: they need no memory
 INDICES = torch.tensor([[0, 5, ROWS - 1], [1, 1, 2]])
 
@@ -185,12 +187,53 @@ def list_rows() -> None:
     torch.set_num_threads(1)
     rows = 2**26
     mask = torch.ones(rows, dtype=torch.bool)
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, resource.RLIM_INFINITY))
+    limit_memory(2**28)
     convnn.select(X.double(), X.double().expand(rows, 1), 1, key_mask=mask)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def limit_memory(more: int) -> None:
+    """From now on this process gets so many bytes more."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + more, resource.RLIM_INFINITY))
+
+
+def sums_of_rows() -> None:
+    """The gradient of two rows of 16 MiB, whose sums take 64 MiB in each thread."""
+    torch.set_num_threads(1)
+    rows = torch.ones(2, 2**23, dtype=torch.float16)
+    neighbors = torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64)
+    limit_memory(2**25 + 2**24)
+    convnn.select_backward(neighbors[0], rows, rows, *neighbors, "cosine", True, False)
+
+
+@linux
+def test_scratch_memory_of_a_thread_that_cannot_be_had() -> None:
+    """The error leaves PyTorch's parallel region."""
+    assert in_child(sums_of_rows) == (
+        "RuntimeError: convnn::select_backward: cannot allocate 67108864 bytes for the scratch "
+        "memory of a thread"
+    )
+
+
+def query_gradient_of_many_pairs() -> None:
+    torch.set_num_threads(1)
+    n, k = 2**20, 8
+    x, similarities = torch.ones(n, 1), torch.ones(n, k)
+    indices = torch.zeros(n, k, dtype=torch.int64)
+    limit_memory(40 * 2**20)
+    convnn.forward_backward(
+        *(x, similarities, x, x, x, None, similarities, indices, False, "cosine", "ones", 1.0),
+        *(True, False, False, False, False),
+    )
+
+
+@linux
+def test_the_gradient_of_query_needs_no_list_of_pairs() -> None:
+    """Which would take 64 MiB."""
+    assert in_child(query_gradient_of_many_pairs) == ""
+
+
+@linux
 def test_list_that_cannot_be_allocated() -> None:
     """A list of C++, where a bare std::bad_alloc would be all that is known."""
     assert in_child(list_rows) == (

@@ -282,3 +282,13 @@ def test_the_cost_follows_the_ranges(dtype: torch.dtype) -> None:
     assert seconds(16, windows[:16]) < 0.3 * seconds(16, None)
     # Only keys that are seen are prepared.
     assert seconds(100, windows[:100]) < 0.15 * seconds(100, None)
+
+
+def test_ranges_of_many_queries_are_joined_in_threads() -> None:
+    """Of N queries, each sees keys up to one of its own, the best of which is the last."""
+    N, M = 40_000, 8
+    last = torch.randint(M, (N,))
+    key_range = torch.stack([torch.zeros_like(last), last + 1], -1)
+    key = torch.arange(M).float()[:, None]
+    _, I = ops.select(torch.ones(N, 1), key, 1, metric="dot", key_range=key_range)
+    assert torch.equal(I[:, 0], last)

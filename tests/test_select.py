@@ -83,6 +83,28 @@ def test_signed_zeros_tie(metric: str) -> None:
     assert I.tolist() == [[0, 1, 2, 3]] * 4
 
 
+@pytest.mark.parametrize("N", [1, 30])
+@pytest.mark.parametrize("M", [5, 40, 3000])
+def test_products_that_underflow_tie(N: int, M: int) -> None:
+    """Positive ones are +0 and negative ones -0."""
+    query = torch.full((N, 1), 1e-30)
+    key = torch.where(torch.rand(M, 1) < 0.5, 1e-30, -1e-30)
+    k = min(M, 20)
+    similarities, I = ops.select(query, key, k, metric="dot")
+    assert not similarities.any()
+    assert torch.equal(I, torch.arange(k).expand(N, k))
+
+
+@two_threads
+def test_masked_keys_are_listed_in_threads() -> None:
+    """In each batch element one key may be a neighbor."""
+    B, N, M = 4, 70, 20_000
+    only = torch.randint(M, (B, 1))
+    key_mask = torch.arange(M) == only
+    _, I = ops.select(randn(B, N, 1), randn(B, M, 1), 1, key_mask=key_mask)
+    assert torch.equal(I[..., 0], only.expand(B, N))
+
+
 @each_metric
 def test_ties_with_self(metric: str) -> None:
     """All keys tie: self comes first and only once, then the others by index."""

@@ -38,3 +38,18 @@ def test_rows_close_to_the_largest_finite_number() -> None:
     (grad,) = gradients(s, [query])
     assert grad.isfinite().all()
     assert grad[0, 3] > 0 > grad[0, 0]
+
+
+@each_dtype
+def test_infinite_rows(dtype: torch.dtype) -> None:
+    """Their gradients are NaN, but 0 where a row is nobody's neighbor."""
+    query, key = (randn(n, 6, dtype=dtype) for n in (5, 9))
+    query[1, 2], key[[3, 7], 0] = float("inf"), -float("inf")
+    mask = torch.arange(9) != 7
+    leaves = [X.requires_grad_() for X in (query, key)]
+    similarities, I = ops.select(query, key, 8, key_mask=mask)
+    assert not I.eq(7).any()
+    grad_query, grad_key = gradients(similarities, leaves, torch.ones_like(similarities))
+    assert grad_query[1].isnan().all()
+    assert grad_key[3].isnan().all()
+    assert not grad_key[7].any()

@@ -106,6 +106,29 @@ def test_shared_keys_with_many_queries(layout: str, query_layout: str, restricti
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.parametrize("restriction", ["mask", "candidates", "candidates-of-pairs"])
+def test_shared_keys_of_groups(restriction: str) -> None:
+    """Batch elements with the same keys are searched as one; some of them are like others."""
+    batch, n, m, d = 6, 20, 200, 8
+    query, key = torch.randn(batch, n, d), torch.randn(m, d).expand(batch, m, d)
+    # 0, 0, 1 is no pattern that repeats; 0, 0, 1, 1, 2, 2 is.
+    group = torch.arange(batch) // 2
+    if restriction == "mask":
+        batch = 3
+        options = {"key_mask": (torch.rand(batch, m) > 0.5)[group[:batch]]}
+    elif restriction == "candidates":
+        batch = 3
+        options = {"candidates": torch.rand(batch, m).argsort()[:, :50][group[:batch]]}
+    else:
+        options = {"candidates": torch.rand(3, m).argsort()[:, :50][group]}
+    got = convnn.select(query[:batch], key[:batch], 9, **options)
+    for b in range(batch):
+        own = {name: X[b] for name, X in options.items()}
+        alone = convnn.select(query[b], key[b], 9, **own)
+        assert torch.equal(got[0][b], alone[0])
+        assert torch.equal(got[1][b], alone[1])
+
+
 def copied(call: Callable[[], object]) -> tuple[int, int]:
     """How many tensors of float32 a call copies, and their bytes."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Incremental builds of the CPU library and of the host program of the CUDA kernels.
 
-CMake says how each source is compiled; it is done here, optimized less, for one instruction set and
-without sanitizers, and only for the sources that a slip reaches.
+CMake says how each source is compiled; it is done here, optimized less, for one instruction set,
+and only for the sources that a slip reaches.
 """
 
 from __future__ import annotations
@@ -186,12 +186,14 @@ def cpu_library(tree: Path, folder: Path, commands: list[list[str]], isa: str) -
 
 
 def host_program(tree: Path, folder: Path, commands: list[list[str]]) -> Product:
-    change = re.compile(r"-fsanitize=.*|-fno-sanitize-recover=.*|-g1")
+    change = re.compile("-g1")
     parts = ("host_cuda.dir", "host_execution.dir")
     units = [
         _unit(command, tree, change)
         for command in commands
         if any(f"/{part}/" in _argument(command, "-o") for part in parts)
     ]
-    link = [commands[0][0], "-pthread"]
+    # The execution of threads of a GPU calls AddressSanitizer.
+    sanitizers = [part for part in units[0].command if part.startswith("-fsanitize=")]
+    link = [commands[0][0], "-pthread", *sanitizers]
     return Product(tree, folder / "host_cuda", units, link, folder / "program" / "host_cuda")
