@@ -285,10 +285,12 @@ def test_the_cost_follows_the_ranges(dtype: torch.dtype) -> None:
 
 
 def test_ranges_of_many_queries_are_joined_in_threads() -> None:
-    """Of N queries, each sees keys up to one of its own, the best of which is the last."""
-    N, M = 40_000, 8
-    last = torch.randint(M, (N,))
-    key_range = torch.stack([torch.zeros_like(last), last + 1], -1)
+    """Only the first query of the second thread sees the last key."""
+    N = 2**13 * 9  # in two threads for any number of queries in a block
+    M = 128 + 1  # the last key is the only one in its panel
+    key_range = torch.tensor([0, M - 1]).repeat(N, 1)
+    key_range[N // 2] = torch.tensor([M - 1, M])
     key = torch.arange(M).float()[:, None]
-    _, I = ops.select(torch.ones(N, 1), key, 1, metric="dot", key_range=key_range)
-    assert torch.equal(I[:, 0], last)
+    similarities, I = ops.select(torch.ones(N, 1), key, 1, metric="dot", key_range=key_range)
+    assert torch.equal(I[:, 0], key_range[:, 1] - 1)
+    assert torch.equal(similarities, I.float())

@@ -86,9 +86,9 @@ def test_signed_zeros_tie(metric: str) -> None:
 @pytest.mark.parametrize("N", [1, 30])
 @pytest.mark.parametrize("M", [5, 40, 3000])
 def test_products_that_underflow_tie(N: int, M: int) -> None:
-    """Positive ones are +0 and negative ones -0."""
-    query = torch.full((N, 1), 1e-30)
-    key = torch.where(torch.rand(M, 1) < 0.5, 1e-30, -1e-30)
+    """Positive ones are +0; negative ones are -0, if no zero is added to them."""
+    query, key = torch.full((N, 16), 1e-30), torch.zeros(M, 16)
+    key[:, -1] = torch.where(torch.rand(M) < 0.5, 1e-30, -1e-30)
     k = min(M, 20)
     similarities, I = ops.select(query, key, k, metric="dot")
     assert not similarities.any()

@@ -194,6 +194,6 @@ def host_program(tree: Path, folder: Path, commands: list[list[str]]) -> Product
         if any(f"/{part}/" in _argument(command, "-o") for part in parts)
     ]
     # The execution of threads of a GPU calls AddressSanitizer.
-    sanitizers = [part for part in units[0].command if part.startswith("-fsanitize=")]
-    link = [commands[0][0], "-pthread", *sanitizers]
+    sanitizers = {part for unit in units for part in unit.command if "-fsanitize=" in part}
+    link = [commands[0][0], "-pthread", *sorted(sanitizers)]
     return Product(tree, folder / "host_cuda", units, link, folder / "program" / "host_cuda")

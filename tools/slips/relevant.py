@@ -61,6 +61,7 @@ _NATIVE: list[tuple[str, str, str]] = [
     ("csrc/cpu/modulate.h", _ALL_CASES, _CONVOLUTION_TESTS),
     ("csrc/cpu/inverse_list.cpp", _ALL_CASES, _CONVOLUTION_TESTS),
     ("csrc/cpu/parallel.h", f"huge_sizes {_ALL_CASES}", _KERNEL_TESTS),
+    ("csrc/cpu/screen.h", f"screen screen_bound best_columns {_ALL_CASES}", _SELECTION_TESTS),
     ("csrc/cpu/[!pvfw]*", f"best_columns select {_ALL_CASES}", _SELECTION_TESTS),
     ("csrc/*", _ALL_CASES, _KERNEL_TESTS),
 ]
