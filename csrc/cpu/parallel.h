@@ -61,8 +61,7 @@ void run(ParallelFor parallel_for, const std::vector<double>& costs, size_t scra
   }
   // The first task of one of as many equal shares of the cost as there are tasks.
   const auto first_task = [&](int64_t share) {
-    if (share == tasks) return tasks;
-    const double cost = total * double(share) / double(tasks);
+    const double cost = total * (double(share) / double(tasks));
     return int64_t(std::lower_bound(before.begin(), before.end(), cost) - before.begin());
   };
   run(parallel_for, tasks, total / std::max(1.0, double(tasks)), scratch_bytes,

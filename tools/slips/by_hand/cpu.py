@@ -337,9 +337,9 @@ SLIPS = {
             "an error in a thread is lost",
         ),
         (
-            "if (share == tasks) return tasks;",
-            "",
-            "the last tasks may be left out",
+            "const double cost = total * (double(share) / double(tasks));",
+            "const double cost = total * (double(share + 1) / double(tasks));",
+            "the first tasks are left out",
         ),
     ],
     "csrc/cpu/floating_point_mode.h": [
