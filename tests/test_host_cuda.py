@@ -551,6 +551,20 @@ def test_weights_of_missing_neighbors_do_not_matter(
     assert not grads[2][..., 1].any()
 
 
+@pytest.mark.parametrize("C", [1, 40])
+def test_softmax_with_an_infinite_value(C: int, device: HostCuda) -> None:
+    """rho_j (g . V_j - sum_i rho_i g . V_i) is -inf but for the neighbor itself."""
+    value = torch.ones(3, C)
+    value[0, 0] = math.inf
+    s, I = torch.zeros(1, 3), torch.arange(3)[None]
+    grads = device.aggregate_backward(
+        *(torch.ones(1, C), value, s, I, None, False, "softmax", 1.0),
+    )
+    assert grads[1] is not None
+    assert grads[1][0, 0].isnan()
+    assert grads[1][0, 1:].eq(-math.inf).all()
+
+
 @pytest.mark.parametrize("C", [5, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_weights_of_places_that_did_not_choose_a_key_do_not_matter(

@@ -176,6 +176,16 @@ def test_many_keys_of_nan(k: int, dtype: torch.dtype, device: HostCuda) -> None:
     check(device, normal(20, 16, seed=1, dtype=dtype), key, k)
 
 
+def test_cosines_that_underflow_tie(device: HostCuda) -> None:
+    """Positive ones are +0 and negative ones -0."""
+    query, key = torch.zeros(20, 16), torch.zeros(300, 16)
+    query[:, 0], query[:, 1] = 2.0**60, 2.0**-100
+    key[:, 1] = torch.where(torch.arange(300) % 3 == 0, -1.0, 1.0)
+    _, s, I = check(device, query.to(BF16), key.to(BF16), 9)
+    assert not s.any()
+    assert torch.equal(I, torch.arange(9).expand(20, 9))
+
+
 @pytest.mark.parametrize("of_query", [1e38, 1.0, 1e-40])
 @pytest.mark.parametrize("of_key", [1e38, 1.0, 1e-40])
 @pytest.mark.parametrize("D", [33, 64])

@@ -107,6 +107,20 @@ def test_denormals_for_every_thread_count(flush: bool, run_forked: Callable[...,
     """)
 
 
+def test_threads_keep_their_treatment_of_denormals() -> None:
+    """While they work for a caller that flushes them to zero, they do so, too."""
+    torch.set_num_threads(2)
+    denormal = torch.full((2**20,), 1e-40)
+    # A thread that starts later has the mode of the one that starts it.
+    assert (denormal * 1.0).ne(0).all()
+    torch.set_flush_denormal(True)
+    try:
+        ops.select(torch.randn(4000, 16), torch.randn(100, 16), 3)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (denormal * 1.0).ne(0).all()
+
+
 def test_denormals_of_every_operator(run_forked: Callable[..., str]) -> None:
     """Every pass of every operator, forward and backward, has the mode of the calling thread."""
     run_forked("""
