@@ -405,6 +405,11 @@ def test_softmax_of_a_large_spread(kind: str) -> None:
         assert bool(Y.isfinite().all())
 
 
+def test_softmax_of_more_neighbors_than_a_block_holds() -> None:
+    I = torch.randint(9, (5, 70))
+    assert_aggregate(ops.aggregate, torch.randn(9, 4), torch.randn(5, 70), I, rho="softmax")
+
+
 def test_infinite_similarity_is_nan_as_in_eager_softmax() -> None:
     s = normal(3, 4)
     s[0, 1], s[1, 2] = math.inf, math.nan

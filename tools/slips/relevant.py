@@ -91,6 +91,7 @@ _PYTHON: list[tuple[str, str, str]] = [
 ]
 _TRITON: list[tuple[str, str, str]] = [
     ("*_small.py", "triton_small triton_backward_small", "triton triton_bounds triton_backward"),
+    ("*select_network.py", "triton_small", "triton triton_bounds"),
     ("*medium*.py", "triton_medium", "triton triton_bounds"),
     ("*candidates*.py", "triton_backward_candidates", "triton_backward triton"),
     ("*value_grad*.py", "triton_value_grad", "triton_backward triton"),
@@ -98,7 +99,7 @@ _TRITON: list[tuple[str, str, str]] = [
     ("*side*.py", "triton_backward", "triton_backward_candidates triton"),
     ("*backward*.py", "triton_backward triton_backward_small", "triton"),
     ("*grad*.py", "triton_backward triton_value_grad", "triton"),
-    ("*finish.py", "triton_finish", "triton_key_range triton_sweep triton triton_bounds"),
+    ("*finish.py", "triton_finish triton_key_range", "triton_sweep triton triton_bounds"),
     ("*sweep.py", "triton_sweep", "triton_bounds triton_finish triton_key_range triton"),
     ("*ranges.py", "triton_key_range", "triton_sweep triton"),
     ("*.py", "triton triton_sweep", "triton_small triton_medium triton_finish triton_backward"),
