@@ -564,14 +564,16 @@ def test_weights_of_missing_neighbors_do_not_matter(
     assert not grads[2][..., 1].any()
 
 
+@pytest.mark.parametrize("is_dense", [False, True])
 @pytest.mark.parametrize("C", [1, 40])
-def test_softmax_with_an_infinite_value(C: int, device: HostCuda) -> None:
+def test_softmax_with_an_infinite_value(C: int, is_dense: bool, device: HostCuda) -> None:
     """rho_j (g . V_j - sum_i rho_i g . V_i) is -inf but for the neighbor itself."""
     value = torch.ones(3, C)
     value[0, 0] = math.inf
+    weight, outputs = (torch.ones(2, C, 3), 2) if is_dense else (None, C)
     s, I = torch.zeros(1, 3), torch.arange(3)[None]
     grads = device.aggregate_backward(
-        *(torch.ones(1, C), value, s, I, None, False, "softmax", 1.0),
+        *(torch.ones(1, outputs), value, s, I, weight, False, "softmax", 1.0),
     )
     assert grads[1] is not None
     assert grads[1][0, 0].isnan()
