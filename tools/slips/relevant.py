@@ -108,6 +108,7 @@ _CUDA: list[tuple[str, str, str]] = [
     ("*hopper_dense*", "host_cuda_dense", ""),
     ("*hopper*", "host_cuda_hopper", "host_cuda_sweep host_cuda_dense host_cuda_key_range"),
     ("*mma_sweep*", "host_cuda_sweep", "host_cuda_hopper"),
+    ("*/select.cu*", "host_cuda_key_range host_cuda", "host_cuda_hopper"),
     ("*", "host_cuda", "host_cuda_key_range host_cuda_hopper"),
 ]
 # The tests of the host program that CI leaves out; here they count as slow.
