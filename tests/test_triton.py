@@ -381,6 +381,24 @@ def test_rows_that_count_as_zero_have_no_gradient(dtype: torch.dtype) -> None:
     assert torch.equal(dk.any(1), (key.abs() > 1e-12).any(1))
 
 
+@pytest.mark.parametrize("infinite", ["query", "key"])
+def test_gradients_of_infinite_rows(infinite: str) -> None:
+    """They are NaN."""
+    leaves = {"query": normal(5, 6), "key": normal(9, 6, seed=1)}
+    leaves[infinite][1, 0] = math.inf
+    ops.select(*(X.requires_grad_() for X in leaves.values()), 8)[0].sum().backward()
+    assert leaves[infinite].grad[1].isnan().all()
+
+
+@pytest.mark.xfail(strict=True, reason="the gradient is NaN, where other backends have 0")
+def test_the_gradient_of_an_infinite_row_that_is_nobodys_neighbor() -> None:
+    query, key = normal(5, 6), normal(9, 6, seed=1)
+    key[7, 0] = math.inf
+    key.requires_grad_()
+    ops.select(query, key, 8, key_mask=torch.arange(9) != 7)[0].sum().backward()
+    assert not key.grad[7].any()
+
+
 def test_values_of_missing_neighbors_do_not_matter() -> None:
     # Nor does what lies before the first row, where a row of -1 would be.
     value = torch.full((8, 20), math.nan)[2:].copy_(normal(6, 20))

@@ -272,6 +272,13 @@ def test_more_hits_than_a_list_has(hits: int, with_self: bool) -> None:
         assert int(finish.found.max()) == (hits if q.any() else M)
 
 
+def test_each_batch_element_has_tokens_of_its_own() -> None:
+    query, key = integers(3, 4, 18, dtype=F16), integers(3, 130, 18, seed=1, dtype=F16)
+    own = torch.randperm(130)[:12].view(3, 4)
+    named: dict[str, Any] = {"self_indices": own, "metric": "dot", "exact": True}
+    assert_select(Finish(hits=40).select, query, key, 9, **named, backward=False)
+
+
 @pytest.mark.parametrize("k", [1, 9, 12, 13, 16, 17, 32, 64])
 def test_lists_of_all_lengths(k: int) -> None:
     """Similarities with many ties, and k + 1 to some hundred hits."""
