@@ -6,6 +6,7 @@ whose results have no memory.
 """
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,20 @@ def assert_names_devices(op: str, message: str, args: dict[str, Any]) -> None:
     assert got == str(args[name].device)
     assert device == str(args[other].device)
     assert got != device
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_the_cpu_library_checks_by_itself(op: str) -> None:
+    """Called without the dispatcher, which would choose the fake kernel."""
+    overload = getattr(convnn, op).default
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    names = [argument.name for argument in overload._schema.arguments]
+    for args in mixtures(arguments(op), "meta"):
+        given = [args[name] for name in names if name in args]
+        message = refused(lambda given=given: overload.redispatch(cpu, *given), {})
+        found = re.fullmatch(rf"convnn::{op}: (\w+) must be on .+ as (\w+) is, got .+", message)
+        assert found, message
+        assert args[found[1]].device != args[found[2]].device
 
 
 @pytest.mark.parametrize("op", OPERATORS)

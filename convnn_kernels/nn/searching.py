@@ -84,7 +84,7 @@ def convolve(
     Returns:
         [..., N, O].
     """
-    if search.self_similarity is None or search.self_indices is None or rho == "ones":
+    if search.self_similarity is None or rho == "ones":
         return functional.convnn(
             query,
             key,

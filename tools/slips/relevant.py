@@ -86,6 +86,7 @@ _PYTHON: list[tuple[str, str, str]] = [
     ("*/nn/ranges.py", "nn_ranges", _NN_TESTS),
     ("*/nn/*replace*.py", "nn_replace nn_replace_causal", _NN_TESTS),
     ("*/nn/adapters.py", "nn_replace nn_replace_causal", _NN_TESTS),
+    ("*/nn/searching.py", "nn_self_similarity nn_convnn", _NN_TESTS),
     ("*/nn/*.py", "nn_modules nn_convnn nn_attention", _NN_TESTS + " nn_replace"),
     ("*.py", "functional errors", _OPERATOR_TESTS + _NN_TESTS),
 ]
@@ -159,7 +160,7 @@ def stages(path: str, tree: Path) -> list[Stage]:
         Stage("processes", (*first, *others), quick),
         Stage(
             "slow",
-            (*first, *others, *sanitized),
+            (*sanitized, *first, *others),
             f"slow and {_ONE_PROCESS}",
             "not planted",
             (("CONVNN_SANITIZERS", "1"),),
