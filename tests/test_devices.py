@@ -5,6 +5,7 @@ A tensor on the meta device among others on the CPU would have the dispatcher ca
 whose results have no memory.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable
@@ -53,13 +54,17 @@ def assert_names_devices(op: str, message: str, args: dict[str, Any]) -> None:
     assert got != device
 
 
+@pytest.mark.parametrize("devices", [("cpu", "meta"), ("cuda:0", "cuda:1")])
 @pytest.mark.parametrize("op", OPERATORS)
-def test_the_cpu_library_checks_by_itself(op: str) -> None:
+def test_the_library_checks_by_itself(op: str, devices: tuple[str, str]) -> None:
     """Called without the dispatcher, which would choose the fake kernel."""
+    one, other = devices
     overload = getattr(convnn, op).default
     cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     names = [argument.name for argument in overload._schema.arguments]
-    for args in mixtures(arguments(op), "meta"):
+    with FakeTensorMode() if one == "cuda:0" else contextlib.nullcontext():
+        calls = mixtures(tree_map_only(Tensor, lambda X: X.to(one), arguments(op)), other)
+    for args in calls:
         given = [args[name] for name in names if name in args]
         message = refused(lambda given=given: overload.redispatch(cpu, *given), {})
         found = re.fullmatch(rf"convnn::{op}: (\w+) must be on .+ as (\w+) is, got .+", message)

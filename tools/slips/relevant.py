@@ -36,7 +36,7 @@ _ALL_CASES = "row_sizes rounding batches_in_parts random_cases"
 _NATIVE: list[tuple[str, str, str]] = [
     (
         "csrc/checks.h",
-        "errors wrong_calls checked_values storage",
+        "errors wrong_calls checked_values storage devices",
         "forward_backward " + _OPERATOR_TESTS,
     ),
     (
