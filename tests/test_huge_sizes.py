@@ -233,6 +233,20 @@ def test_the_gradient_of_query_needs_no_list_of_pairs() -> None:
     assert in_child(query_gradient_of_many_pairs) == ""
 
 
+def one_query_of_each_batch_element() -> None:
+    torch.set_num_threads(1)
+    batch, D = 2**18, 64
+    query, key = torch.ones(batch, 2, D)[:, :1], torch.ones(4, D).expand(batch, 4, D)
+    limit_memory(40 * 2**20)
+    convnn.select(query, key, 1)
+
+
+@linux
+def test_queries_of_shared_keys_are_read_in_place() -> None:
+    """A copy of them would take 64 MiB."""
+    assert in_child(one_query_of_each_batch_element) == ""
+
+
 @linux
 def test_list_that_cannot_be_allocated() -> None:
     """A list of C++, where a bare std::bad_alloc would be all that is known."""

@@ -51,7 +51,7 @@ _NATIVE: list[tuple[str, str, str]] = [
         _OPERATOR_TESTS + _KERNEL_TESTS,
     ),
     ("csrc/cpu/floating_point_mode.h", "reproducibility", _KERNEL_TESTS),
-    ("csrc/cpu/select.cpp", f"select few_keys strides {_ALL_CASES}", _SELECTION_TESTS),
+    ("csrc/cpu/select.cpp", f"huge_sizes select few_keys strides {_ALL_CASES}", _SELECTION_TESTS),
     ("csrc/cpu/key_ranges.cpp", f"key_range_cpu {_ALL_CASES}", _SELECTION_TESTS),
     ("csrc/cpu/select_backward*", f"select_backward {_ALL_CASES}", _CONVOLUTION_TESTS),
     ("csrc/cpu/*gg*", f"aggregate_backward {_ALL_CASES}", _CONVOLUTION_TESTS),
