@@ -196,8 +196,7 @@ class _Problem:
         outputs = {}
         s = X["similarities"]
         if s is None:
-            by_column = shuffle is not None
-            s = _similarities(X["query"], X["key"], I, self.metric, missing, by_column)
+            s = _similarities(X["query"], X["key"], I, self.metric, missing, shuffle)
             outputs["similarities"] = restore["similarities"](s)
         if X["value"] is not None:
             Y = aggregate(X["value"], s, I, X["weight"], X["bias"], self.rho, self.scale)
@@ -211,21 +210,28 @@ def _similarities(
     indices: Tensor,
     metric: str,
     missing: Tensor,
-    by_column: bool,
+    shuffle: torch.Generator | None,
 ) -> Tensor:
     """The similarities of given neighbors: pair by pair in float64, otherwise as in eager PyTorch.
 
     Eager PyTorch takes them from the matrix product Q K^T, which sums column after column. A
     separate sum per pair is more accurate, and too strict a standard. With non-finite inputs, S
-    would put 0 * inf into the gradient. `by_column` loops over the columns, because small products
-    sum in a different order.
+    would put 0 * inf into the gradient. With `shuffle`, a loop takes the columns in their order,
+    because small products sum in a different one. A row of equal elements has only one order, and
+    its unit row may be so round that every sum is exact. The unit rows of the cosine are therefore
+    multiplied by a random factor, by which the sum is divided.
     """
     finite = bool(query.isfinite().all()) and bool(key.isfinite().all())
-    if by_column:
+    if shuffle is not None:
         Q, K_nn = neighbor_rows(query, key, indices, metric, missing)
+        factor = torch.ones(()).to(Q)
+        if metric == "cosine":
+            factor = 0.5 + 0.5 * torch.rand((), generator=shuffle).to(Q)
+            Q, K_nn = Q * factor, K_nn * factor
         s = torch.zeros_like(K_nn[..., 0])
         for q, k in zip(Q.unbind(-1), K_nn.unbind(-1), strict=True):
             s = s - (q - k).square() if metric == "euclidean" else s + q * k
+        s = s / factor.square()
     elif query.dtype == torch.float64 or metric == "euclidean" or not finite or key.shape[-2] == 0:
         s = similarities_at(query, key, indices, metric, missing)
     else:
@@ -238,9 +244,6 @@ def _shuffled(
 ) -> tuple[Tensors, Tensor, Tensor, dict[str, Callable[[Tensor], Tensor]]]:
     """The same problem with queries, columns, neighbors, channels and outputs in random order, and
     functions that restore the order of its outputs. Autograd restores that of the gradients.
-
-    A row of equal elements has only one order. For the cosine, all rows are therefore also scaled
-    by a random factor, which changes only the rounding of the unit rows.
     """
 
     def order(size: int) -> Tensor:
@@ -257,12 +260,6 @@ def _shuffled(
     if X["query"] is not None:
         D = order(X["query"].shape[-1])
         shuffled |= {"query": permute(X["query"], N, D), "key": permute(X["key"], None, D)}
-        if metric == "cosine":
-            for name in ("query", "key"):
-                rows = shuffled[name]
-                factor = 0.5 + 0.5 * torch.rand((), generator=generator).to(rows)
-                is_zero = normalize(rows.detach()).eq(0).all(dim=-1, keepdim=True)
-                shuffled[name] = rows * torch.where(is_zero, 1.0, factor)
     if X["similarities"] is not None:
         shuffled["similarities"] = permute(X["similarities"], N, k)
     outputs = None

@@ -84,6 +84,23 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Mark as slow the cases that `quick_one_in(n)` leaves out of the quick tests.
+
+    They are all but each n-th in the order of the cases. Where n has no factor in common with the
+    numbers of values of the parameters, the quick cases have each value of each parameter.
+    """
+    cases: collections.Counter[str] = collections.Counter()
+    for item in items:
+        marker = item.get_closest_marker("quick_one_in")
+        if marker and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % marker.args[0]:
+                item.add_marker("slow")
+            cases[test] += 1
+
+
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -329,6 +329,7 @@ def compiled(dtype: Any, **options: Any) -> set[str]:
     return {aot._fingerprint(launch) for launch in aot.record(90, dtype, [call])}
 
 
+@pytest.mark.quick_one_in(7)
 @needs_triton
 @pytest.mark.parametrize("extra", EXTRAS, ids="-".join)
 @pytest.mark.parametrize("weight", ["none", "depthwise", "dense"])

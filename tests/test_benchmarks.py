@@ -208,6 +208,7 @@ def test_heads_are_a_dimension():
 AVX2 = sorted(name for name in PEERS if name.endswith("-avx2"))
 
 
+@pytest.mark.quick_one_in(3)
 @pytest.mark.parametrize("name", AVX2)
 def test_all_of_a_pass_runs_on_avx2(name, monkeypatch):
     """The check, forward and backward of the peer, and nothing else."""

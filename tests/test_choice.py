@@ -271,6 +271,7 @@ def remembered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.quick_one_in(3)
 @several_sets
 @pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "another processor", "sets"])
 def test_a_file_that_does_not_fit_is_replaced(
@@ -294,6 +295,7 @@ def test_a_file_that_does_not_fit_is_replaced(
     assert choose()["source"] == "remembered"
 
 
+@pytest.mark.quick_one_in(2)
 @several_sets
 @pytest.mark.parametrize(
     "environment",
@@ -339,7 +341,7 @@ def test_a_set_that_is_asked_for_is_not_timed(choose: Choose, tmp_path: Path) ->
 
 
 def test_nothing_is_timed_before_the_first_call(
-    run_python: Callable[..., str], tmp_path: Path
+    run_forked: Callable[..., str], tmp_path: Path
 ) -> None:
     code = """
         import convnn_kernels, convnn_kernels.nn
@@ -349,7 +351,7 @@ def test_nothing_is_timed_before_the_first_call(
         with native.use_cpu_instruction_set("portable"):
             assert native.cpu_instruction_set() == "portable"
     """
-    run_python(code, CONVNN_CACHE=str(tmp_path))
+    run_forked(code, CONVNN_CACHE=str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 

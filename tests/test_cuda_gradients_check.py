@@ -99,6 +99,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.quick_one_in(3)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_faults_are_found(fault: Callable[..., Gradients], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "run", lambda call: fault(call, run(call)))

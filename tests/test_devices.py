@@ -85,6 +85,7 @@ def test_meta_among_cpu_in_a_function(op: str) -> None:
         assert_names_devices(op, refused(FUNCTIONS[op], args), args)
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("device", ["meta", "cuda:0"])
 @pytest.mark.parametrize("op", OPERATORS)
 def test_fake_tensors(op: str, device: str) -> None:

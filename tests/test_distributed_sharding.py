@@ -139,6 +139,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("restriction", "weight"), [("none", "dense"), ("shared", "depthwise"), ("for each", "sum")]

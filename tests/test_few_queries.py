@@ -5,11 +5,12 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from inputs import each_dtype, each_metric, randn
-from instruction_sets import INSTRUCTION_SETS, quick_last
+from instruction_sets import INSTRUCTION_SETS
 from torch import Tensor
 
 import convnn_kernels  # noqa: F401, defines the operators
@@ -37,6 +38,7 @@ def restrictions(name: str, N: int, columns: int, batch: int) -> dict[str, objec
     }[name]
 
 
+@pytest.mark.quick_one_in(11)
 @each_metric
 @each_dtype
 @pytest.mark.parametrize("N", [1, 6, 33])
@@ -180,11 +182,21 @@ AMONG_MANY = """
 RESTRICTIONS = ["none", "candidates", "mask", "self", "by index", "all"]
 
 
-@pytest.mark.parametrize("first", range(len(RESTRICTIONS)))
-@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("instruction_set", quick_last(INSTRUCTION_SETS))
+def among_many_cases() -> list[Any]:
+    """An instruction set, the first restriction and the half: of the default, all, one quick."""
+    of_default = [(first, half) for half in (0, 1) for first in range(len(RESTRICTIONS))]
+    *others, default = INSTRUCTION_SETS
+    slow = [(name, *case) for name in others for case in ((0, 0), (3, 1))]
+    slow += [(default, *case) for case in of_default[1:]]
+    return [
+        (default, *of_default[0]),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in slow),
+    ]
+
+
+@pytest.mark.parametrize(("instruction_set", "first", "half"), among_many_cases())
 def test_the_same_bits_among_many_queries(
-    first: int, half: int, instruction_set: str, run_forked: Callable[..., str]
+    instruction_set: str, first: int, half: int, run_forked: Callable[..., str]
 ) -> None:
     """Each case has half of the pairs of a dtype and a metric, the next case the other half."""
     rotated = RESTRICTIONS[first:] + RESTRICTIONS[:first]
@@ -213,6 +225,7 @@ def head_layouts(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.quick_one_in(7)
 @pytest.mark.parametrize("N", [1, 3])
 @pytest.mark.parametrize("query_layout", ["contiguous", "heads behind tokens", "some columns"])
 @pytest.mark.parametrize("restriction", ["none", "candidates", "self", "mask", "shared mask"])
@@ -267,6 +280,7 @@ CACHES = {
 }
 
 
+@pytest.mark.quick_one_in(3)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("metric", ["dot", "cosine"])
 @pytest.mark.parametrize("case", CACHES)

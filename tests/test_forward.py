@@ -46,6 +46,7 @@ def test_ties(metric: str, dtype: torch.dtype) -> None:
         assert_forward(ops.forward, query, key, randn(2, 150, 6), k, metric=metric, exact=True)
 
 
+@pytest.mark.quick_one_in(5)
 @each_metric
 @each_weight
 @pytest.mark.parametrize("lead", [(), (2,), (0,), (2, 0, 3)], ids=str)
@@ -66,6 +67,7 @@ def test_one_of_everything(metric: str, kind: str) -> None:
     assert_forward(ops.forward, query, key, value, 1, make_weight(kind, 1, 1), metric=metric)
 
 
+@pytest.mark.quick_one_in(7)
 @each_metric
 @each_weight
 @each_rho
@@ -78,6 +80,7 @@ def test_all_keys_are_neighbors(metric: str, kind: str, rho: str, M: int) -> Non
     assert torch.equal(I.sort(dim=-1).values, torch.arange(M).expand(2, 9, M))
 
 
+@pytest.mark.quick_one_in(5)
 @each_metric
 @each_dtype
 def test_every_small_number_of_channels(metric: str, dtype: torch.dtype) -> None:
@@ -147,6 +150,7 @@ def test_self_with_candidates_and_masks(metric: str, order: str, k: int) -> None
             assert (I[..., 0] == self_indices).all()
 
 
+@pytest.mark.quick_one_in(5)
 @each_metric
 @each_rho
 @each_weight
@@ -192,6 +196,7 @@ def test_missing_neighbors_add_nothing(metric: str, rho: str, order: str) -> Non
     assert all(grad.isfinite().all() for grad in gradients(Y, leaves))
 
 
+@pytest.mark.quick_one_in(5)
 @each_metric
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("where", ["query", "key", "value", "all"])
@@ -210,6 +215,7 @@ def test_one_nan_or_infinity(metric: str, bad: float, where: str, rho: str) -> N
         assert (I[0, :, 0] == 3).all()
 
 
+@pytest.mark.quick_one_in(5)
 @each_metric
 @each_dtype
 @each_rho

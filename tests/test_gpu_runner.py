@@ -52,7 +52,8 @@ def ran(cases: list[str], folder: Path, **options: Any) -> tuple[dict[str, Recor
     return {each["case"]: each for each in results}, counts
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
 def test_a_failing_case_costs_only_itself(workers: int, tmp_path: Path) -> None:
     found, counts = ran(FAULTS, tmp_path, workers=workers, case_seconds=1.0)
     expected = dict.fromkeys(("a", "b", "c", "d", "e", "part", "parts"), "passed")
@@ -244,6 +245,7 @@ def test_not_here(): pytest.skip("no")
 """
 
 
+@pytest.mark.slow
 def test_each_test_is_a_result(tmp_path: Path) -> None:
     """Tests that have a result are skipped."""
     (tmp_path / "test_some.py").write_text(TESTS)

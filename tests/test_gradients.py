@@ -47,6 +47,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.quick_one_in(2)
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("rho", RHOS)
 @pytest.mark.parametrize("kind", ["none", "depthwise", "dense"])

@@ -50,6 +50,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return plant
 
 
+@pytest.mark.quick_one_in(3)
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize(("dtype", "D", "k"), [(torch.float16, 64, 10), (torch.bfloat16, 128, 64)])
 def test_right_kernels_pass(
@@ -233,6 +234,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.quick_one_in(3)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_faults_are_found(fault: Callable[..., Result], plant: Callable[..., None]) -> None:
     plant(fault)

@@ -93,6 +93,7 @@ def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: o
         assert same.all(), (what, int((~same).sum()), (~same).nonzero()[0].tolist())
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", RANGES)
 def test_masking_by_hand(instruction_set: str, kind: str, size: str) -> None:
@@ -126,6 +127,7 @@ def test_keys_that_no_query_may_see(instruction_set: str, metric: str, size: str
                 assert_same(found, select_by_hand(S, allowed_by(ranges, M), 9), (begin, end))
 
 
+@pytest.mark.quick_one_in(7)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["long window", "segments", "alternating", "edges", "empty"])
 @pytest.mark.parametrize("exclude_self", [False, True])

@@ -80,6 +80,7 @@ def gflops_of(name: str) -> float:
     return ROWS[name].gflops(10, reduced=False)
 
 
+@pytest.mark.slow
 def test_gflops() -> None:
     """Those of the paper, except for products that its FLOP counter counts otherwise."""
     gflops = {row.name: gflops_of(row.name) for row in TABLE_2}

@@ -200,6 +200,7 @@ def test_a_stride_computes_every_second_token(
     assert torch.equal(layer.neighbors(x)[1], indices[:, rows])
 
 
+@pytest.mark.slow
 def test_a_stride_compiles_for_any_size() -> None:
     layer = ConvNN2d(2, 3, k=4, stride=2, projections="identity")
     assert "stride=2" in repr(layer)

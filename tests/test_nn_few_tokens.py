@@ -132,6 +132,7 @@ def test_self_beside_few_candidates() -> None:
     assert torch.equal(indices[..., 0], torch.arange(12).expand(2, -1))
 
 
+@pytest.mark.slow
 def test_compiled_for_many_and_few_tokens() -> None:
     torch.compiler.reset()
     layer = ConvNNAttention(16, 2, K)

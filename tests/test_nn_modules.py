@@ -120,6 +120,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
         assert parameter.grad.any(), parameter_name
 
 
+@pytest.mark.quick_one_in(5)
 @every_layer
 def test_learns(name: str) -> None:
     layer, x = build(name)
@@ -210,17 +211,8 @@ def test_empty_batch(name: str) -> None:
     y.sum().backward()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in LAYERS
-            if name not in ("attention", "hybrid-conv")
-        ),
-        "attention",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "hybrid-conv"])
 def test_compile_with_dynamic_batch(name: str) -> None:
     torch.compiler.reset()
     layer, _ = build(name)
@@ -248,6 +240,7 @@ def test_inductor(name: str) -> None:
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
+@pytest.mark.quick_one_in(2)
 @pytest.mark.parametrize("fixed", [False, True])
 def test_random_candidates_compile(fixed: bool) -> None:
     torch.compiler.reset()

@@ -350,10 +350,7 @@ def test_vmap_over_layers_and_inputs(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in ("2d", "attention") else pytest.param(name, marks=pytest.mark.slow)
-        for name in LAYERS
-    ],
+    [name if name == "2d" else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS],
 )
 def test_compile_with_any_length(name: str) -> None:
     torch.compiler.reset()
@@ -369,6 +366,7 @@ def test_compile_with_any_length(name: str) -> None:
     assert len(frames) == 1
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @every_layer
 def test_jit_trace(name: str) -> None:

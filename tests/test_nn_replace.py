@@ -362,6 +362,7 @@ def test_is_causal_of_multihead_attention(need_weights: bool) -> None:
         assert torch.equal(new[0](query, key, key, is_causal=True, **options)[0], got)
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("is_causal", [None, True, False])
 @pytest.mark.parametrize("training", [False, True])

@@ -305,6 +305,7 @@ def test_masks_over_pairs_that_the_old_layer_reads_in_another_way_raise() -> Non
         new(x, causal)
 
 
+@pytest.mark.slow
 def test_a_causal_layer_compiles_and_is_one_node_of_a_traced_model() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -77,6 +77,7 @@ def seeded(layer: Callable[..., Tensor], *args: Tensor) -> Tensor:
 # torch.jit.trace
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @every_layer
 def test_jit_trace(name: str) -> None:
@@ -328,7 +329,9 @@ CALLS: dict[str, tuple[Callable[..., Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [n if n == "all" else pytest.param(n, marks=pytest.mark.slow) for n in CALLS]
+)
 def test_compiled_autograd(name: str, compiled_backward: Callable[[Tensor], None]) -> None:
     call, needed = CALLS[name]
     tensors = {key: torch.randn(shape) for key, shape in SHAPES.items()}
@@ -343,6 +346,7 @@ def test_compiled_autograd(name: str, compiled_backward: Callable[[Tensor], None
         torch.testing.assert_close(compiled[key].grad, ordinary[key].grad)
 
 
+@pytest.mark.slow
 def test_compiled_autograd_with_other_options(
     compiled_backward: Callable[[Tensor], None],
 ) -> None:
@@ -365,7 +369,9 @@ def test_compiled_autograd_where_there_is_no_gradient(
     assert query.grad is None or not query.grad.any()
 
 
-@pytest.mark.parametrize("weight", [None, (5, 1, 2), (7, 5, 2)], ids=str)
+@pytest.mark.parametrize(
+    "weight", [None, pytest.param((5, 1, 2), marks=pytest.mark.slow), (7, 5, 2)], ids=str
+)
 def test_compiled_autograd_of_similarities_alone(
     weight: tuple[int, ...] | None, compiled_backward: Callable[[Tensor], None]
 ) -> None:

@@ -153,9 +153,8 @@ def test_files_that_cannot_be_read_are_named(folder: Path, torchvision_folder: P
             data.load(where, "cifar10")
 
 
-@pytest.mark.parametrize(
-    "layout", ["folder", pytest.param("torchvision_folder", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["folder", "torchvision_folder"])
 def test_a_row_of_each_table(layout: str, tmp_path: Path, capsys, request) -> None:
     folder = request.getfixturevalue(layout)
     out = tmp_path / "runs"
@@ -191,6 +190,7 @@ def test_a_row_of_each_table(layout: str, tmp_path: Path, capsys, request) -> No
     assert colored_pixels(out / "cifar10-table2.png") > 200
 
 
+@pytest.mark.slow
 def test_a_run_with_a_break_is_the_run_without(folder: Path, tmp_path: Path) -> None:
     row = "vit/convnn-random-32"
     run(folder, tmp_path / "a", "--rows", row, "--epochs", "2")
@@ -392,6 +392,7 @@ def test_checkpoints_now_and_then(folder: Path, tmp_path: Path) -> None:
     assert [e["test_loss"] for e in again["epochs"]] == [e["test_loss"] for e in log["epochs"]]
 
 
+@pytest.mark.slow
 def test_interrupted_runs_go_on(folder: Path, tmp_path: Path, monkeypatch) -> None:
     """Broken off within an epoch, and while a checkpoint is being written."""
 
@@ -439,6 +440,7 @@ def test_interrupted_runs_go_on(folder: Path, tmp_path: Path, monkeypatch) -> No
     assert run_two_epochs("c") == expected
 
 
+@pytest.mark.slow
 def test_loss_falls(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path, "--rows", "vit/convnn-all", "--epochs", "4", "--lr", "2e-3")
     log = json.loads((tmp_path / "cifar10/vit/convnn-all/log.json").read_text())
@@ -614,6 +616,7 @@ def test_figures_as_run_show_the_best_epoch(tmp_path: Path) -> None:
     assert heights == pytest.approx([40, 40, 70, 70])
 
 
+@pytest.mark.quick_one_in(2)
 @pytest.mark.parametrize("number", sorted(FIGURES))
 def test_figures(number: int, tmp_path: Path) -> None:
     figure = FIGURES[number]
@@ -693,6 +696,7 @@ UNLIKE: list[tuple[str, dict]] = [
 ]
 
 
+@pytest.mark.quick_one_in(6)
 @pytest.mark.parametrize(("unlike", "change"), UNLIKE, ids=[unlike for unlike, _ in UNLIKE])
 def test_other_runs_do_not_stand_beside_the_papers_numbers(unlike: str, change: dict) -> None:
     log = log_of(3)

@@ -88,6 +88,7 @@ def test_the_ends_of_every_sweep_run() -> None:
             assert model(torch.randn(1, 3, 32, 32)).isfinite().all(), name
 
 
+@pytest.mark.slow
 def test_a_study_is_resumed_where_it_was_interrupted(
     folder: Path, tmp_path: Path, tiny: None, capsys
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_run_of_another_recipe_is_not_taken_for_a_finished_one(
         run(folder, tmp_path, *only)
 
 
+@pytest.mark.slow
 def test_what_is_collected(folder: Path, tmp_path: Path, tiny: None, monkeypatch) -> None:
     for seed in SEEDS[:2]:
         run(folder, tmp_path, "--only", PAIR[0], "--seed", str(seed))

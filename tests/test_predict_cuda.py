@@ -194,6 +194,7 @@ def rules(**changed: int) -> cuda_hits.Rules:
     return cuda_hits.Rules(**of | changed)
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize(
     "changed",
     [{}, {"period": 2}, {"step": 8}, {"list": 12}, {"k": 16, "step": 4}, {"k": 32, "groups": 64}],

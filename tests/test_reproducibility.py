@@ -80,7 +80,7 @@ def test_many_queries_of_one_key_for_every_thread_count(metric: str, kind: str) 
     assert_same_for_every_thread_count(backward, inputs, metric)
 
 
-@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("flush", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_denormals_for_every_thread_count(flush: bool, run_forked: Callable[..., str]) -> None:
     """set_flush_denormal is of one thread; the others do as it does."""
     run_forked(f"""
@@ -121,6 +121,7 @@ def test_threads_keep_their_treatment_of_denormals() -> None:
     assert (denormal * 1.0).ne(0).all()
 
 
+@pytest.mark.slow
 def test_denormals_of_every_operator(run_forked: Callable[..., str]) -> None:
     """Every pass of every operator, forward and backward, has the mode of the calling thread."""
     run_forked("""

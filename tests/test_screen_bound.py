@@ -77,6 +77,7 @@ def test_rows_of_any_norm(program: ctypes.CDLL, scales: tuple[float, float], err
         assert worst(program, d, errors, scales=scales) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("errors", ERRORS)
 def test_many_columns(program: ctypes.CDLL, errors: str) -> None:
     assert worst(program, 20_000, errors) <= 1

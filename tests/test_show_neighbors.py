@@ -83,6 +83,7 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize(
     ("height", "width", "whole", "few"),
     [
@@ -117,6 +118,7 @@ def test_titles_say_what_is_drawn(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.quick_one_in(3)
 @pytest.mark.parametrize(("k", "r", "few"), [("9", None, 9), ("70", None, 64), (None, "4", 4)])
 def test_what_was_not_given_follows_what_was(
     k: str | None, r: str | None, few: int, tmp_path: Path
@@ -142,6 +144,7 @@ def two_colors() -> np.ndarray:
     return image
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize(
     ("image", "note"),
     [

@@ -93,8 +93,12 @@ def test_a_text_that_occurs_twice_is_refused() -> None:
             slip.apply(text)
 
 
-def test_every_slip_of_the_campaign_applies_and_has_tests() -> None:
-    slips = all_slips(ROOT)
+@pytest.fixture(scope="module")
+def slips() -> list[Slip]:
+    return all_slips(ROOT)
+
+
+def test_every_slip_of_the_campaign_applies_and_has_tests(slips: list[Slip]) -> None:
     assert len(slips) >= 300
     assert len({slip.id for slip in slips}) == len(slips)
     texts = {slip.path: (ROOT / slip.path).read_text() for slip in slips}
@@ -260,8 +264,8 @@ def test_the_table_counts_what_was_noticed(monkeypatch: pytest.MonkeyPatch, tmp_
     assert any(line.startswith("6 of 7 slips have run, 1 of these") for line in lines)
 
 
-def test_reasons_are_of_slips_that_there_are() -> None:
-    assert table.reasons().keys() <= {slip.id for slip in all_slips(ROOT)}
+def test_reasons_are_of_slips_that_there_are(slips: list[Slip]) -> None:
+    assert table.reasons().keys() <= {slip.id for slip in slips}
 
 
 @pytest.mark.parametrize(

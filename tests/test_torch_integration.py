@@ -156,6 +156,7 @@ def call_with(op: str, options: dict[str, Any]) -> tuple[list[Any], dict[str, An
     return args, named
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_opcheck(op: str, options: dict[str, Any], requires_grad: bool) -> None:
@@ -196,6 +197,7 @@ def forward_backward_args(
     return (*grads, query, key, value, weight, *results, True, "cosine", rho, 1.0)
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("needs", [(True,) * 5, (False,) * 5, (True, False, True, False, True)])
 @pytest.mark.parametrize("with_similarities", [False, True])
 @pytest.mark.parametrize("kind", [None, "depthwise", "dense"])
@@ -276,6 +278,7 @@ SIZES = [  # batch, N, M, k
 ]
 
 
+@pytest.mark.quick_one_in(4)
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("weight", [None, "depthwise", "dense"])
 def test_compile_once_for_all_sizes(op: str, weight: str | None) -> None:
@@ -793,6 +796,7 @@ IN_CONTEXT: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@pytest.mark.quick_one_in(4)
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("context", IN_CONTEXT)
 def test_functions_agree_with_operators(op: str, context: str) -> None:
