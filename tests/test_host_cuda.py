@@ -10,7 +10,7 @@ import math
 import random
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -351,13 +351,15 @@ def test_norms_of_finite_rows_are_finite(size: float, M: int, device: HostCuda) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 def test_gradients_of_infinite_rows(dtype: torch.dtype, device: HostCuda) -> None:
-    """They are NaN, but 0 where a row is nobody's neighbor."""
+    """They are NaN, but 0 where a row is nobody's neighbor, or has none."""
     query, key = normal(5, 6, dtype=dtype), normal(9, 6, seed=1, dtype=dtype)
     other, wide = query.clone(), key.clone()
     other[1, 2], wide[[3, 7], 0] = math.inf, -math.inf
 
-    def gradients(query: Tensor, key: Tensor) -> Any:
-        s, I = device.select(query, key, 8, key_mask=torch.arange(9) != 7)
+    def gradients(query: Tensor, key: Tensor, hidden: Sequence[int] = (7,)) -> Any:
+        s, I = device.select(
+            query, key, 8, key_mask=~torch.isin(torch.arange(9), torch.tensor(hidden))
+        )
         assert not I.eq(7).any()
         return device.select_backward(torch.ones_like(s), query, key, s, I, "cosine")
 
@@ -365,6 +367,7 @@ def test_gradients_of_infinite_rows(dtype: torch.dtype, device: HostCuda) -> Non
     grad_key = gradients(query, wide)[1]
     assert grad_key[3].isnan().all()
     assert not grad_key[7].any()
+    assert not any(grad.any() for grad in gradients(other, wide, hidden=range(9))[:2])
 
 
 def test_more_than_65535_batch_rows(device: HostCuda) -> None:

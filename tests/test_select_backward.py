@@ -42,7 +42,7 @@ def test_rows_close_to_the_largest_finite_number() -> None:
 
 @each_dtype
 def test_infinite_rows(dtype: torch.dtype) -> None:
-    """Their gradients are NaN, but 0 where a row is nobody's neighbor."""
+    """Their gradients are NaN, but 0 where a row is nobody's neighbor, or has none."""
     query, key = (randn(n, 6, dtype=dtype) for n in (5, 9))
     query[1, 2], key[[3, 7], 0] = float("inf"), -float("inf")
     mask = torch.arange(9) != 7
@@ -53,3 +53,5 @@ def test_infinite_rows(dtype: torch.dtype) -> None:
     assert grad_query[1].isnan().all()
     assert grad_key[3].isnan().all()
     assert not grad_key[7].any()
+    alone = ops.select(*leaves, 8, key_mask=torch.zeros(9, dtype=torch.bool))[0]
+    assert not any(grad.any() for grad in gradients(alone, leaves, torch.ones_like(alone)))

@@ -5,7 +5,7 @@ It needs a process of its own, started with ``TRITON_INTERPRET=1``: `make test` 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -212,6 +212,50 @@ def test_what_is_not_finite_stays_with_its_keys() -> None:
     far = ~hit[:, :45]
     assert torch.allclose(dirty["value"][far], clean["value"][far], atol=1e-5)
     assert torch.allclose(dirty["key"][far], clean["key"][far], atol=1e-5)
+
+
+def assert_padding_has_no_gradient(
+    run: Callable[..., dict[str, Tensor]], call: dict[str, Any]
+) -> None:
+    """Queries without a neighbor, and keys and values that nobody chose, may be infinite or NaN;
+    others have the gradients that they have without these."""
+    I, M = call["indices"], call["key"].shape[1]
+    present = (call["similarities"] != -math.inf) & (I < M)
+    chosen = [torch.isin(torch.arange(M), I[b][present[b]]) for b in range(len(I))]
+    padding = {"query": ~present.any(-1), "key": ~torch.stack(chosen)}
+    padding["value"] = padding["key"]
+    clean = run(call)
+    for number in (math.inf, math.nan):
+        padded = {name: call[name].clone() for name in padding}
+        for name, rows in padding.items():
+            assert rows.any()
+            padded[name][rows] = number
+        dirty = run({**call, **padded})
+        for name, rows in padding.items():
+            assert not dirty[name][rows].any(), name
+            alone = run({**call, name: padded[name]}, (name,))
+            assert not alone[name][rows].any(), name
+        for name in NEEDS[:4]:
+            epsilon = torch.finfo(clean[name].dtype).eps
+            bound = 8 * epsilon * float(clean[name].abs().amax())
+            torch.testing.assert_close(dirty[name], clean[name], atol=bound, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": F16}, {"D": 70}, {"metric": "dot"}, {"metric": "euclidean"}],
+    ids=str,
+)
+def test_padding_has_no_gradient(options: dict[str, Any]) -> None:
+    """D = 70 is several blocks of channels."""
+    assert_padding_has_no_gradient(run, make_call(**options))
+
+
+def test_padding_has_no_gradient_where_queries_are_divided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(configs, "allowed_backward", lambda *_: 0)
+    assert_padding_has_no_gradient(run, make_call())
 
 
 def test_queries_without_neighbors_add_nothing() -> None:

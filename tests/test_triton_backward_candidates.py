@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_triton_backward import F16, F32, NEEDS, expected, normal
+from test_triton_backward import (
+    F16,
+    F32,
+    NEEDS,
+    assert_padding_has_no_gradient,
+    expected,
+    normal,
+)
 from test_triton_backward import pytestmark as pytestmark
 from test_triton_backward_small import SMALL
 from test_triton_backward_small import launched as launched
@@ -143,7 +150,7 @@ def test_integers_have_the_bits_of_the_other_kernels() -> None:
 
 
 def assert_as_otherwise(call: dict[str, Any]) -> None:
-    """As by the kernels for pairs, also in what is not finite; but rows of key and value that are
+    """As by the kernels for pairs, also in what is not finite; and rows of key and value that are
     nobody's neighbors have a gradient of 0."""
     results, others = run(call), run_otherwise(call)
     I, M = call["indices"], call["key"].shape[1]
@@ -152,7 +159,6 @@ def assert_as_otherwise(call: dict[str, Any]) -> None:
         unused = ~torch.isin(torch.arange(M), I[b][present[b]])
         for name in ("key", "value"):
             assert not results[name][b, unused].any(), name
-            others[name][b, unused] = 0.0
     for name in NEEDS:
         finite = others[name].isfinite()
         assert torch.equal(results[name].isfinite(), finite), name
@@ -211,6 +217,13 @@ def test_rows_without_a_direction() -> None:
     assert not results["key"][0, own].any()
     for name in NEEDS:
         assert results[name][others[name].isfinite()].isfinite().all(), name
+
+
+@pytest.mark.parametrize("selves", ["itself", "one", "none"])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_padding_has_no_gradient(metric: str, selves: str, launched: list[str]) -> None:
+    assert_padding_has_no_gradient(run, make_call(metric=metric, selves=selves))
+    assert set(CANDIDATES) <= set(launched)
 
 
 def test_queries_without_neighbors_add_nothing() -> None:

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_triton_backward import F16, F32, NEEDS, _Kernels, expected, make_call, normal, run
+from test_triton_backward import (
+    F16,
+    F32,
+    NEEDS,
+    _Kernels,
+    assert_padding_has_no_gradient,
+    expected,
+    make_call,
+    normal,
+    run,
+)
 from test_triton_backward import pytestmark as pytestmark
 from torch import Tensor
 
@@ -213,6 +223,12 @@ def test_rows_without_a_direction() -> None:
     results = run(call)
     assert not results["query"][0, 3].any()
     assert not results["key"][1, 40].any()
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_padding_has_no_gradient(metric: str, launched: list[str]) -> None:
+    assert_padding_has_no_gradient(run, make_call(metric=metric, dtype=F16, N=37))
+    assert set(launched) == set(SMALL)
 
 
 def test_queries_without_neighbors_add_nothing() -> None:

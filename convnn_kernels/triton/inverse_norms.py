@@ -60,3 +60,10 @@ def inverse_norm_at(p_x, m_r, D, RESCALE: tl.constexpr, BLOCK_D: tl.constexpr):
     """For rows in memory: pointers to them, p_x [rows], and which there are, m_r [rows]."""
     b_sum = _sum_of_squares(p_x, m_r, D, 1.0, BLOCK_D)
     return inverse_of_sum(b_sum, p_x, m_r, D, RESCALE, BLOCK_D)
+
+
+@triton.jit
+def has_no_gradient(inverse, b_along):
+    """Of rows, given 1 / norm and the sum of ds s over their pairs: whether a row counts as zero,
+    or is not finite but in no pair, as padding is. In a pair, it has a sum of NaN."""
+    return (inverse == 0.0) | ((inverse != inverse) & (b_along == 0.0))

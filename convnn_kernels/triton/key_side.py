@@ -31,7 +31,7 @@ import triton.language as tl
 
 from .float16 import near_power
 from .integers import aligned
-from .inverse_norms import inverse_norm_at
+from .inverse_norms import has_no_gradient, inverse_norm_at
 from .launch import Kernel
 from .metrics import COSINE, EUCLIDEAN
 
@@ -348,9 +348,11 @@ def key_side_kernel(
         if KEY:
             if METRIC == COSINE:
                 p = p_k + o_m * stride_km
-                inverse = inverse_norm_at(p, m_m, D, RESCALE, BLOCK)[:, None]
+                inverse = inverse_norm_at(p, m_m, D, RESCALE, BLOCK)
+                m_zero = has_no_gradient(inverse, b_along)[:, None]
+                inverse = inverse[:, None]
                 b_k = tl.load(p[:, None] + o_c[None, :], m_k, 0.0).to(tl.float32)
                 b_dk = inverse * (b_dk - b_along[:, None] * (inverse * b_k))
-                b_dk = tl.where(inverse == 0.0, 0.0, b_dk)
+                b_dk = tl.where(m_zero, 0.0, b_dk)
             p = p_key_grad + o_out[:, None] * D + o_c[None, :]
             tl.store(p, b_dk.to(p_key_grad.dtype.element_ty), m_k)

@@ -27,6 +27,7 @@ import triton.language as tl
 from .float16 import near_power, to_float32
 from .hardware import interpreted
 from .integers import aligned, as_int64
+from .inverse_norms import has_no_gradient
 from .launch import Kernel
 from .metrics import COSINE
 from .pairs import add_parts
@@ -458,6 +459,8 @@ def _differentiate_key(
         if METRIC == COSINE:
             b_all_along = tl.load(p_numbers + ALONG * rows + o_n, m_n, 0.0)
             b_dq -= b_all_along[:, None] * to_float32(b_q)
+            # Even of a query that is not finite.
+            b_dq = tl.where((b_own == NO_NEIGHBOR)[:, None], 0.0, b_dq)
         tl.store(_rows(p_dq, o_n, o_c, as_int64(D)), b_dq.to(dtype), m)
         if is_finite:
             begin, end = _own_tiles(p_ranges, first, N, TILE)
@@ -506,9 +509,7 @@ def _differentiate_key(
     b_sum = tl.trans(b_sum)
     if METRIC == COSINE:
         b_sum = inverse[:, None] * (b_sum - b_along[:, None] * b_u.to(tl.float32))
-        # Also of a candidate that is not finite, if it was never chosen.
-        m = (inverse == 0.0) | ((inverse != inverse) & (b_along == 0.0))
-        b_sum = tl.where(m[:, None], 0.0, b_sum)
+        b_sum = tl.where(has_no_gradient(inverse, b_along)[:, None], 0.0, b_sum)
     _store_candidates(p_dk, b_candidate, b_sum, o_c, D)
 
 

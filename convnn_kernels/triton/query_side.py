@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .integers import aligned, as_int64
-from .inverse_norms import inverse_norm, inverse_norm_at
+from .inverse_norms import has_no_gradient, inverse_norm, inverse_norm_at
 from .launch import Kernel
 from .metrics import COSINE, EUCLIDEAN
 from .modulate import SOFTMAX, load_neighbors, modulate
@@ -292,7 +292,7 @@ def _differentiate_query(
             if p_unit is None:
                 inverse_q = inverse_norm(b_q, RESCALE)
             b_dq = inverse_q[:, None] * (b_dq - b_along[:, None] * (inverse_q[:, None] * b_q))
-            b_dq = tl.where(inverse_q[:, None] == 0.0, 0.0, b_dq)
+            b_dq = tl.where(has_no_gradient(inverse_q, b_along)[:, None], 0.0, b_dq)
         tl.store(p_dq[:, None] + o_d[None, :], b_dq.to(p_dq.dtype.element_ty), m_q)
     return inverse_q
 

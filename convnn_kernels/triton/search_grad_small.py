@@ -29,6 +29,7 @@ import triton.language as tl
 
 from .float16 import near_power, to_float32
 from .integers import aligned
+from .inverse_norms import has_no_gradient
 from .launch import Kernel
 from .metrics import COSINE
 from .modulate import load_neighbors
@@ -138,6 +139,9 @@ def _differentiate(
                 b_dq = b_dq * (b_unit * unit_of_v)[:, None]
             if METRIC == COSINE:
                 b_along = tl.load(p_along_q + i, m_n, 0.0)
+                if p_dk is None:
+                    # A query that is not finite has no part in another sum.
+                    test += tl.sum(inverse_q * 0.0)
                 b_dq = _without_along(b_dq, b_q, inverse_q, b_along)
             b_dq = b_dq.to(p_dq.dtype.element_ty)
             tl.store(p_dq + i.to(tl.int64)[:, None] * D + o_d[None, :], b_dq, m_q)
@@ -204,8 +208,9 @@ def _differentiate_query(
         if METRIC == COSINE:
             b_q = tl.load(p_q + i.to(tl.int64)[:, None] * stride_qn + o_d[None, :], m_q, 0.0)
             inverse = tl.load(p_inverse_q + i, m_n, 0.0)
-            b_dq = _without_along(b_dq, b_q, inverse, tl.load(p_along_q + i, m_n, 0.0))
-            b_dq = tl.where(inverse[:, None] == 0.0, 0.0, b_dq)
+            b_along = tl.load(p_along_q + i, m_n, 0.0)
+            b_dq = _without_along(b_dq, b_q, inverse, b_along)
+            b_dq = tl.where(has_no_gradient(inverse, b_along)[:, None], 0.0, b_dq)
         tl.store(
             p_dq + i.to(tl.int64)[:, None] * D + o_d[None, :], b_dq.to(p_dq.dtype.element_ty), m_q
         )
@@ -252,8 +257,9 @@ def _differentiate_key(
         if METRIC == COSINE:
             b_key = tl.load(p_k + row[:, None] * stride_km + o_d[None, :], m_k, 0.0)
             inverse = tl.load(p_inverse_k + row, row < M, 0.0)
-            b_dk = _without_along(b_dk, b_key, inverse, tl.load(p_along_k + row, row < M, 0.0))
-            b_dk = tl.where(inverse[:, None] == 0.0, 0.0, b_dk)
+            b_along = tl.load(p_along_k + row, row < M, 0.0)
+            b_dk = _without_along(b_dk, b_key, inverse, b_along)
+            b_dk = tl.where(has_no_gradient(inverse, b_along)[:, None], 0.0, b_dk)
         tl.store(p_dk + row[:, None] * D + o_d[None, :], b_dk.to(p_dk.dtype.element_ty), m_k)
 
 
