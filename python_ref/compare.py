@@ -192,7 +192,7 @@ class _Problem:
             name: lambda result: result for name in ("output", "similarities")
         }
         if shuffle is not None:
-            X, I, missing, restore = _shuffled(X, I, missing, self.metric, shuffle)
+            X, I, missing, restore = _shuffled(X, I, missing, shuffle)
         outputs = {}
         s = X["similarities"]
         if s is None:
@@ -219,7 +219,7 @@ def _similarities(
     would put 0 * inf into the gradient. With `shuffle`, a loop takes the columns in their order,
     because small products sum in a different one. A row of equal elements has only one order, and
     its unit row may be so round that every sum is exact. The unit rows of the cosine are therefore
-    multiplied by a random factor, by which the sum is divided.
+    multiplied by a random factor, and the sum is divided by its square.
     """
     finite = bool(query.isfinite().all()) and bool(key.isfinite().all())
     if shuffle is not None:
@@ -240,7 +240,7 @@ def _similarities(
 
 
 def _shuffled(
-    X: Tensors, I: Tensor, missing: Tensor, metric: str, generator: torch.Generator
+    X: Tensors, I: Tensor, missing: Tensor, generator: torch.Generator
 ) -> tuple[Tensors, Tensor, Tensor, dict[str, Callable[[Tensor], Tensor]]]:
     """The same problem with queries, columns, neighbors, channels and outputs in random order, and
     functions that restore the order of its outputs. Autograd restores that of the gradients.

@@ -20,6 +20,7 @@ from building import build
 from host_cuda_program import Choices, HostCuda, Sweep
 from instruction_sets import INSTRUCTION_SETS, quick_last
 from processes import environment
+from quick_cases import quick_cases
 from ranks import Ranks, started
 
 ROOT = Path(__file__).parent.parent
@@ -84,21 +85,19 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Mark as slow the cases that `quick_one_in(n)` leaves out of the quick tests.
-
-    They are all but each n-th in the order of the cases. Where n has no factor in common with the
-    numbers of values of the parameters, the quick cases have each value of each parameter.
-    """
-    cases: collections.Counter[str] = collections.Counter()
-    for item in items:
-        marker = item.get_closest_marker("quick_one_in")
-        if marker and not item.get_closest_marker("slow"):
-            test = item.nodeid.partition("[")[0]
-            if cases[test] % marker.args[0]:
-                item.add_marker("slow")
-            cases[test] += 1
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem() -> Iterator[None]:
+    """Mark as slow the cases that `quick_one_in(n)` leaves out, whichever cases are asked for."""
+    made = yield
+    cases = [each for each in made if isinstance(each, pytest.Function)] if made else []
+    marker = cases[0].get_closest_marker("quick_one_in") if cases else None
+    if marker:
+        cases = [case for case in cases if not case.get_closest_marker("slow")]
+        quick = quick_cases(cases, *marker.args)
+        for case in cases:
+            if case not in quick:
+                case.add_marker("slow")
+    return made
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

@@ -397,6 +397,28 @@ def test_a_missing_neighbor_that_is_used() -> None:
         assert_aggregate(aggregate, torch.randn(M, C), s, I, rho="ones")
 
 
+@pytest.mark.parametrize("size", [0.7002, 0.3, 1.9])
+def test_equal_elements(size: float) -> None:
+    """A sum in another order than eager PyTorch's is right, also where that order has no error."""
+
+    def in_order(query: Tensor, key: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        I = python_ref.select(query, key, *rest)[1]
+        q, k = query.float()[:, None], key.float()[I]
+        dot = torch.zeros(I.shape)
+        for d in range(q.shape[-1]):
+            dot = dot + q[..., d] * k[..., d]
+        return dot / (q.norm(dim=-1) * k.norm(dim=-1)), I
+
+    def wrong(*arguments: object) -> tuple[Tensor, Tensor]:
+        s, I = in_order(*arguments)
+        return s - 1e-5, I
+
+    query, key = (torch.full((n, 128), size, dtype=torch.float16) for n in (3, M))
+    assert_select(in_order, query, key, K, backward=False)
+    with pytest.raises(AssertionError, match="similarities"):
+        assert_select(wrong, query, key, K, backward=False)
+
+
 def test_half_precision_sums() -> None:
     """Sums in bfloat16 instead of float32 that is rounded once at the end."""
 

@@ -25,9 +25,13 @@ from pathlib import Path
 
 import pytest
 from building import ROOT, build
-from instruction_sets import INSTRUCTION_SETS
+
+from convnn_kernels import native
 
 pytestmark = [pytest.mark.sanitized, pytest.mark.slow]
+
+# Those of the processor, whatever PyTorch is told that it has.
+INSTRUCTION_SETS = native.usable_cpu_instruction_sets()
 
 CALLS, CALLS_IN_THREADS, CALLS_THROUGH_PYTORCH = 3000, 150, 500
 COMPILER = os.environ.get("CXX", "c++")

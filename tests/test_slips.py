@@ -264,6 +264,22 @@ def test_the_table_counts_what_was_noticed(monkeypatch: pytest.MonkeyPatch, tmp_
     assert any(line.startswith("6 of 7 slips have run, 1 of these") for line in lines)
 
 
+def test_the_documentation_has_the_table_of_the_results(slips: list[Slip]) -> None:
+    """And a reason for each survivor."""
+    known = outcomes.read(table.RESULTS)
+    found = [outcomes.latest(known, each.id, file_digest(ROOT / each.path)) for each in slips]
+    run = [each for each in found if each and each.status in (outcomes.KILLED, outcomes.SURVIVED)]
+    assert {each.id for each in run if each.status == outcomes.SURVIVED} <= table.reasons().keys()
+    page = (ROOT / "docs" / "tested.md").read_text()
+    for area in ("all", *dict.fromkeys(each.area for each in run)):
+        of_area = [each for each in run if area in ("all", each.area)]
+        killed = [each for each in of_area if each.status == outcomes.KILLED]
+        counts = sum(each.stage == "quick" for each in killed), len(killed)
+        cells = [f"{count} ({100 * count / len(of_area):.1f}%)" for count in counts]
+        row = f"| {area} | {len(of_area)} | {' | '.join(cells)} | {len(of_area) - len(killed)} |"
+        assert row in page.splitlines()
+
+
 def test_reasons_are_of_slips_that_there_are(slips: list[Slip]) -> None:
     assert table.reasons().keys() <= {slip.id for slip in slips}
 

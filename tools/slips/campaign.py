@@ -94,7 +94,7 @@ class Campaign:
         if stage:
             self.killers.append((slip.path, outcome.by))
         elif outcome.status == outcomes.SURVIVED:
-            outcome.stage = to_run[-1].name
+            outcome.stage = known[-1]
         outcome.seconds = round(time.monotonic() - start, 1)
         return outcome
 

@@ -21,7 +21,7 @@ class Outcome:
     place: str  # file:line
     change: str
     status: str
-    stage: str = ""  # of a kill: quick or slow; of a survivor: the last of testing.STAGES that ran
+    stage: str = ""  # of a kill: quick or slow; of a survivor: the last of testing.STAGES asked for
     by: str = ""  # the test, or what the compiler says
     how: str = ""  # of a kill: failed, crashed or timeout
     seconds: float = 0.0

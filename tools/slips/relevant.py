@@ -162,8 +162,7 @@ def stages(path: str, tree: Path) -> list[Stage]:
             "slow",
             (*sanitized, *first, *others),
             f"slow and {_ONE_PROCESS}",
-            # test_random_calls counts instruction sets; test_threads makes the same calls.
-            "not planted and not random_calls",
+            "not planted",
             (("CONVNN_SANITIZERS", "1"),),
         ),
     ]

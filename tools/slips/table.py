@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tools.slips import outcomes
 from tools.slips.outcomes import Outcome
+from tools.slips.testing import STAGES
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 SURVIVORS = Path(__file__).parent / "survivors.json"
@@ -20,7 +21,7 @@ SURVIVORS = Path(__file__).parent / "survivors.json"
 
 _COLUMNS = (
     *("area", "slips", "killed by quick tests", "by slow ones only", "survived, argued"),
-    *("survived so far", "equivalent", "do not compile", "killed by quick tests", "by all"),
+    *("survived so far", "equivalent", "do not compile", "% by quick tests", "% by all"),
 )
 
 
@@ -57,17 +58,18 @@ def summary(found: Iterable[Outcome], sources: dict[str, str]) -> str:
     for area in dict.fromkeys(outcome.area for outcome in everything):
         lines.append(_row(area, [outcome for outcome in everything if outcome.area == area]))
     earlier = sum(sources.get(outcome.id) != outcome.source for outcome in everything)
+    survived = [outcome for outcome in everything if outcome.status == outcomes.SURVIVED]
+    unfinished = sum(not outcomes.is_finished(outcome, STAGES[-1]) for outcome in survived)
     lines += [_row("all", everything), ""]
     lines += [
         f"{len(everything)} of {len(sources)} slips have run, {earlier} of these when another part "
-        "of their file was different. Of those that survived so far, not all tests have run.",
+        f"of their file was different. Of {unfinished} that survived, not all tests have run.",
         "",
         "| survivor | change | tests that ran | why |",
         "|---|---|---|---|",
     ]
-    for outcome in everything:
-        if outcome.status == outcomes.SURVIVED:
-            change = outcome.change.replace("|", "\\|")
-            why = reasons().get(outcome.id, "")
-            lines.append(f"| {outcome.place} | `{change}` | {outcome.stage} | {why} |")
+    for outcome in survived:
+        change = outcome.change.replace("|", "\\|")
+        why = reasons().get(outcome.id, "")
+        lines.append(f"| {outcome.place} | `{change}` | {outcome.stage} | {why} |")
     return "\n".join(lines) + "\n"
