@@ -147,6 +147,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.quick_one_in(7)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("order", ["similarity", "index"])
 @pytest.mark.parametrize(
@@ -281,6 +282,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize(
@@ -495,6 +497,7 @@ def test_strides(layout: str) -> None:
     assert_forward(ops.forward, make(0), make(1), make(2), 3, normal(8, 1, 3, seed=3))
 
 
+@pytest.mark.quick_one_in(7)
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize(("dtype", "D"), [(F16, 16), (F32, 8), (F32, 40)])
 @pytest.mark.parametrize("what", ["keys", "itself", "candidates", "shared"])
@@ -530,6 +533,7 @@ def test_candidates_of_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not I.any()
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize("M", [40, 300])
 def test_nothing_beyond_the_tensors_is_read(M: int, metric: str) -> None:

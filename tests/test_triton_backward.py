@@ -162,6 +162,7 @@ def test_gradients(metric: str, rho: str, k: int, weight: bool, dtype: torch.dty
         assert_close({**call, "grad_similarities": None})
 
 
+@pytest.mark.quick_one_in(4)
 @pytest.mark.parametrize("needed", [*((name,) for name in NEEDS), NEEDS[:2], NEEDS[2:]], ids=str)
 @pytest.mark.parametrize("direct", [True, False])
 def test_only_what_is_needed(needed: tuple[str, ...], direct: bool) -> None:
@@ -460,6 +461,7 @@ def test_parts_fit_and_have_all_queries(allowed: int, monkeypatch: pytest.Monkey
         assert parts == 32  # of 32 queries
 
 
+@pytest.mark.quick_one_in(3)
 @pytest.mark.parametrize(
     ("lead", "each", "parts"), [((5,), 2, 3), ((2, 3), 3, 2), ((2, 3), 2, 4), ((3, 2), 4, 2)]
 )

@@ -178,6 +178,7 @@ NOT_FINITE: dict[str, tuple[tuple[str, tuple[int, ...], float], ...]] = {
 }
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("selves", ["itself", "one", "none"])
 @pytest.mark.parametrize("case", NOT_FINITE)
 def test_what_is_not_finite_stays_where_it_belongs(case: str, selves: str) -> None:

@@ -180,6 +180,7 @@ def test_integers_have_the_bits_of_the_other_kernels(rho: str) -> None:
         assert torch.equal(X, other)
 
 
+@pytest.mark.quick_one_in(4)
 @pytest.mark.parametrize("needed", [*((name,) for name in NEEDS), NEEDS[:2], NEEDS[2:]], ids=str)
 def test_only_what_is_needed(needed: tuple[str, ...]) -> None:
     """The bits are those of a call that needs everything, which are those of every run."""

@@ -132,6 +132,7 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("call", CALLS)
 def test_accesses_are_inside(call: str, dtype: torch.dtype, accesses: Accesses) -> None:
@@ -156,6 +157,7 @@ def test_accesses_with_wrong_candidates_are_inside(
     assert accesses.outside == set()
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize(
     ("M", "k", "kernel"), [(19, 4, "select_network"), (40, 17, "exact_topk"), (200, 4, "sweep")]

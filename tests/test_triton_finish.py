@@ -361,6 +361,7 @@ def test_rows_are_ranked_each_by_itself() -> None:
     assert_forward(Finish(hits=6).forward, query, key, value, 3, weight, **options)
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize(
     "case", ["plain", "candidates", "self", "mask", "by index", "distinct", "constant"]

@@ -160,6 +160,7 @@ def reads(key: Tensor, monkeypatch: pytest.MonkeyPatch) -> Reads:
     return found
 
 
+@pytest.mark.quick_one_in(5)
 @pytest.mark.parametrize(
     ("metric", "order", "dtype"),
     [
@@ -221,6 +222,7 @@ RESTRICTIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.quick_one_in(7)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("M", "k"), [(70, 4), pytest.param(260, 9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("restriction", RESTRICTIONS)

@@ -96,6 +96,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F16) -> Tensor:
 FEWEST = {F16: 16, F32: 32}
 
 
+@pytest.mark.quick_one_in(7)
 @pytest.mark.parametrize("dtype", [F16, F32])
 @pytest.mark.parametrize("order", ["similarity", "index"])
 @pytest.mark.parametrize(
@@ -225,6 +226,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.quick_one_in(7)
 @pytest.mark.parametrize("dtype", [F16, F32])
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.parametrize("special", SPECIAL)
@@ -342,6 +344,7 @@ def test_rows_that_are_scaled_first(
     assert watch.programs == 1
 
 
+@pytest.mark.quick_one_in(4)
 @pytest.mark.parametrize(
     ("dtypes", "order"),
     [
