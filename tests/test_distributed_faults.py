@@ -172,9 +172,8 @@ def stop(folder: str, rank: int, when: str) -> None:
     os._exit(1)
 
 
-@pytest.mark.parametrize(
-    "when", ["select_neighbors", pytest.param("aggregate_neighbors", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["select_neighbors", "aggregate_neighbors"])
 def test_a_rank_that_stops(when: str, tmp_path: Path) -> None:
     """The others raise long before the timeout of the group."""
     with started(3, tmp_path, TIMEOUT) as ranks:

@@ -33,7 +33,7 @@ SHORT = """
 
 
 def test_corpus_and_a_short_run(run_python: Callable[..., str]) -> None:
-    code = SHORT.format(folder=str(CORPUS[0].parent), examples=200)
+    code = SHORT.format(folder=str(CORPUS[0].parent), examples=100)
     result = json.loads(run_python(code, OMP_NUM_THREADS="1").splitlines()[-1])
     assert len(result["corpus"]) == len(CORPUS) >= 9
     wrong = {name: verdict for name, verdict in result["corpus"].items() if verdict[1]}
@@ -43,9 +43,9 @@ def test_corpus_and_a_short_run(run_python: Callable[..., str]) -> None:
     # The calls are not refused at the first check: many have a result, and of these many are small
     # enough for the reference.
     counts = result["counts"]
-    assert counts["result"] > 40
-    assert counts["error"] > 40
-    assert counts["compared with the reference"] > 12
+    assert counts["result"] > 20
+    assert counts["error"] > 20
+    assert counts["compared with the reference"] > 6
 
 
 def test_a_right_call_must_not_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,10 +348,8 @@ def test_vmap_over_layers_and_inputs(name: str) -> None:
     torch.testing.assert_close(each, expected[0])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "2d" else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS],
-)
+@pytest.mark.slow
+@every_layer
 def test_compile_with_any_length(name: str) -> None:
     torch.compiler.reset()
     make, shape = LAYERS[name]

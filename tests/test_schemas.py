@@ -37,7 +37,7 @@ def test_every_operator_of_the_library_has_its_arguments_by_name() -> None:
     assert forward._field_defaults["metric"] == "cosine"
 
 
-@pytest.mark.quick_one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["purge", "reload"])
 def test_imported_twice(how: str, run_forked: Callable[..., str]) -> None:
     again = {
