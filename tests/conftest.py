@@ -97,6 +97,7 @@ def pytest_pycollect_makeitem() -> Iterator[None]:
         for case in cases:
             if case not in quick:
                 case.add_marker("slow")
+                case.add_marker("left_out")
     return made
 
 
