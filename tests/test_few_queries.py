@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -183,14 +184,16 @@ RESTRICTIONS = ["none", "candidates", "mask", "self", "by index", "all"]
 
 
 def among_many_cases() -> list[Any]:
-    """An instruction set, the first restriction and the half: of the default, all, one quick."""
-    of_default = [(first, half) for half in (0, 1) for first in range(len(RESTRICTIONS))]
+    """An instruction set, the first restriction and the half: two of each, of the default all."""
+    slow, left_out = pytest.mark.slow, pytest.mark.left_out
     *others, default = INSTRUCTION_SETS
-    slow = [(name, *case) for name in others for case in ((0, 0), (3, 1))]
-    slow += [(default, *case) for case in of_default[1:]]
+    chosen = (0, 0), (3, 1)
+    more = [case for case in product(range(len(RESTRICTIONS)), (0, 1)) if case not in chosen]
     return [
-        (default, *of_default[0]),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in slow),
+        (default, *chosen[0]),
+        pytest.param(default, *chosen[1], marks=slow),
+        *(pytest.param(name, *case, marks=slow) for name in others for case in chosen),
+        *(pytest.param(default, *case, marks=[slow, left_out]) for case in more),
     ]
 
 

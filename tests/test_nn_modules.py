@@ -233,7 +233,9 @@ def test_compile_with_dynamic_batch(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["2d", "hybrid", "attention"])
+@pytest.mark.parametrize(
+    "name", ["2d", pytest.param("hybrid", marks=pytest.mark.left_out), "attention"]
+)
 def test_inductor(name: str) -> None:
     torch.compiler.reset()
     layer, x = build(name)

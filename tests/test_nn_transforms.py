@@ -388,7 +388,10 @@ def test_compiled_autograd_of_similarities_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["1d", "2d", "hybrid", "attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["2d", "attention", *(pytest.param(n, marks=pytest.mark.left_out) for n in ("1d", "hybrid"))],
+)
 def test_layers_under_compiled_autograd(
     name: str, compiled_backward: Callable[[Tensor], None]
 ) -> None:
@@ -404,7 +407,9 @@ def test_layers_under_compiled_autograd(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["attention-fixed", "2d-fixed"])
+@pytest.mark.parametrize(
+    "name", ["attention-fixed", pytest.param("2d-fixed", marks=pytest.mark.left_out)]
+)
 def test_aot_inductor_package_has_the_same_draw(name: str) -> None:
     layer, x = build(name)
     with torch.no_grad(), warnings.catch_warnings():
