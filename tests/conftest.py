@@ -91,8 +91,8 @@ def pytest_pycollect_makeitem() -> Iterator[None]:
     made = yield
     cases = [each for each in made if isinstance(each, pytest.Function)] if made else []
     marker = cases[0].get_closest_marker("quick_one_in") if cases else None
-    if marker:
-        cases = [case for case in cases if not case.get_closest_marker("slow")]
+    cases = [case for case in cases if not case.get_closest_marker("slow")]
+    if marker and cases:
         quick = quick_cases(cases, *marker.args)
         for case in cases:
             if case not in quick:

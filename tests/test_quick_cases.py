@@ -69,6 +69,12 @@ import pytest
 @pytest.mark.parametrize("x", [1, 2, 3])
 def test(x):
     pass
+
+@pytest.mark.slow
+@pytest.mark.quick_one_in(2)
+@pytest.mark.parametrize("x", [4, 5])
+def test_slow(x):
+    pass
 """
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +111,15 @@ def nightly(hours: float, seed: int, only: list[str], out: Path, jobs: int) -> i
                 for number in range(part.shards):
                     ends = began + 3600 * hours
                     futures.append(pool.submit(_shard, part, number, hours, ends, seed, folder))
-        results = [future.result() for future in futures]
-    summary = _summary(results)
-    seconds = round(time.monotonic() - began, 1)
-    report = {
-        "stamp": make_stamp("cpu", threads=jobs),
-        "hours": hours,
-        "seed": seed,
-        "seconds": seconds,
-        "parts": summary,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+        report = {"stamp": make_stamp("cpu", threads=jobs), "hours": hours, "seed": seed}
+        results = []
+        for future in as_completed(futures):
+            results.append(future.result())
+            seconds, summary = round(time.monotonic() - began, 1), _summary(results)
+            print(f"{results[-1]['part']}: {len(results)} of {len(futures)} ended", flush=True)
+            # What has ended is not lost if this is stopped.
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report | {"seconds": seconds, "parts": summary}, indent=1))
     _print(summary, seconds, out)
     return int(any(each["failures"] for each in summary.values()))
 
@@ -171,7 +168,7 @@ def _hours(text: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.nightly", description=__doc__)
-    parser.add_argument("--hours", type=_hours, default=HOURS, help="all counts are in proportion")
+    parser.add_argument("--hours", type=_hours, default=HOURS, help="counts are in proportion")
     parser.add_argument("--seed", type=int, default=100_000, help="the first case of each part")
     every = [*PARTS, "fuzz", "sanitized"]
     parser.add_argument("--only", nargs="+", choices=every, default=every)
