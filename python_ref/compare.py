@@ -218,8 +218,8 @@ def _similarities(
     separate sum per pair is more accurate, and too strict a standard. With non-finite inputs, S
     would put 0 * inf into the gradient. With `shuffle`, a loop takes the columns in their order,
     because small products sum in a different one. A row of equal elements has only one order, and
-    its unit row may be so round that every sum is exact. The unit rows of the cosine are therefore
-    multiplied by a random factor, and the sum is divided by its square.
+    the sums of its unit row may all be exact. The unit rows of the cosine are therefore multiplied
+    by a random factor, and the sum is divided by its square.
     """
     finite = bool(query.isfinite().all()) and bool(key.isfinite().all())
     if shuffle is not None:

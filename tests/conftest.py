@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pycollect_makeitem() -> Iterator[None]:
+def pytest_pycollect_makeitem() -> Generator[None, Any, Any]:
     """Mark as slow the cases that `quick_one_in(n)` leaves out, whichever cases are asked for."""
     made = yield
     cases = [each for each in made if isinstance(each, pytest.Function)] if made else []

@@ -151,6 +151,7 @@ def test_the_command(tmp_path: Path, run_python: Callable[..., str]) -> None:
     """
     printed = run_python(code)
     report = json.loads(out.read_text())
+    assert report["complete"]
     assert set(report["parts"]) == set(only)
     for name, part in report["parts"].items():
         assert part["failures"] == [], printed

@@ -140,7 +140,7 @@ def _differentiate(
             if METRIC == COSINE:
                 b_along = tl.load(p_along_q + i, m_n, 0.0)
                 if p_dk is None:
-                    # A query that is not finite has no part in another sum.
+                    # No other sum shows that a query is not finite.
                     test += tl.sum(inverse_q * 0.0)
                 b_dq = _without_along(b_dq, b_q, inverse_q, b_along)
             b_dq = b_dq.to(p_dq.dtype.element_ty)

@@ -118,8 +118,9 @@ def nightly(hours: float, seed: int, only: list[str], out: Path, jobs: int) -> i
             seconds, summary = round(time.monotonic() - began, 1), _summary(results)
             print(f"{results[-1]['part']}: {len(results)} of {len(futures)} ended", flush=True)
             # What has ended is not lost if this is stopped.
+            report |= {"complete": len(results) == len(futures), "seconds": seconds}
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(report | {"seconds": seconds, "parts": summary}, indent=1))
+            out.write_text(json.dumps(report | {"parts": summary}, indent=1) + "\n")
     _print(summary, seconds, out)
     return int(any(each["failures"] for each in summary.values()))
 
