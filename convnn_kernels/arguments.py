@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convnn_kernels import checks
+from convnn_kernels import checks, torch_internals
 
 _CHOICES = {"metric": checks.METRICS, "order": checks.ORDERS, "rho": checks.RHOS}
 # Of a number in a message; Python prints about 14,000.
@@ -146,6 +146,20 @@ def _require_dense(function: str, name: str, tensor: Tensor) -> None:
     raise TypeError(f"{function}: {name} must be a dense tensor, got {got}")
 
 
+def require_storage(function: str, name: str, tensor: Tensor) -> None:
+    """Check what the operators of PyTorch read without a check: the storage that it has here.
+
+    Raises:
+        RuntimeError: if it was freed or made too small.
+    """
+    if torch.compiler.is_compiling():
+        return
+    tensor = torch_internals.unwrapped(tensor)
+    # What handles the operators itself, as fake tensors do, may have its memory elsewhere.
+    if type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        checks.check_storage_of(function, name, tensor)
+
+
 def check_edge_index(indices: Any, similarities: Any, num_keys: Any) -> Any:
     """Check the arguments of ``edge_index``, but not their values, and return num_keys.
 
@@ -160,6 +174,8 @@ def check_edge_index(indices: Any, similarities: Any, num_keys: Any) -> Any:
             "them first, edge_index takes them second"
         )
     checks.check_neighbors("edge_index", indices, similarities)
+    require_storage("edge_index", "indices", indices)
+    require_storage("edge_index", "similarities", similarities)
     if num_keys is None:
         return None
     num_keys = whole("edge_index", "num_keys", num_keys)

@@ -284,16 +284,22 @@ def check_neighbors(op: str, indices: Tensor, similarities: Tensor) -> None:
 def check_storage(op: str, arguments: Any) -> None:
     """Check that the storage of no tensor was freed or made too small."""
     for name, X in zip(arguments._fields, arguments, strict=True):
-        if not isinstance(X, Tensor) or X.numel() == 0:
-            continue
-        last = sum((n - 1) * stride for n, stride in zip(X.shape, X.stride(), strict=True))
-        needed = (X.storage_offset() + last + 1) * X.element_size()
-        stored = X.untyped_storage().nbytes()
-        if stored < needed:
-            raise RuntimeError(
-                f"{op}: {name} must have a storage of at least {needed} bytes for its shape "
-                f"{list(X.shape)}, got one of {stored} bytes"
-            )
+        if isinstance(X, Tensor):
+            check_storage_of(op, name, X)
+
+
+def check_storage_of(op: str, name: str, X: Tensor) -> None:
+    """Check that the storage of a tensor was not freed or made too small."""
+    if X.numel() == 0:
+        return
+    last = sum((n - 1) * stride for n, stride in zip(X.shape, X.stride(), strict=True))
+    needed = (X.storage_offset() + last + 1) * X.element_size()
+    stored = X.untyped_storage().nbytes()
+    if stored < needed:
+        raise RuntimeError(
+            f"{op}: {name} must have a storage of at least {needed} bytes for its shape "
+            f"{list(X.shape)}, got one of {stored} bytes"
+        )
 
 
 def check_candidates(op: str, candidates: Tensor | None, rows: int) -> None:

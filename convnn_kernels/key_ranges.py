@@ -199,6 +199,7 @@ def _lengths(name: str, lengths: Any, device: torch.device | str | None) -> Tens
 
 
 def _check_lengths(function: str, name: str, lengths: Tensor) -> None:
+    arguments.require_storage(function, name, lengths)
     try:
         least, most = (int(each) for each in lengths.aminmax())
     except RuntimeError as error:

@@ -85,6 +85,14 @@ def transforms_are_active() -> bool:
     return torch._C._are_functorch_transforms_active()  # test_distributed.py::test_transforms_raise
 
 
+def unwrapped(X: torch.Tensor) -> torch.Tensor:
+    """The tensor that transforms of ``torch.func`` wrap, which has the storage."""
+    # tests/test_storage.py::test_freed_storage_under_transforms_of_edge_index
+    while torch._C._functorch.is_functorch_wrapped_tensor(X):
+        X = torch._C._functorch.get_unwrapped(X)
+    return X
+
+
 def redispatcher(op: torch._ops.OpOverload) -> Callable[..., Any]:
     """``op.redispatch`` without a Python method call, which takes 0.6 µs; no test needs it."""
     return op._handle.redispatch_boxed

@@ -33,7 +33,7 @@ ALLOWED = {
     },
     "functional": {"arguments", "key_ranges", "torch_internals", "ops"},
     "key_ranges": {"arguments"},
-    "arguments": {"checks"},
+    "arguments": {"checks", "torch_internals"},
     "ops": {"autograd", "backends", "checks", "flops", "schemas", "transforms"},
     "autograd": {"raised", "schemas", "torch_internals"},
     "transforms": {"schemas"},

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Tensors whose storage was freed or made too small are refused by name, by every operator.
+"""Every operator and function refuses by name a tensor whose storage was freed or made too small.
 
 ``tensor.untyped_storage().resize_(0)`` frees memory that shape and strides still describe, as FSDP
 does with parameters.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from convnn_kernels import functional
 from convnn_kernels.backends import selection
 from convnn_kernels.triton import backend as triton
 
@@ -136,3 +138,75 @@ def test_storage_freed_between_forward_and_backward() -> None:
     value.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="convnn::forward_backward: value must have a storage"):
         output.sum().backward()
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
+    "edge_index": (
+        functional.edge_index,
+        {"indices": torch.zeros(2, 3, dtype=torch.int64), "similarities": torch.ones(2, 3)},
+    ),
+    "segment_ranges": (
+        functional.segment_ranges,
+        {"lengths": torch.tensor([2, 3]), "key_lengths": torch.tensor([4, 3])},
+    ),
+}
+OF_FUNCTIONS = [(name, each) for name, (_, args) in FUNCTIONS.items() for each in args]
+
+
+def shrunk(X: Tensor, bytes_left: int) -> Tensor:
+    X = X.clone()
+    X.untyped_storage().resize_(bytes_left)
+    return X
+
+
+@pytest.mark.parametrize("bytes_left", [0, 3])
+@pytest.mark.parametrize(("function", "name"), OF_FUNCTIONS)
+def test_freed_storage_in_functions(function: str, name: str, bytes_left: int) -> None:
+    call, args = FUNCTIONS[function]
+    X = args[name]
+    with pytest.raises(RuntimeError) as error:
+        call(**args | {name: shrunk(X, bytes_left)})
+    expected = message(function, name, X, bytes_left).removeprefix("convnn::")
+    assert str(error.value) == expected
+
+
+@pytest.mark.parametrize("name", ["indices", "similarities"])
+def test_freed_storage_under_transforms_of_edge_index(name: str) -> None:
+    _, args = FUNCTIONS["edge_index"]
+    X = args[name]
+
+    def call(X: Tensor) -> Tensor:
+        return functional.edge_index(**args | {name: X})
+
+    expected = f"edge_index: {name} must have a storage of at least"
+    with pytest.raises(RuntimeError, match=expected):
+        torch.func.functionalize(call)(shrunk(X, 0))
+    with pytest.raises(RuntimeError, match=expected):
+        torch.vmap(call)(shrunk(X.expand(4, 2, 3), 0))
+    if name == "similarities":
+        with pytest.raises(RuntimeError, match=expected):
+            torch.func.grad(lambda X: (call(X) * X.sum()).sum())(shrunk(X, 0))
+
+
+class Wrapper(Tensor):
+    """A subclass without memory of its own."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapper":
+        made = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, storage_size=0)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        unwrapped = [X.inner if isinstance(X, cls) else X for X in args]
+        return func(*unwrapped, **(kwargs or {}))
+
+
+def test_subclasses_without_memory() -> None:
+    _, args = FUNCTIONS["edge_index"]
+    wrapped = {name: Wrapper(X) for name, X in args.items()}
+    assert all(X.untyped_storage().nbytes() == 0 for X in wrapped.values())
+    assert torch.equal(functional.edge_index(**wrapped), functional.edge_index(**args))

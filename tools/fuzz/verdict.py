@@ -82,7 +82,7 @@ def judge(call: Call) -> Verdict:
         arguments = build(call)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return Verdict("skipped")  # there is no such tensor
-    if _takes_long(arguments) or _crashes_pytorch(call):
+    if _takes_long(arguments):
         return Verdict("skipped")
     try:
         outcome = _run(call["call"], arguments)
@@ -129,12 +129,6 @@ def _takes_long(arguments: dict[str, Any]) -> bool:
     rows.append(k if type(k) is int and k > 0 else 1)
     sizes = [arguments[name] for name in ("N", "M") if type(arguments.get(name)) is int]
     return any(MOST_PAIRS < each < IMPOSSIBLE_PAIRS for each in (math.prod(rows), *sizes))
-
-
-def _crashes_pytorch(call: Call) -> bool:
-    """Whether PyTorch's own operators, of which this function is made, would read freed memory."""
-    is_own = call["call"] in OPERATORS or call["call"] in SAME
-    return not is_own and any(each.get("kind") == "freed" for each in _tensors(call))
 
 
 def _about_error(call: Call, outcome: Outcome) -> str:
