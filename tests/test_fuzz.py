@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from tools.fuzz import verdict
 
@@ -28,7 +30,8 @@ SHORT = """
     fuzzer.round(seed=0, examples={examples})
     fuzzer.child.close()
     found = {{kind: call for kind, (call, _) in fuzzer.found.items()}}
-    print(json.dumps({{"corpus": corpus, "found": found, "counts": fuzzer.counts}}))
+    printed = {{"corpus": corpus, "found": found, "counts": fuzzer.counts}}
+    print(json.dumps(printed | {{"compared": fuzzer.compared.total()}}))
 """
 
 
@@ -45,7 +48,7 @@ def test_corpus_and_a_short_run(run_python: Callable[..., str]) -> None:
     counts = result["counts"]
     assert counts["result"] > 20
     assert counts["error"] > 20
-    assert counts["compared with the reference"] > 6
+    assert result["compared"] > 10
 
 
 def test_a_right_call_must_not_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +61,59 @@ def test_a_right_call_must_not_be_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert verdict.judge(call) == ("error", "", False)
     right = verdict.judge(call | {"valid": True})
     assert right.complaint == "refuses a right call: k must be at most 2, got 3"
+
+
+ROWS = {"tensor": {"shape": [5, 4]}}
+NEIGHBORS = {
+    "indices": {"tensor": {"shape": [2, 5, 3], "dtype": "int64", "fill": "rows", "rows": 5}},
+    "similarities": {"tensor": {"shape": [2, 5, 3], "fill": "-inf"}},
+}
+LENGTHS = {"tensor": {"shape": [4], "dtype": "int64", "fill": "rows", "rows": 5}}
+KEY_LENGTHS = {"tensor": LENGTHS["tensor"] | {"seed": 1}}
+COMPARED: list[tuple[str, dict[str, Any]]] = [
+    ("edge_index", NEIGHBORS),
+    ("edge_index", NEIGHBORS | {"num_keys": 7}),
+    ("window_ranges", {"N": 6, "M": 4}),
+    ("window_ranges", {"N": 6, "M": 4, "window": 2, "causal": False}),
+    ("window_ranges", {"N": 3, "window": 3, "causal": True}),
+    ("segment_ranges", {"lengths": LENGTHS}),
+    ("segment_ranges", {"lengths": LENGTHS, "key_lengths": KEY_LENGTHS, "window": 2}),
+    ("segment_ranges", {"lengths": {"object": "list"}, "key_lengths": None, "causal": True}),
+    ("select_neighbors", {"query": ROWS, "key": ROWS, "k": 3, "metric": "euclidean", "within": 2}),
+]
+
+
+def off_by_one(result: Tensor, place: int) -> Tensor:
+    wrong = result.clone()
+    wrong.view(-1)[place] += 1
+    return wrong
+
+
+@pytest.mark.parametrize(("name", "args"), COMPARED)
+def test_a_wrong_result_of_a_function_is_found(
+    name: str, args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = f"functional.{name}"
+    call = {"call": function, "arguments": args}
+    assert verdict.judge(call) == ("result", "", True)
+    right = verdict.FUNCTIONS[function]
+
+    def edited(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def wrong(**args: Any) -> Any:
+            results = right(**args)
+            return tuple(map(change, results)) if isinstance(results, tuple) else change(results)
+
+        return wrong
+
+    for change in (
+        lambda result: off_by_one(result, 0),
+        lambda result: off_by_one(result, -1),
+        lambda result: result.flip(-1),
+        lambda result: result[:, 1:],
+        lambda result: result.int() if result.dtype is torch.int64 else result,
+    ):
+        monkeypatch.setitem(verdict.FUNCTIONS, function, edited(change))
+        assert verdict.judge(call).complaint.startswith("result: ")
 
 
 # Each plants a fault in the operator `select`; the fuzzer finds it and reduces the call.

@@ -31,6 +31,9 @@ class Fuzzer:
         self.calls = calls(only)
         self.child = Child(limit)
         self.counts: collections.Counter[str] = collections.Counter()
+        # Of each function: its results, and those that the reference confirmed.
+        self.results: collections.Counter[str] = collections.Counter()
+        self.compared: collections.Counter[str] = collections.Counter()
         self.found: dict[str, tuple[Call, Verdict]] = {}
 
     def round(self, seed: int, examples: int) -> bool:
@@ -63,7 +66,8 @@ class Fuzzer:
         def run(call: Call) -> None:
             verdict = judge(call)
             self.counts[verdict.outcome] += 1
-            self.counts["compared with the reference"] += verdict.compared
+            self.results[call["call"]] += verdict.outcome == "result"
+            self.compared[call["call"]] += verdict.compared
             kind = kind_of(call, verdict)
             if verdict.complaint and kind not in known and not self._is_ignored(verdict):
                 # Hypothesis ends with the smallest.
@@ -105,6 +109,10 @@ def fuzz(minutes: float, seed: int, out: Path, limit: float, ignore: str) -> int
     total = sum(fuzzer.counts[name] for name in ("result", "error", "crash", "hang"))
     for name, count in fuzzer.counts.items():
         print(f"  {name}: {count} ({count / max(total, 1):.0%})")
+    compared, results = fuzzer.compared.total(), fuzzer.results.total()
+    print(f"compared with the reference: {compared / max(results, 1):.0%} of the results")
+    for name in sorted(fuzzer.results):
+        print(f"  {name}: {fuzzer.compared[name]} of {fuzzer.results[name]}")
     print(f"{len(fuzzer.found)} kinds of faults" + (f" in {out}" if fuzzer.found else ""))
     return bool(fuzzer.found)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from convnn_kernels import functional, schemas
 from python_ref import aggregate, assert_forward, assert_select, assert_values
+from tools.fuzz import lists
 from tools.fuzz.calls import FOREIGN, Call, build, is_tensor
 
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -201,11 +202,19 @@ def _compare(name: str, arguments: dict[str, Any], results: tuple[Any, ...]) -> 
     plain = {each: _plain(X) for each, X in arguments.items()}
     if plain.get("k", 1) > MOST_COMPARED:
         return False  # there are no queries: PyTorch cannot make views of such results
-    if name in SAME and plain.pop("within", None) is None:
+    if name in lists.ASSERTIONS:
+        return lists.ASSERTIONS[name](*results, **plain)
+    if name in SAME:
         name, count = SAME[name]
+        radius = plain.pop("within", None)
         same = _run(name, plain)
         assert same.error is None, f"the operator says {same.message!r}"
-        _assert_same(results, (same.results or ())[:count], "the operator")
+        expected = same.results or ()
+        if radius is not None:
+            if expected[0].numel() > MOST_COMPARED:
+                return False
+            expected = lists.within(expected[0], expected[1], radius)
+        _assert_same(results, expected[:count], "the operator")
         results = same.results or ()
     tensors = {each: X for each, X in plain.items() if isinstance(X, Tensor)}
     if any(X.numel() > MOST_COMPARED for X in tensors.values()):
@@ -310,5 +319,11 @@ def _in(dtype: torch.dtype, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _assert_same(found: tuple[Any, ...], expected: tuple[Any, ...], what: str) -> None:
     for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-        same = torch.equal(one.detach().nan_to_num(0.5), other.detach().nan_to_num(0.5))
-        assert same, f"result {i} differs from that of {what}"
+        torch.testing.assert_close(
+            one.detach(),
+            other.detach(),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            msg=f"result {i} differs from that of {what}",
+        )
