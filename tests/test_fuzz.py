@@ -4,6 +4,7 @@
 It runs in a process of its own, which forks: calls that crash must not end the tests.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -53,14 +54,40 @@ def test_corpus_and_a_short_run(run_python: Callable[..., str]) -> None:
 
 def test_a_right_call_must_not_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(query: Any, key: Any, k: int) -> Any:
-        raise RuntimeError("k must be at most 2, got 3")
+        raise RuntimeError("convnn::select: k must be at most 2, got 3")
 
     monkeypatch.setitem(verdict.OPERATORS, "select", refuses)
     rows = {"tensor": {"shape": [5, 4]}}
     call = {"call": "select", "arguments": {"query": rows, "key": rows, "k": 3}}
     assert verdict.judge(call) == ("error", "", False)
     right = verdict.judge(call | {"valid": True})
-    assert right.complaint == "refuses a right call: k must be at most 2, got 3"
+    assert right.complaint == "refuses a right call: convnn::select: k must be at most 2, got 3"
+
+
+@pytest.mark.parametrize(
+    ("message", "is_named"),
+    [
+        ("convnn::select: k must be at least 1, got 0", True),
+        ("select_neighbors: k must be a whole number, got None", True),
+        ("select_neighbors() missing 1 required positional argument: 'k'", True),
+        ("convnn::select() Expected a value of type 'int' for argument 'k' but", True),
+        ("convnn::select: cannot allocate 80 bytes for a copy of candidates of shape [10]", True),
+        ("convnn::select: sizes do not match in key", False),
+        ("convnn::forward: k must be at least 1, got 0", False),
+        ("k must be at least 1, got 0", False),
+        ("index out of range in query", False),
+    ],
+)
+def test_an_error_must_name_an_argument(
+    message: str, is_named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @functools.wraps(verdict.FUNCTIONS["functional.select_neighbors"])
+    def refuses(**args: Any) -> Any:
+        raise RuntimeError(message)
+
+    monkeypatch.setitem(verdict.FUNCTIONS, "functional.select_neighbors", refuses)
+    call = {"call": "functional.select_neighbors", "arguments": {"query": ROWS, "key": ROWS}}
+    assert (not verdict.judge(call).complaint) == is_named
 
 
 ROWS = {"tensor": {"shape": [5, 4]}}

@@ -54,6 +54,8 @@ BY_PYTORCH = re.compile(
 )
 # And functions that are made of PyTorch's own operators say what these say about storages.
 OF_STORAGE = re.compile(r"^(Storage size|Stride) calculation overflowed")
+# A message of our own begins with what was called and the argument.
+OURS = re.compile(r"((?:convnn::)?\w+): (\w*)")
 # More pairs than these take too long, fewer than the others could be had.
 MOST_PAIRS, IMPOSSIBLE_PAIRS = 2**24, 2**58
 MOST_COMPARED = 2**15
@@ -142,12 +144,22 @@ def _about_error(call: Call, outcome: Outcome) -> str:
     if name not in SAME and OF_STORAGE.search(str(error)):
         return ""
     words = message.split("Declaration:")[0].split("Schema:")[0]
-    named = [*_parameters(name), *call["arguments"]]
+    parameters = _parameters(name)
     if name.endswith("_backward"):
-        named.append("k")  # the columns of similarities
-    if any(re.search(rf"\b{each}\b", words) for each in named):
-        return ""
-    return f"names no argument: {type(error).__name__}: {words[:200]}"
+        parameters.append("k")  # the columns of similarities
+    if ours := OURS.match(words):
+        is_named = ours[1] in _callers(name) and ours[2] in parameters
+    else:
+        # Python and the dispatcher quote it.
+        is_named = any(f"'{each}'" in words for each in (*parameters, *call["arguments"]))
+    return "" if is_named else f"names no argument: {type(error).__name__}: {words[:200]}"
+
+
+def _callers(name: str) -> list[str]:
+    """What messages about a call begin with."""
+    function = name.removeprefix("functional.")
+    operator = SAME[name][0] if name in SAME else function
+    return [function, f"convnn::{operator}"]
 
 
 def _parameters(name: str) -> list[str]:
