@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Argument checks of the operators, on metadata only: sizes may be symbolic.
 
-``csrc/checks.h`` makes the same checks for the C++ kernels, in the same order and with the same
-messages, and adds those that read values; tests/test_errors.py compares both with one table.
+``csrc/checks.h``, and ``csrc/torch_operators.h`` for the backward operators, make the same checks
+for the C++ kernels, in the same order and with the same messages, and add those that read values;
+tests/test_errors.py and tests/test_wrong_calls.py compare both.
 
 ``op`` is the name that messages begin with, ``arguments`` a namedtuple of ``schemas.arguments``.
 """
@@ -32,7 +33,11 @@ def check_forward(op: str, arguments: Any) -> None:
         RuntimeError: naming the operator, the argument, what was expected and what it got.
     """
     check_select(op, arguments)
-    query, key, value = arguments.query, arguments.key, arguments.value
+    _check_value_as(op, arguments.value, arguments.query, arguments.key)
+    _check_convolution(op, arguments, arguments.k)
+
+
+def _check_value_as(op: str, value: Tensor, query: Tensor, key: Tensor) -> None:
     _check_value(op, value)
     _check_device(op, "value", value, "query", query)
     lead = list(query.shape[:-2])
@@ -46,7 +51,6 @@ def check_forward(op: str, arguments: Any) -> None:
             f"{op}: value must have the {key.shape[-2]} rows of key, got shape {list(value.shape)}"
         )
     _check_size(op, "value", value)
-    _check_convolution(op, arguments, arguments.k)
 
 
 def check_select(op: str, arguments: Any) -> None:
@@ -91,15 +95,8 @@ def _check_query_and_key(op: str, query: Tensor, key: Tensor) -> None:
 def _check_restrictions(op: str, arguments: Any) -> None:
     """Check what restricts which keys may be neighbors."""
     query, key, rows = arguments.query, arguments.key, arguments.query.shape[-2]
-    candidates, self_indices = arguments.candidates, arguments.self_indices
-    if candidates is not None:
-        _check_dtype(op, "candidates", candidates, torch.int64)
-        _check_device(op, "candidates", candidates, "query", query)
-        if candidates.dim() == 0 or not _has_lead(candidates.shape[:-1], query):
-            raise RuntimeError(
-                f"{op}: candidates must have shape {_shapes_of_queries(query, 'R')}, "
-                f"got shape {list(candidates.shape)}"
-            )
+    _check_candidates(op, arguments.candidates, query)
+    self_indices = arguments.self_indices
     if self_indices is not None:
         _check_dtype(op, "self_indices", self_indices, torch.int64)
         _check_device(op, "self_indices", self_indices, "query", query)
@@ -120,6 +117,18 @@ def _check_restrictions(op: str, arguments: Any) -> None:
                 f"{op}: key_range must have shape {_shapes_of_queries(query, rows, 2)}, begin and "
                 f"end for each query, got shape {list(key_range.shape)}"
             )
+
+
+def _check_candidates(op: str, candidates: Tensor | None, query: Tensor) -> None:
+    if candidates is None:
+        return
+    _check_dtype(op, "candidates", candidates, torch.int64)
+    _check_device(op, "candidates", candidates, "query", query)
+    if candidates.dim() == 0 or not _has_lead(candidates.shape[:-1], query):
+        raise RuntimeError(
+            f"{op}: candidates must have shape {_shapes_of_queries(query, 'R')}, "
+            f"got shape {list(candidates.shape)}"
+        )
 
 
 def _check_key_mask(op: str, key_mask: Tensor | None, query: Tensor, key: Tensor) -> None:
@@ -156,7 +165,11 @@ def _check_k(op: str, k: int) -> None:
 
 def check_aggregate(op: str, arguments: Any) -> None:
     """Check the arguments of ``aggregate``. Raises as ``check_forward`` does."""
-    value, similarities, indices = arguments.value, arguments.similarities, arguments.indices
+    _check_given_neighbors(op, arguments.value, arguments.similarities, arguments.indices)
+    _check_convolution(op, arguments, arguments.similarities.shape[-1])
+
+
+def _check_given_neighbors(op: str, value: Tensor, similarities: Tensor, indices: Tensor) -> None:
     _check_value(op, value)
     _check_given(op, "similarities", similarities)
     _check_given(op, "indices", indices)
@@ -177,10 +190,7 @@ def check_aggregate(op: str, arguments: Any) -> None:
             f"{op}: similarities must have the leading dimensions {lead} of value, "
             f"got shape {shape}"
         )
-    torch._check(
-        similarities.shape[-1] >= 1,
-        lambda: f"{op}: similarities must have at least one column (k >= 1), got shape {shape}",
-    )
+    _check_has_columns(op, similarities)
     _check_size(op, "value", value)
     _check_size(op, "similarities", similarities)
     _check_dtype(op, "indices", indices, torch.int64)
@@ -190,12 +200,21 @@ def check_aggregate(op: str, arguments: Any) -> None:
             f"{op}: indices must have the shape {shape} of similarities, "
             f"got shape {list(indices.shape)}"
         )
-    _check_convolution(op, arguments, similarities.shape[-1])
+
+
+def _check_has_columns(op: str, similarities: Tensor) -> None:
+    shape = list(similarities.shape)
+    torch._check(
+        shape[-1] >= 1,
+        lambda: f"{op}: similarities must have at least one column (k >= 1), got shape {shape}",
+    )
 
 
 def _check_convolution(op: str, arguments: Any, k: int) -> None:
     """Check what modulates and convolves the k neighbors: weight, bias, rho and scale."""
-    value, weight, bias = arguments.value, arguments.weight, arguments.bias
+    value, weight = arguments.value, arguments.weight
+    # Backward operators are told only whether there was a bias.
+    bias = getattr(arguments, "bias", None)
     channels = value.shape[-1]
     if weight is not None:
         _check_dtype(op, "weight", weight, value.dtype, " as value is")
@@ -224,44 +243,80 @@ def _check_convolution(op: str, arguments: Any, k: int) -> None:
         )
 
 
-# The tensors of each backward operator, in the order of their checks, and the one whose device each
-# of them must have.
-_DEVICES_OF_BACKWARD: dict[str, dict[str, str]] = {
-    "convnn::forward_backward": {
-        "key": "query",
-        "candidates": "query",
-        "value": "query",
-        "similarities": "query",
-        "indices": "value",
-        "weight": "value",
-        "grad_similarities": "query",
-        "grad_output": "value",
-    },
-    "convnn::select_backward": {
-        "key": "query",
-        "similarities": "query",
-        "grad_similarities": "query",
-        "indices": "query",
-    },
-    "convnn::aggregate_backward": {
-        "similarities": "value",
-        "indices": "value",
-        "weight": "value",
-        "grad_output": "value",
-    },
-}
+def check_forward_backward(op: str, arguments: Any) -> None:
+    """Check the arguments of ``forward_backward``. Raises as ``check_forward`` does."""
+    query, similarities = arguments.query, arguments.similarities
+    k = _columns_of(op, similarities)
+    _check_query_and_key(op, query, arguments.key)
+    _check_choice(op, "metric", arguments.metric, METRICS)
+    _check_candidates(op, arguments.candidates, query)
+    _check_value_as(op, arguments.value, query, arguments.key)
+    _check_as_found(op, "similarities", similarities, query, k)
+    _check_given_neighbors(op, arguments.value, similarities, arguments.indices)
+    _check_convolution(op, arguments, k)
+    if arguments.grad_similarities is not None:
+        _check_as_found(op, "grad_similarities", arguments.grad_similarities, query, k)
+    _check_grad_output(op, arguments)
 
 
-def check_backward(op: str, arguments: Any) -> None:
-    """Check that the tensors of a backward operator are on one device. Raises as the others do.
+def check_select_backward(op: str, arguments: Any) -> None:
+    """Check the arguments of ``select_backward``. Raises as ``check_forward`` does."""
+    query, similarities = arguments.query, arguments.similarities
+    k = _columns_of(op, similarities)
+    _check_query_and_key(op, query, arguments.key)
+    _check_choice(op, "metric", arguments.metric, METRICS)
+    _check_as_found(op, "similarities", similarities, query, k)
+    _check_as_found(op, "grad_similarities", arguments.grad_similarities, query, k)
+    shape = [*query.shape[:-1], k]
+    _check_same(op, "indices", arguments.indices, shape, torch.int64, "query", query)
 
-    Autograd passes what the forward operator was called with, and its results. So nothing else is
-    checked here, where sizes may be symbolic; C++ also checks shapes and dtypes.
-    """
-    for name, other in _DEVICES_OF_BACKWARD[op].items():
-        tensor, reference = getattr(arguments, name), getattr(arguments, other)
-        if tensor is not None and reference is not None:
-            _check_device(op, name, tensor, other, reference)
+
+def check_aggregate_backward(op: str, arguments: Any) -> None:
+    """Check the arguments of ``aggregate_backward``. Raises as ``check_forward`` does."""
+    _check_given_neighbors(op, arguments.value, arguments.similarities, arguments.indices)
+    _check_convolution(op, arguments, arguments.similarities.shape[-1])
+    _check_grad_output(op, arguments)
+
+
+def _columns_of(op: str, similarities: Tensor) -> int:
+    """k of a backward operator. `_check_as_found` reports too few dimensions."""
+    _check_given(op, "similarities", similarities)
+    if similarities.dim() < 2:
+        return 1
+    _check_has_columns(op, similarities)
+    return similarities.shape[-1]
+
+
+def _check_as_found(op: str, name: str, tensor: Tensor, query: Tensor, k: int) -> None:
+    """Check similarities, or their gradient, against those that ``select`` returns."""
+    dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
+    _check_same(op, name, tensor, [*query.shape[:-1], k], dtype, "query", query)
+
+
+def _check_grad_output(op: str, arguments: Any) -> None:
+    value, weight = arguments.value, arguments.weight
+    # A depthwise weight has as many rows as value has channels.
+    outputs = value.shape[-1] if weight is None else weight.shape[0]
+    shape = [*arguments.similarities.shape[:-1], outputs]
+    _check_same(op, "grad_output", arguments.grad_output, shape, value.dtype, "value", value)
+
+
+def _check_same(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    other: str,
+    reference: Tensor,
+) -> None:
+    _check_given(op, name, tensor)
+    _check_device(op, name, tensor, other, reference)
+    if list(tensor.shape) != list(shape):
+        raise RuntimeError(
+            f"{op}: {name} must have shape {list(shape)}, got shape {list(tensor.shape)}"
+        )
+    _check_dtype(op, name, tensor, dtype)
 
 
 def check_neighbors(op: str, indices: Tensor, similarities: Tensor) -> None:
@@ -335,9 +390,9 @@ def check_self_indices(op: str, self_indices: Tensor | None, rows: int) -> None:
 
 
 def check_indices(op: str, indices: Tensor, similarities: Tensor, rows: int) -> None:
-    """Check, by reading them, that the indices of ``aggregate`` are rows of value.
+    """Check, by reading them, that ``indices`` are among as many rows of key or value.
 
-    If value has no rows, all neighbors must be missing.
+    If there are none, all neighbors must be missing.
     """
     if rows > 0:
         _check_range(op, "indices", indices, rows)

@@ -52,7 +52,7 @@ def _(*args: Any) -> Tensor:
 @_register_fake("convnn::forward_backward")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     arguments = schemas.arguments("convnn::forward_backward")(*args)
-    checks.check_backward("convnn::forward_backward", arguments)
+    checks.check_forward_backward("convnn::forward_backward", arguments)
     return (
         _grad(arguments.query, arguments.need_query),
         _grad(arguments.key, arguments.need_key),
@@ -64,14 +64,14 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 @_register_fake("convnn::select_backward")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     arguments = schemas.arguments("convnn::select_backward")(*args)
-    checks.check_backward("convnn::select_backward", arguments)
+    checks.check_select_backward("convnn::select_backward", arguments)
     return _grad(arguments.query, arguments.need_query), _grad(arguments.key, arguments.need_key)
 
 
 @_register_fake("convnn::aggregate_backward")
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arguments = schemas.arguments("convnn::aggregate_backward")(*args)
-    checks.check_backward("convnn::aggregate_backward", arguments)
+    checks.check_aggregate_backward("convnn::aggregate_backward", arguments)
     return (
         _grad(arguments.value, arguments.need_value),
         _grad(arguments.similarities, arguments.need_similarities),

@@ -380,16 +380,28 @@ WRONG = [
     ("forward", {"candidates": [0, 4]}, "candidates must be in [0, 4), got 4 at position 1"),
     ("forward", {"self_indices": [0, 9, 2, 3]}, "self_indices must be in [0, 4), got 9"),
     ("aggregate", {"indices": [[0, 1], [2, 4]]}, "indices must be in [0, 4), got 4 at position 3"),
+    *(
+        (op, {"indices": [[0, 1], [2, 4]]}, "indices must be in [0, 4), got 4 at position 3")
+        for op in ("select_backward", "aggregate_backward", "forward_backward")
+    ),
 ]
 
 
 def wrong_call(op: str, named: dict[str, Any]) -> tuple[Any, ...]:
     tensors = {name: torch.tensor(values) for name, values in named.items()}
     options = (tensors.get("candidates"), tensors.get("self_indices"), None, "dot")
+    query, found = x[:2], (torch.ones(2, 2), tensors.get("indices"))
+    needed = [True] * 5
     return {
         "select": (x, x, 2, *options),
         "forward": (x, x, x, 2, None, None, *options),
-        "aggregate": (x, torch.ones(2, 2), tensors.get("indices")),
+        "aggregate": (x, *found),
+        "select_backward": (found[0], query, x, *found, "dot", *needed[:2]),
+        "aggregate_backward": (query, x, *found, None, True, "ones", 1.0, *needed[:4]),
+        "forward_backward": (
+            *(query, None, query, x, x, None, *found, True, "dot", "ones", 1.0),
+            *needed,
+        ),
     }[op]
 
 

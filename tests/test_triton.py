@@ -9,7 +9,7 @@ import math
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice, product
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from cases import Case, make_case, whole_numbers
 from interpreter import in_interpreter
+from test_backward_arguments import OPS, arguments
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1050,6 +1051,25 @@ def test_index_values(argument: str, values: list[int], message: str) -> None:
 def test_index_values_of_aggregate() -> None:
     with pytest.raises(RuntimeError, match=r"indices must be in \[0, 5\), got 9 at position 3"):
         ops.aggregate(torch.randn(5, 3), torch.randn(2, 2), torch.tensor([[0, 1], [2, 9]]))
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "message"),
+    [
+        ("similarities", lambda s: s.to(torch.int8), r"must be float32( or float64)?, got int8"),
+        ("indices", lambda I: I[:, :2], r"must have (the )?shape \[2, 4, 2\].*, got shape \[2, 2,"),
+        ("indices", lambda I: I.to(torch.int32), "must be int64, got int32"),
+        ("indices", lambda I: I - 7, r"must be in \[0, 7\), got -\d at position 0"),
+    ],
+)
+@pytest.mark.parametrize("op", OPS)
+def test_wrong_calls_of_backward_operators(
+    op: str, argument: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    args = arguments(op)
+    args[argument] = change(args[argument])
+    with pytest.raises(RuntimeError, match=f"^convnn::{op}: {argument} {message}"):
+        getattr(ops, op)(**args)
 
 
 def test_no_access_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

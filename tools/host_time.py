@@ -76,6 +76,8 @@ def take_cpu_tensors() -> None:
 
     hardware.architecture = lambda X: _ARCH
     selection.choose = lambda call: ("triton", "this program says so")
+    # On a GPU, index values are not read.
+    selection._check_values = lambda name, arguments: None
     warnings.filterwarnings("ignore", "Warning only once for all operators")
     for op in schemas.OPERATORS.values():
         schemas.LIBRARY.impl(op, selection.cuda_kernel(op), "CPU", allow_override=True)

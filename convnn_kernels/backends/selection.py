@@ -32,9 +32,9 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "convnn::forward": checks.check_forward,
     "convnn::select": checks.check_select,
     "convnn::aggregate": checks.check_aggregate,
-    "convnn::forward_backward": checks.check_backward,
-    "convnn::select_backward": checks.check_backward,
-    "convnn::aggregate_backward": checks.check_backward,
+    "convnn::forward_backward": checks.check_forward_backward,
+    "convnn::select_backward": checks.check_select_backward,
+    "convnn::aggregate_backward": checks.check_aggregate_backward,
 }
 
 _log = logging.getLogger("convnn_kernels")
@@ -247,10 +247,9 @@ def _check_values(name: str, arguments: Any) -> None:
         checks.check_candidates(name, arguments.candidates, rows)
         checks.check_self_indices(name, arguments.self_indices, rows)
         checks.check_key_range(name, arguments.key_range, rows)
-    elif name == "convnn::aggregate":
-        checks.check_indices(
-            name, arguments.indices, arguments.similarities, arguments.value.shape[-2]
-        )
+    else:
+        rows_of = arguments.key if name == "convnn::select_backward" else arguments.value
+        checks.check_indices(name, arguments.indices, arguments.similarities, rows_of.shape[-2])
 
 
 def choose(call: Call) -> tuple[str, str]:
