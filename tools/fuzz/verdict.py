@@ -178,9 +178,6 @@ def _about_meta(call: Call, outcome: Outcome) -> str:
         return ""
     if outcome.error and (OF_VALUES.search(outcome.message) or BY_PYTORCH.search(outcome.message)):
         return ""
-    # What only autograd calls has its shapes and dtypes checked in C++ alone.
-    if outcome.error and call["call"].endswith("_backward"):
-        return ""
     arguments = {
         name: _as_meta(X) if is_tensor(call["arguments"][name]) else X
         for name, X in build(call).items()
