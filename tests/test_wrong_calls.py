@@ -5,9 +5,12 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import test_wrong_functions
+import test_wrong_modules
 import torch
 import wrong_calls
 from fake_cuda_device import FakeCudaDevice
@@ -163,3 +166,36 @@ def test_right_call(op: str) -> None:
         if place.name != "cuda key" and (place.name != "function" or op in FUNCTIONS):
             args = {name: place.put(X) for name, X in wrong_calls.valid(OPERATORS[op]).items()}
             assert error_of(place, op, args) is None, place.name
+
+
+@pytest.mark.parametrize(
+    ("message", "rule"),
+    [
+        ("convnn::select: key must be float32 as query is, got int32", None),
+        ("convnn::forward: key must be float32 as query is, got int32", "it begins with convnn::f"),
+        ("convnn::select: query must be float32 as query is, got int32", "it is about query"),
+        ("convnn::select: key must be float64, got int32", "it does not say what was expected"),
+        ("convnn::select: key must be float32 as query is, got int64", "it does not say what it g"),
+        ("convnn::select: key is not float32 as query is: int32", "it is not of the form"),
+        ("convnn::select: key must be float32 as query is, got int32 at 0x7f", "it shows"),
+    ],
+)
+def test_a_message_that_breaks_a_rule(message: str, rule: str | None) -> None:
+    wrong = Wrong("key", "dtype", {}, "^be float32 as query is$", "int32")
+    measures = dataclasses.replace(wrong, argument="query", others=("value", "key"))
+    for each in (wrong, measures):
+        found = wrong_calls.fault(each, RuntimeError(message), ("convnn::select",), {})
+        assert found is None if rule is None else str(found).startswith(rule)
+
+
+def test_the_documentation_has_the_numbers_of_calls() -> None:
+    of_operators = sum(map(sum, CALLS.values()))
+    others = sum(test_wrong_functions.CALLS.values()) + sum(test_wrong_modules.SETTINGS.values())
+    for _, inputs in test_wrong_modules.LAYERS.values():
+        others += 2 * sum(test_wrong_modules.CALLS[len(inputs[0].shape), len(inputs)])
+    root = Path(__file__).parent.parent
+    page = " ".join((root / "docs" / "tested.md").read_text().split())
+    assert f" make {of_operators:,} wrong calls of the operators" in page
+    assert f" {others:,} are of layers and other functions" in page
+    total = f" some {round(of_operators + others, -2):,} wrong calls"
+    assert total in (root / "CHANGELOG.md").read_text()

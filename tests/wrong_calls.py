@@ -169,7 +169,7 @@ class Wrong:
     got: str
     """What the argument got; {other} is another device. The word "shape" is that of `others`."""
     others: tuple[str, ...] = ()
-    """The arguments of which one is named, if others are measured by the wrong one."""
+    """If others are measured by the wrong one: these, of which the message is about one."""
     reads_values: bool = False
     error: type[Exception] = RuntimeError
     """TypeError where the dispatcher refuses it before the operator does."""
@@ -450,6 +450,8 @@ def fault(
 ) -> str | None:
     """Which rule the error of a wrong call breaks; None if it keeps all.
 
+    The message is about an argument if that follows the owner. What is expected may name others.
+
     Args:
         wrong: the call; devices are filled in.
         error: what it raised.
@@ -469,7 +471,7 @@ def fault(
     if said["owner"] not in owners:
         return f"it begins with {said['owner']}: {message!r}"
     if said["argument"] not in (wrong.others or (wrong.argument,)):
-        return f"it names {said['argument']}: {message!r}"
+        return f"it is about {said['argument']}: {message!r}"
     if not re.search(wrong.expected, said["expected"]):
         return f"it does not say what was expected, {wrong.expected!r}: {message!r}"
     got = wrong.got
