@@ -301,19 +301,32 @@ def test_compile_once_for_all_sizes(op: str, weight: str | None) -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compile_with_sizes_known_only_at_run_time() -> None:
-    """The number of candidates may depend on the data."""
-    query, key, value, k, weight = example("forward")
+@pytest.mark.parametrize("unknown", ["candidates", "keys", "queries"])
+def test_compile_with_sizes_known_only_at_run_time(unknown: str) -> None:
+    """The number of candidates, keys or queries may depend on the data."""
 
-    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
-    def step(keep: Tensor) -> Tensor:
-        return convnn.forward(query, key, value, k, weight, None, keep.nonzero().squeeze(1))[0]
+    def step(keep: Tensor, *args: Any) -> Tensor:
+        query, key, value, k, weight = args
+        rows = keep.nonzero().squeeze(1)
+        if unknown == "candidates":
+            return convnn.forward(query, key, value, k, weight, None, rows)[0]
+        if unknown == "keys":
+            return convnn.forward(query, key[:, rows], value[:, rows], k, weight)[0]
+        return convnn.forward(query[:, rows], key, value, k, weight)[0]
 
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    args = example("forward")
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        for kept in (K, M):
-            keep = torch.arange(M) < kept
-            expected = convnn.forward(query, key, value, k, weight, None, torch.arange(kept))[0]
-            assert torch.equal(step(keep), expected)
+        for kept in (K, N):
+            keep = torch.arange(N if unknown == "queries" else M) < kept
+            of_compiled, of_eager = with_grad(args), with_grad(args)
+            output, expected = compiled(keep, *of_compiled), step(keep, *of_eager)
+            assert torch.equal(output, expected)
+            output.sum().backward()
+            expected.sum().backward()
+            for arg, right in zip(of_compiled, of_eager, strict=True):
+                if is_floating(arg):
+                    torch.testing.assert_close(arg.grad, right.grad)
 
 
 @pytest.mark.slow
