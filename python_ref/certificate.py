@@ -141,16 +141,18 @@ def _similarity_bounds(
             norm = torch.linalg.vector_norm(X, dim=-1)
             unsure = (norm / EPSILON - 1).abs() <= gamma(D + 8)
             bound = bound + unsure.unsqueeze(dim).double()
-        magnitude = torch.zeros_like(S)
+        magnitude = other_sign = torch.zeros_like(S)
     else:
         Q_finite, K_finite = (torch.where(X.isfinite(), X, 0.0) for X in (Q, K))
         if metric == "dot":
             S = Q @ K.mT
             magnitude = Q_finite.abs() @ K_finite.abs().mT
+            other_sign = _terms_of_other_sign(Q_finite, K_finite, S)
             bound = gamma(D) * magnitude + lost
         else:
             S = -(Q.unsqueeze(-2) - K.unsqueeze(-3)).square().sum(dim=-1)
             magnitude = torch.where(S.isfinite(), -S, 0.0)
+            other_sign = torch.zeros_like(S)
             bound = gamma(D + 2) * magnitude + lost
     if dtype == torch.float64:
         bound = 2 * bound
@@ -159,7 +161,7 @@ def _similarity_bounds(
     # infinity; if both may, the result can be anything.
     largest = finfo.max
     finite_rows = Q.isfinite().all(dim=-1, keepdim=True) & K.isfinite().all(dim=-1).unsqueeze(-2)
-    over = finite_rows & (S.abs() > 1.01 * largest) & (magnitude - S.abs() < 0.98 * largest)
+    over = finite_rows & (S.abs() > 1.01 * largest) & (other_sign < 0.49 * largest)
     S = torch.where(over & S.isfinite(), S.sign() * math.inf, S)
     unsure = (magnitude > 0.98 * largest) & ~over
     if metric == "euclidean":
@@ -172,6 +174,16 @@ def _similarity_bounds(
     least = torch.where(unsure, -math.inf, least)
     greatest = torch.where(unsure, 0.0 if metric == "euclidean" else math.nan, greatest)
     return S, least, greatest
+
+
+def _terms_of_other_sign(Q: Tensor, K: Tensor, S: Tensor) -> Tensor:
+    """The sum of the terms q_d k_d whose sign is not that of S, without their sign.
+
+    Not a difference of sums, in which 1e40 is lost beside 1e70.
+    """
+    positive = Q.relu() @ K.relu().mT + (-Q).relu() @ (-K).relu().mT
+    negative = Q.relu() @ (-K).relu().mT + (-Q).relu() @ K.relu().mT
+    return torch.where(S > 0, negative, positive)
 
 
 def _at_most(a: Tensor, b: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def neighbor_rows(
     metric: str = "cosine",
     missing: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Q [..., N, 1, D] and K[I] [..., N, k, D], normalized for the cosine.
+    """Q [..., N, 1 or k, D] and K[I] [..., N, k, D], normalized for the cosine.
 
     Key rows where `missing` [..., N, k] is True are 0 and get no gradient, so that nothing of them
     reaches a result, not even a NaN.
@@ -97,7 +97,11 @@ def neighbor_rows(
     if metric == "cosine":
         # After the gather, so that a NaN row of K that is nobody's neighbor reaches no gradient.
         Q, K_nn = normalize(Q), normalize(K_nn)
-    return Q.unsqueeze(-2), K_nn
+    Q = Q.unsqueeze(-2)
+    if missing is not None and metric == "euclidean":
+        # The difference to a missing row is 0, too: that of an infinite query would be infinite.
+        Q = Q.masked_fill(missing.unsqueeze(-1), 0.0)
+    return Q, K_nn
 
 
 def similarities_at(

@@ -4,6 +4,7 @@
 import math
 import platform
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -265,6 +266,17 @@ def test_a_number_for_nan() -> None:
     wrong.s[0, 0] = 1e30
     with pytest.raises(AssertionError, match="outside its error bound"):
         wrong.certify()
+
+
+@pytest.mark.parametrize(("other", "is_certain"), [(-1e30, False), (-1.0, True)])
+def test_nan_for_a_sum_that_overflows(other: float, is_certain: bool) -> None:
+    """Of 9e74 and -1e40, a sum in float32 is NaN or infinite; of 9e74 and -1e10, infinite."""
+    query, key = torch.tensor([[3e37, 1e10]]), torch.tensor([[3e37, other]])
+    call = (torch.zeros(1, 1, dtype=torch.int64), 1)
+    assert_certified_selection(query, key, torch.tensor([[math.inf]]), *call, metric="dot")
+    outcome = pytest.raises(AssertionError, match="error bound") if is_certain else nullcontext()
+    with outcome:
+        assert_certified_selection(query, key, torch.tensor([[math.nan]]), *call, metric="dot")
 
 
 def test_values() -> None:

@@ -112,6 +112,19 @@ def test_similarity_by_hand(metric: str, expected: list[list[float]]) -> None:
     torch.testing.assert_close(python_ref.similarities_at(Q, K, I, metric), S.gather(-1, I))
 
 
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+def test_a_missing_neighbor_of_an_infinite_query_has_no_gradient(metric: str) -> None:
+    Q = torch.tensor([[INF, 1.0]], requires_grad=True)
+    K = torch.tensor([[1.0, 2.0], [3.0, math.nan]], requires_grad=True)
+    I, missing = torch.tensor([[1, 0]]), torch.tensor([[False, True]])
+    s = python_ref.similarities_at(Q, K, I, metric, missing)
+    assert s.isnan().tolist() == [[True, False]]
+    alone = python_ref.similarities_at(Q, K, I[:, :1], metric)
+    found, expected = (torch.autograd.grad(each[0, 0], (Q, K)) for each in (s, alone))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 # The similarities of a query of 1 are the keys themselves.
 KEYS = torch.tensor([[5.0], [3.0], [math.nan], [5.0], [-INF], [0.0]])
 ONE = torch.tensor([[1.0]])
