@@ -147,7 +147,9 @@ def _similarity_bounds(
         if metric == "dot":
             S = Q @ K.mT
             magnitude = Q_finite.abs() @ K_finite.abs().mT
-            other_sign = _terms_of_other_sign(Q_finite, K_finite, S)
+            other_sign = torch.zeros_like(S)
+            if bool((magnitude > 0.98 * finfo.max).any()):
+                other_sign = _terms_of_other_sign(Q_finite, K_finite, S)
             bound = gamma(D) * magnitude + lost
         else:
             S = -(Q.unsqueeze(-2) - K.unsqueeze(-3)).square().sum(dim=-1)

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Random cases: each is made from a seed, and its id describes it."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from python_ref import assert_certified_selection, assert_forward
 
 METRICS = ("cosine", "dot", "euclidean")
 RHOS = ("softmax", "ones", "similarity")
@@ -18,6 +22,8 @@ SIZES = sorted({1, 2, 3, *(edge + step for edge in TILE_EDGES for step in (-1, 0
 LEADS = ((), (1,), (2,), (3,), (2, 2), (1, 3), (2, 1, 2), (0,))
 LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded")
 CONTENTS = ("normal", "integers", "duplicates", "zero_rows", "constant", "near_ties", "scales")
+# Of `make_special_case` alone: make_case draws from the others.
+SPECIAL = ("not_finite", "tiny", "huge")
 RANGES = ("causal", "window", "segments", "random", "some_empty")
 
 # Limits that keep a case at a few milliseconds: products of similarities, and gathered elements.
@@ -83,6 +89,18 @@ class Case:
         """Whether every similarity is exactly representable."""
         return self.content == "integers" and self.metric != "cosine"
 
+    @property
+    def only_selects(self) -> bool:
+        """Whether of the results only the selection can be compared.
+
+        Where sums may overflow, their order decides whether they are infinite or NaN. Errors of
+        float64 are estimated by float32, which has no such numbers.
+        """
+        if self.content != "huge" or self.query_dtype == torch.float64:
+            return self.content == "huge"
+        multiplied = self.rho == "similarity" or self.scale > 1
+        return self.metric == "dot" or (self.metric == "euclidean" and multiplied)
+
     def tensors(self) -> dict[str, Tensor | None]:
         """The arguments of `forward` that are tensors, or None."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -94,11 +112,14 @@ class Case:
             return torch.randint(high, shape, generator=generator)
 
         def rows(*shape: int) -> Tensor:
+            if self.content in SPECIAL:
+                return _special_rows(self.content, self.query_dtype, randn, randint, shape)
             return _rows(self.content, randn, randint, shape)
 
         def strided(X: Tensor, dtype: torch.dtype) -> Tensor:
             return with_layout(X.to(dtype), self.layout)
 
+        values = rows if self.content == "not_finite" else randn
         weight = bias = None
         if self.weight == "dense":
             weight = strided(randn(self.O, self.C, self.k), self.value_dtype)
@@ -120,7 +141,7 @@ class Case:
         return {
             "query": strided(rows(*self.lead, self.N, self.D), self.query_dtype),
             "key": strided(rows(*self.lead, self.M, self.D), self.query_dtype),
-            "value": strided(randn(*self.lead, self.M, self.C), self.value_dtype),
+            "value": strided(values(*self.lead, self.M, self.C), self.value_dtype),
             "weight": weight,
             "bias": bias,
             "candidates": candidates,
@@ -199,6 +220,36 @@ def _rows(
         # Norms from about 1e-3 to 1e3 times the usual one, in the range of float16.
         return X * 10.0 ** (randint(7, (*shape[:-1], 1)) - 3).double()
     return X
+
+
+def _special_rows(
+    content: str,
+    dtype: torch.dtype,
+    randn: Callable[..., Tensor],
+    randint: Callable[[int, tuple[int, ...]], Tensor],
+    shape: tuple[int, ...],
+) -> Tensor:
+    """Rows of which a third have special values: one, several, or nothing else.
+
+    `not_finite`: NaN of both signs, infinities and zeros. `tiny`: subnormal numbers, and norms
+    about that which counts as zero. `huge`: up to the largest number, and squares that overflow.
+    """
+    X = randn(*shape)
+    kind = randint(9, (*shape[:-1], 1))
+    one = torch.arange(shape[-1]) == randint(shape[-1], (*shape[:-1], 1))
+    where = (kind == 0) & one | (kind == 1) & (randint(4, shape) == 0) | (kind == 2)
+    info = torch.finfo(dtype)
+    if content == "not_finite":
+        values = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0], dtype=X.dtype)
+        # A row that has nothing else repeats one of them.
+        which = torch.where(kind == 2, randint(6, (*shape[:-1], 1)), randint(6, shape))
+        return torch.where(where, values[which], X)
+    if content == "tiny":
+        sizes = (info.tiny / 4, 1e-12 / shape[-1] ** 0.5)
+    else:
+        sizes = (info.max / 8, info.max**0.5)
+    size = torch.tensor(sizes, dtype=torch.float64)[randint(2, (*shape[:-1], 1))]
+    return torch.where(where, (X * size).clamp(info.min, info.max), X)
 
 
 def with_layout(X: Tensor, layout: str) -> Tensor:
@@ -286,6 +337,35 @@ def make_case(seed: int, restricted: bool = False) -> Case:
         key_range=draw.choice(("none", *RANGES, *RANGES)),
         for_each=draw.random() < 0.5,
     )
+
+
+def make_restricted_case(seed: int) -> Case:
+    return make_case(seed, restricted=True)
+
+
+def make_special_case(seed: int) -> Case:
+    """The case of a seed, restricted if that is odd, with a content of SPECIAL."""
+    case = make_case(seed, restricted=seed % 2 == 1)
+    return replace(case, content=random.Random(seed).choice(SPECIAL))
+
+
+def assert_special(
+    case: Case,
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    select: Callable[..., tuple[Tensor, Tensor]],
+    backward: bool = True,
+) -> None:
+    """Compares the two operators with the reference, as far as a special case determines results.
+
+    NaN is first, ties by index, and where it must be; so are infinities.
+    """
+    arguments: dict[str, Any] = case.arguments()
+    of_aggregation = ("value", "weight", "bias", "rho", "scale")
+    search = {name: X for name, X in arguments.items() if name not in of_aggregation}
+    s, I = select(**search)
+    assert_certified_selection(similarities=s, indices=I, **search)
+    if not case.only_selects:
+        assert_forward(forward, **arguments, backward=backward, seed=case.seed)
 
 
 def whole_numbers(B: int, M: int, D: int, bits: int) -> tuple[Tensor, Tensor]:

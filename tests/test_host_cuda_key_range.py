@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Case
+from cases import Case, make_restricted_case
 from host_cuda_program import HostCuda
 from inputs import allowed_by
 from test_host_cuda import Selection, integers, normal, small_cases
@@ -85,7 +85,7 @@ def ranges_of(kind: str, M: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "case", list(islice(small_cases(restricted=True), 200)), ids=lambda case: case.id
+    "case", list(islice(small_cases(make_restricted_case), 200)), ids=lambda case: case.id
 )
 def test_random_case(case: Case, device: HostCuda) -> None:
     device.seed = case.seed

@@ -5,10 +5,12 @@ import math
 import platform
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, SHORT
+from cases import DTYPES, SHORT, assert_special, make_special_case
 from inputs import each_metric
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from python_ref import (
     assert_values,
 )
 
+F32 = torch.float32
 N, M, D, C, K = 11, 60, 64, 6, 5
 
 
@@ -277,6 +280,51 @@ def test_nan_for_a_sum_that_overflows(other: float, is_certain: bool) -> None:
     outcome = pytest.raises(AssertionError, match="error bound") if is_certain else nullcontext()
     with outcome:
         assert_certified_selection(query, key, torch.tensor([[math.nan]]), *call, metric="dot")
+
+
+def _changed(call: dict[str, Any], change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    s, I = python_ref.select(**call)
+    return change(s), I
+
+
+def _nan_last(s: Tensor, I: Tensor) -> tuple[Tensor, Tensor]:
+    order = s.nan_to_num(-math.inf, math.inf).argsort(dim=-1, descending=True, stable=True)
+    return s.gather(-1, order), I.gather(-1, order)
+
+
+def _select_flushed(query: Tensor, key: Tensor, *options: Any, **more: Any) -> Any:
+    query, key = (X.masked_fill(X.abs() < torch.finfo(X.dtype).tiny, 0.0) for X in (query, key))
+    return python_ref.select(query, key, *options, **more)
+
+
+def _select_by_norms_that_overflow(query: Tensor, key: Tensor, metric: str, **options: Any) -> Any:
+    if metric == "cosine":
+        query, key = (X.float() / X.float().square().sum(-1, True).sqrt() for X in (query, key))
+    return python_ref.select(query, key, metric=metric, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "dtype", "wrong"),
+    [
+        ("not_finite", F32, lambda **call: _nan_last(*python_ref.select(**call))),
+        ("not_finite", F32, lambda **call: _changed(call, lambda s: s.nan_to_num(0.0, math.inf))),
+        ("not_finite", F32, lambda **call: _changed(call, lambda s: s.nan_to_num(math.nan))),
+        ("tiny", torch.float16, _select_flushed),
+        ("huge", F32, _select_by_norms_that_overflow),
+    ],
+    ids=["nan_last", "nan_is_zero", "infinity_is_large", "flushed", "norms_overflow"],
+)
+def test_special_values(content: str, dtype: torch.dtype, wrong: Callable[..., Any]) -> None:
+    """Of the cases, some tell the wrong result from a right one."""
+    cases = [case for case in map(make_special_case, range(80)) if case.content == content]
+    rejected = 0
+    for case in cases:
+        case = replace(case, query_dtype=dtype, order="similarity")
+        try:
+            assert_special(case, python_ref.forward, wrong, backward=False)
+        except AssertionError:
+            rejected += 1
+    assert rejected >= 3, f"{rejected} of {len(cases)}"
 
 
 def test_values() -> None:

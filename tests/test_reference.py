@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import make_case
+from cases import assert_special, make_case, make_special_case
 from inputs import gradients, make_weight, randn
 from torch import Tensor
 
@@ -303,6 +303,11 @@ def test_the_reference_passes_its_own_comparison(seed: int) -> None:
     case = make_case(seed)
     assert (case.k > (case.candidates or case.M)) == (seed % 10 == 7)
     python_ref.assert_forward(python_ref.forward, **case.arguments(), exact=case.exact, seed=seed)
+
+
+def test_the_reference_passes_its_own_comparison_of_special_values() -> None:
+    for case in map(make_special_case, range(30)):
+        assert_special(case, python_ref.forward, python_ref.select, backward=False)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
