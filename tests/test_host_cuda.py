@@ -153,8 +153,9 @@ def test_random_case(case: Case, device: HostCuda) -> None:
 )
 def test_random_special_case(case: Case, device: HostCuda) -> None:
     device.seed = case.seed
-    # Where softmax is NaN, so is the gradient of a depthwise weight of missing neighbors.
-    backward = case.content != "not_finite"
+    # Where softmax is NaN, so is the gradient of a depthwise weight of missing neighbors; and the
+    # inverse of a huge norm is subnormal, which has fewer bits.
+    backward = case.content == "tiny"
     assert_special(case, device.forward, device.select, backward)
 
 
