@@ -4,6 +4,7 @@
 import json
 import threading
 from collections.abc import Callable
+from datetime import date, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +16,16 @@ from tools.nightly import __main__ as command
 from tools.nightly import cases, leaks, parts, reruns, threads
 from tools.nightly.parts import PARTS
 
-forward = torch.ops.convnn.forward
-COUNTS = {"random": 4, "derivatives": 20, "reruns": 48, "leaks": 6, "threads": 1}
+ops = torch.ops.convnn
+forward = ops.forward
+COUNTS = {"random": 4, "special": 4, "derivatives": 20, "reruns": 48, "leaks": 2, "threads": 1}
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few calls, and nothing kept from the runs of another test."""
-    monkeypatch.setattr(leaks, "CALLS", 40)
-    monkeypatch.setattr(leaks, "_history", [])
+    monkeypatch.setattr(leaks, "CALLS", 160)
+    monkeypatch.setattr(leaks, "WARM_UP", 120)
     monkeypatch.setattr(threads, "CALLS", 2)
     monkeypatch.setattr(reruns, "_made", {})
     monkeypatch.setattr(parts, "MOST_FAILURES", 1)
@@ -69,6 +71,7 @@ def _keeps_memory(*args: Any, **options: Any) -> Any:
     ("name", "module", "wrong"),
     [
         ("random", cases, lambda *args: forward(*args[:3], args[3], None, *args[5:])),
+        ("special", cases, lambda **arguments: forward(**arguments | {"bias": None})),
         ("derivatives", cases, _twice_the_gradient),
         ("reruns", reruns, _by_number_of_threads),
         ("leaks", leaks, _keeps_memory),
@@ -82,12 +85,20 @@ def test_a_fault_is_found(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    select, aggregate = torch.ops.convnn.select, torch.ops.convnn.aggregate
-    fakes = SimpleNamespace(forward=wrong, select=select, aggregate=aggregate)
+    fakes = SimpleNamespace(forward=wrong, select=ops.select, aggregate=ops.aggregate)
     monkeypatch.setattr(module, "ops", fakes)
     result = run(name, tmp_path)
     assert result["failures"], result
     assert result["failures"][0]["case"] >= 500_000
+    _kept.clear()
+
+
+def test_a_leak_is_found_again_by_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = SimpleNamespace(forward=_keeps_memory, select=ops.select, aggregate=ops.aggregate)
+    monkeypatch.setattr(leaks, "ops", fakes)
+    monkeypatch.setattr("sys.argv", ["nightly", "--part", "leaks", "--case", "500000"])
+    with pytest.raises(AssertionError, match=r"grew by \d+ bytes in 40 calls"):
+        command.main()
     _kept.clear()
 
 
@@ -113,8 +124,48 @@ def test_a_part_of_which_nothing_ran_is_a_failure() -> None:
 
 def test_a_program_that_does_not_end_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "GRACE_SECONDS", 0.001)
-    for result in (command._fuzz(1e-9, 0), command._sanitized(1e-9)):
-        assert result["failures"] == [{"case": None, "what": "does not end"}]
+    again = {
+        "python -m tools.fuzz --minutes 3e-08 --seed 7": command._fuzz(1e-9, 7),
+        "python -m pytest -q -m sanitized tests/test_sanitized.py": command._sanitized(1e-9),
+    }
+    for words, result in again.items():
+        assert result["failures"] == [{"case": None, "what": "does not end", "again": words}]
+
+
+def test_a_failure_says_how_to_repeat_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def call(words: list[str], seconds: float) -> tuple[str, str]:
+        failures = [{"case": 12, "what": "wrong"}]
+        Path(words[words.index("--out") + 1]).write_text(
+            json.dumps(_done("random", 3) | {"failures": failures, "case": 15})
+        )
+        return "", "exit status -11"
+
+    monkeypatch.setattr(command, "_call", call)
+    result = command._shard(PARTS["random"], 0, 1.0, 0.0, 5, tmp_path)
+    again = ["python -m tools.nightly --part random --case " + case for case in ("12", "15")]
+    assert [failure["again"] for failure in result["failures"]] == again
+    command._print(command._summary([result]), 1.0, tmp_path)
+    printed = capsys.readouterr().out
+    assert f"FAILED (again: {again[0]}): wrong" in printed
+    assert f"FAILED (again: {again[1]}): exit status -11" in printed
+
+
+def test_each_day_tries_cases_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two shards of ten years have a case of a part in common."""
+    shards = max(part.shards for part in PARTS.values())
+    days = [date(2026, 1, 1) + timedelta(number) for number in range(3650)]
+    firsts = {command.seed_of(day) + n * command.APART for day in days for n in range(shards)}
+    assert len({first // command.OF_A_DAY for first in firsts}) == shards * len(days)
+    assert all(2 * part.count // part.shards <= command.OF_A_DAY for part in PARTS.values())
+
+    seeds: list[int] = []
+    monkeypatch.setattr(command, "nightly", lambda hours, seed, *others: seeds.append(seed))
+    for words in ([], ["--seed", "3"]):
+        monkeypatch.setattr("sys.argv", ["nightly", *words])
+        command.main()
+    assert seeds == [command.seed_of(date.today()), 3]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +203,7 @@ def test_the_command(tmp_path: Path, run_python: Callable[..., str]) -> None:
     printed = run_python(code)
     report = json.loads(out.read_text())
     assert report["complete"]
+    assert f"seed {report['seed']}\n" in printed
     assert set(report["parts"]) == set(only)
     for name, part in report["parts"].items():
         assert part["failures"] == [], printed

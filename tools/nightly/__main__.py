@@ -6,11 +6,13 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from benchmarks.environment import REPOSITORY, make_stamp
 from tools.nightly import parts
 from tools.nightly.parts import HOURS, PARTS, Part
 
-# Seeds of shards are this far apart.
-APART = 10_000_000
+# First seeds of days, and of shards, are this far apart: those of a shard are some 25,000.
+OF_A_DAY = 100_000
+APART = 10_000 * OF_A_DAY
 # Of the whole time, on one of the two cores.
 FUZZ_SHARE = 0.5
 SANITIZED = Path("tests/test_sanitized.py")
@@ -27,6 +30,11 @@ SANITIZED = Path("tests/test_sanitized.py")
 LEAST_SECONDS = 120.0
 # A shard may take so much longer, before it counts as one that does not end.
 GRACE_SECONDS = 120
+
+
+def seed_of(day: date) -> int:
+    """The default seed: each day tries other cases."""
+    return day.toordinal() * OF_A_DAY
 
 
 def _environment() -> dict[str, str]:
@@ -50,7 +58,17 @@ def _shard(
         result |= json.loads(out.read_text())
     if ending:
         result["failures"].append({"case": result.get("case"), "what": ending})
+    for failure in result["failures"]:
+        if failure["case"] is not None:
+            failure["again"] = (
+                f"python -m tools.nightly --part {part.name} --case {failure['case']}"
+            )
     return result
+
+
+def _failure(command: list[str], what: str) -> dict[str, Any]:
+    """Of a command that runs no cases of a part, but may be run again."""
+    return {"case": None, "what": what, "again": shlex.join(["python", *command[1:]])}
 
 
 def _call(command: list[str], seconds: float) -> tuple[str, str]:
@@ -76,10 +94,11 @@ def _fuzz(hours: float, seed: int) -> dict[str, Any]:
     began = time.monotonic()
     minutes = 60 * hours * FUZZ_SHARE
     command = [sys.executable, "-m", "tools.fuzz", "--minutes", f"{minutes:g}"]
-    printed, ending = _call([*command, "--seed", str(seed)], 60 * minutes + 10 * GRACE_SECONDS)
+    command += ["--seed", str(seed)]
+    printed, ending = _call(command, 60 * minutes + 10 * GRACE_SECONDS)
     calls = re.search(r"^(\d+) calls", printed, re.M)
     count = int(calls[1]) if calls else 0
-    failures = [{"case": None, "what": ending}] if ending else []
+    failures = [_failure(command, ending)] if ending else []
     seconds = time.monotonic() - began
     return {"part": "fuzz", "compared": count, "failures": failures, "seconds": seconds}
 
@@ -92,13 +111,14 @@ def _sanitized(hours: float) -> dict[str, Any]:
     printed, ending = _call(command, 3600 * hours + 10 * GRACE_SECONDS)
     passed = re.search(r"(\d+) passed", printed)
     if ending:
-        result["failures"].append({"case": None, "what": ending})
+        result["failures"].append(_failure(command, ending))
     result["compared"] = int(passed[1]) if passed else 0
     return result | {"seconds": time.monotonic() - began}
 
 
 def nightly(hours: float, seed: int, only: list[str], out: Path, jobs: int) -> int:
     began = time.monotonic()
+    print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as pool:
         folder = Path(name)
         futures = []
@@ -149,8 +169,7 @@ def _print(summary: dict[str, Any], seconds: float, out: Path) -> None:
             short = f", short of {part['wanted']}: time was up"
         print(f"{name}: {part['compared']} {what}, {rate:.1f}/s{short}")
         for failure in part["failures"][:3]:
-            case = failure["case"]
-            again = "" if case is None else f" (again: --part {name} --case {case})"
+            again = f" (again: {failure['again']})" if "again" in failure else ""
             print(f"  FAILED{again}: {failure['what']}")
         if len(part["failures"]) > 3:
             print(f"  and {len(part['failures']) - 3} more failures")
@@ -170,7 +189,8 @@ def _hours(text: str) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.nightly", description=__doc__)
     parser.add_argument("--hours", type=_hours, default=HOURS, help="counts are in proportion")
-    parser.add_argument("--seed", type=int, default=100_000, help="the first case of each part")
+    today = seed_of(date.today())
+    parser.add_argument("--seed", type=int, default=today, help="first case; by default today's")
     every = [*PARTS, "fuzz", "sanitized"]
     parser.add_argument("--only", nargs="+", choices=every, default=every)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Random cases against the reference, and directional derivatives of float64 cases."""
+"""Random cases against the reference, also of special values, and directional derivatives."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from python_ref import assert_aggregate, assert_forward, assert_select, select
-from tests.cases import make_case
+from tests.cases import assert_special, make_case, make_special_case
 
 ops = torch.ops.convnn
 CONVOLUTION = ("value", "weight", "bias", "rho", "scale")
@@ -30,6 +30,13 @@ def random_case(seed: int) -> bool:
         assert_select(ops.select, **search, exact=case.exact, seed=seed)
         given = {name: arguments[name] for name in CONVOLUTION}
         assert_aggregate(ops.aggregate, similarities=s, indices=I, **given, seed=seed)
+    return True
+
+
+def special_case(seed: int) -> bool:
+    """`select` and, as far as a special case determines them, the results of `forward`."""
+    torch.set_num_threads(2 if seed % 10 == 0 else 1)
+    assert_special(make_special_case(seed), ops.forward, ops.select)
     return True
 
 

@@ -11,10 +11,10 @@ from convnn_kernels import functional
 
 ops = torch.ops.convnn
 
-# Calls of a case, and what the process may grow by over all of them.
-CALLS = 1000
-MOST_GROWTH = 2 * 2**20
-WARM_UP = 3
+# Calls of a case, of which the first warm up, and what the process may grow by over the others.
+CALLS = 10_000
+WARM_UP = 1_000
+MOST_GROWTH = {"in use": 2**17, "resident": 2**20}
 
 
 class _Mallinfo(ctypes.Structure):
@@ -69,23 +69,22 @@ def _calls(i: int) -> None:
 
 
 def leak(case: int) -> bool:
-    """CALLS calls. The first cases warm up and are what later ones are compared with: False."""
+    """CALLS calls: memory after all of them is that after the first."""
     torch.set_num_threads(1 + case % 2)
     torch.manual_seed(case)
+    before = {}
     for i in range(CALLS):
+        if i == WARM_UP:
+            before = _memory()
         _calls(i)
-    gc.collect()
-    now = {"in use": in_use(), "resident": resident()}
-    _history.append(now)
-    # Of both numbers of threads.
-    if len(_history) <= WARM_UP:
-        return False
-    for name, value in now.items():
-        grown = value - max(each[name] for each in _history[:WARM_UP])
-        if grown > MOST_GROWTH:
-            calls = (len(_history) - WARM_UP) * CALLS
+    for name, value in _memory().items():
+        grown = value - before[name]
+        if grown > MOST_GROWTH[name]:
+            calls = CALLS - WARM_UP
             raise AssertionError(f"{name}: grew by {grown} bytes in {calls} calls")
     return True
 
 
-_history: list[dict[str, int]] = []
+def _memory() -> dict[str, int]:
+    gc.collect()
+    return {"in use": in_use(), "resident": resident()}

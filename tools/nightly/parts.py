@@ -38,9 +38,10 @@ PARTS = {
     part.name: part
     for part in (
         Part("random", "cases:random_case", 100_000, "random cases against the reference", 4),
+        Part("special", "cases:special_case", 20_000, "random cases of NaN, infinity and the like"),
         Part("derivatives", "cases:derivative", 20_000, "cases of directional derivatives"),
         Part("reruns", "reruns:rerun", 24_000, "reruns of 24 configurations, bit by bit", least=48),
-        Part("leaks", "leaks:leak", 100, "thousands of calls without growth of memory", least=5),
+        Part("leaks", "leaks:leak", 10, "times 10,000 calls without growth of memory", least=2),
         Part("threads", "threads:at_once", 400, "times 128 calls of 16 threads at once", least=2),
     )
 }
