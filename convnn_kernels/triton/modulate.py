@@ -81,10 +81,13 @@ def _add_parts(p_part, o, m, size, parts):
 
 @Kernel
 def modulate_backward_kernel(
+    p_similarities,  # [B, N, k] float32, contiguous
+    p_indices,  # [B, N, k] int64, contiguous
     p_rho,  # [B, N, k] float32; None if rho is s
     p_rho_part,  # [parts, B, N, k] float32: parts of the gradient of rho
     p_similarities_grad,  # [B, N, k] float32; may be p_rho_part
     rows,
+    M,
     k,
     scale,
     parts,
@@ -109,7 +112,10 @@ def modulate_backward_kernel(
         o = o_r[:, None] * k + (j + o_k)[None, :]
         b_grad = _add_parts(p_rho_part, o, m, size, parts)
         if p_rho is not None:
+            # rho of a missing neighbor is 0, but the sum may be NaN.
+            _, _, m_any = load_neighbors(p_similarities, p_indices, o, m, M)
             b_grad = scale * tl.load(p_rho + o, m, 0.0) * (b_grad - b_sum[:, None])
+            b_grad = tl.where(m_any, b_grad, 0.0)
         tl.store(p_similarities_grad + o, b_grad, m)
 
 

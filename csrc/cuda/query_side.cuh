@@ -132,8 +132,12 @@ __device__ inline void modulate_query(const QuerySideWork<T>& w,
     a.rho[at] = rho;
     sum.add(rho);
   }
-  if (w.rho != Rho::softmax || !any) return;
-  for (int64_t j = 0; j < w.k; ++j) a.rho[j * kTileRows + lane()] /= sum.value();
+  if (w.rho != Rho::softmax) return;
+  for (int64_t j = 0; j < w.k; ++j) {
+    const int64_t at = j * kTileRows + lane();
+    // The sum may be NaN, but rho of a missing neighbor is 0.
+    if (a.row[at] >= 0) a.rho[at] /= sum.value();
+  }
 }
 
 // drho, in the place of ds, and what the tile adds to the part of dW and db.
