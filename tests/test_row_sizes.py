@@ -54,6 +54,25 @@ def test_a_norm_of_exactly_epsilon_is_zero(dtype: torch.dtype, queries: str, nam
         assert torch.equal(s, expected[: len(ones), None].expand(s.shape))
 
 
+@each_instruction_set
+@pytest.mark.parametrize("position", [0, 5, D - 1])
+def test_one_element_whose_square_overflows(position: int, name: str) -> None:
+    leaves = [randn(14, D, dtype=torch.float64), randn(M, D, dtype=torch.float64)]
+    for X in leaves:
+        X[:, position] *= 2.0**18
+        X.requires_grad_()
+    scaled = [(X.detach() * 2.0**497).requires_grad_() for X in leaves]
+    with native.use_cpu_instruction_set(name):
+        s, I = ops.select(*leaves, 9)
+        of_scaled, J = ops.select(*scaled, 9)
+        assert torch.equal(of_scaled, s)
+        assert torch.equal(J, I)
+        along = randn(*s.shape, dtype=torch.float64)
+        grads = gradients(s, leaves, along)
+        for grad, other in zip(grads, gradients(of_scaled, scaled, along), strict=True):
+            assert torch.equal(other * 2.0**497, grad)
+
+
 @each_dtype
 def test_powers_of_two_do_not_change_the_rows_of_the_reference(dtype: torch.dtype) -> None:
     rows = make_rows(dtype, "all", 150, D)
