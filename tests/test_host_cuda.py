@@ -391,9 +391,12 @@ def test_a_softmax_that_is_nan_leaves_missing_neighbors_out(
     grad_value, grad_s, grad_weight, _ = device.aggregate_backward(
         grad_output, value, s, I, weight, False, "softmax", 1.0
     )
-    assert grad_s.isnan().tolist() == [[True, False]] and grad_s[0, 1] == 0
-    assert grad_value[1].isnan().all() and not grad_value[0].any()
-    assert grad_weight[..., 0].isnan().all() and not grad_weight[..., 1].any()
+    assert grad_s.isnan().tolist() == [[True, False]]
+    assert grad_s[0, 1] == 0
+    assert grad_value[1].isnan().all()
+    assert not grad_value[0].any()
+    assert grad_weight[..., 0].isnan().all()
+    assert not grad_weight[..., 1].any()
 
 
 def test_more_than_65535_batch_rows(device: HostCuda) -> None:

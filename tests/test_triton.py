@@ -426,9 +426,12 @@ def test_a_softmax_that_is_nan_leaves_missing_neighbors_out(
     value, weight = torch.ones(2, 2, requires_grad=True), torch.ones(shape, requires_grad=True)
     s = torch.tensor([[near, -math.inf]], requires_grad=True)
     ops.aggregate(value, s, torch.tensor([[1, 0]]), weight, rho="softmax").sum().backward()
-    assert s.grad.isnan().tolist() == [[True, False]] and s.grad[0, 1] == 0
-    assert value.grad[1].isnan().all() and not value.grad[0].any()
-    assert weight.grad[..., 0].isnan().all() and not weight.grad[..., 1].any()
+    assert s.grad.isnan().tolist() == [[True, False]]
+    assert s.grad[0, 1] == 0
+    assert value.grad[1].isnan().all()
+    assert not value.grad[0].any()
+    assert weight.grad[..., 0].isnan().all()
+    assert not weight.grad[..., 1].any()
 
 
 def test_values_of_missing_neighbors_do_not_matter() -> None:
