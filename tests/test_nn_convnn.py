@@ -616,6 +616,8 @@ def test_settings_of_the_branch() -> None:
     for part in ("coordinate_order='xy'", "standardize=True", "self_similarity=1.0", "'ends'"):
         assert part in text
         assert part not in repr(HybridBranch2d(3, 4, positional_encoding="both"))
+    # After what a layer without an encoding has.
+    assert HybridBranch2d(3, 4).convnn.extra_repr() + ", positional_encoding='both'" in text
 
 
 @pytest.mark.parametrize(

@@ -370,9 +370,9 @@ class ConvNNAttention(nn.Module):
             candidates.self_similarity,
             self.metric,
             self.order,
+            candidates.exclude_self and has_self,
             key_mask,
             self._key_range(key_range, (batch, heads, N, M), query.device),
-            candidates.exclude_self and has_self,
         )
         q = q if self.query_norm is None else self.query_norm(q)
         k = k if self.key_norm is None else self.key_norm(k)

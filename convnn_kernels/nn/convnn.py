@@ -381,8 +381,8 @@ class _ConvNN(nn.Module):
             candidates.self_similarity,
             self.metric,
             self.order,
+            candidates.exclude_self,
             key_range=key_range,
-            exclude_self=candidates.exclude_self,
         )
 
     def _neighbors_by_position(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ class Search(NamedTuple):
     self_similarity: float | None
     metric: Metric
     order: Order
+    exclude_self: bool
     key_mask: Tensor | None = None  # [..., M] bool
     key_range: Tensor | None = None  # [N, 2] or [..., N, 2] int64
-    exclude_self: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """What ``functional.select_neighbors`` and ``functional.convnn`` take."""
