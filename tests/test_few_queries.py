@@ -80,6 +80,18 @@ def test_equal_keys_come_in_their_order() -> None:
     assert torch.equal(s.isnan(), (I >= 4500))
 
 
+@each_metric
+def test_queries_that_are_not_finite(metric: str) -> None:
+    """Beside finite ones, which have the same neighbors as without them."""
+    query, key = randn(6, 33), randn(9000, 33)
+    finite = ops.select(query, key, 9, metric=metric)
+    query[1], query[3, 5], query[4, 0] = torch.nan, torch.inf, -torch.inf
+    s, I = assert_select(ops.select, query, key, 9, metric=metric)
+    rows = torch.tensor([0, 2, 5])
+    assert torch.equal(s[rows], finite[0][rows])
+    assert torch.equal(I[rows], finite[1][rows])
+
+
 @pytest.mark.parametrize("columns", [0, 1, 3, 15, 16, 17, 1023, 1025, 4097])
 @pytest.mark.parametrize("N", [1, 5])
 @pytest.mark.parametrize("D", [1, 16, 20])

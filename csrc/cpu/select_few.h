@@ -67,7 +67,6 @@ class SelectFew : Select<T> {
     int64_t* self_columns;  // [n]
     ColumnRange* seen;      // [n] the columns that each may see
     ColumnRange* parts;     // [n] those of a chunk
-    bool queries_are_finite;
     size_t bytes;
 
     Scratch(const SelectParams& p, void* base) {
@@ -146,13 +145,9 @@ class SelectFew : Select<T> {
  private:
   static void read_queries(const SelectParams& p, int64_t batch, Scratch& scratch) {
     const int64_t stride = padded_stride<A>(p.d);
-    A zero = 0;
     for (int64_t r = 0; r < p.n; ++r) {
-      A* row = scratch.queries + r * stride;
-      Base::read_row(p, p.query.at<T>(batch, r), row);
-      for (int64_t t = 0; t < p.d; ++t) zero += row[t] * 0;
+      Base::read_row(p, p.query.at<T>(batch, r), scratch.queries + r * stride);
     }
-    scratch.queries_are_finite = zero == 0;
     if (!Base::includes_self(p)) return;
     for (int64_t r = p.n; r < ceil_div(p.n, kTileRows) * kTileRows; ++r) {
       Base::pad_row(p, scratch.queries + r * stride, 0);
@@ -272,7 +267,7 @@ class SelectFew : Select<T> {
         store(to, load(to) * inverse);
       }
     }
-    if (!bounded || !scratch.queries_are_finite) return false;
+    if (!bounded) return false;
     // Each of the d additions of either product has an error of at most 2^-24, and normalized rows
     // may be a little longer than 1. 2^-22 also covers the division by a norm and the rounding of
     // what is computed from this bound.

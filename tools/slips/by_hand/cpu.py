@@ -361,11 +361,6 @@ SLIPS = {
             "queries of a later batch element in one task are those of the first",
         ),
         (
-            "scratch.queries_are_finite = zero == 0;",
-            "scratch.queries_are_finite = true;",
-            "queries that are not finite are screened",
-        ),
-        (
             "bounded = bounded && squares[i] >= kLeastSquare && squares[i] <= kLargestSquare;",
             "bounded = bounded && squares[i] <= kLargestSquare;",
             "tiny keys are screened",
