@@ -127,6 +127,15 @@ def test_equal_keys_behind_others(ways: collections.Counter[str]) -> None:
     assert ways == {"blocks": 1, "ties": 1}
 
 
+def test_rows_beside_one_with_ties(ways: collections.Counter[str]) -> None:
+    """They are searched with it, and have just k hits where the best are in different groups."""
+    query, key = normal(1, 16, 16), normal(1, 300, 16, seed=1)
+    query[:, 0], key[:, ::2] = torch.eye(16, dtype=F16)[0], torch.eye(16, dtype=F16)[0]
+    query[:, 1:, 0] = -1.0
+    assert_select(ops.select, query, key, 9, backward=False)
+    assert ways == {"blocks": 1, "ties": 1}
+
+
 def test_few_values(ways: collections.Counter[str]) -> None:
     key = integers(1, 300, 2, most=1)
     assert_select(ops.select, key[:, :40], key, 9, backward=False)
