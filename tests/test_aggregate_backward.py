@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Gradients of aggregation: rows that many queries share, and neighbors that are missing."""
 
+import json
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 from inputs import each_weight, make_weight, one_thread, randn
@@ -68,3 +72,37 @@ def test_missing_neighbor_with_an_infinite_gradient() -> None:
     (grad,) = torch.autograd.grad(output, weight, grad_output)
     assert grad[0, :, 0].isinf().all()
     torch.testing.assert_close(grad[:, :, 1], torch.full((2, 2), 0.5))
+
+
+# Prints the bytes of arguments and results, and how far peak resident memory rose above what was
+# there before them.
+LARGE_WEIGHT = """
+    import json, pathlib, torch, convnn_kernels
+
+    def resident(field):
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+
+    def run(N, C, O):
+        arguments = torch.randn(N, O), torch.randn(N, C), torch.ones(N, 1)
+        arguments += torch.arange(N)[:, None], torch.randn(O, C, 1)
+        needs = dict(need_value=False, need_similarities=False, need_weight=True, need_bias=False)
+        backward = torch.ops.convnn.aggregate_backward
+        results = backward(*arguments, has_bias=False, rho="ones", scale=1.0, **needs)
+        return sum(X.numel() * X.element_size() for X in (*arguments, *results))
+
+    torch.set_num_threads(2)
+    run(64, 8, 8)  # starts threads and fills caches that remain
+    before = resident("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+    total = run(1024, 512, 2048)
+    print(json.dumps(dict(total=total, rise=resident("VmHWM") - before)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_the_gradient_of_a_large_weight(run_python: Callable[..., str]) -> None:
+    """Parts of it that tasks sum for themselves would take four times its memory."""
+    found = json.loads(run_python(LARGE_WEIGHT).splitlines()[-1])
+    assert found["total"] < found["rise"] < 2 * found["total"]
