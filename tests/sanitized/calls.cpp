@@ -57,7 +57,7 @@ void threads(int64_t tasks, int64_t, const Body& body) {
   for (std::thread& other : others) other.join();
 }
 
-// What a sanitizer's report is about. Sanitizers must be told to abort (abort_on_error).
+// What a report of AddressSanitizer or UBSan is about. They must be told to abort (abort_on_error).
 thread_local std::string current;
 void tell_current(int) { std::fprintf(stderr, "sanitized: in call %s\n", current.c_str()); }
 

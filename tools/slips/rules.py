@@ -89,7 +89,8 @@ PYTHON = [
 
 TRITON = [
     *[rule for rule in PYTHON if rule.name not in ("none", "member", "dimension")],
-    # In a kernel, -1 is a dimension only in brackets; elsewhere it is a row that stands for none.
+    # In a kernel, -1 is a dimension only in brackets; elsewhere it is a row that stands for none,
+    # as -2 does.
     Rule("dimension", r"(?<=\[)-1\b", "-2"),
     Rule("mask", r", mask=[^,()]+(?=[,)])", ""),
     Rule("logic", r" & ", " | "),
@@ -142,12 +143,14 @@ def _in_context(lines: list[str], row: int, text: str) -> str | None:
 
 
 def candidates(path: str, text: str, skip: str = "") -> Iterator[Slip]:
-    """All slips that the rules make of a file, except in lines in which `skip` is found."""
+    """All slips that the rules make of a file, except within what `skip` matches in a line."""
     lines = text.splitlines(keepends=True)
     codes = code_of(path, text).splitlines(keepends=True)
     for row, (line, code) in enumerate(zip(lines, codes, strict=True)):
-        if _NEVER.search(line) or (skip and re.search(skip, line)):
+        if _NEVER.search(line):
             continue
+        if skip:
+            code = re.sub(skip, lambda found: " " * len(found[0]), code)
         part = _in_context(lines, row, text)
         if part is None:
             continue
