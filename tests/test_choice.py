@@ -5,7 +5,6 @@ import ctypes
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from instruction_sets import INSTRUCTION_SETS
@@ -264,9 +264,10 @@ def remembered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file that a process wrote."""
     folder = tmp_path_factory.mktemp("remembered")
     code = "from convnn_kernels import native; native.cpu_choice()"
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path, "CONVNN_CACHE": str(folder)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    status, _, error = processes.run_forked(
+        code, 60, processes.environment(CONVNN_CACHE=str(folder))
+    )
+    assert status == 0, error
     (file,) = folder.iterdir()
     return file
 

@@ -158,12 +158,12 @@ def seeds(count: int, quick: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("seed", seeds(150, 2))
+@pytest.mark.parametrize("seed", seeds(150, 1))
 def test_random_cases(seed: int, ranks: Ranks) -> None:
     check_case(ranks, seed, restricted=False)
 
 
-@pytest.mark.parametrize("seed", seeds(150, 3))
+@pytest.mark.parametrize("seed", seeds(150, 2))
 def test_random_restricted_cases(seed: int, ranks: Ranks) -> None:
     check_case(ranks, seed, restricted=True)
 
