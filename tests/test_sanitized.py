@@ -30,9 +30,6 @@ from convnn_kernels import native
 
 pytestmark = [pytest.mark.sanitized, pytest.mark.slow]
 
-# Those of the processor, whatever PyTorch is told that it has.
-INSTRUCTION_SETS = native.usable_cpu_instruction_sets()
-
 CALLS, CALLS_IN_THREADS, CALLS_THROUGH_PYTORCH = 3000, 150, 500
 COMPILER = os.environ.get("CXX", "c++")
 REQUIRED = os.environ.get("CONVNN_SANITIZERS") == "1"
@@ -119,6 +116,15 @@ def preloaded() -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def instruction_sets(programs: Path) -> list[str]:
+    """Those of the programs; the package may have been built with fewer."""
+    command = [programs / "address_calls", "sets"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert set(found) >= set(native.usable_cpu_instruction_sets())
+    return found
+
+
 @contextlib.contextmanager
 def calls(program: Path, count: int, way: str, byte: int = 255, **more: str) -> Iterator[Run]:
     run = Run([str(program), "0", str(count), way], options(byte, **more), program.parent)
@@ -147,26 +153,30 @@ def assert_equal(got: list[str], expected: list[str]) -> None:
     assert not different, f"{len(different)} results differ, first:\n" + "\n".join(different[0])
 
 
-def test_random_calls(results: list[str]) -> None:
-    assert len(results) == CALLS * len(INSTRUCTION_SETS)
+def test_random_calls(results: list[str], instruction_sets: list[str]) -> None:
+    assert len(results) == CALLS * len(instruction_sets)
 
 
-def test_threads(programs: Path, results: list[str], tmp_path: Path) -> None:
+def test_threads(
+    programs: Path, instruction_sets: list[str], results: list[str], tmp_path: Path
+) -> None:
     """Callers at once, each with threads, beginning with the choice of an instruction set."""
     program = programs / "thread_calls"
     with calls(program, CALLS_IN_THREADS, "threads", CONVNN_CACHE=str(tmp_path)) as run:
         lines = run.lines()
-    assert len(lines) == CALLS_IN_THREADS * len(INSTRUCTION_SETS)
+    assert len(lines) == CALLS_IN_THREADS * len(instruction_sets)
     expected = {tuple(line.split(" ", 2)[:2]): line for line in results}
     assert_equal(lines, [expected[tuple(line.split(" ", 2)[:2])] for line in lines])
 
 
-def test_threads_with_a_remembered_choice(programs: Path, tmp_path: Path) -> None:
+def test_threads_with_a_remembered_choice(
+    programs: Path, instruction_sets: list[str], tmp_path: Path
+) -> None:
     found = []
     for _ in range(2):
         with calls(programs / "thread_calls", 4, "threads", CONVNN_CACHE=str(tmp_path)) as run:
             found.append(run.lines())
-        assert len(list(tmp_path.iterdir())) == (len(INSTRUCTION_SETS) > 2)
+        assert len(list(tmp_path.iterdir())) == (len(instruction_sets) > 2)
     assert_equal(*found)
 
 
@@ -244,10 +254,11 @@ def test_a_planted_fault_changes_results(fault: str, programs: Path) -> None:
         assert_equal(*found)
 
 
-@pytest.mark.skipif(
-    "avx512" not in INSTRUCTION_SETS, reason="needs two instruction sets to compare"
-)
-def test_a_planted_fault_of_one_instruction_set_is_found(programs: Path) -> None:
+def test_a_planted_fault_of_one_instruction_set_is_found(
+    programs: Path, instruction_sets: list[str]
+) -> None:
+    if "avx512" not in instruction_sets:
+        pytest.skip("needs two instruction sets to compare")
     program = programs / "faulty_address_calls"
     with calls(program, 20, "one-range", CONVNN_PLANTED="set") as run:
         status, _, errors = run.result()

@@ -3,6 +3,9 @@
 // and a digest of every result. All sets but `portable` must give the same results.
 //
 //   calls FIRST COUNT one-range | reversed | threads
+//   calls sets
+//
+// The second prints the instruction sets, a line each.
 //
 // The passes of a call run in one range of tasks, or in several whose last comes first, or in
 // threads. With threads, several callers run calls at once, first with the instruction set that the
@@ -143,13 +146,18 @@ int run(uint64_t first, size_t count, ParallelFor parallel_for) {
 
 int main(int arguments, char** argument) {
   std::signal(SIGABRT, sanitized::tell_current);
+  if (arguments == 2 && argument[1] == std::string("sets")) {
+    for (const std::string& set : convnn::cpu::usable_instruction_sets()) std::puts(set.c_str());
+    return 0;
+  }
   const std::string mode = arguments == 4 ? argument[3] : "";
   const convnn::cpu::ParallelFor parallel_for = mode == "one-range"  ? sanitized::one_range
                                                 : mode == "reversed" ? sanitized::reversed
                                                 : mode == "threads"  ? sanitized::threads
                                                                      : nullptr;
   if (!parallel_for) {
-    std::fprintf(stderr, "usage: %s FIRST COUNT one-range | reversed | threads\n", argument[0]);
+    std::fprintf(stderr, "usage: %s FIRST COUNT one-range | reversed | threads, or: sets\n",
+                 argument[0]);
     return 2;
   }
   return sanitized::run(std::stoull(argument[1]), std::stoull(argument[2]), parallel_for);
