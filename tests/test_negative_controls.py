@@ -479,6 +479,108 @@ def test_equal_elements(size: float) -> None:
         assert_select(wrong, query, key, K, backward=False)
 
 
+@pytest.mark.parametrize("size", [0.7, 1.9, 0.0923])
+def test_equal_neighbors_summed_in_order(size: float) -> None:
+    """Partial sums, as those of eager PyTorch, add equal numbers far more accurately."""
+
+    def in_order(value: Tensor, s: Tensor, I: Tensor, *rest: object) -> Tensor:
+        weights = s.exp()
+        total = sum(weights.unbind(-1), torch.zeros(len(s)))
+        Y = torch.zeros(len(s), value.shape[1])
+        for j, weight in enumerate(weights.unbind(-1)):
+            Y = Y + (weight / total)[:, None] * value[I[:, j]]
+        return Y
+
+    def wrong(*arguments: object) -> Tensor:
+        return in_order(*arguments) + 1e-4
+
+    given = torch.full((M, C), size), torch.zeros(3, 266), torch.randint(M, (3, 266))
+    assert_aggregate(in_order, *given, backward=False)
+    with pytest.raises(AssertionError, match="output"):
+        assert_aggregate(wrong, *given, backward=False)
+
+
+@pytest.mark.parametrize("seed", [1, 53, 55])
+def test_distances_of_few_columns(seed: int) -> None:
+    """Three numbers have few sums, and all may be luckier than one that is rounded once."""
+    torch.manual_seed(seed)
+    given = torch.randn(1, 3) * 1000, torch.randn(3, 3) * 1e-3, torch.randn(3, 3), 3
+    options = {"metric": "euclidean", "scale": 3.0, "backward": False}
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, k: int, *rest: object) -> Any:
+        s, I = python_ref.select(query.double(), key.double(), k, metric="euclidean")
+        return python_ref.aggregate(value, s.float(), I, scale=3.0), s.float(), I
+
+    def wrong(*arguments: Any) -> Any:
+        Y, s, I = forward(*arguments)
+        return Y.roll(1, -1), s, I
+
+    assert_forward(forward, *given, **options)
+    with pytest.raises(AssertionError, match="output"):
+        assert_forward(wrong, *given, **options)
+
+
+class ByOutput(torch.autograd.Function):
+    """Softmax and sum. The gradient of s takes the mean of t, that of rho, from the output."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, s: Tensor, I: Tensor, error: float) -> Tensor:
+        Y = python_ref.aggregate(value, s, I)
+        ctx.save_for_backward(value, s, I, Y)
+        ctx.error = error
+        return Y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        value, s, I, Y = ctx.saved_tensors
+        rho = s.softmax(-1)
+        t = (grad[:, None] * value[I]).sum(-1)
+        mean = sum((grad * Y).unbind(-1)) + ctx.error
+        pairs = (rho[..., None] * grad[:, None]).flatten(0, 1)
+        grad_value = torch.zeros_like(value).index_add(0, I.flatten(), pairs)
+        return grad_value, rho * (t - mean[:, None]), None, None
+
+
+def test_a_gradient_that_cancels() -> None:
+    """One neighbor outweighs the others: eager PyTorch subtracts t from itself."""
+    value, I = torch.randn(M, 48) * 10, torch.randint(M, (N, 2))
+    s = torch.tensor([[60.0, 0.0]]).expand(N, 2).contiguous()
+
+    def aggregate(value: Tensor, s: Tensor, I: Tensor, *rest: object) -> Tensor:
+        return ByOutput.apply(value, s, I, 0.0)
+
+    def wrong(value: Tensor, s: Tensor, I: Tensor, *rest: object) -> Tensor:
+        return ByOutput.apply(value, s, I, 1e-3)
+
+    assert_aggregate(aggregate, value, s, I)
+    with pytest.raises(AssertionError, match="gradient of similarities"):
+        assert_aggregate(wrong, value, s, I)
+
+
+@pytest.mark.parametrize(
+    ("result", "exact", "of_eager", "is_right"),
+    [
+        (math.inf, 65500.0, 65504.0, True),  # 20 from the least number that becomes infinity
+        (65504.0, 65600.0, math.inf, False),
+        (65504.0, 65560.0, math.inf, True),
+        (math.inf, 65300.0, 65312.0, False),
+        (math.inf, 40000.0, 60000.0, True),
+        (-math.inf, 40000.0, 60000.0, False),
+        (math.inf, 40000.0, math.inf, True),
+        (math.nan, 65500.0, 65504.0, False),
+        (1000.0, 1e9, math.inf, False),
+    ],
+)
+def test_numbers_near_the_largest(
+    result: float, exact: float, of_eager: float, is_right: bool
+) -> None:
+    """Where rounding errors decide whether float16 overflows."""
+    result, of_eager = (torch.tensor([x, 1.0], dtype=torch.float16) for x in (result, of_eager))
+    exact = torch.tensor([exact, 1.0], dtype=torch.float64)
+    with nullcontext() if is_right else pytest.raises(AssertionError):
+        assert_values("X", result, exact, of_eager)
+
+
 def test_half_precision_sums() -> None:
     """Sums in bfloat16 instead of float32 that is rounded once at the end."""
 
