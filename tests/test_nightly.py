@@ -110,6 +110,16 @@ def test_time_that_is_up_is_told(tmp_path: Path) -> None:
     assert result["compared"] < 1000
 
 
+def test_a_shard_that_is_ended_leaves_a_whole_file(tmp_path: Path) -> None:
+    """It may be ended while it writes: what is read is either the old file or the new one."""
+    out = tmp_path / "out.json"
+    parts._write(out, {"case": 1})
+    with out.open() as old:
+        parts._write(out, {"case": 2})
+        assert json.load(old) == {"case": 1}
+    assert json.loads(out.read_text()) == {"case": 2}
+
+
 def _done(part: str, compared: int, *failures: str) -> dict[str, Any]:
     whats = [{"case": None, "what": what} for what in failures]
     return {"part": part, "wanted": 5, "compared": compared, "seconds": 1.0, "failures": whats}

@@ -59,7 +59,7 @@ def run(part: Part, first: int, count: int, seconds: float, out: Path) -> None:
         result |= {"case": seed, "seconds": time.monotonic() - began}
         if result["compared"] >= count or result["seconds"] > seconds:
             break
-        out.write_text(json.dumps(result))
+        _write(out, result)
         try:
             result["compared"] += case(seed)
         except Exception as error:
@@ -67,7 +67,14 @@ def run(part: Part, first: int, count: int, seconds: float, out: Path) -> None:
             result["failures"].append({"case": seed, "what": complaint[:1000]})
             if len(result["failures"]) == MOST_FAILURES:
                 break
-    out.write_text(json.dumps(result | {"case": None}))
+    _write(out, result | {"case": None})
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    """Replaces the file at once: whatever ends this process leaves a whole one."""
+    new = out.with_suffix(".new")
+    new.write_text(json.dumps(result))
+    new.replace(out)
 
 
 def _seeds(first: int) -> Iterator[int]:
