@@ -59,7 +59,7 @@ def check_select(op: str, arguments: Any) -> None:
     _check_choice(op, "metric", arguments.metric, METRICS)
     _check_choice(op, "order", arguments.order, ORDERS)
     _check_restrictions(op, arguments)
-    _check_k(op, arguments.k)
+    _check_k(op, arguments.k, arguments.query)
 
 
 def _check_query_and_key(op: str, query: Tensor, key: Tensor) -> None:
@@ -158,9 +158,14 @@ def _shapes_of_queries(query: Tensor, *last: Any) -> str:
     return " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
 
 
-def _check_k(op: str, k: int) -> None:
+def _check_k(op: str, k: int, query: Tensor) -> None:
     # torch._check, because under torch.compile k may be unknown until run time.
     torch._check(k >= 1, lambda: f"{op}: k must be at least 1, got {k}")
+    if type(k) is int and k * _product(query.shape[:-1]) > MOST_ELEMENTS:
+        raise RuntimeError(
+            f"{op}: k must give at most {MOST_ELEMENTS} neighbors for query of shape "
+            f"{list(query.shape)}, a size of 0 counted as 1, got {k}"
+        )
 
 
 def check_aggregate(op: str, arguments: Any) -> None:
@@ -450,10 +455,14 @@ def _check_floating(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_size(op: str, name: str, tensor: Tensor) -> None:
+def _product(shape: Sequence[int]) -> int:
+    """The product of the sizes, 0 counted as 1."""
     # Symbolic sizes are checked at run time: here, they would get a guard.
-    sizes = [size for size in tensor.shape if type(size) is int]
-    if math.prod(max(size, 1) for size in sizes) > MOST_ELEMENTS:
+    return math.prod(max(size, 1) for size in shape if type(size) is int)
+
+
+def _check_size(op: str, name: str, tensor: Tensor) -> None:
+    if _product(tensor.shape) > MOST_ELEMENTS:
         raise RuntimeError(
             f"{op}: {name} must have at most {MOST_ELEMENTS} elements, a size of 0 counted as 1, "
             f"got shape {list(tensor.shape)}"

@@ -187,15 +187,19 @@ inline void check_leading_as(const char* op, const char* name, const Tensor& ten
 // machine stores or searches as many.
 constexpr int64_t kMostElements = int64_t(1) << 56;
 
-inline void check_size(const char* op, const char* name, const Tensor& tensor) {
-  int64_t elements = 1;
-  for (const int64_t size : tensor.sizes()) {
-    const bool exceeds = __builtin_mul_overflow(elements, std::max<int64_t>(size, 1), &elements);
-    if (exceeds || elements > kMostElements) {
-      fail(op, name, " must have at most ", kMostElements,
-           " elements, a size of 0 counted as 1, got shape ", shape_of(tensor));
-    }
+// Whether the product of the first sizes, 0 counted as 1, and of `factor` is at most kMostElements.
+inline bool is_countable(const Tensor& tensor, int64_t dims, int64_t factor) {
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t size = std::max<int64_t>(tensor.size(i), 1);
+    if (__builtin_mul_overflow(factor, size, &factor)) return false;
   }
+  return factor <= kMostElements;
+}
+
+inline void check_size(const char* op, const char* name, const Tensor& tensor) {
+  if (is_countable(tensor, tensor.dim(), 1)) return;
+  fail(op, name, " must have at most ", kMostElements,
+       " elements, a size of 0 counted as 1, got shape ", shape_of(tensor));
 }
 
 // Memory that shape and strides describe may have been freed, by resizing its storage.
@@ -307,6 +311,10 @@ inline void check_select(const char* op, const Tensor& query, const Tensor& key,
   if (!order_of(order)) fail(op, "order must be 'similarity' or 'index', got '", order, "'");
   check_restrictions(op, query, key, restrictions);
   if (k < 1) fail(op, "k must be at least 1, got ", k);
+  if (!is_countable(query, query.dim() - 1, k)) {
+    fail(op, "k must give at most ", kMostElements, " neighbors for query of shape ",
+         shape_of(query), ", a size of 0 counted as 1, got ", k);
+  }
 }
 
 // The arguments that aggregate and forward share. Returns the kind of convolution and, in

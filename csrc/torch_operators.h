@@ -263,13 +263,9 @@ std::vector<int64_t> shape_with(const Tensor& tensor, int64_t rows, int64_t colu
   return shape;
 }
 
-// Pairs of a query and a neighbor in each batch element. Without batch elements, k may be so large
-// that they exceed 64 bits.
+// Pairs of a query and a neighbor in each batch element.
 int64_t pairs_of(const Tensor& similarities) {
-  int64_t pairs = 0;
-  const bool is_exceeded =
-      __builtin_mul_overflow(rows_of(similarities), columns_of(similarities), &pairs);
-  return is_exceeded ? Readable::kAll : pairs;
+  return rows_of(similarities) * columns_of(similarities);
 }
 
 // A gradient like `tensor`, or an empty one.

@@ -39,7 +39,7 @@ SHORT = """
 def test_corpus_and_a_short_run(run_python: Callable[..., str]) -> None:
     code = SHORT.format(folder=str(CORPUS[0].parent), examples=100)
     result = json.loads(run_python(code, OMP_NUM_THREADS="1").splitlines()[-1])
-    assert len(result["corpus"]) == 19
+    assert len(result["corpus"]) == 26
     wrong = {name: verdict for name, verdict in result["corpus"].items() if verdict[1]}
     assert not wrong, "a fault of the corpus is back"
     assert "skipped" not in {verdict[0] for verdict in result["corpus"].values()}

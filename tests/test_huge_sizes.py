@@ -13,7 +13,7 @@ import torch
 from child import in_child
 from torch import Tensor
 
-import convnn_kernels  # noqa: F401, defines the operators
+from convnn_kernels.functional import select_neighbors
 
 convnn = torch.ops.convnn
 
@@ -105,9 +105,22 @@ def test_backward_of_too_many_rows(op: str, name: str) -> None:
         wrong_backward(op)()
 
 
-def test_no_query_and_any_k() -> None:
-    similarities, indices = convnn.select(torch.empty(0, 5, 4), torch.empty(0, 6, 4), 2**63 - 1)
-    assert similarities.shape == indices.shape == (0, 5, 2**63 - 1)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_no_query_and_a_large_k(device: str) -> None:
+    """PyTorch has no tensors of sizes, 0 counted as 1, that exceed 64 bits."""
+    query, key = torch.empty(0, 5, 4, device=device), torch.empty(0, 6, 4, device=device)
+    for k in (2**56 // 5, 1):
+        for found in convnn.select(query, key, k):
+            assert found.shape == (0, 5, k)
+    for k in (2**56 // 5 + 1, 2**62, 2**63 - 1):
+        text = (
+            r"convnn::select: k must give at most 72057594037927936 neighbors for query of shape "
+            rf"\[0, 5, 4\], a size of 0 counted as 1, got {k}"
+        )
+        with pytest.raises(RuntimeError, match=text):
+            convnn.select(query, key, k)
+        with pytest.raises(RuntimeError, match=text):
+            select_neighbors(query, key, k, metric="euclidean", within=1.5)
 
 
 X, HUGE = torch.ones(1, 1), 2**45
@@ -120,9 +133,9 @@ TOO_LARGE: list[tuple[Callable[[], Any], str, str]] = [
         r"similarities of shape \[1, 35184372088832\]",
     ),
     (
-        lambda: convnn.select(X.double(), X.double(), 2**63 - 1),
-        "more than 18446744073709551615",
-        r"similarities of shape \[1, 9223372036854775807\]",
+        lambda: convnn.select(X.double(), X.double(), 2**56),
+        "576460752303423488",
+        r"similarities of shape \[1, 72057594037927936\]",
     ),
     (
         lambda: convnn.forward(X, X, X, 1, torch.ones(1, 1, 1).expand(HUGE, 1, 1)),

@@ -228,6 +228,14 @@ def _inference(values: Tensor) -> Tensor:
         return values.clone()
 
 
+def _sparse(values: Tensor) -> Tensor:
+    """Of a large tensor none of the elements: each would get an index."""
+    if values.numel() <= MOST_ELEMENTS:
+        return values.to_sparse()
+    none = torch.empty(values.dim(), 0, dtype=torch.int64), values.new_empty(0)
+    return torch.sparse_coo_tensor(*none, values.shape)
+
+
 def _nested(values: Tensor) -> Tensor:
     rows = list(values.contiguous().unbind()) if values.dim() > 1 else [values]
     return torch.nested.as_nested_tensor(rows, layout=torch.strided)
@@ -244,7 +252,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "freed": _freed,
     "meta": lambda values: values.to("meta"),
     "conjugate": _conjugate,
-    "sparse": lambda values: values.to_sparse(),
+    "sparse": _sparse,
     "csr": lambda values: values.to_sparse_csr(),
     "mkldnn": lambda values: values.to_mkldnn(),
     "quantized": lambda values: torch.quantize_per_tensor(values.float(), 0.1, 0, torch.qint8),
