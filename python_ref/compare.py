@@ -260,8 +260,8 @@ class _Problem:
             s = _similarities(X["query"], X["key"], I, self.metric, missing, shuffle)
             outputs["similarities"] = restore["similarities"](s)
         if X["value"] is not None:
-            convolve = aggregate if shuffle is None else _aggregate_one_by_one
-            Y = convolve(X["value"], s, I, X["weight"], X["bias"], self.rho, self.scale)
+            given = X["value"], s, I, X["weight"], X["bias"], self.rho, self.scale
+            Y = aggregate(*given) if shuffle is None else _aggregate_one_by_one(*given, shuffle)
             outputs["output"] = restore["output"](Y)
         return outputs
 
@@ -307,11 +307,13 @@ def _aggregate_one_by_one(
     bias: Tensor | None,
     rho: str,
     scale: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """As `aggregate`, but sums take one term after another, as a loop does.
 
     PyTorch takes several partial sums, which are more accurate, however the terms are ordered: most
-    of all where they are equal, as those of neighbors with the same similarity may be.
+    of all where they are equal, as those of neighbors with the same similarity may be. The product
+    of a similarity and the scale is exact or not by luck, and is rounded in another way, too.
     """
     dtype = compute_dtype(value.dtype)
     C, k = value.shape[-1], indices.shape[-1]
@@ -319,6 +321,8 @@ def _aggregate_one_by_one(
     V_nn = gather_rows(value.to(dtype), indices).masked_fill(missing, 0.0)
     weights = modulate(similarities, rho, scale)
     if rho == "softmax":
+        factor = 0.5 + 0.5 * float(torch.rand((), generator=generator))
+        weights = modulate(similarities * factor, rho, scale / factor)
         total = sum(weights.unbind(-1), torch.zeros_like(weights[..., 0]))
         weights = weights / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
     X_nn = weights.to(dtype).unsqueeze(-1) * V_nn

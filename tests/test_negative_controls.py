@@ -520,6 +520,25 @@ def test_distances_of_few_columns(seed: int) -> None:
         assert_forward(wrong, *given, **options)
 
 
+@pytest.mark.parametrize("seed", [5, 15, 25])
+def test_a_scale_that_is_rounded(seed: int) -> None:
+    """Three products with it may all be luckier than those of the same numbers in two steps."""
+    torch.manual_seed(seed)
+    s = torch.randn(1, 3) + 60
+    given = torch.randn(5, 1), s, torch.randint(5, (1, 3))
+
+    def in_two_steps(value: Tensor, s: Tensor, I: Tensor, *rest: object) -> Tensor:
+        weights = (s * 0.7 * (3.0 / 0.7)).softmax(-1)
+        return (weights[..., None] * value[I]).sum(-2)
+
+    def wrong(*arguments: object) -> Tensor:
+        return in_two_steps(*arguments) * (1 + 1e-3)
+
+    assert_aggregate(in_two_steps, *given, scale=3.0)
+    with pytest.raises(AssertionError, match="output"):
+        assert_aggregate(wrong, *given, scale=3.0)
+
+
 class ByOutput(torch.autograd.Function):
     """Softmax and sum. The gradient of s takes the mean of t, that of rho, from the output."""
 

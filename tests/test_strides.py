@@ -151,14 +151,17 @@ def test_copies(layout: str) -> None:
     query, key, value = (LAYOUTS[layout](torch.float32) for _ in range(3))
     query = query[:, :, :N]
     neighbors = convnn.select(query, key, 4)  # fewer pairs than keys
+    as_many = convnn.select(query, key, M // N)
     all_neighbors = convnn.select(key, key, 4)
     few = copied(lambda: convnn.aggregate(value, *neighbors))
+    as_many_as_keys = copied(lambda: convnn.aggregate(value, *as_many))
     many = copied(lambda: convnn.aggregate(value, *all_neighbors))
     search = copied(lambda: convnn.select(query, key, 4))
     many_queries = torch.cat([key, key], -2)
     many_search = copied(lambda: convnn.select(many_queries, key, 4))
     gradients = copied(backward(query, key, value))
     assert (few[0] > 0) == (layout in COPIED)
+    assert (as_many_as_keys[0] > 0) == (layout in APART | COPIED)
     assert (many[0] > 0) == (layout in APART | COPIED)
     assert (search[0] > 0) == (layout in COPIED)
     assert (many_search[0] > 0) == (layout in APART | COPIED)
