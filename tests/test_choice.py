@@ -356,6 +356,7 @@ def test_nothing_is_timed_before_the_first_call(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @several_sets
 def test_several_processes_at_once(choose: Choose, tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:

@@ -80,6 +80,7 @@ def test_a_broken_gpu_context_ends_its_process(
     assert found["a"]["pid"] != found["b"]["pid"]
 
 
+@pytest.mark.slow
 def test_a_stage_ends_the_processes_of_its_cases(tmp_path: Path) -> None:
     found, counts = ran(["starts another", "b"], tmp_path, seconds=1.0)
     assert found["starts another"]["status"] == "stopped"
@@ -133,6 +134,7 @@ def test_every_stage_runs_into_its_limit(
     assert len(said.splitlines()) < 150
 
 
+@pytest.mark.slow
 def test_stopped_cases_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked(monkeypatch, lambda case, context: time.sleep(3))
     assert main(tmp_path, "--only", "load", "--seconds", "1") == 1

@@ -155,6 +155,7 @@ DOCUMENTED = {
 }
 
 
+@pytest.mark.slow
 def test_gflops_of_the_documentation() -> None:
     """The table in docs/layers.md has the figures of the paper and ours."""
     text = (Path(__file__).parent.parent / "docs" / "layers.md").read_text()

@@ -216,6 +216,7 @@ def test_a_run_with_a_break_is_the_run_without(folder: Path, tmp_path: Path) -> 
         run(folder, tmp_path / "b", "--rows", row, "--epochs", "3")
 
 
+@pytest.mark.slow
 def test_a_run_of_either_kind(folder: Path, tmp_path: Path, capsys) -> None:
     """Each has a folder of its own, and neither goes on where the other stopped."""
     row, out = "vit/convnn-spatial-32", tmp_path / "runs"

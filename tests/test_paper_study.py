@@ -272,6 +272,7 @@ def test_a_table_with_two_baselines() -> None:
     assert last in lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", sorted(FIGURES))
 def test_drawing(number: int, tmp_path: Path, monkeypatch) -> None:
     """Means and deviations of the curves, without the point that was not run, and medians."""

@@ -83,7 +83,7 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.quick_one_in(5)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("height", "width", "whole", "few"),
     [
@@ -129,6 +129,7 @@ def test_what_was_not_given_follows_what_was(
     assert f"k = {few}, cosine, among {r or 64} of 400" in titles[4]
 
 
+@pytest.mark.slow
 def test_progress_and_result(tmp_path: Path, capsys) -> None:
     draw(noise(20, 20), tmp_path)
     printed = capsys.readouterr()
