@@ -161,6 +161,7 @@ def _shapes_of_queries(query: Tensor, *last: Any) -> str:
 def _check_k(op: str, k: int, query: Tensor) -> None:
     # torch._check, because under torch.compile k may be unknown until run time.
     torch._check(k >= 1, lambda: f"{op}: k must be at least 1, got {k}")
+    # A symbolic k is compared at run time: here, it would get a guard.
     if type(k) is int and k * _product(query.shape[:-1]) > MOST_ELEMENTS:
         raise RuntimeError(
             f"{op}: k must give at most {MOST_ELEMENTS} neighbors for query of shape "
@@ -456,7 +457,7 @@ def _check_floating(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _product(shape: Sequence[int]) -> int:
-    """The product of the sizes, 0 counted as 1."""
+    """The product of the sizes that are known, 0 counted as 1."""
     # Symbolic sizes are checked at run time: here, they would get a guard.
     return math.prod(max(size, 1) for size in shape if type(size) is int)
 

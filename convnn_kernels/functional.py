@@ -77,8 +77,8 @@ def convnn(
         key: [..., M, D], same dtype as query, or, under autocast, one that is widened to it or
             to which query is widened.
         value: [..., M, C]; float64, float32, float16 or bfloat16, which may differ from query's.
-        k: the number of neighbors, at least 1. Beyond the number of keys that are allowed,
-            neighbors are missing.
+        k: the number of neighbors, at least 1, and at most 2**56 for all queries together. Beyond
+            the number of keys that are allowed, neighbors are missing.
         weight: laid out as ``nn.Conv1d.weight`` with kernel size k: [O, C, k] dense or [C, 1, k]
             depthwise; same dtype as value; shared by all leading dimensions.
         bias: [O] ([C] with a depthwise weight or none), same dtype as value.
@@ -178,8 +178,8 @@ def select_neighbors(
     Args:
         query: [..., N, D]; float64, float32, float16 or bfloat16; any strides.
         key: [..., M, D], same dtype and leading dimensions as query.
-        k: the number of neighbors, at least 1. Beyond the number of keys that are allowed,
-            neighbors are missing.
+        k: the number of neighbors, at least 1, and at most 2**56 for all queries together. Beyond
+            the number of keys that are allowed, neighbors are missing.
         candidates: [R] or [..., R] int64, the rows of key that may be neighbors (section 4.2.2),
             distinct. Duplicates are not detected on CUDA; the result is then undefined.
         self_indices: [N] or [..., N] int64, the row of key that is the token itself, for each
