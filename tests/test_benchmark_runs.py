@@ -82,7 +82,6 @@ class Interrupting(devices.Cpu):
         return super().seconds(run, repeats)
 
 
-@pytest.mark.slow
 def test_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     counting = Interrupting(None)
     monkeypatch.setitem(devices.DEVICES, "cpu", counting)
@@ -599,7 +598,6 @@ def test_a_broken_device_ends_the_run(monkeypatch, tmp_path, capsys):
     assert not result["complete"]
 
 
-@pytest.mark.slow
 def test_run_on_a_faked_gpu(fake_cuda, tmp_path, monkeypatch, capsys):
     class Faked(devices.Cuda):
         def _between_events(self, run, repeats, before=bool):
