@@ -419,24 +419,25 @@ def _projected_terms(problem: _Problem) -> dict[str, Tensor]:
 def _softmax_terms(problem: _Problem) -> Tensor:
     """What is subtracted in the gradient of given similarities, rho_j (t_j - sum_l rho_l t_l).
 
-    Here t_j is the gradient of rho_j.
+    Here t_j, the gradient of rho_j, is a sum, and its terms may cancel as well: their absolute
+    values are added.
     """
+    sizes = {name: None if X is None else X.detach().abs() for name, X in problem.tensors.items()}
+    sizes["similarities"] = s = problem.tensors["similarities"].detach().double()
+    grads = {name: grad.abs() for name, grad in problem.grads.items()}
     # With rho = s, the gradient of s is t.
-    linear = replace(problem, rho="similarity").evaluate(_double)
-    t = linear["gradient of similarities"].abs()
-    s = problem.tensors["similarities"].detach().double()
+    linear = replace(problem, tensors=sizes, grads=grads, rho="similarity").evaluate(_double)
+    t = linear["gradient of similarities"]
     rho = modulate(s, "softmax", problem.scale)
-    return abs(problem.scale) * rho * (t + (rho * t).sum(-1, keepdim=True))
+    # Four times, for the rounding errors of sums, of which those of eager PyTorch have none if all
+    # neighbors are equal.
+    return 4 * abs(problem.scale) * rho * (t + (rho * t).sum(-1, keepdim=True))
 
 
-def _cancel(exact: Tensor, terms: Tensor, precision: torch.dtype) -> Tensor:
-    """The rows of which only rounding errors remain: of neighbors that are equal, or of one that
-    outweighs the others.
-    """
-    largest, of_terms = (
-        X.abs().amax(-1) if X.shape[-1] else X.new_zeros(X.shape[:-1]) for X in (exact, terms)
-    )
-    return largest < math.sqrt(torch.finfo(precision).eps) * of_terms
+def _power_of_two(X: Tensor) -> Tensor:
+    """The largest that is at most X; 1 where X is 0 or not finite."""
+    X = torch.where((X > 0) & X.isfinite(), X, 1.0)
+    return torch.exp2(torch.frexp(X).exponent.to(X) - 1)
 
 
 def _precision(problem: _Problem, name: str) -> torch.dtype:
@@ -466,13 +467,13 @@ def _compare(problem: _Problem, results: dict[str, Tensor]) -> None:
             given = result, exact[name], eager(name, dtype), precision, terms.get(name)
             assert_values(name, *given)
             continue
+        # Each row at the scale of its own terms: those of one must not excuse errors of another.
         subtracted = _softmax_terms(problem)
-        cancel = _cancel(exact[name], subtracted, precision)
-        for rows, own in ((~cancel, None), (cancel, subtracted[cancel])):
-            evaluations_of_rows = (X[rows] for X in eager(name, dtype))
-            assert_values(
-                name, result[rows], exact[name][rows], evaluations_of_rows, precision, own
-            )
+        size = _power_of_two(subtracted.amax(-1, keepdim=True)) if result.numel() else 1.0
+        rows, exact_rows = result / size, exact[name] / size
+        eager_rows = ((X / size).to(dtype) for X in eager(name, dtype))
+        given = rows.to(dtype), exact_rows, eager_rows, precision, subtracted / size
+        assert_values(name, *given)
 
 
 def _run(
