@@ -301,8 +301,9 @@ def _aggregate_one_by_one(
     C, k = value.shape[-1], indices.shape[-1]
     missing = (similarities == -math.inf).unsqueeze(-1)
     V_nn = gather_rows(value.to(dtype), indices).masked_fill(missing, 0.0)
-    weights = modulate(similarities, rho, scale)
-    if rho == "softmax":
+    if rho != "softmax":
+        weights = modulate(similarities, rho, scale)
+    else:
         is_exact = abs(math.frexp(scale)[0]) in (0.0, 0.5)
         factor = 1.0 if is_exact else 0.5 + 0.5 * float(torch.rand((), generator=generator))
         weights = modulate(similarities * factor, rho, scale / factor)
