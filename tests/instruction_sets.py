@@ -20,6 +20,8 @@ def _instruction_sets() -> list[str]:
             available.append("avx512")
             if torch.cpu._is_vnni_supported():
                 available.append("avx512vnni")
+                if platform.system() == "Linux" and torch.cpu._is_amx_tile_supported():
+                    available.append("amx")
     return available
 
 

@@ -255,7 +255,7 @@ def test_library_needs_only_the_stable_abi() -> None:
     "avx2" not in introspect.cpu_instruction_sets(), reason="built for one instruction set"
 )
 def test_wide_instructions_stay_in_their_namespaces() -> None:
-    """Code outside ``avx2`` and ``avx512*`` runs on every machine, so it must not use AVX.
+    """Code outside ``avx2``, ``avx512*`` and ``amx`` runs on every machine, so it must not use AVX.
 
     The linker keeps one copy of an inline function that all of them use: the portable one.
     """
@@ -263,11 +263,11 @@ def test_wide_instructions_stay_in_their_namespaces() -> None:
     for line in _lines("objdump", "-d", "-C", "--no-show-raw-insn", str(native.library("cpu"))):
         if line.endswith(">:"):
             function = line
-        elif re.search(r"\tv[a-z]|%[yz]mm", line):
+        elif re.search(r"\tv[a-z]|%([yz]|t)mm", line):
             wide.add(function)
     assert wide, "the kernels use no AVX at all"
     # objdump leaves some names as they are: _ZN6convnn4avx29transpose...
-    of_a_set = re.compile(r"convnn(::|\d+)(avx2|avx512|avx512vnni)(::|\d)")
+    of_a_set = re.compile(r"convnn(::|\d+)(avx2|avx512|avx512vnni|amx)(::|\d)")
     assert not [name for name in wide if not of_a_set.search(name)]
 
 

@@ -4,34 +4,72 @@
 import ctypes
 import os
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from instruction_sets import INSTRUCTION_SETS, quick_last
+from instruction_sets import INSTRUCTION_SETS
 
+from convnn_kernels import native
+
+TESTS = Path(__file__).parent
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": AVX512,
-    "avx512vnni": [*AVX512, "-mavx512vnni"],
+AMX = [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-bf16"]
+EMULATED = [*AMX, "-include", str(TESTS / "amx_emulation" / "amx_emulation.h")]
+
+
+@dataclass
+class Screen:
+    """A screen, for rows of a type, compiled for an instruction set that this machine must have."""
+
+    instruction_set: str
+    flags: list[str]
+    name: str = "FixedPointScreen"
+    element: str = "float"
+
+
+SCREENS = {
+    "avx2": Screen("avx2", ["-mavx2", "-mfma"]),
+    "avx512": Screen("avx512", AVX512),
+    "avx512vnni": Screen("avx512vnni", [*AVX512, "-mavx512vnni"]),
+    "amx": Screen("amx", AMX, "AmxScreen<float>"),
+    "amx, bfloat16": Screen("amx", AMX, "AmxScreen<bfloat16>", "bfloat16"),
+    "emulated amx": Screen("avx512vnni", EMULATED, "AmxScreen<float>"),
+    "emulated amx, bfloat16": Screen("avx512vnni", EMULATED, "AmxScreen<bfloat16>", "bfloat16"),
 }
+QUICK = ("avx512vnni", "amx") if "avx512vnni" in INSTRUCTION_SETS else ("avx2",)
+
+
+def can_compile(flags: list[str]) -> bool:
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, *flags, "-E", "-x", "c++", "-", "-o", os.devnull]
+    return subprocess.run(command, input=b"", capture_output=True).returncode == 0
 
 
 @pytest.fixture(
-    scope="module", params=quick_last([name for name in INSTRUCTION_SETS if name != "portable"])
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, screen in SCREENS.items()
+        if screen.instruction_set in INSTRUCTION_SETS and can_compile(screen.flags)
+    ],
 )
 def program(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> ctypes.CDLL:
+    screen = SCREENS[request.param]
     path = tmp_path_factory.mktemp("screen") / "program.so"
-    source = Path(__file__).parent / "screen_program.cpp"
+    source = TESTS / "screen_program.cpp"
     flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC"]
+    defines = [f"-DSCREEN={screen.name}", f"-DELEMENT={screen.element}"]
     compiler = os.environ.get("CXX", "c++")
     subprocess.run(
-        [compiler, *flags, *FLAGS[request.param], str(source), "-o", str(path)], check=True
+        [compiler, *flags, *screen.flags, *defines, str(source), "-o", str(path)], check=True
     )
+    assert screen.instruction_set in native.usable_cpu_instruction_sets()  # which requests AMX
     library = ctypes.CDLL(str(path))
     library.worst_share.restype = ctypes.c_double
+    library.screen = request.param
     return library
 
 
@@ -43,6 +81,7 @@ def worst(
     d: int,
     errors: str,
     dominated: bool = False,
+    cosine: bool = False,
     scales: tuple[float, float] = (1, 1),
 ) -> float:
     """The largest error as a share of its bound, from equal to opposite directions."""
@@ -52,6 +91,7 @@ def worst(
             ctypes.c_double(distance),
             ERRORS[errors],
             dominated,
+            cosine,
             *map(ctypes.c_double, scales),
         )
         for distance in (0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1, 3, 10)
@@ -65,7 +105,7 @@ def test_no_error_exceeds_its_bound(program: ctypes.CDLL, errors: str, dominated
     """And half the bound would be too little."""
     largest = max(worst(program, d, errors, dominated) for d in (16, 17, 33, 64, 100, 512, 1500))
     assert largest <= 1
-    if errors == "across":
+    if errors == "across" and "amx" not in program.screen:
         assert largest > 0.5
 
 
@@ -80,4 +120,4 @@ def test_rows_of_any_norm(program: ctypes.CDLL, scales: tuple[float, float], err
 @pytest.mark.slow
 @pytest.mark.parametrize("errors", ERRORS)
 def test_many_columns(program: ctypes.CDLL, errors: str) -> None:
-    assert worst(program, 20_000, errors) <= 1
+    assert worst(program, 2_000 if "emulated" in program.screen else 20_000, errors) <= 1

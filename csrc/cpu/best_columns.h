@@ -6,8 +6,8 @@
 // 2. The k-th largest maximum of disjoint groups is a lower bound of the k-th similarity of the
 //    row. Merged groups, some 64, give a bound almost as high. It is found by counting, for each of
 //    some pivots, the groups that reach it: all rows take the same steps, without branches.
-// 3. Groups that reach the bound are listed by compressing lanes, and then those of their columns
-//    that do: on average little more than k.
+// 3. Groups that reach the bound are marked, listed by compressing lanes, and then those of their
+//    columns that do: on average little more than k.
 // 4. They are collected as ranks; as soon as there are k, only elements that precede the k-th are.
 //    The buffer of ranks is reduced to the best k whenever it is full, and sorted at the end. A few
 //    ranks are sorted by counting those that precede each (rank.h).
@@ -30,6 +30,7 @@ constexpr int64_t kChunk = 1024;  // columns of S in memory at a time
 constexpr int64_t kGroup = 4;     // columns of a group
 template <class A>
 constexpr int64_t kScanColumns = kGroup * kLanes<A>;  // of a vector of groups
+constexpr int64_t kGroups = kChunk / kGroup;
 static_assert(kChunk % kScanColumns<float> == 0 && kChunk % kScanColumns<double> == 0);
 static_assert(kChunk % kTileColumns<float> == 0 && kChunk % kTileColumns<double> == 0);
 
@@ -43,13 +44,16 @@ class BestColumns {
  public:
   static int64_t capacity(int64_t k) { return ceil_div(k + k / 4, 8) * 8 + 256; }
 
-  void start(Rank<A>* ranks, int64_t wanted, int64_t excluded) {
+  // group_max [kChunk / kGroup]: memory for a row between survey and collect.
+  void start(Rank<A>* ranks, A* group_max, int64_t wanted, int64_t excluded) {
     ranks_ = ranks;
+    group_max_ = group_max;
     capacity_ = capacity(wanted);
     wanted_ = wanted;
     excluded_ = excluded;
     count_ = 0;
     blocks_ = 0;
+    open_ = 0;
     has_nan_ = false;
     kept_ = wanted;
     bound_ = std::numeric_limits<A>::infinity();
@@ -79,16 +83,11 @@ class BestColumns {
       error_ = error.from(reached - 2 * error.largest());
       bound_ = reached - error_;
     }
+    open_ = mark_open(bound_ - error_);
   }
 
-  // How many groups of the surveyed row are not ruled out.
-  int64_t open_groups() const {
-    int64_t open = 0;
-    for (int64_t block = 0; block < blocks_; ++block) {
-      open += __builtin_popcount(lane_bits(as_mask(group_max(block) >= V{} + (bound_ - error_))));
-    }
-    return open;
-  }
+  // How many groups of the row that was surveyed as screened are not ruled out.
+  int64_t open_groups() const { return open_; }
   static int64_t group_count(int64_t columns) {
     return ceil_div(columns, kScanColumns<A>) * kLanes<A>;
   }
@@ -100,8 +99,9 @@ class BestColumns {
       for (int64_t c = 0; c < columns; ++c) consider(row[c], first + c);
     } else {
       int32_t positions[kChunk + kLanes<A>];
-      const int64_t listed =
-          list(row, first, columns, too_late(first) ? next_above(bound_) : bound_, positions);
+      const A least = too_late(first) ? next_above(bound_) : bound_;
+      mark_open(least);
+      const int64_t listed = list(row, first, columns, least, positions);
       if (count_ + listed <= capacity_) {
         for (int64_t i = 0; i < listed; ++i) add(row[positions[i]], first + positions[i]);
       } else {
@@ -110,9 +110,10 @@ class BestColumns {
     }
   }
 
-  // The same for a row that was surveyed as Screened. resolve() resolves the columns of this row.
+  // The same for a row that was surveyed as screened. resolve() resolves the columns of this row.
   template <class Resolve>
   void collect_screened(const A* row, int64_t first, int64_t columns, const Resolve& resolve) {
+    if (open_ == 0) return;
     int32_t positions[kChunk + kLanes<A>];
     const int64_t listed = list(row, first, columns, bound_ - error_, positions);
     for (int64_t i = 0; i < listed; ++i) {
@@ -199,6 +200,18 @@ class BestColumns {
     has_nan_ = lane_bits(unordered) != 0;
   }
 
+  // Marks the groups that reach this. Returns how many.
+  int64_t mark_open(A least) {
+    const V bounds = V{} + least;
+    int64_t open = 0;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const uint32_t lanes = lane_bits(as_mask(group_max(block) >= bounds));
+      marks_[block] = uint16_t(lanes);
+      open += __builtin_popcount(lanes);
+    }
+    return open;
+  }
+
   V group_max(int64_t block) const { return load(group_max_ + block * kLanes<A>); }
 
   // Whether `wanted` columns precede this one if its similarity only equals the bound. Similarities
@@ -216,8 +229,8 @@ class BestColumns {
 
   void add(A similarity, int64_t column) { ranks_[count_++] = Rank<A>(similarity, column); }
 
-  // Lists the columns of the surveyed row whose similarity is at least this, but not the excluded
-  // one. Returns how many.
+  // Lists the columns of the surveyed row whose similarity is at least this, of which the groups
+  // are marked, but not the excluded one. Returns how many.
   int64_t list(const A* row, int64_t first, int64_t columns, A least, int32_t* positions) const {
     int64_t count = 0;
     if (least == -std::numeric_limits<A>::infinity()) {  // which is also after the last column
@@ -226,12 +239,10 @@ class BestColumns {
       }
       return count;
     }
-    const V bounds = V{} + least;
     int32_t groups[kChunk / kGroup + kLanes<A>];  // the first columns of groups
     int64_t open = 0;
     for (int64_t block = 0; block < blocks_; ++block) {
-      open += list_lanes<A>(lane_bits(as_mask(group_max(block) >= bounds)),
-                            int32_t(block * kScanColumns<A>), groups + open);
+      open += list_lanes<A>(marks_[block], int32_t(block * kScanColumns<A>), groups + open);
     }
     for (int64_t i = 0; i < open; ++i) {
       for (int32_t v = 0; v < kGroup; ++v) {
@@ -336,16 +347,18 @@ class BestColumns {
 
   Rank<A>* ranks_;
   int64_t capacity_, wanted_, excluded_, count_;
-  int64_t kept_;                  // count_ when the bound was last raised
-  A group_max_[kChunk / kGroup];  // of the surveyed row
-  int64_t blocks_;                // how many vectors of them
-  bool has_nan_;                  // whether that row contains NaN
-  A error_;                       // largest error of what may be collected from that row
-  A bound_;                       // what an element has to reach
-  A slack_;                       // by how much a similarity may exceed its lower bound
-  bool complete_;                 // there are `wanted`, and the bound is the last of them
-  bool all_nan_;                  // they are all NaN
-  int64_t last_column_;           // the column of the last of them
+  int64_t kept_;                              // count_ when the bound was last raised
+  A* group_max_;                              // [kChunk / kGroup] of the surveyed row
+  uint16_t marks_[kChunk / kScanColumns<A>];  // of those that are not ruled out, a bit each
+  int64_t blocks_;                            // how many vectors of them
+  int64_t open_;                              // how many are marked
+  bool has_nan_;                              // whether that row contains NaN
+  A error_;              // largest error of what may be collected from that row
+  A bound_;              // what an element has to reach
+  A slack_;              // by how much a similarity may exceed its lower bound
+  bool complete_;        // there are `wanted`, and the bound is the last of them
+  bool all_nan_;         // they are all NaN
+  int64_t last_column_;  // the column of the last of them
 };
 
 }  // namespace convnn::CONVNN_ISA

@@ -2,6 +2,11 @@
 #include "instruction_sets.h"
 
 #include <pthread.h>
+#if defined(CONVNN_WITH_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -37,11 +42,25 @@ bool has_avx512() {
 #if defined(CONVNN_WITH_AVX512VNNI)
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
+#if defined(CONVNN_WITH_AMX)
+// Whether the processor has AMX for bfloat16 and Linux lets this process use it.
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  if (!has_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!(d & kBfloat16) || !(d & kTiles)) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // Preferred first, where several are equally fast.
 constexpr InstructionSet kInstructionSets[] = {
 #if defined(CONVNN_WITH_AVX512VNNI)
     {"avx512vnni", has_vnni, avx512vnni::kernels},
+#endif
+#if defined(CONVNN_WITH_AMX)
+    {"amx", has_amx, amx::kernels},
 #endif
 #if defined(CONVNN_WITH_AVX512)
     {"avx512", has_avx512, avx512::kernels},

@@ -25,7 +25,11 @@ constexpr int kTileColumns = kTileVectors * kLanes<A>;
 
 // A thread works on this many tiles of rows at a time, so that a packed panel of columns is read
 // from the outer cache once for all of them.
+#if defined(__AMX_BF16__)
+constexpr int kBlockTiles = 8;  // as many rows as three AMX tiles have
+#else
 constexpr int kBlockTiles = 4;
+#endif
 constexpr int kBlockRows = kBlockTiles * kTileRows;
 
 // Steps summed before the sum is added to c. Short sums have small rounding errors, and that part

@@ -26,24 +26,9 @@ namespace convnn::CONVNN_ISA {
 // There is no bound for rows with this norm or more, whose products might overflow, or with NaN.
 constexpr double kLargestNorm = 0x1p60;
 
-// Upper bounds for some rows: of ||x||, and of ||x - x~||.
-struct Extent {
-  float norm = 0;
-  float rounding = 0;
-
-  void include(const Extent& other) {
-    norm = other.norm > norm ? other.norm : norm;
-    rounding = other.rounding > rounding ? other.rounding : rounding;
-  }
-};
-
-constexpr Extent kNoBound = {std::numeric_limits<float>::infinity(), 0};
-
-// A rounded row: words of two 16-bit numbers, times a scale.
-struct Rounded {
-  Extent extent;
-  float scale;
-};
+// A sum of d squares in float32, divided by the exact sum, is at least 1 over this. Squares that
+// are flushed to 0 do not count if the sum is not tiny.
+inline double sum_bound(int64_t d) { return 1 + 0x1p-20 + 0x1p-23 * double(d); }
 
 // x rounded up. The sum covers subnormal results, which are rounded coarsely.
 inline float upper_bound(double x) { return float(x * 1.000001) + 0x1p-120f; }
@@ -67,25 +52,6 @@ struct ScreenError {
   }
 };
 
-// The bound for a query row and key rows of these extents and d columns.
-//
-// Each step of the float32 product has an error of at most 2^-24 ||q|| ||k||, or twice that without
-// fused operations; an element takes kSummedSteps and one for each piece of as many. 40 more cover
-// the scaling of a screened similarity, the rounding of scales, so that a rounded row is only
-// almost orthogonal to its error, and the rounding of this bound and of what is computed from it.
-// Two sums of d steps in eight or more lanes, from which the scale of x~ follows, make ||x~|| wrong
-// by at most 2^-26 (d + 64) ||x - x~||, which matters for thousands of columns. The last term is
-// for products of scales that are too small to be normal numbers and may be flushed to 0; a sum has
-// up to 2^30 of them.
-inline ScreenError screen_error(const Extent& query, const Extent& key, int64_t d) {
-  const float norms = query.norm * key.norm;
-  const float steps = float(2 * kSummedSteps + d / kSummedSteps + 40);
-  const float angular = query.norm * key.rounding + query.rounding * key.norm;
-  return {0x1p-24f * steps * norms + query.rounding * key.rounding +
-              0x1p-26f * float(d + 64) * angular + 0x1p-94f,
-          angular, norms};
-}
-
 // kLanes pairs of a query and a key.
 struct LanePairs {
   int32_t query[kLanes<float>];     // which of kLanes queries
@@ -97,6 +63,47 @@ struct LanePairs {
 #if defined(__AVX2__)
 
 struct FixedPointScreen {
+  static constexpr int64_t kTileRows = CONVNN_ISA::kTileRows;
+  static constexpr bool kHasScales = true;
+  struct Session {
+    explicit Session(int64_t) {}
+  };
+
+  // Upper bounds for some rows: of ||x||, and of ||x - x~||.
+  struct Extent {
+    float norm = 0;
+    float rounding = 0;
+
+    void include(const Extent& other) {
+      norm = other.norm > norm ? other.norm : norm;
+      rounding = other.rounding > rounding ? other.rounding : rounding;
+    }
+  };
+  // A rounded row: words of two 16-bit numbers, times a scale.
+  struct Rounded {
+    Extent extent;
+    float scale;
+  };
+
+  // The bound for a query row and key rows of these extents and d columns.
+  //
+  // Each step of the float32 product has an error of at most 2^-24 ||q|| ||k||, or twice that
+  // without fused operations; an element takes kSummedSteps and one for each piece of as many. 40
+  // more cover the scaling of a screened similarity, the rounding of scales, so that a rounded row
+  // is only almost orthogonal to its error, and the rounding of this bound and of what is computed
+  // from it. Two sums of d steps in eight or more lanes, from which the scale of x~ follows, make
+  // ||x~|| wrong by at most 2^-26 (d + 64) ||x - x~||, which matters for thousands of columns. The
+  // last term is for products of scales that are too small to be normal numbers and may be flushed
+  // to 0; a sum has up to 2^30 of them.
+  static ScreenError error(const Extent& query, const Extent& key, int64_t d) {
+    const float norms = query.norm * key.norm;
+    const float steps = float(2 * kSummedSteps + d / kSummedSteps + 40);
+    const float angular = query.norm * key.rounding + query.rounding * key.norm;
+    return {0x1p-24f * steps * norms + query.rounding * key.rounding +
+                0x1p-26f * float(d + 64) * angular + 0x1p-94f,
+            angular, norms};
+  }
+
   // The norm of a row in units of its scale, so that a sum of products, or a part of one, which is
   // at most the product of two norms, stays below 2^31: rounding adds at most sqrt(d) / 2. A row
   // that has an element above kElement in these units gets this norm, which no element exceeds.
@@ -110,21 +117,20 @@ struct FixedPointScreen {
 
   // Rounds row [d], padded with zeros to whole vectors, to words [words(d)], also up to whole
   // vectors.
-  static Rounded round(const float* row, int64_t d, uint32_t* words) {
-    // A sum of d squares in float32, divided by the exact sum, is at least 1 over this. Squares
-    // that are flushed to 0 do not count if the sum is not tiny.
-    const double above = 1 + 0x1p-20 + 0x1p-23 * double(d);
+  template <class T>
+  static Rounded round(const T*, const float* row, int64_t d, Metric, uint32_t* words) {
+    const double above = sum_bound(d);
     Vector<float> sum = {};
     for (int64_t i = 0; i < d; i += kLanes<float>) sum += load(row + i) * load(row + i);
     const float squares = sum_of_lanes(sum);
     const double norm = std::sqrt(squares < 0x1p-90f ? dot(row, row, d) : squares * above);
-    if (!(norm < kLargestNorm)) return {kNoBound, 0};
+    if (!(norm < kLargestNorm)) return {{std::numeric_limits<float>::infinity(), 0}, 0};
     const float bound = upper_bound(norm);
     float scale = bound >= kSmallestNorm ? bound / largest_norm(d) : 0;
-    Sums sums = round(row, d, scale > 0 ? 1 / scale : 0, words);
+    Sums sums = fixed_point(row, d, scale > 0 ? 1 / scale : 0, words);
     if (sums.may_exceed(kElement)) {
       scale = bound / kElement;
-      sums = round(row, d, 1 / scale, words);
+      sums = fixed_point(row, d, 1 / scale, words);
     }
     // In units of the scale, x is off by at most 2^-24 of itself and as much for the inverse; a row
     // has less than 2^16 units.
@@ -145,7 +151,7 @@ struct FixedPointScreen {
     }
   };
 
-  static Sums round(const float* row, int64_t d, float inverse, uint32_t* words) {
+  static Sums fixed_point(const float* row, int64_t d, float inverse, uint32_t* words) {
     typedef int16_t Fixed __attribute__((vector_size(kVectorBytes / 2)));
     typedef int32_t Whole __attribute__((vector_size(kVectorBytes)));
     // Adding this to a number below 2^22 leaves that number, rounded to nearest, in the last bits.

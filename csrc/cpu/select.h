@@ -3,17 +3,19 @@
 // without S.
 //
 // The keys that may be neighbors are prepared once: normalized and packed into panels of tile
-// columns. A task then processes kBlockRows query rows and walks the panels in chunks of kChunk
-// columns: it fills a strip [kBlockRows, kChunk] of S, which stays in the L2 cache, and selects
+// columns. A task is a block of kBlockRows query rows; a thread takes up to kBlocksTogether of them
+// and walks the panels in chunks of kChunk columns. For each chunk, which stays in the L2 cache,
+// and each block it fills a strip [kBlockRows, kChunk] of S, which stays there, too, and selects
 // from it row by row (best_columns.h).
 //
 // With key ranges, it walks only the columns that one of its rows may see, and rows whose ranges
 // have little in common one after the other (column_ranges.h). From a strip, each row selects
 // within its own range.
 //
-// If the processor multiplies vectors of 16-bit numbers, the strip first holds approximate
-// similarities, a screen of S (screen.h). A chunk in which the screen rules out too few keys, such
-// as one of many nearly equal keys, is computed in full.
+// If the processor multiplies 16-bit numbers faster than float32, in vectors or on AMX tiles, the
+// strip first holds approximate similarities, a screen of S (screen.h, screen_amx.h). A chunk in
+// which the screen rules out too few keys, such as one of many nearly equal keys, is computed in
+// full.
 //
 // Few queries are selected without packed keys (select_few.h).
 #pragma once
@@ -22,6 +24,7 @@
 #include "kernels.h"
 #include "normalize.h"
 #include "screen.h"
+#include "screen_amx.h"
 
 namespace convnn::CONVNN_ISA {
 
@@ -31,35 +34,47 @@ namespace convnn::CONVNN_ISA {
 // one by one, each at the cost of about eight pairs of a full tile.
 constexpr int64_t kGroupsPerOpen = 4;
 
-// A screen pays from this many query rows on and up to this many neighbors; both measured.
-constexpr int64_t kScreenedRows = 8 * kBlockRows;
+// A screen pays from this many query rows and columns on and up to this many neighbors: measured.
+constexpr int64_t kScreenedRows = 192;
+constexpr int64_t kScreenedColumns = 512;
 constexpr int64_t kMostScreened = 96;
+
+// Blocks that walk the chunks together, so that a chunk is read from the outer cache once for all.
+// For many neighbors, of which each block needs a list, only one does.
+constexpr int64_t kBlocksTogether = 4;
 
 // The rows of a strip are not a multiple of a page apart: they would map to the same few sets of
 // the L1 cache.
 template <class A>
 constexpr int64_t kStripStride = kChunk + max_of(kTileColumns<A>, kScanColumns<A>);
 
-// The screen for a selection that accumulates in A.
+// The screen for rows of T.
 struct NoScreen {
+  struct Extent {};
+  struct Session {
+    explicit Session(int64_t) {}
+  };
+  static constexpr int64_t kTileRows = 1;
+  static constexpr bool kHasScales = false;
   static int64_t words(int64_t) { return 0; }
 };
-template <class A>
-struct ScreenOf {
-  using type = NoScreen;
-};
-#if defined(__AVX2__)
-template <>
-struct ScreenOf<float> {
-  using type = FixedPointScreen;
-};
+#if defined(__AMX_BF16__)
+template <class T>
+using ScreenOf = std::conditional_t<std::is_same_v<T, double>, NoScreen, AmxScreen<T>>;
+#elif defined(__AVX2__)
+template <class T>
+using ScreenOf = std::conditional_t<std::is_same_v<T, double>, NoScreen, FixedPointScreen>;
+#else
+template <class T>
+using ScreenOf = NoScreen;
 #endif
 
 template <class T>
 class Select {
  protected:
   using A = accumulate_t<T>;
-  using Screen = typename ScreenOf<A>::type;
+  using Screen = ScreenOf<T>;
+  using Extent = typename Screen::Extent;
   static constexpr bool kScreens = !std::is_same_v<Screen, NoScreen>;
   static constexpr int64_t kPanel = kTileColumns<A>;
   static constexpr int64_t kQueryGroups = (kBlockRows + kLanes<A> - 1) / kLanes<A>;
@@ -81,38 +96,54 @@ class Select {
       panels = arena.take<A>(screened ? 0 : count * p.d * kPanel);
       rows = arena.take<A>(screened ? count * kPanel * padded_stride<A>(p.d) : 0);
       words = arena.take<uint32_t>(screened ? count * words_of(p) * kPanel : 0);
-      scales = arena.take<float>(screened ? count * kPanel : 0);
+      scales = arena.take<float>(screened && Screen::kHasScales ? count * kPanel : 0);
       extents = arena.take<Extent>(screened ? count : 0);
       bytes = arena.used();
     }
   };
 
   struct Scratch {
-    A* queries;            // [kQueryGroups * kLanes, padded_stride of d]; kBlockRows are used
-    uint32_t* words;       // screened: [kBlockRows, padded_stride of words]
-    float* scales;         // screened: [kBlockRows]
-    A* lanes;              // screened: [kQueryGroups, d, kLanes], the queries with lanes for rows
-    A* strip;              // [kBlockRows, kStripStride]
-    A* rows;               // [kLanes, padded_stride of d]
-    A* panel;              // [d, kPanel]
-    A* tile;               // [kTileRows, kPanel]
-    A* self_similarities;  // [kBlockRows]
-    Rank<A>* ranks;        // [rows, capacity]
+    // Of all blocks that walk the chunks together.
+    A* strip;      // [kBlockRows, kStripStride]
+    A* group_max;  // [kBlockRows, kGroups]
+    A* rows;       // [kLanes, padded_stride of d]
+    A* panel;      // [d, kPanel]
+    A* tile;       // [kTileRows, kPanel]
+    // Of this block.
+    A* queries;             // [kQueryGroups * kLanes, padded_stride of d]; kBlockRows are used
+    uint32_t* words;        // screened: [kBlockRows, padded_stride of words]
+    float* scales;          // screened: [kBlockRows]
+    A* lanes;               // screened: [kQueryGroups, d, kLanes], the queries with lanes for rows
+    Extent* extents;        // screened: [kBlockRows]
+    ColumnRange* ranges;    // [kBlockRows] the columns that each row may see
+    ColumnRange* parts;     // [kBlockRows] those of them that are in the current chunk
+    int64_t* self_columns;  // [kBlockRows]
+    A* self_similarities;   // [kBlockRows]
+    Rank<A>* ranks;         // [rows, capacity]
+    BestColumns<A>* best;   // [rows]
     size_t bytes;
 
-    Scratch(const SelectParams& p, void* base) {
+    Scratch(const SelectParams& p, int64_t block, void* base) {
+      const int64_t most_rows = min_of(kBlockRows, p.n);
       Arena arena(base);
-      queries = arena.take<A>(kQueryGroups * kLanes<A> * padded_stride<A>(p.d));
-      words = arena.take<uint32_t>(kScreens ? kBlockRows * word_stride(p) : 0);
-      scales = arena.take<float>(kScreens ? kBlockRows : 0);
-      lanes = arena.take<A>(kScreens ? kQueryGroups * p.d * kLanes<A> : 0);
       strip = arena.take<A>(kBlockRows * kStripStride<A>);
+      group_max = arena.take<A>(kBlockRows * kGroups);
       rows = arena.take<A>(kLanes<A> * padded_stride<A>(p.d));
       panel = arena.take<A>(p.d * kPanel);
       tile = arena.take<A>(kTileRows * kPanel);
-      self_similarities = arena.take<A>(kBlockRows);
-      ranks =
-          arena.take<Rank<A>>(min_of(kBlockRows, p.n) * BestColumns<A>::capacity(most_found(p)));
+      for (int64_t i = 0; i <= block; ++i) {
+        queries = arena.take<A>(kQueryGroups * kLanes<A> * padded_stride<A>(p.d));
+        words = arena.take<uint32_t>(kScreens ? kBlockRows * word_stride(p) : 0);
+        scales = arena.take<float>(kScreens ? kBlockRows : 0);
+        lanes = arena.take<A>(kScreens ? kQueryGroups * p.d * kLanes<A> : 0);
+        extents = arena.take<Extent>(kScreens ? kBlockRows : 0);
+        ranges = arena.take<ColumnRange>(kBlockRows);
+        parts = arena.take<ColumnRange>(kBlockRows);
+        self_columns = arena.take<int64_t>(kBlockRows);
+        self_similarities = arena.take<A>(kBlockRows);
+        ranks = arena.take<Rank<A>>(most_rows * BestColumns<A>::capacity(most_found(p)));
+        best = arena.take<BestColumns<A>>(most_rows);
+      }
       bytes = arena.used();
     }
   };
@@ -123,6 +154,11 @@ class Select {
   // The most neighbors that a query can have: k may exceed the number of keys.
   static int64_t most_found(const SelectParams& p) {
     return min_of(p.k, (p.candidates ? p.r : p.m) + (includes_self(p) ? 1 : 0));
+  }
+
+  // The most blocks of queries that walk the chunks together.
+  static int64_t most_blocks(const SelectParams& p) {
+    return p.k > kMostScreened ? 1 : min_of(kBlocksTogether, ceil_div(p.n, kBlockRows));
   }
 
   static int64_t words_of(const SelectParams& p) { return Screen::words(p.d); }
@@ -184,22 +220,32 @@ class Select {
  public:
   // Whether a screen pays for these shapes and as many columns in the range of a query. With few
   // queries or columns, preparing the keys costs more than the product; with many neighbors or
-  // short rows, the selection does. A prepared key takes at most eight bytes per element.
+  // short rows, the selection does.
   static bool screen_pays(const SelectParams& p, int64_t columns) {
-    return kScreens && p.metric != Metric::euclidean && p.n >= kScreenedRows && columns >= 512 &&
-           p.d >= 16 && p.k <= min_of(kMostScreened, columns / 4) &&
-           padded_stride<A>(p.d) + words_of(p) + 1 <= 2 * p.d;
+    return kScreens && p.metric != Metric::euclidean && p.n >= kScreenedRows &&
+           columns >= kScreenedColumns && p.d >= 16 && p.k <= min_of(kMostScreened, columns / 4) &&
+           screen_fits(p);
+  }
+
+  // Whether prepared keys take at most eight bytes for each element of key and, where a screen has
+  // as many bytes as the rows themselves, of query.
+  static bool screen_fits(const SelectParams& p) {
+    const int64_t keys = p.candidates ? p.r : p.m, queries = Screen::kHasScales ? 0 : p.n;
+    const int64_t words = padded_stride<A>(p.d) + words_of(p) + Screen::kHasScales;
+    return double(words) * double(keys) <= 2 * double(p.d) * double(keys + queries);
   }
 
   static size_t packed_bytes(const SelectParams& p, int64_t columns, bool screened) {
     return Keys(p, columns, screened, nullptr).bytes;
   }
 
-  static size_t scratch_bytes(const SelectParams& p) { return Scratch(p, nullptr).bytes; }
+  static size_t scratch_bytes(const SelectParams& p) {
+    return Scratch(p, most_blocks(p) - 1, nullptr).bytes;
+  }
 
   static void pack(const SelectParams& p, const SelectWork& work, int64_t begin, int64_t end,
                    void* base) {
-    const Scratch scratch(p, base);
+    const Scratch scratch(p, 0, base);
     const int64_t panels = ceil_div(work.max_columns, kPanel);
     const int64_t stride = padded_stride<A>(p.d);
     for (int64_t task = begin; task < end; ++task) {
@@ -221,8 +267,9 @@ class Select {
         if (keys.screened) {
           if constexpr (kScreens) {
             for (int64_t i = 0; i < kLanes<A>; ++i) {
-              const Rounded rounded = round(p, rows + i * stride, i, scratch);
-              keys.scales[panel * kPanel + first + i] = rounded.scale;
+              const T* x = key_at(p, work, b, panel * kPanel + first + i);
+              const auto rounded = round(p, x, rows + i * stride, i, scratch);
+              if (Screen::kHasScales) keys.scales[panel * kPanel + first + i] = rounded.scale;
               extent.include(rounded.extent);
             }
             interleave(scratch.words, word_stride(p), words_of(p),
@@ -238,33 +285,38 @@ class Select {
 
   static void rows(const SelectParams& p, const SelectWork& work, int64_t begin, int64_t end,
                    void* scratch) {
+    const typename Screen::Session session(work.screened ? p.d : 0);
     const int64_t blocks = ceil_div(p.n, kBlockRows);
-    ColumnRange ranges[kBlockRows];
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks, first = task % blocks * kBlockRows;
-      const int64_t rows = min_of(kBlockRows, p.n - first);
-      for (int64_t r = 0; r < rows; ++r) ranges[r] = range_of(p, work, b, first + r);
-      for (int64_t count, r = 0; r < rows; r += count) {
-        count = p.key_range ? rows_together(ranges + r, rows - r) : rows;
-        block(p, work, b, first + r, count, ranges + r, Scratch(p, scratch));
+    for (int64_t count, task = begin; task < end; task += count) {
+      const int64_t b = task / blocks, block = task % blocks;
+      count = min_of(most_blocks(p), min_of(end - task, blocks - block));
+      const int64_t first = block * kBlockRows;
+      const int64_t last = min_of(first + count * kBlockRows, p.n);
+      for (int64_t rows, row = first; row < last; row += rows) {
+        rows = p.key_range ? rows_together(p, work, b, row, last) : last - row;
+        search(p, work, b, row, rows, scratch);
       }
     }
   }
 
  protected:
-  // Rounds row [d] to row r of scratch.words, padded with zeros to whole vectors.
-  static Rounded round(const SelectParams& p, const A* row, int64_t r, const Scratch& scratch) {
+  // Rounds row [d], which is x or null for zeros, to row r of scratch.words, padded with zeros to
+  // whole vectors.
+  static auto round(const SelectParams& p, const T* x, const A* row, int64_t r,
+                    const Scratch& scratch) {
     uint32_t* words = scratch.words + r * word_stride(p);
     for (int64_t t = words_of(p); t < word_stride(p); ++t) words[t] = 0;
-    return Screen::round(row, p.d, words);
+    return Screen::round(x, row, p.d, p.metric, words);
   }
 
   // Reads `rows` query rows for a block, zeros after them up to whole tiles, and rounds them if
   // they are screened.
   static void read_queries(const SelectParams& p, int64_t batch, int64_t first_row, int64_t rows,
-                           bool screened, Extent* extents, const Scratch& scratch) {
+                           bool screened, const Scratch& scratch) {
     const int64_t stride = padded_stride<A>(p.d);
-    for (int64_t r = 0; r < ceil_div(rows, kTileRows) * kTileRows; ++r) {
+    const auto whole = [&](int64_t tile) { return ceil_div(rows, tile) * tile; };
+    const int64_t read = max_of(whole(kTileRows), whole(Screen::kTileRows));
+    for (int64_t r = 0; r < read; ++r) {
       A* row = scratch.queries + r * stride;
       const T* x = r < rows ? p.query.at<T>(batch, first_row + r) : nullptr;
       if (x) {
@@ -274,8 +326,8 @@ class Select {
       }
       if constexpr (kScreens) {
         if (screened) {
-          const Rounded rounded = round(p, row, r, scratch);
-          extents[r] = rounded.extent;
+          const auto rounded = round(p, x, row, r, scratch);
+          scratch.extents[r] = rounded.extent;
           scratch.scales[r] = rounded.scale;
         }
       }
@@ -288,65 +340,91 @@ class Select {
     }
   }
 
-  // `rows` query rows of batch element b of the work, from first_row on. ranges: the columns that
-  // each of them may see.
-  static void block(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
-                    int64_t rows, const ColumnRange* ranges, const Scratch& scratch) {
-    const int64_t batch = work.first_batch + b;
+  // How many of the query rows first ... last - 1 are best searched together: whole blocks, or a
+  // part of one.
+  static int64_t rows_together(const SelectParams& p, const SelectWork& work, int64_t b,
+                               int64_t first, int64_t last) {
+    ColumnRange ranges[kBlocksTogether * kBlockRows];
+    for (int64_t r = first; r < last; ++r) ranges[r - first] = range_of(p, work, b, r);
+    const int64_t rows = CONVNN_ISA::rows_together(ranges, last - first);
+    return rows == last - first || rows < kBlockRows ? rows : rows / kBlockRows * kBlockRows;
+  }
+
+  // Selects the neighbors of `rows` query rows of batch element b of the work, from first_row on,
+  // one block or several, whose scratch memory begins at base.
+  static void search(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
+                     int64_t rows, void* base) {
     const Keys keys = keys_of(p, work, b);
-
-    Extent extents[kBlockRows];
-    read_queries(p, batch, first_row, rows, keys.screened, extents, scratch);
-    if (includes_self(p)) multiply_self(p, batch, first_row, rows, scratch);
-
-    int64_t self_columns[kBlockRows];
-    BestColumns<A> best[kBlockRows];
-    const int64_t capacity = BestColumns<A>::capacity(most_found(p));
+    const auto each_block = [&](const auto& visit) {
+      for (int64_t block = 0, r = 0; r < rows; ++block, r += kBlockRows) {
+        visit(first_row + r, min_of(kBlockRows, rows - r), Scratch(p, block, base));
+      }
+    };
     ColumnRange all;
-    for (int64_t r = 0; r < rows; ++r) {
-      const bool self = has_self(p, batch, first_row + r);
-      self_columns[r] = self_column(p, work, b, first_row + r);
-      best[r].start(scratch.ranks + r * capacity, most_found(p) - self, self_columns[r]);
-      all.include(ranges[r]);
-    }
+    each_block([&](int64_t first, int64_t count, const Scratch& scratch) {
+      start_block(p, work, b, first, count, keys.screened, scratch);
+      for (int64_t r = 0; r < count; ++r) all.include(scratch.ranges[r]);
+    });
 
     // The chunk with the same relative position as these rows comes first, then the others from
     // left to right: most neighbors of a token of an image are nearby, and with those the screen
     // rules out almost everything else.
-    Chunks<A> chunks(all, first_row * columns_of(work, b) / p.n);
+    Chunks<A> chunks(all, (first_row + rows / 2) * columns_of(work, b) / p.n);
     ColumnRange chunk;
     for (bool is_first = true; chunks.next(chunk); is_first = false) {
-      ColumnRange parts[kBlockRows];  // of the rows' ranges, in this chunk
-      for (int64_t r = 0; r < rows; ++r) parts[r] = ranges[r].within(chunk);
-      if constexpr (kScreens) {
-        if (keys.screened) {
-          if (screen_chunk(p, keys, chunk, is_first, rows, parts, extents, self_columns, best,
-                           scratch)) {
-            continue;
-          }
-          resolve(p, keys, 0, rows, best, scratch);
-          for (int64_t r = 0; r < rows; ++r) best[r].end_resolve();
+      each_block([&](int64_t, int64_t count, const Scratch& scratch) {
+        ColumnRange seen;
+        for (int64_t r = 0; r < count; ++r) seen.include(scratch.ranges[r].within(chunk));
+        if (seen.count() == 0) return;
+        seen.begin = seen.begin / kLanes<A> * kLanes<A>;
+        for (int64_t r = 0; r < count; ++r) scratch.parts[r] = scratch.ranges[r].within(seen);
+        if (!screen_chunk(p, keys, seen, is_first, count, scratch)) {
+          compute_chunk(p, keys, seen, count, scratch);
         }
-      }
-      each_panel(chunk, [&](int64_t column, int64_t count) {
-        similarities(p, scratch.queries, rows, panel_of(p, keys, column, count, scratch), count,
-                     scratch.strip + column - chunk.begin, kStripStride<A>);
       });
-      close_strip(chunk.begin, parts, 0, rows, self_columns, scratch);
-      for (int64_t r = 0; r < rows; ++r) {
-        best[r].survey(part_of_strip(r, chunk, parts[r], scratch), parts[r].count());
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        best[r].collect(part_of_strip(r, chunk, parts[r], scratch), parts[r].begin,
-                        parts[r].count());
-      }
     }
+    each_block([&](int64_t first, int64_t count, const Scratch& scratch) {
+      if (keys.screened) resolve(p, keys, 0, count, scratch);
+      for (int64_t r = 0; r < count; ++r) {
+        write(p, work, b, first + r, scratch.best[r], scratch.self_similarities[r]);
+      }
+    });
+  }
 
-    if constexpr (kScreens) {
-      if (keys.screened) resolve(p, keys, 0, rows, best, scratch);
+  static void start_block(const SelectParams& p, const SelectWork& work, int64_t b,
+                          int64_t first_row, int64_t rows, bool screened, const Scratch& scratch) {
+    const int64_t batch = work.first_batch + b;
+    read_queries(p, batch, first_row, rows, screened, scratch);
+    if (includes_self(p)) multiply_self(p, batch, first_row, rows, scratch);
+    const int64_t capacity = BestColumns<A>::capacity(most_found(p));
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool self = has_self(p, batch, first_row + r);
+      scratch.ranges[r] = range_of(p, work, b, first_row + r);
+      scratch.self_columns[r] = self_column(p, work, b, first_row + r);
+      scratch.best[r].start(scratch.ranks + r * capacity, scratch.group_max + r * kGroups,
+                            most_found(p) - self, scratch.self_columns[r]);
+    }
+  }
+
+  // Selects from a chunk by its similarities.
+  static void compute_chunk(const SelectParams& p, const Keys& keys, const ColumnRange& chunk,
+                            int64_t rows, const Scratch& scratch) {
+    if (keys.screened) {
+      resolve(p, keys, 0, rows, scratch);
+      for (int64_t r = 0; r < rows; ++r) scratch.best[r].end_resolve();
+    }
+    each_panel(chunk, [&](int64_t column, int64_t count) {
+      similarities(p, scratch.queries, rows, panel_of(p, keys, column, count, scratch), count,
+                   scratch.strip + column - chunk.begin, kStripStride<A>);
+    });
+    close_strip(chunk.begin, scratch.parts, 0, rows, scratch.self_columns, scratch);
+    for (int64_t r = 0; r < rows; ++r) {
+      const ColumnRange part = scratch.parts[r];
+      scratch.best[r].survey(part_of_strip(r, chunk, part, scratch), part.count());
     }
     for (int64_t r = 0; r < rows; ++r) {
-      write(p, work, b, first_row + r, best[r], scratch.self_similarities[r]);
+      const ColumnRange part = scratch.parts[r];
+      scratch.best[r].collect(part_of_strip(r, chunk, part, scratch), part.begin, part.count());
     }
   }
 
@@ -394,47 +472,51 @@ class Select {
     return scratch.panel;
   }
 
-  // Selects from a chunk by its screen. Returns false, with nothing collected, if the screen rules
-  // out too little.
+  // Selects from a chunk by its screen. Returns false, with nothing collected, if there is none or
+  // it rules out too little.
   static bool screen_chunk(const SelectParams& p, const Keys& keys, const ColumnRange& chunk,
-                           bool is_first, int64_t rows, const ColumnRange* parts,
-                           const Extent* extents, const int64_t* self_columns, BestColumns<A>* best,
-                           const Scratch& scratch) {
-    const int64_t words = words_of(p);
-    Extent keys_extent;
-    each_panel(chunk, [&](int64_t column, int64_t) {
-      keys_extent.include(keys.extents[column / kPanel]);
-    });
-    ScreenError errors[kBlockRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      errors[r] = screen_error(extents[r], keys_extent, p.d);
-      if (!errors[r].exists()) return false;
+                           bool is_first, int64_t rows, const Scratch& scratch) {
+    if constexpr (kScreens) {
+      if (!keys.screened) return false;
+      const int64_t words = words_of(p);
+      Extent keys_extent;
+      each_panel(chunk, [&](int64_t column, int64_t) {
+        keys_extent.include(keys.extents[column / kPanel]);
+      });
+      ScreenError errors[kBlockRows];
+      for (int64_t r = 0; r < rows; ++r) {
+        errors[r] = Screen::error(scratch.extents[r], keys_extent, p.d);
+        if (!errors[r].exists()) return false;
+      }
+      each_panel(chunk, [&](int64_t column, int64_t count) {
+        const uint32_t* panel = keys.words + column / kPanel * kPanel * words + column % kPanel;
+        Screen::multiply(scratch.words, word_stride(p), scratch.scales, rows, panel, words,
+                         keys.scales + column, count, scratch.strip + column - chunk.begin,
+                         kStripStride<A>);
+      });
+      close_strip(chunk.begin, scratch.parts, 0, rows, scratch.self_columns, scratch);
+      int64_t open = 0, most = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        const ColumnRange part = scratch.parts[r];
+        scratch.best[r].survey_screened(part_of_strip(r, chunk, part, scratch), part.count(),
+                                        errors[r]);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        open += scratch.best[r].open_groups();
+        most += most_open(p, scratch.parts[r].count(), is_first);
+      }
+      if (open > most) return false;
+      for (int64_t r = 0; r < rows; ++r) {
+        const ColumnRange part = scratch.parts[r];
+        BestColumns<A>& best = scratch.best[r];
+        best.collect_screened(part_of_strip(r, chunk, part, scratch), part.begin, part.count(),
+                              [&] {
+                                resolve(p, keys, r, r + 1, scratch);
+                                best.end_resolve();
+                              });
+      }
     }
-    each_panel(chunk, [&](int64_t column, int64_t count) {
-      const uint32_t* panel = keys.words + column / kPanel * kPanel * words + column % kPanel;
-      Screen::multiply(scratch.words, word_stride(p), scratch.scales, rows, panel, words,
-                       keys.scales + column, count, scratch.strip + column - chunk.begin,
-                       kStripStride<A>);
-    });
-    close_strip(chunk.begin, parts, 0, rows, self_columns, scratch);
-    int64_t open = 0, most = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      best[r].survey_screened(part_of_strip(r, chunk, parts[r], scratch), parts[r].count(),
-                              errors[r]);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      open += best[r].open_groups();
-      most += most_open(p, parts[r].count(), is_first);
-    }
-    if (open > most) return false;
-    for (int64_t r = 0; r < rows; ++r) {
-      best[r].collect_screened(part_of_strip(r, chunk, parts[r], scratch), parts[r].begin,
-                               parts[r].count(), [&] {
-                                 resolve(p, keys, r, r + 1, best, scratch);
-                                 best[r].end_resolve();
-                               });
-    }
-    return true;
+    return kScreens;
   }
 
   // How many groups of as many columns a screen may leave undecided for a query.
@@ -447,28 +529,31 @@ class Select {
   // Computes the similarities of columns that were collected with an error, kLanes of them at a
   // time, of rows begin ... end - 1.
   static void resolve(const SelectParams& p, const Keys& keys, int64_t begin, int64_t end,
-                      BestColumns<A>* best, const Scratch& scratch) {
-    const int64_t stride = padded_stride<A>(p.d);
-    for (int64_t stop, from = begin; from < end; from = stop) {
-      stop = min_of(end, (from / kLanes<A> + 1) * kLanes<A>);
-      const A* queries = scratch.lanes + from / kLanes<A> * p.d * kLanes<A>;
-      LanePairs pairs;
-      int64_t rows[kLanes<A>], places[kLanes<A>], count = 0;
-      const auto flush = [&] {
-        for (int64_t i = count; i < kLanes<A>; ++i) pairs.set(i, 0, pairs.key[0]);
-        const Vector<A> similarities = products(queries, pairs, p.d);
-        for (int64_t i = 0; i < count; ++i) best[rows[i]].resolve(places[i], similarities[i]);
-        count = 0;
-      };
-      for (int64_t r = from; r < stop; ++r) {
-        const int64_t unresolved = best[r].unresolved();
-        for (int64_t i = 0; i < unresolved; ++i) {
-          rows[count] = r, places[count] = i;
-          pairs.set(count, int32_t(r % kLanes<A>), keys.rows + best[r].column(i) * stride);
-          if (++count == kLanes<A>) flush();
+                      const Scratch& scratch) {
+    if constexpr (kScreens) {
+      BestColumns<A>* const best = scratch.best;
+      const int64_t stride = padded_stride<A>(p.d);
+      for (int64_t stop, from = begin; from < end; from = stop) {
+        stop = min_of(end, (from / kLanes<A> + 1) * kLanes<A>);
+        const A* queries = scratch.lanes + from / kLanes<A> * p.d * kLanes<A>;
+        LanePairs pairs;
+        int64_t rows[kLanes<A>], places[kLanes<A>], count = 0;
+        const auto flush = [&] {
+          for (int64_t i = count; i < kLanes<A>; ++i) pairs.set(i, 0, pairs.key[0]);
+          const Vector<A> similarities = products(queries, pairs, p.d);
+          for (int64_t i = 0; i < count; ++i) best[rows[i]].resolve(places[i], similarities[i]);
+          count = 0;
+        };
+        for (int64_t r = from; r < stop; ++r) {
+          const int64_t unresolved = best[r].unresolved();
+          for (int64_t i = 0; i < unresolved; ++i) {
+            rows[count] = r, places[count] = i;
+            pairs.set(count, int32_t(r % kLanes<A>), keys.rows + best[r].column(i) * stride);
+            if (++count == kLanes<A>) flush();
+          }
         }
+        if (count > 0) flush();
       }
-      if (count > 0) flush();
     }
   }
 

@@ -55,6 +55,7 @@ class SelectFew : Select<T> {
   using V = Vector<A>;
 
   struct Scratch {
+    A* group_max;           // [n, kGroups]
     A* queries;             // [n, padded_stride of d]
     A* self_similarities;   // [n, rounded up to kTileRows]
     A* rows;                // [kLanes, padded_stride of d]
@@ -79,6 +80,7 @@ class SelectFew : Select<T> {
       tile = arena.take<A>(Base::includes_self(p) ? kTileRows * kTileColumns<A> : 0);
       sums = arena.take<A>(p.n * kLanes<A>);
       strip = arena.take<A>(p.n * kStripStride<A>);
+      group_max = arena.take<A>(p.n * kGroups);
       ranks = arena.take<Rank<A>>(p.n * BestColumns<A>::capacity(Base::most_found(p)));
       best = arena.take<BestColumns<A>>(p.n);
       self_columns = arena.take<int64_t>(p.n);
@@ -161,8 +163,8 @@ class SelectFew : Select<T> {
     const bool self = Base::has_self(p, work.first_batch + b, r);
     scratch.self_columns[r] = Base::self_column(p, work, b, r);
     const int64_t most = Base::most_found(p);
-    scratch.best[r].start(scratch.ranks + r * BestColumns<A>::capacity(most), most - self,
-                          scratch.self_columns[r]);
+    scratch.best[r].start(scratch.ranks + r * BestColumns<A>::capacity(most),
+                          scratch.group_max + r * kGroups, most - self, scratch.self_columns[r]);
     return scratch.best[r];
   }
 

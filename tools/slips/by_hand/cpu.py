@@ -207,8 +207,8 @@ SLIPS = {
             "there is no place for the token itself beside all candidates",
         ),
         (
-            "const int64_t b = task / blocks, first = task % blocks * kBlockRows;",
-            "const int64_t b = 0, first = task % blocks * kBlockRows;",
+            "const int64_t b = task / blocks, block = task % blocks;",
+            "const int64_t b = 0, block = task % blocks;",
             "all batch elements are the first",
         ),
     ],
