@@ -132,6 +132,8 @@ def _value(goal: Goal, rows: Sequence[Row]) -> tuple[float | None, str | None]:
     other, reason = _find(rows, goal.other, goal.passes)
     if other is None:
         return None, reason
+    if goal.peer.endswith("-avx2"):
+        other = ratios.on_avx512(row, rows)
     if goal.other == "mm":
         return ratios.share_of_rate(row, other), None
     if goal.other == "sdpa":

@@ -71,6 +71,14 @@ def fastest(row: Row, rows: Sequence[Row], names: Sequence[str], *same: str, **o
     return min(found, key=lambda each: each["seconds"]["median"], default=None)
 
 
+def on_avx512(row: Row, rows: Sequence[Row]) -> Row | None:
+    """What a row on AVX2 is divided by: the row on AVX-512, or else the default."""
+    same = ("batch", "tokens", "channels", "keys", "k", "source", "candidates", "outputs", "dtype")
+    default = row["peer"].removesuffix("-avx2")
+    on_set = fastest(row, rows, [f"{default}-avx512"], *same)
+    return on_set or fastest(row, rows, [default], *same)
+
+
 def _others(row: Row, rows: Sequence[Row]) -> dict[str, Sequence[str]]:
     """For each title the names of the peers that `row` is compared with on the same tokens."""
     name = row["peer"]
@@ -101,8 +109,7 @@ def references(row: Row, rows: Sequence[Row]) -> dict[str, Row]:
         found[title] = fastest(row, rows, [peer.baseline or ""], *tokens, "dtype", "source")
     same = (*tokens, "k", "source", "candidates", "outputs")
     if row["peer"].endswith("-avx2"):
-        default = row["peer"].removesuffix("-avx2")
-        found["÷ AVX-512"] = fastest(row, rows, [default], *same, "dtype")
+        found["÷ AVX-512"] = on_avx512(row, rows)
     if is_ours(row) and row["workload"]["dtype"] == "float32":
         found["÷ bfloat16"] = fastest(row, rows, [row["peer"]], *same, dtype="bfloat16")
     return {title: found[title] for title in TITLES if found.get(title)}

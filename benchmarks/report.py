@@ -31,7 +31,7 @@ FOOTNOTE = (
     "the same group, divided by the time; it exceeds 1 where a call is faster than torch.mm, whose "
     "product does not stay in the cache. "
     "MB: peak memory above the inputs, on a CPU the resident set of a separate process. "
-    "÷ AVX-512: the kernels for AVX2 divided by those for AVX-512 that run by default. "
+    "÷ AVX-512: the kernels for AVX2 divided by those for AVX-512. "
     "With random or spatial candidates the token itself is always a neighbor."
 )
 

@@ -51,7 +51,7 @@ def _layer(workload: Workload) -> Group:
     """Beside attention, exact search and eager PyTorch."""
     small = workload.batch * workload.tokens**2 <= 2**24
     peers = ["mm", "copy", "select", "faiss", "convnn-all", "sdpa"]
-    peers += ["select-avx2", "convnn-all-avx2"]
+    peers += ["select-avx2", "select-avx512", "convnn-all-avx2", "convnn-all-avx512"]
     # PyTorch does not always choose its faster kernel.
     peers += ["sdpa-math", "eager"] if small else []
     cases = _cases(workload, peers)
@@ -78,7 +78,7 @@ def _overhead() -> Group:
 
 
 def _bfloat16(workload: Workload) -> Group:
-    peers = ("mm", "select", "convnn-all", "convnn-all-avx2", "sdpa")
+    peers = ("mm", "select", "convnn-all", "convnn-all-avx2", "convnn-all-avx512", "sdpa")
     cases = _cases(replace(workload, dtype="bfloat16"), peers)
     return Group(f"bfloat16 {workload.shape}", cases, Effort(8))
 

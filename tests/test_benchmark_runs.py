@@ -227,13 +227,17 @@ def test_ratios_are_taken_within_rounds():
     assert lines[1][header.index("÷ SDPA")] == ""
 
 
-def test_avx2_is_divided_by_the_default_instruction_set():
+def test_avx2_is_divided_by_avx512_or_else_by_the_default_instruction_set():
     for group in (group for group in GROUPS if any("avx2" in c.peer for c in group.cases)):
         rows = synthetic_result([group])["rows"]
         for row in (row for row in rows if row["peer"].endswith("-avx2")):
+            name = row["peer"].removesuffix("-avx2")
+            on_avx512 = f"{name}-avx512"
             other = ratios.references(row, rows)["÷ AVX-512"]
-            assert other["peer"] == row["peer"].removesuffix("-avx2")
+            assert other["peer"] == (on_avx512 if on_avx512 in PEERS else name)
             assert (other["pass"], other["workload"]) == (row["pass"], row["workload"])
+            without = [each for each in rows if each["peer"] != on_avx512]
+            assert ratios.references(row, without)["÷ AVX-512"]["peer"] == name
         others = [row for row in rows if not row["peer"].endswith("-avx2")]
         assert not any("÷ AVX-512" in ratios.references(row, rows) for row in others)
 

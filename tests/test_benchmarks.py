@@ -205,12 +205,12 @@ def test_heads_are_a_dimension():
         replace(workload, heads=4)
 
 
-AVX2 = sorted(name for name in PEERS if name.endswith("-avx2"))
+NARROWER = {"avx2": "avx2", "avx512": "avx512vnni"}  # a peer's name ends with one of them
 
 
 @pytest.mark.quick_one_in(3)
-@pytest.mark.parametrize("name", AVX2)
-def test_all_of_a_pass_runs_on_avx2(name, monkeypatch):
+@pytest.mark.parametrize("name", sorted(p for p in PEERS if p.rpartition("-")[2] in NARROWER))
+def test_all_of_a_pass_runs_on_the_narrower_set(name, monkeypatch):
     """The check, forward and backward of the peer, and nothing else."""
     from convnn_kernels import native
 
@@ -222,10 +222,11 @@ def test_all_of_a_pass_runs_on_avx2(name, monkeypatch):
         yield
         used.append(None)
 
-    monkeypatch.setattr(native, "cpu_instruction_set", lambda: "avx512vnni")
+    monkeypatch.setattr(native, "cpu_instruction_set", lambda: "amx")
     monkeypatch.setattr(native, "use_cpu_instruction_set", use)
-    original = PEERS[name.removesuffix("-avx2")]
-    seen = {each: [] for each in (name, name.removesuffix("-avx2"))}
+    original_name, _, suffix = name.rpartition("-")
+    original = PEERS[original_name]
+    seen = {each: [] for each in (name, original_name)}
 
     def record(peer):
         def build(workload, inputs):
@@ -240,21 +241,29 @@ def test_all_of_a_pass_runs_on_avx2(name, monkeypatch):
 
             return replace(call, forward=forward)
 
-        peer_name = name if peer is not original else name.removesuffix("-avx2")
+        peer_name = name if peer is not original else original_name
         return replace(peer, build=build)
 
     for each in seen:
         monkeypatch.setitem(PEERS, each, record(PEERS[each]))
     passes = [p for p in TRAINING if p in original.passes]
     assert {row["status"] for row in measure(seen, passes=passes)} == {"measured"}
-    on_avx2, default = seen.values()
-    assert len(on_avx2) == len(default) > len(passes) * 3
-    assert set(on_avx2) == {"avx2"}
+    narrower, default = seen.values()
+    assert len(narrower) == len(default) > len(passes) * 3
+    assert set(narrower) == {NARROWER[suffix]}
     assert set(default) == {None}
 
 
-@pytest.mark.parametrize(("default", "reason"), [("avx2", "for avx2"), ("avx512", "not here")])
-def test_avx2_is_skipped_where_there_is_nothing_to_compare(default, reason, monkeypatch):
+@pytest.mark.parametrize(
+    ("peer", "default", "reason"),
+    [
+        ("select-avx2", "avx2", "for avx2"),
+        ("select-avx2", "avx512", "not here"),
+        ("select-avx512", "avx512vnni", "for avx512vnni, not amx"),
+        ("select-avx512", "amx", "not here"),
+    ],
+)
+def test_a_set_is_skipped_where_there_is_nothing_to_compare(peer, default, reason, monkeypatch):
     from convnn_kernels import native
 
     def use(instruction_set):
@@ -262,7 +271,7 @@ def test_avx2_is_skipped_where_there_is_nothing_to_compare(default, reason, monk
 
     monkeypatch.setattr(native, "cpu_instruction_set", lambda: default)
     monkeypatch.setattr(native, "use_cpu_instruction_set", use)
-    (row,) = measure(["select-avx2"], passes=TRAINING[:1])
+    (row,) = measure([peer], passes=TRAINING[:1])
     assert row["status"] == "skipped"
     assert reason in row["reason"]
 
