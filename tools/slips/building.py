@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tools.slips.slip import digest, file_digest
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vnni", "amx")
 # The library cannot be without these kernels. They stay as they are, and the tests run another set.
 _NOT_TESTED = "kernels_portable"
 
@@ -169,9 +169,11 @@ class Product:
 
 
 def cpu_library(tree: Path, folder: Path, commands: list[list[str]], isa: str) -> Product:
-    others = "|".join(name.upper() for name in INSTRUCTION_SETS if name not in (isa, "portable"))
+    # Most kernels for AMX are those for VNNI.
+    sets = ("portable", "avx512vnni", "amx") if isa == "amx" else ("portable", isa)
+    others = "|".join(name.upper() for name in INSTRUCTION_SETS if name not in sets)
     change = re.compile(rf"-DCONVNN_WITH_({others})")
-    parts = ("cpu_operators.dir", "convnn_cpu.dir", f"kernels_{isa}.dir", "kernels_portable.dir")
+    parts = ("cpu_operators.dir", "convnn_cpu.dir", *(f"kernels_{name}.dir" for name in sets))
     units = [
         _unit(command, tree, change)
         for command in commands
