@@ -384,7 +384,7 @@ class Select {
       });
     }
     each_block([&](int64_t first, int64_t count, const Scratch& scratch) {
-      if (keys.screened) resolve(p, keys, 0, count, scratch);
+      resolve(p, keys, 0, count, scratch);
       for (int64_t r = 0; r < count; ++r) {
         write(p, work, b, first + r, scratch.best[r], scratch.self_similarities[r]);
       }
@@ -409,10 +409,8 @@ class Select {
   // Selects from a chunk by its similarities.
   static void compute_chunk(const SelectParams& p, const Keys& keys, const ColumnRange& chunk,
                             int64_t rows, const Scratch& scratch) {
-    if (keys.screened) {
-      resolve(p, keys, 0, rows, scratch);
-      for (int64_t r = 0; r < rows; ++r) scratch.best[r].end_resolve();
-    }
+    resolve(p, keys, 0, rows, scratch);
+    for (int64_t r = 0; r < rows; ++r) scratch.best[r].end_resolve();
     each_panel(chunk, [&](int64_t column, int64_t count) {
       similarities(p, scratch.queries, rows, panel_of(p, keys, column, count, scratch), count,
                    scratch.strip + column - chunk.begin, kStripStride<A>);
@@ -527,7 +525,7 @@ class Select {
   }
 
   // Computes the similarities of columns that were collected with an error, kLanes of them at a
-  // time, of rows begin ... end - 1.
+  // time, of rows begin ... end - 1. Without a screen there are none.
   static void resolve(const SelectParams& p, const Keys& keys, int64_t begin, int64_t end,
                       const Scratch& scratch) {
     if constexpr (kScreens) {
