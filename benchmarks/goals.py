@@ -129,11 +129,11 @@ def _value(goal: Goal, rows: Sequence[Row]) -> tuple[float | None, str | None]:
     row, reason = _find(rows, goal.peer, goal.passes)
     if row is None:
         return None, reason
-    other, reason = _find(rows, goal.other, goal.passes)
+    other = ratios.on_avx512(row, rows) if goal.peer.endswith("-avx2") else None
+    if other is None:
+        other, reason = _find(rows, goal.other, goal.passes)
     if other is None:
         return None, reason
-    if goal.peer.endswith("-avx2"):
-        other = ratios.on_avx512(row, rows)
     if goal.other == "mm":
         return ratios.share_of_rate(row, other), None
     if goal.other == "sdpa":

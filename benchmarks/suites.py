@@ -84,12 +84,12 @@ def _bfloat16(workload: Workload) -> Group:
 
 
 def _few(workload: Workload) -> Group:
-    peers = ("select-dot", "select-dot-avx2", "eager-dot")
+    peers = ("select-dot", "select-dot-avx2", "select-dot-avx512", "eager-dot")
     return Group(f"few queries {workload.shape}", _cases(workload, peers), Effort(4))
 
 
 def _decoding() -> Group:
-    peers = ("convnn-dot", "convnn-dot-avx2", "sdpa", "sdpa-math")
+    peers = ("convnn-dot", "convnn-dot-avx2", "convnn-dot-avx512", "sdpa", "sdpa-math")
     return Group(f"decoding {DECODING.shape}", _cases(DECODING, peers, _FORWARD), Effort(4))
 
 

@@ -70,8 +70,9 @@ def _select(
 def _cases() -> Iterator[tuple[str, Tensor, Tensor, int]]:
     features = torch.randn
     yield "whole steps", features(2, 200, 64), features(2, 1500, 64), 9
-    for d in (17, 30, 45, 70, 100, 129):
-        yield f"{d} columns", features(1, 250, d), features(1, 700, d), 16
+    yield "two tiles of rows at the end", features(1, 210, 64), features(1, 600, 64), 9
+    for d in (16, 17, 30, 45, 80, 100, 129):
+        yield f"{d} columns", features(1, 1500, d), features(1, 700, d), 16
     yield "as many neighbors as can be", features(1, 200, 48), features(1, 1200, 48), 96
     yield "far from the origin", features(1, 200, 64) + 5, features(1, 2000, 64) + 5, 32
     yield "all keys equal", features(1, 200, 64), torch.ones(1, 2048, 64), 9
@@ -94,9 +95,14 @@ def _cases() -> Iterator[tuple[str, Tensor, Tensor, int]]:
     yield "zeros", torch.zeros(1, 200, 64), features(1, 2000, 64), 9
 
 
+# How many calls are screened: not those of rows without a bound, nor of rows of 17 bfloat16, which
+# would take too much memory.
+SCREENED = {torch.float32: 37, torch.float16: 34, torch.bfloat16: 34}
 # Whether the screen decides too little, of some cases.
 IN_FULL = {
     "whole steps": False,
+    "two tiles of rows at the end": False,
+    "16 columns": False,
     "100 columns": False,
     "far from the origin": False,
     "all keys equal": True,
@@ -125,9 +131,7 @@ def test_tiles_change_no_bit(library: ctypes.CDLL, dtype: torch.dtype) -> None:
             if name in IN_FULL:
                 assert in_full == IN_FULL[name], name
             screened += library.products_of_tiles() > before
-    assert screened >= 25, (
-        "without a bound for a row or a key there is no screen, but else there is"
-    )
+    assert screened == SCREENED[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -263,7 +263,7 @@ def test_wide_instructions_stay_in_their_namespaces() -> None:
     for line in _lines("objdump", "-d", "-C", "--no-show-raw-insn", str(native.library("cpu"))):
         if line.endswith(">:"):
             function = line
-        elif re.search(r"\tv[a-z]|%([yz]|t)mm", line):
+        elif re.search(r"\tv[a-z]|%[yzt]mm", line):
             wide.add(function)
     assert wide, "the kernels use no AVX at all"
     # objdump leaves some names as they are: _ZN6convnn4avx29transpose...

@@ -50,9 +50,9 @@ PEERS = {
     )
     for name in ("select", "select-dot", "convnn-all", "convnn-dot", "aggregate-dense")
 } | {
-    # Other operators have no kernels of their own for AMX.
+    # Aggregation has no kernels of its own for AMX.
     f"{name}-avx512": replace(
         _OURS[name], label=f"{_OURS[name].label}, AVX-512", build=_on_avx512(_OURS[name].build)
     )
-    for name in ("select", "convnn-all")
+    for name in ("select", "select-dot", "convnn-all", "convnn-dot")
 }

@@ -44,7 +44,7 @@ class BestColumns {
  public:
   static int64_t capacity(int64_t k) { return ceil_div(k + k / 4, 8) * 8 + 256; }
 
-  // group_max [kChunk / kGroup]: memory for a row between survey and collect.
+  // group_max [kGroups]: memory for a row between survey and collect.
   void start(Rank<A>* ranks, A* group_max, int64_t wanted, int64_t excluded) {
     ranks_ = ranks;
     group_max_ = group_max;
@@ -239,7 +239,7 @@ class BestColumns {
       }
       return count;
     }
-    int32_t groups[kChunk / kGroup + kLanes<A>];  // the first columns of groups
+    int32_t groups[kGroups + kLanes<A>];  // the first columns of groups
     int64_t open = 0;
     for (int64_t block = 0; block < blocks_; ++block) {
       open += list_lanes<A>(marks_[block], int32_t(block * kScanColumns<A>), groups + open);
@@ -274,7 +274,7 @@ class BestColumns {
     const int64_t pivot_vectors = min_of(blocks_, ceil_div(wanted_ + wanted_ / 2, kLanes<A>));
     const int64_t merged_vectors =
         min_of(blocks_, max_of(2 * pivot_vectors, ceil_div(64, kLanes<A>)));
-    A merged[kChunk / kGroup], pivots[kChunk / kGroup];
+    A merged[kGroups], pivots[kGroups];
     merge(group_max_, blocks_, merged, merged_vectors);
     merge(merged, merged_vectors, pivots, pivot_vectors);
     V best = V{} + kLowest;
@@ -348,7 +348,7 @@ class BestColumns {
   Rank<A>* ranks_;
   int64_t capacity_, wanted_, excluded_, count_;
   int64_t kept_;                              // count_ when the bound was last raised
-  A* group_max_;                              // [kChunk / kGroup] of the surveyed row
+  A* group_max_;                              // [kGroups] of the surveyed row
   uint16_t marks_[kChunk / kScanColumns<A>];  // of those that are not ruled out, a bit each
   int64_t blocks_;                            // how many vectors of them
   int64_t open_;                              // how many are marked

@@ -26,8 +26,8 @@ struct ColumnRange {
 };
 
 // How many of these rows, from the first one on, are best multiplied by all columns that any of
-// them may see. All rows of a tile cost the same, and each row for itself would waste the others;
-// but rows of two sequences have no columns in common.
+// them may see: a part of a block, whole blocks, or all. All rows of a tile cost the same, and each
+// row for itself would waste the others; but rows of two sequences have no columns in common.
 inline int64_t rows_together(const ColumnRange* ranges, int64_t rows) {
   constexpr int64_t kPreparing = 64;  // what another pass costs, in columns of a tile
   const auto tiles = [](int64_t count) { return ceil_div(count, kTileRows); };
@@ -37,7 +37,7 @@ inline int64_t rows_together(const ColumnRange* ranges, int64_t rows) {
     extended.include(ranges[r]);
     const int64_t together = tiles(r + 1) * extended.count();
     const int64_t apart = tiles(r) * all.count() + ranges[r].count() + kPreparing;
-    if (together > apart + apart / 4) return r;
+    if (together > apart + apart / 4) return r < kBlockRows ? r : r / kBlockRows * kBlockRows;
     all = extended;
   }
   return rows;

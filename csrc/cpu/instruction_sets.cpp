@@ -43,7 +43,8 @@ bool has_avx512() {
 bool has_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 #if defined(CONVNN_WITH_AMX)
-// Whether the processor has AMX for bfloat16 and Linux lets this process use it.
+// Whether the processor has AMX for bfloat16 and Linux lets this process use it, which it asks for.
+// From then on, alternate signal stacks must have room for tiles.
 bool has_amx() {
   unsigned a, b, c, d;
   constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: MIT
 // A screen for select: S~ = Q~ K~^T of rows rounded to a format that the processor multiplies
-// faster than float32, and a bound of |S~ - S| for a query row and a panel of keys. A rounded row
-// is the multiple of a row of integers that is nearest to the row, so it is orthogonal to its
-// rounding error, and only the part of q~ that is orthogonal to k~ can have a product with the
+// faster than float32, and a bound of |S~ - S| for a query row and a panel of keys. A key whose
+// screened similarity is below that of a k-th key by more than the bounds of both is no neighbor;
+// the others are computed again in float32, in the order of multiply_tile. So the selection is the
+// same, bit for bit, as without the screen.
+//
+// FixedPointScreen: 16-bit integers times a scale, at twice the rate of float32. A rounded row is
+// the multiple of a row of integers that is nearest to the row, so it is orthogonal to its rounding
+// error, and only the part of q~ that is orthogonal to k~ can have a product with the
 // error of k~, and vice versa. With the angle t between the rounded rows (Cauchy-Schwarz):
 //
 //   |q . k - q~ . k~| = |q~ . (k - k~) + (q - q~) . k~ + (q - q~) . (k - k~)|
 //                    <= (||q~|| ||k - k~|| + ||q - q~|| ||k~||) sin t + ||q - q~|| ||k - k~||
 //
 // plus the rounding of the float32 sums. The angle follows from S~. It is small for neighbors, so
-// their similarities are known best. A key whose screened similarity is below that of a k-th key by
-// more than the bounds of both is no neighbor; the others are computed again in float32, in the
-// order of multiply_tile. So the selection is the same, bit for bit, as without the screen.
-//
-// FixedPointScreen: 16-bit integers times a scale, at twice the rate of float32.
+// their similarities are known best.
 #pragma once
 
 #include <cmath>

@@ -30,8 +30,8 @@ template <class T>
 struct AmxScreen {
   static constexpr int64_t kTileRows = 16;   // also the columns of a tile of sums
   static constexpr int64_t kTileWords = 16;  // of a row of a tile
-  static constexpr bool kIsExact = std::is_same_v<T, bfloat16>;
-  static constexpr bool kHasScales = kIsExact;
+  static constexpr bool kIsExact = std::is_same_v<T, bfloat16>;  // h is x
+  static constexpr bool kHasScales = kIsExact;                   // the inverse norms
   static constexpr int kParts = kIsExact ? 1 : 2;
   static constexpr int64_t kPanel = kTileColumns<float>;
   static_assert(kBlockRows == 3 * kTileRows && kPanel % kTileRows == 0);
@@ -55,10 +55,10 @@ struct AmxScreen {
 
   // A row takes this many steps, each as many words deep in a tile.
   static int64_t steps(int64_t words) { return ceil_div(words, kTileWords); }
-  // Words of h, or of l: whole steps, and whole halves of vectors, which round() writes.
+  // Words of h, or of l: those of whole vectors of elements, which round() writes, in whole steps.
   static int64_t words_of_part(int64_t d) {
-    const int64_t words = ceil_div(d, 2);
-    return words == 0 ? 0 : steps(words) * ceil_div(ceil_div(words, steps(words)), 8) * 8;
+    const int64_t words = ceil_div(d, kLanes<float>) * kLanes<float> / 2;
+    return words == 0 ? 0 : steps(words) * ceil_div(words, steps(words));
   }
   static int64_t words(int64_t d) { return kParts * words_of_part(d); }
 
@@ -76,8 +76,9 @@ struct AmxScreen {
 
   // The bound for a query row and key rows of these extents and d columns. A similarity is a sum of
   // d products, or of 3 d, in any order. Each addition is off by at most 2^-24 times what is added
-  // up: the product of the norms, or 1/64 more for h and l. The other steps and the last term are
-  // those of FixedPointScreen; tiles flush subnormal numbers to 0.
+  // up: the product of the norms, or 1/64 more for h and l. The other steps are those of
+  // FixedPointScreen. The last term is for numbers that tiles flush to 0; where sums are scaled, by
+  // up to 1e24, it is far below one step.
   static ScreenError error(const Extent& query, const Extent& key, int64_t d) {
     const float norms = query.norm * key.norm;
     const float products = float(kIsExact ? d : 3 * d) * (1 + 0x1p-6f);

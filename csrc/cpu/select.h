@@ -292,9 +292,11 @@ class Select {
       count = min_of(most_blocks(p), min_of(end - task, blocks - block));
       const int64_t first = block * kBlockRows;
       const int64_t last = min_of(first + count * kBlockRows, p.n);
+      ColumnRange ranges[kBlocksTogether * kBlockRows];
+      for (int64_t row = first; row < last; ++row) ranges[row - first] = range_of(p, work, b, row);
       for (int64_t rows, row = first; row < last; row += rows) {
-        rows = p.key_range ? rows_together(p, work, b, row, last) : last - row;
-        search(p, work, b, row, rows, scratch);
+        rows = p.key_range ? rows_together(ranges + row - first, last - row) : last - row;
+        search(p, work, b, row, rows, ranges + row - first, scratch);
       }
     }
   }
@@ -340,47 +342,41 @@ class Select {
     }
   }
 
-  // How many of the query rows first ... last - 1 are best searched together: whole blocks, or a
-  // part of one.
-  static int64_t rows_together(const SelectParams& p, const SelectWork& work, int64_t b,
-                               int64_t first, int64_t last) {
-    ColumnRange ranges[kBlocksTogether * kBlockRows];
-    for (int64_t r = first; r < last; ++r) ranges[r - first] = range_of(p, work, b, r);
-    const int64_t rows = CONVNN_ISA::rows_together(ranges, last - first);
-    return rows == last - first || rows < kBlockRows ? rows : rows / kBlockRows * kBlockRows;
-  }
-
-  // Selects the neighbors of `rows` query rows of batch element b of the work, from first_row on,
-  // one block or several, whose scratch memory begins at base.
+  // Selects the neighbors of `rows` query rows of batch element b of the work, from first_row on:
+  // a part of a block, or several blocks, whose scratch memory begins at base. ranges [rows]: the
+  // columns that each row may see.
   static void search(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
-                     int64_t rows, void* base) {
+                     int64_t rows, const ColumnRange* ranges, void* base) {
     const Keys keys = keys_of(p, work, b);
     const auto each_block = [&](const auto& visit) {
       for (int64_t block = 0, r = 0; r < rows; ++block, r += kBlockRows) {
         visit(first_row + r, min_of(kBlockRows, rows - r), Scratch(p, block, base));
       }
     };
-    ColumnRange all;
     each_block([&](int64_t first, int64_t count, const Scratch& scratch) {
+      std::copy_n(ranges + first - first_row, count, scratch.ranges);
       start_block(p, work, b, first, count, keys.screened, scratch);
-      for (int64_t r = 0; r < count; ++r) all.include(scratch.ranges[r]);
     });
+    ColumnRange all;
+    for (int64_t r = 0; r < rows; ++r) all.include(ranges[r]);
 
     // The chunk with the same relative position as these rows comes first, then the others from
     // left to right: most neighbors of a token of an image are nearby, and with those the screen
     // rules out almost everything else.
     Chunks<A> chunks(all, (first_row + rows / 2) * columns_of(work, b) / p.n);
-    ColumnRange chunk;
-    for (bool is_first = true; chunks.next(chunk); is_first = false) {
-      each_block([&](int64_t, int64_t count, const Scratch& scratch) {
+    bool has_begun[kBlocksTogether] = {};
+    for (ColumnRange chunk; chunks.next(chunk);) {
+      each_block([&](int64_t first, int64_t count, const Scratch& scratch) {
         ColumnRange seen;
         for (int64_t r = 0; r < count; ++r) seen.include(scratch.ranges[r].within(chunk));
         if (seen.count() == 0) return;
         seen.begin = seen.begin / kLanes<A> * kLanes<A>;
         for (int64_t r = 0; r < count; ++r) scratch.parts[r] = scratch.ranges[r].within(seen);
-        if (!screen_chunk(p, keys, seen, is_first, count, scratch)) {
+        bool& begun = has_begun[(first - first_row) / kBlockRows];
+        if (!screen_chunk(p, keys, seen, !begun, count, scratch)) {
           compute_chunk(p, keys, seen, count, scratch);
         }
+        begun = true;
       });
     }
     each_block([&](int64_t first, int64_t count, const Scratch& scratch) {
@@ -399,7 +395,6 @@ class Select {
     const int64_t capacity = BestColumns<A>::capacity(most_found(p));
     for (int64_t r = 0; r < rows; ++r) {
       const bool self = has_self(p, batch, first_row + r);
-      scratch.ranges[r] = range_of(p, work, b, first_row + r);
       scratch.self_columns[r] = self_column(p, work, b, first_row + r);
       scratch.best[r].start(scratch.ranks + r * capacity, scratch.group_max + r * kGroups,
                             most_found(p) - self, scratch.self_columns[r]);

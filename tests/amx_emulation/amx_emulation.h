@@ -82,6 +82,7 @@ inline float element(int tile, int row, int i) {
   return flushed(x);
 }
 
+// In another order than the hardware, which adds up even and odd elements first.
 inline void multiply_bf16(int sums, int a, int b) {
   ++products;
   for (int tile : {sums, a, b}) require_tile(tile);

@@ -12,7 +12,7 @@ _ONE_PROCESS = "not gpu and not triton and not host_cuda"
 
 _SELECTION_TESTS = """
     row_sizes batches_in_parts mask_bytes few_keys select within key_range strides best_columns
-    screen screen_bound few_queries key_range_cpu huge_sizes reproducibility
+    screen screen_bound amx_emulation few_queries key_range_cpu huge_sizes reproducibility
 """
 _CONVOLUTION_TESTS = """
     row_sizes rounding aggregate aggregate_backward select_backward forward_backward gradients
