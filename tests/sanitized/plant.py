@@ -22,7 +22,7 @@ FAULTS = {
     # One element after an array in scratch memory, and of what a caller passes.
     "scratch": Fault(
         "cpu/select.h",
-        "    int64_t self_columns[kBlockRows];",
+        "    const int64_t capacity = BestColumns<A>::capacity(most_found(p));",
         "scratch.self_similarities[kBlockRows] = 0;",
     ),
     "input": Fault(
