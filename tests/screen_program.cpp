@@ -103,9 +103,10 @@ struct Rows {
     std::vector<Element> elements(d);
     for (int64_t t = 0; t < d; ++t) narrow(float(x[t] * scale), elements[t]);
     float* row = &rows[i * stride];
-    const Normalizer normalize = normalizer(elements.data(), d);
-    for (int64_t t = 0; t < d; ++t) {
-      row[t] = is_cosine ? normalize(elements[t]) : widen(elements[t]);
+    if (is_cosine) {
+      normalizer(elements.data(), d).normalize(elements.data(), d, row);
+    } else {
+      for (int64_t t = 0; t < d; ++t) row[t] = widen(elements[t]);
     }
     const auto rounded = Screen::round(
         elements.data(), row, d, is_cosine ? Metric::cosine : Metric::dot, &words[i * word_stride]);

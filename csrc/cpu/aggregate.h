@@ -7,8 +7,8 @@
 //   dense      y_i[o] = b[o] + sum_j sum_c W[o, c, j] rho_ij V[I_ij, c]
 //
 // A task computes kBlockRows query rows. Without a dense convolution a row is a sum of k scaled
-// rows of V, in registers, kChannels at a time. The sum is in float64, since k may be large; it
-// costs no more than reading V. A dense convolution is a matrix product over depth (j, c): a task
+// rows of V, in registers, a block of channels at a time (wide_rows.h). The sum is in float64,
+// since k may be large. A dense convolution is a matrix product over depth (j, c): a task
 // gathers the scaled rows of a few slots j at a time as one operand of the tile; the other operand
 // is the weight, packed once, by tasks of their own.
 #pragma once
@@ -18,10 +18,11 @@
 
 #include "kernels.h"
 #include "modulate.h"
+#include "register_tile.h"
+#include "wide_rows.h"
 
 namespace convnn::CONVNN_ISA {
 
-constexpr int64_t kChannels = 64;        // channels of a row in registers at a time
 constexpr int64_t kGatheredDepth = 512;  // depth gathered at a time, but at least one slot
 constexpr int64_t kNearDepth = 128;      // depth that all panels use while it is in the L1 cache
 // Blocks of rows at once if the weight is too large for a near cache, which then reads it less
@@ -29,17 +30,6 @@ constexpr int64_t kNearDepth = 128;      // depth that all panels use while it i
 constexpr int64_t kNearWeightBytes = 1 << 18;
 constexpr int64_t kFarWeightBlocks = 4;
 constexpr int64_t kPackedColumns = 256;  // of a panel of the weight, packed by one task
-
-// sum[c] += term(c), c < channels <= kChannels. With its constant trip count, a full block stays in
-// registers.
-template <class Term>
-inline void add_channels(double* sum, int64_t channels, const Term& term) {
-  if (channels == kChannels) {
-    for (int64_t c = 0; c < kChannels; ++c) sum[c] += term(c);
-  } else {
-    for (int64_t c = 0; c < channels; ++c) sum[c] += term(c);
-  }
-}
 
 // Transposes a block of a weight of one channel or output per lane. Element t < count <= kLanes of
 // row i, from[i * stride + t], goes to to(t)[i]; lanes from `rows` on become 0. `readable` elements
@@ -102,13 +92,12 @@ inline void widen_row(const T* __restrict from, int64_t count, A* __restrict to)
 // to[c] = scale * v[c], rounded once.
 template <class T, class A>
 inline void scale_row(const T* __restrict v, double scale, int64_t channels, A* __restrict to) {
-  int64_t c = 0;
-  if constexpr (std::is_same_v<T, A>) {
-    for (; c + kLanes<double> <= channels; c += kLanes<double>) {
-      store_narrow(to + c, load_wide(v + c) * scale);
+  each_block<4>(channels, [&](auto block, int64_t first) {
+#pragma GCC unroll 4
+    for (int i = 0; i < block.kVectors; ++i) {
+      block.store(to + first, block.load(v + first, i) * scale, i);
     }
-  }
-  for (; c < channels; ++c) to[c] = A(scale * double(widen(v[c])));
+  });
 }
 
 template <class T>
@@ -143,10 +132,11 @@ class Aggregate {
   static int64_t padded_outputs(const AggregateParams& p) { return ceil_div(p.o, kPanel) * kPanel; }
 
  public:
-  // Depthwise: [k, c]. Dense: [o panels, k * c, kPanel].
+  // Depthwise: [k, c] in float64, because every row would be converted again. Dense:
+  // [o panels, k * c, kPanel].
   static size_t packed_weight_bytes(const AggregateParams& p) {
     if (p.convolution == Convolution::none) return 0;
-    if (p.convolution == Convolution::depthwise) return size_t(p.k * p.c) * sizeof(A);
+    if (p.convolution == Convolution::depthwise) return size_t(p.k * p.c) * sizeof(double);
     return size_t(padded_outputs(p) * p.k * p.c) * sizeof(A);
   }
 
@@ -158,12 +148,13 @@ class Aggregate {
 
   static void pack_weight(const AggregateParams& p, void* packed, int64_t begin, int64_t end) {
     const T* weight = static_cast<const T*>(p.weight);
-    A* to = static_cast<A*>(packed);
     const int64_t columns = p.c * p.k;
     if (p.convolution == Convolution::depthwise) {
+      double* to = static_cast<double*>(packed);
       for (int64_t i = 0; i < columns; ++i) to[i % p.k * p.c + i / p.k] = widen(weight[i]);
       return;
     }
+    A* to = static_cast<A*>(packed);
     const int64_t blocks = ceil_div(columns, kPackedColumns);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / blocks * kPanel, from = task % blocks * kPackedColumns;
@@ -189,7 +180,6 @@ class Aggregate {
   static void rows(const AggregateParams& p, const void* packed_weight, int64_t begin, int64_t end,
                    void* base) {
     const Scratch scratch(p, base);
-    const A* weight = static_cast<const A*>(packed_weight);
     const bool dense = p.convolution == Convolution::dense;
     const int64_t at_once = dense ? blocks_at_once(p) : 1;
     for (int64_t task = begin; task < end; task += at_once) {
@@ -199,8 +189,9 @@ class Aggregate {
         modulate(p, row * p.k, scratch.rho + (row - first) * p.k);
       }
       if (dense) {
-        convolve(p, weight, first, last - first, scratch);
+        convolve(p, static_cast<const A*>(packed_weight), first, last - first, scratch);
       } else {
+        const double* weight = static_cast<const double*>(packed_weight);
         for (int64_t row = first; row < last; ++row) {
           weighted_sum(p, weight, row, scratch.rho + (row - first) * p.k);
         }
@@ -210,32 +201,25 @@ class Aggregate {
 
  private:
   // One row without a dense convolution. weight [k, c] or null.
-  static void weighted_sum(const AggregateParams& p, const A* weight, int64_t row,
+  static void weighted_sum(const AggregateParams& p, const double* weight, int64_t row,
                            const double* rho) {
-    const T* value = p.value.at<T>(row / p.n);
     const int64_t* indices = p.indices + row * p.k;
-    T* output = static_cast<T*>(p.output) + row * p.o;
-    for (int64_t first = 0; first < p.c; first += kChannels) {
-      const int64_t channels = min_of(kChannels, p.c - first);
-      double sum[kChannels] = {};
+    each_block<kSumVectors>(p.c, [&](auto block, int64_t first) {
+      const T* value = p.value.at<T>(row / p.n) + first;
+      const double* block_weight = weight + first;
+      Vector<double> sum[decltype(block)::kVectors] = {};
       for (int64_t j = 0; j < p.k; ++j) {
         if (is_missing(similarity_at(p, row * p.k + j))) continue;
-        const T* v = value + indices[j] * p.value.row_stride + first;
-        const double scale = rho[j];
+        const T* v = value + indices[j] * p.value.row_stride;
         if (weight) {
-          const A* w = weight + j * p.c + first;
-          add_channels(sum, channels,
-                       [&](int64_t c) { return scale * double(w[c]) * double(widen(v[c])); });
+          add_scaled(block, rho[j], block_weight + j * p.c, v, sum);
         } else {
-          add_channels(sum, channels, [&](int64_t c) { return scale * double(widen(v[c])); });
+          add_scaled(block, rho[j], v, sum);
         }
       }
-      const T* bias = static_cast<const T*>(p.bias);
-      for (int64_t c = 0; c < channels; ++c) {
-        const double shift = bias ? double(widen(bias[first + c])) : 0.0;
-        narrow(A(sum[c] + shift), output[first + c]);
-      }
-    }
+      if (p.bias) add_scaled(block, 1, static_cast<const T*>(p.bias) + first, sum);
+      store_sum(block, sum, static_cast<T*>(p.output) + row * p.o + first);
+    });
   }
 
   // At most blocks_at_once() * kBlockRows rows with a dense convolution, starting at `first`.

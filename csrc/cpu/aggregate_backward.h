@@ -24,6 +24,7 @@
 
 namespace convnn::CONVNN_ISA {
 
+constexpr int64_t kChannels = 64;       // of a grad_weight or grad_bias task, or a dense key
 constexpr int64_t kPackedOutputs = 16;  // of a panel of channels of the weight, packed by one task
 constexpr int64_t kWeightRows = 256;    // dense: rows of one product of grad_weight
 constexpr int64_t kSummedRows = 32;     // rows summed before the sum is added to the total
@@ -46,6 +47,7 @@ class AggregateBackward {
   struct Scratch {
     double* rho;         // [kBlockRows, k]
     double* grad_rho;    // [kBlockRows, k]
+    double* output;      // [c] a row of grad_output
     int64_t* slots;      // dense: [k + 1] the first row of each slot in `product`
     int64_t* queries;    // dense: [pair_rows] the query row of each row of `product`
     int64_t* rows;       // dense: [pairs_per_task] the slot of each pair, then its row in `product`
@@ -66,6 +68,7 @@ class AggregateBackward {
       Arena arena(base);
       rho = arena.take<double>(kBlockRows * p.k);
       grad_rho = arena.take<double>(kBlockRows * p.k);
+      output = arena.take<double>(dense ? 0 : p.c);
       slots = arena.take<int64_t>(dense * (p.k + 1));
       queries = arena.take<int64_t>(dense * pair_rows(p));
       rows = arena.take<int64_t>(dense * pairs_per_task(p));
@@ -146,7 +149,7 @@ class AggregateBackward {
     const AggregateParams& f = p.forward;
     const Scratch scratch(f, base);
     const int64_t blocks = ceil_div(f.n, kBlockRows);
-    const A* weight = static_cast<const A*>(packed_weight);
+    const double* weight = static_cast<const double*>(packed_weight);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
       const int64_t rows = min_of(kBlockRows, f.n - first_row);
@@ -157,7 +160,9 @@ class AggregateBackward {
       if (!p.grad_similarities || (f.convolution == Convolution::dense && !ones)) continue;
       const T* value = f.value.at<T>(b);
       for (int64_t r = 0; r < rows; ++r) {
-        if (!ones) grad_rho(p, value, weight, first + r, scratch.grad_rho + r * f.k);
+        if (!ones) {
+          grad_rho(p, value, weight, first + r, scratch.output, scratch.grad_rho + r * f.k);
+        }
         modulate_backward(p, (first + r) * f.k, rho + r * f.k, scratch.grad_rho + r * f.k);
       }
     }
@@ -173,11 +178,10 @@ class AggregateBackward {
 
   static void key_rows(const AggregateBackwardParams& p, const InverseList& inverse,
                        const void* packed_weight, const double* all_rho, int64_t begin, int64_t end,
-                       void* base) {
+                       void*) {
     const AggregateParams& f = p.forward;
-    const Scratch scratch(f, base);
     const int64_t blocks = ceil_div(f.m, kBlockRows);
-    const A* weight = static_cast<const A*>(packed_weight);
+    const double* weight = static_cast<const double*>(packed_weight);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
       const int64_t rows = min_of(kBlockRows, f.m - first_row);
@@ -186,7 +190,7 @@ class AggregateBackward {
                              static_cast<const T*>(p.grad_output) + b * f.n * f.o};
       T* grad_value = static_cast<T*>(p.grad_value) + (b * f.m + first_row) * f.c;
       for (int64_t r = 0; r < rows; ++r) {
-        grad_value_row(f, chosen, weight, r, grad_value + r * f.c);
+        grad_value_row(f, inverse, chosen, weight, r, grad_value + r * f.c);
       }
     }
   }
@@ -207,7 +211,7 @@ class AggregateBackward {
       if (task % tasks >= tasks_with_pairs(f, inverse, b)) continue;
       const Pairs pairs = pairs_of(f, inverse, b, task % tasks);
       const int64_t count = pairs.last - pairs.first, first_entry = b * f.n * f.k;
-      sort_pairs_by_slot(f, pairs, rho + first_entry, scratch);
+      sort_pairs_by_slot(f, inverse, pairs, rho + first_entry, scratch);
       multiply_pairs_by_slot(p, b, weight, scratch);
       std::fill_n(scratch.pair_grad, count, 0.0);
       for (int64_t key = first_key(f, pairs); key < f.m && !pairs.end_before(key); ++key) {
@@ -289,7 +293,7 @@ class AggregateBackward {
         double sum[kChannels] = {};
         for (int64_t part = 0; part < count; ++part) {
           const double* addend = parts + (part * f.k + slot) * elements + first;
-          add_channels(sum, block, [&](int64_t i) { return addend[i]; });
+          for (int64_t i = 0; i < block; ++i) sum[i] += addend[i];
         }
         for (int64_t i = 0; i < block; ++i) narrow(A(sum[i]), to[(first + i) * f.k + slot]);
       }
@@ -304,15 +308,12 @@ class AggregateBackward {
     const AggregateParams& f = p.forward;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task * kChannels;
-      const int64_t outputs = min_of(kChannels, f.o - first);
       const T* grad_output = static_cast<const T*>(p.grad_output) + first;
-      double total[kChannels] = {};
-      sum_rows(0, f.batch * f.n, total, [&](int64_t row, double* sum) {
-        const T* g = grad_output + row * f.o;
-        for (int64_t o = 0; o < outputs; ++o) sum[o] += widen(g[o]);
-      });
-      T* to = static_cast<T*>(p.grad_bias) + first;
-      for (int64_t o = 0; o < outputs; ++o) narrow(A(total[o]), to[o]);
+      sum_rows(0, f.batch * f.n, min_of(kChannels, f.o - first),
+               static_cast<T*>(p.grad_bias) + first,
+               [&](const auto& block, int64_t o, int64_t row, auto& sum) {
+                 add_scaled(block, 1, grad_output + row * f.o + o, sum);
+               });
     }
   }
 
@@ -320,55 +321,56 @@ class AggregateBackward {
   // The pairs that chose a block of key rows of one batch element, and what they contribute.
   struct Chosen {
     const int64_t* offsets;  // [rows + 1]
-    const int64_t* pairs;    // [n * k] slot * n + query row
+    const int64_t* pairs;    // [n * k]
     const double* rho;       // [n, k]
     const T* grad_output;    // [n, o]
   };
 
-  // grad_rho [k] of one row without a dense convolution. weight [k, c] or null.
-  static void grad_rho(const AggregateBackwardParams& p, const T* value, const A* weight,
-                       int64_t row, double* grad_rho) {
+  // grad_rho [k] of one row without a dense convolution. weight [k, c] or null; g [c] is scratch
+  // memory for the row of grad_output.
+  static void grad_rho(const AggregateBackwardParams& p, const T* value, const double* weight,
+                       int64_t row, double* g, double* grad_rho) {
     const AggregateParams& f = p.forward;
-    const T* grad_output = static_cast<const T*>(p.grad_output) + row * f.o;
+    widen_row(static_cast<const T*>(p.grad_output) + row * f.o, f.c, g);
     for (int64_t j = 0; j < f.k; ++j) {
       grad_rho[j] = 0;
       if (is_missing(similarity_at(f, row * f.k + j))) continue;
       const T* v = value + f.indices[row * f.k + j] * f.value.row_stride;
-      const A* w = weight + j * f.c;
-      const auto product = [&](int64_t c) {
-        return double(widen(grad_output[c])) * double(widen(v[c]));
-      };
-      grad_rho[j] = A(weight ? sum_of(f.c, [&](int64_t c) { return double(w[c]) * product(c); })
-                             : sum_of(f.c, product));
+      const double* w = weight + j * f.c;
+      grad_rho[j] =
+          A(weight ? sum_of(f.c,
+                            [&](auto block, int64_t c) {
+                              return block.load(w + c) * (block.load(g + c) * block.load(v + c));
+                            })
+                   : dot(g, v, f.c));
     }
   }
 
   // grad_value [c] of key row r of the block, without a dense convolution. weight [k, c] or null.
-  static void grad_value_row(const AggregateParams& f, const Chosen& chosen, const A* weight,
-                             int64_t r, T* grad_value) {
-    for (int64_t first = 0; first < f.c; first += kChannels) {
-      const int64_t channels = min_of(kChannels, f.c - first);
-      double sum[kChannels] = {};
+  static void grad_value_row(const AggregateParams& f, const InverseList& inverse,
+                             const Chosen& chosen, const double* weight, int64_t r, T* grad_value) {
+    each_block<kSumVectors>(f.c, [&](auto block, int64_t first) {
+      const T* grad_output = chosen.grad_output + first;
+      const double* block_weight = weight + first;
+      Vector<double> sum[decltype(block)::kVectors] = {};
       for (int64_t at = chosen.offsets[r]; at < chosen.offsets[r + 1]; ++at) {
-        const int64_t slot = chosen.pairs[at] / f.n, i = chosen.pairs[at] % f.n;
-        const double scale = chosen.rho[i * f.k + slot];
-        const T* g = chosen.grad_output + i * f.o + first;
+        const int64_t slot = inverse.slot(chosen.pairs[at]), i = inverse.row(chosen.pairs[at]);
+        const double rho = chosen.rho[i * f.k + slot];
+        const T* g = grad_output + i * f.o;
         if (weight) {
-          const A* w = weight + slot * f.c + first;
-          add_channels(sum, channels,
-                       [&](int64_t c) { return scale * double(w[c]) * double(widen(g[c])); });
+          add_scaled(block, rho, block_weight + slot * f.c, g, sum);
         } else {
-          add_channels(sum, channels, [&](int64_t c) { return scale * double(widen(g[c])); });
+          add_scaled(block, rho, g, sum);
         }
       }
-      for (int64_t c = 0; c < channels; ++c) narrow(A(sum[c]), grad_value[first + c]);
-    }
+      store_sum(block, sum, grad_value + first);
+    });
   }
 
   // Consecutive pairs of one batch element, ordered by the keys that they chose.
   struct Pairs {
     const int64_t* offsets;  // [m + 1] the first pair of each key
-    const int64_t* numbers;  // [offsets[m]] slot * n + query row
+    const int64_t* numbers;  // [offsets[m]]
     int64_t first, last;     // from `first` to before `last`
     bool to_the_end;         // whether these are the last ones; keys without pairs may follow
 
@@ -402,14 +404,13 @@ class AggregateBackward {
 
   // Divides scratch.product between the slots of some pairs, and finds rho of each pair here, where
   // nothing waits for it. rho [n, k]
-  static void sort_pairs_by_slot(const AggregateParams& f, const Pairs& pairs, const double* rho,
-                                 const Scratch& scratch) {
+  static void sort_pairs_by_slot(const AggregateParams& f, const InverseList& inverse,
+                                 const Pairs& pairs, const double* rho, const Scratch& scratch) {
     const int64_t count = pairs.last - pairs.first;
     std::fill_n(scratch.slots, f.k + 1, 0);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t number = pairs.numbers[pairs.first + i];
-      const int64_t slot = int64_t(double(number) / double(f.n));  // exact below 2^52, and fast
-      scratch.positions[i] = (number - slot * f.n) * f.k + slot;
+      const int64_t number = pairs.numbers[pairs.first + i], slot = inverse.slot(number);
+      scratch.positions[i] = inverse.row(number) * f.k + slot;
       scratch.pair_rho[i] = rho[scratch.positions[i]];
       scratch.rows[i] = slot;
       ++scratch.slots[slot];
@@ -424,7 +425,7 @@ class AggregateBackward {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = scratch.rows[i];
       scratch.rows[i] = scratch.slots[slot]++;
-      scratch.queries[scratch.rows[i]] = pairs.numbers[pairs.first + i] - slot * f.n;
+      scratch.queries[scratch.rows[i]] = inverse.row(pairs.numbers[pairs.first + i]);
     }
   }
 
@@ -503,7 +504,6 @@ class AggregateBackward {
                               int64_t channel, const double* v, bool grad_rho, double* sum,
                               const Scratch& scratch) {
     constexpr int kWide = kLanes<double>, kVectors = kChannels / kWide;
-    constexpr int kPartialVectors = kPartial / kWide;
     const int64_t width = padded_channels(f);
     Vector<double> total[kVectors] = {}, value[kVectors];
 #pragma GCC unroll 32
@@ -519,10 +519,7 @@ class AggregateBackward {
         partial[u % kPartialVectors] += wide * value[u];
       }
       if (!grad_rho) continue;
-      double lanes[kPartial];
-#pragma GCC unroll 8
-      for (int u = 0; u < kPartialVectors; ++u) store(lanes + u * kWide, partial[u]);
-      scratch.pair_grad[i] += sum_of_partial(lanes);
+      scratch.pair_grad[i] += sum_of_partial(partial);
     }
 #pragma GCC unroll 32
     for (int u = 0; u < kVectors; ++u) store(sum + u * kWide, total[u]);
@@ -536,14 +533,22 @@ class AggregateBackward {
     return f.k * ceil_div(f.c, weight_channels(f));
   }
 
-  // total [kChannels] += the sum over some rows of what add(row, sum) adds to its sum.
-  template <class Add>
-  static void sum_rows(int64_t first_row, int64_t last_row, double* total, const Add& add) {
-    for (int64_t first = first_row; first < last_row; first += kSummedRows) {
-      double sum[kChannels] = {};
-      for (int64_t row = first; row < min_of(first + kSummedRows, last_row); ++row) add(row, sum);
-      for (int64_t i = 0; i < kChannels; ++i) total[i] += sum[i];
-    }
+  // to [elements] = the sum over some rows of what add(block, its first element, row, sum) adds.
+  template <class Result, class Add>
+  static void sum_rows(int64_t first_row, int64_t last_row, int64_t elements, Result* to,
+                       const Add& add) {
+    each_block<kSumVectors>(elements, [&](auto block, int64_t first) {
+      constexpr int kVectors = decltype(block)::kVectors;
+      Vector<double> total[kVectors] = {};
+      for (int64_t stop, row = first_row; row < last_row; row = stop) {
+        Vector<double> sum[kVectors] = {};
+        stop = min_of(row + kSummedRows, last_row);
+        for (; row < stop; ++row) add(block, first, row, sum);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) total[v] += sum[v];
+      }
+      store_sum(block, total, to + first);
+    });
   }
 
   // Sums grad_weight over some rows at one slot, for kChannels channels from `first` on.
@@ -551,19 +556,14 @@ class AggregateBackward {
                                     int64_t slot, int64_t first, int64_t first_row,
                                     int64_t last_row, double* to) {
     const AggregateParams& f = p.forward;
-    const int64_t channels = min_of(kChannels, f.c - first);
-    double total[kChannels] = {};
-    sum_rows(first_row, last_row, total, [&](int64_t row, double* sum) {
-      const int64_t entry = row * f.k + slot;
-      if (is_missing(similarity_at(f, entry))) return;
-      const T* g = static_cast<const T*>(p.grad_output) + row * f.o + first;
-      const T* v = value_row(f, row, entry) + first;
-      const double scale = rho[entry];
-      for (int64_t c = 0; c < channels; ++c) {
-        sum[c] += scale * double(widen(g[c])) * double(widen(v[c]));
-      }
-    });
-    std::copy_n(total, channels, to);
+    const T* grad_output = static_cast<const T*>(p.grad_output) + first;
+    sum_rows(first_row, last_row, min_of(kChannels, f.c - first), to,
+             [&](const auto& block, int64_t c, int64_t row, auto& sum) {
+               const int64_t entry = row * f.k + slot;
+               if (is_missing(similarity_at(f, entry))) return;
+               add_scaled(block, rho[entry], grad_output + row * f.o + c,
+                          value_row(f, row, entry) + first + c, sum);
+             });
   }
 
   // The row of value at `entry` of the neighbor list, for row `row` of the flattened batch.

@@ -2,8 +2,10 @@
 #include "instruction_sets.h"
 
 #include <pthread.h>
-#if defined(CONVNN_WITH_AMX)
+#if defined(CONVNN_WITH_AVX2)
 #include <cpuid.h>
+#endif
+#if defined(CONVNN_WITH_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -30,13 +32,20 @@ struct InstructionSet {
 };
 
 #if defined(CONVNN_WITH_AVX2)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// Whether the processor converts float16. Older compilers do not know it by name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
 #endif
 #if defined(CONVNN_WITH_AVX512)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("fma") && has_f16c();
 }
 #endif
 #if defined(CONVNN_WITH_AVX512VNNI)

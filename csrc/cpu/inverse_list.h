@@ -11,8 +11,9 @@ namespace convnn::cpu {
 // An InverseList and the memory it points to.
 struct OwnedInverseList {
   Workspace offsets, pairs;
+  int row_bits;
 
-  InverseList view() const { return {offsets.as<int64_t>(), pairs.as<int64_t>()}; }
+  InverseList view() const { return {offsets.as<int64_t>(), pairs.as<int64_t>(), row_bits}; }
 };
 
 OwnedInverseList invert(const AggregateParams& params, ParallelFor parallel_for);

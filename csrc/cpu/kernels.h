@@ -59,7 +59,11 @@ struct FewQueriesKernel {
 // chose it, in ascending order of (slot, query row), without missing neighbors.
 struct InverseList {
   const int64_t* offsets;  // [batch, m + 1] into the pairs of the batch element
-  const int64_t* pairs;    // [batch, n * k] slot * n + query row
+  const int64_t* pairs;    // [batch, n * k] slot << row_bits | query row
+  int row_bits;            // 2^row_bits >= n
+
+  int64_t slot(int64_t pair) const { return pair >> row_bits; }
+  int64_t row(int64_t pair) const { return pair & ((int64_t(1) << row_bits) - 1); }
 };
 
 struct SelectBackwardKernel {

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "register_tile.h"
+#include "vector.h"
 
 namespace convnn::CONVNN_ISA {
 

@@ -7,20 +7,28 @@
 #include <type_traits>
 
 #include "../params.h"
-#include "register_tile.h"
+#include "wide_rows.h"
 
 namespace convnn::CONVNN_ISA {
 
 // x^ = (x * factor) * inverse; inverse is 0 only for a row of norm <= epsilon. The factor is a
-// power of two that keeps the squares of large float64 rows finite; other types are squared in
-// float64, where they cannot overflow.
+// power of two that keeps the squares of large float64 rows finite; it is 1 for other types, whose
+// squares cannot overflow in float64.
 struct Normalizer {
   double factor = 1;
   double inverse = 1;
 
+  // to [d] = x^ of x [d]
   template <class T>
-  accumulate_t<T> operator()(T x) const {
-    return accumulate_t<T>(double(widen(x)) * factor * inverse);
+  void normalize(const T* x, int64_t d, accumulate_t<T>* to) const {
+    each_block<4>(d, [&](auto block, int64_t first) {
+#pragma GCC unroll 4
+      for (int v = 0; v < block.kVectors; ++v) {
+        Vector<double> wide = block.load(x + first, v);
+        if constexpr (std::is_same_v<T, double>) wide *= factor;
+        block.store(to + first, wide * inverse, v);
+      }
+    });
   }
   double inverse_norm() const { return factor * inverse; }
 };
@@ -35,8 +43,9 @@ inline Normalizer normalizer(const T* x, int64_t d) {
     }
   }
   const double factor = result.factor;
-  const double sum = sum_of(d, [&](int64_t i) {
-    const double scaled = double(widen(x[i])) * factor;
+  const double sum = sum_of(d, [&](auto block, int64_t i) {
+    Vector<double> scaled = block.load(x + i);
+    if constexpr (std::is_same_v<T, double>) scaled *= factor;
     return scaled * scaled;
   });
   const double norm = std::sqrt(sum);  // times factor

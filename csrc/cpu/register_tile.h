@@ -131,32 +131,4 @@ inline void multiply(TileRows<A> a, int64_t rows, const A* b, int64_t depth, int
   } while (t < depth);
 }
 
-// Sums in float64 have a fixed order: interleaved partial sums, which are then added pairwise.
-constexpr int kPartial = 16;
-inline double sum_of_partial(double* partial) {
-#pragma GCC unroll 8
-  for (int half = kPartial / 2; half > 0; half /= 2) {
-    for (int p = 0; p < half; ++p) partial[p] += partial[p + half];
-  }
-  return partial[0];
-}
-
-// The sum of term(0) ... term(count - 1) in float64.
-template <class Term>
-inline double sum_of(int64_t count, const Term& term) {
-  double partial[kPartial] = {};
-  int64_t i = 0;
-  for (; i + kPartial <= count; i += kPartial) {
-    for (int p = 0; p < kPartial; ++p) partial[p] += term(i + p);
-  }
-  for (int p = 0; i + p < count; ++p) partial[p] += term(i + p);
-  return sum_of_partial(partial);
-}
-
-// The dot product of two rows, in float64.
-template <class X, class Y>
-inline double dot(const X* x, const Y* y, int64_t count) {
-  return sum_of(count, [&](int64_t i) { return double(widen(x[i])) * double(widen(y[i])); });
-}
-
 }  // namespace convnn::CONVNN_ISA

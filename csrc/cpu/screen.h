@@ -21,6 +21,7 @@
 
 #include "../params.h"
 #include "register_tile.h"
+#include "wide_rows.h"
 
 namespace convnn::CONVNN_ISA {
 

@@ -190,15 +190,17 @@ class Select {
 
   // Copies x [d] to row, normalized for the cosine and padded with zeros to whole vectors.
   static void read_row(const SelectParams& p, const T* x, A* row) {
-    if (std::is_same_v<T, A> && p.metric == Metric::cosine) {
-      const Normalizer normalize = normalizer(x, p.d);
-      for (int64_t t = 0; t < p.d; ++t) row[t] = normalize(x[t]);
+    if constexpr (std::is_same_v<T, A>) {
+      if (p.metric == Metric::cosine) {
+        normalizer(x, p.d).normalize(x, p.d, row);
+      } else {
+        std::copy_n(x, p.d, row);
+      }
     } else {
       for (int64_t t = 0; t < p.d; ++t) row[t] = widen(x[t]);
-    }
-    if (!std::is_same_v<T, A> && p.metric == Metric::cosine) {  // widened once
-      const Normalizer normalize = normalizer(static_cast<const A*>(row), p.d);
-      for (int64_t t = 0; t < p.d; ++t) row[t] = normalize(row[t]);
+      if (p.metric == Metric::cosine) {  // widened once
+        normalizer(static_cast<const A*>(row), p.d).normalize(static_cast<const A*>(row), p.d, row);
+      }
     }
     pad_row(p, row, p.d);
   }

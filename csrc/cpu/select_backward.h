@@ -44,14 +44,14 @@ class SelectBackward {
       const int64_t b = row / p.n;
       const T* q = p.query.at<T>(b, row % p.n);
       bool in_pairs = false;
-      clear(sum, p.d);
-      for (int64_t entry = row * p.k; entry < (row + 1) * p.k; ++entry) {
-        if (missing(p, entry)) continue;
-        in_pairs = true;
-        const int64_t key_row = p.indices[entry];
-        add(p.metric, sum, grads[entry], p.key.at<T>(b, key_row), q, key_norms, b * p.m + key_row,
-            p.d);
-      }
+      sum_pairs(p, q, sum, [&](const auto& add) {
+        for (int64_t entry = row * p.k; entry < (row + 1) * p.k; ++entry) {
+          if (missing(p, entry)) continue;
+          in_pairs = true;
+          const int64_t key_row = p.indices[entry];
+          add(grads[entry], p.key.at<T>(b, key_row), key_norms, b * p.m + key_row);
+        }
+      });
       finish(p.metric, in_pairs, sum, q, query_norms, row, p.d,
              static_cast<T*>(p.grad_query) + row * p.d);
     }
@@ -67,12 +67,12 @@ class SelectBackward {
       const int64_t* pairs = inverse.pairs + b * p.n * p.k;
       const A* grads = static_cast<const A*>(p.grad_similarities) + b * p.n * p.k;
       const T* k = p.key.at<T>(b, row % p.m);
-      clear(sum, p.d);
-      for (int64_t at = offsets[0]; at < offsets[1]; ++at) {
-        const int64_t slot = pairs[at] / p.n, i = pairs[at] % p.n;
-        add(p.metric, sum, grads[i * p.k + slot], p.query.at<T>(b, i), k, query_norms, b * p.n + i,
-            p.d);
-      }
+      sum_pairs(p, k, sum, [&](const auto& add) {
+        for (int64_t at = offsets[0]; at < offsets[1]; ++at) {
+          const int64_t slot = inverse.slot(pairs[at]), i = inverse.row(pairs[at]);
+          add(grads[i * p.k + slot], p.query.at<T>(b, i), query_norms, b * p.n + i);
+        }
+      });
       finish(p.metric, offsets[0] < offsets[1], sum, k, key_norms, row, p.d,
              static_cast<T*>(p.grad_key) + row * p.d);
     }
@@ -87,25 +87,34 @@ class SelectBackward {
     }
   }
 
-  static void clear(double* sum, int64_t d) {
-    for (int64_t t = 0; t < d; ++t) sum[t] = 0;
-  }
-
   static bool missing(const SelectBackwardParams& p, int64_t entry) {
     return is_missing(static_cast<const A*>(p.similarities)[entry]);
   }
 
-  // Adds what a pair of rows contributes to the gradient of one of them, x, before finish().
-  static void add(Metric metric, double* sum, double grad, const T* other, const T* x,
-                  const double* other_norms, int64_t other_row, int64_t d) {
-    if (metric == Metric::euclidean) {
-      for (int64_t t = 0; t < d; ++t) {
-        sum[t] += 2 * grad * (double(widen(other[t])) - double(widen(x[t])));
+  // sum [d] of what the pairs of a row x contribute to its gradient, before finish().
+  // each_pair(add) calls add(grad, other row, norms of the other rows, its number) for each of
+  // them.
+  template <class EachPair>
+  static void sum_pairs(const SelectBackwardParams& p, const T* x, double* sum,
+                        const EachPair& each_pair) {
+    each_block<kSumVectors>(p.d, [&](auto block, int64_t first) {
+      constexpr int kVectors = decltype(block)::kVectors;
+      Vector<double> total[kVectors] = {};
+      if (p.metric == Metric::euclidean) {
+        each_pair([&](double grad, const T* other, const double*, int64_t) {
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) {
+            total[v] += 2 * grad * (block.load(other + first, v) - block.load(x + first, v));
+          }
+        });
+      } else {
+        const bool is_cosine = p.metric == Metric::cosine;
+        each_pair([&](double grad, const T* other, const double* norms, int64_t row) {
+          add_scaled(block, is_cosine ? grad * norms[row] : grad, other + first, total);
+        });
       }
-    } else {
-      const double scale = metric == Metric::cosine ? grad * other_norms[other_row] : grad;
-      for (int64_t t = 0; t < d; ++t) sum[t] += scale * double(widen(other[t]));
-    }
+      store_sum(block, total, sum + first);
+    });
   }
 
   // The gradient of row x from its sum. Cosine: projects the sum onto the tangent space of the row
@@ -113,17 +122,24 @@ class SelectBackward {
   static void finish(Metric metric, bool in_pairs, const double* sum, const T* x,
                      const double* norms, int64_t row, int64_t d, T* grad) {
     const double inverse = metric == Metric::cosine ? norms[row] : 1;
-    if (metric != Metric::cosine || !in_pairs || inverse == 0) {
-      for (int64_t t = 0; t < d; ++t) narrow(inverse == 0 ? A(0) : A(sum[t]), grad[t]);
-      return;
-    }
+    const bool is_projected = metric == Metric::cosine && in_pairs && inverse != 0;
     // The row is normalized first: the product of a large row would overflow.
-    const double along =
-        sum_of(d, [&](int64_t t) { return sum[t] * (double(widen(x[t])) * inverse); });
-    for (int64_t t = 0; t < d; ++t) {
-      const double unit = double(widen(x[t])) * inverse;
-      narrow(A((sum[t] - unit * along) * inverse), grad[t]);
+    const auto unit = [&](const auto& block, int64_t first, int v = 0) {
+      return block.load(x + first, v) * inverse;
+    };
+    double along = 0;
+    if (is_projected) {
+      along =
+          sum_of(d, [&](auto block, int64_t i) { return block.load(sum + i) * unit(block, i); });
     }
+    each_block<4>(d, [&](auto block, int64_t first) {
+#pragma GCC unroll 4
+      for (int v = 0; v < block.kVectors; ++v) {
+        Vector<double> total = block.load(sum + first, v);
+        if (is_projected) total = (total - unit(block, first, v) * along) * inverse;
+        block.store(grad + first, inverse == 0 ? Vector<double>{} : total, v);
+      }
+    });
   }
 };
 

@@ -116,17 +116,35 @@ inline void store_narrow(double* to, Vector<double> x) { store(to, x); }
 inline Vector<double> load_wide(const float* from) {
   return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
 }
+inline Vector<double> load_wide(const half* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_maskz_cvtps_pd(0xff, _mm256_cvtph_ps(bits));
+}
+inline Vector<double> load_wide(const bfloat16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+  return _mm512_maskz_cvtps_pd(0xff, _mm256_castsi256_ps(wide));
+}
 inline void store_narrow(float* to, Vector<double> x) {
   _mm256_storeu_ps(to, _mm512_maskz_cvtpd_ps(0xff, x));
 }
 #elif defined(__AVX2__)
 inline Vector<double> load_wide(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+inline Vector<double> load_wide(const half* from) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vector<double> load_wide(const bfloat16* from) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16);
+  return _mm256_cvtps_pd(_mm_castsi128_ps(wide));
+}
 inline void store_narrow(float* to, Vector<double> x) { _mm_storeu_ps(to, _mm256_cvtpd_ps(x)); }
 #else
 typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
-inline Vector<double> load_wide(const float* from) {
+template <class T>
+inline Vector<double> load_wide(const T* from) {
   HalfVector x;
-  std::memcpy(&x, from, sizeof x);
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = widen(from[lane]);
   return __builtin_convertvector(x, Vector<double>);
 }
 inline void store_narrow(float* to, Vector<double> x) {
@@ -134,6 +152,13 @@ inline void store_narrow(float* to, Vector<double> x) {
   std::memcpy(to, &narrow, sizeof narrow);
 }
 #endif
+// Rounds to float32 first, as all results of these types are.
+template <class T>
+inline void store_narrow(T* to, Vector<double> x) {
+  float rounded[kLanes<double>];
+  store_narrow(rounded, x);
+  for (int lane = 0; lane < kLanes<double>; ++lane) narrow(rounded[lane], to[lane]);
+}
 
 // x in every lane.
 template <class A>
@@ -150,6 +175,18 @@ inline float sum_of_lanes(Vector<float> x) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+}
+
+inline double sum_of_lanes(Vector<double> x) {
+#if defined(__AVX512F__)
+  const __m256d four = _mm512_castpd512_pd256(x) + _mm512_maskz_extractf64x4_pd(0xf, x, 1);
+  const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+#elif defined(__AVX2__)
+  const __m128d two = _mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1);
+#else
+  const Vector<double> two = x;
+#endif
+  return two[0] + two[1];
 }
 
 // One step of `transpose`: swaps lanes of two rows that are Step apart. J: 0 ... kLanes - 1.
