@@ -185,9 +185,7 @@ class Aggregate {
     for (int64_t task = begin; task < end; task += at_once) {
       const int64_t first = task * kBlockRows;  // row of the flattened batch
       const int64_t last = min_of(min_of(task + at_once, end) * kBlockRows, p.batch * p.n);
-      for (int64_t row = first; row < last; ++row) {
-        modulate(p, row * p.k, scratch.rho + (row - first) * p.k);
-      }
+      modulate(p, first, last - first, scratch.rho);
       if (dense) {
         convolve(p, static_cast<const A*>(packed_weight), first, last - first, scratch);
       } else {

@@ -36,14 +36,18 @@ class Call {
         parallel_for_(parallel_for),
         scratch_bytes_(kernel_.scratch_bytes(p_)),
         weight_(needs_weight(p_) ? kernel_.packed_weight_bytes(p_) : 0, "the packed weight"),
-        rho_(p_.grad_value || p_.grad_weight || (is_dense(p_) && needs_weight(p_)) ? rho_bytes(p_)
-                                                                                   : 0,
-             "rho of each pair") {
+        rho_(p_.grad_value || (is_dense(p_) && (p_.grad_weight || needs_weight(p_))) ? rho_bytes(p_)
+                                                                                     : 0,
+             "rho of each pair"),
+        weight_parts_(p_.grad_weight
+                          ? bytes_of(kernel_.weight_parts(p_), f_.k, elements(), sizeof(double))
+                          : 0,
+                      "partial sums of grad_weight") {
     if (needs_weight(p_)) pack_weight();
   }
 
   void run_passes() const {
-    if (rho() || p_.grad_similarities) query_rows();
+    if (rho() || p_.grad_similarities || p_.grad_weight) query_rows();
     if (is_dense(p_) && needs_weight(p_)) {
       dense_pairs();
     } else if (p_.grad_value) {
@@ -55,6 +59,8 @@ class Call {
 
  private:
   double* rho() const { return rho_.as<double>(); }
+  // Of each slot of grad_weight.
+  int64_t elements() const { return (is_dense(p_) ? f_.o : 1) * f_.c; }
 
   void pack_weight() const {
     const int64_t tasks = kernel_.pack_tasks(p_);
@@ -63,12 +69,14 @@ class Call {
         [&](int64_t begin, int64_t end) { kernel_.pack_weight(p_, weight_.get(), begin, end); });
   }
 
-  // rho, and grad_similarities without a dense convolution.
+  // rho, and without a dense convolution grad_similarities and the parts of grad_weight.
   void query_rows() const {
-    const double task_work = double(kernel_.rows_per_task * f_.k * (is_dense(p_) ? 1 : f_.c));
-    run(parallel_for_, f_.batch * ceil_div(f_.n, kernel_.rows_per_task), task_work, scratch_bytes_,
-        [&](int64_t begin, int64_t end, void* scratch) {
-          kernel_.query_rows(p_, weight_.get(), rho(), begin, end, scratch);
+    const int64_t tasks = kernel_.query_tasks(p_);
+    double* const parts = is_dense(p_) ? nullptr : weight_parts_.as<double>();
+    run(parallel_for_, tasks,
+        double(f_.batch * f_.n) / double(tasks) * double(f_.k * (is_dense(p_) ? 1 : f_.c)),
+        scratch_bytes_, [&](int64_t begin, int64_t end, void* scratch) {
+          kernel_.query_rows(p_, weight_.get(), rho(), parts, begin, end, scratch);
         });
   }
 
@@ -107,17 +115,16 @@ class Call {
   }
 
   void weight_gradient() const {
-    const int64_t parts = kernel_.weight_parts(p_), outputs = is_dense(p_) ? f_.o : 1;
-    const int64_t elements = outputs * f_.c;
-    const Workspace sums_workspace(bytes_of(parts, f_.k, elements, sizeof(double)),
-                                   "partial sums of grad_weight");
-    double* const sums = sums_workspace.as<double>();
-    run(parallel_for_, kernel_.weight_tasks(p_),
-        double(f_.batch * f_.n) / double(parts) * double(outputs) * 64, scratch_bytes_,
-        [&](int64_t begin, int64_t end, void* scratch) {
-          kernel_.weight(p_, rho(), sums, begin, end, scratch);
-        });
-    run(parallel_for_, elements, double(parts * f_.k),
+    const int64_t parts = kernel_.weight_parts(p_);
+    double* const sums = weight_parts_.as<double>();
+    if (is_dense(p_)) {
+      run(parallel_for_, kernel_.weight_tasks(p_),
+          double(f_.batch * f_.n) / double(parts) * double(f_.o) * 64, scratch_bytes_,
+          [&](int64_t begin, int64_t end, void* scratch) {
+            kernel_.weight(p_, rho(), sums, begin, end, scratch);
+          });
+    }
+    run(parallel_for_, elements(), double(parts * f_.k),
         [&](int64_t begin, int64_t end) { kernel_.sum_weight(p_, sums, begin, end); });
   }
 
@@ -132,7 +139,7 @@ class Call {
   const InverseList inverse_;
   const ParallelFor parallel_for_;
   const size_t scratch_bytes_;
-  const Workspace weight_, rho_;
+  const Workspace weight_, rho_, weight_parts_;
 };
 
 }  // namespace

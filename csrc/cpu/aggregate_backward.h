@@ -8,10 +8,14 @@
 //   grad_bias    = sum over i of G_i
 //
 // P is never stored beyond a block of rows. Nothing is scattered: grad_value is gathered through
-// the inverse neighbor list; grad_weight is divided by element and by parts of the rows, whose sums
-// are then added up; grad_bias is divided by element. So every sum is taken by one task, in one
-// order. Sums over the rows of the whole batch are in float64, except within the blocks of
-// kWeightRows rows that a dense weight gradient multiplies as tiles.
+// the inverse neighbor list; grad_weight is a sum over parts of the rows, each by one task, which
+// are then added up; grad_bias is divided by element. So every sum is taken in one order. Sums over
+// the rows of the whole batch are in float64, except within the blocks of kWeightRows rows that a
+// dense weight gradient multiplies as tiles.
+//
+// Without a dense convolution, a task takes some query rows. G_i * V[I_ij] enters grad_rho_ij and
+// grad_weight[:, j], so both come from one pass over the pairs, slot by slot: the sums of a slot
+// stay in registers for kSlotRows rows.
 //
 // A dense P is a matrix product, computed once for both gradients: a task takes some pairs (i, j),
 // ordered by the keys that they chose, and multiplies those of one slot together. If the pairs of a
@@ -24,12 +28,15 @@
 
 namespace convnn::CONVNN_ISA {
 
-constexpr int64_t kChannels = 64;       // of a grad_weight or grad_bias task, or a dense key
+constexpr int64_t kChannels = 64;       // channels of one grad_bias task, and of a dense key
+constexpr int64_t kSlotRows = 16;       // query rows of one pass over a slot
+constexpr int64_t kQueryTasks = 64;     // at most, each with its part of grad_weight
+constexpr int64_t kFewestRows = 32;     // of such a task
 constexpr int64_t kPackedOutputs = 16;  // of a panel of channels of the weight, packed by one task
 constexpr int64_t kWeightRows = 256;    // dense: rows of one product of grad_weight
-constexpr int64_t kSummedRows = 32;     // rows summed before the sum is added to the total
+constexpr int64_t kSummedRows = 32;     // of grad_bias, before their sum is added to the total
 constexpr int64_t kWeightChannels = 128;  // dense: input channels of one grad_weight task
-constexpr int64_t kWeightTasks = 32;      // rows are divided into about this many grad_weight tasks
+constexpr int64_t kWeightTasks = 32;      // dense: about as many grad_weight tasks
 
 // dense: elements of P that a task of `pairs` stores, in the L2 cache; more if k is so large that
 // there would be too few pairs of a slot to fill tiles, up to a fixed workspace.
@@ -45,9 +52,9 @@ class AggregateBackward {
   static constexpr int64_t kPanel = kTileColumns<A>;
 
   struct Scratch {
-    double* rho;         // [kBlockRows, k]
-    double* grad_rho;    // [kBlockRows, k]
-    double* output;      // [c] a row of grad_output
+    double* rho;         // [kSlotRows, k]
+    double* grad_rho;    // [kSlotRows, k]
+    double* wide;        // not dense: [kSlotRows, c] rows of grad_output
     int64_t* slots;      // dense: [k + 1] the first row of each slot in `product`
     int64_t* queries;    // dense: [pair_rows] the query row of each row of `product`
     int64_t* rows;       // dense: [pairs_per_task] the slot of each pair, then its row in `product`
@@ -66,9 +73,9 @@ class AggregateBackward {
       const int64_t padded = ceil_div(min_of(kWeightChannels, p.c), kPanel) * kPanel;
       const int64_t padded_outputs = ceil_div(p.o, kTileRows) * kTileRows;
       Arena arena(base);
-      rho = arena.take<double>(kBlockRows * p.k);
-      grad_rho = arena.take<double>(kBlockRows * p.k);
-      output = arena.take<double>(dense ? 0 : p.c);
+      rho = arena.take<double>(kSlotRows * p.k);
+      grad_rho = arena.take<double>(kSlotRows * p.k);
+      wide = arena.take<double>(dense ? 0 : kSlotRows * p.c);
       slots = arena.take<int64_t>(dense * (p.k + 1));
       queries = arena.take<int64_t>(dense * pair_rows(p));
       rows = arena.take<int64_t>(dense * pairs_per_task(p));
@@ -144,26 +151,46 @@ class AggregateBackward {
     return Scratch(p.forward, nullptr).bytes;
   }
 
+  // Nothing that these depend on differs between instruction sets: sums are divided where tasks
+  // are.
+  static int64_t query_tasks(const AggregateBackwardParams& p) {
+    return ceil_div(p.forward.batch * p.forward.n, rows_of_query_task(p));
+  }
+  static int64_t rows_of_query_task(const AggregateBackwardParams& p) {
+    const AggregateParams& f = p.forward;
+    const int64_t memory = max_of(4, kMostWeightElements / max_of(1, f.k * f.c));
+    const int64_t most = p.grad_weight && f.convolution == Convolution::depthwise
+                             ? min_of(kQueryTasks, memory)
+                             : std::numeric_limits<int64_t>::max();
+    return max_of(kFewestRows, ceil_div(f.batch * f.n, most));
+  }
+
   static void query_rows(const AggregateBackwardParams& p, const void* packed_weight,
-                         double* all_rho, int64_t begin, int64_t end, void* base) {
+                         double* all_rho, double* weight_parts, int64_t begin, int64_t end,
+                         void* base) {
     const AggregateParams& f = p.forward;
     const Scratch scratch(f, base);
-    const int64_t blocks = ceil_div(f.n, kBlockRows);
-    const double* weight = static_cast<const double*>(packed_weight);
+    const int64_t task_rows = rows_of_query_task(p);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
-      const int64_t rows = min_of(kBlockRows, f.n - first_row);
-      const int64_t first = b * f.n + first_row;
-      double* rho = all_rho ? all_rho + first * f.k : scratch.rho;
-      for (int64_t r = 0; r < rows; ++r) modulate(f, (first + r) * f.k, rho + r * f.k);
-      const bool ones = f.rho == Rho::ones;
-      if (!p.grad_similarities || (f.convolution == Convolution::dense && !ones)) continue;
-      const T* value = f.value.at<T>(b);
-      for (int64_t r = 0; r < rows; ++r) {
-        if (!ones) {
-          grad_rho(p, value, weight, first + r, scratch.output, scratch.grad_rho + r * f.k);
+      double* sums = weight_parts ? weight_parts + task * f.k * f.c : nullptr;
+      if (sums) std::fill_n(sums, f.k * f.c, 0);
+      const int64_t last = min_of((task + 1) * task_rows, f.batch * f.n);
+      for (int64_t row = task * task_rows; row < last; row += kSlotRows) {
+        const int64_t rows = min_of(kSlotRows, last - row);
+        double* rho = all_rho ? all_rho + row * f.k : scratch.rho;
+        modulate(f, row, rows, rho);
+        const bool ones = f.rho == Rho::ones;
+        if (f.convolution != Convolution::dense) {
+          if (sums || (p.grad_similarities && !ones)) {
+            slot_products(p, static_cast<const double*>(packed_weight), row, rows, rho, sums,
+                          scratch);
+          }
+        } else if (!ones) {
+          continue;
         }
-        modulate_backward(p, (first + r) * f.k, rho + r * f.k, scratch.grad_rho + r * f.k);
+        for (int64_t r = 0; r < rows && p.grad_similarities; ++r) {
+          modulate_backward(p, (row + r) * f.k, rho + r * f.k, scratch.grad_rho + r * f.k);
+        }
       }
     }
   }
@@ -249,9 +276,9 @@ class AggregateBackward {
   }
 
   static int64_t weight_parts(const AggregateBackwardParams& p) {
+    if (p.forward.convolution != Convolution::dense) return query_tasks(p);
     const int64_t rows = p.forward.batch * p.forward.n;
-    const int64_t elements =
-        p.forward.k * p.forward.c * (p.forward.convolution == Convolution::dense ? p.forward.o : 1);
+    const int64_t elements = p.forward.k * p.forward.c * p.forward.o;
     const int64_t wanted = min_of(ceil_div(kWeightTasks, max_of(1, slot_tasks(p.forward))),
                                   kMostWeightElements / max_of(1, elements));
     return max_of(1, min_of(wanted, rows / kWeightRows));
@@ -268,16 +295,11 @@ class AggregateBackward {
     const int64_t part_rows = ceil_div(rows, count);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / slot_tasks(f), slot = task % f.k;
-      const int64_t channel = task % slot_tasks(f) / f.k * weight_channels(f);
-      const int64_t outputs = f.convolution == Convolution::dense ? f.o : 1;
-      double* to = parts + (part * f.k + slot) * outputs * f.c + channel;
+      const int64_t channel = task % slot_tasks(f) / f.k * kWeightChannels;
+      double* to = parts + (part * f.k + slot) * f.o * f.c + channel;
       const int64_t first = min_of(part * part_rows, rows);
       const int64_t last = min_of(first + part_rows, rows);
-      if (f.convolution == Convolution::dense) {
-        dense_grad_weight(p, rho, slot, channel, first, last, to, scratch);
-      } else {
-        depthwise_grad_weight(p, rho, slot, channel, first, last, to);
-      }
+      dense_grad_weight(p, rho, slot, channel, first, last, to, scratch);
     }
   }
 
@@ -326,24 +348,62 @@ class AggregateBackward {
     const T* grad_output;    // [n, o]
   };
 
-  // grad_rho [k] of one row without a dense convolution. weight [k, c] or null; g [c] is scratch
-  // memory for the row of grad_output.
-  static void grad_rho(const AggregateBackwardParams& p, const T* value, const double* weight,
-                       int64_t row, double* g, double* grad_rho) {
+  // Of at most kSlotRows query rows without a dense convolution: scratch.grad_rho and, if sums
+  // [k, c] is not null, their part of grad_weight, which is added to it. weight [k, c] or null,
+  // rho [rows, k].
+  static void slot_products(const AggregateBackwardParams& p, const double* weight, int64_t row,
+                            int64_t rows, const double* rho, double* sums, const Scratch& scratch) {
     const AggregateParams& f = p.forward;
-    widen_row(static_cast<const T*>(p.grad_output) + row * f.o, f.c, g);
-    for (int64_t j = 0; j < f.k; ++j) {
-      grad_rho[j] = 0;
-      if (is_missing(similarity_at(f, row * f.k + j))) continue;
-      const T* v = value + f.indices[row * f.k + j] * f.value.row_stride;
-      const double* w = weight + j * f.c;
-      grad_rho[j] =
-          A(weight ? sum_of(f.c,
-                            [&](auto block, int64_t c) {
-                              return block.load(w + c) * (block.load(g + c) * block.load(v + c));
-                            })
-                   : dot(g, v, f.c));
+    const T* values[kSlotRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      values[r] = f.value.at<T>((row + r) / f.n);
+      widen_row(static_cast<const T*>(p.grad_output) + (row + r) * f.o, f.c,
+                scratch.wide + r * f.c);
     }
+    for (int64_t slot = 0; slot < f.k; ++slot) {
+      double partial[kSlotRows * kPartial] = {};
+      each_block<kSumVectors>(f.c, [&](auto block, int64_t first) {
+        const int64_t at = slot * f.c + first;
+        Vector<double> total[decltype(block)::kVectors] = {};
+        if (sums) add_scaled(block, 1, sums + at, total);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t entry = (row + r) * f.k + slot;
+          if (is_missing(similarity_at(f, entry))) continue;
+          add_products(block, scratch.wide + r * f.c + first,
+                       values[r] + f.indices[entry] * f.value.row_stride + first,
+                       weight ? weight + at : nullptr, rho[r * f.k + slot],
+                       partial + r * kPartial + first % kPartial, total);
+        }
+        if (sums) store_sum(block, total, sums + at);
+      });
+      for (int64_t r = 0; r < rows; ++r) {
+        scratch.grad_rho[r * f.k + slot] = A(sum_of_partial(partial + r * kPartial));
+      }
+    }
+  }
+
+  // For a block of channels: partial += w g v, added up as sum_of() does, without w if it is null,
+  // and total += rho g v.
+  template <class Block>
+  static void add_products(const Block& block, const double* g, const T* v, const double* w,
+                           double rho, double* partial, Vector<double> (&total)[Block::kVectors]) {
+    constexpr int kVectors = Block::kVectors;
+    constexpr int kParts = kVectors < kPartialVectors ? kVectors : kPartialVectors;
+    Vector<double> part[kParts];
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) part[i] = load(partial + i * kLanes<double>);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) {
+      const Vector<double> product = block.load(g, i) * block.load(v, i);
+      total[i] += rho * product;
+      if (w) {
+        part[i % kParts] += block.load(w, i) * product;
+      } else {
+        part[i % kParts] += product;
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kParts; ++i) store(partial + i * kLanes<double>, part[i]);
   }
 
   // grad_value [c] of key row r of the block, without a dense convolution. weight [k, c] or null.
@@ -525,12 +585,9 @@ class AggregateBackward {
     for (int u = 0; u < kVectors; ++u) store(sum + u * kWide, total[u]);
   }
 
-  // The channels of one grad_weight task, and how many tasks all slots have.
-  static int64_t weight_channels(const AggregateParams& f) {
-    return f.convolution == Convolution::dense ? kWeightChannels : kChannels;
-  }
+  // Dense: how many grad_weight tasks all slots have.
   static int64_t slot_tasks(const AggregateParams& f) {
-    return f.k * ceil_div(f.c, weight_channels(f));
+    return f.k * ceil_div(f.c, kWeightChannels);
   }
 
   // to [elements] = the sum over some rows of what add(block, its first element, row, sum) adds.
@@ -549,21 +606,6 @@ class AggregateBackward {
       }
       store_sum(block, total, to + first);
     });
-  }
-
-  // Sums grad_weight over some rows at one slot, for kChannels channels from `first` on.
-  static void depthwise_grad_weight(const AggregateBackwardParams& p, const double* rho,
-                                    int64_t slot, int64_t first, int64_t first_row,
-                                    int64_t last_row, double* to) {
-    const AggregateParams& f = p.forward;
-    const T* grad_output = static_cast<const T*>(p.grad_output) + first;
-    sum_rows(first_row, last_row, min_of(kChannels, f.c - first), to,
-             [&](const auto& block, int64_t c, int64_t row, auto& sum) {
-               const int64_t entry = row * f.k + slot;
-               if (is_missing(similarity_at(f, entry))) return;
-               add_scaled(block, rho[entry], grad_output + row * f.o + c,
-                          value_row(f, row, entry) + first + c, sum);
-             });
   }
 
   // The row of value at `entry` of the neighbor list, for row `row` of the flattened batch.
@@ -635,13 +677,13 @@ AggregateBackwardKernel aggregate_backward_kernel() {
   using K = AggregateBackward<T>;
   return {kBlockRows,       K::packed_weight_bytes,
           K::pack_tasks,    K::pack_weight,
-          K::scratch_bytes, K::query_rows,
-          K::similarities,  K::key_rows,
-          K::pair_tasks,    K::pairs,
-          K::cut_keys,      K::weight_parts,
-          K::weight_tasks,  K::weight,
-          K::sum_weight,    K::bias_tasks,
-          K::bias};
+          K::scratch_bytes, K::query_tasks,
+          K::query_rows,    K::similarities,
+          K::key_rows,      K::pair_tasks,
+          K::pairs,         K::cut_keys,
+          K::weight_parts,  K::weight_tasks,
+          K::weight,        K::sum_weight,
+          K::bias_tasks,    K::bias};
 }
 
 }  // namespace convnn::CONVNN_ISA

@@ -92,17 +92,19 @@ struct AggregateKernel {
 };
 
 struct AggregateBackwardKernel {
-  int64_t rows_per_task;  // query rows or key rows
+  int64_t rows_per_task;  // key rows
   // As for AggregateKernel.
   size_t (*packed_weight_bytes)(const AggregateBackwardParams&);
   int64_t (*pack_tasks)(const AggregateBackwardParams&);
   void (*pack_weight)(const AggregateBackwardParams&, void* packed, int64_t begin, int64_t end);
   size_t (*scratch_bytes)(const AggregateBackwardParams&);
-  // Tasks: blocks of query rows of each batch element. Writes rho [batch, n, k] for the passes
-  // below if it is not null, and grad_similarities if it is needed, except that of a dense
-  // convolution whose rho is not ones.
+  // Tasks: query_tasks(), each some query rows of the flattened batch. Writes rho [batch, n, k] for
+  // the passes below if it is not null, grad_similarities if it is needed, except that of a dense
+  // convolution whose rho is not ones, and the parts of a depthwise grad_weight if they are not
+  // null.
+  int64_t (*query_tasks)(const AggregateBackwardParams&);
   void (*query_rows)(const AggregateBackwardParams&, const void* packed_weight, double* rho,
-                     int64_t begin, int64_t end, void* scratch);
+                     double* weight_parts, int64_t begin, int64_t end, void* scratch);
   // Tasks: query rows. Writes grad_similarities from grad_rho [batch, n, k].
   void (*similarities)(const AggregateBackwardParams&, const double* rho, const double* grad_rho,
                        int64_t begin, int64_t end);
@@ -120,9 +122,10 @@ struct AggregateBackwardKernel {
   // Tasks: batch elements. Adds up the partial sums in cuts.
   void (*cut_keys)(const AggregateBackwardParams&, const InverseList&, const double* cuts,
                    int64_t begin, int64_t end);
-  // Tasks: weight_tasks(). Writes partial sums of grad_weight, each over some of the rows:
-  // parts [weight_parts, k, o, c], or [weight_parts, k, c] of a depthwise convolution.
+  // Partial sums of grad_weight, each over some of the rows: parts [weight_parts, k, o, c], or
+  // [weight_parts, k, c] of a depthwise convolution.
   int64_t (*weight_parts)(const AggregateBackwardParams&);
+  // Dense convolution only. Tasks: weight_tasks(). Writes the parts.
   int64_t (*weight_tasks)(const AggregateBackwardParams&);
   void (*weight)(const AggregateBackwardParams&, const double* rho, double* parts, int64_t begin,
                  int64_t end, void* scratch);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The modulation rho of section 4.1 and its derivative, one query row at a time, in float64.
+// The modulation rho of section 4.1 and its derivative, in float64.
 #pragma once
 
 #include <cmath>
 
-#include "vector.h"
+#include "exponential.h"
+#include "wide_rows.h"
 
 namespace convnn::CONVNN_ISA {
 
@@ -28,31 +29,52 @@ inline bool is_missing(double similarity) {
   return similarity == -std::numeric_limits<double>::infinity();
 }
 
-// rho [k] of the row of p.similarities that starts at entry `first`; 0 for a missing neighbor.
-inline void modulate(const AggregateParams& p, int64_t first, double* rho) {
-  if (p.rho != Rho::softmax) {
-    for (int64_t j = 0; j < p.k; ++j) {
-      const double s = similarity_at(p, first + j);
-      rho[j] = is_missing(s) ? 0 : p.rho == Rho::ones ? 1 : s;
+// rho [rows, k] of rows of similarities, which are -inf where they are missing: 0 there.
+template <class S>
+inline void softmax(const S* similarities, int64_t rows, int64_t k, double scale, double* rho) {
+  constexpr double kLowest = -std::numeric_limits<double>::infinity();
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* s = similarities + r * k;
+    double largest = kLowest;  // of the similarities, or of their negatives if scale is negative
+    for (int64_t j = 0; j < k; ++j) {
+      const double x = is_missing(s[j]) ? kLowest : scale < 0 ? -double(s[j]) : double(s[j]);
+      largest = x > largest ? x : largest;
     }
-    return;
+    // Subtracting similarities before the product with the scale, rather than products, loses
+    // nothing to a scale of any size; halves of them, because their difference may exceed float64.
+    const double nearest = largest == kLowest ? 0 : scale < 0 ? -largest : largest;
+    for (int64_t j = 0; j < k; ++j) {
+      const double x = 2 * (scale * (0.5 * double(s[j]) - 0.5 * nearest));
+      rho[r * k + j] = is_missing(s[j]) ? kLowest : x;
+    }
   }
-  // Of the greatest product with the scale. Subtracting similarities before that, rather than
-  // products, loses nothing to a scale of any size; halves of them, because their difference may
-  // exceed float64.
-  double nearest = 0, largest = -std::numeric_limits<double>::infinity();
-  for (int64_t j = 0; j < p.k; ++j) {
-    const double s = similarity_at(p, first + j), sign = p.scale < 0 ? -s : s;
-    if (!is_missing(s) && sign > largest) nearest = s, largest = sign;
+  each_block<4>(rows * k, [&](auto block, int64_t first) {
+#pragma GCC unroll 4
+    for (int v = 0; v < block.kVectors; ++v) {
+      block.store(rho + first, exponential(block.load(rho + first, v)), v);
+    }
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    double sum = 0;
+    for (int64_t j = 0; j < k; ++j) sum += rho[r * k + j];
+    const double inverse = 1 / sum;
+    for (int64_t j = 0; j < k; ++j) {
+      rho[r * k + j] = is_missing(similarities[r * k + j]) ? 0 : rho[r * k + j] * inverse;
+    }
   }
-  double sum = 0;
-  for (int64_t j = 0; j < p.k; ++j) {
-    const double s = similarity_at(p, first + j);
-    rho[j] = is_missing(s) ? 0 : std::exp(2 * (p.scale * (0.5 * s - 0.5 * nearest)));
-    sum += rho[j];
-  }
-  for (int64_t j = 0; j < p.k; ++j) {
-    if (!is_missing(similarity_at(p, first + j))) rho[j] /= sum;
+}
+
+// rho [rows, k] of rows of p.similarities, from row `first` on; 0 for a missing neighbor.
+inline void modulate(const AggregateParams& p, int64_t first, int64_t rows, double* rho) {
+  if (p.rho == Rho::softmax && p.similarity_dtype == DType::float64) {
+    softmax(static_cast<const double*>(p.similarities) + first * p.k, rows, p.k, p.scale, rho);
+  } else if (p.rho == Rho::softmax) {
+    softmax(static_cast<const float*>(p.similarities) + first * p.k, rows, p.k, p.scale, rho);
+  } else {
+    for (int64_t i = 0; i < rows * p.k; ++i) {
+      const double s = similarity_at(p, first * p.k + i);
+      rho[i] = is_missing(s) ? 0 : p.rho == Rho::ones ? 1 : s;
+    }
   }
 }
 

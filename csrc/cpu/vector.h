@@ -121,8 +121,12 @@ inline Vector<double> load_wide(const half* from) {
   return _mm512_maskz_cvtps_pd(0xff, _mm256_cvtph_ps(bits));
 }
 inline Vector<double> load_wide(const bfloat16* from) {
+  // The bits of float32, by one shuffle within the halves of a vector.
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+  const __m256i to_high =
+      _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                       -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  const __m256i wide = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bits), to_high);
   return _mm512_maskz_cvtps_pd(0xff, _mm256_castsi256_ps(wide));
 }
 inline void store_narrow(float* to, Vector<double> x) {
@@ -135,8 +139,8 @@ inline Vector<double> load_wide(const half* from) {
 }
 inline Vector<double> load_wide(const bfloat16* from) {
   const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  const __m128i wide = _mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16);
-  return _mm256_cvtps_pd(_mm_castsi128_ps(wide));
+  const __m128i to_high = _mm_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7);
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_shuffle_epi8(bits, to_high)));
 }
 inline void store_narrow(float* to, Vector<double> x) { _mm_storeu_ps(to, _mm256_cvtpd_ps(x)); }
 #else
@@ -152,12 +156,29 @@ inline void store_narrow(float* to, Vector<double> x) {
   std::memcpy(to, &narrow, sizeof narrow);
 }
 #endif
-// Rounds to float32 first, as all results of these types are.
-template <class T>
-inline void store_narrow(T* to, Vector<double> x) {
+// Both round to float32 first, as all results of these types are.
+inline void store_narrow(bfloat16* to, Vector<double> x) {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 4)));
   float rounded[kLanes<double>];
   store_narrow(rounded, x);
+  Bits bits;
+  std::memcpy(&bits, rounded, sizeof bits);
+  const auto is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  bits = is_nan ? Bits{} + 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Halves halves = __builtin_convertvector(bits, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+inline void store_narrow(half* to, Vector<double> x) {
+  float rounded[kLanes<double>];
+  store_narrow(rounded, x);
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(_mm256_loadu_ps(rounded), 0));
+#elif defined(__AVX2__)
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_cvtps_ph(_mm_loadu_ps(rounded), 0));
+#else
   for (int lane = 0; lane < kLanes<double>; ++lane) narrow(rounded[lane], to[lane]);
+#endif
 }
 
 // x in every lane.

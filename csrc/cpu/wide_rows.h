@@ -106,6 +106,13 @@ inline double sum_of_partial(Vector<double> (&partial)[kPartialVectors]) {
   return sum_of_lanes(partial[0]);
 }
 
+inline double sum_of_partial(const double* sums) {
+  Vector<double> partial[kPartialVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kPartialVectors; ++v) partial[v] = load(sums + v * kLanes<double>);
+  return sum_of_partial(partial);
+}
+
 // The sum over the vectors of a row of the lanes of term(block, its first element).
 template <class Term>
 inline double sum_of(int64_t elements, const Term& term) {
