@@ -103,13 +103,16 @@ struct Rows {
     std::vector<Element> elements(d);
     for (int64_t t = 0; t < d; ++t) narrow(float(x[t] * scale), elements[t]);
     float* row = &rows[i * stride];
+    Normalizer normalizer;
     if (is_cosine) {
-      normalizer(elements.data(), d).normalize(elements.data(), d, row);
+      normalizer = normalizer_of(elements.data(), d);
+      normalizer.normalize(elements.data(), d, row);
     } else {
       for (int64_t t = 0; t < d; ++t) row[t] = widen(elements[t]);
     }
-    const auto rounded = Screen::round(
-        elements.data(), row, d, is_cosine ? Metric::cosine : Metric::dot, &words[i * word_stride]);
+    const auto rounded =
+        Screen::round(elements.data(), row, d, is_cosine ? Metric::cosine : Metric::dot,
+                      normalizer.inverse_norm(), &words[i * word_stride]);
     scales[i] = rounded.scale;
     extents[i] = rounded.extent;
   }
@@ -134,11 +137,14 @@ double compare(const Rows& queries, const Rows& keys) {
   double worst = 0;
   for (int64_t r = 0; r < Screen::kTileRows; ++r) {
     for (int64_t j = 0; j < panel; ++j) {
-      LanePairs pairs;
-      for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
-        pairs.set(lane, int32_t(r), &keys.rows[j * keys.stride]);
-      }
-      const double exact = products(lanes.data(), pairs, d)[0], found = screened[r * panel + j];
+      int32_t numbers[kLanes<float>];
+      const float* rows[kLanes<float>];
+      std::fill_n(numbers, kLanes<float>, int32_t(r));
+      std::fill_n(rows, kLanes<float>, &keys.rows[j * keys.stride]);
+      const double exact = products(lanes.data(), numbers, rows, d)[0];
+      const auto row =
+          Screen::strip_row(screened + r * panel, keys.scales.data(), queries.scales[r]);
+      const double found = row[j];
       const ScreenError error = Screen::error(queries.extents[r], keys.extents[j], d);
       worst = std::max(worst, std::abs(found - exact) / error.from(float(found)));
     }

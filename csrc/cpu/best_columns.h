@@ -67,14 +67,15 @@ class BestColumns {
   // adjacent columns of a chunk, with -inf at the excluded one, then -inf up to a multiple of
   // kScanColumns.
   void survey(const A* row, int64_t columns) {
-    find_group_maxima<false>(row, columns);
+    find_group_maxima<false>(StripRow<A>{row}, columns);
     error_ = 0;
     if (!complete_ && blocks_ > 0) bound_ = bound_of_groups();
   }
 
   // The same for screened similarities, without NaN. Those below the bound by more than their
   // largest error are no neighbors whatever it is, so only the error of the others matters.
-  void survey_screened(const A* row, int64_t columns, const ScreenError& error) {
+  template <class Row>
+  void survey_screened(const Row& row, int64_t columns, const ScreenError& error) {
     find_group_maxima<true>(row, columns);
     if (complete_) {
       error_ = error.from(bound_ - error.largest());
@@ -101,7 +102,7 @@ class BestColumns {
       int32_t positions[kChunk + kLanes<A>];
       const A least = too_late(first) ? next_above(bound_) : bound_;
       mark_open(least);
-      const int64_t listed = list(row, first, columns, least, positions);
+      const int64_t listed = list(StripRow<A>{row}, first, columns, least, positions);
       if (count_ + listed <= capacity_) {
         for (int64_t i = 0; i < listed; ++i) add(row[positions[i]], first + positions[i]);
       } else {
@@ -111,8 +112,8 @@ class BestColumns {
   }
 
   // The same for a row that was surveyed as screened. resolve() resolves the columns of this row.
-  template <class Resolve>
-  void collect_screened(const A* row, int64_t first, int64_t columns, const Resolve& resolve) {
+  template <class Row, class Resolve>
+  void collect_screened(const Row& row, int64_t first, int64_t columns, const Resolve& resolve) {
     if (open_ == 0) return;
     int32_t positions[kChunk + kLanes<A>];
     const int64_t listed = list(row, first, columns, bound_ - error_, positions);
@@ -127,16 +128,13 @@ class BestColumns {
   }
 
   // Returns how many columns are to be resolved: those collected with an error that may be among
-  // the best, column(0), column(1), ...
+  // the best. They are the first of ranks(), whose similarities are lower bounds.
   int64_t unresolved() {
     if (slack_ == 0) return 0;
     if (count_ > wanted_ + wanted_ / 2 + 4) keep_best();  // fewer are resolved as fast
     return count_;
   }
-  int64_t column(int64_t i) const { return ranks_[i].column(); }
-  // Replaces the lower bound of such a column by its similarity.
-  void resolve(int64_t i, A similarity) { ranks_[i] = Rank<A>(similarity, ranks_[i].column()); }
-  // To be called when all of them have been replaced, and before exact similarities follow.
+  // To be called when their ranks have been replaced, and before exact similarities follow.
   void end_resolve() {
     if (slack_ == 0) return;
     slack_ = 0;
@@ -169,7 +167,7 @@ class BestColumns {
     return count_;
   }
 
-  const Rank<A>* ranks() const { return ranks_; }
+  Rank<A>* ranks() { return ranks_; }
 
  private:
   static V as_mask(Keys comparison) {
@@ -179,8 +177,8 @@ class BestColumns {
   }
 
   // Raises the bound if that pays and computes the maximum of every group.
-  template <bool Screened>
-  void find_group_maxima(const A* row, int64_t columns) {
+  template <bool Screened, class Row>
+  void find_group_maxima(const Row& row, int64_t columns) {
     // The bound is the last of the best as soon as there are `wanted`. It is raised whenever enough
     // columns were added to make it worthwhile.
     if (wanted_ > 0 && count_ >= (complete_ ? kept_ + kept_ / 2 + kLanes<A> : wanted_)) {
@@ -191,11 +189,11 @@ class BestColumns {
     for (int64_t block = 0; block < blocks_; ++block) {
       V largest = V{} - std::numeric_limits<A>::infinity();
       for (int v = 0; v < kGroup; ++v) {
-        const V x = load(row + block * kScanColumns<A> + v * kLanes<A>);
+        const V x = row.load(block * kScanColumns<A> + v * kLanes<A>);
         largest = x > largest ? x : largest;  // unchanged if x is NaN
         if constexpr (!Screened) unordered = x != x ? V{} - A(1) : unordered;
       }
-      store(group_max_ + block * kLanes<A>, largest);
+      store(group_max_ + block * kLanes<A>, row.finish(largest));
     }
     has_nan_ = lane_bits(unordered) != 0;
   }
@@ -231,7 +229,8 @@ class BestColumns {
 
   // Lists the columns of the surveyed row whose similarity is at least this, of which the groups
   // are marked, but not the excluded one. Returns how many.
-  int64_t list(const A* row, int64_t first, int64_t columns, A least, int32_t* positions) const {
+  template <class Row>
+  int64_t list(const Row& row, int64_t first, int64_t columns, A least, int32_t* positions) const {
     int64_t count = 0;
     if (least == -std::numeric_limits<A>::infinity()) {  // which is also after the last column
       for (int64_t c = 0; c < columns; ++c) {

@@ -35,7 +35,7 @@ struct Normalizer {
 
 // x [d]
 template <class T>
-inline Normalizer normalizer(const T* x, int64_t d) {
+inline Normalizer normalizer_of(const T* x, int64_t d) {
   Normalizer result;
   if constexpr (std::is_same_v<T, double>) {
     for (int64_t i = 0; i < d; ++i) {

@@ -54,12 +54,28 @@ struct ScreenError {
   }
 };
 
-// kLanes pairs of a query and a key.
-struct LanePairs {
-  int32_t query[kLanes<float>];     // which of kLanes queries
-  const float* key[kLanes<float>];  // [d], readable in whole vectors
+// A row of a strip. Its similarities are finish(load()), where finish() keeps the order.
+template <class A>
+struct StripRow {
+  const A* at;
 
-  void set(int64_t lane, int32_t q, const float* k) { query[lane] = q, key[lane] = k; }
+  Vector<A> load(int64_t column) const { return CONVNN_ISA::load(at + column); }
+  Vector<A> finish(Vector<A> x) const { return x; }
+  A operator[](int64_t column) const { return at[column]; }
+};
+
+// A row of a strip of sums, which are multiplied by scales when they are read. A sum of -inf, which
+// is no similarity, may become NaN.
+struct ScaledStripRow {
+  const float* at;
+  const float* column_scales;  // not negative
+  float scale;
+
+  Vector<float> load(int64_t column) const {
+    return CONVNN_ISA::load(at + column) * CONVNN_ISA::load(column_scales + column);
+  }
+  Vector<float> finish(Vector<float> x) const { return x * scale; }
+  float operator[](int64_t column) const { return at[column] * column_scales[column] * scale; }
 };
 
 #if defined(__AVX2__)
@@ -67,6 +83,9 @@ struct LanePairs {
 struct FixedPointScreen {
   static constexpr int64_t kTileRows = CONVNN_ISA::kTileRows;
   static constexpr bool kHasScales = true;
+  using Row = StripRow<float>;
+  // A row of what multiply() writes.
+  static Row strip_row(const float* sums, const float*, float) { return {sums}; }
   struct Session {
     explicit Session(int64_t) {}
   };
@@ -120,7 +139,7 @@ struct FixedPointScreen {
   // Rounds row [d], padded with zeros to whole vectors, to words [words(d)], also up to whole
   // vectors.
   template <class T>
-  static Rounded round(const T*, const float* row, int64_t d, Metric, uint32_t* words) {
+  static Rounded round(const T*, const float* row, int64_t d, Metric, double, uint32_t* words) {
     const double above = sum_bound(d);
     Vector<float> sum = {};
     for (int64_t i = 0; i < d; i += kLanes<float>) sum += load(row + i) * load(row + i);
@@ -271,12 +290,14 @@ inline void to_lanes(const float* rows, int64_t stride, int64_t d, float* column
   }
 }
 
-// The products of some pairs, as multiply_tile computes each of them. queries [d, kLanes].
-inline Vector<float> products(const float* queries, const LanePairs& pairs, int64_t d) {
+// The products of kLanes pairs, as multiply_tile computes each of them. queries [d, kLanes];
+// numbers [kLanes]: which of them; keys [kLanes]: rows [d], readable in whole vectors.
+inline Vector<float> products(const float* queries, const int32_t* numbers,
+                              const float* const* keys, int64_t d) {
   static_assert(kSummedSteps % 4 == 0);
   typedef int32_t Lanes __attribute__((vector_size(kVectorBytes)));
   Lanes lanes;
-  std::memcpy(&lanes, pairs.query, sizeof lanes);
+  std::memcpy(&lanes, numbers, sizeof lanes);
   const auto query = [&](int64_t t) {
     const Vector<float> all = load(queries + t * kLanes<float>);
 #if defined(__AVX512F__)
@@ -291,11 +312,11 @@ inline Vector<float> products(const float* queries, const LanePairs& pairs, int6
     Vector<float> sum = {}, key[4];
     const int64_t first = t, stop = min_of(t + kSummedSteps, d);
     for (; t + 4 <= stop; t += 4) {
-      load_columns(pairs.key, t, key);
+      load_columns(keys, t, key);
       for (int64_t j = 0; j < 4; ++j) sum += key[j] * query(t + j);
     }
     if (t < stop) {
-      load_columns(pairs.key, t, key);
+      load_columns(keys, t, key);
       for (int64_t j = 0; t < stop; ++j, ++t) sum += key[j] * query(t);
     }
     total = first == 0 ? sum : total + sum;

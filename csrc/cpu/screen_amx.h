@@ -9,7 +9,7 @@
 // What is missing, l_q l_k^T and the products with the rounding errors, has a bound
 // (Cauchy-Schwarz) that is as small for neighbors as that of the fixed-point screen. A row of
 // bfloat16 is used as it is, h = x, and for the cosine the sums are multiplied by the inverse
-// norms.
+// norms, but only when they are read: by then, most of a strip has left the L1 cache.
 //
 // A tile holds 16 rows of 16 words of two numbers, or 16 x 16 sums. One call multiplies a block of
 // three tiles of query rows by a panel of keys, one tile of columns at a time: three tiles of sums,
@@ -32,6 +32,7 @@ struct AmxScreen {
   static constexpr int64_t kTileWords = 16;  // of a row of a tile
   static constexpr bool kIsExact = std::is_same_v<T, bfloat16>;  // h is x
   static constexpr bool kHasScales = kIsExact;                   // the inverse norms
+  using Row = std::conditional_t<kIsExact, ScaledStripRow, StripRow<float>>;
   static constexpr int kParts = kIsExact ? 1 : 2;
   static constexpr int64_t kPanel = kTileColumns<float>;
   static_assert(kBlockRows == 3 * kTileRows && kPanel % kTileRows == 0);
@@ -62,13 +63,14 @@ struct AmxScreen {
   }
   static int64_t words(int64_t d) { return kParts * words_of_part(d); }
 
-  // Rounds x [d] (null for zeros), which is row [d] in float32, normalized for the cosine and
-  // padded with zeros to whole vectors, to words [words(d)]: h, then l.
-  static Rounded round(const T* x, const float* row, int64_t d, Metric metric, uint32_t* words) {
+  // Rounds x [d] (null for zeros), which times `scale` is row [d] in float32, normalized for the
+  // cosine and padded with zeros to whole vectors, to words [words(d)]: h, then l.
+  static Rounded round(const T* x, const float* row, int64_t d, Metric metric, double scale,
+                       uint32_t* words) {
     std::memset(words, 0, size_t(AmxScreen::words(d)) * sizeof *words);
     if (!x) return {{}, 0};
     if constexpr (kIsExact) {
-      return copy(x, d, metric, words);
+      return copy(x, d, metric, scale, words);
     } else {
       return split(row, d, words);
     }
@@ -86,6 +88,15 @@ struct AmxScreen {
     const float missing = query.low * key.low + query.rounding * key.norm +
                           query.norm * key.rounding + query.rounding * key.rounding;
     return {0x1p-24f * steps * norms + (1 + 0x1p-10f) * missing + 0x1p-94f, 0, norms};
+  }
+
+  // A row of what multiply() writes. column_scales: from its first column on.
+  static Row strip_row(const float* sums, const float* column_scales, float row_scale) {
+    if constexpr (kHasScales) {
+      return {sums, column_scales, row_scale};
+    } else {
+      return {sums};
+    }
   }
 
   // Configures the tiles for rows of d elements while it exists; does nothing for 0.
@@ -118,10 +129,11 @@ struct AmxScreen {
     bool open_;
   };
 
-  // Like FixedPointScreen::multiply, within a Session; whole tiles of rows and columns.
-  static void multiply(const uint32_t* a, int64_t stride, const float* row_scales, int64_t rows,
-                       const uint32_t* b, int64_t count, const float* column_scales,
-                       int64_t columns, float* c, int64_t ldc) {
+  // Like FixedPointScreen::multiply, but without the scales, and within a Session; whole tiles of
+  // rows and columns.
+  static void multiply(const uint32_t* a, int64_t stride, const float*, int64_t rows,
+                       const uint32_t* b, int64_t count, const float*, int64_t columns, float* c,
+                       int64_t ldc) {
     settle(a);
     const int64_t part = count / kParts;
     if (rows > 2 * kTileRows) {
@@ -132,27 +144,18 @@ struct AmxScreen {
       multiply_tiles<1>(a, stride, b, part, columns, c, ldc);
     }
     settle(c);
-    if constexpr (kHasScales) {
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t j = 0; j < columns; j += kLanes<float>) {
-          float* sums = c + r * ldc + j;
-          store(sums, load(sums) * (load(column_scales + j) * row_scales[r]));
-        }
-      }
-    }
   }
 
  private:
   // Below this norm, elements may be subnormal. All of them are rounded to 0.
   static constexpr float kSmallestNorm = 0x1p-90f;
 
-  static Rounded copy(const T* x, int64_t d, Metric metric, uint32_t* words) {
-    const double norm = std::sqrt(dot(x, x, d));
-    if (!(norm < kLargestNorm)) return {kNoBound, 0};
+  static Rounded copy(const T* x, int64_t d, Metric metric, double scale, uint32_t* words) {
     const bool is_cosine = metric == Metric::cosine;
-    if (is_cosine && norm <= kCosineEpsilon) return {{}, 0};
+    if (is_cosine && scale == 0) return {{}, 0};
+    const double norm = is_cosine ? 1 / scale : std::sqrt(dot(x, x, d));
+    if (!(norm < kLargestNorm)) return {kNoBound, 0};
     const float bound = upper_bound(is_cosine ? 1 : norm);
-    const double scale = is_cosine ? 1 / norm : 1;
     if (norm < kSmallestNorm) return {{bound, 0, bound}, 0};
     std::memcpy(words, x, size_t(d) * sizeof *x);
     // Both the elements of the row and the scale are rounded to float32.

@@ -54,6 +54,7 @@ struct NoScreen {
   struct Session {
     explicit Session(int64_t) {}
   };
+  using Row = StripRow<float>;
   static constexpr int64_t kTileRows = 1;
   static constexpr bool kHasScales = false;
   static int64_t words(int64_t) { return 0; }
@@ -85,7 +86,7 @@ class Select {
     A* panels;        // not screened: [panels, d, kPanel]
     A* rows;          // screened: [panels * kPanel, padded_stride of d]
     uint32_t* words;  // screened: [panels, words of d, kPanel]
-    float* scales;    // screened: [panels, kPanel]
+    float* scales;    // screened: [panels + 1, kPanel], 0 in panels that nothing sees
     Extent* extents;  // screened: [panels]
     size_t bytes;
 
@@ -96,7 +97,7 @@ class Select {
       panels = arena.take<A>(screened ? 0 : count * p.d * kPanel);
       rows = arena.take<A>(screened ? count * kPanel * padded_stride<A>(p.d) : 0);
       words = arena.take<uint32_t>(screened ? count * words_of(p) * kPanel : 0);
-      scales = arena.take<float>(screened && Screen::kHasScales ? count * kPanel : 0);
+      scales = arena.take<float>(screened && Screen::kHasScales ? (count + 1) * kPanel : 0);
       extents = arena.take<Extent>(screened ? count : 0);
       bytes = arena.used();
     }
@@ -188,21 +189,29 @@ class Select {
     return p.key.at<T>(work.first_batch + b, key_row(work, b, column));
   }
 
-  // Copies x [d] to row, normalized for the cosine and padded with zeros to whole vectors.
-  static void read_row(const SelectParams& p, const T* x, A* row) {
+  // Copies x [d], null for zeros, to row, normalized for the cosine and padded with zeros to whole
+  // vectors. Returns the scale of x in this: its inverse norm, or 1.
+  static double read_row(const SelectParams& p, const T* x, A* row) {
+    if (!x) {
+      pad_row(p, row, 0);
+      return 1;
+    }
+    const A* wide;  // converted once
     if constexpr (std::is_same_v<T, A>) {
-      if (p.metric == Metric::cosine) {
-        normalizer(x, p.d).normalize(x, p.d, row);
-      } else {
-        std::copy_n(x, p.d, row);
-      }
+      wide = x;
     } else {
       for (int64_t t = 0; t < p.d; ++t) row[t] = widen(x[t]);
-      if (p.metric == Metric::cosine) {  // widened once
-        normalizer(static_cast<const A*>(row), p.d).normalize(static_cast<const A*>(row), p.d, row);
-      }
+      wide = row;
+    }
+    Normalizer normalizer;
+    if (p.metric == Metric::cosine) {
+      normalizer = normalizer_of(wide, p.d);
+      normalizer.normalize(wide, p.d, row);
+    } else if (wide != row) {
+      std::copy_n(wide, p.d, row);
     }
     pad_row(p, row, p.d);
+    return normalizer.inverse_norm();
   }
   static void pad_row(const SelectParams& p, A* row, int64_t from) {
     for (int64_t t = from; t < padded_stride<A>(p.d); ++t) row[t] = 0;
@@ -253,24 +262,24 @@ class Select {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / panels, panel = task % panels;
       const ColumnRange seen = seen_columns(work, b);
-      if (panel * kPanel >= seen.end || (panel + 1) * kPanel <= seen.begin) continue;
       const Keys keys = keys_of(p, work, b);
+      if (keys.screened && Screen::kHasScales) {
+        std::fill_n(keys.scales + panel * kPanel, kPanel * (panel + 1 == panels ? 2 : 1), 0);
+      }
+      if (panel * kPanel >= seen.end || (panel + 1) * kPanel <= seen.begin) continue;
       Extent extent;
       for (int64_t first = 0; first < kPanel; first += kLanes<A>) {
         A* rows = keys.screened ? keys.rows + (panel * kPanel + first) * stride : scratch.rows;
+        double scales[kLanes<A>];
         for (int64_t i = 0; i < kLanes<A>; ++i) {
           const T* x = key_at(p, work, b, panel * kPanel + first + i);
-          if (x) {
-            read_row(p, x, rows + i * stride);
-          } else {
-            pad_row(p, rows + i * stride, 0);
-          }
+          scales[i] = read_row(p, x, rows + i * stride);
         }
         if (keys.screened) {
           if constexpr (kScreens) {
             for (int64_t i = 0; i < kLanes<A>; ++i) {
               const T* x = key_at(p, work, b, panel * kPanel + first + i);
-              const auto rounded = round(p, x, rows + i * stride, i, scratch);
+              const auto rounded = round(p, x, rows + i * stride, scales[i], i, scratch);
               if (Screen::kHasScales) keys.scales[panel * kPanel + first + i] = rounded.scale;
               extent.include(rounded.extent);
             }
@@ -304,13 +313,13 @@ class Select {
   }
 
  protected:
-  // Rounds row [d], which is x or null for zeros, to row r of scratch.words, padded with zeros to
-  // whole vectors.
-  static auto round(const SelectParams& p, const T* x, const A* row, int64_t r,
+  // Rounds row [d], which is x (null for zeros) times this scale, to row r of scratch.words, padded
+  // with zeros to whole vectors.
+  static auto round(const SelectParams& p, const T* x, const A* row, double scale, int64_t r,
                     const Scratch& scratch) {
     uint32_t* words = scratch.words + r * word_stride(p);
     for (int64_t t = words_of(p); t < word_stride(p); ++t) words[t] = 0;
-    return Screen::round(x, row, p.d, p.metric, words);
+    return Screen::round(x, row, p.d, p.metric, scale, words);
   }
 
   // Reads `rows` query rows for a block, zeros after them up to whole tiles, and rounds them if
@@ -320,20 +329,20 @@ class Select {
     const int64_t stride = padded_stride<A>(p.d);
     const auto whole = [&](int64_t tile) { return ceil_div(rows, tile) * tile; };
     const int64_t read = max_of(whole(kTileRows), whole(Screen::kTileRows));
+    const auto query_at = [&](int64_t r) {
+      return r < rows ? p.query.at<T>(batch, first_row + r) : nullptr;
+    };
+    double scales[kBlockRows];
     for (int64_t r = 0; r < read; ++r) {
-      A* row = scratch.queries + r * stride;
-      const T* x = r < rows ? p.query.at<T>(batch, first_row + r) : nullptr;
-      if (x) {
-        read_row(p, x, row);
-      } else {
-        pad_row(p, row, 0);
-      }
+      scales[r] = read_row(p, query_at(r), scratch.queries + r * stride);
+    }
+    // After all of them are read, because each step waits for sums.
+    for (int64_t r = 0; screened && r < read; ++r) {
       if constexpr (kScreens) {
-        if (screened) {
-          const auto rounded = round(p, x, row, r, scratch);
-          scratch.extents[r] = rounded.extent;
-          scratch.scales[r] = rounded.scale;
-        }
+        const auto rounded =
+            round(p, query_at(r), scratch.queries + r * stride, scales[r], r, scratch);
+        scratch.extents[r] = rounded.extent;
+        scratch.scales[r] = rounded.scale;
       }
     }
     if constexpr (kScreens) {
@@ -430,6 +439,13 @@ class Select {
     return scratch.strip + r * kStripStride<A> + part.begin - chunk.begin;
   }
 
+  // The same of a screened strip.
+  static typename Screen::Row screened_row(const Keys& keys, int64_t r, const ColumnRange& chunk,
+                                           const ColumnRange& part, const Scratch& scratch) {
+    return Screen::strip_row(part_of_strip(r, chunk, part, scratch), keys.scales + part.begin,
+                             scratch.scales[r]);
+  }
+
   // Writes -inf after the last column of the parts of rows begin ... end - 1 of a strip, which
   // begins at column `first`, and at the tokens themselves.
   template <class AnyScratch>
@@ -493,7 +509,7 @@ class Select {
       int64_t open = 0, most = 0;
       for (int64_t r = 0; r < rows; ++r) {
         const ColumnRange part = scratch.parts[r];
-        scratch.best[r].survey_screened(part_of_strip(r, chunk, part, scratch), part.count(),
+        scratch.best[r].survey_screened(screened_row(keys, r, chunk, part, scratch), part.count(),
                                         errors[r]);
       }
       for (int64_t r = 0; r < rows; ++r) {
@@ -504,7 +520,7 @@ class Select {
       for (int64_t r = 0; r < rows; ++r) {
         const ColumnRange part = scratch.parts[r];
         BestColumns<A>& best = scratch.best[r];
-        best.collect_screened(part_of_strip(r, chunk, part, scratch), part.begin, part.count(),
+        best.collect_screened(screened_row(keys, r, chunk, part, scratch), part.begin, part.count(),
                               [&] {
                                 resolve(p, keys, r, r + 1, scratch);
                                 best.end_resolve();
@@ -526,31 +542,74 @@ class Select {
   static void resolve(const SelectParams& p, const Keys& keys, int64_t begin, int64_t end,
                       const Scratch& scratch) {
     if constexpr (kScreens) {
-      BestColumns<A>* const best = scratch.best;
-      const int64_t stride = padded_stride<A>(p.d);
       for (int64_t stop, from = begin; from < end; from = stop) {
         stop = min_of(end, (from / kLanes<A> + 1) * kLanes<A>);
-        const A* queries = scratch.lanes + from / kLanes<A> * p.d * kLanes<A>;
-        LanePairs pairs;
-        int64_t rows[kLanes<A>], places[kLanes<A>], count = 0;
-        const auto flush = [&] {
-          for (int64_t i = count; i < kLanes<A>; ++i) pairs.set(i, 0, pairs.key[0]);
-          const Vector<A> similarities = products(queries, pairs, p.d);
-          for (int64_t i = 0; i < count; ++i) best[rows[i]].resolve(places[i], similarities[i]);
-          count = 0;
-        };
+        Unresolved pairs(p, keys, scratch.lanes + from / kLanes<A> * p.d * kLanes<A>);
         for (int64_t r = from; r < stop; ++r) {
-          const int64_t unresolved = best[r].unresolved();
-          for (int64_t i = 0; i < unresolved; ++i) {
-            rows[count] = r, places[count] = i;
-            pairs.set(count, int32_t(r % kLanes<A>), keys.rows + best[r].column(i) * stride);
-            if (++count == kLanes<A>) flush();
-          }
+          const int64_t count = scratch.best[r].unresolved();
+          pairs.add(int32_t(r % kLanes<A>), scratch.best[r].ranks(), count);
         }
-        if (count > 0) flush();
+        pairs.finish();
       }
     }
   }
+
+  // Pairs of one of kLanes queries and a column, whose similarities are computed kLanes at a time.
+  class Unresolved {
+   public:
+    // queries [d, kLanes]
+    Unresolved(const SelectParams& p, const Keys& keys, const A* queries)
+        : d_(p.d), stride_(padded_stride<A>(p.d)), keys_(keys.rows), queries_(queries) {}
+
+    // Replaces the ranks of a query, at the latest in finish(). Up to a multiple of kAdded can be
+    // read.
+    void add(int32_t query, Rank<A>* ranks, int64_t count) {
+      for (int64_t first = 0; first < count; first += kAdded) {
+        for (int64_t i = 0; i < kAdded; ++i) {
+          const int64_t column = ranks[first + i].column();
+          ranks_[count_ + i] = ranks + first + i;
+          columns_[count_ + i] = uint32_t(column);
+          rows_[count_ + i] = keys_ + column * stride_;
+          numbers_[count_ + i] = query;
+        }
+        count_ += min_of(kAdded, count - first);
+        if (count_ >= kLanes<A>) resolve(kLanes<A>);
+      }
+    }
+
+    void finish() {
+      for (int64_t i = count_; i < kLanes<A>; ++i) numbers_[i] = 0, rows_[i] = rows_[0];
+      if (count_ > 0) resolve(count_);
+    }
+
+   private:
+    static constexpr int64_t kAdded = 8;
+    static_assert(kAdded <= kLanes<A>);
+
+    void resolve(int64_t count) {
+      const Vector<A> similarities = products(queries_, numbers_, rows_, d_);
+      Rank<A> ranks[kLanes<A>];
+      for (int64_t i = 0; i < kLanes<A>; ++i) ranks[i] = Rank<A>(similarities[i], columns_[i]);
+      for (int64_t i = 0; i < count; ++i) *ranks_[i] = ranks[i];
+      count_ -= count;
+      for (int64_t i = 0; i < kAdded; ++i) {
+        ranks_[i] = ranks_[kLanes<A> + i];
+        columns_[i] = columns_[kLanes<A> + i];
+        rows_[i] = rows_[kLanes<A> + i];
+        numbers_[i] = numbers_[kLanes<A> + i];
+      }
+    }
+
+    const int64_t d_, stride_;
+    const A* const keys_;     // [columns, stride_]
+    const A* const queries_;  // [d, kLanes]
+    int64_t count_ = 0;
+    // Of each pair: its rank, its column, the row of the key, and which query.
+    Rank<A>* ranks_[kLanes<A> + kAdded];
+    uint32_t columns_[kLanes<A> + kAdded];
+    const A* rows_[kLanes<A> + kAdded];
+    int32_t numbers_[kLanes<A> + kAdded];
+  };
 
   // The similarity of each query to the token itself, through the same tile as every other pair.
   template <class AnyScratch>

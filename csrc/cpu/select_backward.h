@@ -83,7 +83,7 @@ class SelectBackward {
   static void norms(const StridedRows& x, int64_t rows, int64_t d, double* inverse_norms,
                     int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      inverse_norms[row] = normalizer(x.at<T>(row / rows, row % rows), d).inverse_norm();
+      inverse_norms[row] = normalizer_of(x.at<T>(row / rows, row % rows), d).inverse_norm();
     }
   }
 

@@ -277,15 +277,16 @@ class SelectFew : Select<T> {
     close_strip(part, scratch);
     int64_t open = 0, most = 0;
     for (int64_t r = part.first; r < part.last; ++r) {
-      scratch.best[r].survey_screened(Base::part_of_strip(r, columns, scratch.parts[r], scratch),
-                                      scratch.parts[r].count(), error);
+      const A* row = Base::part_of_strip(r, columns, scratch.parts[r], scratch);
+      scratch.best[r].survey_screened(StripRow<A>{row}, scratch.parts[r].count(), error);
       open += scratch.best[r].open_groups();
       most += Base::most_open(p, scratch.parts[r].count(), is_first);
     }
     if (open > most) return false;
     for (int64_t r = part.first; r < part.last; ++r) {
-      scratch.best[r].collect_screened(Base::part_of_strip(r, columns, scratch.parts[r], scratch),
-                                       scratch.parts[r].begin, scratch.parts[r].count(),
+      const A* row = Base::part_of_strip(r, columns, scratch.parts[r], scratch);
+      scratch.best[r].collect_screened(StripRow<A>{row}, scratch.parts[r].begin,
+                                       scratch.parts[r].count(),
                                        [&] { resolve(p, work, b, r, scratch); });
     }
     return true;
@@ -301,16 +302,17 @@ class SelectFew : Select<T> {
                       const Scratch& scratch) {
     BestColumns<A>& best = scratch.best[r];
     const int64_t stride = padded_stride<A>(p.d), count = best.unresolved();
+    Rank<A>* const ranks = best.ranks();
     for (int64_t first = 0; first < count; first += kLanes<A>) {
       const A* rows[kLanes<A>];
       for (int64_t i = 0; i < kLanes<A>; ++i) {
-        const int64_t column = best.column(min_of(first + i, count - 1));
+        const int64_t column = ranks[min_of(first + i, count - 1)].column();
         Base::read_row(p, Base::key_at(p, work, b, column), scratch.rows + i * stride);
         rows[i] = scratch.rows + i * stride;
       }
       const V cosines = product<false>(p, rows, scratch.queries + r * stride);
       for (int64_t i = 0; i < min_of(kLanes<A>, count - first); ++i) {
-        best.resolve(first + i, cosines[i]);
+        ranks[first + i] = Rank<A>(cosines[i], ranks[first + i].column());
       }
     }
     best.end_resolve();
