@@ -7,8 +7,9 @@ import pytest
 import torch
 from cases import DTYPES, LAYOUTS, SHORT, with_layout
 from inputs import OUT_OF_RANGE, each_rho, each_weight, make_weight, one_thread, randn
+from instruction_sets import INSTRUCTION_SETS
 
-import convnn_kernels  # noqa: F401
+from convnn_kernels import native
 from python_ref import assert_aggregate
 
 INF = float("inf")
@@ -44,6 +45,17 @@ def test_softmax_with_a_scale_that_leaves_one_neighbor(scale: float, dtype: torc
     expected = torch.bincount(nearest, minlength=40)[:, None].expand(40, 4)
     assert torch.equal(grads[0], expected.float())
     assert torch.equal(grads[1], torch.zeros_like(s))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_softmax_is_exact_to_the_last_bits(instruction_set: str) -> None:
+    """From 0 to where e^x is the least subnormal number, and then 0."""
+    x = torch.cat([-torch.linspace(0, 760, 4001), -torch.linspace(0, 1, 500) ** 8]).double()
+    value, I = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.tensor([0, 1])
+    s = torch.stack([torch.zeros_like(x), x], dim=-1)
+    with native.use_cpu_instruction_set(instruction_set):
+        rho = ops.aggregate(value, s, I.expand(len(x), 2))[:, 0]
+    torch.testing.assert_close(rho, x.exp() / (1 + x.exp()), rtol=6e-16, atol=1e-323)
 
 
 def test_softmax_of_similarities_whose_difference_exceeds_float64() -> None:

@@ -73,13 +73,13 @@ SLIPS = {
     ],
     "csrc/cpu/modulate.h": [
         (
-            "sign = p.scale < 0 ? -s : s;",
-            "sign = s;",
+            "kLowest : scale < 0 ? -double(s[j]) : double(s[j]);",
+            "kLowest : double(s[j]);",
             "softmax with a negative scale subtracts the least similarity",
         ),
         (
-            "std::exp(2 * (p.scale * (0.5 * s - 0.5 * nearest)))",
-            "std::exp(p.scale * s)",
+            "2 * (scale * (0.5 * double(s[j]) - 0.5 * nearest))",
+            "scale * double(s[j])",
             "softmax overflows for large similarities",
         ),
         (
@@ -88,14 +88,40 @@ SLIPS = {
             "the gradient through softmax lacks the scale",
         ),
         (
-            "rho[j] = is_missing(s) ? 0 : p.rho == Rho::ones ? 1 : s;",
-            "rho[j] = p.rho == Rho::ones ? 1 : is_missing(s) ? 0 : s;",
+            "rho[i] = is_missing(s) ? 0 : p.rho == Rho::ones ? 1 : s;",
+            "rho[i] = p.rho == Rho::ones ? 1 : is_missing(s) ? 0 : s;",
             "missing neighbors count as ones",
         ),
         (
             "static_cast<float*>(p.grad_similarities)[first + j] = float(grad);",
             "static_cast<float*>(p.grad_similarities)[j] = float(grad);",
             "gradients of similarities of later rows are not written",
+        ),
+    ],
+    "csrc/cpu/exponential.h": [
+        (
+            "return sum * power(half) * power(exponent - half);",
+            "return sum * power(exponent);",
+            "powers below the least normal number are arbitrary",
+        ),
+        (
+            "const Vector<double> r = x - n * kHigh - n * kLow;",
+            "const Vector<double> r = x - n * kHigh;",
+            "ln 2 has only its first 33 bits",
+        ),
+    ],
+    "csrc/cpu/wide_rows.h": [
+        (
+            "if (first < elements) visit(RowEnd{elements - first}, first);",
+            "if (first + 1 < elements) visit(RowEnd{elements - first}, first);",
+            "a single last channel is left out",
+        ),
+    ],
+    "csrc/cpu/inverse_list.cpp": [
+        (
+            "while ((int64_t(1) << bits) < n) ++bits;",
+            "while ((int64_t(1) << bits) < n - 1) ++bits;",
+            "of one row more than a power of two, the last one counts as another slot",
         ),
     ],
     "csrc/cpu/select.cpp": [
@@ -229,13 +255,13 @@ SLIPS = {
             "later slots have the weights of the first",
         ),
         (
-            "const A* w = weight + j * p.c + first;",
-            "const A* w = weight + j * p.c;",
+            "const double* block_weight = weight + first;",
+            "const double* block_weight = weight;",
             "later channels have the depthwise weights of the first",
         ),
         (
-            "const double shift = bias ? double(widen(bias[first + c])) : 0.0;",
-            "const double shift = bias ? double(widen(bias[c])) : 0.0;",
+            "static_cast<const T*>(p.bias) + first, sum);",
+            "static_cast<const T*>(p.bias), sum);",
             "later channels have the bias of the first",
         ),
         (
@@ -253,22 +279,12 @@ SLIPS = {
             "const int64_t first = task / blocks * kPanel, from = 0;",
             "weights of more than 256 channels and slots are packed from the first",
         ),
-        (
-            "for (; c < channels; ++c) to[c] = A(scale * double(widen(v[c])));",
-            "for (; c < channels / 2 * 2; ++c) to[c] = A(scale * double(widen(v[c])));",
-            "the last of an odd number of channels is not gathered",
-        ),
     ],
     "csrc/cpu/aggregate_backward.h": [
         (
-            "const int64_t channel = task % slot_tasks(f) / f.k * weight_channels(f);",
+            "const int64_t channel = task % slot_tasks(f) / f.k * kWeightChannels;",
             "const int64_t channel = 0;",
             "gradients of the weight beyond 128 channels are not computed",
-        ),
-        (
-            "const int64_t slot = int64_t(double(number) / double(f.n));",
-            "const int64_t slot = int64_t(float(number) / float(f.n));",
-            "slots of many pairs are rounded",
         ),
         (
             "for (int64_t t = task + 1; t < stop; ++t) sum += parts[2 * t * f.c + c];",
@@ -298,23 +314,23 @@ SLIPS = {
     ],
     "csrc/cpu/select_backward.h": [
         (
-            "if (metric != Metric::cosine || !in_pairs || inverse == 0) {",
-            "if (metric != Metric::cosine || inverse == 0) {",
+            "metric == Metric::cosine && in_pairs && inverse != 0;",
+            "metric == Metric::cosine && inverse != 0;",
             "rows in no pair have a gradient of NaN if they are infinite",
         ),
         (
-            "narrow(inverse == 0 ? A(0) : A(sum[t]), grad[t]);",
-            "narrow(A(sum[t]), grad[t]);",
+            "block.store(grad + first, inverse == 0 ? Vector<double>{} : total, v);",
+            "block.store(grad + first, total, v);",
             "rows of norm zero have a gradient",
         ),
         (
-            "narrow(A((sum[t] - unit * along) * inverse), grad[t]);",
-            "narrow(A(sum[t] * inverse), grad[t]);",
+            "total = (total - unit(block, first, v) * along) * inverse;",
+            "total = total * inverse;",
             "the gradient of the cosine is not projected",
         ),
         (
-            "sum[t] += 2 * grad * (double(widen(other[t])) - double(widen(x[t])));",
-            "sum[t] += grad * (double(widen(other[t])) - double(widen(x[t])));",
+            "total[v] += 2 * grad * (",
+            "total[v] += grad * (",
             "the gradient of the squared distance is half as large",
         ),
     ],
