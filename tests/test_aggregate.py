@@ -50,7 +50,7 @@ def test_softmax_with_a_scale_that_leaves_one_neighbor(scale: float, dtype: torc
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 def test_softmax_is_exact_to_the_last_bits(instruction_set: str) -> None:
     """From 0 to where e^x is the least subnormal number, and then 0."""
-    x = torch.cat([-torch.linspace(0, 760, 4001), -torch.linspace(0, 1, 500) ** 8]).double()
+    x = torch.cat([-torch.linspace(0, 760, 4001), -(torch.linspace(0, 1, 500) ** 8)]).double()
     value, I = torch.tensor([[0.0], [1.0]], dtype=torch.float64), torch.tensor([0, 1])
     s = torch.stack([torch.zeros_like(x), x], dim=-1)
     with native.use_cpu_instruction_set(instruction_set):
