@@ -50,7 +50,7 @@ SOURCES = [
     Source("csrc/cpu/normalize.h", 2),
     Source("csrc/cpu/modulate.h", 3),
     Source("csrc/cpu/exponential.h", 2),
-    Source("csrc/cpu/register_tile.h", 2),
+    Source("csrc/cpu/register_tile.h", 4),
     Source("csrc/cpu/wide_rows.h", 3),
     Source("csrc/cpu/vector.h", 3, _lines("__aarch64__|avx512|_mm512")),
     Source("csrc/cpu/aggregate.h", 5, _lines("kBytes|kLine|kFarWeightBlocks|kNear")),
