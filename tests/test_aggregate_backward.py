@@ -52,8 +52,8 @@ def test_pairs_of_a_key_end_at_a_task_boundary(count: int) -> None:
 
 @pytest.mark.slow
 def test_more_pairs_than_float32_can_count() -> None:
-    """The slot of a pair is found by a division of its number."""
-    N, k = 2**18, 65
+    """The slot of a pair and its query are bits of one number."""
+    N, k = 2**18 + 1, 65
     I = torch.arange(N)[:, None].expand(N, k)
     value, weight = torch.ones(N, 1), torch.arange(k).float().reshape(1, 1, k)
     value.requires_grad_()

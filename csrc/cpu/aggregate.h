@@ -83,9 +83,9 @@ inline void prefetch_row(const T* row, int64_t count) {
   }
 }
 
-// to[c] = from[c]
-template <class T, class A>
-inline void widen_row(const T* __restrict from, int64_t count, A* __restrict to) {
+// to[c] = from[c], in the type of sums
+template <class T>
+inline void copy_row(const T* __restrict from, int64_t count, accumulate_t<T>* __restrict to) {
   for (int64_t c = 0; c < count; ++c) to[c] = widen(from[c]);
 }
 
@@ -203,14 +203,13 @@ class Aggregate {
                            const double* rho) {
     const int64_t* indices = p.indices + row * p.k;
     each_block<kSumVectors>(p.c, [&](auto block, int64_t first) {
-      const T* value = p.value.at<T>(row / p.n) + first;
-      const double* block_weight = weight + first;
+      const T* value = p.value.at<T>(row / p.n);
       Vector<double> sum[decltype(block)::kVectors] = {};
       for (int64_t j = 0; j < p.k; ++j) {
         if (is_missing(similarity_at(p, row * p.k + j))) continue;
-        const T* v = value + indices[j] * p.value.row_stride;
+        const T* v = value + indices[j] * p.value.row_stride + first;
         if (weight) {
-          add_scaled(block, rho[j], block_weight + j * p.c, v, sum);
+          add_scaled(block, rho[j], weight + j * p.c + first, v, sum);
         } else {
           add_scaled(block, rho[j], v, sum);
         }

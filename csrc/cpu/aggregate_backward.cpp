@@ -82,10 +82,9 @@ class Call {
 
   // grad_value without a dense convolution.
   void key_rows() const {
-    run(parallel_for_, f_.batch * ceil_div(f_.m, kernel_.rows_per_task),
-        double(kernel_.rows_per_task * f_.k * f_.c), scratch_bytes_,
-        [&](int64_t begin, int64_t end, void* scratch) {
-          kernel_.key_rows(p_, inverse_, weight_.get(), rho(), begin, end, scratch);
+    run(parallel_for_, f_.batch * ceil_div(f_.m, kernel_.key_rows_per_task),
+        double(kernel_.key_rows_per_task * f_.k * f_.c), [&](int64_t begin, int64_t end) {
+          kernel_.key_rows(p_, inverse_, weight_.get(), rho(), begin, end);
         });
   }
 

@@ -30,8 +30,9 @@ namespace convnn::CONVNN_ISA {
 
 constexpr int64_t kChannels = 64;       // channels of one grad_bias task, and of a dense key
 constexpr int64_t kSlotRows = 16;       // query rows of one pass over a slot
-constexpr int64_t kQueryTasks = 64;     // at most, each with its part of grad_weight
-constexpr int64_t kFewestRows = 32;     // of such a task
+constexpr int64_t kFewestRows = 32;     // of a task of query rows
+constexpr int64_t kQueryTasks = 64;     // at most, if each has a part of a depthwise grad_weight,
+constexpr int64_t kFewestParts = 4;     // and at least if there are rows, for any size of it
 constexpr int64_t kPackedOutputs = 16;  // of a panel of channels of the weight, packed by one task
 constexpr int64_t kWeightRows = 256;    // dense: rows of one product of grad_weight
 constexpr int64_t kSummedRows = 32;     // of grad_bias, before their sum is added to the total
@@ -44,7 +45,8 @@ constexpr int64_t kPairElements = 1 << 15;
 constexpr int64_t kPairsOfSlot = 32;
 constexpr int64_t kMostPairElements = 1 << 20;
 constexpr int64_t kPairChannels = 64;  // channels are padded to at most a multiple of this
-constexpr int64_t kMostWeightElements = 1 << 20;  // of all parts of grad_weight, if several
+// Of all parts of grad_weight, if there are more than one of a dense one, or kFewestParts.
+constexpr int64_t kMostWeightElements = 1 << 20;
 
 template <class T>
 class AggregateBackward {
@@ -158,11 +160,9 @@ class AggregateBackward {
   }
   static int64_t rows_of_query_task(const AggregateBackwardParams& p) {
     const AggregateParams& f = p.forward;
-    const int64_t memory = max_of(4, kMostWeightElements / max_of(1, f.k * f.c));
-    const int64_t most = p.grad_weight && f.convolution == Convolution::depthwise
-                             ? min_of(kQueryTasks, memory)
-                             : std::numeric_limits<int64_t>::max();
-    return max_of(kFewestRows, ceil_div(f.batch * f.n, most));
+    if (!p.grad_weight || f.convolution != Convolution::depthwise) return kFewestRows;
+    const int64_t parts = max_of(kFewestParts, kMostWeightElements / max_of(1, f.k * f.c));
+    return max_of(kFewestRows, ceil_div(f.batch * f.n, min_of(kQueryTasks, parts)));
   }
 
   static void query_rows(const AggregateBackwardParams& p, const void* packed_weight,
@@ -204,8 +204,8 @@ class AggregateBackward {
   }
 
   static void key_rows(const AggregateBackwardParams& p, const InverseList& inverse,
-                       const void* packed_weight, const double* all_rho, int64_t begin, int64_t end,
-                       void*) {
+                       const void* packed_weight, const double* all_rho, int64_t begin,
+                       int64_t end) {
     const AggregateParams& f = p.forward;
     const int64_t blocks = ceil_div(f.m, kBlockRows);
     const double* weight = static_cast<const double*>(packed_weight);
@@ -331,11 +331,18 @@ class AggregateBackward {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task * kChannels;
       const T* grad_output = static_cast<const T*>(p.grad_output) + first;
-      sum_rows(0, f.batch * f.n, min_of(kChannels, f.o - first),
-               static_cast<T*>(p.grad_bias) + first,
-               [&](const auto& block, int64_t o, int64_t row, auto& sum) {
-                 add_scaled(block, 1, grad_output + row * f.o + o, sum);
-               });
+      each_block<kSumVectors>(min_of(kChannels, f.o - first), [&](auto block, int64_t o) {
+        constexpr int kVectors = decltype(block)::kVectors;
+        Vector<double> total[kVectors] = {};
+        for (int64_t stop, row = 0; row < f.batch * f.n; row = stop) {
+          Vector<double> sum[kVectors] = {};
+          stop = min_of(row + kSummedRows, f.batch * f.n);
+          for (; row < stop; ++row) add_scaled(block, 1, grad_output + row * f.o + o, sum);
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) total[v] += sum[v];
+        }
+        store_sum(block, total, static_cast<T*>(p.grad_bias) + first + o);
+      });
     }
   }
 
@@ -410,15 +417,13 @@ class AggregateBackward {
   static void grad_value_row(const AggregateParams& f, const InverseList& inverse,
                              const Chosen& chosen, const double* weight, int64_t r, T* grad_value) {
     each_block<kSumVectors>(f.c, [&](auto block, int64_t first) {
-      const T* grad_output = chosen.grad_output + first;
-      const double* block_weight = weight + first;
       Vector<double> sum[decltype(block)::kVectors] = {};
       for (int64_t at = chosen.offsets[r]; at < chosen.offsets[r + 1]; ++at) {
         const int64_t slot = inverse.slot(chosen.pairs[at]), i = inverse.row(chosen.pairs[at]);
         const double rho = chosen.rho[i * f.k + slot];
-        const T* g = grad_output + i * f.o;
+        const T* g = chosen.grad_output + i * f.o + first;
         if (weight) {
-          add_scaled(block, rho, block_weight + slot * f.c, g, sum);
+          add_scaled(block, rho, weight + slot * f.c + first, g, sum);
         } else {
           add_scaled(block, rho, g, sum);
         }
@@ -508,7 +513,7 @@ class AggregateBackward {
           if (i < 0) {
             std::fill_n(to, f.o, A(0));
           } else {
-            widen_row(grad_output + i * f.o, f.o, to);
+            copy_row(grad_output + i * f.o, f.o, to);
           }
         }
         multiply_panels(scratch.gathered, stride, rows, weight + slot * f.o * kPanel,
@@ -590,24 +595,6 @@ class AggregateBackward {
     return f.k * ceil_div(f.c, kWeightChannels);
   }
 
-  // to [elements] = the sum over some rows of what add(block, its first element, row, sum) adds.
-  template <class Result, class Add>
-  static void sum_rows(int64_t first_row, int64_t last_row, int64_t elements, Result* to,
-                       const Add& add) {
-    each_block<kSumVectors>(elements, [&](auto block, int64_t first) {
-      constexpr int kVectors = decltype(block)::kVectors;
-      Vector<double> total[kVectors] = {};
-      for (int64_t stop, row = first_row; row < last_row; row = stop) {
-        Vector<double> sum[kVectors] = {};
-        stop = min_of(row + kSummedRows, last_row);
-        for (; row < stop; ++row) add(block, first, row, sum);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) total[v] += sum[v];
-      }
-      store_sum(block, total, to + first);
-    });
-  }
-
   // The row of value at `entry` of the neighbor list, for row `row` of the flattened batch.
   static const T* value_row(const AggregateParams& f, int64_t row, int64_t entry) {
     return f.value.at<T>(row / f.n, f.indices[entry]);
@@ -648,7 +635,7 @@ class AggregateBackward {
     for (int64_t t = 0; t < depth; ++t, g += outputs, rows += height) {
       const bool missing = is_missing(similarity_at(p.forward, (row + t) * p.forward.k + slot));
       const int64_t filled = missing ? 0 : outputs;
-      widen_row(g, filled, rows);
+      copy_row(g, filled, rows);
       std::fill_n(rows + filled, height - filled, A(0));
     }
   }

@@ -72,8 +72,9 @@ class BestColumns {
     if (!complete_ && blocks_ > 0) bound_ = bound_of_groups();
   }
 
-  // The same for screened similarities, without NaN. Those below the bound by more than their
-  // largest error are no neighbors whatever it is, so only the error of the others matters.
+  // The same for screened similarities, with NaN at most where a row has -inf. Those below the
+  // bound by more than their largest error are no neighbors whatever it is, so only the error of
+  // the others matters.
   template <class Row>
   void survey_screened(const Row& row, int64_t columns, const ScreenError& error) {
     find_group_maxima<true>(row, columns);

@@ -11,7 +11,7 @@ namespace convnn::cpu {
 // An InverseList and the memory it points to.
 struct OwnedInverseList {
   Workspace offsets, pairs;
-  int row_bits;
+  int row_bits = 0;
 
   InverseList view() const { return {offsets.as<int64_t>(), pairs.as<int64_t>(), row_bits}; }
 };

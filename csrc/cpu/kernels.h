@@ -92,7 +92,7 @@ struct AggregateKernel {
 };
 
 struct AggregateBackwardKernel {
-  int64_t rows_per_task;  // key rows
+  int64_t key_rows_per_task;
   // As for AggregateKernel.
   size_t (*packed_weight_bytes)(const AggregateBackwardParams&);
   int64_t (*pack_tasks)(const AggregateBackwardParams&);
@@ -111,7 +111,7 @@ struct AggregateBackwardKernel {
   // Tasks: blocks of key rows of each batch element. Writes grad_value, except that of a dense
   // convolution.
   void (*key_rows)(const AggregateBackwardParams&, const InverseList&, const void* packed_weight,
-                   const double* rho, int64_t begin, int64_t end, void* scratch);
+                   const double* rho, int64_t begin, int64_t end);
   // Dense convolution only. Tasks: pair_tasks() for each batch element. Writes grad_rho if it is
   // not null, and grad_value if it is needed; of key rows whose pairs are split between tasks, the
   // partial sums, to cuts [batch, pair_tasks, 2, c].

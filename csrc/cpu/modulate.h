@@ -4,8 +4,8 @@
 
 #include <cmath>
 
+#include "../params.h"
 #include "exponential.h"
-#include "wide_rows.h"
 
 namespace convnn::CONVNN_ISA {
 

@@ -86,7 +86,9 @@ class Select {
     A* panels;        // not screened: [panels, d, kPanel]
     A* rows;          // screened: [panels * kPanel, padded_stride of d]
     uint32_t* words;  // screened: [panels, words of d, kPanel]
-    float* scales;    // screened: [panels + 1, kPanel], 0 in panels that nothing sees
+    // Screened: [panels + 1, kPanel], 0 in panels that nothing sees. Rows are scanned in whole
+    // vectors of groups, and so up to a panel beyond their last column.
+    float* scales;
     Extent* extents;  // screened: [panels]
     size_t bytes;
 
@@ -359,12 +361,12 @@ class Select {
   static void search(const SelectParams& p, const SelectWork& work, int64_t b, int64_t first_row,
                      int64_t rows, const ColumnRange* ranges, void* base) {
     const Keys keys = keys_of(p, work, b);
-    const auto each_block = [&](const auto& visit) {
+    const auto each_row_block = [&](const auto& visit) {
       for (int64_t block = 0, r = 0; r < rows; ++block, r += kBlockRows) {
         visit(first_row + r, min_of(kBlockRows, rows - r), Scratch(p, block, base));
       }
     };
-    each_block([&](int64_t first, int64_t count, const Scratch& scratch) {
+    each_row_block([&](int64_t first, int64_t count, const Scratch& scratch) {
       std::copy_n(ranges + first - first_row, count, scratch.ranges);
       start_block(p, work, b, first, count, keys.screened, scratch);
     });
@@ -377,7 +379,7 @@ class Select {
     Chunks<A> chunks(all, (first_row + rows / 2) * columns_of(work, b) / p.n);
     bool has_begun[kBlocksTogether] = {};
     for (ColumnRange chunk; chunks.next(chunk);) {
-      each_block([&](int64_t first, int64_t count, const Scratch& scratch) {
+      each_row_block([&](int64_t first, int64_t count, const Scratch& scratch) {
         ColumnRange seen;
         for (int64_t r = 0; r < count; ++r) seen.include(scratch.ranges[r].within(chunk));
         if (seen.count() == 0) return;
@@ -390,7 +392,7 @@ class Select {
         begun = true;
       });
     }
-    each_block([&](int64_t first, int64_t count, const Scratch& scratch) {
+    each_row_block([&](int64_t first, int64_t count, const Scratch& scratch) {
       resolve(p, keys, 0, count, scratch);
       for (int64_t r = 0; r < count; ++r) {
         write(p, work, b, first + r, scratch.best[r], scratch.self_similarities[r]);
@@ -566,10 +568,8 @@ class Select {
     void add(int32_t query, Rank<A>* ranks, int64_t count) {
       for (int64_t first = 0; first < count; first += kAdded) {
         for (int64_t i = 0; i < kAdded; ++i) {
-          const int64_t column = ranks[first + i].column();
           ranks_[count_ + i] = ranks + first + i;
-          columns_[count_ + i] = uint32_t(column);
-          rows_[count_ + i] = keys_ + column * stride_;
+          columns_[count_ + i] = uint32_t(ranks[first + i].column());
           numbers_[count_ + i] = query;
         }
         count_ += min_of(kAdded, count - first);
@@ -578,8 +578,9 @@ class Select {
     }
 
     void finish() {
-      for (int64_t i = count_; i < kLanes<A>; ++i) numbers_[i] = 0, rows_[i] = rows_[0];
-      if (count_ > 0) resolve(count_);
+      if (count_ == 0) return;
+      for (int64_t i = count_; i < kLanes<A>; ++i) numbers_[i] = 0, columns_[i] = columns_[0];
+      resolve(count_);
     }
 
    private:
@@ -587,7 +588,9 @@ class Select {
     static_assert(kAdded <= kLanes<A>);
 
     void resolve(int64_t count) {
-      const Vector<A> similarities = products(queries_, numbers_, rows_, d_);
+      const A* rows[kLanes<A>];
+      for (int64_t i = 0; i < kLanes<A>; ++i) rows[i] = keys_ + columns_[i] * stride_;
+      const Vector<A> similarities = products(queries_, numbers_, rows, d_);
       Rank<A> ranks[kLanes<A>];
       for (int64_t i = 0; i < kLanes<A>; ++i) ranks[i] = Rank<A>(similarities[i], columns_[i]);
       for (int64_t i = 0; i < count; ++i) *ranks_[i] = ranks[i];
@@ -595,7 +598,6 @@ class Select {
       for (int64_t i = 0; i < kAdded; ++i) {
         ranks_[i] = ranks_[kLanes<A> + i];
         columns_[i] = columns_[kLanes<A> + i];
-        rows_[i] = rows_[kLanes<A> + i];
         numbers_[i] = numbers_[kLanes<A> + i];
       }
     }
@@ -604,11 +606,10 @@ class Select {
     const A* const keys_;     // [columns, stride_]
     const A* const queries_;  // [d, kLanes]
     int64_t count_ = 0;
-    // Of each pair: its rank, its column, the row of the key, and which query.
-    Rank<A>* ranks_[kLanes<A> + kAdded];
-    uint32_t columns_[kLanes<A> + kAdded];
-    const A* rows_[kLanes<A> + kAdded];
-    int32_t numbers_[kLanes<A> + kAdded];
+    // Of each pair, and of what was added after it, up to kAdded at once.
+    Rank<A>* ranks_[kLanes<A> + kAdded] = {};
+    uint32_t columns_[kLanes<A> + kAdded] = {};
+    int32_t numbers_[kLanes<A> + kAdded] = {};  // which query
   };
 
   // The similarity of each query to the token itself, through the same tile as every other pair.

@@ -147,7 +147,7 @@ inline void store_narrow(float* to, Vector<double> x) { _mm_storeu_ps(to, _mm256
 typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
 template <class T>
 inline Vector<double> load_wide(const T* from) {
-  HalfVector x;
+  HalfVector x = {};
   for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = widen(from[lane]);
   return __builtin_convertvector(x, Vector<double>);
 }
@@ -189,18 +189,23 @@ inline Vector<A> broadcast(A x) {
 
 // The sum of the lanes.
 inline float sum_of_lanes(Vector<float> x) {
-  float lanes[kLanes<float>];
-  store(lanes, x);
-#pragma GCC unroll 4
-  for (int half = kLanes<float> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+#if defined(__AVX512F__)
+  const __m256 eight =
+      _mm512_maskz_extractf32x8_ps(0xff, x, 0) + _mm512_maskz_extractf32x8_ps(0xff, x, 1);
+#elif defined(__AVX2__)
+  const __m256 eight = x;
+#endif
+#if defined(__AVX2__)
+  const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#else
+  const Vector<float> four = x;
+#endif
+  return four[0] + four[2] + (four[1] + four[3]);
 }
-
 inline double sum_of_lanes(Vector<double> x) {
 #if defined(__AVX512F__)
-  const __m256d four = _mm512_castpd512_pd256(x) + _mm512_maskz_extractf64x4_pd(0xf, x, 1);
+  const __m256d four =
+      _mm512_maskz_extractf64x4_pd(0xf, x, 0) + _mm512_maskz_extractf64x4_pd(0xf, x, 1);
   const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
 #elif defined(__AVX2__)
   const __m128d two = _mm256_castpd256_pd128(x) + _mm256_extractf128_pd(x, 1);

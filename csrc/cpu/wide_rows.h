@@ -113,7 +113,8 @@ inline double sum_of_partial(const double* sums) {
   return sum_of_partial(partial);
 }
 
-// The sum over the vectors of a row of the lanes of term(block, its first element).
+// The sum over the vectors of a row of the lanes of term(block, its first element), which must be 0
+// where what it loads is.
 template <class Term>
 inline double sum_of(int64_t elements, const Term& term) {
   constexpr int64_t kWide = kLanes<double>;

@@ -27,7 +27,7 @@ FAULTS = {
     ),
     "input": Fault(
         "cpu/select.h",
-        "  static void read_row(const SelectParams& p, const T* x, A* row) {",
+        "    const A* wide;  // converted once",
         "row[0] = widen(x[p.d]);",
     ),
     "indices": Fault(
@@ -43,13 +43,13 @@ FAULTS = {
     # What nobody wrote, in scratch memory and in a variable.
     "memory": Fault(
         "cpu/aggregate.h",
-        "        modulate(p, row * p.k, scratch.rho + (row - first) * p.k);",
+        "      modulate(p, first, last - first, scratch.rho);",
         "scratch.rho[0] += 1e-3 * scratch.rho[kBlockRows * p.k - 1];",
     ),
     "variable": Fault(
         "cpu/aggregate.h",
-        "        const double shift = bias ? double(widen(bias[first + c])) : 0.0;",
-        "{ double other; sum[c] += other; }",
+        "      if (p.bias) add_scaled(block, 1, static_cast<const T*>(p.bias) + first, sum);",
+        "{ double other; sum[0][0] += other; }",
     ),
     # A result that depends on how tasks are divided, and on the instruction set.
     "ranges": Fault(

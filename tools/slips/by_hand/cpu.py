@@ -255,8 +255,8 @@ SLIPS = {
             "later slots have the weights of the first",
         ),
         (
-            "const double* block_weight = weight + first;",
-            "const double* block_weight = weight;",
+            "weight + j * p.c + first, v, sum);",
+            "weight + j * p.c, v, sum);",
             "later channels have the depthwise weights of the first",
         ),
         (
