@@ -28,11 +28,12 @@
 
 namespace convnn::CONVNN_ISA {
 
-constexpr int64_t kChannels = 64;       // channels of one grad_bias task, and of a dense key
-constexpr int64_t kSlotRows = 16;       // query rows of one pass over a slot
-constexpr int64_t kFewestRows = 32;     // of a task of query rows
-constexpr int64_t kQueryTasks = 64;     // at most, if each has a part of a depthwise grad_weight,
-constexpr int64_t kFewestParts = 4;     // and at least if there are rows, for any size of it
+constexpr int64_t kChannels = 64;    // channels of one grad_bias task, and of a dense key
+constexpr int64_t kSlotRows = 16;    // query rows of one pass over a slot
+constexpr int64_t kFewestRows = 32;  // of a task of query rows
+constexpr int64_t kQueryTasks = 64;  // at most, if each has a part of a depthwise grad_weight,
+constexpr int64_t kFewestParts = 4;  // and at least if there are rows, for any size of it
+constexpr int64_t kMostPartElements = 1 << 18;  // of all those parts, if there are more
 constexpr int64_t kPackedOutputs = 16;  // of a panel of channels of the weight, packed by one task
 constexpr int64_t kWeightRows = 256;    // dense: rows of one product of grad_weight
 constexpr int64_t kSummedRows = 32;     // of grad_bias, before their sum is added to the total
@@ -45,8 +46,7 @@ constexpr int64_t kPairElements = 1 << 15;
 constexpr int64_t kPairsOfSlot = 32;
 constexpr int64_t kMostPairElements = 1 << 20;
 constexpr int64_t kPairChannels = 64;  // channels are padded to at most a multiple of this
-// Of all parts of grad_weight, if there are more than one of a dense one, or kFewestParts.
-constexpr int64_t kMostWeightElements = 1 << 20;
+constexpr int64_t kMostWeightElements = 1 << 20;  // dense: of all parts of grad_weight, if several
 
 template <class T>
 class AggregateBackward {
@@ -161,7 +161,7 @@ class AggregateBackward {
   static int64_t rows_of_query_task(const AggregateBackwardParams& p) {
     const AggregateParams& f = p.forward;
     if (!p.grad_weight || f.convolution != Convolution::depthwise) return kFewestRows;
-    const int64_t parts = max_of(kFewestParts, kMostWeightElements / max_of(1, f.k * f.c));
+    const int64_t parts = max_of(kFewestParts, kMostPartElements / max_of(1, f.k * f.c));
     return max_of(kFewestRows, ceil_div(f.batch * f.n, min_of(kQueryTasks, parts)));
   }
 
