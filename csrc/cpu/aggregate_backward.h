@@ -153,8 +153,8 @@ class AggregateBackward {
     return Scratch(p.forward, nullptr).bytes;
   }
 
-  // Nothing that these depend on differs between instruction sets: sums are divided where tasks
-  // are.
+  // Nothing that these depend on differs between instruction sets, because sums are divided where
+  // tasks are.
   static int64_t query_tasks(const AggregateBackwardParams& p) {
     return ceil_div(p.forward.batch * p.forward.n, rows_of_query_task(p));
   }

@@ -6,11 +6,14 @@
 
 namespace convnn::CONVNN_ISA {
 
+// The degree of the polynomial for |r| <= ln 2 / 2: r^14 / 14! is less than 2^-57.
+constexpr int kExponentialDegree = 13;
+
 // 1 / i!
 struct InverseFactorials {
-  double of[14] = {1};
+  double of[kExponentialDegree + 1] = {1};
   constexpr InverseFactorials() {
-    for (int i = 1; i < 14; ++i) of[i] = of[i - 1] / i;
+    for (int i = 1; i <= kExponentialDegree; ++i) of[i] = of[i - 1] / i;
   }
 };
 inline constexpr InverseFactorials kInverseFactorials;
@@ -23,14 +26,13 @@ inline Vector<double> exponential(Vector<double> x) {
   constexpr double kInverse = 0x1.71547652b82fep0;  // 1 / ln 2
   // ln 2 in two parts: the products of the first one with n are exact.
   constexpr double kHigh = 0x1.62e42feep-1, kLow = 0x1.a39ef35793c76p-33;
-  constexpr int kDegree = 13;  // r^14 / 14! is less than 2^-57
 
   x = x < kLowest ? Vector<double>{} + kLowest : x;
   const Vector<double> shifted = x * kInverse + kShift, n = shifted - kShift;
   const Vector<double> r = x - n * kHigh - n * kLow;
-  Vector<double> sum = Vector<double>{} + kInverseFactorials.of[kDegree];
+  Vector<double> sum = Vector<double>{} + kInverseFactorials.of[kExponentialDegree];
 #pragma GCC unroll 16
-  for (int i = kDegree - 1; i >= 0; --i) sum = sum * r + kInverseFactorials.of[i];
+  for (int i = kExponentialDegree - 1; i >= 0; --i) sum = sum * r + kInverseFactorials.of[i];
 
   // 2^n as two factors, because n may be less than the least exponent.
   Integers exponent, bias;

@@ -2,8 +2,6 @@
 // The modulation rho of section 4.1 and its derivative, in float64.
 #pragma once
 
-#include <cmath>
-
 #include "../params.h"
 #include "exponential.h"
 

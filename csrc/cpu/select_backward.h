@@ -91,9 +91,8 @@ class SelectBackward {
     return is_missing(static_cast<const A*>(p.similarities)[entry]);
   }
 
-  // sum [d] of what the pairs of a row x contribute to its gradient, before finish().
-  // each_pair(add) calls add(grad, other row, norms of the other rows, its number) for each of
-  // them.
+  // sum [d] of what the pairs of a row x contribute to its gradient, before finish(). For each of
+  // them, each_pair(add) calls add(grad, other row, norms of the other rows, its number).
   template <class EachPair>
   static void sum_pairs(const SelectBackwardParams& p, const T* x, double* sum,
                         const EachPair& each_pair) {
