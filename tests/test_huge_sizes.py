@@ -204,10 +204,20 @@ def list_rows() -> None:
     convnn.select(X.double(), X.double().expand(rows, 1), 1, key_mask=mask)
 
 
+KEPT: list[Tensor] = []
+
+
+def address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
 def limit_memory(more: int) -> None:
     """From now on this process gets so many bytes more."""
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + more, resource.RLIM_INFINITY))
+    before, blocks = address_space(), []
+    while address_space() == before:  # what other tests left free in the heap would come first
+        blocks.append(torch.empty(2**24, dtype=torch.uint8))
+    resource.setrlimit(resource.RLIMIT_AS, (address_space() + more, resource.RLIM_INFINITY))
+    KEPT.extend(blocks)
 
 
 def sums_of_rows() -> None:
